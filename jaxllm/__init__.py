@@ -1,0 +1,1 @@
+"""jaxllm: pure-functional language models in JAX and Flax."""

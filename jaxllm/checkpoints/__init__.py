@@ -1,0 +1,1 @@
+"""Saving and restoring a run, with everything needed to use it beside the weights."""

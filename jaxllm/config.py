@@ -1,0 +1,306 @@
+"""Frozen, typed configs: one base class, overriding from flags, JSON that reloads bit for bit.
+
+`Config` is the base of every config class; each room defines its own next to the code that reads
+it. `load` executes an experiment file, `override` changes fields by dotted path, `diff` names what
+differs, `define_flag` and `parse_flags` wire a config to absl as `--config=FILE.py[:variant]` and
+`--config.a.b=value`.
+"""
+
+import ast
+import difflib
+import importlib.util
+import json
+import pathlib
+import sys
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Self
+
+import pydantic
+from absl import flags
+
+
+class ConfigError(ValueError):
+  """A config that cannot be used; the message names the field, the value and the fix."""
+
+
+class Config(pydantic.BaseModel):
+  """Base of all configs: frozen, hashable, no unknown fields, no NaN.
+
+  Sequences are tuples, so that a config is hashable and can be a static argument of `jax.jit`.
+  """
+
+  model_config = pydantic.ConfigDict(
+    frozen=True,
+    extra='forbid',
+    allow_inf_nan=False,
+    validate_default=True,
+    protected_namespaces=(),
+    use_attribute_docstrings=True,
+  )
+
+  def __init__(self, **fields: Any):
+    try:
+      super().__init__(**fields)
+    except pydantic.ValidationError as error:
+      raise ConfigError(_readable(type(self), error)) from None
+
+  def replace(self, **changes: Any) -> Self:
+    """Return a copy with `changes` applied and everything validated again.
+
+    Raises:
+      ConfigError: a field does not exist or its value is not accepted.
+    """
+    return type(self)(**{name: getattr(self, name) for name in type(self).model_fields} | changes)
+
+  def to_json(self) -> str:
+    """Return indented JSON from which `from_json` rebuilds an equal config."""
+    return json.dumps(self.model_dump(mode='json'), indent=2, allow_nan=False) + '\n'
+
+  @classmethod
+  def from_json(cls, text: str) -> Self:
+    """Rebuild a config from `to_json`.
+
+    Raises:
+      ConfigError: the text is not JSON or does not describe this class.
+    """
+    try:
+      fields = json.loads(text)
+    except json.JSONDecodeError as error:
+      raise ConfigError(f'{cls.__name__}: not valid JSON: {error}') from None
+    if not isinstance(fields, dict):
+      raise ConfigError(f'{cls.__name__}: expected a JSON object, got {type(fields).__name__}')
+    return cls(**fields)
+
+
+def override(config: Config, changes: Mapping[str, Any]) -> Any:
+  """Return `config` with dotted fields replaced, in the order given.
+
+  Args:
+    config: any config.
+    changes: dotted path -> value. Text is read as JSON or a Python literal where the field accepts
+      it (`1e-3`, `true`, `None`, `(1, 2)`, `{"num_layers": 4}`), else as the text itself.
+
+  Returns:
+    A new config of the same class.
+
+  Raises:
+    ConfigError: unknown field (with the nearest name) or a value that is not accepted.
+  """
+  for path, value in changes.items():
+    config = _override(config, path.split('.'), path, value)
+  return config
+
+
+def diff(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
+  """Return (dotted path, old value, new value) of every leaf that differs."""
+  old_leaves, new_leaves = dict(_leaves(old)), dict(_leaves(new))
+  missing = '<absent>'
+  return [
+    (path, old_leaves.get(path, missing), new_leaves.get(path, missing))
+    for path in dict.fromkeys([*old_leaves, *new_leaves])
+    if old_leaves.get(path, missing) != new_leaves.get(path, missing)
+  ]
+
+
+def describe(config: Config) -> str:
+  """Return one line per field: dotted path, current value, description."""
+  lines = []
+  for path, owner, name in _fields(config):
+    text = type(owner).model_fields[name].description or ''
+    lines.append(f'  --config.{path}={getattr(owner, name)!r}\n      {" ".join(text.split())}')
+  return '\n'.join(lines)
+
+
+def load(location: str) -> Any:
+  """Execute `get_config()` of an experiment file and return its config.
+
+  Args:
+    location: `path/to/file.py` or `path/to/file.py:variant`; the variant is passed to
+      `get_config(variant)`. A `.json` file is only for `Config.from_json`.
+
+  Raises:
+    ConfigError: the file is missing, has no `get_config`, or refuses the variant.
+  """
+  name, _, variant = location.partition(':')
+  path = pathlib.Path(name)
+  if not path.is_file():
+    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob('*.py')], 1)
+    hint = f'; did you mean {path.parent / near[0]}?' if near else ''
+    raise ConfigError(f'--config: no file {name!r}{hint}')
+  spec = importlib.util.spec_from_file_location(f'jaxllm_experiment_{path.stem}', path)
+  if spec is None or spec.loader is None:
+    raise ConfigError(f'--config: {name!r} is not a Python file')
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  if not hasattr(module, 'get_config'):
+    raise ConfigError(f'--config: {name!r} defines no get_config()')
+  config = module.get_config(variant) if variant else module.get_config()
+  if not isinstance(config, Config):
+    raise ConfigError(f'--config: get_config() of {name!r} returned {type(config).__name__}, '
+                      'expected a jaxllm config')
+  return config
+
+
+def define_flag(name: str = 'config', required: bool = True) -> flags.FlagHolder:
+  """Define `--{name}`, the location of an experiment file; read it with `from_flags`."""
+  holder = flags.DEFINE_string(
+    name, None, f'Experiment file, FILE.py[:variant]. --{name}.a.b=value changes any field.'
+  )
+  if required:
+    flags.mark_flag_as_required(name)
+  return holder
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+  """Parse absl flags, setting `--config.a.b=value` arguments aside for `from_flags`.
+
+  Pass it to `absl.app.run(main, flags_parser=parse_flags)`. With `--help` the fields of the given
+  config are listed after the flags.
+  """
+  kept, overrides = [], {}
+  arguments = iter(argv)
+  for argument in arguments:
+    if argument == '--':
+      kept += [argument, *arguments]
+      break
+    body = argument.lstrip('-')
+    if not argument.startswith('-') or not body.startswith('config.'):
+      kept.append(argument)
+      continue
+    path, has_value, value = body.removeprefix('config.').partition('=')
+    if not has_value:
+      value = next(arguments, None)  # type: ignore[assignment]
+      if value is None:
+        raise flags.UnparsedFlagAccessError(f'--config.{path}: a value is missing')
+    overrides[path] = value
+  _OVERRIDES.clear()
+  _OVERRIDES.update(overrides)
+  if {'--help', '-help', '--helpfull', '-h'} & set(kept):
+    _print_help(kept)
+  return flags.FLAGS(kept)
+
+
+def from_flags(location: str) -> Any:
+  """Return the config at `location` with the overrides that `parse_flags` set aside."""
+  return override(load(location), _OVERRIDES)
+
+
+# absl keeps parsed flags in a process-wide object; the overrides of the same command line sit
+# beside it.
+_OVERRIDES: dict[str, str] = {}
+
+
+def _print_help(argv: Sequence[str]) -> None:
+  location = next((a.partition('=')[2] for a in argv if a.startswith('--config=')), None)
+  print(flags.FLAGS.main_module_help())
+  if location:
+    print(f'Fields of {location}:\n{describe(from_flags(location))}')
+  else:
+    print('Add --config=FILE.py to list the fields of that config.')
+  sys.exit(0)
+
+
+def _override(config: Any, keys: list[str], path: str, value: Any) -> Any:
+  key, rest = keys[0], keys[1:]
+  fields = type(config).model_fields
+  if key not in fields:
+    near = difflib.get_close_matches(key, fields, 1, cutoff=0.4)
+    keys_before = path.split('.')[: path.count('.') - len(rest)]
+    hint = f'; did you mean config.{".".join([*keys_before, near[0]])}?' if near else ''
+    raise ConfigError(
+      f'config.{path}: {type(config).__name__} has no field {key!r}{hint} '
+      f'(fields: {", ".join(fields)})'
+    )
+  if rest:
+    child = getattr(config, key)
+    if not isinstance(child, Config):
+      raise ConfigError(
+        f'config.{path}: {key} is {child!r}, which has no fields; set {key} itself as JSON'
+      )
+    return config.replace(**{key: _override(child, rest, path, value)})
+  if not isinstance(value, str):
+    return config.replace(**{key: value})
+  literal = _literal(value)
+  try:
+    return config.replace(**{key: literal})
+  except ConfigError:
+    # A str field given `123` or `true`: the text itself is meant.
+    if literal == value or not _accepts_text(fields[key].annotation):
+      raise
+    return config.replace(**{key: value})
+
+
+def _literal(text: str) -> Any:
+  for read in (json.loads, ast.literal_eval):
+    try:
+      return read(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+      continue
+  return text
+
+
+def _accepts_text(annotation: Any) -> bool:
+  if annotation is str:
+    return True
+  return any(_accepts_text(part) for part in typing.get_args(annotation))
+
+
+def _leaves(value: Any, path: str = '') -> Iterator[tuple[str, Any]]:
+  if isinstance(value, Config):
+    for name in type(value).model_fields:
+      yield from _leaves(getattr(value, name), f'{path}.{name}' if path else name)
+  elif isinstance(value, tuple) and any(isinstance(item, Config) for item in value):
+    for index, item in enumerate(value):
+      yield from _leaves(item, f'{path}.{index}')
+  else:
+    yield path, value
+
+
+def _fields(config: Config, path: str = '') -> Iterator[tuple[str, Config, str]]:
+  for name in type(config).model_fields:
+    full = f'{path}.{name}' if path else name
+    child = getattr(config, name)
+    if isinstance(child, Config):
+      yield from _fields(child, full)
+    else:
+      yield full, config, name
+
+
+def _readable(cls: type[Config], error: pydantic.ValidationError) -> str:
+  lines = []
+  for problem in error.errors():
+    # Union members add their own labels to the location; only real fields are worth naming.
+    where = '.'.join(str(part) for part in problem['loc'])
+    message = problem['msg'].removeprefix('Value error, ')
+    if problem['type'] == 'extra_forbidden':
+      name = str(problem['loc'][-1])
+      owner = _owner(cls, problem['loc'][:-1])
+      near = difflib.get_close_matches(name, owner.model_fields, 1, cutoff=0.4)
+      hint = f'; did you mean {near[0]!r}?' if near else ''
+      lines.append(f'{cls.__name__}.{where}: no such field{hint} '
+                   f'(fields: {", ".join(owner.model_fields)})')
+    elif problem['type'] == 'value_error' and not where:
+      lines.append(f'{cls.__name__}: {message}')
+    elif problem['type'] == 'missing':
+      lines.append(f'{cls.__name__}.{where}: a value is required')
+    else:
+      lines.append(f'{cls.__name__}.{where}={problem["input"]!r}: {message}')
+  return '\n'.join(lines)
+
+
+def _owner(cls: type[Config], location: tuple[Any, ...]) -> type[Config]:
+  for part in location:
+    field = cls.model_fields.get(part) if isinstance(part, str) else None
+    child = _config_class(field.annotation) if field else None
+    if child is not None:
+      cls = child
+  return cls
+
+
+def _config_class(annotation: Any) -> type[Config] | None:
+  if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+    return annotation if issubclass(annotation, Config) else None
+  found = (_config_class(part) for part in typing.get_args(annotation))
+  return next((c for c in found if c is not None), None)

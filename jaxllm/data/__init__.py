@@ -1,0 +1,1 @@
+"""From text to exact batches: sources, cleaning, tokenizers, packed records, batches."""

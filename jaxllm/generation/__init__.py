@@ -1,0 +1,1 @@
+"""Decoding: logit rules, prefill and the jitted decode loop."""

@@ -1,0 +1,1 @@
+"""Flax Linen modules used purely: variables and arrays in, arrays out."""

@@ -1,0 +1,1 @@
+"""One file per family: published sizes, and how their weights are named elsewhere."""

@@ -1,0 +1,1 @@
+"""Losses: each returns (sum, count, aux), divided once by the caller."""

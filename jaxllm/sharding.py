@@ -1,0 +1,213 @@
+"""The device mesh, and the rules that turn logical axis names into shardings.
+
+Parameters and activations name their axes (`embed`, `heads`, `batch`, ...); a mapping in the config
+says which mesh axes each name is split over. A strategy is therefore data: data parallel, FSDP,
+tensor parallel and their mixtures differ in `MeshConfig` alone.
+"""
+
+import contextlib
+import contextvars
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import pydantic
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxllm.config import Config
+
+MESH_AXES = ('data', 'fsdp', 'tensor', 'context', 'expert')
+
+DEFAULT_RULES = (
+  # Activations.
+  ('batch', ('data', 'fsdp', 'expert')),
+  ('length', ('context',)),
+  ('activation_embed', ()),
+  # Parameters, and activations that follow them.
+  ('vocab', ('tensor',)),
+  ('embed', ('fsdp',)),
+  ('heads', ('tensor',)),
+  ('kv_heads', ('tensor',)),
+  ('head_dim', ()),
+  ('mlp', ('tensor',)),
+  ('experts', ('expert',)),
+  ('layers', ()),
+  ('positions', ()),
+  ('rank', ()),
+)
+
+
+class MeshConfig(Config):
+  """How many devices each mesh axis has, and what is split over it.
+
+  The sizes multiply to the number of devices; one of them may be -1, which takes what is left.
+  """
+
+  data: int = -1
+  """Devices that hold a copy of the parameters and split the batch."""
+  fsdp: int = 1
+  """Devices that split the batch and also the parameters and optimizer state."""
+  tensor: int = 1
+  """Devices that split heads, the MLP's hidden axis and the vocabulary."""
+  context: int = 1
+  """Devices that split the sequence."""
+  expert: int = 1
+  """Devices that split the experts of a mixture-of-experts layer, and the batch elsewhere."""
+  rules: tuple[tuple[str, tuple[str, ...]], ...] = DEFAULT_RULES
+  """Logical axis name -> mesh axes, as pairs. A name may stand once; () replicates."""
+
+  @pydantic.model_validator(mode='after')
+  def _check(self) -> 'MeshConfig':
+    sizes = [getattr(self, axis) for axis in MESH_AXES]
+    for axis, size in zip(MESH_AXES, sizes, strict=True):
+      if size != -1 and size < 1:
+        raise ValueError(f'{axis}={size}: a positive number, or -1 for all remaining devices')
+    if sizes.count(-1) > 1:
+      raise ValueError('at most one mesh axis may be -1')
+    names = [name for name, _ in self.rules]
+    for name, axes in self.rules:
+      if names.count(name) > 1:
+        raise ValueError(f'rules: {name!r} stands more than once')
+      for axis in axes:
+        if axis not in MESH_AXES:
+          raise ValueError(f'rules: {name!r} -> {axis!r} is no mesh axis (mesh axes: '
+                           f'{", ".join(MESH_AXES)})')
+    return self
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """Arrange devices into the mesh that `config` describes.
+
+  Args:
+    config: axis sizes.
+    devices: the devices to use; all devices of all processes by default.
+
+  Raises:
+    ValueError: the sizes do not multiply to the number of devices.
+  """
+  devices = list(devices) if devices is not None else jax.devices()
+  sizes = [getattr(config, axis) for axis in MESH_AXES]
+  known = math.prod(size for size in sizes if size != -1)
+  if -1 in sizes and len(devices) % known == 0:
+    sizes[sizes.index(-1)] = len(devices) // known
+  if math.prod(sizes) != len(devices):
+    shape = ', '.join(f'{a}={getattr(config, a)}' for a in MESH_AXES)
+    raise ValueError(
+      f'config.mesh ({shape}) needs a multiple of {known} devices but there are {len(devices)}; '
+      'change the sizes so that they multiply to the device count (one may be -1)'
+    )
+  return jax.make_mesh(
+    tuple(sizes), MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(MESH_AXES)
+  )
+
+
+def partition_spec(
+  axes: Sequence[str | None], rules: Sequence[tuple[str, tuple[str, ...]]]
+) -> PartitionSpec:
+  """Turn logical axis names (None: not split) into a PartitionSpec.
+
+  Raises:
+    ValueError: a name has no rule, or two dimensions claim the same mesh axis.
+  """
+  mapping = dict(rules)
+  entries, used = [], set()
+  for name in axes:
+    if name is not None and name not in mapping:
+      raise ValueError(f'config.mesh.rules has no rule for the logical axis {name!r}')
+    mesh_axes = mapping[name] if name is not None else ()
+    if used & set(mesh_axes):
+      raise ValueError(f'config.mesh.rules maps two axes of {tuple(axes)} to {mesh_axes}')
+    used |= set(mesh_axes)
+    entries.append(mesh_axes if len(mesh_axes) > 1 else mesh_axes[0] if mesh_axes else None)
+  return PartitionSpec(*entries)
+
+
+def shardings(axes: Any, shapes: Any, mesh: Mesh, config: MeshConfig) -> Any:
+  """Map a tree of logical axes to a tree of NamedShardings.
+
+  Args:
+    axes: nested dict whose leaves are tuples of logical names, one name per dimension.
+    shapes: nested dict of the same form whose leaves have a `shape`.
+    mesh: from `make_mesh`.
+    config: gives the rules.
+
+  Raises:
+    ValueError: a dimension is not divisible by the mesh axes that its rule names; the message
+      holds the path, the dimension and the sizes.
+  """
+  def walk(names: Any, leaf: Any, path: str) -> Any:
+    if isinstance(names, Mapping):
+      return {key: walk(names[key], leaf[key], f'{path}/{key}') for key in names}
+    spec = partition_spec(names, config.rules)
+    for name, size, entry in zip(names, leaf.shape, spec, strict=True):
+      mesh_axes = (entry,) if isinstance(entry, str) else entry or ()
+      parts = math.prod(mesh.shape[axis] for axis in mesh_axes)
+      if size % parts:
+        raise ValueError(
+          f'{path.lstrip("/")}: axis {name!r} has size {size}, which {mesh_axes} ({parts} devices) '
+          'does not divide; change the mesh sizes, or give the axis another rule in '
+          'config.mesh.rules'
+        )
+    return NamedSharding(mesh, spec)
+
+  return walk(axes, shapes, '')
+
+
+def batch_sharding(mesh: Mesh, config: MeshConfig) -> NamedSharding:
+  """Return the sharding of a (B, T) batch array."""
+  return NamedSharding(mesh, partition_spec(('batch', 'length'), config.rules))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Return the sharding that keeps a whole copy on every device."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
+  """Assemble global arrays from the rows that this process holds.
+
+  Args:
+    batch: name -> (local rows, T) host array.
+    sharding: from `batch_sharding`.
+
+  Returns:
+    name -> (global rows, T) array, split over the mesh.
+  """
+  return {
+    name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()
+  }
+
+
+# The mesh that the code being traced runs on: a property of the trace, not of the model, so that
+# model code stays free of devices.
+_ACTIVE: contextvars.ContextVar[tuple[Mesh, MeshConfig] | None] = contextvars.ContextVar(
+  'active_mesh', default=None
+)
+
+
+@contextlib.contextmanager
+def activate(mesh: Mesh, config: MeshConfig) -> Iterator[None]:
+  """Make `constrain` effective for what is traced inside."""
+  token = _ACTIVE.set((mesh, config))
+  try:
+    yield
+  finally:
+    _ACTIVE.reset(token)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+  """Pin the sharding of an activation by logical axis names; outside `activate` return it as is.
+
+  Args:
+    x: array of any dtype.
+    *axes: one logical name, or None, per dimension.
+  """
+  active = _ACTIVE.get()
+  if active is None or active[0].size == 1:
+    return x
+  mesh, config = active
+  return jax.lax.with_sharding_constraint(
+    x, NamedSharding(mesh, partition_spec(axes, config.rules))
+  )

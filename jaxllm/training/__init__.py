@@ -1,0 +1,1 @@
+"""The train state, the jitted step, the loop around it, metrics and the report."""
