@@ -2,8 +2,8 @@
 
 `Config` is the base of every config class; each room defines its own next to the code that reads
 it. `load` executes an experiment file, `override` changes fields by dotted path, `diff` names what
-differs, `define_flag` and `parse_flags` wire a config to absl as `--config=FILE.py[:variant]` and
-`--config.a.b=value`.
+differs, `define_flag`, `from_flags` and `run_program` wire a config to absl flags, as
+`--config=FILE.py[:variant]` and `--config.a.b=value`.
 """
 
 import ast
@@ -14,11 +14,11 @@ import pathlib
 import sys
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import pydantic
-from absl import flags
+from absl import app, flags
 
 
 class ConfigError(ValueError):
@@ -156,8 +156,7 @@ def define_flag(name: str = 'config', required: bool = True) -> flags.FlagHolder
 def parse_flags(argv: Sequence[str]) -> list[str]:
   """Parse absl flags, setting `--config.a.b=value` arguments aside for `from_flags`.
 
-  Pass it to `absl.app.run(main, flags_parser=parse_flags)`. With `--help` the fields of the given
-  config are listed after the flags.
+  With `--help` the fields of the given config are listed after the flags.
   """
   kept, overrides = [], {}
   arguments = iter(argv)
@@ -173,13 +172,32 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     if not has_value:
       value = next(arguments, None)  # type: ignore[assignment]
       if value is None:
-        raise flags.UnparsedFlagAccessError(f'--config.{path}: a value is missing')
+        raise flags.Error(f'--config.{path}: a value is missing')
     overrides[path] = value
   _OVERRIDES.clear()
   _OVERRIDES.update(overrides)
   if {'--help', '-help', '--helpfull', '-h'} & set(kept):
     _print_help(kept)
   return flags.FLAGS(kept)
+
+
+def run_program(main: Callable[[Sequence[str]], None]) -> None:
+  """Run an absl main; what the user got wrong is printed as a sentence, not as a traceback.
+
+  ValueError and OSError are what jaxllm raises for input that it refuses. `--verbosity=1` shows
+  where they were raised.
+  """
+  def guarded(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+      sys.exit(f'error: unexpected argument {argv[1]!r}; flags are written --name=value')
+    try:
+      main(argv)
+    except (ValueError, OSError) as error:
+      if flags.FLAGS.verbosity > 0:
+        raise
+      sys.exit(f'error: {error}')
+
+  app.run(guarded, flags_parser=parse_flags)
 
 
 def from_flags(location: str) -> Any:

@@ -1,0 +1,30 @@
+"""`jaxllm PROGRAM ...` is the same as `python -m jaxllm.PROGRAM ...`."""
+
+import runpy
+import sys
+
+PROGRAMS = {
+  'prepare': 'clean and tokenise text into packed records',
+  'train': 'train a model from a config; the same command resumes',
+  'evaluate': 'score a model on held-out text',
+  'sample': 'continue a prompt',
+}
+
+
+def main() -> None:
+  """Run the program that the first argument names."""
+  if len(sys.argv) < 2 or sys.argv[1] not in PROGRAMS:
+    wanted = sys.argv[1] if len(sys.argv) > 1 else '--help'
+    lines = '\n'.join(f'  jaxllm {name:<10}{text}' for name, text in PROGRAMS.items())
+    usage = f'{lines}\n\njaxllm PROGRAM --help lists the flags of one.'
+    if wanted in ('--help', '-h', 'help'):
+      print(usage)
+      sys.exit(0)
+    sys.exit(f'jaxllm: no program {wanted!r}; there are\n{usage}')
+  program = f'jaxllm.{sys.argv[1]}'
+  sys.argv = [program, *sys.argv[2:]]
+  runpy.run_module(program, run_name='__main__', alter_sys=True)
+
+
+if __name__ == '__main__':
+  main()

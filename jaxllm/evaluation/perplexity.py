@@ -1,0 +1,105 @@
+"""Held-out loss, perplexity and bits per byte of a language model."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import pydantic
+from jax.sharding import Mesh
+
+from jaxllm import sharding
+from jaxllm.config import Config
+from jaxllm.models.decoder import Decoder, DecoderConfig
+from jaxllm.objectives.next_token import ObjectiveConfig, next_token_loss
+from jaxllm.sharding import MeshConfig
+
+EvalStep = Callable[[Any, Mapping[str, jax.Array]], dict[str, jax.Array]]
+
+
+class EvaluationConfig(Config):
+  """What is measured during and after training."""
+
+  every_steps: int = pydantic.Field(default=500, gt=0)
+  """Steps between two evaluations on the validation records."""
+  max_batches: int | None = pydantic.Field(default=None, gt=0)
+  """Validation batches per evaluation during training; None takes all. The last one takes all."""
+  batch_size: int | None = pydantic.Field(default=None, gt=0)
+  """Records per validation batch; None takes the training batch size."""
+  prompts: tuple[str, ...] = ()
+  """Prompts that the finished run continues, for samples.jsonl and the report."""
+  prompt_tokens: int = pydantic.Field(default=128, gt=0)
+  """Tokens generated for each prompt."""
+  temperature: float = pydantic.Field(default=0.8, ge=0)
+  """Temperature of these samples; 0 is greedy."""
+
+
+def make_eval_step(
+  model: DecoderConfig, objective: ObjectiveConfig, mesh: Mesh, mesh_config: MeshConfig
+) -> EvalStep:
+  """Return the jitted `(variables, batch) -> sums`, float32 scalars to be added over batches.
+
+  Args:
+    model: the decoder.
+    objective: gives the chunk size of the logits; smoothing and z-loss do not count here.
+    mesh: from `sharding.make_mesh`.
+    mesh_config: gives the rules.
+  """
+  plain = objective.replace(label_smoothing=0.0, z_loss=0.0)
+
+  def eval_step(variables: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    with sharding.activate(mesh, mesh_config):
+      loss_sum, weight_sum, aux = next_token_loss(plain, Decoder(model), variables, batch)
+    return {'loss_sum': loss_sum, 'weight_sum': weight_sum, 'correct_sum': aux['correct_sum']}
+
+  return jax.jit(eval_step, out_shardings=sharding.replicated(mesh))
+
+
+def evaluate(
+  eval_step: EvalStep,
+  variables: Any,
+  batches: Iterable[Mapping[str, np.ndarray]],
+  batch_sharding: Any,
+  bytes_per_token: float,
+) -> dict[str, float]:
+  """Score a model over batches.
+
+  Args:
+    eval_step: from `make_eval_step`.
+    variables: the model's variables.
+    batches: host batches with (B, T) arrays; padding has weight 0.
+    batch_sharding: from `sharding.batch_sharding`.
+    bytes_per_token: UTF-8 bytes of text per target token of these records.
+
+  Returns:
+    `loss` (nats per token), `perplexity`, `bits_per_byte`, `accuracy` and `tokens`.
+
+  Raises:
+    ValueError: the batches hold no token with weight.
+  """
+  # Added on the host in float64: a float32 sum over millions of tokens loses digits.
+  totals: dict[str, float] = {}
+  waiting = None
+  for batch in batches:
+    sums = eval_step(variables, sharding.put_batch(batch, batch_sharding))
+    _add(totals, waiting)
+    waiting = sums
+  _add(totals, waiting)
+  tokens = totals.get('weight_sum', 0.0)
+  if not tokens:
+    raise ValueError('the validation records hold no token to predict; enlarge the validation '
+                     'split (config.data)')
+  loss = totals['loss_sum'] / tokens
+  return {
+    'loss': loss,
+    'perplexity': math.exp(min(loss, 700.0)),
+    'bits_per_byte': loss / math.log(2) / bytes_per_token,
+    'accuracy': totals['correct_sum'] / tokens,
+    'tokens': tokens,
+  }
+
+
+def _add(totals: dict[str, float], sums: Mapping[str, jax.Array] | None) -> None:
+  for name, value in (sums or {}).items():
+    totals[name] = totals.get(name, 0.0) + float(value)

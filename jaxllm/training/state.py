@@ -1,0 +1,144 @@
+"""The train state: what a step changes, what a checkpoint holds, and where each leaf lives."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxllm import sharding
+from jaxllm.experiment import Experiment
+from jaxllm.models import decoder
+from jaxllm.optim import optimizers, schedules
+
+
+@flax.struct.dataclass
+class TrainState:
+  """All that training changes.
+
+  Attributes:
+    step: int32 scalar, steps taken, skipped ones included.
+    params: float32 parameters, layers stacked on axis 0.
+    opt_state: state of the optax transform.
+    ema: moving average of `params`, or None.
+    loss_mean: float32 scalar, running mean of the loss of applied steps.
+    loss_variance: float32 scalar, running variance of the same.
+    skipped: int32 scalar, steps that were not applied.
+    skipped_in_a_row: int32 scalar, of those the ones since the last applied step.
+  """
+
+  step: jax.Array
+  params: Any
+  opt_state: Any
+  ema: Any
+  loss_mean: jax.Array
+  loss_variance: jax.Array
+  skipped: jax.Array
+  skipped_in_a_row: jax.Array
+
+
+def make_schedule(experiment: Experiment) -> optax.Schedule:
+  """Return the learning-rate schedule of the run."""
+  return schedules.make_schedule(
+    experiment.schedule, experiment.optimizer.learning_rate, experiment.training.num_steps
+  )
+
+
+def make_optimizer(experiment: Experiment) -> optax.GradientTransformation:
+  """Return the optimizer of the run."""
+  shapes, _ = decoder.abstract(experiment.model)
+  return optimizers.make_optimizer(
+    experiment.optimizer, make_schedule(experiment), shapes['params']
+  )
+
+
+def init_state(
+  experiment: Experiment, tx: optax.GradientTransformation, params: Any | None = None
+) -> TrainState:
+  """Return the state before the first step; pure, to be jitted with out_shardings.
+
+  Args:
+    experiment: the run.
+    tx: from `make_optimizer`.
+    params: initial parameters, float32; drawn from the run's seed where None.
+  """
+  if params is None:
+    params = decoder.init(experiment.model, jax.random.key(experiment.seed))['params']
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    opt_state=tx.init(params),
+    # A copy: the step donates the state, and two leaves may not share a buffer.
+    ema=jax.tree.map(jnp.copy, params) if experiment.training.ema_decay is not None else None,
+    loss_mean=jnp.zeros((), jnp.float32),
+    loss_variance=jnp.zeros((), jnp.float32),
+    skipped=jnp.zeros((), jnp.int32),
+    skipped_in_a_row=jnp.zeros((), jnp.int32),
+  )
+
+
+def abstract_state(
+  experiment: Experiment, tx: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+  """Return the state's shapes, dtypes and shardings without allocating.
+
+  Every leaf is a ShapeDtypeStruct with a NamedSharding: parameters by the logical names of their
+  axes, optimizer state like the parameter it belongs to, the rest replicated.
+
+  Raises:
+    ValueError: an axis is not divisible by the mesh axes that its rule names.
+  """
+  shapes, axes = decoder.abstract(experiment.model)
+  params = sharding.shardings(axes['params'], shapes['params'], mesh, experiment.mesh)
+  like = {
+    _keys(path): (leaf.shape, params_sharding)
+    for (path, leaf), params_sharding in zip(
+      jax.tree_util.tree_leaves_with_path(shapes['params']), jax.tree.leaves(params), strict=True
+    )
+  }
+  state = jax.eval_shape(lambda: init_state(experiment, tx))
+
+  def place(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    where = _like_parameter(_keys(path), leaf.shape, like) or sharding.replicated(mesh)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+  return jax.tree_util.tree_map_with_path(place, state)
+
+
+def create_state(
+  experiment: Experiment, tx: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+  """Initialize the state directly in its shardings, so that no device ever holds all of it."""
+  abstract = abstract_state(experiment, tx, mesh)
+  out_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+  return jax.jit(lambda: init_state(experiment, tx), out_shardings=out_shardings)()
+
+
+def evaluation_params(experiment: Experiment, state: TrainState) -> Any:
+  """Return the parameters to evaluate and sample with: the average where there is one."""
+  if state.ema is not None:
+    return state.ema
+  return optimizers.evaluation_params(experiment.optimizer, state.opt_state, state.params)
+
+
+def _keys(path: Any) -> tuple[str, ...]:
+  return tuple(str(getattr(key, 'key', getattr(key, 'name', key))) for key in path)
+
+
+def _like_parameter(
+  keys: tuple[str, ...], shape: tuple[int, ...], like: dict[tuple[str, ...], Any]
+) -> NamedSharding | None:
+  """Find the parameter whose path ends `keys`; a factored moment lacks one of its axes."""
+  for start in range(len(keys)):
+    if keys[start:] not in like:
+      continue
+    full_shape, where = like[keys[start:]]
+    if full_shape == shape:
+      return where
+    entries = tuple(where.spec)
+    for axis in range(len(full_shape)):
+      if full_shape[:axis] + full_shape[axis + 1 :] == shape:
+        return NamedSharding(where.mesh, PartitionSpec(*entries[:axis], *entries[axis + 1 :]))
+  return None

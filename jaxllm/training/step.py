@@ -1,0 +1,175 @@
+"""The train step: one pure function, jitted once, over any mesh.
+
+Loss sums and token counts are added over microbatches and devices and divided once, so that
+accumulation, packing and sharding never change the loss. A step whose loss or gradient is not
+finite, or whose loss spikes, changes nothing but its counters.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jaxllm import sharding
+from jaxllm.experiment import Experiment, SpikeConfig
+from jaxllm.models.decoder import Decoder
+from jaxllm.objectives import next_token
+from jaxllm.training import state as train_state
+from jaxllm.training.state import TrainState
+
+Batch = Mapping[str, jax.Array]
+Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def make_train_step(experiment: Experiment, tx: optax.GradientTransformation, mesh: Mesh) -> Step:
+  """Return the jitted step `(state, batch) -> (state, metrics)`; it donates the state.
+
+  Args:
+    experiment: the run.
+    tx: from `state.make_optimizer`.
+    mesh: from `sharding.make_mesh`.
+
+  Returns:
+    A function of the state and a batch of (B, T) arrays (`tokens`, `targets`, `weights`,
+    `segment_ids`, `positions`). The metrics are float32 scalars: `loss` (nats per token),
+    `objective` (what was minimised), `accuracy`, `tokens`, `grad_norm`, `param_norm`,
+    `learning_rate`, `applied` (1 or 0), `skipped`, `skipped_in_a_row`.
+  """
+  abstract = train_state.abstract_state(experiment, tx, mesh)
+  state_sharding = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+  pure_step = make_pure_step(experiment, tx)
+
+  def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    with sharding.activate(mesh, experiment.mesh):
+      return pure_step(state, batch)
+
+  return jax.jit(
+    train_step,
+    donate_argnums=0,
+    in_shardings=(state_sharding, sharding.batch_sharding(mesh, experiment.mesh)),
+    out_shardings=(state_sharding, sharding.replicated(mesh)),
+  )
+
+
+def make_pure_step(experiment: Experiment, tx: optax.GradientTransformation) -> Step:
+  """Return the same step as a pure function without jit, mesh or donation."""
+  schedule = train_state.make_schedule(experiment)
+
+  def pure_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    key = jax.random.fold_in(jax.random.key(experiment.seed), state.step)
+    grads, sums = accumulate_gradients(experiment, state.params, batch, key)
+    count = jnp.maximum(sums['weight_sum'], 1.0)
+    grads = jax.tree.map(lambda grad: grad / count, grads)
+    loss = sums['cross_entropy_sum'] / count
+    grad_norm = optax.global_norm(grads)
+    applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    applied &= ~_is_spike(experiment.training.spike, state, loss)
+
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    new_state = _next_state(experiment, state, params, opt_state, loss, applied)
+    return new_state, {
+      'loss': loss,
+      'objective': sums['loss_sum'] / count,
+      'accuracy': sums['correct_sum'] / count,
+      'tokens': sums['weight_sum'],
+      'grad_norm': grad_norm,
+      'param_norm': optax.global_norm(new_state.params),
+      'learning_rate': jnp.asarray(schedule(state.step), jnp.float32),
+      'applied': applied.astype(jnp.float32),
+      'skipped': new_state.skipped.astype(jnp.float32),
+      'skipped_in_a_row': new_state.skipped_in_a_row.astype(jnp.float32),
+    }
+
+  return pure_step
+
+
+def accumulate_gradients(
+  experiment: Experiment, params: Any, batch: Batch, key: jax.Array
+) -> tuple[Any, dict[str, jax.Array]]:
+  """Return the gradient of the summed loss, and all sums, over the microbatches of a batch.
+
+  Args:
+    experiment: the run.
+    params: float32 parameters.
+    batch: (B, T) arrays.
+    key: dropout key of this step.
+
+  Returns:
+    Gradients like `params`, and float32 scalars `loss_sum`, `weight_sum` and the objective's sums.
+  """
+  model = Decoder(experiment.model)
+  microbatches = experiment.training.microbatches
+
+  def loss_fn(params: Any, part: Batch, dropout_key: jax.Array) -> tuple[jax.Array, Any]:
+    loss_sum, weight_sum, aux = next_token.next_token_loss(
+      experiment.objective, model, {'params': params}, part, dropout_key=dropout_key
+    )
+    return loss_sum, aux | {'loss_sum': loss_sum, 'weight_sum': weight_sum}
+
+  grad_fn = jax.grad(loss_fn, has_aux=True)
+  if microbatches == 1:
+    return grad_fn(params, batch, key)
+
+  # Part i takes rows i, i + M, ...: every device keeps its own rows in every part.
+  parts = jax.tree.map(lambda x: _split_rows(x, microbatches), dict(batch))
+
+  def add(carry: Any, inputs: Any) -> tuple[Any, None]:
+    part, index = inputs
+    return jax.tree.map(jnp.add, carry, grad_fn(params, part, jax.random.fold_in(key, index))), None
+
+  first = jax.tree.map(lambda x: x[0], parts)
+  zeros = jax.tree.map(
+    lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(grad_fn, params, first, key)
+  )
+  total, _ = jax.lax.scan(add, zeros, (parts, jnp.arange(microbatches)))
+  return total
+
+
+def _split_rows(x_BT: jax.Array, parts: int) -> jax.Array:
+  rows, length = x_BT.shape
+  x = x_BT.reshape(rows // parts, parts, length).swapaxes(0, 1)
+  return sharding.constrain(x, None, 'batch', 'length')
+
+
+def _is_spike(config: SpikeConfig | None, state: TrainState, loss: jax.Array) -> jax.Array:
+  if config is None:
+    return jnp.zeros((), bool)
+  limit = state.loss_mean + config.deviations * jnp.sqrt(state.loss_variance)
+  return (state.step - state.skipped >= config.window_steps) & (loss > limit)
+
+
+def _next_state(
+  experiment: Experiment,
+  state: TrainState,
+  params: Any,
+  opt_state: Any,
+  loss: jax.Array,
+  applied: jax.Array,
+) -> TrainState:
+  training = experiment.training
+  window = training.spike.window_steps if training.spike else 100
+  # Early on the plain mean of all losses, later an exponential one over `window` steps.
+  weight = 1.0 / jnp.minimum(state.step - state.skipped + 1, window).astype(jnp.float32)
+  deviation = loss - state.loss_mean
+  ema = state.ema
+  if training.ema_decay is not None:
+    decay = training.ema_decay
+    ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
+  changed = state.replace(
+    params=params,
+    opt_state=opt_state,
+    ema=ema,
+    loss_mean=state.loss_mean + weight * deviation,
+    loss_variance=(1 - weight) * (state.loss_variance + weight * deviation**2),
+  )
+  kept = jax.tree.map(lambda new, old: jnp.where(applied, new, old), changed, state)
+  skipped = 1 - applied.astype(jnp.int32)
+  return kept.replace(
+    step=state.step + 1,
+    skipped=state.skipped + skipped,
+    skipped_in_a_row=(state.skipped_in_a_row + 1) * skipped,
+  )
