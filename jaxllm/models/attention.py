@@ -1,0 +1,147 @@
+"""Self-attention: projections, rotation, masks, and the product of queries, keys and values.
+
+`View` is what a layer of one kind sees of a call: computed once, shared by all layers of the kind.
+"""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from jaxllm.models import cache as kv_cache
+from jaxllm.models.config import DecoderConfig
+from jaxllm.models.linear import Linear
+from jaxllm.models.norms import Norm
+from jaxllm.models.positions import rotate
+from jaxllm.sharding import constrain
+
+# Finite, so that a row without any visible key gives no NaN, forward or backward.
+MASKED = -1e30
+
+
+@flax.struct.dataclass
+class View:
+  """What queries of one layer kind see, and how they are rotated.
+
+  Attributes:
+    mask_BTS: True where the key is visible; B may be 1.
+    rotation: (cos_BTP, sin_BTP), or None where nothing is rotated; B may be 1.
+  """
+
+  mask_BTS: jax.Array  # noqa: N815
+  rotation: tuple[jax.Array, jax.Array] | None
+
+
+def sequence_mask(
+  length: int, segment_ids_BT: jax.Array | None, window: int | None
+) -> jax.Array:
+  """Return which keys each query of a whole sequence sees, (B or 1, T, T).
+
+  A query sees itself and what stands before it in its own segment, at most `window` tokens.
+  Padding (segment 0) sees padding, so that no row is empty.
+  """
+  index_T = jnp.arange(length, dtype=jnp.int32)
+  mask_BTS = slot_mask(index_T[None], length, window)
+  if segment_ids_BT is not None:
+    mask_BTS &= segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
+  return mask_BTS
+
+
+def slot_mask(query_BT: jax.Array, num_slots: int, window: int | None) -> jax.Array:
+  """Return which of S slots the queries at slots `query_BT` see, (B, T, S)."""
+  slot_11S = jnp.arange(num_slots, dtype=jnp.int32)[None, None, :]
+  distance_BTS = query_BT[:, :, None] - slot_11S
+  mask_BTS = distance_BTS >= 0
+  return mask_BTS if window is None else mask_BTS & (distance_BTS < window)
+
+
+def softcap(x: jax.Array, cap: float | None) -> jax.Array:
+  """Squash `x` into (-cap, cap); None: return it as is."""
+  return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+class Attention(nn.Module):
+  """Grouped-query self-attention.
+
+  Reference:
+    Vaswani et al., "Attention Is All You Need", arXiv 1706.03762; Ainslie et al., "GQA", arXiv
+    2305.13245.
+  """
+
+  config: DecoderConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    x_BTD: jax.Array,
+    view: View,
+    deterministic: bool,
+    cache: kv_cache.KVCache | None = None,
+    layer: int | jax.Array = 0,
+    slots_BT: jax.Array | None = None,
+  ) -> tuple[jax.Array, kv_cache.KVCache | None]:
+    """Mix values of visible tokens.
+
+    Args:
+      x_BTD: input, in the config's dtype.
+      view: mask and rotation.
+      deterministic: whether dropout is off.
+      cache: where earlier keys and values lie, or None: the sequence attends to itself.
+      layer: this layer's place in the cache.
+      slots_BT: where the new ones go in the cache.
+
+    Returns:
+      (output_BTD, the cache with the new keys and values).
+    """
+    config = self.config
+    query = self._project('query', config.num_heads, 'heads')(x_BTD)
+    key = self._project('key', config.kv_heads, 'kv_heads')(x_BTD)
+    value = self._project('value', config.kv_heads, 'kv_heads')(x_BTD)
+    if config.query_key_norm is not None:
+      query = self._norm('query_norm', config.num_heads, 'heads')(query)
+      key = self._norm('key_norm', config.kv_heads, 'kv_heads')(key)
+    if view.rotation is not None:
+      query, key = rotate(query, *view.rotation), rotate(key, *view.rotation)
+    query = constrain(query, 'batch', 'length', 'heads', 'head_dim')
+    if cache is not None:
+      cache = kv_cache.write(cache, layer, slots_BT, key, value)
+      key, value = kv_cache.read(cache, layer)
+    mixed_BTNH = self._attend(query, key, value, view.mask_BTS, deterministic)
+    out = Linear(
+      (config.num_heads, config.head_size), (config.embed_dim,), ('heads', 'head_dim', 'embed'),
+      config.stddev(config.num_heads * config.head_size, residual=True),
+      'attention_out' in config.biases, config.dtype, name='out',
+    )
+    return out(mixed_BTNH), cache
+
+  def _project(self, name: str, heads: int, axis: str) -> Linear:
+    config = self.config
+    return Linear(
+      (config.embed_dim,), (heads, config.head_size), ('embed', axis, 'head_dim'),
+      config.stddev(config.embed_dim), 'qkv' in config.biases, config.dtype, name=name,
+    )
+
+  def _norm(self, name: str, heads: int, axis: str) -> Norm:
+    config = self.config
+    if config.query_key_norm == 'head':
+      return Norm(config.norm, (config.head_size,), ('head_dim',), config.dtype, name=name)
+    shape, axes = (heads, config.head_size), (axis, 'head_dim')
+    return Norm(config.norm, shape, axes, config.dtype, name=name)
+
+  def _attend(self, query_BTNH, key_BSKH, value_BSKH, mask_BTS, deterministic) -> jax.Array:
+    config = self.config
+    batch, length, heads, dim = query_BTNH.shape
+    query_BTKGH = query_BTNH.reshape(batch, length, config.kv_heads, -1, dim)
+    logits_BKGTS = jnp.einsum(
+      'BTKGH,BSKH->BKGTS', query_BTKGH, key_BSKH.astype(query_BTNH.dtype),
+      preferred_element_type=jnp.float32,
+    )
+    logits_BKGTS = softcap(logits_BKGTS * config.query_scale, config.attention_softcap)
+    logits_BKGTS = jnp.where(mask_BTS[:, None, None], logits_BKGTS, MASKED)
+    weights_BKGTS = jax.nn.softmax(logits_BKGTS, axis=-1)
+    weights_BKGTS = nn.Dropout(config.attention_dropout_rate)(weights_BKGTS, deterministic)
+    mixed_BTKGH = jnp.einsum(
+      'BKGTS,BSKH->BTKGH', weights_BKGTS.astype(config.dtype), value_BSKH.astype(config.dtype),
+      preferred_element_type=jnp.float32,
+    )
+    return mixed_BTKGH.astype(config.dtype).reshape(batch, length, heads, dim)

@@ -1,0 +1,71 @@
+"""Keys and values of tokens already seen: an explicit argument and result of `Decoder.extend`."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from jaxllm.models.config import DecoderConfig
+
+
+@flax.struct.dataclass
+class KVCache:
+  """Keys and values of every layer, S slots per row.
+
+  Attributes:
+    keys: (L, B, S, K, H), or one (B, S, K, H) per layer.
+    values: as `keys`.
+    lengths_B: int32, how many slots of each row are filled, from slot 0 on.
+  """
+
+  keys: jax.Array | tuple[jax.Array, ...]
+  values: jax.Array | tuple[jax.Array, ...]
+  lengths_B: jax.Array  # noqa: N815
+
+
+def init_cache(
+  config: DecoderConfig,
+  batch_size: int,
+  length: int,
+  dtype: jnp.dtype | None = None,
+  stacked: bool = True,
+) -> KVCache:
+  """Return an empty cache.
+
+  Args:
+    config: sizes.
+    batch_size: B.
+    length: S, slots per row: the longest prompt and continuation together.
+    dtype: of keys and values; the config's by default.
+    stacked: one array for all layers (for scanned layers), or one per layer, which is updated in
+      place by unrolled layers (fast decoding on CPU; see `unstack`).
+  """
+  shape = (batch_size, length, config.kv_heads, config.head_size)
+  dtype = dtype or config.dtype
+
+  def empty() -> jax.Array | tuple[jax.Array, ...]:
+    if stacked:
+      return jnp.zeros((config.num_layers, *shape), dtype)
+    return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
+
+  return KVCache(empty(), empty(), jnp.zeros(batch_size, jnp.int32))
+
+
+def write(
+  cache: KVCache, layer: int | jax.Array, slots_BT: jax.Array, key_BTKH: jax.Array,
+  value_BTKH: jax.Array,
+) -> KVCache:
+  """Put new keys and values of one layer into their slots; a slot past the end is dropped."""
+  rows_B1 = jnp.arange(slots_BT.shape[0], dtype=jnp.int32)[:, None]
+
+  def put(old: jax.Array | tuple[jax.Array, ...], new: jax.Array):
+    if isinstance(old, tuple):
+      changed = old[layer].at[rows_B1, slots_BT].set(new.astype(old[layer].dtype), mode='drop')
+      return (*old[:layer], changed, *old[layer + 1 :])
+    return old.at[layer, rows_B1, slots_BT].set(new.astype(old.dtype), mode='drop')
+
+  return cache.replace(keys=put(cache.keys, key_BTKH), values=put(cache.values, value_BTKH))
+
+
+def read(cache: KVCache, layer: int | jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Return one layer's keys and values, (B, S, K, H) each."""
+  return cache.keys[layer], cache.values[layer]

@@ -1,0 +1,184 @@
+"""`DecoderConfig`: everything that tells one decoder-only transformer from another, as data."""
+
+from typing import Annotated, Literal
+
+import pydantic
+
+from jaxllm.config import Config
+from jaxllm.models.linear import InitializerConfig
+from jaxllm.models.norms import NormConfig
+from jaxllm.models.positions import LearnedPositions, RotaryPositions, rotary_dim
+
+LayerKind = Literal['global', 'local', 'global_nope']
+BiasPlace = Literal['qkv', 'attention_out', 'mlp', 'head']
+PositiveInt = Annotated[int, pydantic.Field(gt=0)]
+PositiveFloat = Annotated[float, pydantic.Field(gt=0)]
+Rate = Annotated[float, pydantic.Field(ge=0, lt=1)]
+
+
+class DecoderConfig(Config):
+  """A decoder-only transformer: sizes, switches, and how it is run.
+
+  The defaults are Llama's; `jaxllm.models.families` has published ones.
+  """
+
+  vocab_size: PositiveInt
+  """Tokens in the vocabulary."""
+  vocab_multiple: PositiveInt = 128
+  """The tables are padded to a multiple of this, so that they divide over a mesh; padded ids are
+  never predicted and do not count as parameters."""
+  embed_dim: PositiveInt
+  """Width of the residual stream (D)."""
+  num_layers: PositiveInt
+  """Blocks of attention and MLP (L)."""
+  num_heads: PositiveInt
+  """Query heads (N)."""
+  num_kv_heads: PositiveInt | None = None
+  """Key and value heads (K), each shared by N / K query heads; None: as many as query heads."""
+  head_dim: PositiveInt | None = None
+  """Dimensions per head (H); None: embed_dim / num_heads."""
+  mlp_dim: PositiveInt
+  """Hidden width of the MLP (F)."""
+  max_length: PositiveInt
+  """Longest context in tokens."""
+
+  positions: (
+    Annotated[LearnedPositions | RotaryPositions, pydantic.Field(discriminator='kind')] | None
+  ) = RotaryPositions()
+  """Learned or rotary positions, by `kind`; None: no positions at all."""
+  local_positions: RotaryPositions | None = None
+  """Rotary positions of local layers; None: those of the other layers."""
+  layer_pattern: tuple[LayerKind, ...] = ('global',)
+  """Kinds of the layers, repeated over depth: 'global' sees everything before, 'local' the last
+  `window` tokens, 'global_nope' everything, without rotation."""
+  window: PositiveInt | None = None
+  """Tokens that a local layer sees, the current one included."""
+
+  norm: NormConfig = NormConfig()
+  """Normalisation used throughout."""
+  norm_placement: Literal['pre', 'post', 'sandwich'] = 'pre'
+  """Norms on the input of attention and MLP ('pre'), on their output ('post', OLMo 2), or both
+  ('sandwich', Gemma 2)."""
+  residual: Literal['sequential', 'parallel'] = 'sequential'
+  """Whether the MLP reads what attention wrote, or the same input ('parallel', GPT-NeoX)."""
+  activation: Literal['gelu', 'gelu_tanh', 'silu', 'relu'] = 'silu'
+  """Activation of the MLP; 'gelu' is exact, 'gelu_tanh' the approximation of GPT-2."""
+  gated: bool = True
+  """Multiply the activation by a second projection (SwiGLU, GeGLU)."""
+  biases: tuple[BiasPlace, ...] = ()
+  """Which projections have a bias: 'qkv', 'attention_out', 'mlp', 'head'."""
+  tied_head: bool = False
+  """Whether the token embedding also predicts."""
+  query_key_norm: Literal['head', 'width'] | None = None
+  """Normalise queries and keys per head (Qwen 3), over all heads (OLMo 2), or not (None)."""
+  attention_scale: PositiveFloat | None = None
+  """Factor of the attention logits; None: head_dim ** -0.5."""
+  attention_softcap: PositiveFloat | None = None
+  """Attention logits x become cap * tanh(x / cap); None: off."""
+  logit_softcap: PositiveFloat | None = None
+  """The same for the final logits."""
+  embedding_scale: PositiveFloat | None = None
+  """Factor of the token embedding (Gemma: sqrt(embed_dim)); None: 1."""
+  dropout_rate: Rate = 0.0
+  """Dropout of the embeddings and of what attention and MLP add."""
+  attention_dropout_rate: Rate = 0.0
+  """Dropout of the attention probabilities."""
+  initializer: InitializerConfig = InitializerConfig()
+  """How parameters start."""
+
+  dtype: Literal['float32', 'bfloat16'] = 'float32'
+  """Dtype of activations and matrix products; parameters, norms, softmax and logits are float32."""
+  attention: Literal['xla', 'cudnn'] = 'xla'
+  """Implementation of attention: 'xla' runs everywhere, 'cudnn' is fused, on NVIDIA GPUs."""
+  scan_layers: bool = True
+  """Run layers by a scan (compiles fast) or unrolled; parameters and results are the same."""
+  remat: Literal['none', 'full', 'dots', 'dots_no_batch'] = 'none'
+  """What the backward pass recomputes: nothing, everything but layer inputs, everything but matrix
+  products, everything but products with weights."""
+
+  @property
+  def kv_heads(self) -> int:
+    """K."""
+    return self.num_kv_heads or self.num_heads
+
+  @property
+  def head_size(self) -> int:
+    """H."""
+    return self.head_dim or self.embed_dim // self.num_heads
+
+  @property
+  def padded_vocab_size(self) -> int:
+    """V: rows of the embedding table."""
+    return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+  @property
+  def query_scale(self) -> float:
+    """Factor of the attention logits."""
+    return self.attention_scale or self.head_size**-0.5
+
+  @property
+  def layer_kinds(self) -> tuple[LayerKind, ...]:
+    """The kind of each of the L layers."""
+    return tuple(self.layer_pattern[i % len(self.layer_pattern)] for i in range(self.num_layers))
+
+  def stddev(self, inputs: int, residual: bool = False) -> float:
+    """Return the initial deviation of a kernel that sums `inputs` numbers (into the residual)."""
+    stddev = self.initializer.stddev or inputs**-0.5
+    if residual and self.initializer.scale_residual:
+      stddev /= (2 * self.num_layers) ** 0.5
+    return stddev
+
+  @pydantic.model_validator(mode='after')
+  def _check(self) -> 'DecoderConfig':
+    for check in (_check_heads, _check_positions, _check_layers, _check_attention):
+      check(self)
+    return self
+
+
+def _check_heads(config: DecoderConfig) -> None:
+  if config.head_dim is None and config.embed_dim % config.num_heads:
+    raise ValueError(
+      f'num_heads={config.num_heads} does not divide embed_dim={config.embed_dim}; '
+      'change one of them, or set head_dim'
+    )
+  if config.num_heads % config.kv_heads:
+    raise ValueError(
+      f'num_kv_heads={config.num_kv_heads} does not divide num_heads={config.num_heads}; '
+      'each key/value head serves the same number of query heads'
+    )
+
+
+def _check_positions(config: DecoderConfig) -> None:
+  for name in ('positions', 'local_positions'):
+    rotary = getattr(config, name)
+    if isinstance(rotary, RotaryPositions):
+      dim = rotary_dim(rotary, config.head_size)
+      if dim < 2 or dim % 2:
+        raise ValueError(
+          f'{name}.fraction={rotary.fraction} of head_dim={config.head_size} rotates {dim} '
+          'dimensions; they must be an even number, at least 2'
+        )
+  if config.local_positions is not None:
+    if 'local' not in config.layer_kinds:
+      raise ValueError("local_positions is set but layer_pattern has no 'local' layer")
+    if not isinstance(config.positions, RotaryPositions):
+      raise ValueError('local_positions needs rotary positions in the other layers too')
+
+
+def _check_layers(config: DecoderConfig) -> None:
+  if not config.layer_pattern:
+    raise ValueError("layer_pattern=(): name at least one kind, such as ('global',)")
+  if ('local' in config.layer_kinds) != (config.window is not None):
+    raise ValueError(
+      f'window={config.window} with layer_pattern={config.layer_pattern}: local layers need a '
+      'window, and a window needs local layers'
+    )
+
+
+def _check_attention(config: DecoderConfig) -> None:
+  if config.attention == 'cudnn':
+    for name in ('attention_softcap', 'attention_dropout_rate'):
+      if getattr(config, name):
+        raise ValueError(f"attention='cudnn' has no {name}={getattr(config, name)}; use 'xla'")
+    if config.dtype != 'bfloat16':
+      raise ValueError("attention='cudnn' needs dtype='bfloat16'")

@@ -1,0 +1,370 @@
+"""One decoder-only transformer: embed -> blocks -> norm -> logits; cache in, cache out.
+
+`Decoder` is the module, used purely: `Decoder(config).apply(variables, tokens_BT)`. `init`,
+`abstract` and `unstack` make and reshape its variables; `parameter_count` and `flops_per_token`
+say what it costs. The parameters of all blocks are stored stacked on axis 0 and run by a scan or
+unrolled; both call the same pure `Block` on one layer's slice, and so agree exactly.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxllm.models import attention
+from jaxllm.models.attention import MASKED, Attention, View, softcap
+from jaxllm.models.cache import KVCache, init_cache
+from jaxllm.models.config import DecoderConfig
+from jaxllm.models.linear import Embed, Linear
+from jaxllm.models.mlp import Mlp
+from jaxllm.models.norms import Norm
+from jaxllm.models.positions import (
+  LearnedPositions,
+  RotaryPositions,
+  rotations,
+  segment_positions,
+)
+from jaxllm.sharding import constrain
+
+__all__ = [
+  'Decoder', 'DecoderConfig', 'KVCache', 'abstract', 'flops_per_token', 'init', 'init_cache',
+  'parameter_count', 'unstack',
+]
+
+REMAT_POLICIES: Mapping[str, Callable[..., Any]] = {
+  'full': jax.checkpoint_policies.nothing_saveable,
+  'dots': jax.checkpoint_policies.dots_saveable,
+  'dots_no_batch': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+# Collections that hold one tree per layer.
+_LAYERED = ('params', 'lora')
+
+
+class Block(nn.Module):
+  """One layer: attention and MLP, each added to the residual stream."""
+
+  config: DecoderConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    x_BTD: jax.Array,
+    view: View,
+    deterministic: bool,
+    cache: KVCache | None = None,
+    layer: int | jax.Array = 0,
+    slots_BT: jax.Array | None = None,
+  ) -> tuple[jax.Array, KVCache | None]:
+    """Return (x_BTD, cache) after this layer; arguments as in `Attention`."""
+    config = self.config
+    added, cache = Attention(config, name='attention')(
+      self._before('attention_norm', x_BTD), view, deterministic, cache, layer, slots_BT
+    )
+    added = self._after('attention_post_norm', added, deterministic)
+    mixed = x_BTD + added
+    mlp_input = x_BTD if config.residual == 'parallel' else mixed
+    added = Mlp(config, name='mlp')(self._before('mlp_norm', mlp_input))
+    x_BTD = mixed + self._after('mlp_post_norm', added, deterministic)
+    return constrain(x_BTD, 'batch', 'length', 'activation_embed'), cache
+
+  def _before(self, name: str, x_BTD: jax.Array) -> jax.Array:
+    return x_BTD if self.config.norm_placement == 'post' else _norm(self.config, name)(x_BTD)
+
+  def _after(self, name: str, x_BTD: jax.Array, deterministic: bool) -> jax.Array:
+    if self.config.norm_placement != 'pre':
+      x_BTD = _norm(self.config, name)(x_BTD)
+    return nn.Dropout(self.config.dropout_rate)(x_BTD, deterministic)
+
+
+class Decoder(nn.Module):
+  """A decoder-only transformer.
+
+  `variables` is {'params': ...} and optionally 'lora', plain nested dicts; the `layers` of each may
+  be stacked (from `init`) or a dict of single layers (from `unstack`).
+  """
+
+  config: DecoderConfig
+
+  def setup(self):  # noqa: D102
+    config = self.config
+    stddev = config.initializer.stddev or 1.0
+    self.embed = Embed(
+      config.padded_vocab_size, config.embed_dim, ('vocab', 'embed'), stddev, config.dtype
+    )
+    if isinstance(config.positions, LearnedPositions):
+      self.positions = Embed(
+        config.max_length, config.embed_dim, ('positions', 'embed'), stddev, config.dtype
+      )
+    self.dropout = nn.Dropout(config.dropout_rate)
+    self.final_norm = _norm(config)
+    if not config.tied_head:
+      self.head = Linear(
+        (config.embed_dim,), (config.padded_vocab_size,), ('embed', 'vocab'),
+        config.stddev(config.embed_dim), 'head' in config.biases, jnp.float32,
+      )
+    if self.is_initializing():
+      self.param('layers', self._init_layers)
+
+  def __call__(
+    self,
+    tokens_BT: jax.Array,
+    segment_ids_BT: jax.Array | None = None,
+    positions_BT: jax.Array | None = None,
+    deterministic: bool = True,
+  ) -> jax.Array:
+    """Return the logits of the next token at every position.
+
+    Args:
+      tokens_BT: int32 ids, each below `vocab_size` (the caller checks: JAX clamps silently).
+      segment_ids_BT: int32, 0 = padding; tokens see only their own segment. None: one segment.
+      positions_BT: int32, from 0 in each segment. None: derived from the segments.
+      deterministic: whether dropout is off; if not, pass `rngs={'dropout': key}` to `apply`.
+
+    Returns:
+      logits_BTV float32; those of padded vocabulary entries are -1e30.
+    """
+    return self.logits(self.hidden(tokens_BT, segment_ids_BT, positions_BT, deterministic))
+
+  def hidden(
+    self,
+    tokens_BT: jax.Array,
+    segment_ids_BT: jax.Array | None = None,
+    positions_BT: jax.Array | None = None,
+    deterministic: bool = True,
+  ) -> jax.Array:
+    """Return the normalised hidden states (B, T, D); arguments as in `__call__`."""
+    length = tokens_BT.shape[1]
+    if positions_BT is None:
+      positions_BT = jnp.arange(length, dtype=jnp.int32)[None]
+      if segment_ids_BT is not None:
+        positions_BT = segment_positions(segment_ids_BT)
+    views = self._views(
+      functools.partial(attention.sequence_mask, length, segment_ids_BT),
+      positions_BT, positions_BT.max(axis=1) + 1,
+    )
+    x_BTD, _ = self._run(self._embed(tokens_BT, positions_BT, deterministic), views, deterministic)
+    return self.final_norm(x_BTD)
+
+  def logits(self, hidden: jax.Array) -> jax.Array:
+    """Return float32 logits (..., V) of hidden states (..., D); padded entries are -1e30."""
+    config = self.config
+    logits = self.embed.attend(hidden) if config.tied_head else self.head(hidden)
+    logits = softcap(logits, config.logit_softcap)
+    if config.padded_vocab_size == config.vocab_size:
+      return logits
+    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    return jnp.where(ids < config.vocab_size, logits, MASKED)
+
+  def extend(
+    self, tokens_BT: jax.Array, cache: KVCache, counts_B: jax.Array
+  ) -> tuple[jax.Array, KVCache]:
+    """Append tokens to the rows of a cache: prefill, a chunk of it, or a step of decoding.
+
+    Args:
+      tokens_BT: int32; the first `counts_B[b]` of row b are real, the rest is ignored.
+      cache: of B rows; row b continues at slot and position `lengths_B[b]`.
+      counts_B: int32 in [0, T]. The caller sees to it that lengths + counts fit the cache; what
+        does not is dropped.
+
+    Returns:
+      (hidden_BTD, of which only the real positions mean anything; the cache with new lengths).
+    """
+    offsets_1T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
+    positions_BT = cache.lengths_B[:, None] + offsets_1T
+    num_slots = cache.keys[0].shape[-3]
+    slots_BT = jnp.where(offsets_1T < counts_B[:, None], positions_BT, num_slots)
+    lengths_B = cache.lengths_B + counts_B
+    views = self._views(
+      functools.partial(attention.slot_mask, positions_BT, num_slots), positions_BT, lengths_B
+    )
+    x_BTD = self._embed(tokens_BT, positions_BT, True)
+    x_BTD, cache = self._run(x_BTD, views, True, cache, slots_BT)
+    return self.final_norm(x_BTD), cache.replace(lengths_B=lengths_B)
+
+  def _embed(self, tokens_BT, positions_BT, deterministic: bool) -> jax.Array:
+    config = self.config
+    x_BTD = self.embed(tokens_BT)
+    if config.embedding_scale is not None:
+      x_BTD = x_BTD * jnp.asarray(config.embedding_scale, x_BTD.dtype)
+    if isinstance(config.positions, LearnedPositions):
+      x_BTD = x_BTD + self.positions(positions_BT)
+    x_BTD = self.dropout(x_BTD, deterministic)
+    return constrain(x_BTD, 'batch', 'length', 'activation_embed')
+
+  def _views(
+    self, mask: Callable[[int | None], jax.Array], positions_BT: jax.Array, length_B: jax.Array
+  ) -> dict[str, View]:
+    """Return what each kind of layer sees; `mask` makes the mask of a window."""
+    config = self.config
+    views = {}
+    for kind in dict.fromkeys(config.layer_kinds):
+      rotary = config.local_positions if kind == 'local' else None
+      rotary = rotary or config.positions
+      rotation = None
+      if isinstance(rotary, RotaryPositions):
+        cos, sin = rotations(rotary, config.head_size, positions_BT, length_B)
+        if kind == 'global_nope':
+          cos, sin = jnp.ones_like(cos), jnp.zeros_like(sin)
+        rotation = cos, sin
+      views[kind] = View(mask(config.window if kind == 'local' else None), rotation)
+    return views
+
+  def _run(
+    self,
+    x_BTD: jax.Array,
+    views: Mapping[str, View],
+    deterministic: bool,
+    cache: KVCache | None = None,
+    slots_BT: jax.Array | None = None,
+  ) -> tuple[jax.Array, KVCache | None]:
+    """Run all layers, by a scan where everything is stacked, else one by one."""
+    config = self.config
+    layers = {
+      name: nn.meta.unbox(tree['layers'])
+      for name, tree in self.variables.items() if name in _LAYERED and 'layers' in tree
+    }
+    key = None if deterministic or not _has_dropout(config) else self.make_rng('dropout')
+    scanned = config.scan_layers and not any(map(_is_unstacked, layers.values()))
+    scanned = scanned and (cache is None or not isinstance(cache.keys, tuple))
+
+    def run_block(variables, x_BTD, view, cache, layer):
+      rngs = None if key is None else {'dropout': jax.random.fold_in(key, layer)}
+      return Block(config, parent=None).apply(
+        variables, x_BTD, view, key is None, cache, layer, slots_BT, rngs=rngs
+      )
+
+    if config.remat != 'none':
+      run_block = jax.checkpoint(
+        run_block, policy=REMAT_POLICIES[config.remat], prevent_cse=not scanned
+      )
+    if scanned:
+      return _scan(run_block, layers, x_BTD, views, cache, config.layer_kinds)
+    for layer, kind in enumerate(config.layer_kinds):
+      variables = {name: _take(tree, layer) for name, tree in layers.items()}
+      x_BTD, cache = run_block(variables, x_BTD, views[kind], cache, layer)
+    return x_BTD, cache
+
+  def _init_layers(self, key: jax.Array) -> Any:
+    """Return the parameters of all blocks, boxed with their axes, stacked on axis 0."""
+    config = self.config
+    x_BTD = jnp.zeros((1, 1, config.embed_dim), config.dtype)
+    position_BT = jnp.zeros((1, 1), jnp.int32)
+    mask = functools.partial(attention.sequence_mask, 1, None)
+    view = self._views(mask, position_BT, jnp.ones(1, jnp.int32))[config.layer_kinds[0]]
+
+    def init_block(layer: jax.Array) -> Any:
+      block = Block(config, parent=None)
+      return block.init(jax.random.fold_in(key, layer), x_BTD, view, True)['params']
+
+    stacked = jax.vmap(init_block)(jnp.arange(config.num_layers))
+    return nn.meta.add_axis(stacked, 0, {nn.PARTITION_NAME: 'layers'})
+
+
+def init(config: DecoderConfig, key: jax.Array) -> dict[str, Any]:
+  """Return fresh variables, {'params': ...}, float32 in plain nested dicts.
+
+  Traceable: `jax.jit(partial(init, config), out_shardings=...)` makes them where they belong.
+  """
+  return nn.meta.unbox(_boxed_init(config, key))
+
+
+def abstract(config: DecoderConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Describe the variables without allocating any.
+
+  Returns:
+    (shapes, axes): trees of the form of `init`'s, with ShapeDtypeStruct leaves and with leaves that
+    are tuples of logical axis names, one per dimension.
+  """
+  boxed = jax.eval_shape(functools.partial(_boxed_init, config), jax.random.key(0))
+  axes = jax.tree.map(lambda box: box.names, boxed, is_leaf=nn.meta.is_axis_metadata)
+  return nn.meta.unbox(boxed), axes
+
+
+def unstack(variables: Mapping[str, Any]) -> dict[str, Any]:
+  """Return variables whose `layers` are dicts {'0': ..., '1': ...} of single layers.
+
+  Decoding with unrolled layers then reads each weight where it lies, instead of slicing the stack
+  in every step. Pair it with `init_cache(..., stacked=False)`.
+  """
+  result = dict(variables)
+  for name in _LAYERED:
+    layers = result.get(name, {}).get('layers')
+    if layers is not None and not _is_unstacked(layers):
+      count = jax.tree.leaves(layers)[0].shape[0]
+      result[name] = {**result[name], 'layers': {str(i): _take(layers, i) for i in range(count)}}
+  return result
+
+
+def parameter_count(config: DecoderConfig) -> int:
+  """Return the number of parameters, without those of the vocabulary's padding."""
+  shapes, _ = abstract(config.replace(vocab_multiple=1))
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+def flops_per_token(config: DecoderConfig, context_length: int) -> float:
+  """Return the floating-point operations of matrix products per token of a forward pass.
+
+  A multiply-add counts as two. Attention counts what a causal (and windowed) mask leaves visible,
+  averaged over the positions of a full context; a training step takes three times as much.
+
+  Args:
+    config: sizes.
+    context_length: T, tokens per sequence.
+  """
+  heads_dim = config.num_heads * config.head_size
+  attention_weights = 2 * config.embed_dim * (heads_dim + config.kv_heads * config.head_size)
+  mlp_weights = (3 if config.gated else 2) * config.embed_dim * config.mlp_dim
+  weights = config.num_layers * (attention_weights + mlp_weights)
+  weights += config.embed_dim * config.vocab_size
+  visible = 0.0
+  for kind in config.layer_kinds:
+    window = min(config.window, context_length) if kind == 'local' else context_length
+    visible += window - window * (window - 1) / (2 * context_length)
+  return 2.0 * weights + 4.0 * heads_dim * visible
+
+
+def _norm(config: DecoderConfig, name: str | None = None) -> Norm:
+  return Norm(config.norm, (config.embed_dim,), ('embed',), config.dtype, name=name)
+
+
+def _has_dropout(config: DecoderConfig) -> bool:
+  return config.dropout_rate > 0 or config.attention_dropout_rate > 0
+
+
+def _boxed_init(config: DecoderConfig, key: jax.Array) -> dict[str, Any]:
+  return dict(Decoder(config).init(key, jnp.zeros((1, 1), jnp.int32)))
+
+
+def _is_unstacked(layers: Mapping[str, Any]) -> bool:
+  return '0' in layers
+
+
+def _take(layers: Mapping[str, Any], layer: int) -> Mapping[str, Any]:
+  """Return one layer's tree of stacked or unstacked layers."""
+  if _is_unstacked(layers):
+    return layers[str(layer)]
+  return jax.tree.map(lambda leaf: leaf[layer], layers)
+
+
+def _scan(run_block, layers, x_BTD, views, cache, kinds):
+  """Scan `run_block` over the layers; where kinds differ, each layer picks its view by number."""
+  names = list(views)
+  stacked_views = jax.tree.map(lambda *leaves: jnp.stack(leaves), *views.values())
+
+  def body(carry, layer_inputs):
+    variables, layer, kind = layer_inputs
+    view = views[names[0]]
+    if len(names) > 1:
+      view = jax.tree.map(lambda leaf: leaf[kind], stacked_views)
+    x_BTD, cache = run_block(variables, carry[0], view, carry[1], layer)
+    return (x_BTD, cache), None
+
+  layer_L = jnp.arange(len(kinds), dtype=jnp.int32)
+  kind_L = jnp.asarray([names.index(kind) for kind in kinds], jnp.int32)
+  (x_BTD, cache), _ = jax.lax.scan(body, (x_BTD, cache), (layers, layer_L, kind_L))
+  return x_BTD, cache
