@@ -1,0 +1,175 @@
+"""Next-token cross-entropy, plain or in chunks that never hold the logits of the whole batch."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import pydantic
+
+from jaxllm.config import Config
+
+if TYPE_CHECKING:
+  from jaxllm.models.decoder import Decoder
+
+Sums = dict[str, jax.Array]
+
+
+class ObjectiveConfig(Config):
+  """What is added to the cross-entropy, and how much of the logits exists at once."""
+
+  label_smoothing: float = pydantic.Field(0.0, ge=0, lt=1)
+  """Share of the target probability that is spread evenly over the whole vocabulary."""
+  z_loss: float = pydantic.Field(0.0, ge=0)
+  """Factor of the squared log-partition, which keeps logits from drifting (1e-4 is usual)."""
+  chunk_size: int | None = pydantic.Field(None, gt=0)
+  """Positions of each sequence whose logits exist at once; None: all of them, which is faster and
+  needs batch * length * vocabulary * 4 bytes."""
+
+
+def next_token_loss(
+  config: ObjectiveConfig,
+  model: 'Decoder',
+  variables: Any,
+  batch: dict[str, jax.Array],
+  dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, Sums]:
+  """Sum the weighted loss of a batch; divide by the count only after all sums are added.
+
+  Args:
+    config: the loss.
+    model: gives `hidden` and `logits`, and `config.vocab_size`.
+    variables: of the model.
+    batch: tokens_BT, targets_BT, weights_BT, segment_ids_BT, positions_BT.
+    dropout_key: None turns dropout off.
+
+  Returns:
+    The float32 sums of weighted loss and of weights, and a dict of weighted sums that are part of
+    neither: `cross_entropy_sum` in nats without smoothing and z-loss, `z_loss_sum`, and
+    `correct_sum`, the tokens to which no other was preferred. Where all weights are 0, all are 0.
+  """
+  hidden_BTD = model.apply(
+    variables, batch['tokens'], batch['segment_ids'], batch['positions'],
+    deterministic=dropout_key is None,
+    rngs=None if dropout_key is None else {'dropout': dropout_key},
+    method='hidden',
+  )
+
+  def sums(hidden_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> Sums:
+    logits_BTV = model.apply(variables, hidden_BTD, method='logits')
+    return token_sums(config, logits_BTV, targets_BT, weights_BT, model.config.vocab_size)
+
+  if config.chunk_size is None:
+    totals = sums(hidden_BTD, batch['targets'], batch['weights'])
+  else:
+    totals = _add_chunks(
+      jax.checkpoint(sums), config.chunk_size, hidden_BTD, batch['targets'], batch['weights']
+    )
+  return totals.pop('loss_sum'), totals.pop('weight_sum'), totals
+
+
+def token_sums(
+  config: ObjectiveConfig,
+  logits_BTV: jax.Array,
+  targets_BT: jax.Array,
+  weights_BT: jax.Array,
+  vocab_size: int,
+) -> Sums:
+  """Sum the losses of logits that are already there.
+
+  Args:
+    config: the loss.
+    logits_BTV: float32; entries from `vocab_size` on are padding, and no part of smoothing.
+    targets_BT: int32; may hold anything where the weight is 0.
+    weights_BT: float32.
+    vocab_size: real entries of the vocabulary.
+
+  Returns:
+    float32 scalars: loss_sum, weight_sum and those of `next_token_loss`.
+
+  Reference:
+    z-loss: Chowdhery et al., PaLM, arXiv 2204.02311, section 5. Label smoothing: Szegedy et al.,
+    arXiv 1512.00567, section 7.
+  """
+  log_partition_BT, target_BT, mean_BT, best_BT = _statistics(vocab_size, logits_BTV, targets_BT)
+  cross_entropy_BT = log_partition_BT - target_BT
+  z_BT = config.z_loss * jnp.square(log_partition_BT)
+  smoothed_BT = cross_entropy_BT + config.label_smoothing * (target_BT - mean_BT)
+
+  def weighted(x_BT: jax.Array) -> jax.Array:
+    # A target that cannot be (a padding id) has infinite loss, and 0 * inf is NaN.
+    return jnp.sum(weights_BT * jnp.where(weights_BT == 0, 0, x_BT))
+
+  return {
+    'loss_sum': weighted(smoothed_BT + z_BT),
+    'weight_sum': jnp.sum(weights_BT),
+    'cross_entropy_sum': weighted(cross_entropy_BT),
+    'z_loss_sum': weighted(z_BT),
+    'correct_sum': weighted(target_BT >= best_BT),
+  }
+
+
+def average(total: jax.Array, count: jax.Array) -> jax.Array:
+  """Divide a sum by its count; 0 where nothing was counted."""
+  return total / jnp.where(count == 0, 1, count)
+
+
+def _add_chunks(
+  sums: Callable[..., Sums], chunk_size: int, *arrays_BT: jax.Array
+) -> Sums:
+  """Add up `sums` over chunks of the length axis; rows stay together, as they are sharded."""
+  length = arrays_BT[0].shape[1]
+  chunk_size = min(chunk_size, length)
+  num_chunks = -(-length // chunk_size)
+
+  def split(x_BT: jax.Array) -> jax.Array:
+    padding = [(0, 0)] * x_BT.ndim
+    padding[1] = (0, num_chunks * chunk_size - length)  # Zeros: also the weights.
+    x_BT = jnp.pad(x_BT, padding)
+    return x_BT.reshape(x_BT.shape[0], num_chunks, chunk_size, *x_BT.shape[2:]).swapaxes(0, 1)
+
+  def add(carry: Sums, chunk: tuple[jax.Array, ...]) -> tuple[Sums, None]:
+    return jax.tree.map(jnp.add, carry, sums(*chunk)), None
+
+  chunks = tuple(split(x_BT) for x_BT in arrays_BT)
+  shapes = jax.eval_shape(sums, *(chunk[0] for chunk in chunks))
+  zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+  return jax.lax.scan(add, zeros, chunks)[0]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _statistics(
+  vocab_size: int, logits_BTV: jax.Array, targets_BT: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+  """Reduce logits to all that the loss needs: log-partition, target, mean and largest logit.
+
+  The gradient is one expression over the logits, which are all that is kept for it. The target is
+  picked by comparison: a gather's gradient is a scatter, and does not shard over the vocabulary.
+  """
+  best_BT1 = jnp.max(logits_BTV, axis=-1, keepdims=True)
+  log_partition_BT = jnp.log(jnp.sum(jnp.exp(logits_BTV - best_BT1), axis=-1)) + best_BT1[..., 0]
+  index_V = jax.lax.broadcasted_iota(jnp.int32, logits_BTV.shape, logits_BTV.ndim - 1)
+  target_BT = jnp.sum(jnp.where(index_V == targets_BT[..., None], logits_BTV, 0), axis=-1)
+  mean_BT = jnp.sum(jnp.where(index_V < vocab_size, logits_BTV, 0), axis=-1) / vocab_size
+  return log_partition_BT, target_BT, mean_BT, best_BT1[..., 0]
+
+
+def _statistics_forward(vocab_size: int, logits_BTV: jax.Array, targets_BT: jax.Array) -> Any:
+  statistics = _statistics(vocab_size, logits_BTV, targets_BT)
+  return statistics, (logits_BTV, targets_BT, statistics[0])
+
+
+def _statistics_backward(vocab_size: int, saved: Any, cotangents: Any) -> Any:
+  logits_BTV, targets_BT, log_partition_BT = saved
+  of_partition, of_target, of_mean, _ = (x_BT[..., None] for x_BT in cotangents)
+  index_V = jax.lax.broadcasted_iota(jnp.int32, logits_BTV.shape, logits_BTV.ndim - 1)
+  gradient_BTV = (
+    of_partition * jnp.exp(logits_BTV - log_partition_BT[..., None])
+    + jnp.where(index_V == targets_BT[..., None], of_target, 0)
+    + jnp.where(index_V < vocab_size, of_mean / vocab_size, 0)
+  )
+  return gradient_BTV, None
+
+
+_statistics.defvjp(_statistics_forward, _statistics_backward)

@@ -1,0 +1,284 @@
+"""Optimizers by name, each composed from optax: clip, direction, weight decay, learning rate.
+
+`weight_decay` means the same for all of them: each update subtracts learning rate * weight_decay
+* parameter from the parameters whose leaf is named in `decay_names`, wherever layers are stacked.
+"""
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import optax
+import pydantic
+
+from jaxllm.config import Config
+
+
+class OptimizerConfig(Config):
+  """Which optimizer, and its settings.
+
+  A setting of None takes the named optimizer's own default; one that it does not read is refused.
+  """
+
+  name: str = 'adamw'
+  """adamw, adafactor, lion, muon, sgd or schedule_free_adamw."""
+  learning_rate: float = pydantic.Field(1e-3, gt=0)
+  """Peak learning rate; the schedule scales it."""
+  weight_decay: float = pydantic.Field(0.1, ge=0)
+  """Decay per unit of learning rate, on the parameters of decay_names."""
+  decay_names: tuple[str, ...] = ('kernel', 'embedding')
+  """Last path component of the parameters that decay; each name must match one."""
+  clip_norm: float | None = pydantic.Field(1.0, gt=0)
+  """Gradients with a larger global norm are scaled down to it; None: never."""
+  beta1: float | None = pydantic.Field(None, ge=0, lt=1)
+  """Decay of the first moment (adamw, muon's AdamW part: 0.9; lion: 0.9, the update's mixture);
+  for schedule_free_adamw the interpolation towards the average (0.9)."""
+  beta2: float | None = pydantic.Field(None, ge=0, lt=1)
+  """Decay of the second moment (adamw, muon: 0.95; schedule_free_adamw: 0.999); lion's momentum
+  (0.99)."""
+  epsilon: float | None = pydantic.Field(None, gt=0)
+  """Added to the denominator (adamw, muon, schedule_free_adamw: 1e-8)."""
+  momentum: float | None = pydantic.Field(None, ge=0, lt=1)
+  """Decay of the momentum (sgd: 0.9; muon: 0.95)."""
+  momentum_dtype: Literal['float32', 'bfloat16'] | None = None
+  """Storage of the first moment (adamw, lion, muon, sgd); None: that of the parameters."""
+
+  @pydantic.model_validator(mode='after')
+  def _check(self) -> 'OptimizerConfig':
+    if self.name not in OPTIMIZERS:
+      raise ValueError(f'name={self.name!r}: one of {", ".join(OPTIMIZERS)}')
+    read = _settings_of(self.name)
+    for field in _SETTINGS:
+      if getattr(self, field) is not None and field not in read:
+        raise ValueError(f'{field}={getattr(self, field)!r}: {self.name!r} does not read it (it '
+                         f'reads {", ".join(read) or "none of these"}); set it to None')
+    return self
+
+
+def make_optimizer(
+  config: OptimizerConfig, schedule: optax.Schedule, params: Any
+) -> optax.GradientTransformation:
+  """Compose the optimizer.
+
+  Args:
+    config: name and settings.
+    schedule: count of finished updates -> learning rate, from `make_schedule`.
+    params: nested dict of arrays or ShapeDtypeStructs; only paths and ranks are read.
+
+  Returns:
+    An optax transform whose update needs the params.
+
+  Raises:
+    ValueError: a name of `decay_names` matches no parameter.
+  """
+  settings = {name: getattr(config, name) for name in _settings_of(config.name)}
+  settings = {name: value for name, value in settings.items() if value is not None}
+  task = _Task(params, schedule, _decay(config, params))
+  optimizer = OPTIMIZERS[config.name](task, **settings)
+  if config.clip_norm is None:
+    return optimizer
+  return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+
+
+def evaluation_params(config: OptimizerConfig, opt_state: Any, params: Any) -> Any:
+  """Return the parameters to evaluate and to sample with.
+
+  Schedule-free training takes its gradients beside the averaged parameters that it is about; all
+  other optimizers are evaluated where they train.
+
+  Args:
+    config: the optimizer's config.
+    opt_state: its state.
+    params: the parameters that are being trained.
+  """
+  if config.name != 'schedule_free_adamw':
+    return params
+  found = jax.tree.leaves(opt_state, is_leaf=_is_schedule_free)
+  return optax.contrib.schedule_free_eval_params(next(filter(_is_schedule_free, found)), params)
+
+
+def decay_mask(names: tuple[str, ...], params: Any) -> Any:
+  """Return a tree of bools: True where the last path component is one of `names`.
+
+  By name and not by rank, because stacking the layers gives a norm's scale two dimensions.
+
+  Raises:
+    ValueError: a name matches no parameter.
+  """
+  mask = jax.tree_util.tree_map_with_path(lambda path, _: _keys(path)[-1] in names, params)
+  present = {_keys(path)[-1] for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+  for name in names:
+    if name not in present:
+      raise ValueError(f'optimizer.decay_names: {name!r} matches no parameter (names: '
+                       f'{", ".join(sorted(present))})')
+  return mask
+
+
+class _Task(NamedTuple):
+  """What every optimizer is composed around."""
+
+  params: Any
+  schedule: optax.Schedule
+  decay: optax.GradientTransformation
+
+
+def _descend(task: _Task, direction: optax.GradientTransformation) -> optax.GradientTransformation:
+  return optax.chain(direction, task.decay, optax.scale_by_learning_rate(task.schedule))
+
+
+def _adamw(
+  task: _Task, *, beta1: float = 0.9, beta2: float = 0.95, epsilon: float = 1e-8,
+  momentum_dtype: str | None = None,
+) -> optax.GradientTransformation:
+  """Loshchilov and Hutter, Decoupled Weight Decay Regularization, arXiv 1711.05101."""
+  return _descend(task, optax.scale_by_adam(beta1, beta2, epsilon, mu_dtype=momentum_dtype))
+
+
+def _adafactor(task: _Task) -> optax.GradientTransformation:
+  """Shazeer and Stern, Adafactor, arXiv 1804.04235, algorithm 5, without relative step sizes.
+
+  Factored, clipped and scaled matrix by matrix: optax alone would take a stack of layers for one
+  block, and a head axis for a matrix dimension. Unlike `optax.adafactor`, weight decay is scaled
+  by the learning rate, as everywhere here.
+  """
+  matrix = optax.chain(
+    optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
+  )
+  labels = jax.tree_util.tree_map_with_path(
+    lambda path, _: 'stacked' if _is_stacked(path) else 'single', task.params
+  )
+  rules = {'stacked': _per_layer(matrix), 'single': matrix}
+  present = set(jax.tree.leaves(labels))
+  return _descend(task, optax.partition({name: rules[name] for name in present}, labels))
+
+
+def _lion(
+  task: _Task, *, beta1: float = 0.9, beta2: float = 0.99, momentum_dtype: str | None = None
+) -> optax.GradientTransformation:
+  """Chen et al., Symbolic Discovery of Optimization Algorithms, arXiv 2302.06675."""
+  return _descend(task, optax.scale_by_lion(beta1, beta2, mu_dtype=momentum_dtype))
+
+
+def _muon(
+  task: _Task, *, momentum: float = 0.95, beta1: float = 0.9, beta2: float = 0.95,
+  epsilon: float = 1e-8, momentum_dtype: str | None = None,
+) -> optax.GradientTransformation:
+  """Muon for the kernels inside layers, AdamW for embeddings, norms, biases and the head.
+
+  Updates are scaled to AdamW's usual root mean square, so both share one learning rate: Liu et
+  al., Muon is Scalable for LLM Training, arXiv 2502.16982, equation 4.
+  """
+  axes = jax.tree_util.tree_map_with_path(_matrix_axes, task.params)
+  labels = jax.tree.map(lambda a: 'adamw' if a is None else 'muon', axes, is_leaf=_is_axes)
+  masked = jax.tree.map(lambda a: optax.MaskedNode() if a is None else a, axes, is_leaf=_is_axes)
+
+  def scale(update: jax.Array, axes: optax.contrib.MuonDimensionNumbers) -> jax.Array:
+    sides = (math.prod(update.shape[a] for a in side) for side in axes)
+    return 0.2 * math.sqrt(max(sides)) * update
+
+  orthogonal = optax.chain(
+    optax.contrib.scale_by_muon(
+      beta=momentum, mu_dtype=momentum_dtype, weight_dimension_numbers=lambda _: masked
+    ),
+    optax.stateless(lambda updates, _: jax.tree.map(scale, updates, masked)),
+  )
+  adam = optax.scale_by_adam(beta1, beta2, epsilon, mu_dtype=momentum_dtype)
+  return _descend(task, optax.partition({'muon': orthogonal, 'adamw': adam}, labels))
+
+
+def _sgd(
+  task: _Task, *, momentum: float = 0.9, momentum_dtype: str | None = None
+) -> optax.GradientTransformation:
+  return _descend(task, optax.trace(momentum, accumulator_dtype=momentum_dtype))
+
+
+def _schedule_free_adamw(
+  task: _Task, *, beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8
+) -> optax.GradientTransformation:
+  """Defazio et al., The Road Less Scheduled, arXiv 2405.15682; wants the constant schedule."""
+  second_moment = optax.scale_by_rms(beta2, epsilon, eps_in_sqrt=False, bias_correction=True)
+  return optax.contrib.schedule_free(_descend(task, second_moment), task.schedule, b1=beta1)
+
+
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+  'adamw': _adamw,
+  'adafactor': _adafactor,
+  'lion': _lion,
+  'muon': _muon,
+  'sgd': _sgd,
+  'schedule_free_adamw': _schedule_free_adamw,
+}
+"""name -> function of (task, **settings); its keyword arguments are the fields that it reads."""
+
+_SETTINGS = ('beta1', 'beta2', 'epsilon', 'momentum', 'momentum_dtype')
+
+
+def _settings_of(name: str) -> list[str]:
+  return [field for field in inspect.signature(OPTIMIZERS[name]).parameters if field != 'task']
+
+
+def _decay(config: OptimizerConfig, params: Any) -> optax.GradientTransformation:
+  if not config.weight_decay:
+    return optax.identity()
+  return optax.add_decayed_weights(config.weight_decay, decay_mask(config.decay_names, params))
+
+
+def _keys(path: tuple[Any, ...]) -> list[str]:
+  return [str(getattr(entry, 'key', entry)) for entry in path]
+
+
+def _is_stacked(path: tuple[Any, ...]) -> bool:
+  return 'layers' in _keys(path)
+
+
+def _matrix_axes(path: tuple[Any, ...], leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
+  """Say which axes of a stacked kernel (L, inputs..., outputs...) are its matrix's rows, columns.
+
+  Returns:
+    None for a parameter that is no kernel inside the layers.
+
+  Raises:
+    ValueError: the kernel has more than two matrix axes and an unknown name.
+  """
+  *_, owner, name = ['', *_keys(path)]
+  if name != 'kernel' or not _is_stacked(path):
+    return None
+  axes = tuple(range(1, leaf.ndim))
+  if len(axes) > 2 and owner not in ('query', 'key', 'value', 'out'):
+    raise ValueError(f'{"/".join(_keys(path))}: shape {leaf.shape} is not (layers, in, out), and '
+                     f'no rule says which axes of {owner!r} are inputs')
+  num_inputs = len(axes) - 1 if owner == 'out' else 1
+  return optax.contrib.MuonDimensionNumbers(axes[:num_inputs], axes[num_inputs:])
+
+
+def _per_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+  """Apply `tx` to every layer of stacked parameters by itself, kernels as (in, out) matrices."""
+
+  def matrix(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+    axes = _matrix_axes(path, leaf)
+    if axes is None:
+      return leaf
+    rows = math.prod(leaf.shape[axis] for axis in axes.reduction_axis)
+    return leaf.reshape(leaf.shape[0], rows, -1)
+
+  def matrices(tree: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(matrix, tree)
+
+  def init(params: Any) -> Any:
+    return jax.vmap(tx.init)(matrices(params))
+
+  def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    new, state = jax.vmap(tx.update)(matrices(updates), state, matrices(params))
+    return jax.tree.map(lambda u, old: u.reshape(old.shape), new, updates), state
+
+  return optax.GradientTransformation(init, update)
+
+
+def _is_axes(node: Any) -> bool:
+  return node is None or isinstance(node, optax.contrib.MuonDimensionNumbers)
+
+
+def _is_schedule_free(node: Any) -> bool:
+  return isinstance(node, optax.contrib.ScheduleFreeState)
