@@ -1,0 +1,61 @@
+"""What travels beside the weights, so that a checkpoint alone is enough to sample from."""
+
+import base64
+import binascii
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+  """Everything that a model needs besides its parameters.
+
+  Attributes:
+    config_json: the resolved config of the run.
+    tokenizer_files: file name -> content, all that rebuilds the tokenizer.
+    manifest: the data manifest, JSON-able.
+  """
+
+  config_json: str
+  tokenizer_files: Mapping[str, bytes]
+  manifest: Mapping[str, Any]
+
+
+def to_dict(bundle: Bundle) -> dict[str, Any]:
+  """Return a JSON-able dict from which `from_dict` rebuilds an equal bundle."""
+  return {
+    'format': FORMAT,
+    'config_json': bundle.config_json,
+    'tokenizer_files': {
+      name: base64.b64encode(content).decode('ascii')
+      for name, content in bundle.tokenizer_files.items()
+    },
+    'manifest': dict(bundle.manifest),
+  }
+
+
+def from_dict(fields: Mapping[str, Any]) -> Bundle:
+  """Rebuild a bundle from `to_dict`.
+
+  Raises:
+    ValueError: the dict is damaged, or written in a later format.
+  """
+  if fields.get('format') != FORMAT:
+    raise ValueError(
+      f'the bundle of this checkpoint has format {fields.get("format")!r}, this version of jaxllm '
+      f'reads format {FORMAT}; use the version that wrote it'
+    )
+  try:
+    return Bundle(
+      config_json=str(fields['config_json']),
+      tokenizer_files={
+        str(name): base64.b64decode(text, validate=True)
+        for name, text in fields['tokenizer_files'].items()
+      },
+      manifest=dict(fields['manifest']),
+    )
+  except (KeyError, TypeError, AttributeError, ValueError, binascii.Error) as error:
+    raise ValueError(f'the bundle of this checkpoint is damaged: {error!r}') from error

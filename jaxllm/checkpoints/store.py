@@ -1,0 +1,354 @@
+"""Checkpoints on disk: saved asynchronously and atomically, restored onto any mesh.
+
+A directory holds one subdirectory per step, with the items `state` (arrays, see `tree`) and
+`bundle` (see `bundle`); it counts only once its commit marker is written, last.
+
+- Writing: `open_store`, `save`, `check`, `wait`, `close`.
+- Reading a run's own state: `latest_step`, `restore`.
+- Reading a model from a path: `find_step`, `read_bundle`, `restore_params`.
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+import pydantic
+from etils import epath
+from orbax.checkpoint import checkpoint_managers as policies
+from orbax.checkpoint import options as ocp_options
+
+from jaxllm.checkpoints import bundle as bundle_lib
+from jaxllm.checkpoints import tree
+from jaxllm.checkpoints.bundle import Bundle
+from jaxllm.config import Config
+
+COMMIT_MARKER = 'commit_success.txt'
+DIRECTORY = 'checkpoints'
+STATE, BUNDLE = 'state', 'bundle'
+
+
+class CheckpointError(RuntimeError):
+  """A checkpoint could not be written or read; the message says where, why and what is left."""
+
+
+class CheckpointConfig(Config):
+  """When the state is saved, and what is kept."""
+
+  every_steps: int = pydantic.Field(default=500, gt=0)
+  """Steps between two saves; the last step is always saved."""
+  keep_last: int = pydantic.Field(default=3, gt=0)
+  """How many of the newest checkpoints are kept."""
+  keep_every: int | None = pydantic.Field(default=None, gt=0)
+  """Also keep, for good, the checkpoints of steps divisible by this; None keeps no others."""
+  asynchronous: bool = True
+  """Write in the background while training goes on; the state is copied first."""
+
+
+@dataclasses.dataclass
+class Store:
+  """An open checkpoint directory: a handle, like an open file.
+
+  Attributes:
+    directory: where the steps lie.
+    manager: Orbax's manager of it.
+    pending: the step being written, if any.
+  """
+
+  directory: epath.Path
+  manager: ocp.CheckpointManager
+  pending: int | None = None
+
+
+def open_store(directory: str | os.PathLike[str], config: CheckpointConfig) -> Store:
+  """Open a checkpoint directory for saving and restoring, creating it where it is missing.
+
+  Raises:
+    ValueError: it cannot be written.
+  """
+  path = _absolute(directory)
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    probe = path / f'.writable-{jax.process_index()}'
+    probe.write_text('')
+    probe.unlink()
+  except OSError as error:
+    raise ValueError(
+      f'cannot write checkpoints to {path}: {error.strerror or error}; choose another directory, '
+      'or make this one writable'
+    ) from error
+  keep = [policies.LatestN(config.keep_last)]
+  if config.keep_every is not None:
+    keep.append(policies.EveryNSteps(config.keep_every))
+  manager = ocp.CheckpointManager(
+    path,
+    options=ocp.CheckpointManagerOptions(
+      preservation_policy=policies.AnyPreservationPolicy(keep),
+      enable_async_checkpointing=config.asynchronous,
+      # A rename alone would let any directory with a number for a name pass for a checkpoint.
+      atomicity_options=ocp_options.AtomicityOptions(mode=ocp_options.AtomicityMode.COMMIT_FILE),
+    ),
+  )
+  return Store(path, manager)
+
+
+def save(store: Store, step: int, state: Any, bundle: Bundle) -> bool:
+  """Begin to save a state; the arrays may be donated or deleted as soon as this returns.
+
+  Waits for the previous save, if that is still being written.
+
+  Args:
+    store: from `open_store`.
+    step: the number that names the checkpoint.
+    state: pytree of arrays of any sharding; None and empty nodes are not stored.
+    bundle: what travels with it.
+
+  Returns:
+    False where this step is already stored, and is left as it is.
+
+  Raises:
+    CheckpointError: this save could not begin, or the previous one failed.
+  """
+  wait(store)
+  if step in committed_steps(store.directory):
+    return False
+  items = ocp.args.Composite(**{
+    STATE: ocp.args.PyTreeSave(tree.nest(tree.flatten(state))),
+    BUNDLE: ocp.args.JsonSave(bundle_lib.to_dict(bundle)),
+  })
+  store.pending = step
+  try:
+    store.manager.save(step, args=items, force=True)
+  except Exception as error:
+    raise _failed(store, error) from error
+  return True
+
+
+def check(store: Store) -> None:
+  """Raise where a background save has failed; costs nothing, to be called each step.
+
+  Raises:
+    CheckpointError: it failed, on a full disk for example. Older steps are untouched.
+  """
+  # `manager.check_for_errors` would take the error away from the thread that is about to delete
+  # old steps, which must see it.
+  if store.pending is not None and not store.manager.is_saving_in_progress():
+    wait(store)
+
+
+def wait(store: Store) -> None:
+  """Return once the pending save, if any, is on disk.
+
+  Raises:
+    CheckpointError: it failed.
+  """
+  if store.pending is None:
+    return
+  try:
+    store.manager.wait_until_finished()
+    if store.pending not in committed_steps(store.directory):
+      raise OSError(f'no {COMMIT_MARKER} was written')
+  except Exception as error:
+    raise _failed(store, error) from error
+  store.pending = None
+
+
+def close(store: Store) -> None:
+  """Wait for the pending save and release the threads.
+
+  Raises:
+    CheckpointError: the pending save failed.
+  """
+  try:
+    wait(store)
+  finally:
+    store.manager.close()
+
+
+def committed_steps(directory: str | os.PathLike[str]) -> list[int]:
+  """Return the steps that are complete on disk, ascending; anything else there is ignored."""
+  path = _absolute(directory)
+  if not path.is_dir():
+    return []
+  return sorted(
+    int(entry.name) for entry in path.iterdir()
+    if entry.name.isdecimal() and (entry / COMMIT_MARKER).exists()
+  )
+
+
+def latest_step(store: Store) -> int | None:
+  """Return the newest complete step, or None where there is none."""
+  steps = committed_steps(store.directory)
+  return steps[-1] if steps else None
+
+
+def restore(store: Store, abstract_state: Any, step: int | None = None) -> Any:
+  """Restore a state, each leaf in the sharding that is asked for.
+
+  Args:
+    store: from `open_store`.
+    abstract_state: pytree of ShapeDtypeStructs with shardings of any mesh.
+    step: which one; the newest by default.
+
+  Returns:
+    The state, in the form of `abstract_state`.
+
+  Raises:
+    ValueError: there is no such step, or leaves differ in path, shape or dtype; the message lists
+      all of them.
+    CheckpointError: the files are damaged.
+  """
+  wait(store)
+  steps = committed_steps(store.directory)
+  if not steps or step not in (None, *steps):
+    wanted = 'checkpoint' if step is None else f'step {step}'
+    raise ValueError(f'{store.directory} holds no complete {wanted} (steps: {steps or "none"})')
+  path = store.directory / str(steps[-1] if step is None else step)
+  expected = tree.flatten(abstract_state)
+  _check_same(expected, _stored_leaves(path), path)
+  return jax.tree.unflatten(jax.tree.structure(abstract_state), _read(path, expected).values())
+
+
+def find_step(path: str | os.PathLike[str]) -> epath.Path:
+  """Return the directory of the newest complete step under a path.
+
+  Args:
+    path: a workdir, its `checkpoints` directory, or one step.
+
+  Raises:
+    ValueError: there is none.
+  """
+  given = _absolute(path)
+  if (given / STATE).is_dir() and (given / COMMIT_MARKER).exists():
+    return given
+  for directory in (given / DIRECTORY, given):
+    steps = committed_steps(directory)
+    if steps:
+      return directory / str(steps[-1])
+  reason = 'does not exist' if not given.exists() else 'holds no complete checkpoint'
+  raise ValueError(
+    f'{given} {reason}; give a workdir, its {DIRECTORY}/ directory, or one step of that'
+  )
+
+
+def read_bundle(path: str | os.PathLike[str]) -> Bundle:
+  """Return what travels with the newest checkpoint under a path (see `find_step`).
+
+  Raises:
+    ValueError: there is no checkpoint, or its bundle is damaged.
+    CheckpointError: its bundle cannot be read.
+  """
+  step = find_step(path)
+  try:
+    fields = ocp.JsonCheckpointHandler().restore(step / BUNDLE, args=ocp.args.JsonRestore())
+  except Exception as error:
+    raise CheckpointError(f'{step / BUNDLE} cannot be read: {_reason(error)}') from error
+  return bundle_lib.from_dict(fields)
+
+
+def restore_params(
+  path: str | os.PathLike[str], abstract: Any = None, shardings: Any = None
+) -> tuple[Any, Bundle]:
+  """Restore only the parameters: the moving average where the run kept one.
+
+  Args:
+    path: a workdir, its `checkpoints` directory, or one step.
+    abstract: tree of ShapeDtypeStructs to check against, with shardings or without; None takes what
+      is stored, as nested dicts.
+    shardings: one sharding, or a tree of them in the form of the parameters; None: those of
+      `abstract`, else the first local device.
+
+  Returns:
+    (params, bundle).
+
+  Raises:
+    ValueError: there is no checkpoint, or leaves differ in path, shape or dtype.
+    CheckpointError: the files are damaged.
+  """
+  step = find_step(path)
+  bundle = read_bundle(step)
+  stored = tree.nest(_stored_leaves(step))
+  name = 'ema' if 'ema' in stored else 'params'
+  if name not in stored:
+    raise ValueError(f'{step} holds no params (only {", ".join(stored)})')
+  wanted = stored[name] if abstract is None else abstract
+  _check_same(tree.flatten(wanted), tree.flatten(stored[name]), step)
+  if shardings is None:
+    shardings = jax.tree.map(lambda leaf: getattr(leaf, 'sharding', None), wanted)
+  elif isinstance(shardings, jax.sharding.Sharding):
+    shardings = jax.tree.map(lambda leaf: shardings, wanted)
+  leaves = jax.tree.map(
+    lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+    wanted, shardings,
+  )
+  restored = _read(step, {f'{name}/{path}': leaf for path, leaf in tree.flatten(leaves).items()})
+  return jax.tree.unflatten(jax.tree.structure(wanted), restored.values()), bundle
+
+
+def _absolute(path: str | os.PathLike[str]) -> epath.Path:
+  return epath.Path(path).expanduser().resolve()
+
+
+def _stored_leaves(step: epath.Path) -> dict[str, jax.ShapeDtypeStruct]:
+  """Return path -> shape and dtype of what a step holds."""
+  try:
+    metadata = ocp.PyTreeCheckpointHandler().metadata(step / STATE).tree
+  except Exception as error:
+    raise CheckpointError(f'{step / STATE} cannot be read: {_reason(error)}') from error
+  return {
+    path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    for path, leaf in tree.flatten(metadata).items()
+  }
+
+
+def _check_same(expected: Mapping[str, Any], stored: Mapping[str, Any], step: epath.Path) -> None:
+  lines = tree.differences(expected, stored)
+  if lines:
+    raise ValueError(
+      f'the checkpoint {step} does not fit: {len(lines)} leaves differ\n{tree.listing(lines)}\n'
+      'Use the config that it was saved with, or another directory.'
+    )
+
+
+def _read(step: epath.Path, leaves: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+  """Read the named leaves of a step into their shardings."""
+  default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  target = tree.nest(leaves)
+  restore_args = jax.tree.map(
+    lambda leaf: ocp.ArrayRestoreArgs(
+      sharding=leaf.sharding or default, global_shape=leaf.shape, dtype=leaf.dtype, strict=True
+    ),
+    target,
+  )
+  try:
+    restored = ocp.PyTreeCheckpointHandler().restore(
+      step / STATE,
+      args=ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True),
+    )
+  except Exception as error:
+    raise CheckpointError(f'{step / STATE} cannot be read: {_reason(error)}') from error
+  found = tree.flatten(restored)
+  return {path: found[path] for path in leaves}
+
+
+def _failed(store: Store, error: Exception) -> CheckpointError:
+  """Remove what a failed save left, and say what happened."""
+  step, store.pending = store.pending, None
+  partial = store.directory / str(step)
+  if jax.process_index() == 0 and partial.is_dir() and not (partial / COMMIT_MARKER).exists():
+    partial.rmtree(missing_ok=True)
+  # The manager has already crossed out the old steps that this save would have replaced.
+  store.manager.reload()
+  last = latest_step(store)
+  kept = 'no older checkpoint exists' if last is None else f'the checkpoint of step {last} is whole'
+  return CheckpointError(
+    f'saving step {step} to {store.directory} failed: {_reason(error)}\n'
+    f'Check the space and the permissions there; {kept}.'
+  )
+
+
+def _reason(error: Exception) -> str:
+  text = ' '.join(str(error).split())
+  return text if len(text) <= 400 else f'{text[:400]} ...'

@@ -1,0 +1,76 @@
+"""Pytrees as named leaves: the stored form of a state, and its comparison with another.
+
+A state is stored as nested dicts of arrays, whatever containers it is made of, so that a leaf is
+found by its path ('params/layers/mlp/up/kernel', 'opt_state/0/mu/...') and by nothing else.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+MAX_LINES = 30
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+  """Return path -> leaf, in the order of `jax.tree.leaves`.
+
+  Raises:
+    ValueError: two leaves have the same path.
+  """
+  pairs = [('/'.join(map(_name, path)), leaf)
+           for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+  leaves = dict(pairs)
+  if len(leaves) != len(pairs):
+    raise ValueError('two leaves of the state have the same path; rename one of them')
+  return leaves
+
+
+def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
+  """Return nested dicts, one level for each part of a path."""
+  nested: dict[str, Any] = {}
+  for path, leaf in leaves.items():
+    *parents, name = path.split('/')
+    node = nested
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[name] = leaf
+  return nested
+
+
+def differences(expected: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
+  """Describe every leaf whose presence, shape or dtype differs; an empty list: all agree.
+
+  Args:
+    expected: path -> anything with shape and dtype.
+    stored: the same, of the checkpoint.
+  """
+  lines = []
+  for path, leaf in expected.items():
+    if path not in stored:
+      lines.append(f'{path}: not in the checkpoint, expected {_describe(leaf)}')
+    elif _describe(leaf) != _describe(stored[path]):
+      lines.append(f'{path}: {_describe(stored[path])} in the checkpoint, expected '
+                   f'{_describe(leaf)}')
+  lines += [f'{path}: {_describe(leaf)} in the checkpoint, not expected'
+            for path, leaf in stored.items() if path not in expected]
+  return lines
+
+
+def listing(lines: list[str]) -> str:
+  """Join lines for an error message, cut where it would scroll away."""
+  more = len(lines) - MAX_LINES
+  shown = [f'  {line}' for line in lines[:MAX_LINES]]
+  return '\n'.join(shown + ([f'  ... and {more} more'] if more > 0 else []))
+
+
+def _name(key: Any) -> str:
+  for attribute in ('key', 'name', 'idx'):
+    if hasattr(key, attribute):
+      return str(getattr(key, attribute))
+  return str(key)
+
+
+def _describe(leaf: Any) -> str:
+  return f'{np.dtype(leaf.dtype).name}{list(leaf.shape)}'
