@@ -7,7 +7,12 @@ import pydantic
 from jaxllm.config import Config
 from jaxllm.models.linear import InitializerConfig
 from jaxllm.models.norms import NormConfig
-from jaxllm.models.positions import LearnedPositions, RotaryPositions, rotary_dim
+from jaxllm.models.positions import (
+  LearnedPositions,
+  LongRopeScaling,
+  RotaryPositions,
+  rotary_dim,
+)
 
 LayerKind = Literal['global', 'local', 'global_nope']
 BiasPlace = Literal['qkv', 'attention_out', 'mlp', 'head']
@@ -158,6 +163,14 @@ def _check_positions(config: DecoderConfig) -> None:
           f'{name}.fraction={rotary.fraction} of head_dim={config.head_size} rotates {dim} '
           'dimensions; they must be an even number, at least 2'
         )
+      if isinstance(rotary.scaling, LongRopeScaling):
+        for field in ('short_factors', 'long_factors'):
+          count = len(getattr(rotary.scaling, field))
+          if count != dim // 2:
+            raise ValueError(
+              f'{name}.scaling.{field} has {count} numbers; one for each of the {dim // 2} pairs '
+              'of rotated dimensions is needed'
+            )
   if config.local_positions is not None:
     if 'local' not in config.layer_kinds:
       raise ValueError("local_positions is set but layer_pattern has no 'local' layer")

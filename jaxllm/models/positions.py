@@ -70,7 +70,53 @@ class Llama3Scaling(Config):
   """Context length of the training, in tokens."""
 
 
-Scaling = LinearScaling | DynamicScaling | Llama3Scaling
+class YarnScaling(Config):
+  """Pairs that turn often are kept, pairs that turn seldom are divided, and attention is sharpened.
+
+  Reference:
+    Peng et al., "YaRN: Efficient Context Window Extension of Large Language Models", arXiv
+    2309.00071, sections 3.2 to 3.4.
+  """
+
+  kind: Literal['yarn'] = 'yarn'
+  """'yarn'."""
+  factor: float = pydantic.Field(ge=1)
+  """Divisor of the low frequencies: how many times longer the context gets."""
+  original_length: int = pydantic.Field(gt=0)
+  """Context length of the training, in tokens."""
+  fast_turns: float = pydantic.Field(32.0, gt=0)
+  """Pairs that turn more often than this within the original length are kept."""
+  slow_turns: float = pydantic.Field(1.0, gt=0)
+  """Pairs that turn less often than this are divided in full."""
+  whole_pairs: bool = True
+  """Round the ends of the ramp between the two outwards to whole pairs."""
+  attention_factor: float | None = pydantic.Field(None, gt=0)
+  """Factor of the rotated queries and of the rotated keys; None: 0.1 ln(factor) + 1."""
+
+
+class LongRopeScaling(Config):
+  """Each pair has a divisor of its own, and another one in rows beyond the trained length.
+
+  A row's divisors depend on its length in the same call, as with `DynamicScaling`. (Other
+  implementations let the longest row of a batch decide for all.)
+
+  Reference:
+    Ding et al., "LongRoPE", arXiv 2402.13753.
+  """
+
+  kind: Literal['longrope'] = 'longrope'
+  """'longrope'."""
+  short_factors: tuple[float, ...]
+  """Divisor of each pair's frequency in rows up to `original_length`."""
+  long_factors: tuple[float, ...]
+  """The same in longer rows."""
+  original_length: int = pydantic.Field(gt=0)
+  """Context length of the training, in tokens."""
+  attention_factor: float = pydantic.Field(1.0, gt=0)
+  """Factor of the rotated queries and of the rotated keys."""
+
+
+Scaling = LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling | LongRopeScaling
 
 
 class RotaryPositions(Config):
@@ -108,11 +154,12 @@ def rotations(
     length_B: int32, how many positions each row spans; read by length-dependent scalings only.
 
   Returns:
-    (cos_BTP, sin_BTP), float32.
+    (cos_BTP, sin_BTP), float32, times the scaling's attention factor.
   """
   frequencies_BP = _frequencies(config, rotary_dim(config, head_dim), length_B)
   angles_BTP = positions_BT[:, :, None].astype(jnp.float32) * frequencies_BP[:, None, :]
-  return jnp.cos(angles_BTP), jnp.sin(angles_BTP)
+  magnitude = _magnitude(config.scaling)
+  return jnp.cos(angles_BTP) * magnitude, jnp.sin(angles_BTP) * magnitude
 
 
 def rotate(x_BTNH: jax.Array, cos_BTP: jax.Array, sin_BTP: jax.Array) -> jax.Array:
@@ -139,15 +186,25 @@ def _frequencies(config: RotaryPositions, dim: int, length_B: jax.Array) -> jax.
   exponents_P = np.arange(0, dim, 2, dtype=np.float64) / dim
   frequencies_P = config.base**-exponents_P
   scaling = config.scaling
-  if isinstance(scaling, DynamicScaling):
-    length_B = jnp.maximum(length_B, scaling.original_length).astype(jnp.float32)
-    growth_B = scaling.factor * length_B / scaling.original_length - (scaling.factor - 1)
-    power_P = jnp.asarray(-exponents_P * dim / (dim - 2), jnp.float32)
-    return jnp.asarray(frequencies_P, jnp.float32)[None] * growth_B[:, None] ** power_P[None]
-  if isinstance(scaling, LinearScaling):
-    frequencies_P = frequencies_P / scaling.factor
-  elif isinstance(scaling, Llama3Scaling):
-    frequencies_P = _llama3(scaling, frequencies_P)
+  match scaling:
+    case LinearScaling():
+      frequencies_P = frequencies_P / scaling.factor
+    case Llama3Scaling():
+      frequencies_P = _llama3(scaling, frequencies_P)
+    case YarnScaling():
+      frequencies_P = _yarn(scaling, config.base, frequencies_P)
+    case DynamicScaling():
+      stretch_B = jnp.maximum(length_B / scaling.original_length, 1.0)
+      growth_B = scaling.factor * stretch_B - (scaling.factor - 1)
+      powers_P = jnp.asarray(exponents_P * dim / (dim - 2), jnp.float32)
+      return jnp.asarray(frequencies_P, jnp.float32)[None] / growth_B[:, None] ** powers_P[None]
+    case LongRopeScaling():
+      short_P, long_P = (
+        jnp.asarray(frequencies_P / np.asarray(factors), jnp.float32)
+        for factors in (scaling.short_factors, scaling.long_factors)
+      )
+      is_long_B = length_B > scaling.original_length
+      return jnp.where(is_long_B[:, None], long_P[None], short_P[None])
   return jnp.asarray(frequencies_P, jnp.float32)[None]
 
 
@@ -156,3 +213,25 @@ def _llama3(scaling: Llama3Scaling, frequencies_P: np.ndarray) -> np.ndarray:
   low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
   kept_P = np.clip((turns_P - low) / (high - low), 0, 1)
   return frequencies_P * (kept_P + (1 - kept_P) / scaling.factor)
+
+
+def _yarn(scaling: YarnScaling, base: float, frequencies_P: np.ndarray) -> np.ndarray:
+  pairs = len(frequencies_P)
+
+  def pair_of(turns: float) -> float:
+    """Return the (fractional) pair that turns so often over the trained length."""
+    return pairs * math.log(scaling.original_length / (2 * math.pi * turns)) / math.log(base)
+
+  first = max(math.floor(pair_of(scaling.fast_turns)), 0)
+  last = min(math.ceil(pair_of(scaling.slow_turns)), 2 * pairs - 1)
+  kept_P = 1 - np.clip((np.arange(pairs) - first) / max(last - first, 1e-3), 0, 1)
+  return frequencies_P * (kept_P + (1 - kept_P) / scaling.factor)
+
+
+def _magnitude(scaling: Scaling | None) -> float:
+  match scaling:
+    case YarnScaling(magnitude=None):
+      return 0.1 * math.log(scaling.factor) + 1
+    case YarnScaling() | LongRopeScaling():
+      return scaling.magnitude
+  return 1.0
