@@ -1,0 +1,133 @@
+"""Batches as a pure function of the step: nothing to save, nothing to lose on a restart.
+
+Record number i of the run is `order[i]`, where `order` visits every record once per epoch, in a
+new random order each epoch. Step s takes records s * batch_size .. (s + 1) * batch_size - 1, and
+process p its share of these rows, so the batch of a step does not depend on the number of
+processes. Where the batch size does not divide the records, a batch continues with the next epoch;
+after the last epoch it is filled with rows of weight 0.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxllm.data import packing, records
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Batches:
+  """Random access to the batches of one split, as one process sees them."""
+
+  num_records: int
+  batch_size: int
+  num_epochs: int | None
+  rows: range
+  """This process's rows of every batch."""
+  order: Sequence[int]
+  source: Any
+  dtype: np.dtype
+  vocab_size: int
+
+  @property
+  def num_batches(self) -> int:
+    """Batches that visit all records: of all epochs, or of one where epochs never end."""
+    return -(-self.num_records * (self.num_epochs or 1) // self.batch_size)
+
+  def batch_at(self, step: int) -> dict[str, np.ndarray]:
+    """Return this process's rows of the batch of a step.
+
+    Returns:
+      `tokens`, `targets`, `segment_ids`, `positions` int32 and `weights` float32, each (B, T).
+
+    Raises:
+      IndexError: the step is negative or past the last epoch.
+      ValueError: a stored record is damaged.
+    """
+    if step < 0 or (self.num_epochs is not None and step >= self.num_batches):
+      raise IndexError(f'step {step}: these records give steps 0 to {self.num_batches - 1}')
+    end = len(self.order)
+    places = [step * self.batch_size + row for row in self.rows]
+    stored = self.source.__getitems__([self.order[i] for i in places if i < end])
+    rows_B = np.zeros(len(places), self.dtype)
+    rows_B[: len(stored)] = np.frombuffer(b''.join(stored), self.dtype)
+    batch = packing.batch_arrays(rows_B)
+    highest = rows_B['tokens'].max(initial=0)
+    if highest >= self.vocab_size:
+      raise ValueError(f'step {step}: token id {highest} is not in the vocabulary of '
+                       f'{self.vocab_size}; the records are damaged, prepare them anew')
+    return batch
+
+
+def make_batches(
+  directory: str | os.PathLike[str],
+  split: str,
+  batch_size: int,
+  seed: int,
+  process_index: int = 0,
+  process_count: int = 1,
+  shuffle: bool = True,
+  num_epochs: int | None = None,
+) -> Batches:
+  """Open the records of a split.
+
+  Args:
+    directory: what `records.prepare` wrote.
+    split: 'train' or 'validation'.
+    batch_size: rows of a batch over all processes.
+    seed: decides the order; 0 to 2**32 - 1.
+    process_index: which process this is.
+    process_count: how many there are; each reads only its own rows.
+    shuffle: visit the records in a new random order each epoch, else as they were written.
+    num_epochs: how often all records are visited; None never ends.
+
+  Raises:
+    ValueError: nothing is prepared there, or the batch does not divide among the processes.
+  """
+  import grain
+
+  if batch_size <= 0 or batch_size % process_count:
+    raise ValueError(f'batch_size={batch_size} does not divide among {process_count} processes')
+  manifest = records.load_manifest(directory)
+  paths = records.read_record_files(pathlib.Path(directory), manifest, split)
+  source = grain.sources.ArrayRecordDataSource(paths)
+  order = grain.MapDataset.range(len(source))
+  if shuffle:
+    order = order.shuffle(seed=seed)
+  local = batch_size // process_count
+  return Batches(
+    num_records=len(source),
+    batch_size=batch_size,
+    num_epochs=num_epochs,
+    rows=range(process_index * local, (process_index + 1) * local),
+    order=order.repeat(num_epochs),
+    source=source,
+    dtype=packing.record_dtype(manifest.context_length, manifest.vocab_size),
+    vocab_size=manifest.vocab_size,
+  )
+
+
+def prefetch(
+  batches: Batches, start_step: int, stop_step: int, num_threads: int = 2, buffer_size: int = 4
+) -> Iterator[dict[str, np.ndarray]]:
+  """Yield the batches of steps start_step .. stop_step - 1 in order, made ahead by threads.
+
+  An error in a thread is raised where its batch would have come. Leaving the loop early is fine.
+  """
+  steps = iter(range(start_step, stop_step))
+  pool = concurrent.futures.ThreadPoolExecutor(num_threads, thread_name_prefix='batches')
+  waiting: collections.deque[concurrent.futures.Future] = collections.deque()
+  try:
+    for step in steps:
+      waiting.append(pool.submit(batches.batch_at, step))
+      if len(waiting) >= buffer_size:
+        yield waiting.popleft().result()
+    while waiting:
+      yield waiting.popleft().result()
+  finally:
+    pool.shutdown(wait=False, cancel_futures=True)
