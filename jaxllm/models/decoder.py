@@ -105,7 +105,8 @@ class Decoder(nn.Module):
     if not config.tied_head:
       self.head = Linear(
         (config.embed_dim,), (config.padded_vocab_size,), ('embed', 'vocab'),
-        config.stddev(config.embed_dim), 'head' in config.biases, jnp.float32,
+        config.stddev(config.embed_dim), 'head' in config.biases, config.dtype,
+        jnp.float32,
       )
     if self.is_initializing():
       self.param('layers', self._init_layers)
@@ -143,9 +144,10 @@ class Decoder(nn.Module):
       positions_BT = jnp.arange(length, dtype=jnp.int32)[None]
       if segment_ids_BT is not None:
         positions_BT = segment_positions(segment_ids_BT)
+    is_real_BT = True if segment_ids_BT is None else segment_ids_BT > 0
     views = self._views(
       functools.partial(attention.sequence_mask, length, segment_ids_BT),
-      positions_BT, positions_BT.max(axis=1) + 1,
+      positions_BT, jnp.max(positions_BT + 1, axis=1, where=is_real_BT, initial=1),
     )
     x_BTD, _ = self._run(self._embed(tokens_BT, positions_BT, deterministic), views, deterministic)
     return self.final_norm(x_BTD)

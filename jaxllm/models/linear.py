@@ -62,7 +62,8 @@ class Linear(nn.Module):
     axes: logical names of `inputs` then `outputs`.
     stddev: standard deviation of the initial kernel.
     use_bias: whether a bias (out...) is added.
-    dtype: dtype of operands and result.
+    dtype: dtype of the operands.
+    result_dtype: dtype of the result; None: `dtype`.
 
   Reference:
     Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
@@ -74,10 +75,11 @@ class Linear(nn.Module):
   stddev: float
   use_bias: bool
   dtype: jnp.dtype
+  result_dtype: jnp.dtype | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Return (..., out...) in `dtype` of `x` (..., in...)."""
+    """Return (..., out...) of `x` (..., in...)."""
     initial = nn.with_logical_partitioning(nn.initializers.normal(self.stddev), self.axes)
     kernel = self.param('kernel', initial, self.inputs + self.outputs)
     y = dense(x, kernel, len(self.inputs), self.dtype)
@@ -88,7 +90,7 @@ class Linear(nn.Module):
       initial = nn.with_logical_partitioning(nn.initializers.zeros, names)
       bias = self.param('bias', initial, self.outputs)
       y = y + jax.lax.expand_dims(bias.astype(y.dtype), range(y.ndim - bias.ndim))
-    return y.astype(self.dtype)
+    return y.astype(self.result_dtype or self.dtype)
 
   def _low_rank(self, x: jax.Array) -> jax.Array:
     a, b = self.get_variable('lora', 'a'), self.get_variable('lora', 'b')

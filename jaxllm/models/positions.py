@@ -222,16 +222,18 @@ def _yarn(scaling: YarnScaling, base: float, frequencies_P: np.ndarray) -> np.nd
     """Return the (fractional) pair that turns so often over the trained length."""
     return pairs * math.log(scaling.original_length / (2 * math.pi * turns)) / math.log(base)
 
-  first = max(math.floor(pair_of(scaling.fast_turns)), 0)
-  last = min(math.ceil(pair_of(scaling.slow_turns)), 2 * pairs - 1)
+  first, last = pair_of(scaling.fast_turns), pair_of(scaling.slow_turns)
+  if scaling.whole_pairs:
+    first, last = math.floor(first), math.ceil(last)
+  first, last = max(first, 0), min(last, 2 * pairs - 1)
   kept_P = 1 - np.clip((np.arange(pairs) - first) / max(last - first, 1e-3), 0, 1)
   return frequencies_P * (kept_P + (1 - kept_P) / scaling.factor)
 
 
 def _magnitude(scaling: Scaling | None) -> float:
   match scaling:
-    case YarnScaling(magnitude=None):
+    case YarnScaling(attention_factor=None):
       return 0.1 * math.log(scaling.factor) + 1
     case YarnScaling() | LongRopeScaling():
-      return scaling.magnitude
+      return scaling.attention_factor
   return 1.0
