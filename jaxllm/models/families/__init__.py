@@ -1,15 +1,54 @@
-"""Published models as configs: `PRESETS['gpt2_124m']`."""
+"""Published models as configs, `PRESETS['gpt2_124m']`, and how they are stored, `HUGGINGFACE`."""
 
 from jaxllm.models.config import DecoderConfig
-from jaxllm.models.families import gpt2, gpt3, llama, smollm
+from jaxllm.models.families import (
+  gemma,
+  gpt2,
+  gpt3,
+  llama,
+  mistral,
+  neox,
+  olmo,
+  phi,
+  qwen,
+  smollm,
+)
+from jaxllm.models.families.huggingface import Format
 
 FAMILIES: dict[str, dict[str, DecoderConfig]] = {
   'gpt2': gpt2.PRESETS,
   'gpt3': gpt3.PRESETS,
   'llama': llama.PRESETS,
   'smollm': smollm.PRESETS,
+  'mistral': mistral.PRESETS,
+  'qwen': qwen.PRESETS,
+  'gemma': gemma.PRESETS,
+  'phi': phi.PRESETS,
+  'olmo': olmo.PRESETS,
+  'neox': neox.PRESETS,
 }
 
 PRESETS: dict[str, DecoderConfig] = {
   name: config for presets in FAMILIES.values() for name, config in presets.items()
+}
+
+# By the `model_type` of config.json; a model is exported as the first one that can say all of it.
+HUGGINGFACE: dict[str, Format] = {
+  form.model_type: form
+  for form in (
+    gpt2.HUGGINGFACE,
+    llama.HUGGINGFACE,
+    smollm.HUGGINGFACE,
+    mistral.HUGGINGFACE,
+    mistral.MIXTRAL,
+    qwen.HUGGINGFACE,
+    qwen.QWEN3,
+    gemma.HUGGINGFACE,
+    gemma.GEMMA2,
+    gemma.GEMMA3,
+    gemma.GEMMA3_MULTIMODAL,
+    phi.HUGGINGFACE,
+    olmo.HUGGINGFACE,
+    neox.HUGGINGFACE,
+  )
 }

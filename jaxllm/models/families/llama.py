@@ -5,7 +5,10 @@ Reference:
   2407.21783 (Llama 3 and 3.1); the released configurations (Llama 3.2).
 """
 
+from typing import Any
+
 from jaxllm.models.config import DecoderConfig
+from jaxllm.models.families.huggingface import Format, refuse, rms_config, rms_decoder
 from jaxllm.models.linear import InitializerConfig
 from jaxllm.models.norms import NormConfig
 from jaxllm.models.positions import Llama3Scaling, RotaryPositions
@@ -52,3 +55,35 @@ PRESETS = {
   'llama3.2_1b': _llama3(2048, 16, 32, 8192, factor=32.0, tied_head=True),
   'llama3.2_3b': _llama3(3072, 28, 24, 8192, factor=32.0, tied_head=True),
 }
+
+
+def _decode(keys: dict[str, Any]) -> DecoderConfig:
+  refuse(keys, 'sliding_window')
+  return rms_decoder(keys)
+
+
+def _encode(config: DecoderConfig) -> dict[str, Any]:
+  return rms_config(
+    config, attention_bias='qkv' in config.biases, mlp_bias='mlp' in config.biases
+  )
+
+
+# The names that most families have taken over.
+NAMES = {
+  'embed/embedding': 'model.embed_tokens.weight',
+  'layers/attention_norm/scale': 'model.layers.{}.input_layernorm.weight',
+  **{
+    f'layers/attention/{ours}/{leaf}': f'model.layers.{{}}.self_attn.{theirs}_proj.{kind}'
+    for ours, theirs in (('query', 'q'), ('key', 'k'), ('value', 'v'), ('out', 'o'))
+    for leaf, kind in (('kernel', 'weight'), ('bias', 'bias'))
+  },
+  'layers/mlp_norm/scale': 'model.layers.{}.post_attention_layernorm.weight',
+  **{
+    f'layers/mlp/{name}/{leaf}': f'model.layers.{{}}.mlp.{name}_proj.{kind}'
+    for name in ('gate', 'up', 'down') for leaf, kind in (('kernel', 'weight'), ('bias', 'bias'))
+  },
+  'final_norm/scale': 'model.norm.weight',
+  'head/kernel': 'lm_head.weight',
+}
+
+HUGGINGFACE = Format('llama', 'LlamaForCausalLM', NAMES, _decode, _encode)

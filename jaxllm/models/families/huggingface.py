@@ -1,0 +1,347 @@
+"""How models are stored on the Hugging Face hub: the names of tensors and the keys of config.json.
+
+`Format` is what a family file declares once and everything reads: import, export and the checks.
+The rest is what families share: `rms_decoder` and `rms_config` translate the keys that most of
+them have, `rotary` and `rotary_keys` the rotary positions with their scalings, `layer_types` and
+`pattern` the layer kinds, `size`, `number`, `flag` single values of an untrusted config.json.
+"""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from jaxllm.models.config import DecoderConfig
+from jaxllm.models.norms import NormConfig
+from jaxllm.models.positions import (
+  DynamicScaling,
+  LinearScaling,
+  Llama3Scaling,
+  LongRopeScaling,
+  RotaryPositions,
+  Scaling,
+  YarnScaling,
+)
+
+Keys = Mapping[str, Any]
+Names = Mapping[str | tuple[str, ...], str]
+
+# More than any published model has; a larger number is a damaged or hostile file.
+MAX_SIZE, MAX_LAYERS = 2**31, 4096
+
+ACTIVATIONS = {
+  'silu': 'silu', 'swish': 'silu', 'relu': 'relu', 'gelu': 'gelu', 'gelu_new': 'gelu_tanh',
+  'gelu_pytorch_tanh': 'gelu_tanh', 'gelu_fast': 'gelu_tanh',
+}
+ACTIVATION_NAMES = {
+  'silu': 'silu', 'relu': 'relu', 'gelu': 'gelu', 'gelu_tanh': 'gelu_pytorch_tanh',
+}
+KINDS = {'full_attention': 'global', 'sliding_attention': 'local'}
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+  """How models of one `model_type` are stored.
+
+  Attributes:
+    model_type: as in config.json.
+    architecture: the class that `transformers` loads them with.
+    names: our parameter path (several, where they are fused into one tensor) -> name of the tensor,
+      in which `{}` stands for the layer. Paths that a config does not have are skipped.
+    decode: config.json -> config; raises a ValueError for what cannot be expressed.
+    encode: config -> keys of config.json; what it cannot say is found by decoding again.
+    prefix: what the names of `names` begin with, except those of the head; files of the bare model
+      leave it out, and `other_prefixes` lists what else may stand there.
+    kernels: whether matrices are stored (out, in), as by torch, or (in, out).
+    fused: whether fused tensors hold one part after the other, or the parts of each head.
+    aliases: name in a file -> name in `names`.
+    ignored: regular expressions of names that hold no weight of a text decoder, each with the
+      reason, for the report.
+  """
+
+  model_type: str
+  architecture: str
+  names: Names
+  decode: Callable[[Keys], DecoderConfig]
+  encode: Callable[[DecoderConfig], dict[str, Any]]
+  prefix: str = 'model.'
+  other_prefixes: tuple[str, ...] = ('',)
+  kernels: Literal['out_in', 'in_out'] = 'out_in'
+  fused: Literal['concatenated', 'per_head'] = 'concatenated'
+  aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  ignored: Mapping[str, str] = dataclasses.field(
+    default_factory=lambda: {r'.*\.rotary_emb\.inv_freq': 'rotary frequencies, computed'}
+  )
+
+
+def size(keys: Keys, name: str, default: int | None = None, limit: int = MAX_SIZE) -> int:
+  """Return a count from config.json.
+
+  Raises:
+    ValueError: it is missing, no whole number, below 1 or absurdly large.
+  """
+  value = keys.get(name)
+  value = default if value is None else value
+  if isinstance(value, float) and value.is_integer():
+    value = int(value)
+  if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= limit:
+    raise ValueError(f'config.json: {name}={value!r}; a whole number from 1 to {limit} is needed')
+  return value
+
+
+def number(keys: Keys, name: str, default: float | None = None) -> float:
+  """Return a finite number from config.json.
+
+  Raises:
+    ValueError: it is missing or something else.
+  """
+  value = keys.get(name)
+  value = default if value is None else value
+  if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+    raise ValueError(f'config.json: {name}={value!r}; a finite number is needed')
+  return float(value)
+
+
+def flag(keys: Keys, name: str, default: bool = False) -> bool:
+  """Return a boolean from config.json.
+
+  Raises:
+    ValueError: it is something else.
+  """
+  value = keys.get(name)
+  value = default if value is None else value
+  if not isinstance(value, bool):
+    raise ValueError(f'config.json: {name}={value!r}; true or false is needed')
+  return value
+
+
+def with_defaults(keys: Keys, defaults: Keys) -> Keys:
+  """Return `keys` with the values of a family for what its config.json leaves out (or null)."""
+  absent = {name: value for name, value in defaults.items() if keys.get(name) is None}
+  return collections.ChainMap(absent, keys)  # type: ignore[arg-type]
+
+
+def refuse(keys: Keys, name: str, *accepted: Any) -> None:
+  """Raise a ValueError where a key changes the computation in a way that we do not have."""
+  value = keys.get(name)
+  if value is not None and value not in accepted:
+    raise ValueError(f'config.json: {name}={value!r} is not supported (only '
+                     f'{", ".join(map(repr, accepted)) or "null"})')
+
+
+def activation(keys: Keys, name: str, default: str) -> str:
+  """Return our name of the activation that config.json names.
+
+  Raises:
+    ValueError: we have no such activation.
+  """
+  value = keys.get(name) or default
+  if value not in ACTIVATIONS:
+    raise ValueError(f'config.json: {name}={value!r} is not supported (supported: '
+                     f'{", ".join(ACTIVATIONS)})')
+  return ACTIVATIONS[value]
+
+
+def pattern(kinds: Sequence[str]) -> tuple[str, ...]:
+  """Return the shortest sequence that, repeated, gives `kinds`."""
+  for length in range(1, len(kinds) + 1):
+    if all(kind == kinds[i % length] for i, kind in enumerate(kinds)):
+      return tuple(kinds[:length])
+  return tuple(kinds)
+
+
+def layer_types(keys: Keys, default: Sequence[str]) -> list[str]:
+  """Return our kind of each layer, from `layer_types` or `default` (in their words).
+
+  Raises:
+    ValueError: a kind that we do not have, or one too many or too few.
+  """
+  types = keys.get('layer_types') or default
+  if not isinstance(types, list | tuple) or len(types) != len(default):
+    raise ValueError(f'config.json: layer_types={types!r}; one of {", ".join(KINDS)} for each of '
+                     f'{len(default)} layers is needed')
+  unknown = [kind for kind in types if kind not in KINDS]
+  if unknown:
+    raise ValueError(f'config.json: layer_types names {unknown[0]!r} (supported: '
+                     f'{", ".join(KINDS)})')
+  return [KINDS[kind] for kind in types]
+
+
+def layer_type_names(config: DecoderConfig) -> list[str]:
+  """Return the `layer_types` of config.json."""
+  names = {kind: name for name, kind in KINDS.items()}
+  return [names.get(kind, 'full_attention') for kind in config.layer_kinds]
+
+
+def rotary(
+  keys: Keys, base: float = 10_000.0, fraction: float = 1.0, rope: Keys | None = None
+) -> RotaryPositions:
+  """Read rotary positions from config.json, in the older or newer writing.
+
+  Args:
+    keys: of config.json: `rope_theta` with `rope_scaling`, or `rope_parameters`.
+    base: where none is named.
+    fraction: where none is named.
+    rope: what to read instead of `rope_parameters` (families with several).
+
+  Raises:
+    ValueError: a scaling that we do not have.
+  """
+  if rope is None:
+    rope = keys.get('rope_scaling') or keys.get('rope_parameters') or {}
+  if not isinstance(rope, Mapping):
+    raise ValueError(f'config.json: rope_scaling={rope!r}; an object is needed')
+  kind = rope.get('rope_type', rope.get('type', 'default'))
+  if kind not in _SCALINGS:
+    raise ValueError(f'config.json: rope_scaling of type {kind!r} is not supported (supported: '
+                     f'{", ".join(_SCALINGS)})')
+  return RotaryPositions(
+    base=number(rope, 'rope_theta', number(keys, 'rope_theta', base)),
+    fraction=number(
+      rope, 'partial_rotary_factor', number(keys, 'partial_rotary_factor', fraction)
+    ),
+    scaling=_SCALINGS[kind](keys, rope),
+  )
+
+
+def rotary_keys(config: DecoderConfig) -> dict[str, Any]:
+  """Return `rope_theta` and `rope_scaling` for config.json: the writing that all versions read."""
+  positions = config.positions
+  if not isinstance(positions, RotaryPositions):
+    return {}
+  keys: dict[str, Any] = {'rope_theta': positions.base,
+                          'rope_scaling': scaling_keys(config, positions.scaling)}
+  if positions.fraction != 1:
+    keys['partial_rotary_factor'] = positions.fraction
+  return keys
+
+
+def scaling_keys(config: DecoderConfig, scaling: Scaling | None) -> dict[str, Any] | None:
+  """Return `rope_scaling` for config.json."""
+  if scaling is None:
+    return None
+  keys: dict[str, Any] = {'rope_type': scaling.kind}
+  if isinstance(scaling, LongRopeScaling):
+    keys |= {
+      'short_factor': list(scaling.short_factors), 'long_factor': list(scaling.long_factors),
+      'factor': max(1.0, config.max_length / scaling.original_length),
+      'attention_factor': scaling.attention_factor,
+    }
+  else:
+    keys['factor'] = scaling.factor
+  if isinstance(scaling, Llama3Scaling):
+    keys |= {'low_freq_factor': scaling.low_frequency_factor,
+             'high_freq_factor': scaling.high_frequency_factor}
+  if isinstance(scaling, YarnScaling):
+    keys |= {'beta_fast': scaling.fast_turns, 'beta_slow': scaling.slow_turns}
+    keys |= {} if scaling.whole_pairs else {'truncate': False}
+    if scaling.attention_factor is not None:
+      keys['attention_factor'] = scaling.attention_factor
+  if isinstance(scaling, Llama3Scaling | YarnScaling | LongRopeScaling):
+    keys['original_max_position_embeddings'] = scaling.original_length
+  return keys
+
+
+def rms_decoder(keys: Keys, **fields: Any) -> DecoderConfig:
+  """Translate the keys that the families with RMSNorm and a gated MLP share.
+
+  Args:
+    keys: of config.json.
+    **fields: of `DecoderConfig`, where a family differs.
+  """
+  width, heads = size(keys, 'hidden_size'), size(keys, 'num_attention_heads')
+  biases = ('qkv', 'attention_out') if flag(keys, 'attention_bias') else ()
+  positions = fields.pop('positions', None) or rotary(keys)
+  longest = size(keys, 'max_position_embeddings')
+  if isinstance(positions.scaling, DynamicScaling):
+    longest = int(longest * positions.scaling.factor)
+  shared = {
+    'vocab_size': size(keys, 'vocab_size'),
+    'embed_dim': width,
+    'num_layers': size(keys, 'num_hidden_layers', limit=MAX_LAYERS),
+    'num_heads': heads,
+    'num_kv_heads': size(keys, 'num_key_value_heads', heads),
+    'head_dim': size(keys, 'head_dim', max(1, width // heads)),
+    'mlp_dim': size(keys, 'intermediate_size'),
+    'max_length': longest,
+    'positions': positions,
+    'norm': NormConfig(kind='rmsnorm', epsilon=number(keys, 'rms_norm_eps', 1e-6)),
+    'activation': None if 'activation' in fields else activation(keys, 'hidden_act', 'silu'),
+    'biases': biases + (('mlp',) if flag(keys, 'mlp_bias') else ()),
+    'tied_head': flag(keys, 'tie_word_embeddings'),
+  }
+  return DecoderConfig(**{**shared, **fields})
+
+
+def rms_config(config: DecoderConfig, **keys: Any) -> dict[str, Any]:
+  """Return the keys that `rms_decoder` reads; `keys` replaces and adds some."""
+  scaling = getattr(config.positions, 'scaling', None)
+  dynamic = isinstance(scaling, DynamicScaling)
+  return {
+    'vocab_size': config.vocab_size,
+    'hidden_size': config.embed_dim,
+    'intermediate_size': config.mlp_dim,
+    'num_hidden_layers': config.num_layers,
+    'num_attention_heads': config.num_heads,
+    'num_key_value_heads': config.kv_heads,
+    'head_dim': config.head_size,
+    'hidden_act': ACTIVATION_NAMES[config.activation],
+    'max_position_embeddings': scaling.original_length if dynamic else config.max_length,
+    'rms_norm_eps': config.norm.epsilon,
+    'initializer_range': config.initializer.stddev or 0.02,
+    'attention_dropout': config.attention_dropout_rate,
+    'tie_word_embeddings': config.tied_head,
+    **rotary_keys(config),
+    **keys,
+  }
+
+
+def _length(keys: Keys, rope: Keys) -> int:
+  """The length of the training: named at one of two places, else the longest context."""
+  longest = size(keys, 'max_position_embeddings')
+  inner = size(rope, 'original_max_position_embeddings', longest)
+  return size(keys, 'original_max_position_embeddings', inner)
+
+
+def _yarn(keys: Keys, rope: Keys) -> YarnScaling:
+  length = _length(keys, rope)
+  factor = number(rope, 'factor', size(keys, 'max_position_embeddings') / length)
+  sharpness = rope.get('attention_factor')
+  if sharpness is None and rope.get('mscale') and rope.get('mscale_all_dim'):
+    above, below = number(rope, 'mscale'), number(rope, 'mscale_all_dim')
+    growth = 0.1 * math.log(max(factor, 1.0))
+    sharpness = (above * growth + 1) / (below * growth + 1)
+  return YarnScaling(
+    factor=factor, original_length=length, attention_factor=sharpness,
+    fast_turns=number(rope, 'beta_fast', 32.0), slow_turns=number(rope, 'beta_slow', 1.0),
+    whole_pairs=flag(rope, 'truncate', True),
+  )
+
+
+def _longrope(keys: Keys, rope: Keys) -> LongRopeScaling:
+  length = _length(keys, rope)
+  factor = number(rope, 'factor', size(keys, 'max_position_embeddings') / length)
+  sharpness = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(length))
+  return LongRopeScaling(
+    short_factors=rope.get('short_factor'), long_factors=rope.get('long_factor'),
+    original_length=length, attention_factor=number(rope, 'attention_factor', sharpness),
+  )
+
+
+_SCALINGS: dict[str, Callable[[Keys, Keys], Scaling | None]] = {
+  'default': lambda keys, rope: None,
+  'linear': lambda keys, rope: LinearScaling(factor=number(rope, 'factor')),
+  'dynamic': lambda keys, rope: DynamicScaling(
+    factor=number(rope, 'factor'), original_length=size(keys, 'max_position_embeddings')
+  ),
+  'llama3': lambda keys, rope: Llama3Scaling(
+    factor=number(rope, 'factor'),
+    low_frequency_factor=number(rope, 'low_freq_factor'),
+    high_frequency_factor=number(rope, 'high_freq_factor'),
+    original_length=_length(keys, rope),
+  ),
+  'yarn': _yarn,
+  'longrope': _longrope,
+  'su': _longrope,
+}
