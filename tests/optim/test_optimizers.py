@@ -1,0 +1,322 @@
+"""Each optimizer equals its definition, decays what it should, and is blind to how layers lie."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxllm.config import ConfigError
+from jaxllm.models import decoder
+from jaxllm.models.families import PRESETS
+from jaxllm.optim import optimizers
+from jaxllm.optim.optimizers import OPTIMIZERS, OptimizerConfig, make_optimizer
+
+SHAPES = {
+  'embed': {'embedding': (10, 6)},
+  'final_norm': {'scale': (6,), 'bias': (6,)},
+  'layers': {
+    'attention': {
+      'query': {'kernel': (3, 6, 2, 4), 'bias': (3, 2, 4)},
+      'out': {'kernel': (3, 2, 4, 6)},
+    },
+    'attention_norm': {'scale': (3, 6)},
+    'mlp': {'up': {'kernel': (3, 6, 12), 'bias': (3, 12)}, 'down': {'kernel': (3, 12, 6)}},
+  },
+  'head': {'kernel': (6, 10)},
+}
+
+SMALL = {'embed': {'embedding': (3, 2)}, 'layers': {'mlp': {'up': {'kernel': (2, 3, 2)}}}}
+
+
+def random_tree(seed, shapes=SHAPES):
+  leaves, structure = jax.tree.flatten(shapes, is_leaf=lambda x: isinstance(x, tuple))
+  rng = np.random.default_rng(seed)
+  return structure.unflatten([jnp.asarray(rng.normal(size=s), jnp.float32) for s in leaves])
+
+
+def run(tx, params, num_steps=3):
+  """Take steps along random gradients; return the params."""
+
+  @jax.jit
+  def step(params, state, grads):
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+  state = tx.init(params)
+  for seed in range(num_steps):
+    params, state = step(params, state, random_tree(seed))
+  return params
+
+
+def first_updates(tx):
+  """Return the jitted (params, grads) -> updates of the first step."""
+  return jax.jit(lambda params, grads: tx.update(grads, tx.init(params), params)[0])
+
+
+def make(name, params, schedule=lambda count: 0.1 / (1 + count), **config):
+  return make_optimizer(OptimizerConfig(name=name, **config), schedule, params)
+
+
+def assert_trees_close(actual, expected, rtol=2e-5, atol=2e-6):
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol), actual, expected
+  )
+
+
+def decayed(params):
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: path[-1].key in ('kernel', 'embedding'), params
+  )
+
+
+def test_adamw_first_step_by_hand():
+  params = {'kernel': jnp.array([2.0, -1.0]), 'bias': jnp.array([2.0])}
+  grads = {'kernel': jnp.array([0.5, -4.0]), 'bias': jnp.array([-1e-8])}
+  tx = make('adamw', params, schedule=lambda _: 0.1, weight_decay=0.01, clip_norm=None,
+            decay_names=('kernel',))
+  updates, _ = tx.update(grads, tx.init(params), params)
+  # Bias correction makes the moments g and g * g: 0.1 * g / (|g| + 1e-8) + 0.1 * 0.01 * param.
+  np.testing.assert_allclose(updates['kernel'], [-0.102, 0.101], rtol=1e-6)
+  np.testing.assert_allclose(updates['bias'], [0.1 * 1e-8 / (1e-8 + 1e-8)], rtol=1e-5)
+
+
+@pytest.mark.parametrize('name', OPTIMIZERS)
+def test_every_optimizer_reduces_a_quadratic(name):
+  params, target = random_tree(0, SMALL), random_tree(1, SMALL)
+
+  def loss(params):
+    errors = jax.tree.map(lambda p, t: jnp.sum((p - t) ** 2), params, target)
+    return sum(jax.tree.leaves(errors))
+
+  config = OptimizerConfig(name=name, weight_decay=0.0, clip_norm=None)
+  tx = make_optimizer(config, lambda _: 0.1, params)
+
+  @jax.jit
+  def step(params, state):
+    updates, state = tx.update(jax.grad(loss)(params), state, params)
+    return optax.apply_updates(params, updates), state
+
+  trained, state = params, tx.init(params)
+  for _ in range(60):
+    trained, state = step(trained, state)
+  assert loss(optimizers.evaluation_params(config, state, trained)) < 0.4 * loss(params)
+
+
+def by_hand(name, params, schedule):
+  mask, clip = decayed(params), optax.clip_by_global_norm(0.7)
+  if name == 'adamw':
+    return optax.chain(clip, optax.adamw(schedule, 0.8, 0.9, 1e-6, weight_decay=0.3, mask=mask))
+  if name == 'lion':
+    return optax.chain(clip, optax.lion(schedule, 0.8, 0.9, weight_decay=0.3, mask=mask))
+  if name == 'sgd':
+    return optax.chain(
+      clip, optax.add_decayed_weights(0.3, mask), optax.sgd(schedule, momentum=0.0)
+    )
+  base = optax.chain(
+    optax.scale_by_rms(0.9, 1e-6, eps_in_sqrt=False, bias_correction=True),
+    optax.add_decayed_weights(0.3, mask), optax.scale_by_learning_rate(schedule),
+  )
+  return optax.chain(clip, optax.contrib.schedule_free(base, schedule, b1=0.8))
+
+
+@pytest.mark.parametrize(
+  'name, settings',
+  [
+    ('adamw', {'beta1': 0.8, 'beta2': 0.9, 'epsilon': 1e-6}),
+    ('lion', {'beta1': 0.8, 'beta2': 0.9}),
+    ('sgd', {'momentum': 0.0}),
+    ('schedule_free_adamw', {'beta1': 0.8, 'beta2': 0.9, 'epsilon': 1e-6}),
+  ],
+)
+def test_equals_optax_composed_by_hand(name, settings):
+  params = random_tree(9)
+  schedule = optax.linear_schedule(0.1, 0.01, 4)
+  ours = make(name, params, schedule, weight_decay=0.3, clip_norm=0.7, **settings)
+  assert_trees_close(run(ours, params), run(by_hand(name, params, schedule), params))
+
+
+def test_sgd_momentum_equals_optax():
+  params = random_tree(9)
+  ours = make('sgd', params, lambda _: 0.1, momentum=0.7, weight_decay=0.0, clip_norm=None)
+  assert_trees_close(run(ours, params), run(optax.sgd(0.1, momentum=0.7), params))
+
+
+def layer(tree, index):
+  """Return one layer's kernels as (in, out) matrices: query (D, N*H), out (N*H, D)."""
+  tree = jax.tree.map(lambda x: x[index], tree)
+  tree['attention']['query']['kernel'] = tree['attention']['query']['kernel'].reshape(6, 8)
+  tree['attention']['out']['kernel'] = tree['attention']['out']['kernel'].reshape(8, 6)
+  return tree
+
+
+def test_muon_equals_muon_of_each_matrix_and_adamw_of_the_rest():
+  params, grads = random_tree(3), random_tree(4)
+  tx = make('muon', params, lambda _: 0.1, weight_decay=0.0, clip_norm=None)
+  updates = first_updates(tx)(params, grads)
+
+  adam = optax.adam(0.1, 0.9, 0.95)
+  muon = optax.contrib.muon(0.1, adam_b2=0.95, nesterov=True, consistent_rms=0.2)
+  muon_updates = first_updates(muon)
+  for name in ('embed', 'final_norm', 'head'):
+    expected, _ = adam.update(grads[name], adam.init(params[name]))
+    assert_trees_close(updates[name], expected)
+  for index in range(3):
+    mine, theirs = layer(updates['layers'], index), layer(params['layers'], index)
+    expected = muon_updates(theirs, layer(grads['layers'], index))
+    for path in (('attention', 'query'), ('attention', 'out'), ('mlp', 'up'), ('mlp', 'down')):
+      got, want = mine[path[0]][path[1]]['kernel'], expected[path[0]][path[1]]['kernel']
+      np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    vectors = {'norm': mine['attention_norm'], 'bias': mine['mlp']['up']['bias']}
+    slices = layer(grads['layers'], index)
+    slices = {'norm': slices['attention_norm'], 'bias': slices['mlp']['up']['bias']}
+    assert_trees_close(vectors, adam.update(slices, adam.init(slices))[0])
+
+
+def test_muon_updates_are_nearly_orthogonal_at_the_scale_of_adamw():
+  params = random_tree(3)
+  tx = make('muon', params, lambda _: 1.0, weight_decay=0.0, clip_norm=None)
+  updates = first_updates(tx)(params, random_tree(4))
+  for index in range(3):
+    matrix = layer(updates['layers'], index)['mlp']['up']['kernel']
+    values = np.linalg.svd(matrix / (0.2 * np.sqrt(12)), compute_uv=False)
+    assert (values > 0.5).all() and (values < 1.3).all()
+
+
+def test_adafactor_equals_adafactor_of_each_matrix():
+  shapes = {'layers': {'attention': {'query': {'kernel': (2, 130, 4, 32)},
+                                     'out': {'kernel': (2, 4, 32, 130)}},
+                       'attention_norm': {'scale': (2, 130)}},
+            'embed': {'embedding': (140, 130)}}
+  params, grads = random_tree(0, shapes), random_tree(1, shapes)
+  tx = make('adafactor', params, lambda _: 0.1, weight_decay=0.0, clip_norm=None)
+  updates = first_updates(tx)(params, grads)
+  plain = first_updates(optax.adafactor(0.1))
+
+  def matrices(tree, index):
+    attention = jax.tree.map(lambda x: x[index], tree['layers'])
+    return {'query': attention['attention']['query']['kernel'].reshape(130, 128),
+            'out': attention['attention']['out']['kernel'].reshape(128, 130),
+            'scale': attention['attention_norm']['scale']}
+
+  for index in range(2):
+    params_l = matrices(params, index)
+    expected = plain(params_l, matrices(grads, index))
+    assert_trees_close(matrices(updates, index), expected)
+  expected = plain(params['embed'], grads['embed'])
+  assert_trees_close(updates['embed'], expected)
+  sizes = sorted(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(tx.init, params)))
+  assert sizes[-1] == 2 * 130  # No statistic is as large as a matrix.
+
+
+@pytest.mark.parametrize('name', OPTIMIZERS)
+def test_decay_reaches_exactly_kernels_and_embeddings(name):
+  params = random_tree(5)
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  tx = make(name, params, lambda _: 0.1, weight_decay=0.5, clip_norm=None)
+  updates = first_updates(tx)(params, zeros)
+  for (path, update), param in zip(
+    jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(params), strict=True
+  ):
+    if path[-1].key in ('kernel', 'embedding'):
+      # The first schedule-free step moves all the way to z.
+      np.testing.assert_allclose(update, -0.1 * 0.5 * param, rtol=1e-4, atol=1e-6)
+    else:
+      np.testing.assert_allclose(update, 0, atol=1e-6)
+
+
+def test_every_decay_name_matches_a_parameter_of_real_models():
+  for name in ('gpt2_124m', 'llama3_8b'):
+    preset = PRESETS[name]
+    shapes, _ = decoder.abstract(preset.replace(num_layers=1))
+    mask = optimizers.decay_mask(OptimizerConfig().decay_names, shapes['params'])
+    flat = {
+      '/'.join(key.key for key in path): leaf
+      for path, leaf in jax.tree_util.tree_leaves_with_path(mask)
+    }
+    assert flat['embed/embedding'] and flat['layers/mlp/down/kernel']
+    assert not any(leaf for path, leaf in flat.items() if path.endswith(('scale', 'bias')))
+
+
+def test_a_decay_name_that_matches_nothing_is_refused():
+  with pytest.raises(ValueError, match=r"decay_names: 'kernels' matches no parameter .*kernel"):
+    make('adamw', SHAPES_AS_STRUCTS, decay_names=('kernels',))
+
+
+SHAPES_AS_STRUCTS = jax.tree.map(
+  lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), SHAPES,
+  is_leaf=lambda x: isinstance(x, tuple),
+)
+
+
+def test_muon_refuses_to_guess_the_axes_of_an_unknown_kernel():
+  params = {'layers': {'experts': {'kernel': jax.ShapeDtypeStruct((2, 8, 4, 4), jnp.float32)}}}
+  with pytest.raises(ValueError, match="layers/experts/kernel: .* no rule says .* 'experts'"):
+    make('muon', params, weight_decay=0.0)
+
+
+def test_clipping_is_by_the_global_norm():
+  params = {'kernel': jnp.zeros(1), 'bias': jnp.zeros(1)}
+  tx = make('sgd', params, lambda _: 1.0, momentum=0.0, weight_decay=0.0)
+  for grads, expected in [((3.0, 4.0), (-0.6, -0.8)), ((0.3, 0.4), (-0.3, -0.4))]:
+    grads = {'kernel': jnp.array([grads[0]]), 'bias': jnp.array([grads[1]])}
+    updates, _ = tx.update(grads, tx.init(params), params)
+    np.testing.assert_allclose([updates['kernel'][0], updates['bias'][0]], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize('name', OPTIMIZERS)
+def test_state_is_abstract_and_moments_have_their_parameters_shapes(name):
+  tx = make(name, SHAPES_AS_STRUCTS)
+  state = jax.eval_shape(tx.init, SHAPES_AS_STRUCTS)
+  assert jax.tree.map(jnp.shape, tx.init(random_tree(0))) == jax.tree.map(jnp.shape, state)
+  if name == 'adafactor':
+    return
+  shapes = {
+    tuple(path): leaf.shape
+    for path, leaf in jax.tree_util.tree_leaves_with_path(SHAPES_AS_STRUCTS)
+  }
+  moments = 0
+  for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+    owners = [tuple(path[i:]) for i in range(len(path)) if tuple(path[i:]) in shapes]
+    assert leaf.shape == (shapes[owners[0]] if owners else leaf.shape)
+    assert owners or leaf.size <= 3
+    moments += bool(owners)
+  copies = {'adamw': 2, 'lion': 1, 'sgd': 1, 'schedule_free_adamw': 2}
+  assert moments == (copies.get(name, 0) * len(shapes) or 4 + 2 * (len(shapes) - 4))
+
+
+def test_momentum_dtype():
+  tx = make('adamw', SHAPES_AS_STRUCTS, momentum_dtype='bfloat16')
+  state = jax.eval_shape(tx.init, SHAPES_AS_STRUCTS)
+  dtypes = {leaf.dtype for leaf in jax.tree.leaves(state) if leaf.ndim}
+  assert dtypes == {jnp.dtype('bfloat16'), jnp.dtype('float32')}
+
+
+def test_schedule_free_evaluates_at_the_average():
+  params = {'kernel': jnp.array([4.0])}
+  config = OptimizerConfig(name='schedule_free_adamw', beta1=0.9, weight_decay=0.0)
+  tx = make_optimizer(config, lambda _: 0.5, params)
+  state, iterates = tx.init(params), [4.0]
+  for _ in range(3):  # A constant gradient: z falls by 0.5 each step, as in Adam.
+    updates, state = tx.update({'kernel': jnp.array([2.0])}, state, params)
+    params = optax.apply_updates(params, updates)
+    iterates.append(iterates[-1] - 0.5)
+  average = optimizers.evaluation_params(config, state, params)['kernel']
+  np.testing.assert_allclose(average, [np.mean(iterates[1:])], rtol=1e-5)
+  np.testing.assert_allclose(params['kernel'], 0.9 * average + 0.1 * iterates[-1], rtol=1e-5)
+
+
+def test_other_optimizers_evaluate_where_they_train():
+  params = random_tree(0)
+  assert optimizers.evaluation_params(OptimizerConfig(), None, params) is params
+
+
+def test_configs_name_what_is_wrong():
+  with pytest.raises(ConfigError, match="name='adam': one of adamw, adafactor"):
+    OptimizerConfig(name='adam')
+  with pytest.raises(ConfigError, match="beta2=0.9: 'sgd' does not read it .*momentum"):
+    OptimizerConfig(name='sgd', beta2=0.9)
+  with pytest.raises(ConfigError, match='learning_rate'):
+    OptimizerConfig(learning_rate=0)
