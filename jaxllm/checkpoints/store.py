@@ -9,6 +9,7 @@ A directory holds one subdirectory per step, with the items `state` (arrays, see
 """
 
 import dataclasses
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -68,6 +69,7 @@ def open_store(directory: str | os.PathLike[str], config: CheckpointConfig) -> S
   Raises:
     ValueError: it cannot be written.
   """
+  logging.getLogger('absl').addFilter(_not_from_orbax)
   path = _absolute(directory)
   try:
     path.mkdir(parents=True, exist_ok=True)
@@ -285,6 +287,11 @@ def restore_params(
   )
   restored = _read(step, {f'{name}/{path}': leaf for path, leaf in tree.flatten(leaves).items()})
   return jax.tree.unflatten(jax.tree.structure(wanted), restored.values()), bundle
+
+
+def _not_from_orbax(record: logging.LogRecord) -> bool:
+  # Orbax logs every phase, and a failure once per thread with its trace; what matters is raised.
+  return f'{os.sep}orbax{os.sep}' not in record.pathname
 
 
 def _absolute(path: str | os.PathLike[str]) -> epath.Path:
