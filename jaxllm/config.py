@@ -15,7 +15,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import pydantic
 from absl import app, flags
@@ -79,8 +79,8 @@ def override(config: Config, changes: Mapping[str, Any]) -> Any:
 
   Args:
     config: any config.
-    changes: dotted path -> value. Text is read as JSON or a Python literal where the field accepts
-      it (`1e-3`, `true`, `None`, `(1, 2)`, `{"num_layers": 4}`), else as the text itself.
+    changes: dotted path -> value, applied together. Text is read as JSON or a Python literal where
+      the field accepts it (`1e-3`, `true`, `None`, `(1, 2)`, `{"num_layers": 4}`), else as itself.
 
   Returns:
     A new config of the same class.
@@ -88,9 +88,7 @@ def override(config: Config, changes: Mapping[str, Any]) -> Any:
   Raises:
     ConfigError: unknown field (with the nearest name) or a value that is not accepted.
   """
-  for path, value in changes.items():
-    config = _override(config, path.split('.'), path, value)
-  return config
+  return _override(config, [(path, path.split('.'), value) for path, value in changes.items()])
 
 
 def diff(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
@@ -220,34 +218,57 @@ def _print_help(argv: Sequence[str]) -> None:
   sys.exit(0)
 
 
-def _override(config: Any, keys: list[str], path: str, value: Any) -> Any:
-  key, rest = keys[0], keys[1:]
+def _override(config: Any, changes: Sequence[tuple[str, list[str], Any]]) -> Any:
+  """Apply (whole path, rest of the path, value) together, so that they are checked together."""
+  updates: dict[str, Any] = {}
+  nested: dict[str, list[tuple[str, list[str], Any]]] = {}
+  for path, (key, *rest), value in changes:
+    _check_field(config, path, key, len(rest))
+    if rest:
+      nested.setdefault(key, []).append((path, rest, value))
+    else:
+      updates[key] = _read_value(type(config), key, path, value)
+  for key, parts in nested.items():
+    child = updates.get(key, getattr(config, key))
+    if not isinstance(child, Config):
+      raise ConfigError(
+        f'config.{parts[0][0]}: {key} is {child!r}, which has no fields; set {key} itself as JSON'
+      )
+    updates[key] = _override(child, parts)
+  return config.replace(**updates)
+
+
+def _check_field(config: Config, path: str, key: str, depth: int) -> None:
   fields = type(config).model_fields
   if key not in fields:
     near = difflib.get_close_matches(key, fields, 1, cutoff=0.4)
-    keys_before = path.split('.')[: path.count('.') - len(rest)]
-    hint = f'; did you mean config.{".".join([*keys_before, near[0]])}?' if near else ''
+    parents = path.split('.')[: path.count('.') - depth]
+    hint = f'; did you mean config.{".".join([*parents, near[0]])}?' if near else ''
     raise ConfigError(
       f'config.{path}: {type(config).__name__} has no field {key!r}{hint} '
       f'(fields: {", ".join(fields)})'
     )
-  if rest:
-    child = getattr(config, key)
-    if not isinstance(child, Config):
-      raise ConfigError(
-        f'config.{path}: {key} is {child!r}, which has no fields; set {key} itself as JSON'
-      )
-    return config.replace(**{key: _override(child, rest, path, value)})
-  if not isinstance(value, str):
-    return config.replace(**{key: value})
-  literal = _literal(value)
-  try:
-    return config.replace(**{key: literal})
-  except ConfigError:
-    # A str field given `123` or `true`: the text itself is meant.
-    if literal == value or not _accepts_text(fields[key].annotation):
-      raise
-    return config.replace(**{key: value})
+
+
+def _read_value(cls: type[Config], key: str, path: str, value: Any) -> Any:
+  """Read text as what the field accepts: a literal where that fits, else the text itself."""
+  field = cls.model_fields[key]
+  accept = pydantic.TypeAdapter(Annotated[field.annotation, field])
+  candidates = [value]
+  if isinstance(value, str):
+    candidates = [_literal(value), *([value] if _accepts_text(field.annotation) else [])]
+  errors = []
+  for candidate in candidates:
+    try:
+      return accept.validate_python(candidate)
+    except ConfigError as error:
+      errors.append(f'config.{path}: {error}')
+    except pydantic.ValidationError as error:
+      problem = error.errors()[0]
+      where = '.'.join(str(part) for part in problem['loc'] if not isinstance(part, int))
+      message = problem['msg'].removeprefix('Value error, ')
+      errors.append(f'config.{path}={value}: {f"{where}: " if where else ""}{message}')
+  raise ConfigError(errors[0])
 
 
 def _literal(text: str) -> Any:

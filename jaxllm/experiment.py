@@ -49,6 +49,8 @@ class Experiment(Config):
   """A short name, for reports."""
   seed: int = pydantic.Field(default=0, ge=0)
   """Seeds initialization, dropout and the order of records."""
+  records_dir: str = 'runs/records'
+  """Where prepared records are kept, in a folder with the experiment's name."""
   model: DecoderConfig
   data: DataConfig
   tokenizer: TokenizerConfig

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pydantic
 import pytest
 
 from jaxllm import config as config_lib
@@ -50,7 +51,7 @@ def test_override_reads_the_value_the_field_accepts(path, text, expected):
 @pytest.mark.parametrize('path, text, parts', [
   ('inner.rat', '1', ['config.inner.rat', 'did you mean config.inner.rate']),
   ('iner.rate', '1', ['did you mean config.inner?']),
-  ('count', 'many', ['count', "'many'", 'integer']),
+  ('count', 'many', ['config.count=many', 'integer']),
   ('inner.rate', 'nan', ['rate', 'finite']),
   ('other.rate', '1', ['other is None', 'JSON']),
   ('inner', '{"rat": 1}', ['rat', "did you mean 'rate'"]),
@@ -125,3 +126,21 @@ def test_flags_errors_read_as_sentences(tmp_path):
   assert "no field 'siz'; did you mean config.size" in unknown
   help_text = _program(tmp_path, '--config=e.py', '--help')
   assert '--config.size=1' in help_text and 'How large it is.' in help_text
+
+
+class Range(Config):
+  low: int = 0
+  high: int = 1
+
+  @pydantic.model_validator(mode='after')
+  def _check(self):
+    if self.low >= self.high:
+      raise ValueError(f'low={self.low} is not below high={self.high}')
+    return self
+
+
+def test_overrides_are_checked_together():
+  changed = config_lib.override(Range(), {'low': '5', 'high': '9'})
+  assert (changed.low, changed.high) == (5, 9)
+  with pytest.raises(ConfigError, match='low=5 is not below high=1'):
+    config_lib.override(Range(), {'low': '5'})

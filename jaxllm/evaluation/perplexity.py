@@ -33,6 +33,8 @@ class EvaluationConfig(Config):
   """Tokens generated for each prompt."""
   temperature: float = pydantic.Field(default=0.8, ge=0)
   """Temperature of these samples; 0 is greedy."""
+  top_p: float = pydantic.Field(default=0.95, gt=0, le=1)
+  """Share of the probability mass that these samples are drawn from."""
 
 
 def make_eval_step(

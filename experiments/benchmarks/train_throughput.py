@@ -1,0 +1,206 @@
+"""Training tokens/s of jaxllm against transformers' GPT2LMHeadModel in PyTorch, in one run.
+
+  make bench-train        (installs the extra `parity`: torch and transformers)
+  python experiments/benchmarks/train_throughput.py [--rounds=3] [--sizes=small,124m]
+
+Every measurement is a process of its own, which takes a few steps to warm up and then times some;
+the candidates take turns, so that a machine whose speed drifts treats them alike. The table holds
+medians over the rounds and the ratio to PyTorch's eager float32 at the same size. On a GPU the
+same program measures the GPU.
+"""
+
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+
+from absl import app, flags
+
+ROUNDS = flags.DEFINE_integer('rounds', 3, 'Times that each candidate is measured.')
+SIZES = flags.DEFINE_list('sizes', ['small', '124m'], 'small, 124m, 355m.')
+CANDIDATES = flags.DEFINE_list('candidates', None, 'A part of the candidates, by name.')
+OUTPUT = flags.DEFINE_string('output', 'runs/train_throughput.json', 'Where the JSON goes.')
+WORKER = flags.DEFINE_string('worker', None, 'Internal: size/candidate to measure here.')
+SECONDS = flags.DEFINE_float('seconds', 12.0, 'Seconds to time for each measurement, at least.')
+
+# layers, width, heads, context, batch, vocabulary
+SHAPES = {
+  'small': (6, 384, 6, 256, 16, 4096),
+  '124m': (12, 768, 12, 256, 4, 50257),
+  '355m': (24, 1024, 16, 256, 4, 50257),
+}
+NAMES = (
+  'jaxllm float32', 'jaxllm float32 unrolled', 'jaxllm bfloat16',
+  'torch eager float32', 'torch compiled float32', 'torch eager bfloat16',
+  'torch compiled bfloat16',
+)
+
+
+def main(_) -> None:
+  if WORKER.value:
+    size, name = WORKER.value.split('/')
+    library, *_ = name.split()
+    measure = measure_jaxllm if library == 'jaxllm' else measure_torch
+    print('RESULT ' + json.dumps(measure(SHAPES[size], name)))
+    return
+  results = {}
+  for size in SIZES.value:
+    names = CANDIDATES.value or NAMES
+    runs = {name: [] for name in names}
+    for _ in range(ROUNDS.value):
+      for name in names:
+        if runs[name] is not None:
+          result = run_worker(size, name)
+          runs[name] = None if result is None else [*runs[name], result]
+    results[size] = {name: summary(found) for name, found in runs.items() if found}
+    print_table(size, results[size])
+  path = pathlib.Path(OUTPUT.value)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps(results, indent=2) + '\n')
+  print(f'wrote {path}')
+
+
+def run_worker(size: str, name: str) -> dict | None:
+  command = [sys.executable, __file__, f'--worker={size}/{name}', f'--seconds={SECONDS.value}']
+  done = subprocess.run(command, capture_output=True, text=True)
+  lines = [line for line in done.stdout.splitlines() if line.startswith('RESULT ')]
+  if not lines:
+    print(f'{name}: not measured: {done.stderr.strip().splitlines()[-1:]}', file=sys.stderr)
+    return None
+  return json.loads(lines[0].removeprefix('RESULT '))
+
+
+def summary(found: list[dict]) -> dict:
+  rates = [result['tokens_per_second'] for result in found]
+  return {
+    'tokens_per_second': statistics.median(rates),
+    'slowest': min(rates),
+    'fastest': max(rates),
+    'first_step_seconds': statistics.median(result['first_step_seconds'] for result in found),
+    'peak_memory_gb': statistics.median(result['peak_memory_gb'] for result in found),
+    'loss': found[-1]['loss'],
+  }
+
+
+def print_table(size: str, rows: dict) -> None:
+  layers, width, heads, context, batch, vocabulary = SHAPES[size]
+  base = rows.get('torch eager float32', {}).get('tokens_per_second')
+  print(f'\n{size}: {layers} layers, {width} wide, {heads} heads, context {context}, '
+        f'batch {batch}, vocabulary {vocabulary}')
+  print(f'{"":26}{"tokens/s":>10}{"min..max":>18}{"ratio":>8}{"first step":>12}{"peak GB":>9}')
+  for name, row in rows.items():
+    ratio = f'{row["tokens_per_second"] / base:.2f}' if base else '-'
+    spread = f'{row["slowest"]:.0f}..{row["fastest"]:.0f}'
+    print(f'{name:26}{row["tokens_per_second"]:10.0f}{spread:>18}{ratio:>8}'
+          f'{row["first_step_seconds"]:11.1f}s{row["peak_memory_gb"]:9.2f}')
+
+
+def timed(step, tokens_per_step: int) -> dict:
+  """Warm `step` up, then time it; `step()` returns the loss once the work is done."""
+  import resource
+
+  started = time.perf_counter()
+  loss = step()
+  first = time.perf_counter() - started
+  for _ in range(2):
+    loss = step()
+  count, started = 0, time.perf_counter()
+  while time.perf_counter() - started < SECONDS.value or count < 3:
+    loss = step()
+    count += 1
+  elapsed = time.perf_counter() - started
+  return {
+    'tokens_per_second': count * tokens_per_step / elapsed,
+    'first_step_seconds': first,
+    'peak_memory_gb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+    'loss': loss,
+  }
+
+
+def measure_jaxllm(shape: tuple, name: str) -> dict:
+  import jax
+  import numpy as np
+
+  from jaxllm import sharding
+  from jaxllm.data.records import DataConfig
+  from jaxllm.data.tokenizers import TokenizerConfig
+  from jaxllm.experiment import Experiment, TrainingConfig
+  from jaxllm.models.families import PRESETS
+  from jaxllm.training import state, step
+
+  layers, width, heads, context, batch, vocabulary = shape
+  experiment = Experiment(
+    name='train_throughput',
+    model=PRESETS['gpt2_124m'].replace(
+      num_layers=layers, embed_dim=width, num_heads=heads, mlp_dim=4 * width,
+      max_length=context, vocab_size=vocabulary, dropout_rate=0.0,
+      dtype='bfloat16' if 'bfloat16' in name else 'float32',
+      scan_layers='unrolled' not in name,
+    ),
+    data=DataConfig(context_length=context),
+    tokenizer=TokenizerConfig(),
+    training=TrainingConfig(num_steps=1000, batch_size=batch),
+  )
+  mesh = sharding.make_mesh(experiment.mesh)
+  tx = state.make_optimizer(experiment)
+  train_step = step.make_train_step(experiment, tx, mesh)
+  holder = [state.create_state(experiment, tx, mesh)]
+  ids = np.random.default_rng(0).integers(0, vocabulary, (batch, context + 1), dtype=np.int32)
+  host_batch = {
+    'tokens': ids[:, :-1],
+    'targets': ids[:, 1:],
+    'weights': np.ones((batch, context), np.float32),
+    'segment_ids': np.ones((batch, context), np.int32),
+    'positions': np.tile(np.arange(context, dtype=np.int32), (batch, 1)),
+  }
+  placed = sharding.put_batch(host_batch, sharding.batch_sharding(mesh, experiment.mesh))
+
+  def one() -> float:
+    holder[0], metrics = train_step(holder[0], placed)
+    return float(jax.block_until_ready(metrics)['loss'])
+
+  result = timed(one, batch * context)
+  stats = jax.devices()[0].memory_stats() or {}
+  if 'peak_bytes_in_use' in stats:
+    result['peak_memory_gb'] = stats['peak_bytes_in_use'] / 1e9
+  return result
+
+
+def measure_torch(shape: tuple, name: str) -> dict:
+  import torch
+  import transformers
+
+  layers, width, heads, context, batch, vocabulary = shape
+  device = 'cuda' if torch.cuda.is_available() else 'cpu'
+  torch.manual_seed(0)
+  model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+    n_layer=layers, n_embd=width, n_head=heads, n_positions=context, vocab_size=vocabulary,
+    resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
+  )).to(device).train()
+  optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+  forward = torch.compile(model) if 'compiled' in name else model
+  ids = torch.randint(0, vocabulary, (batch, context + 1), device=device)
+  tokens, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+  def one() -> float:
+    with torch.autocast(device, torch.bfloat16, enabled='bfloat16' in name):
+      logits = forward(tokens).logits
+    loss = torch.nn.functional.cross_entropy(
+      logits.float().view(-1, vocabulary), targets.view(-1)
+    )
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(loss)
+
+  result = timed(one, batch * context)
+  if device == 'cuda':
+    result['peak_memory_gb'] = torch.cuda.max_memory_allocated() / 1e9
+  return result
+
+
+if __name__ == '__main__':
+  app.run(main)

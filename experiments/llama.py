@@ -1,0 +1,58 @@
+"""Llama-shaped models on TPU pods.
+
+Command:  python -m jaxllm.train --config=experiments/llama.py:llama3_8b \
+            --workdir=/mnt/shared/runs/llama3_8b --distributed
+Hardware: per model below
+Time:     not measured; `experiments/benchmarks/tpu_compile.py` shows that each one compiles for its
+          slice and fits its memory
+Data:     C4 through TFDS, prepared beforehand; the model's `tokenizer.json` in ./MODEL, such as
+          ./llama3_8b/tokenizer.json
+Reference: Touvron et al., arXiv 2307.09288; Dubey et al., arXiv 2407.21783; Ben Allal et al.,
+          arXiv 2502.02737. Learning rates and batches follow them; the data does not.
+"""
+
+from jaxllm.checkpoints.store import CheckpointConfig
+from jaxllm.data.documents import SourceConfig
+from jaxllm.data.records import DataConfig
+from jaxllm.data.tokenizers import TokenizerConfig
+from jaxllm.evaluation.perplexity import EvaluationConfig
+from jaxllm.experiment import Experiment, TrainingConfig
+from jaxllm.models.families import PRESETS
+from jaxllm.objectives.next_token import ObjectiveConfig
+from jaxllm.optim.optimizers import OptimizerConfig
+from jaxllm.optim.schedules import ScheduleConfig
+from jaxllm.sharding import MeshConfig
+
+# model -> TPU slice, context, records per step, learning rate, microbatches, mesh
+MODELS = {
+  'smollm2_135m': ('v5e:4x4', 2048, 512, 3e-3, 4, MeshConfig(data=16)),
+  'llama2_7b': ('v5p:4x4x4', 4096, 1024, 3e-4, 4, MeshConfig(data=1, fsdp=64)),
+  'llama3_8b': ('v5p:4x4x4', 8192, 512, 3e-4, 4, MeshConfig(data=1, fsdp=64)),
+  'llama3_70b': ('v5p:8x8x8', 8192, 1024, 1.5e-4, 4, MeshConfig(data=1, fsdp=128, tensor=4)),
+}
+
+
+def get_config(name: str = 'smollm2_135m') -> Experiment:
+  """Return the run of one model: see MODELS."""
+  _, context, batch_size, learning_rate, microbatches, mesh = MODELS[name]
+  return Experiment(
+    name=name,
+    model=PRESETS[name].replace(dtype='bfloat16', remat='full'),
+    data=DataConfig(
+      sources=(SourceConfig(location='tfds:c4/en?split=train'),),
+      validation=(SourceConfig(location='tfds:c4/en?split=validation'),),
+      context_length=context,
+    ),
+    tokenizer=TokenizerConfig(kind='json', path=f'{name}/tokenizer.json'),
+    training=TrainingConfig(
+      num_steps=100_000, batch_size=batch_size, microbatches=microbatches, log_every_steps=20
+    ),
+    objective=ObjectiveConfig(chunk_size=512, z_loss=1e-4),
+    optimizer=OptimizerConfig(learning_rate=learning_rate),
+    schedule=ScheduleConfig(warmup_steps=2000, final_fraction=0.1),
+    mesh=mesh,
+    checkpoint=CheckpointConfig(every_steps=1000, keep_last=3, keep_every=10_000),
+    evaluation=EvaluationConfig(
+      every_steps=1000, max_batches=8, prompts=('The meaning of life is',)
+    ),
+  )

@@ -1,0 +1,31 @@
+"""Prepare data: `python -m jaxllm.prepare --config=experiments/quickstart.py`.
+
+Cleans, tokenises and packs the text of an experiment into records, and prints what came out.
+Training does the same by itself where it is needed.
+"""
+
+import pathlib
+
+from jaxllm import config
+
+CONFIG = config.define_flag()
+
+
+def main(_) -> None:  # noqa: D103
+  experiment = config.from_flags(CONFIG.value)
+  from jaxllm.data import records
+
+  directory = pathlib.Path(experiment.records_dir) / experiment.name
+  manifest = records.prepare(experiment.data, experiment.tokenizer, directory)
+  print(f'{directory}: vocabulary {manifest.vocab_size}, context {manifest.context_length}')
+  for name, split in (('train', manifest.train), ('validation', manifest.validation)):
+    if split is not None:
+      print(
+        f'  {name}: {split.documents:,} documents, {split.text_bytes:,} bytes, '
+        f'{split.tokens:,} tokens ({split.bytes_per_token:.2f} bytes each), '
+        f'{split.records:,} records'
+      )
+
+
+if __name__ == '__main__':
+  config.run_program(main)

@@ -1,0 +1,55 @@
+"""Train a model: `python -m jaxllm.train --config=experiments/quickstart.py --workdir=runs/demo`.
+
+The same command goes on where an interrupted run stopped. `--config.a.b=value` changes a field.
+"""
+
+import logging as std_logging
+import pathlib
+
+import jax
+from absl import flags, logging
+
+from jaxllm import config
+
+CONFIG = config.define_flag()
+WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run.', required=True)
+CACHE = flags.DEFINE_string(
+  'compilation_cache', '~/.cache/jaxllm/compiled',
+  'Directory that keeps compiled programs between runs; empty: none.',
+)
+DISTRIBUTED = flags.DEFINE_bool(
+  'distributed', False, 'Connect the processes of a TPU pod or a multi-host GPU job first.'
+)
+
+
+def main(_) -> None:  # noqa: D103
+  logging.set_stderrthreshold('info')
+  std_logging.getLogger('jax').setLevel(std_logging.WARNING)  # It tells of every missing backend.
+  if CACHE.value:
+    jax.config.update('jax_compilation_cache_dir', str(pathlib.Path(CACHE.value).expanduser()))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
+  if DISTRIBUTED.value:
+    jax.distributed.initialize()
+  experiment = config.from_flags(CONFIG.value)
+  from jaxllm.training import loop
+
+  summary = loop.train(experiment, WORKDIR.value)
+  if not summary['complete']:
+    return
+  print(f'{summary["step"]:,} steps, {summary["parameters"]:,} parameters')
+  if 'validation' in summary:
+    scores = summary['validation']
+    print(f'held-out loss {scores["loss"]:.4f}, perplexity {scores["perplexity"]:.2f}, '
+          f'{scores["bits_per_byte"]:.4f} bits per byte')
+  samples = pathlib.Path(WORKDIR.value) / 'samples.jsonl'
+  if samples.exists():
+    import json
+
+    for line in samples.read_text(encoding='utf-8').splitlines():
+      sample = json.loads(line)
+      print(f'--- {sample["prompt"]!r}\n{sample["prompt"]}{sample["text"]}')
+  print(f'report: {pathlib.Path(WORKDIR.value) / "report.html"}')
+
+
+if __name__ == '__main__':
+  config.run_program(main)

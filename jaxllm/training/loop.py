@@ -1,0 +1,333 @@
+"""The training loop: text in; checkpoints, metrics, samples, a report out; the same call resumes.
+
+- `train` is a whole run: set up, loop, finish.
+- `_Run` is what stays fixed while it lasts.
+- `_loop` takes the steps, and reads their metrics one step late so that devices never wait.
+- `_finish` proves the run from its checkpoint: held-out scores, samples, report.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import optax
+from absl import logging
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from jaxllm import loading, sharding
+from jaxllm.checkpoints import store as store_lib
+from jaxllm.checkpoints.bundle import Bundle
+from jaxllm.data import batches as batches_lib
+from jaxllm.data import records, tokenizers
+from jaxllm.evaluation import perplexity
+from jaxllm.experiment import Experiment
+from jaxllm.models import decoder
+from jaxllm.training import journal, report, workdir
+from jaxllm.training import state as state_lib
+from jaxllm.training import step as step_lib
+from jaxllm.training.state import TrainState
+
+
+class TrainingStopped(RuntimeError):
+  """Training cannot go on; the message says why and what to change."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+  """What stays fixed while a run lasts."""
+
+  experiment: Experiment
+  path: pathlib.Path
+  mesh: Mesh
+  tx: optax.GradientTransformation
+  records_dir: pathlib.Path
+  manifest: records.Manifest
+  bundle: Bundle
+  store: store_lib.Store
+  started: float
+
+
+def train(
+  experiment: Experiment, path: str | os.PathLike[str], devices: list[jax.Device] | None = None
+) -> dict[str, Any]:
+  """Train a model, or go on where an interrupted run stopped.
+
+  Args:
+    experiment: the run.
+    path: its working directory. Afterwards it holds `config.json`, `tokenizer/`, `data.json`,
+      `environment.json`, `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `samples.jsonl`,
+      `summary.json` and `report.html`.
+    devices: the devices to use; all by default.
+
+  Returns:
+    What `summary.json` holds: `step`, `num_steps`, `complete`, and when complete the validation
+    scores, the parameter count, tokens and seconds.
+
+  Raises:
+    ValueError: the config does not fit the data, the devices, or the run that is already there.
+    TrainingStopped: too many steps in a row were not finite or spiked.
+    checkpoints.store.CheckpointError: a checkpoint could not be written or read.
+  """
+  started = time.monotonic()
+  mesh = sharding.make_mesh(experiment.mesh, devices)
+  _check_batch(experiment, mesh)
+  directory = workdir.open_workdir(experiment, path)
+  records_dir = pathlib.Path(experiment.records_dir) / experiment.name
+  manifest = _prepare(experiment, directory, records_dir)
+  tokenizer = records.load_tokenizer(records_dir)
+  tx = state_lib.make_optimizer(experiment)
+  run = _Run(
+    experiment=experiment,
+    path=directory,
+    mesh=mesh,
+    tx=tx,
+    records_dir=records_dir,
+    manifest=manifest,
+    bundle=Bundle(experiment.to_json(), tokenizer.files(), manifest.model_dump(mode='json')),
+    store=store_lib.open_store(directory / store_lib.DIRECTORY, experiment.checkpoint),
+    started=started,
+  )
+  try:
+    return _run(run)
+  finally:
+    store_lib.close(run.store)
+
+
+def _run(run: _Run) -> dict[str, Any]:
+  num_steps = run.experiment.training.num_steps
+  latest = store_lib.latest_step(run.store) or 0
+  if latest >= num_steps:
+    written = run.path / 'summary.json'
+    if written.exists() and (summary := json.loads(written.read_text()))['step'] == latest:
+      logging.info('The run in %s is complete: %d steps.', run.path, latest)
+      return summary
+    return _finish(run, latest)
+  state = _initial_state(run, latest)
+  step = _loop(run, state)
+  if step < num_steps:
+    logging.info('Stopped at step %d of %d and saved; the same command goes on.', step, num_steps)
+    return {'step': step, 'num_steps': num_steps, 'complete': False}
+  return _finish(run, step)
+
+
+def _check_batch(experiment: Experiment, mesh: Mesh) -> None:
+  """Check before any array exists that rows divide over devices, microbatches and processes."""
+  axes = dict(experiment.mesh.rules)['batch']
+  parts = 1
+  for axis in axes:
+    parts *= mesh.shape[axis]
+  training, evaluation = experiment.training, experiment.evaluation
+  rows = {
+    'training.batch_size / training.microbatches': training.batch_size // training.microbatches,
+    'evaluation.batch_size': evaluation.batch_size or training.batch_size,
+  }
+  for name, size in rows.items():
+    if size % parts:
+      raise ValueError(
+        f'config.{name} is {size} rows, which do not divide over {parts} devices (mesh axes '
+        f'{", ".join(axes)}); make it a multiple of {parts}'
+      )
+
+
+def _prepare(
+  experiment: Experiment, directory: pathlib.Path, records_dir: pathlib.Path
+) -> records.Manifest:
+  """Prepare the records, once, and check that they are the ones this run began with."""
+  main = jax.process_index() == 0
+  if main:
+    records.prepare(experiment.data, experiment.tokenizer, records_dir)
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices('records are prepared')
+  manifest = records.load_manifest(records_dir)
+  if manifest.vocab_size > experiment.model.vocab_size:
+    raise ValueError(
+      f'the tokenizer has {manifest.vocab_size} tokens but config.model.vocab_size='
+      f'{experiment.model.vocab_size}; raise it to {manifest.vocab_size}'
+    )
+  written = directory / 'data.json'
+  if written.exists():
+    before = json.loads(written.read_text(encoding='utf-8'))['fingerprint']
+    if before != manifest.fingerprint:
+      raise ValueError(
+        f'--workdir={directory} was trained on other records (fingerprint {before[:12]}, now '
+        f'{manifest.fingerprint[:12]}): a source has changed; choose another --workdir'
+      )
+  if main:
+    workdir.write_json(written, manifest.model_dump(mode='json'))
+    tokenizers.save(records.load_tokenizer(records_dir), directory / 'tokenizer')
+  return manifest
+
+
+def _initial_state(run: _Run, latest: int) -> TrainState:
+  if not latest:
+    return state_lib.create_state(run.experiment, run.tx, run.mesh)
+  logging.info('Going on from step %d.', latest)
+  abstract = state_lib.abstract_state(run.experiment, run.tx, run.mesh)
+  return store_lib.restore(run.store, abstract, latest)
+
+
+def _loop(run: _Run, state: TrainState) -> int:
+  """Take steps until the end or a signal; return how many have been taken in all."""
+  experiment = run.experiment
+  first, last = int(state.step), experiment.training.num_steps
+  train_step = step_lib.make_train_step(experiment, run.tx, run.mesh)
+  evaluate = _make_evaluate(run, experiment.evaluation.max_batches)
+  batch_sharding = sharding.batch_sharding(run.mesh, experiment.mesh)
+  batches = batches_lib.make_batches(
+    run.records_dir, 'train', experiment.training.batch_size, experiment.seed,
+    jax.process_index(), jax.process_count(), experiment.data.shuffle,
+  )
+  saved = step = first
+  waiting = None
+  with _stop_requests() as stopping, journal.open_journal(
+    run.path, experiment, run.mesh, first, run.started
+  ) as log:
+    for host_batch in log.wait_for(batches_lib.prefetch(batches, first, last)):
+      state, metrics = train_step(state, sharding.put_batch(host_batch, batch_sharding))
+      # The metrics of the step before: those of this one are still being computed.
+      _record(run, log, step, waiting)
+      step, waiting = step + 1, metrics
+      store_lib.check(run.store)
+      evaluating = evaluate is not None and _due(step, experiment.evaluation.every_steps, last)
+      saving = _due(step, experiment.checkpoint.every_steps, last)
+      stop = _should_stop(stopping, run.store, step)
+      if evaluating or saving or stop:
+        _record(run, log, step, waiting)
+        waiting = None
+      with log.pause():
+        if evaluating:
+          log.scores(step, evaluate(state_lib.evaluation_params(experiment, state)))
+        if saving or stop:
+          store_lib.save(run.store, step, state, run.bundle)
+          saved = step
+      if stop:
+        break
+    store_lib.wait(run.store)
+  return saved
+
+
+def _due(step: int, every: int, last: int) -> bool:
+  return step % every == 0 or step == last
+
+
+def _record(
+  run: _Run, log: journal.Journal, step: int, metrics: dict[str, jax.Array] | None
+) -> None:
+  """Write a step's metrics down; stop the run where too many steps in a row were skipped."""
+  if metrics is None:
+    return
+  scalars = {name: float(value) for name, value in jax.device_get(metrics).items()}
+  log.step(step, scalars)
+  most = run.experiment.training.max_skipped_steps
+  if scalars['skipped_in_a_row'] > most:
+    last = store_lib.latest_step(run.store)
+    raise TrainingStopped(
+      f'steps {step - most} to {step} were not applied: the loss or its gradient was not finite, '
+      f'or the loss spiked (last loss {scalars["loss"]:.4g}, gradient norm '
+      f'{scalars["grad_norm"]:.4g}). The last checkpoint is step {last}; lower '
+      'config.optimizer.learning_rate, lengthen config.schedule.warmup_steps, or look at the data '
+      f'of these steps'
+    )
+
+
+def _make_evaluate(
+  run: _Run, max_batches: int | None
+) -> Callable[[Any], dict[str, float]] | None:
+  """Return `params -> scores` over the validation records, or None where none are held out."""
+  experiment = run.experiment
+  if run.manifest.validation is None:
+    return None
+  batches = batches_lib.make_batches(
+    run.records_dir, 'validation',
+    experiment.evaluation.batch_size or experiment.training.batch_size, experiment.seed,
+    jax.process_index(), jax.process_count(), shuffle=False, num_epochs=1,
+  )
+  count = min(batches.num_batches, max_batches or batches.num_batches)
+  eval_step = perplexity.make_eval_step(
+    experiment.model, experiment.objective, run.mesh, experiment.mesh
+  )
+  batch_sharding = sharding.batch_sharding(run.mesh, experiment.mesh)
+
+  def evaluate(params: Any) -> dict[str, float]:
+    return perplexity.evaluate(
+      eval_step, {'params': params}, batches_lib.prefetch(batches, 0, count), batch_sharding,
+      run.manifest.validation.bytes_per_token,
+    )
+
+  return evaluate
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[threading.Event]:
+  """Turn SIGTERM and the first SIGINT into an event; a second SIGINT interrupts at once."""
+  event = threading.Event()
+
+  def request(number: int, frame: Any) -> None:
+    if event.is_set() and number == signal.SIGINT:
+      raise KeyboardInterrupt
+    event.set()
+    logging.info('%s: saving, then stopping.', signal.Signals(number).name)
+
+  if threading.current_thread() is not threading.main_thread():
+    yield event  # Signals belong to the main thread; a notebook may train in another.
+    return
+  previous = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
+  try:
+    yield event
+  finally:
+    for number, handler in previous.items():
+      signal.signal(number, handler)
+
+
+def _should_stop(event: threading.Event, store: store_lib.Store, step: int) -> bool:
+  if jax.process_count() > 1:
+    # All processes must stop at the same step; the coordinator agrees on it.
+    return store.manager.reached_preemption(step)
+  return event.is_set()
+
+
+def _finish(run: _Run, step: int) -> dict[str, Any]:
+  """Prove the run from its checkpoint alone: scores on all held-out text, samples, the report."""
+  experiment = run.experiment
+  summary: dict[str, Any] = {
+    'step': step,
+    'num_steps': experiment.training.num_steps,
+    'complete': True,
+    'parameters': decoder.parameter_count(experiment.model),
+    'train_tokens': step * experiment.training.batch_size * experiment.data.context_length,
+    'seconds': journal.elapsed_seconds(run.path, step),
+  }
+  evaluate = _make_evaluate(run, max_batches=None)
+  if evaluate is not None:
+    abstract = state_lib.abstract_state(experiment, run.tx, run.mesh)
+    state = store_lib.restore(run.store, abstract, step)
+    summary['validation'] = evaluate(state_lib.evaluation_params(experiment, state))
+  if jax.process_index() == 0:
+    _write_samples(experiment, run.path)
+    workdir.write_json(run.path / 'summary.json', summary)
+    logging.info('Report: %s', report.write_report(run.path))
+  return summary
+
+
+def _write_samples(experiment: Experiment, path: pathlib.Path) -> None:
+  settings = experiment.evaluation
+  if not settings.prompts:
+    return
+  texts = loading.generate(
+    loading.load(path), settings.prompts, max_new_tokens=settings.prompt_tokens,
+    temperature=settings.temperature, top_p=settings.top_p, seed=experiment.seed,
+  )
+  lines = [
+    json.dumps({'prompt': prompt, 'text': text}, ensure_ascii=False)
+    for prompt, text in zip(settings.prompts, texts, strict=True)
+  ]
+  workdir.write_text(path / 'samples.jsonl', '\n'.join(lines) + '\n')
