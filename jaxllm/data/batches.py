@@ -7,8 +7,6 @@ processes. Where the batch size does not divide the records, a batch continues w
 after the last epoch it is filled with rows of weight 0.
 """
 
-import collections
-import concurrent.futures
 import dataclasses
 import os
 import pathlib
@@ -17,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxllm.data import packing, records
+from jaxllm.data import packing, parallel, records
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -119,15 +117,5 @@ def prefetch(
 
   An error in a thread is raised where its batch would have come. Leaving the loop early is fine.
   """
-  steps = iter(range(start_step, stop_step))
-  pool = concurrent.futures.ThreadPoolExecutor(num_threads, thread_name_prefix='batches')
-  waiting: collections.deque[concurrent.futures.Future] = collections.deque()
-  try:
-    for step in steps:
-      waiting.append(pool.submit(batches.batch_at, step))
-      if len(waiting) >= buffer_size:
-        yield waiting.popleft().result()
-    while waiting:
-      yield waiting.popleft().result()
-  finally:
-    pool.shutdown(wait=False, cancel_futures=True)
+  return parallel.map_ahead(
+    batches.batch_at, range(start_step, stop_step), num_threads, buffer_size)

@@ -1,4 +1,10 @@
-"""Cleaning of text, step by step; every step can be switched off."""
+"""Cleaning of text: a list of steps, each a function from text to text."""
+
+import html.parser
+import re
+import unicodedata
+from collections.abc import Callable
+from typing import Literal
 
 import pydantic
 
@@ -6,12 +12,92 @@ from jaxllm.config import Config
 
 
 class CleaningConfig(Config):
-  """Which steps of cleaning run; all are off by default, so that text goes through untouched."""
+  """Which steps of cleaning run. By default none does, and text goes through untouched."""
 
+  steps: tuple[Literal['mojibake', 'html', 'control', 'nfc', 'whitespace'], ...] = ()
+  """Steps in the order in which they run: 'mojibake' repairs text that was decoded wrongly, 'html'
+  keeps the text of a page, 'control' drops control characters, 'nfc' composes accents, 'whitespace'
+  joins runs of blanks and of empty lines."""
   min_characters: int = pydantic.Field(default=1, ge=1)
-  """Documents shorter than this after the other steps are dropped."""
+  """Documents that are shorter after these steps are dropped."""
 
 
 def clean(text: str, config: CleaningConfig) -> str | None:
-  """Return the cleaned text, or None where the document is dropped."""
+  """Return the text after all steps, or None where the document is to be dropped."""
+  for step in config.steps:
+    text = STEPS[step](text)
   return text if len(text) >= config.min_characters else None
+
+
+def repair_mojibake(text: str) -> str:
+  """Undo decoding with the wrong encoding ('schÃ¶n' -> 'schön'), line by line; needs ftfy."""
+  import ftfy
+  if text.isascii():
+    return text
+  return '\n'.join(ftfy.fix_encoding(line) for line in text.split('\n'))
+
+
+def strip_html(text: str) -> str:
+  """Return the visible text of HTML, one line per block; scripts, styles and comments go."""
+  if not ('<' in text or '&' in text):
+    return text
+  parser = _TextParser()
+  parser.feed(text)
+  parser.close()
+  return re.sub(r'\n\s*\n\s*', '\n\n', ''.join(parser.pieces)).strip()
+
+
+def drop_control_characters(text: str) -> str:
+  """Drop control characters except tab and newline (CRLF becomes newline), and U+FEFF."""
+  return _CONTROL.sub('', text.replace('\r\n', '\n'))
+
+
+def compose(text: str) -> str:
+  """Return Unicode normal form C."""
+  return unicodedata.normalize('NFC', text)
+
+
+def join_whitespace(text: str) -> str:
+  """Make runs of blanks one space and runs of empty lines one, and strip lines and text."""
+  text = re.sub(r'[^\S\n]+', ' ', text)
+  text = re.sub(r' ?\n ?', '\n', text)
+  return re.sub(r'\n{3,}', '\n\n', text).strip()
+
+
+STEPS: dict[str, Callable[[str], str]] = {
+  'mojibake': repair_mojibake,
+  'html': strip_html,
+  'control': drop_control_characters,
+  'nfc': compose,
+  'whitespace': join_whitespace,
+}
+
+_CONTROL = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]')
+
+_BLOCKS = frozenset(
+  'address article aside blockquote br dd div dl dt fieldset figcaption figure footer form h1 h2 '
+  'h3 h4 h5 h6 header hr li main nav ol p pre section table td th tr ul'.split())
+_HIDDEN = frozenset(('script', 'style', 'template', 'noscript', 'title'))
+
+
+class _TextParser(html.parser.HTMLParser):
+  """Collect character data; the standard parser calls methods, so this is a class."""
+
+  def __init__(self):
+    super().__init__(convert_charrefs=True)
+    self.pieces: list[str] = []
+    self._hidden = 0
+
+  def handle_starttag(self, tag, attrs):
+    self._hidden += tag in _HIDDEN
+    if tag in _BLOCKS:
+      self.pieces.append('\n')
+
+  def handle_endtag(self, tag):
+    self._hidden = max(0, self._hidden - (tag in _HIDDEN))
+    if tag in _BLOCKS:
+      self.pieces.append('\n')
+
+  def handle_data(self, data):
+    if not self._hidden:
+      self.pieces.append(data)

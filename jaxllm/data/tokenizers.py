@@ -1,97 +1,78 @@
-"""Tokenizers: text to ids and back, without loss.
+"""Tokenizers: which one, how it is trained, where its files lie.
 
-- `TokenizerConfig` names one; `train_or_load` makes it; `from_files`, `save` and `load` rebuild it.
-- `Tokenizer` is what all kinds share.
-- `LOADERS` lists the kinds by the file that tells them apart.
+- `TokenizerConfig` names one, and `train_or_load` makes it.
+- `from_files`, `save` and `load` rebuild it; `BUILDERS` tells the kinds apart by their files.
 """
 
-import dataclasses
-import functools
 import hashlib
 import io
+import json
 import os
 import pathlib
 import re
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal
 
 import pydantic
 
 from jaxllm.config import Config
+from jaxllm.data import storage, tokenizer_kinds
+from jaxllm.data.tokenizer_kinds import Files
+from jaxllm.data.tokenizer_kinds import Tokenizer as Tokenizer
 
-Files = Mapping[str, bytes]
+BUILDERS: dict[str, Callable[[Files], Tokenizer]] = {
+  'tokenizer.json': tokenizer_kinds.from_tokenizer_json,
+  'tokenizer.model': tokenizer_kinds.from_sentencepiece,
+  'vocab.json': tokenizer_kinds.from_vocab_and_merges,
+  'bytes.txt': tokenizer_kinds.from_bytes,
+}
 
-_MARK = '\u2581'  # SentencePiece's own sign for a space.
-_CHUNK_BYTES = 4000
+# The names that belong to a tokenizer among all files of a model directory.
+FILE_NAMES = (
+  *BUILDERS, 'merges.txt', 'tokenizer_config.json', 'special_tokens_map.json',
+  'chat_template.jinja',
+)
+
+_CHUNK = re.compile(r'(?s).{1,3999}\n|.{1,4000}')
 
 
 class TokenizerConfig(Config):
   """Which tokenizer to use, and how to train it where it is trained on the corpus."""
 
   kind: Literal['sentencepiece', 'gpt2', 'json', 'bytes'] = 'sentencepiece'
-  """'sentencepiece' (trained on the corpus, or loaded), 'gpt2' (vocab.json or encoder.json with
-  merges.txt or vocab.bpe), 'json' (any tokenizer.json) or 'bytes' (256 raw bytes)."""
+  """'sentencepiece' (trained on the corpus, or a tokenizer.model), 'gpt2' (vocab.json and
+  merges.txt, or encoder.json and vocab.bpe), 'json' (any tokenizer.json), or 'bytes'."""
   path: str | None = None
   """The tokenizer's file, or the directory that holds its files; None trains on the corpus."""
   vocab_size: int | None = pydantic.Field(default=None, gt=0)
-  """Size of a vocabulary that is trained; None takes every character (model_type 'char' only)."""
-  model_type: Literal['unigram', 'bpe', 'char'] = 'bpe'
-  """How SentencePiece cuts words."""
+  """Size of the vocabulary to train; None takes all characters (model_type 'char' only)."""
+  model_type: Literal['bpe', 'unigram', 'char'] = 'bpe'
+  """How SentencePiece builds its pieces."""
   byte_fallback: bool = True
-  """Give characters outside the vocabulary by their bytes. False saves 256 ids, and then text with
-  such a character is refused."""
+  """Give characters outside the vocabulary by their bytes. False saves the 256 ids of bytes, and a
+  text with such a character is refused."""
   sample_bytes: int = pydantic.Field(default=50_000_000, gt=0)
-  """Bytes of text that training looks at; more are sampled evenly."""
+  """Bytes of text to train on at most; more are sampled evenly."""
+  bos_token: str | None = None
+  """The token that begins a document, where the files do not say it (kind 'json')."""
+  eos_token: str | None = None
+  """The token that ends a document, where the files do not say it (kind 'json')."""
 
   @pydantic.model_validator(mode='after')
   def _check(self) -> 'TokenizerConfig':
     trained = self.kind == 'sentencepiece' and self.path is None
     if self.kind in ('gpt2', 'json') and self.path is None:
       raise ValueError(f'path=None: kind={self.kind!r} needs the path of its files')
+    if self.kind == 'bytes' and self.path is not None:
+      raise ValueError(f"path={self.path!r}: kind='bytes' has no files; leave it None")
     if self.vocab_size is not None and not trained:
       raise ValueError(f'vocab_size={self.vocab_size}: only a tokenizer that is trained takes a '
                        'vocabulary size; leave it None')
     if trained and self.vocab_size is None and self.model_type != 'char':
-      raise ValueError(f'vocab_size=None: model_type={self.model_type!r} needs a size, '
-                       'such as 4096')
+      raise ValueError(f'vocab_size=None: model_type={self.model_type!r} needs a size, say 4096')
+    if self.kind != 'json' and (self.bos_token or self.eos_token):
+      raise ValueError(f"bos_token, eos_token: only kind='json' takes them, not {self.kind!r}")
     return self
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Tokenizer:
-  """Text to ids and back. `decode(encode(text)) == text` for every text.
-
-  `encode` adds no special tokens, and text that spells one ('<s>') stays plain text.
-  """
-
-  encode: Callable[[str], list[int]]
-  """Text -> ids."""
-  decode: Callable[[Sequence[int]], str]
-  """Ids -> text; special tokens give no text, and bytes that are not UTF-8 give U+FFFD."""
-  id_bytes: Sequence[bytes]
-  """The bytes that each id stands for; empty for special tokens."""
-  bos_id: int | None
-  eos_id: int | None
-  pad_id: int
-  _files: Files
-
-  @property
-  def vocab_size(self) -> int:
-    """The number of ids."""
-    return len(self.id_bytes)
-
-  def files(self) -> dict[str, bytes]:
-    """Return everything from which `from_files` rebuilds this tokenizer, by file name."""
-    return dict(self._files)
-
-  @functools.cached_property
-  def fingerprint(self) -> str:
-    """SHA-256 of the files, as hexadecimal digits."""
-    digest = hashlib.sha256()
-    for name, content in sorted(self._files.items()):
-      digest.update(f'{name}\0{len(content)}\0'.encode() + content)
-    return digest.hexdigest()
 
 
 def train_or_load(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
@@ -99,125 +80,150 @@ def train_or_load(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
 
   Args:
     config: the kind and its settings.
-    texts: what a trained tokenizer is trained on; not read otherwise.
+    texts: what a trained tokenizer is trained on; not read for others.
 
   Raises:
     ValueError: files are missing or damaged, or the corpus does not give such a vocabulary.
   """
-  if config.kind == 'bytes':
-    return from_files({'bytes.txt': b'256 bytes, then <eos>\n'})
-  if config.path is None:
+  if config.kind == 'sentencepiece' and config.path is None:
     return from_files({'tokenizer.model': _train(config, texts)})
-  raise ValueError('not yet')
+  return from_files(read_files(config))
+
+
+def read_files(config: TokenizerConfig) -> dict[str, bytes]:
+  """Read the files that `config.path` names; none where the tokenizer is trained.
+
+  Raises:
+    ValueError: a file is missing.
+  """
+  if config.kind == 'bytes':
+    return {'bytes.txt': b'ids 0 to 255 are bytes, 256 is the end of a document\n'}
+  if config.path is None:
+    return {}
+  path = pathlib.Path(config.path)
+  folder = path if path.is_dir() else path.parent
+  wanted = {
+    'sentencepiece': [('tokenizer.model',)],
+    'gpt2': [('vocab.json', 'encoder.json'), ('merges.txt', 'vocab.bpe')],
+    'json': [('tokenizer.json',)],
+  }[config.kind]
+  files = {}
+  for names in wanted:
+    own = [path] if path.is_file() and (len(wanted) == 1 or path.name in names) else []
+    found = next((p for p in [*own, *(folder / name for name in names)] if p.is_file()), None)
+    if found is None:
+      raise ValueError(f'no {" or ".join(names)} at {config.path!r} (config.tokenizer.path)')
+    files[names[0]] = found.read_bytes()
+  for name in FILE_NAMES[len(BUILDERS) + 1:]:
+    if (folder / name).is_file():
+      files[name] = (folder / name).read_bytes()
+  chosen = {name: token for name in ('bos_token', 'eos_token') if (token := getattr(config, name))}
+  if chosen:
+    known = json.loads(files.get('special_tokens_map.json', b'{}'))
+    files['special_tokens_map.json'] = json.dumps(known | chosen).encode()
+  return files
 
 
 def from_files(files: Files) -> Tokenizer:
-  """Rebuild a tokenizer from `Tokenizer.files()`, or from the files of a model directory.
+  """Build a tokenizer from `Tokenizer.files()`, or from the files of a model directory.
 
   Raises:
     ValueError: no tokenizer is among the files, or it is damaged.
   """
-  for name, loader in LOADERS.items():
+  for name, build in BUILDERS.items():
     if name in files:
-      return loader(files)
-  raise ValueError(f'no tokenizer among {sorted(files)}; expected one of {", ".join(LOADERS)}')
+      return build(files)
+  raise ValueError(f'no tokenizer among {sorted(files)}: expected {" or ".join(BUILDERS)}')
 
 
 def save(tokenizer: Tokenizer, directory: str | os.PathLike[str]) -> None:
-  """Write the tokenizer's files into `directory`, each one atomically."""
+  """Write the tokenizer's files into a directory."""
   directory = pathlib.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
   for name, content in tokenizer.files().items():
-    partial = directory / f'.{name}.{uuid.uuid4().hex}'
-    partial.write_bytes(content)
-    os.replace(partial, directory / name)
+    storage.write_file(directory / name, content)
 
 
 def load(directory: str | os.PathLike[str]) -> Tokenizer:
-  """Read a tokenizer that `save` wrote."""
+  """Build the tokenizer whose files lie in a directory, among others.
+
+  Raises:
+    ValueError: none is there, or it is damaged.
+  """
   directory = pathlib.Path(directory)
-  return from_files({path.name: path.read_bytes() for path in sorted(directory.iterdir())
-                     if path.is_file() and not path.name.startswith('.')})
-
-
-def _bytes_tokenizer(files: Files) -> Tokenizer:
-  def encode(text: str) -> list[int]:
-    return list(text.encode())
-
-  id_bytes = [bytes([value]) for value in range(256)] + [b'']
-  return Tokenizer(encode, _bytes_decoder(id_bytes), id_bytes, None, 256, 256, files)
-
-
-def _bytes_decoder(id_bytes: Sequence[bytes]) -> Callable[[Sequence[int]], str]:
-  def decode(ids: Sequence[int]) -> str:
-    return b''.join(id_bytes[i] for i in ids).decode('utf-8', errors='replace')
-  return decode
-
-
-def _sentencepiece_tokenizer(files: Files) -> Tokenizer:
-  import sentencepiece
-
-  processor = sentencepiece.SentencePieceProcessor(model_proto=files['tokenizer.model'])
-  id_bytes = [_piece_bytes(processor, i) for i in range(processor.vocab_size())]
-  mark = [processor.piece_to_id(f'<0x{value:02X}>') for value in _MARK.encode()]
-
-  def encode(text: str) -> list[int]:
-    # A literal U+2581 would come back as a space: it goes as its three bytes.
-    first, *others = text.split(_MARK)
-    ids = processor.encode(first)
-    for part in others:
-      ids += mark + processor.encode(part)
-    return ids
-
-  def special(i: int) -> int | None:
-    return i if i >= 0 else None
-
-  return Tokenizer(encode, _bytes_decoder(id_bytes), id_bytes, special(processor.bos_id()),
-                   special(processor.eos_id()), max(processor.pad_id(), 0), files)
-
-
-def _piece_bytes(processor: Any, i: int) -> bytes:
-  if processor.is_control(i) or processor.is_unknown(i):
-    return b''
-  piece = processor.id_to_piece(i)
-  if processor.is_byte(i):
-    return bytes([int(piece[3:5], 16)])
-  return piece.replace(_MARK, ' ').encode()
-
-
-LOADERS: dict[str, Callable[[Files], Tokenizer]] = {
-  'tokenizer.model': _sentencepiece_tokenizer,
-  'bytes.txt': _bytes_tokenizer,
-}
+  paths = [directory / name for name in FILE_NAMES]
+  found = {path.name: path.read_bytes() for path in paths if path.is_file()}
+  if not found:
+    raise ValueError(f'no tokenizer in {str(directory)!r}: expected {" or ".join(BUILDERS)}')
+  return from_files(found)
 
 
 def _train(config: TokenizerConfig, texts: Iterable[str]) -> bytes:
+  """Train SentencePiece so that nothing of a text is lost."""
   import sentencepiece
 
   writer = io.BytesIO()
-  sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=_chunks(texts),
-    model_writer=writer,
-    vocab_size=config.vocab_size or 1_000_000,
-    use_all_vocab=config.vocab_size is None,
-    model_type=config.model_type,
-    character_coverage=1.0 if config.model_type == 'char' else 0.9995,
-    byte_fallback=config.byte_fallback,
-    normalization_rule_name='identity',
-    remove_extra_whitespaces=False,
-    add_dummy_prefix=False,
-    allow_whitespace_only_pieces=True,
-    split_digits=True,
-    pad_id=0, bos_id=1, eos_id=2, unk_id=3,
-    num_threads=4,
-    minloglevel=2,
-  )
-  return writer.getvalue()
+  sample = _sample(_chunks(texts), config.sample_bytes)
+  if not sample:
+    raise ValueError('there is no text to train the tokenizer on (config.data.sources)')
+  try:
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter(sample),
+      model_writer=writer,
+      vocab_size=config.vocab_size or 1_000_000,
+      use_all_vocab=config.vocab_size is None,
+      model_type=config.model_type,
+      byte_fallback=config.byte_fallback,
+      # A character model has all characters; others leave the rarest 0.05% to their bytes.
+      character_coverage=0.9995 if config.byte_fallback and config.model_type != 'char' else 1.0,
+      max_sentence_length=4 * 4000,  # In bytes; longer ones would be skipped.
+      normalization_rule_name='identity',
+      remove_extra_whitespaces=False,
+      add_dummy_prefix=False,
+      allow_whitespace_only_pieces=True,
+      split_digits=True,
+      pad_id=0, bos_id=1, eos_id=2, unk_id=3,
+      num_threads=4,  # Part of the result, therefore not the machine's.
+      minloglevel=2,
+    )
+  except RuntimeError as error:
+    raise ValueError(_explained(config, str(error))) from None
+  model = writer.getvalue()
+  size = from_files({'tokenizer.model': model}).vocab_size
+  if config.vocab_size not in (None, size):
+    raise ValueError(_explained(config, f'set it to a value <= {size}'))
+  return model
+
+
+def _explained(config: TokenizerConfig, message: str) -> str:
+  field = f'config.tokenizer.vocab_size={config.vocab_size}'
+  if largest := re.search(r'value <= (\d+)', message):
+    return f'{field} is too large for this corpus: it gives at most {largest[1]} pieces'
+  if smallest := re.search(r'required_chars\. \d+ vs (\d+)', message):
+    return f'{field} is too small: bytes and characters of this corpus take {smallest[1]} pieces'
+  return f'{field}: SentencePiece could not be trained: {message}'
 
 
 def _chunks(texts: Iterable[str]) -> Iterator[str]:
-  # SentencePiece skips sentences longer than 4,192 bytes; a character takes at most four.
+  """Cut texts into sentences of SentencePiece, which keep their newlines inside."""
   for text in texts:
-    for part in text.split(_MARK):
-      for match in re.finditer(rf'(?s).{{1,{_CHUNK_BYTES // 4}}}', part):
+    for stretch in text.split(tokenizer_kinds.MARK):
+      for match in _CHUNK.finditer(stretch):
         yield match.group()
+
+
+def _sample(chunks: Iterable[str], limit: int) -> list[str]:
+  """Keep at most `limit` bytes: the chunks with the lowest hashes, which is the same every time."""
+  kept: list[tuple[int, int, str]] = []
+  size, ceiling = 0, 2**64
+  for chunk in chunks:
+    content = chunk.encode()
+    draw = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
+    if draw < ceiling:
+      kept.append((draw, len(content), chunk))
+      size += len(content)
+    while size > limit and ceiling:
+      ceiling //= 2
+      kept = [item for item in kept if item[0] < ceiling]
+      size = sum(length for _, length, _ in kept)
+  return [chunk for _, _, chunk in kept]

@@ -1,0 +1,261 @@
+"""The kinds of tokenizers, each built from the bytes of its files.
+
+- `Tokenizer` is what all kinds share.
+- `from_bytes`, `from_sentencepiece`, `from_vocab_and_merges`, `from_tokenizer_json` build one.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from jaxllm.data import parallel
+
+Files = Mapping[str, bytes]
+
+MARK = '\u2581'  # SentencePiece's own sign for a space.
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tokenizer:
+  """Text to ids and back.
+
+  `encode` adds no special tokens, and text that spells one ('<s>') stays plain text.
+  """
+
+  id_bytes: Sequence[bytes]
+  """The bytes that each id stands for; none for special tokens."""
+  bos_id: int | None
+  eos_id: int | None
+  pad_id: int
+  _encode: Callable[[str], list[int]]
+  _encode_batch: Callable[[Sequence[str]], list[list[int]]]
+  _decode: Callable[[Sequence[int]], str]
+  _files: Files
+
+  @property
+  def vocab_size(self) -> int:
+    """All ids are below this."""
+    return len(self.id_bytes)
+
+  def encode(self, text: str) -> list[int]:
+    """Return the ids of a text.
+
+    Raises:
+      ValueError: the vocabulary cannot express the text, or the tokenizer fails on it.
+    """
+    return self._encode(text)
+
+  def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    """Return `encode` of each text, on all cores."""
+    return self._encode_batch(texts)
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """Return the text of ids: nothing for special tokens, U+FFFD for bytes that are not UTF-8.
+
+    Raises:
+      ValueError: an id is not in the vocabulary.
+    """
+    ids = [int(i) for i in ids]
+    for i in ids:
+      if not 0 <= i < self.vocab_size:
+        raise ValueError(f'token id {i} is not in the vocabulary of {self.vocab_size}')
+    return self._decode(ids)
+
+  def files(self) -> dict[str, bytes]:
+    """Return all that is needed to build this tokenizer again, by file name."""
+    return dict(self._files)
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """SHA-256 of the files, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, content in sorted(self._files.items()):
+      digest.update(f'{name}\0{len(content)}\0'.encode() + content)
+    return digest.hexdigest()
+
+
+def from_bytes(files: Files) -> Tokenizer:
+  """Build the tokenizer whose ids are the 256 bytes, then one for EOS, which pads too."""
+  id_bytes = [*(bytes([value]) for value in range(256)), b'']
+
+  def encode(text: str) -> list[int]:
+    return list(text.encode())
+
+  return Tokenizer(id_bytes, None, 256, 256, encode, lambda texts: [*map(encode, texts)],
+                   functools.partial(_join_bytes, id_bytes), files)
+
+
+def _join_bytes(id_bytes: Sequence[bytes], ids: Sequence[int]) -> str:
+  return b''.join(id_bytes[i] for i in ids).decode('utf-8', errors='replace')
+
+
+def from_sentencepiece(files: Files) -> Tokenizer:
+  """Build a SentencePiece tokenizer from `tokenizer.model`.
+
+  A literal U+2581, SentencePiece's sign for a space, is given by its three bytes, so that it comes
+  back. What else is lost depends on the model's normalizer; models trained here have none.
+  """
+  import sentencepiece
+
+  try:
+    processor = sentencepiece.SentencePieceProcessor(model_proto=files['tokenizer.model'])
+  except RuntimeError as error:
+    raise ValueError(f'tokenizer.model: not a SentencePiece model: {error}') from None
+  id_bytes = [_piece_bytes(processor, i) for i in range(processor.vocab_size())]
+  unknown = processor.unk_id()
+  mark = [processor.piece_to_id(f'<0x{value:02X}>') for value in MARK.encode()]
+  # Llama's models put a space before every text.
+  prefixed = ''.join(processor.encode('a', out_type=str)).startswith(MARK)
+
+  def encode(text: str) -> list[int]:
+    parts = [text] if prefixed else text.split(MARK)
+    ids = processor.encode(parts[0])
+    for part in parts[1:]:
+      ids += mark + processor.encode(part)
+    if unknown in ids:
+      strange = next(c for c in text if c == MARK or unknown in processor.encode(c))
+      raise ValueError(f'the tokenizer has no id for {strange!r} (U+{ord(strange):04X}); train it '
+                       'with byte_fallback=True, or clean the text')
+    return ids
+
+  decode = processor.decode if prefixed else functools.partial(_join_bytes, id_bytes)
+  bos, eos, pad = (i if i >= 0 else None for i in (
+    processor.bos_id(), processor.eos_id(), processor.pad_id()))
+  return Tokenizer(id_bytes, bos, eos, _first(pad, eos, 0), encode,
+                   functools.partial(_map_threads, encode), decode, files)
+
+
+def _map_threads(encode: Callable[[str], list[int]], texts: Sequence[str]) -> list[list[int]]:
+  # SentencePiece lets go of Python's lock; its own batches do not.
+  threads = os.cpu_count() or 1
+  return list(parallel.map_ahead(encode, texts, threads, 4 * threads))
+
+
+def _piece_bytes(processor: Any, i: int) -> bytes:
+  piece = processor.id_to_piece(i)
+  if processor.is_byte(i):
+    return bytes([int(piece[3:5], 16)])
+  if processor.is_control(i) or processor.is_unknown(i):
+    return b''
+  return piece.replace(MARK, ' ').encode()
+
+
+def from_vocab_and_merges(files: Files) -> Tokenizer:
+  """Build GPT-2's byte-level BPE from `vocab.json` and `merges.txt`."""
+  import tokenizers
+
+  try:
+    vocab = json.loads(files['vocab.json'])
+    merges = [tuple(line.split(' ')) for line in files['merges.txt'].decode().splitlines()
+              if line and not line.startswith('#version')]
+    model = tokenizers.models.BPE(vocab=vocab, merges=merges)
+  except Exception as error:  # The library raises bare Exception.
+    raise ValueError(f'vocab.json and merges.txt: not a byte-level BPE: {error}') from None
+  missing = set(_BYTE_SIGNS) - set(vocab)
+  if missing:
+    raise ValueError(f'vocab.json: {len(missing)} of the 256 bytes have no id of their own')
+  inner = tokenizers.Tokenizer(model)
+  inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  inner.decoder = tokenizers.decoders.ByteLevel()
+  end = '<|endoftext|>'
+  if end in vocab:
+    inner.add_special_tokens([end])
+  return _from_library(inner, {'bos_token': end, 'eos_token': end}, files)
+
+
+def from_tokenizer_json(files: Files) -> Tokenizer:
+  """Build a tokenizer from `tokenizer.json`.
+
+  BOS, EOS and padding are the tokens that `special_tokens_map.json` or `tokenizer_config.json`
+  names, if they are there.
+  """
+  import tokenizers
+
+  try:
+    inner = tokenizers.Tokenizer.from_str(files['tokenizer.json'].decode())
+  except Exception as error:  # The library raises bare Exception.
+    raise ValueError(f'tokenizer.json: {error}') from None
+  named: dict[str, Any] = {}
+  for name in ('tokenizer_config.json', 'special_tokens_map.json'):
+    try:
+      named |= json.loads(files.get(name, b'{}'))
+    except (ValueError, TypeError) as error:
+      raise ValueError(f'{name}: not a JSON object: {error}') from None
+  return _from_library(inner, named, files)
+
+
+def _from_library(inner: Any, named: Mapping[str, Any], files: Files) -> Tokenizer:
+  inner.encode_special_tokens = True  # Text that spells a special token stays text.
+  inner.no_truncation()
+  inner.no_padding()
+  vocab = inner.get_vocab()
+  size = max(vocab.values(), default=-1) + 1
+  if size > 2 * len(vocab) + 1024:
+    raise ValueError(f'tokenizer.json: {len(vocab)} tokens, but the highest id is {size - 1}')
+
+  def special(name: str) -> int | None:
+    token = named.get(name)
+    return vocab.get(token['content'] if isinstance(token, dict) else token)
+
+  def encode(text: str) -> list[int]:
+    return _no_panic(inner.encode, text, add_special_tokens=False).ids
+
+  def encode_batch(texts: Sequence[str]) -> list[list[int]]:
+    done = _no_panic(inner.encode_batch_fast, list(texts), add_special_tokens=False)
+    return [encoding.ids for encoding in done]
+
+  def decode(ids: Sequence[int]) -> str:
+    return _no_panic(inner.decode, ids, skip_special_tokens=True)
+
+  eos = special('eos_token')
+  return Tokenizer(_library_bytes(inner, vocab, size), special('bos_token'), eos,
+                   _first(special('pad_token'), eos, 0), encode, encode_batch, decode, files)
+
+
+def _no_panic(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+  try:
+    return call(*args, **kwargs)
+  except BaseException as error:
+    # The Rust side panics with a class that is no Exception, as on a regex that runs away.
+    if type(error).__name__ != 'PanicException' and type(error) is not Exception:
+      raise
+    raise ValueError(f'the tokenizer failed: {error}') from None
+
+
+def _library_bytes(inner: Any, vocab: Mapping[str, int], size: int) -> list[bytes]:
+  decoder = str(json.loads(inner.to_str())['decoder'])
+  id_bytes = [b''] * size
+  for token, i in vocab.items():
+    id_bytes[i] = _token_bytes(token, decoder)
+  for i, token in inner.get_added_tokens_decoder().items():
+    id_bytes[i] = b'' if token.special else token.content.encode()
+  return id_bytes
+
+
+def _token_bytes(token: str, decoder: str) -> bytes:
+  if 'ByteLevel' in decoder and all(sign in _BYTE_SIGNS for sign in token):
+    return bytes(_BYTE_SIGNS[sign] for sign in token)
+  if 'ByteFallback' in decoder and len(token) == 6 and token.startswith('<0x'):
+    return bytes([int(token[3:5], 16)])
+  if 'WordPiece' in decoder:
+    return token.removeprefix('##').encode()
+  return token.replace(MARK, ' ').encode()
+
+
+def _byte_signs() -> dict[str, int]:
+  """Return GPT-2's sign of every byte: itself where it prints, else a letter from U+0100 on."""
+  printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+  others = [value for value in range(256) if value not in printable]
+  return {chr(value): value for value in printable} | {
+    chr(0x100 + i): value for i, value in enumerate(others)}
+
+
+_BYTE_SIGNS = _byte_signs()
+
+
+def _first(*values: int | None) -> int:
+  return next(value for value in values if value is not None)
