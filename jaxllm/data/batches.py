@@ -78,36 +78,56 @@ def make_batches(
     directory: what `records.prepare` wrote.
     split: 'train' or 'validation'.
     batch_size: rows of a batch over all processes.
-    seed: decides the order; 0 to 2**32 - 1.
+    seed: decides the order, 0 to 2**32 - 1.
     process_index: which process this is.
     process_count: how many there are; each reads only its own rows.
     shuffle: visit the records in a new random order each epoch, else as they were written.
     num_epochs: how often all records are visited; None never ends.
 
   Raises:
-    ValueError: nothing is prepared there, or the batch does not divide among the processes.
+    ValueError: nothing is prepared there, records are missing, or the batch does not divide.
   """
   import grain
 
-  if batch_size <= 0 or batch_size % process_count:
-    raise ValueError(f'batch_size={batch_size} does not divide among {process_count} processes')
+  if batch_size < 1 or batch_size % process_count:
+    raise ValueError(f'batch_size={batch_size} does not divide into {process_count} equal parts, '
+                     'one for each process')
+  if not 0 <= process_index < process_count:
+    raise ValueError(f'process_index={process_index} is not below process_count={process_count}')
   manifest = records.load_manifest(directory)
-  paths = records.read_record_files(pathlib.Path(directory), manifest, split)
-  source = grain.sources.ArrayRecordDataSource(paths)
-  order = grain.MapDataset.range(len(source))
+  counts = manifest.split(split).shards
+  paths = records.shard_paths(directory, manifest, split)
+  order = grain.MapDataset.range(sum(counts))
   if shuffle:
     order = order.shuffle(seed=seed)
   local = batch_size // process_count
   return Batches(
-    num_records=len(source),
+    num_records=sum(counts),
     batch_size=batch_size,
     num_epochs=num_epochs,
     rows=range(process_index * local, (process_index + 1) * local),
     order=order.repeat(num_epochs),
-    source=source,
+    source=_open(paths, counts),
     dtype=packing.record_dtype(manifest.context_length, manifest.vocab_size),
     vocab_size=manifest.vocab_size,
   )
+
+
+def _open(paths: Sequence[pathlib.Path], counts: Sequence[int]) -> Any:
+  """Open all record files now: later, newly prepared ones may have taken their place."""
+  import grain
+
+  try:
+    source = grain.sources.ArrayRecordDataSource([str(path) for path in paths])
+    found = len(source)
+    source.__getitems__([sum(counts[:i]) for i in range(len(counts))])
+  except (RuntimeError, ValueError, IndexError) as error:
+    raise ValueError(f'{paths[0].parent}: the records are damaged; delete the directory and '
+                     f'prepare them anew ({error})') from error
+  if found != sum(counts):
+    raise ValueError(f'{paths[0].parent}: {found} records, but the manifest says {sum(counts)}; '
+                     'delete the directory and prepare them anew')
+  return source
 
 
 def prefetch(

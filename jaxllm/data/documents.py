@@ -114,6 +114,11 @@ class _Scheme(NamedTuple):
   rows: Callable[[SourceConfig], Iterator[Row]]
 
 
+def has_scheme(source: SourceConfig) -> bool:
+  """Return whether the location names something, rather than being a path."""
+  return source.location.partition(':')[0] in SCHEMES
+
+
 def _scheme(source: SourceConfig) -> _Scheme:
   return SCHEMES.get(source.location.partition(':')[0], _PATH)
 

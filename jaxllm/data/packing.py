@@ -1,16 +1,23 @@
 """Token sequences into records of one fixed size, and records into batch arrays.
 
 A record holds `context_length + 1` tokens; inputs are all but the last, targets all but the first.
-Where a sequence does not end with its record, the next record begins with the last token again:
-that token was only a target before, and so every token but the first of a sequence is a target
-exactly once. Records are rows of a structured array, so a batch decodes in one call.
+Where a sequence goes on in another record, that one begins with the last token again: it was only a
+target before. So every token but the first of a sequence is a target exactly once, wherever records
+end. A piece in a new record starts at position 0 and sees nothing of what came before.
+
+- `PACKERS` lists the policies; each is made with a `record_dtype`, takes sequences by `add` and
+  gives records, the last ones at `finish`.
+- `batch_arrays` decodes records: rows of a structured array, so that a batch is one call.
 
 Axes: S = T + 1 stored tokens.
 """
 
-from collections.abc import Iterator
+import bisect
+from collections.abc import Callable, Iterator
 
 import numpy as np
+
+_OPEN_RECORDS = 64
 
 
 def record_dtype(context_length: int, vocab_size: int) -> np.dtype:
@@ -21,57 +28,106 @@ def record_dtype(context_length: int, vocab_size: int) -> np.dtype:
   return np.dtype([('tokens', token, (width,)), ('segment_ids', segment, (width,))])
 
 
-class Packer:
-  """Lay sequences end to end into records; see the module docstring for the cut at a record's end.
+class _Record:
+  """A record that is being filled from the left."""
+
+  def __init__(self, dtype: np.dtype):
+    self.row = np.zeros((), dtype)
+    self.room = self.row['tokens'].size
+    self.segment = 0
+
+  def put(self, tokens: np.ndarray, new_segment: bool) -> None:
+    self.segment += new_segment
+    start = self.row['tokens'].size - self.room
+    self.row['tokens'][start : start + len(tokens)] = tokens
+    self.row['segment_ids'][start : start + len(tokens)] = self.segment
+    self.room -= len(tokens)
+
+
+class EndToEnd:
+  """Lay sequences end to end and cut wherever a record is full; only the last record has padding.
 
   Args:
     dtype: from `record_dtype`.
-    join: make all sequences one segment, as if they were one text; else each piece of a sequence is
-      its own segment, which attends to nothing else and whose positions start at 0.
+    joined: make all sequences one, without segment borders; else each is its own segment.
   """
 
-  def __init__(self, dtype: np.dtype, join: bool):
-    self._join = join
-    self._record = np.zeros((), dtype)
-    self._width = self._record['tokens'].size
-    self._fill = 0
-    self._segment = 0
+  def __init__(self, dtype: np.dtype, joined: bool):
+    self._dtype, self._joined = dtype, joined
+    self._record = _Record(dtype)
 
   def add(self, tokens: np.ndarray) -> Iterator[np.ndarray]:
     """Append a sequence (1-D, at least one token); yield the records that became full."""
-    if not self._join or not self._segment:
-      if self._width - self._fill < 2:  # A single token has no target.
-        yield self._flush()
-      self._segment += 1
+    begins = not (self._joined and self._record.segment)
+    if begins and self._record.room < 2:  # One token alone would have no target.
+      yield self._next()
     while True:
-      piece = tokens[: self._width - self._fill]
-      span = slice(self._fill, self._fill + len(piece))
-      self._record['tokens'][span] = piece
-      self._record['segment_ids'][span] = self._segment
-      self._fill += len(piece)
-      tokens = tokens[len(piece):]
+      piece, tokens = tokens[: self._record.room], tokens[self._record.room :]
+      self._record.put(piece, begins)
       if not len(tokens):
         return
-      last = self._record['tokens'][-1]
-      yield self._flush()
-      self._record['tokens'][0], self._record['segment_ids'][0] = last, 1
-      self._fill = self._segment = 1
+      last = self._record.row['tokens'][-1:]
+      yield self._next()
+      self._record.put(last, True)
+      begins = False
 
   def finish(self) -> Iterator[np.ndarray]:
-    """Yield the last record, padded, if it holds a target."""
-    if self._fill > 1:
-      yield self._flush()
+    """Yield the record that is not full, if it holds a target."""
+    if self._record.room < self._record.row['tokens'].size - 1:
+      yield self._next()
 
-  def _flush(self) -> np.ndarray:
-    full, self._record = self._record, np.zeros((), self._record.dtype)
-    self._fill = self._segment = 0
-    return full
+  def _next(self) -> np.ndarray:
+    full, self._record = self._record, _Record(self._dtype)
+    return full.row
+
+
+class BestFit:
+  """Put each sequence whole into the fullest open record that has room for it.
+
+  Only sequences longer than a record are cut, into full records and a rest. What finds no room is
+  left as padding.
+
+  Reference: Ding et al., Fewer Truncations Improve Language Modeling, arXiv 2404.10830. We keep a
+  bounded number of records open, so that sequences stream.
+  """
+
+  def __init__(self, dtype: np.dtype):
+    self._dtype = dtype
+    self._open: list[_Record] = []  # Sorted by room.
+
+  def add(self, tokens: np.ndarray) -> Iterator[np.ndarray]:
+    """Place a sequence (1-D, at least one token); yield the records that became full."""
+    width = self._dtype['tokens'].shape[0]
+    while len(tokens) > width:
+      record = _Record(self._dtype)
+      record.put(tokens[:width], True)
+      yield record.row
+      tokens = tokens[width - 1 :]
+    at = bisect.bisect_left(self._open, len(tokens), key=lambda record: record.room)
+    record = self._open.pop(at) if at < len(self._open) else _Record(self._dtype)
+    record.put(tokens, True)
+    if record.room < 2:
+      yield record.row
+      return
+    bisect.insort(self._open, record, key=lambda record: record.room)
+    if len(self._open) > _OPEN_RECORDS:
+      yield self._open.pop(0).row
+
+  def finish(self) -> Iterator[np.ndarray]:
+    """Yield the records that are still open."""
+    yield from (record.row for record in self._open)
+
+
+PACKERS: dict[str, Callable[[np.dtype], EndToEnd | BestFit]] = {
+  'packed': lambda dtype: EndToEnd(dtype, joined=False),
+  'whole': BestFit,
+  'stream': lambda dtype: EndToEnd(dtype, joined=True),
+}
 
 
 def count_targets(records: np.ndarray) -> int:
   """Count the tokens that have weight as targets in one or more records."""
-  segments_BS = records['segment_ids']
-  return int(_is_target(segments_BS).sum())
+  return int(_is_target(records['segment_ids']).sum())
 
 
 def batch_arrays(records: np.ndarray) -> dict[str, np.ndarray]:
@@ -87,15 +143,15 @@ def batch_arrays(records: np.ndarray) -> dict[str, np.ndarray]:
   tokens_BS = records['tokens'].astype(np.int32)
   segments_BS = records['segment_ids'].astype(np.int32)
   segments_BT = segments_BS[:, :-1]
-  index_T = np.arange(segments_BT.shape[1], dtype=np.int32)
+  index_BT = np.broadcast_to(np.arange(segments_BT.shape[1], dtype=np.int32), segments_BT.shape)
   begins_BT = np.diff(segments_BT, axis=1, prepend=-1) != 0
-  start_BT = np.maximum.accumulate(np.where(begins_BT, index_T[None], 0), axis=1)
+  start_BT = np.maximum.accumulate(np.where(begins_BT, index_BT, 0), axis=1)
   return {
     'tokens': tokens_BS[:, :-1],
     'targets': tokens_BS[:, 1:],
     'weights': _is_target(segments_BS).astype(np.float32),
     'segment_ids': segments_BT,
-    'positions': np.where(segments_BT > 0, index_T[None] - start_BT, 0).astype(np.int32),
+    'positions': np.where(segments_BT > 0, index_BT - start_BT, 0).astype(np.int32),
   }
 
 

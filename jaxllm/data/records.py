@@ -1,30 +1,33 @@
 """Documents to fixed-length records on disk, with a manifest that says what they are.
 
 - `DataConfig` says what goes in; `prepare` does it once and returns the `Manifest`.
-- The directory holds `manifest.json`, the commit point, and the folder that it names: ArrayRecord
-  shards and the tokenizer. It is reused as long as settings, sources and tokenizer stay the same.
+- A prepared directory holds `manifest.json`, the commit point, and the folder that it names, with
+  ArrayRecord shards and the tokenizer. It is used again as long as settings, sources and tokenizer
+  files stay the same, and replaced when one of them changes.
+- `_write` is one pass: read, clean, split, tokenize, pack, write.
 """
 
+import collections
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-import numpy as np
 import pydantic
 
 from jaxllm.config import Config
-from jaxllm.data import documents, packing, storage, tokenizers
+from jaxllm.data import documents, record_writer, storage, tokenizers
 from jaxllm.data.cleaning import CleaningConfig, clean
 from jaxllm.data.documents import SourceConfig
 from jaxllm.data.tokenizers import Tokenizer, TokenizerConfig
 
-# Part of every fingerprint: raise it when the same settings would give other records.
+# Part of every fingerprint: to be raised when the same settings give other records.
 _VERSION = 1
-_SHARD_TOKENS = 2**26
 
 
 class DataConfig(Config):
@@ -39,8 +42,9 @@ class DataConfig(Config):
   """What is done to each text before it is tokenized."""
   context_length: int = pydantic.Field(gt=0)
   """Tokens that the model reads at once."""
-  packing: Literal['packed', 'stream'] = 'packed'
-  """'packed': documents share records but do not see each other; 'stream': all documents are one
+  packing: Literal['packed', 'whole', 'stream'] = 'packed'
+  """'packed': documents share records without seeing each other, and are cut where a record ends;
+  'whole': the same, but no document that fits a record is cut; 'stream': all documents are one
   running text, cut every context_length tokens."""
   add_bos: bool = True
   """Begin each document with the tokenizer's BOS."""
@@ -59,6 +63,23 @@ class DataConfig(Config):
     return self
 
 
+class SourceCounts(Config):
+  """What one source gave."""
+
+  location: str
+  """The source's location."""
+  files: int
+  """Files it read."""
+  file_bytes: int
+  """Their size."""
+  sha256: str
+  """SHA-256 over the names and contents of these files."""
+  documents: int
+  """Documents it held."""
+  dropped: int
+  """Documents that cleaning dropped, or that were empty."""
+
+
 class Split(Config):
   """What one split holds."""
 
@@ -73,7 +94,8 @@ class Split(Config):
   text_bytes: int
   """UTF-8 bytes of the documents."""
   target_bytes: int
-  """UTF-8 bytes that the target tokens stand for."""
+  """UTF-8 bytes that the target tokens stand for: all but those of first tokens, which nothing
+  predicts unless a BOS stands before them."""
   shards: tuple[int, ...]
   """Records in each shard."""
 
@@ -98,6 +120,8 @@ class Manifest(Config):
   """SHA-256 of the tokenizer's files."""
   vocab_size: int
   """Ids are below this."""
+  sources: tuple[SourceCounts, ...]
+  """The sources, those of their own for validation last."""
   train: Split
   """The training records."""
   validation: Split | None
@@ -131,32 +155,34 @@ def prepare(
 
   Args:
     data: sources and settings.
-    tokenizer: which tokenizer; it is trained on the training documents where it must be.
-    directory: where to write; what it held before is replaced once the new records are complete.
+    tokenizer: which tokenizer; trained on the training documents where it has no files.
+    directory: where to write. What was prepared there before is replaced once the new records are
+      complete.
     progress: show a bar on stderr.
 
   Returns:
     The manifest, as `load_manifest` reads it.
 
   Raises:
-    ValueError: a source is missing, damaged or empty, or settings do not fit the data.
+    ValueError: a source is missing, damaged or empty, or the settings do not fit the data.
     OSError: the directory cannot be written or the disk is full; nothing half-written is left.
   """
   directory = pathlib.Path(directory)
-  fingerprint = _fingerprint(data, tokenizer)
-  manifest = _current(directory, fingerprint)
+  sources = _survey(data, directory)
+  fingerprint = _fingerprint(data, tokenizer, sources)
+  manifest = _prepared(directory, fingerprint)
   if manifest is not None:
     return manifest
   with storage.locked(directory):
-    manifest = _current(directory, fingerprint)
+    manifest = _prepared(directory, fingerprint)
     if manifest is not None:  # Another process was faster.
       return manifest
+    old = storage.read_json(directory / 'manifest.json').get('fingerprint', '')
     with storage.staged(directory / fingerprint[:16]) as staging:
-      manifest = _write(data, tokenizer, fingerprint, staging, progress)
+      manifest = _write(data, tokenizer, staging, sources, fingerprint, progress)
     storage.write_file(directory / 'manifest.json', manifest.to_json().encode())
-    for folder in directory.iterdir():
-      if folder.is_dir() and folder.name != manifest.folder:
-        shutil.rmtree(folder, ignore_errors=True)
+    if old and old != fingerprint:
+      shutil.rmtree(directory / old[:16], ignore_errors=True)
   return manifest
 
 
@@ -164,7 +190,7 @@ def load_manifest(directory: str | os.PathLike[str]) -> Manifest:
   """Read the manifest of a prepared directory.
 
   Raises:
-    ValueError: nothing is prepared there.
+    ValueError: nothing is prepared there, or by another version.
   """
   path = pathlib.Path(directory) / 'manifest.json'
   if not path.is_file():
@@ -177,96 +203,151 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
   return tokenizers.load(pathlib.Path(directory) / load_manifest(directory).folder / 'tokenizer')
 
 
-def _current(directory: pathlib.Path, fingerprint: str) -> Manifest | None:
-  try:
-    manifest = load_manifest(directory)
-  except (ValueError, OSError):
+def shard_paths(
+  directory: str | os.PathLike[str], manifest: Manifest, split: str
+) -> list[pathlib.Path]:
+  """List the record files of a split."""
+  folder = pathlib.Path(directory) / manifest.folder
+  return [folder / storage.shard_name(split, i) for i in range(len(manifest.split(split).shards))]
+
+
+def _prepared(directory: pathlib.Path, fingerprint: str) -> Manifest | None:
+  """Return the manifest if the records of this fingerprint are all there."""
+  if storage.read_json(directory / 'manifest.json').get('fingerprint') != fingerprint:
     return None
-  return manifest if manifest.fingerprint == fingerprint else None
+  manifest = load_manifest(directory)
+  paths = [path for split in _split_names(manifest.data)
+           for path in shard_paths(directory, manifest, split)]
+  return manifest if all(path.is_file() for path in paths) else None
 
 
-def _fingerprint(data: DataConfig, tokenizer: TokenizerConfig) -> str:
-  facts = [_VERSION, data.model_dump(mode='json'), tokenizer.model_dump(mode='json')]
+def _split_names(data: DataConfig) -> list[str]:
+  return ['train'] if data.validation is None else ['train', 'validation']
+
+
+def _all_sources(data: DataConfig) -> tuple[SourceConfig, ...]:
+  return data.sources + (data.validation if isinstance(data.validation, tuple) else ())
+
+
+def _survey(data: DataConfig, directory: pathlib.Path) -> list[SourceCounts]:
+  """Look at the files of every source; contents are hashed unless size and time are known."""
+  cache = directory / '.source_hashes.json'
+  known = storage.read_json(cache)
+  before = dict(known)
+  sources = []
+  for source in _all_sources(data):
+    digest, size, found = hashlib.sha256(), 0, documents.files(source)
+    for name, path in found:
+      digest.update(f'{name}\0{storage.file_digest(path, known)}\0'.encode())
+      size += path.stat().st_size
+    sources.append(SourceCounts(location=source.location, files=len(found), file_bytes=size,
+                                sha256=digest.hexdigest(), documents=0, dropped=0))
+  if known != before and directory.is_dir():
+    with contextlib.suppress(OSError):  # Only saves time.
+      storage.write_file(cache, json.dumps(known).encode())
+  return sources
+
+
+def _fingerprint(
+  data: DataConfig, tokenizer: TokenizerConfig, sources: Sequence[SourceCounts]
+) -> str:
+  """Hash what decides the records: settings and contents, not where files lie."""
+  def without_paths(source: SourceConfig) -> dict[str, Any]:
+    return source.model_dump(mode='json', exclude=set() if documents.has_scheme(source)
+                             else {'location'})
+
+  facts = {
+    'version': _VERSION,
+    'data': data.model_dump(mode='json', exclude={'sources', 'shuffle', 'validation'}),
+    'validation': len(data.sources) if isinstance(data.validation, tuple) else data.validation,
+    'sources': [without_paths(source) for source in _all_sources(data)],
+    'contents': [source.sha256 for source in sources],
+    'tokenizer': tokenizer.model_dump(mode='json', exclude={'path'}),
+    'tokenizer_files': {name: hashlib.sha256(content).hexdigest()
+                        for name, content in tokenizers.read_files(tokenizer).items()},
+  }
   return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _texts(data: DataConfig) -> Iterator[tuple[str, str]]:
-  """Yield (split, cleaned text) of every document that is kept."""
+def _texts(
+  data: DataConfig, counts: Sequence[collections.Counter[str]]
+) -> Iterator[tuple[str, str]]:
+  """Yield (split, cleaned text) of every document that is kept, counting them per source."""
   fraction = data.validation if isinstance(data.validation, float) else 0.0
-  held_out = data.validation if isinstance(data.validation, tuple) else ()
-  for sources, split in ((data.sources, None), (held_out, 'validation')):
-    for source in sources:
-      for document in documents.documents(source):
-        text = clean(document.text, data.cleaning)
-        if text:
-          yield split or _split_of(text, fraction), text
+  for number, source in enumerate(_all_sources(data)):
+    own = number >= len(data.sources)
+    for document in documents.documents(source):
+      text = clean(document.text, data.cleaning)
+      counts[number].update(documents=1, dropped=not text)
+      if text:
+        yield 'validation' if own or _draw(text) < fraction else 'train', text
 
 
-def _split_of(text: str, fraction: float) -> str:
-  draw = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
-  return 'validation' if draw < fraction * 2**64 else 'train'
+def _draw(text: str) -> float:
+  """Return a number in [0, 1) that depends on the text alone: duplicates share their split."""
+  return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) / 2**64
 
 
 def _write(
-  data: DataConfig, config: TokenizerConfig, fingerprint: str, staging: pathlib.Path, progress: bool
+  data: DataConfig, config: TokenizerConfig, staging: pathlib.Path,
+  sources: Sequence[SourceCounts], fingerprint: str, progress: bool,
 ) -> Manifest:
-  tokenizer = tokenizers.train_or_load(
-    config, (text for split, text in _texts(data) if split == 'train'))
+  counts = _counters(sources)
+  with _bar('tokenizer', ' documents', progress and config.trained) as bar:
+    def training() -> Iterator[str]:
+      for split, text in _texts(data, counts):
+        bar.update()
+        if split == 'train':
+          yield text
+    tokenizer = tokenizers.train_or_load(config, training())
   tokenizers.save(tokenizer, staging / 'tokenizer')
-  names = ['train'] if data.validation is None else ['train', 'validation']
-  writers = {name: _SplitWriter(data, tokenizer, staging, name) for name in names}
-  for split, text in _texts(data):
-    writers[split].add(text)
-  splits = {name: writer.finish() for name, writer in writers.items()}
+
+  counts = _counters(sources)
+  writers = {
+    name: record_writer.SplitWriter(
+      staging, name, tokenizer, policy=data.packing, context_length=data.context_length,
+      add_bos=data.add_bos, add_eos=data.add_eos)
+    for name in _split_names(data)
+  }
+  with _bar('records', ' tokens', progress) as bar:
+    for split, text, ids in record_writer.tokenize(_texts(data, counts), tokenizer.encode_batch):
+      bar.update(writers[split].add(text, ids))
+      bar.set_postfix(documents=sum(c['documents'] for c in counts), refresh=False)
+  splits = {name: Split(**writer.finish()) for name, writer in writers.items()}
+  sources = tuple(s.replace(**c) for s, c in zip(sources, counts, strict=True))
+  _check_splits(data, splits, sources)
   return Manifest(
     version=_VERSION, fingerprint=fingerprint, data=data, tokenizer=config,
     tokenizer_fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size,
-    train=splits['train'], validation=splits.get('validation'),
+    sources=sources, train=splits['train'], validation=splits.get('validation'),
   )
 
 
-class _SplitWriter:
-  def __init__(self, data: DataConfig, tokenizer: Tokenizer, staging: pathlib.Path, name: str):
-    self._data, self._tokenizer = data, tokenizer
-    self._prefix = [tokenizer.bos_id] if data.add_bos else []
-    self._suffix = [tokenizer.eos_id] if data.add_eos else []
-    dtype = packing.record_dtype(data.context_length, tokenizer.vocab_size)
-    self._packer = packing.Packer(dtype, join=data.packing == 'stream')
-    per_shard = max(1, _SHARD_TOKENS // data.context_length)
-    self._shards = storage.ShardWriter(staging, name, per_shard)
-    self._counts: dict[str, int] = dict.fromkeys(
-      ('documents', 'tokens', 'target_tokens', 'text_bytes', 'target_bytes'), 0)
-
-  def add(self, text: str) -> None:
-    ids = np.array([*self._prefix, *self._tokenizer.encode(text), *self._suffix], np.int64)
-    first = len(self._tokenizer.id_bytes[ids[0]])
-    size = len(text.encode())
-    self._count(documents=1, tokens=len(ids), text_bytes=size, target_bytes=size - first)
-    self._write(self._packer.add(ids))
-
-  def _write(self, records: Iterator[np.ndarray]) -> None:
-    for record in records:
-      self._count(target_tokens=packing.count_targets(record))
-      self._shards.write(record.tobytes())
-
-  def _count(self, **amounts: int) -> None:
-    for name, amount in amounts.items():
-      self._counts[name] += amount
-
-  def finish(self) -> Split:
-    self._write(self._packer.finish())
-    self._shards.close()
-    shards = tuple(self._shards.counts)
-    return Split(**self._counts, records=sum(shards), shards=shards)
+def _counters(sources: Sequence[SourceCounts]) -> list[collections.Counter[str]]:
+  return [collections.Counter() for _ in sources]
 
 
-def read_record_files(directory: pathlib.Path, manifest: Manifest, split: str) -> list[str]:
-  """Return the paths of a split's shards."""
-  folder = directory / manifest.folder
-  count = len(manifest.split(split).shards)
-  return [str(folder / storage.shard_name(split, i)) for i in range(count)]
+def _bar(name: str, unit: str, show: bool) -> Any:
+  from tqdm import tqdm
+  return tqdm(desc=f'prepare {name}', unit=unit, unit_scale=True, disable=not show,
+              mininterval=0.5 if sys.stderr.isatty() else 10)
 
 
-__all__: list[Any] = [
-  'DataConfig', 'Manifest', 'Split', 'load_manifest', 'load_tokenizer', 'prepare',
-]
+def _check_splits(
+  data: DataConfig, splits: Mapping[str, Split], sources: Sequence[SourceCounts]
+) -> None:
+  read, dropped = sum(s.documents for s in sources), sum(s.dropped for s in sources)
+  train, validation = splits['train'], splits.get('validation')
+  if not train.target_tokens:
+    raise ValueError(f'nothing to train on: config.data.sources hold {read} documents, of which '
+                     f'{dropped} are empty or dropped by cleaning, and '
+                     f'{validation.documents if validation else 0} held out')
+  if train.tokens <= data.context_length:
+    raise ValueError(f'config.data.context_length={data.context_length} is longer than the data: '
+                     f'the training documents have {train.tokens} tokens together')
+  if validation and not validation.target_tokens:
+    hint = ('these sources hold no text' if isinstance(data.validation, tuple) else
+            f'none of {read - dropped} documents was chosen, and none is ever divided; raise the '
+            'fraction, name sources of its own, or let a separator make more documents')
+    raise ValueError(f'config.data.validation={data.validation!r} leaves nothing to validate on: '
+                     f'{hint}')

@@ -1,8 +1,8 @@
 """Directories that appear whole or not at all, and files that are written once.
 
-- `locked` lets one process at a time write a directory; `staged` gives it a place to write to.
+- `locked` lets one process at a time write into a directory, `staged` gives it a folder to fill.
 - `ShardWriter` writes ArrayRecord files; `write_file` writes a small file atomically.
-- `digest` is the SHA-256 of a file, remembered by size and modification time.
+- `file_digest` remembers the SHA-256 of files; `read_json` reads what may be absent or damaged.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 _STAGING = '.preparing-'
@@ -22,18 +22,16 @@ _STAGING = '.preparing-'
 
 @contextlib.contextmanager
 def locked(directory: pathlib.Path) -> Iterator[None]:
-  """Hold the directory, creating it where needed, against other processes that write it.
+  """Hold a directory, created where needed, against other processes that write into it.
 
   Raises:
     OSError: the directory cannot be written.
   """
-  try:
-    directory.mkdir(parents=True, exist_ok=True)
-    lock = open(directory / '.lock', 'w')
-  except OSError as error:
-    raise _explained(error, directory) from error
-  with lock:
-    fcntl.flock(lock, fcntl.LOCK_EX)  # Released by the system however this process ends.
+  with contextlib.ExitStack() as stack:
+    with _explained(directory):
+      directory.mkdir(parents=True, exist_ok=True)
+      lock = stack.enter_context(open(directory / '.lock', 'w'))
+      fcntl.flock(lock, fcntl.LOCK_EX)  # The system releases it however this process ends.
     for leftover in directory.glob(f'{_STAGING}*'):
       shutil.rmtree(leftover, ignore_errors=True)
     yield
@@ -41,49 +39,46 @@ def locked(directory: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def staged(target: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Give an empty directory that becomes `target` on success and vanishes on failure.
+  """Give an empty folder that becomes `target` on success and vanishes on failure.
 
   Raises:
     OSError: the disk is full or cannot be written.
   """
-  staging = pathlib.Path(tempfile.mkdtemp(prefix=_STAGING, dir=target.parent))
+  with _explained(target.parent):
+    staging = pathlib.Path(tempfile.mkdtemp(prefix=_STAGING, dir=target.parent))
   try:
     yield staging
-    if target.exists():
-      shutil.rmtree(target)
-    os.chmod(staging, 0o755)
-    os.replace(staging, target)
-  except OSError as error:
-    raise _explained(error, target.parent) from error
+    with _explained(target.parent):
+      staging.chmod(0o755)
+      if target.exists():
+        shutil.rmtree(target)
+      os.replace(staging, target)
   finally:
     shutil.rmtree(staging, ignore_errors=True)
 
 
 def write_file(path: pathlib.Path, content: bytes) -> None:
-  """Write a file whole or not at all."""
-  handle, partial = tempfile.mkstemp(prefix=f'.{path.name}.', dir=path.parent)
-  try:
-    with os.fdopen(handle, 'wb') as file:
-      file.write(content)
-      file.flush()
-      os.fsync(file.fileno())
-    os.chmod(partial, 0o644)
-    os.replace(partial, path)
-  except OSError as error:
-    pathlib.Path(partial).unlink(missing_ok=True)
-    raise _explained(error, path.parent) from error
+  """Write a file whole or not at all.
 
-
-def _explained(error: OSError, directory: pathlib.Path) -> OSError:
-  reason = {errno.ENOSPC: 'the disk is full', errno.EFBIG: 'a file is too large'}.get(
-    error.errno or 0, error.strerror or str(error))
-  return OSError(error.errno or errno.EIO,
-                 f'cannot write prepared data: {reason}; free space or choose another directory',
-                 str(directory))
+  Raises:
+    OSError: the disk is full or cannot be written.
+  """
+  with _explained(path.parent):
+    handle, partial = tempfile.mkstemp(prefix=f'.{path.name}.', dir=path.parent)
+    try:
+      with os.fdopen(handle, 'wb') as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+      os.chmod(partial, 0o644)
+      os.replace(partial, path)
+    except BaseException:
+      pathlib.Path(partial).unlink(missing_ok=True)
+      raise
 
 
 class ShardWriter:
-  """Write records into `{name}-00000.array_record`, `-00001`, ..., a fixed number to each."""
+  """Writes records into `NAME-00000.array_record`, `-00001` and so on, a fixed number into each."""
 
   def __init__(self, directory: pathlib.Path, name: str, records_per_shard: int):
     self._directory, self._name, self._limit = directory, name, records_per_shard
@@ -91,21 +86,34 @@ class ShardWriter:
     self.counts: list[int] = []
 
   def write(self, record: bytes) -> None:
-    """Append one record."""
+    """Append one record.
+
+    Raises:
+      OSError: the disk is full or cannot be written.
+    """
     from array_record.python import array_record_module
     if self._writer is None or self.counts[-1] == self._limit:
       self.close()
       path = self._directory / shard_name(self._name, len(self.counts))
-      self._writer = _io(array_record_module.ArrayRecordWriter, str(path), 'group_size:1')
+      self._writer = self._io(array_record_module.ArrayRecordWriter, str(path), 'group_size:1')
       self.counts.append(0)
-    _io(self._writer.write, record)
+    self._io(self._writer.write, record)
     self.counts[-1] += 1
 
   def close(self) -> None:
     """Finish the open shard."""
     writer, self._writer = self._writer, None
     if writer is not None:
-      _io(writer.close)
+      self._io(writer.close)
+
+  def _io(self, call: Callable[..., Any], *args: Any) -> Any:
+    with _explained(self._directory.parent):
+      try:
+        return call(*args)
+      except RuntimeError as error:  # How the library reports every failure of the file system.
+        code = next((code for code in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+                     if os.strerror(code) in str(error)), errno.EIO)
+        raise OSError(code, os.strerror(code)) from error
 
 
 def shard_name(name: str, index: int) -> str:
@@ -113,21 +121,25 @@ def shard_name(name: str, index: int) -> str:
   return f'{name}-{index:05d}.array_record'
 
 
-def _io(call: Any, *args: Any) -> Any:
+@contextlib.contextmanager
+def _explained(directory: pathlib.Path) -> Iterator[None]:
   try:
-    return call(*args)
-  except RuntimeError as error:  # What the C++ side raises for every failure of the file system.
-    code = errno.ENOSPC if 'No space left' in str(error) else errno.EIO
-    raise OSError(code, os.strerror(code) if code == errno.ENOSPC else str(error)) from error
+    yield
+  except OSError as error:
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    raise OSError(
+      error.errno or errno.EIO,
+      f'cannot write prepared data: {reason}; nothing half-written is left. Make room, or prepare '
+      'into another directory', str(directory)) from error
 
 
-def digest(path: pathlib.Path, known: dict[str, Any]) -> str:
+def file_digest(path: pathlib.Path, known: dict[str, Any]) -> str:
   """Return the SHA-256 of a file.
 
   Args:
     path: the file.
-    known: path -> [size, mtime_ns, digest], read and updated: a file with the same size and
-      modification time is not read again.
+    known: path -> [size, mtime_ns, digest], read and updated: a file whose size and modification
+      time have not changed is not read again.
   """
   stat = path.stat()
   key, stamp = str(path.resolve()), [stat.st_size, stat.st_mtime_ns]

@@ -79,13 +79,13 @@ class Tokenizer:
 
 
 def from_bytes(files: Files) -> Tokenizer:
-  """Build the tokenizer whose ids are the 256 bytes, then one for EOS, which pads too."""
+  """Build the tokenizer whose ids are the 256 bytes, then one that begins and ends documents."""
   id_bytes = [*(bytes([value]) for value in range(256)), b'']
 
   def encode(text: str) -> list[int]:
     return list(text.encode())
 
-  return Tokenizer(id_bytes, None, 256, 256, encode, lambda texts: [*map(encode, texts)],
+  return Tokenizer(id_bytes, 256, 256, 256, encode, lambda texts: [*map(encode, texts)],
                    functools.partial(_join_bytes, id_bytes), files)
 
 

@@ -33,6 +33,13 @@ FILE_NAMES = (
   'chat_template.jinja',
 )
 
+# What each kind needs: our name of a file first, then others that it goes by.
+_WANTED: dict[str, tuple[tuple[str, ...], ...]] = {
+  'sentencepiece': (('tokenizer.model',),),
+  'gpt2': (('vocab.json', 'encoder.json'), ('merges.txt', 'vocab.bpe')),
+  'json': (('tokenizer.json',),),
+}
+
 _CHUNK = re.compile(r'(?s).{1,3999}\n|.{1,4000}')
 
 
@@ -58,9 +65,14 @@ class TokenizerConfig(Config):
   eos_token: str | None = None
   """The token that ends a document, where the files do not say it (kind 'json')."""
 
+  @property
+  def trained(self) -> bool:
+    """Whether the corpus decides the vocabulary."""
+    return self.kind == 'sentencepiece' and self.path is None
+
   @pydantic.model_validator(mode='after')
   def _check(self) -> 'TokenizerConfig':
-    trained = self.kind == 'sentencepiece' and self.path is None
+    trained = self.trained
     if self.kind in ('gpt2', 'json') and self.path is None:
       raise ValueError(f'path=None: kind={self.kind!r} needs the path of its files')
     if self.kind == 'bytes' and self.path is not None:
@@ -85,7 +97,7 @@ def train_or_load(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
   Raises:
     ValueError: files are missing or damaged, or the corpus does not give such a vocabulary.
   """
-  if config.kind == 'sentencepiece' and config.path is None:
+  if config.trained:
     return from_files({'tokenizer.model': _train(config, texts)})
   return from_files(read_files(config))
 
@@ -97,16 +109,12 @@ def read_files(config: TokenizerConfig) -> dict[str, bytes]:
     ValueError: a file is missing.
   """
   if config.kind == 'bytes':
-    return {'bytes.txt': b'ids 0 to 255 are bytes, 256 is the end of a document\n'}
+    return {'bytes.txt': b'ids 0 to 255 are bytes, 256 begins and ends a document\n'}
   if config.path is None:
     return {}
   path = pathlib.Path(config.path)
   folder = path if path.is_dir() else path.parent
-  wanted = {
-    'sentencepiece': [('tokenizer.model',)],
-    'gpt2': [('vocab.json', 'encoder.json'), ('merges.txt', 'vocab.bpe')],
-    'json': [('tokenizer.json',)],
-  }[config.kind]
+  wanted = _WANTED[config.kind]
   files = {}
   for names in wanted:
     own = [path] if path.is_file() and (len(wanted) == 1 or path.name in names) else []

@@ -1,0 +1,111 @@
+"""Texts to record files: tokenized in groups ahead, packed, counted, written in shards."""
+
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxllm.data import packing, parallel, storage
+from jaxllm.data.tokenizers import Tokenizer
+
+_SHARD_TOKENS = 2**26
+_GROUP_CHARACTERS = 2**20
+
+
+def tokenize(
+  texts: Iterable[tuple[str, str]], encode_batch: Callable[[Sequence[str]], list[list[int]]]
+) -> Iterator[tuple[str, str, list[int]]]:
+  """Yield (split, text, ids) for each (split, text).
+
+  One group of texts is tokenized on all cores while the group before is being used.
+  """
+  def groups() -> Iterator[list[tuple[str, str]]]:
+    group, size = [], 0
+    for split, text in texts:
+      group.append((split, text))
+      size += len(text)
+      if size >= _GROUP_CHARACTERS:
+        yield group
+        group, size = [], 0
+    yield group
+
+  def encode(group: list[tuple[str, str]]) -> list[tuple[str, str, list[int]]]:
+    ids = encode_batch([text for _, text in group])
+    return [(split, text, i) for (split, text), i in zip(group, ids, strict=True)]
+
+  for group in parallel.map_ahead(encode, groups(), num_threads=1, ahead=2):
+    yield from group
+
+
+class SplitWriter:
+  """Packs and writes one split, and counts what goes into it.
+
+  Args:
+    directory: where the shards go.
+    name: of the split.
+    tokenizer: gives the borders of documents and the bytes of tokens.
+    policy: of `packing.PACKERS`.
+    context_length: T.
+    add_bos: begin each document with BOS.
+    add_eos: end each document with EOS.
+
+  Raises:
+    ValueError: the tokenizer has no such border.
+  """
+
+  def __init__(
+    self, directory: pathlib.Path, name: str, tokenizer: Tokenizer, *, policy: str,
+    context_length: int, add_bos: bool, add_eos: bool,
+  ):
+    self._tokenizer, self._joined = tokenizer, policy == 'stream'
+    self._prefix = _border(tokenizer.bos_id, 'bos') if add_bos else []
+    self._suffix = _border(tokenizer.eos_id, 'eos') if add_eos else []
+    dtype = packing.record_dtype(context_length, tokenizer.vocab_size)
+    self._packer = packing.PACKERS[policy](dtype)
+    self._shards = storage.ShardWriter(directory, name, max(1, _SHARD_TOKENS // context_length))
+    self._counts = dict.fromkeys(
+      ('documents', 'tokens', 'target_tokens', 'text_bytes', 'target_bytes'), 0)
+
+  def add(self, text: str, encoded: list[int]) -> int:
+    """Append a document and return how many tokens it has, borders included.
+
+    Raises:
+      ValueError: an id is outside the vocabulary.
+    """
+    ids = np.array([*self._prefix, *encoded, *self._suffix], np.int64)
+    if not len(ids):
+      return 0
+    if ids.min() < 0 or ids.max() >= self._tokenizer.vocab_size:
+      raise ValueError(f'the tokenizer gave ids {ids.min()} to {ids.max()}, outside its vocabulary '
+                       f'of {self._tokenizer.vocab_size}')
+    size = len(text.encode())
+    predicted = size
+    if not (self._joined and self._counts['documents']):  # Nothing predicts the first token.
+      predicted -= len(self._tokenizer.id_bytes[ids[0]])
+    self._count(documents=1, tokens=len(ids), text_bytes=size, target_bytes=predicted)
+    self._write(self._packer.add(ids))
+    return len(ids)
+
+  def finish(self) -> dict[str, Any]:
+    """Write what is left and return the counts, as fields of `records.Split`."""
+    self._write(self._packer.finish())
+    self._shards.close()
+    shards = tuple(self._shards.counts)
+    return {**self._counts, 'records': sum(shards), 'shards': shards}
+
+  def _write(self, records: Iterator[np.ndarray]) -> None:
+    for record in records:
+      self._count(target_tokens=packing.count_targets(record))
+      self._shards.write(record.tobytes())
+
+  def _count(self, **amounts: int) -> None:
+    for name, amount in amounts.items():
+      self._counts[name] += amount
+
+
+def _border(token_id: int | None, name: str) -> list[int]:
+  if token_id is None:
+    raise ValueError(f'config.data.add_{name}=True, but the tokenizer has no {name.upper()}: set '
+                     f"it to False, or (kind='json') name it in config.tokenizer.{name}_token")
+  return [token_id]
