@@ -130,15 +130,29 @@ def _keys(path: Any) -> tuple[str, ...]:
 def _like_parameter(
   keys: tuple[str, ...], shape: tuple[int, ...], like: dict[tuple[str, ...], Any]
 ) -> NamedSharding | None:
-  """Find the parameter whose path ends `keys`; a factored moment lacks one of its axes."""
+  """Find the parameter whose path ends `keys`, and place `shape` as the parameter is placed.
+
+  An optimizer may see a kernel as a matrix, with two of its axes merged, and a factored moment
+  lacks one axis of what it sees.
+  """
   for start in range(len(keys)):
-    if keys[start:] not in like:
-      continue
-    full_shape, where = like[keys[start:]]
-    if full_shape == shape:
-      return where
-    entries = tuple(where.spec)
-    for axis in range(len(full_shape)):
-      if full_shape[:axis] + full_shape[axis + 1 :] == shape:
-        return NamedSharding(where.mesh, PartitionSpec(*entries[:axis], *entries[axis + 1 :]))
+    if keys[start:] in like:
+      full_shape, where = like[keys[start:]]
+      entries = tuple(where.spec) + (None,) * (len(full_shape) - len(where.spec))
+      whole = [(full_shape, entries), *_merged(full_shape, entries)]
+      for seen, spec in whole + [part for view in whole for part in _without_axis(*view)]:
+        if seen == shape:
+          return NamedSharding(where.mesh, PartitionSpec(*spec))
   return None
+
+
+def _merged(shape: tuple[int, ...], spec: tuple[Any, ...]) -> list[tuple[Any, Any]]:
+  """Merge each pair of neighbouring axes of which only the first may be split."""
+  return [
+    (shape[:i] + (shape[i] * shape[i + 1],) + shape[i + 2 :], spec[: i + 1] + spec[i + 2 :])
+    for i in range(1, len(shape) - 1) if spec[i + 1] is None
+  ]
+
+
+def _without_axis(shape: tuple[int, ...], spec: tuple[Any, ...]) -> list[tuple[Any, Any]]:
+  return [(shape[:i] + shape[i + 1 :], spec[:i] + spec[i + 1 :]) for i in range(len(shape))]

@@ -1,0 +1,205 @@
+"""Laws of the train step: accumulation, sharding and skipping change nothing that they should not."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec
+
+from jaxllm import sharding
+from jaxllm.training import state as state_lib
+from jaxllm.training import step as step_lib
+from tests.training import tiny
+
+MESHES = {
+  'data': {'data': 8},
+  'fsdp': {'data': 1, 'fsdp': 8},
+  'tensor': {'data': 4, 'tensor': 2},
+  'mixed': {'data': 2, 'fsdp': 2, 'tensor': 2},
+}
+
+
+def make_batch(rows=8, length=32, seed=0):
+  generator = np.random.default_rng(seed)
+  ids = generator.integers(0, 256, (rows, length + 1), dtype=np.int32)
+  weights = (generator.random((rows, length)) < 0.7).astype(np.float32)
+  return {
+    'tokens': ids[:, :-1],
+    'targets': ids[:, 1:],
+    'weights': weights,
+    'segment_ids': np.ones((rows, length), np.int32),
+    'positions': np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
+  }
+
+
+def take_steps(experiment, num_devices, batches):
+  mesh = sharding.make_mesh(experiment.mesh, jax.devices()[:num_devices])
+  tx = state_lib.make_optimizer(experiment)
+  train_step = step_lib.make_train_step(experiment, tx, mesh)
+  state = state_lib.create_state(experiment, tx, mesh)
+  where = sharding.batch_sharding(mesh, experiment.mesh)
+  history = []
+  for batch in batches:
+    state, metrics = train_step(state, sharding.put_batch(batch, where))
+    history.append({name: float(value) for name, value in metrics.items()})
+  return state, history
+
+
+@pytest.fixture(scope='module')
+def one_device(tmp_path_factory):
+  experiment = tiny.experiment(tmp_path_factory.mktemp('one'))
+  return take_steps(experiment, 1, [make_batch(seed=seed) for seed in range(3)])
+
+
+def assert_same_run(found, expected, tolerance):
+  for got, want in zip(found[1], expected[1], strict=True):
+    np.testing.assert_allclose(got['loss'], want['loss'], rtol=tolerance)
+    np.testing.assert_allclose(got['grad_norm'], want['grad_norm'], rtol=10 * tolerance)
+    assert got['tokens'] == want['tokens']
+  # Adam's first updates have the size of the learning rate whatever the gradient's, so parameters
+  # are compared on that scale.
+  for got, want in zip(
+    jax.tree.leaves(found[0].params), jax.tree.leaves(expected[0].params), strict=True
+  ):
+    np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+@pytest.mark.parametrize('name', MESHES)
+def test_eight_devices_equal_one(tmp_path, one_device, name):
+  experiment = tiny.experiment(tmp_path, mesh=MESHES[name])
+  found = take_steps(experiment, 8, [make_batch(seed=seed) for seed in range(3)])
+  assert_same_run(found, one_device, 1e-5)
+
+
+@pytest.mark.parametrize('name', ['data', 'mixed'])
+def test_four_microbatches_equal_one_batch(tmp_path, name):
+  changes = {'training__batch_size': 32, 'mesh': MESHES[name]}
+  batches = [make_batch(32, seed=seed) for seed in range(2)]
+  whole = take_steps(tiny.experiment(tmp_path, **changes), 8, batches)
+  parts = tiny.experiment(tmp_path, training__microbatches=4, **changes)
+  assert_same_run(take_steps(parts, 8, batches), whole, 1e-5)
+
+
+def test_microbatches_are_weighted_by_their_tokens(tmp_path):
+  batch = make_batch(8)
+  batch['weights'][:] = 0
+  batch['weights'][0] = 1  # All the tokens lie in one of four parts.
+  whole = take_steps(tiny.experiment(tmp_path), 1, [batch])
+  parts = take_steps(tiny.experiment(tmp_path, training__microbatches=4), 1, [batch])
+  assert_same_run(parts, whole, 1e-5)
+
+
+def test_chunked_loss_and_ema_train_the_same(tmp_path, one_device):
+  changes = {'objective__chunk_size': 5, 'training__ema_decay': 0.5}
+  found = take_steps(
+    tiny.experiment(tmp_path, **changes), 1, [make_batch(seed=seed) for seed in range(3)]
+  )
+  assert_same_run(found, one_device, 1e-5)
+  difference = optax.global_norm(jax.tree.map(jnp.subtract, found[0].ema, found[0].params))
+  assert 0 < difference < 0.1
+
+
+def test_the_average_follows_its_formula(tmp_path):
+  experiment = tiny.experiment(tmp_path, training__ema_decay=0.9)
+  mesh = sharding.make_mesh(experiment.mesh, jax.devices()[:1])
+  tx = state_lib.make_optimizer(experiment)
+  before = state_lib.create_state(experiment, tx, mesh)
+  after, _ = jax.jit(step_lib.make_pure_step(experiment, tx))(before, make_batch())
+  expected = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, before.params, after.params)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), after.ema, expected)
+
+
+def test_state_and_batch_have_the_named_shardings(tmp_path):
+  experiment = tiny.experiment(tmp_path, mesh=MESHES['mixed'])
+  state, _ = take_steps(experiment, 8, [make_batch()])
+  query = ('layers', 'attention', 'query', 'kernel')
+  expected = {
+    query: PartitionSpec(None, 'fsdp', 'tensor', None),
+    ('layers', 'mlp', 'down', 'kernel'): PartitionSpec(None, 'tensor', 'fsdp'),
+    ('embed', 'embedding'): PartitionSpec('tensor', 'fsdp'),
+    ('final_norm', 'scale'): PartitionSpec('fsdp'),
+  }
+  adam = next(
+    part for part in jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, 'mu'))
+    if hasattr(part, 'mu')
+  )
+  for tree in (state.params, adam.mu, adam.nu):
+    for path, spec in expected.items():
+      leaf = tree
+      for key in path:
+        leaf = leaf[key]
+      assert leaf.sharding.is_equivalent_to(
+        jax.sharding.NamedSharding(leaf.sharding.mesh, spec), leaf.ndim
+      ), (path, leaf.sharding.spec)
+  kernel = state.params['layers']['attention']['query']['kernel']
+  assert kernel.addressable_shards[0].data.size * 4 == kernel.size
+  mesh = sharding.make_mesh(experiment.mesh)
+  placed = sharding.put_batch(make_batch(), sharding.batch_sharding(mesh, experiment.mesh))
+  assert placed['tokens'].addressable_shards[0].data.shape == (2, 32)
+
+
+@pytest.mark.parametrize('name', ['adafactor', 'lion', 'muon', 'sgd', 'schedule_free_adamw'])
+def test_every_optimizer_state_takes_its_parameters_shardings(tmp_path, name):
+  experiment = tiny.experiment(tmp_path, optimizer__name=name, mesh=MESHES['mixed'])
+  mesh = sharding.make_mesh(experiment.mesh)
+  state = state_lib.abstract_state(experiment, state_lib.make_optimizer(experiment), mesh)
+  split = {
+    leaf.shape for leaf in jax.tree.leaves(state.opt_state)
+    if any(entry is not None for entry in leaf.sharding.spec)
+  }
+  large = {leaf.shape for leaf in jax.tree.leaves(state.opt_state) if leaf.size > 64}
+  assert large <= split
+
+
+def test_a_step_that_is_not_finite_changes_only_counters(tmp_path):
+  experiment = tiny.experiment(tmp_path)
+  tx = state_lib.make_optimizer(experiment)
+  mesh = sharding.make_mesh(experiment.mesh, jax.devices()[:1])
+  state = state_lib.create_state(experiment, tx, mesh)
+  pure_step = jax.jit(step_lib.make_pure_step(experiment, tx))
+  bad = make_batch()
+  bad['weights'][0, 0] = np.nan
+  after, metrics = pure_step(state, bad)
+  assert metrics['applied'] == 0 and metrics['skipped_in_a_row'] == 1
+  assert after.step == 1 and after.skipped == 1
+  for got, want in zip(
+    jax.tree.leaves((after.params, after.opt_state, after.loss_mean)),
+    jax.tree.leaves((state.params, state.opt_state, state.loss_mean)), strict=True,
+  ):
+    np.testing.assert_array_equal(got, want)
+  again, metrics = pure_step(after, make_batch())
+  assert metrics['applied'] == 1 and metrics['skipped_in_a_row'] == 0 and again.skipped == 1
+
+
+def test_a_spike_is_skipped_once_the_statistics_are_warm(tmp_path):
+  experiment = tiny.experiment(
+    tmp_path, training__spike={'deviations': 6.0, 'window_steps': 5}
+  )
+  tx = state_lib.make_optimizer(experiment)
+  mesh = sharding.make_mesh(experiment.mesh, jax.devices()[:1])
+  state = state_lib.create_state(experiment, tx, mesh)
+  pure_step = jax.jit(step_lib.make_pure_step(experiment, tx))
+  batch = make_batch()
+  batch['targets'] = batch['tokens']
+  spike = make_batch(seed=1)
+  spike['targets'] = (spike['tokens'] + 1) % 256
+  state, metrics = pure_step(state, spike)
+  assert metrics['applied'] == 1  # Too early to judge.
+  for _ in range(40):
+    state, metrics = pure_step(state, batch)
+    assert metrics['applied'] == 1
+  state, metrics = pure_step(state, spike)
+  assert metrics['applied'] == 0 and np.isfinite(metrics['loss'])
+
+
+def test_the_donated_step_compiles_once(tmp_path):
+  experiment = tiny.experiment(tmp_path)
+  mesh = sharding.make_mesh(experiment.mesh, jax.devices()[:1])
+  tx = state_lib.make_optimizer(experiment)
+  train_step = step_lib.make_train_step(experiment, tx, mesh)
+  state = state_lib.create_state(experiment, tx, mesh)
+  where = sharding.batch_sharding(mesh, experiment.mesh)
+  for seed in range(3):
+    state, _ = train_step(state, sharding.put_batch(make_batch(seed=seed), where))
+  assert train_step._cache_size() == 1
