@@ -1,0 +1,258 @@
+"""One self-contained page about a run, from nothing but the files of its workdir.
+
+Whatever is missing (an unfinished run has no summary, a new one no metrics) is said in its place.
+"""
+
+import json
+import os
+import pathlib
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jinja2
+
+from jaxllm.training import charts
+from jaxllm.training.metrics import format_duration
+
+Record = Mapping[str, Any]
+Rows = list[tuple[str, str]]
+
+
+def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
+  """Write `report.html` into a workdir and return its path.
+
+  Reads `config.json`, `metrics.jsonl`, `samples.jsonl`, `data.json`, `environment.json` and
+  `summary.json`, each of which may be absent or torn.
+
+  Args:
+    workdir: the directory of a run, finished or not.
+  """
+  path = pathlib.Path(workdir)
+  environment = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
+    autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+  )
+  page = environment.get_template('report.html').render(**_describe(path))
+  temporary = path / 'report.html.tmp'
+  temporary.write_text(page, encoding='utf-8')
+  os.replace(temporary, path / 'report.html')
+  return path / 'report.html'
+
+
+def _describe(path: pathlib.Path) -> dict[str, Any]:
+  """Return all that the template shows."""
+  config, summary = _read_json(path / 'config.json'), _read_json(path / 'summary.json')
+  environment, data = _read_json(path / 'environment.json'), _read_json(path / 'data.json')
+  records = [r for r in _read_lines(path / 'metrics.jsonl') if isinstance(r.get('step'), int)]
+  train = [r for r in records if 'train/loss' in r]
+  validation = [r for r in records if 'validation/loss' in r]
+  if summary.get('step', -1) < max((r['step'] for r in records), default=0):
+    summary = {}  # Of an earlier end: the run went on.
+  result = _result(config, summary, train, validation)
+  return {
+    'name': config.get('name') or path.resolve().name,
+    'result': result,
+    'verdict': _verdict(result),
+    'tiles': _tiles(result),
+    'loss_chart': _loss_chart(train, validation),
+    'charts': _small_charts(train),
+    'samples': [_sample(s) for s in _read_lines(path / 'samples.jsonl')],
+    'speed': _speed(train, environment),
+    'data': _data(data),
+    'environment': list(_flatten(environment)),
+    'config': _sections(config),
+  }
+
+
+def _result(
+  config: Record, summary: Record, train: Sequence[Record], validation: Sequence[Record]
+) -> dict[str, Any]:
+  """Return how far the run came and how good it is; None where that is not known."""
+  training, data = config.get('training') or {}, config.get('data') or {}
+  step = summary.get('step') or max((r['step'] for r in train), default=0)
+  tokens_per_step = training.get('batch_size', 0) * data.get('context_length', 0)
+  scores = dict(summary.get('validation') or {})
+  if not scores and validation:
+    scores = {key.partition('/')[2]: value for key, value in validation[-1].items()}
+  return {
+    'complete': bool(summary.get('complete')),
+    'step': step,
+    'num_steps': training.get('num_steps'),
+    'tokens': summary.get('train_tokens') or step * tokens_per_step or None,
+    'parameters': summary.get('parameters'),
+    'seconds': summary.get('seconds') or _last(train, 'train/elapsed_seconds'),
+    'tokens_per_second': _median(train, 'train/tokens_per_second'),
+    'train_loss': _last(train, 'train/loss'),
+    'loss': scores.get('loss'),
+    'loss_step': step if summary.get('validation') or not validation else validation[-1]['step'],
+    'perplexity': scores.get('perplexity'),
+    'bits_per_byte': scores.get('bits_per_byte'),
+    'accuracy': scores.get('accuracy'),
+  }
+
+
+def _verdict(result: Record) -> str:
+  """Say in a few words how far the run came and how good it is."""
+  if not result['step']:
+    return 'No metrics have been written yet.'
+  text = f'{result["step"]:,}'
+  if result['num_steps'] and not result['complete']:
+    text += f' of {result["num_steps"]:,}'
+  text += ' steps'
+  if result['tokens']:
+    text += f' over {result["tokens"]:,} tokens'
+  if result['seconds']:
+    text += f' in {format_duration(result["seconds"])}'
+  if result['tokens_per_second']:
+    text += f', {result["tokens_per_second"]:,.0f} tokens per second'
+  if result['loss'] is None:
+    return text + '. No held-out score yet.'
+  text += f'. Held-out loss {result["loss"]:.4f} nats per token'
+  if result['loss_step'] != result['step']:
+    text += f' at step {result["loss_step"]:,}'
+  if result['perplexity'] is not None:
+    text += f', perplexity {result["perplexity"]:,.2f}'
+  if result['bits_per_byte'] is not None:
+    text += f', {result["bits_per_byte"]:.4f} bits per byte'
+  return text + '.'
+
+
+def _tiles(result: Record) -> Rows:
+  """Return the headline figures that are known, as (label, value)."""
+  held_out, percent = 'held-out ', lambda value: f'{100 * value:.1f} %'
+  shown: list[tuple[str, str, Callable[[Any], str]]] = [
+    ('loss', held_out + 'loss', '{:.4f}'.format),
+    ('perplexity', 'perplexity', '{:,.2f}'.format),
+    ('bits_per_byte', 'bits per byte', '{:.4f}'.format),
+    ('accuracy', held_out + 'accuracy', percent),
+    ('parameters', 'parameters', _count),
+    ('tokens', 'training tokens', _count),
+    ('tokens_per_second', 'tokens per second', '{:,.0f}'.format),
+    ('seconds', 'time', format_duration),
+  ]
+  if result['loss'] is None:
+    shown.insert(0, ('train_loss', 'training loss', '{:.4f}'.format))
+  return [(label, text(result[key])) for key, label, text in shown if result[key] is not None]
+
+
+def _loss_chart(train: Sequence[Record], validation: Sequence[Record]) -> dict[str, Any] | None:
+  raw = charts.series(train, 'train/loss', '', 'raw')
+  mean = charts.smooth(raw, 'training', 'train')
+  held_out = charts.series(validation, 'validation/loss', 'held-out', 'validation', points=True)
+  return charts.chart('Loss, nats per token', [raw, mean, held_out], '{:.4g}'.format, log=True)
+
+
+def _small_charts(train: Sequence[Record]) -> list[dict[str, Any]]:
+  drawn = []
+  for title, name, noisy, log in (
+    ('Learning rate', 'train/learning_rate', False, False),
+    ('Gradient norm', 'train/grad_norm', True, True),
+    ('Tokens per second', 'train/tokens_per_second', True, False),
+    ('Training accuracy', 'train/accuracy', True, False),
+    ('Parameter norm', 'train/param_norm', False, False),
+    ('Seconds waiting for data', 'train/data_wait_seconds', True, False),
+  ):
+    line = charts.series(train, name, '', 'raw' if noisy else 'train')
+    lines = [line, charts.smooth(line, '', 'train')] if noisy else [line]
+    drawn.append(charts.chart(title, lines, charts.compact, num_ticks=(4, 5), log=log))
+  return [chart for chart in drawn if chart]
+
+
+def _speed(train: Sequence[Record], environment: Record) -> Rows:
+  """Return what the run cost, as (label, value)."""
+  kind = environment.get('device_kind', 'this device')
+  utilisation, memory = _median(train, 'train/mfu'), _last(train, 'train/memory_bytes')
+  rows = [
+    ('seconds per step', _median(train, 'train/step_seconds'), '{:.4g}'.format),
+    ('seconds per step waiting for data', _median(train, 'train/data_wait_seconds'),
+     '{:.2g}'.format),
+    ('peak memory', memory, lambda size: f'{size / 2**30:.2f} GiB'),
+    ('programs compiled', _last(train, 'train/compilations'), '{:.0f}'.format),
+    ('steps not applied', _last(train, 'train/skipped'), '{:.0f}'.format),
+  ]
+  found = [(label, text(value)) for label, value, text in rows if value is not None]
+  if train:
+    unknown = f'unknown: no published peak for {kind}'
+    found.append(('utilisation (MFU)', f'{100 * utilisation:.1f} %' if utilisation else unknown))
+  return found
+
+
+def _data(manifest: Record) -> list[tuple[str, ...]]:
+  """Return a table of figures with one column per split, headings first."""
+  splits = {n: manifest[n] for n in ('train', 'validation') if isinstance(manifest.get(n), dict)}
+  if not splits:
+    return []
+  table = [('', *splits)]
+  for key in ('documents', 'records', 'tokens', 'text_bytes'):
+    counts = [split.get(key) for split in splits.values()]
+    row = [f'{count:,}' if isinstance(count, int) else 'unknown' for count in counts]
+    table.append((key.replace('_', ' '), *row))
+  return table
+
+
+def _sections(config: Record) -> list[tuple[str, Rows]]:
+  """Return (section, rows) with the plain fields of the run first."""
+  run = {key: value for key, value in config.items() if not isinstance(value, dict)}
+  sections = {'run': run} | {key: v for key, v in config.items() if isinstance(v, dict)}
+  return [(name, list(_flatten(fields))) for name, fields in sections.items() if fields]
+
+
+def _flatten(value: Any, path: str = '') -> Iterator[tuple[str, str]]:
+  """Yield (dotted path, text) of every leaf; lists of plain values stay on one line."""
+  if isinstance(value, dict) and (value or not path):
+    for key, child in value.items():
+      yield from _flatten(child, f'{path}.{key}' if path else str(key))
+  elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+    for index, child in enumerate(value):
+      yield from _flatten(child, f'{path}.{index}')
+  else:
+    yield path, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _sample(sample: Record) -> dict[str, str]:
+  prompt, text = str(sample.get('prompt', '')), str(sample.get('text', ''))
+  return {'prompt': prompt, 'text': text.removeprefix(prompt)}
+
+
+def _last(records: Sequence[Record], name: str) -> float | None:
+  return next((r[name] for r in reversed(records) if r.get(name) is not None), None)
+
+
+def _median(records: Sequence[Record], name: str) -> float | None:
+  values = [r[name] for r in records if r.get(name) is not None]
+  return statistics.median(values) if values else None
+
+
+def _count(number: float) -> str:
+  """Return a count with its three leading digits and a word: 1.54 million."""
+  for limit, word in ((1e12, 'trillion'), (1e9, 'billion'), (1e6, 'million')):
+    if number >= limit:
+      return f'{number / limit:.3g} {word}'
+  return f'{number:,.0f}'
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+  """Read a JSON object; empty where there is none."""
+  try:
+    value = json.loads(path.read_text(encoding='utf-8'))
+  except (OSError, ValueError):
+    return {}
+  return value if isinstance(value, dict) else {}
+
+
+def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+  """Read the JSON objects of a JSONL file, without lines torn by a crash."""
+  try:
+    lines = path.read_text(encoding='utf-8').split('\n')
+  except (OSError, ValueError):
+    return []
+  found = []
+  for line in lines:
+    try:
+      value = json.loads(line)
+    except ValueError:
+      continue
+    if isinstance(value, dict):
+      found.append(value)
+  return found
