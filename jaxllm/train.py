@@ -5,6 +5,7 @@ The same command goes on where an interrupted run stopped. `--config.a.b=value` 
 
 import logging as std_logging
 import pathlib
+import sys
 
 import jax
 from absl import flags, logging
@@ -31,9 +32,13 @@ def main(_) -> None:  # noqa: D103
   if DISTRIBUTED.value:
     jax.distributed.initialize()
   experiment = config.from_flags(CONFIG.value)
+  from jaxllm.checkpoints import store
   from jaxllm.training import loop
 
-  summary = loop.train(experiment, WORKDIR.value)
+  try:
+    summary = loop.train(experiment, WORKDIR.value)
+  except (loop.TrainingStopped, store.CheckpointError) as error:
+    sys.exit(f'error: {error}')
   if not summary['complete']:
     return
   print(f'{summary["step"]:,} steps, {summary["parameters"]:,} parameters')

@@ -1,0 +1,185 @@
+"""Laws of a whole run: stopped and resumed equals never stopped, and nothing is half-written."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from jaxllm import loading
+from jaxllm.checkpoints import store
+from jaxllm.training import loop, workdir
+from tests.training import tiny
+
+ONE = slice(0, 1)
+
+
+def train(experiment, path):
+  return loop.train(experiment, path, jax.devices()[ONE])
+
+
+def losses(path):
+  records = [json.loads(line) for line in (path / 'metrics.jsonl').read_text().splitlines()]
+  return {r['step']: r['train/loss'] for r in records if 'train/loss' in r}
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+  """A run of eight steps that was never stopped."""
+  base = tmp_path_factory.mktemp('whole')
+  summary = train(tiny.experiment(base, training__ema_decay=0.9), base / 'run')
+  return base, summary
+
+
+def test_a_run_leaves_all_its_files(whole):
+  base, summary = whole
+  names = {entry.name for entry in (base / 'run').iterdir()}
+  assert names == {
+    'config.json', 'tokenizer', 'data.json', 'environment.json', 'checkpoints', 'metrics.jsonl',
+    'tensorboard', 'samples.jsonl', 'summary.json', 'report.html',
+  }
+  assert summary['complete'] and summary['step'] == 8
+  assert list(losses(base / 'run')) == list(range(1, 9))
+  scores = summary['validation']
+  assert scores['perplexity'] == pytest.approx(np.exp(scores['loss']))
+  # Every byte is a token, and each document ends with one more.
+  assert scores['bits_per_byte'] == pytest.approx(scores['loss'] / np.log(2), rel=0.02)
+  assert workdir.read_config(base / 'run') == tiny.experiment(base, training__ema_decay=0.9)
+  sample = json.loads((base / 'run' / 'samples.jsonl').read_text())
+  assert sample['prompt'] == 'the king'
+
+
+def test_the_checkpoint_alone_gives_the_model(whole):
+  base, _ = whole
+  model = loading.load(base / 'run')
+  assert model.experiment == tiny.experiment(base, training__ema_decay=0.9)
+  ids = model.encode_prompt('the king')
+  assert model.logits(ids).shape == (len(ids), model.config.vocab_size)
+  assert model.hidden(ids).shape == (len(ids), model.config.embed_dim)
+  assert loading.load(base / 'run' / 'checkpoints' / '8').encode_prompt('x') == (
+    model.encode_prompt('x')
+  )
+  with pytest.raises(ValueError, match='not in the vocabulary'):
+    model.logits([model.config.vocab_size])
+  alone = loading.generate(model, 'the king', max_new_tokens=8, temperature=0)
+  assert loading.generate(
+    model, ['the king', 'a'], max_new_tokens=8, temperature=0
+  )[0] == alone
+
+
+def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(whole):
+  base, _ = whole
+  experiment = tiny.experiment(base, training__ema_decay=0.9, checkpoint__every_steps=3)
+  stopped_at = []
+
+  class Stop(Exception):
+    pass
+
+  real = store.check
+
+  def stop_after_five(handle):
+    stopped_at.append(1)
+    if len(stopped_at) == 5:  # Two steps after the checkpoint of step 3.
+      store.wait(handle)
+      raise Stop
+    real(handle)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(store, 'check', stop_after_five)
+    with pytest.raises(Stop):
+      train(experiment, base / 'resumed')
+  assert store.committed_steps(base / 'resumed' / 'checkpoints') == [3]
+  train(experiment, base / 'resumed')
+  assert losses(base / 'resumed') == losses(base / 'run')
+  params = [store.restore_params(base / name)[0] for name in ('resumed', 'run')]
+  jax.tree.map(np.testing.assert_array_equal, *params)
+
+
+def test_a_second_call_says_that_the_run_is_complete(whole, caplog):
+  base, summary = whole
+  before = (base / 'run' / 'metrics.jsonl').read_bytes()
+  again = train(tiny.experiment(base, training__ema_decay=0.9), base / 'run')
+  assert again == summary
+  assert (base / 'run' / 'metrics.jsonl').read_bytes() == before
+
+
+def test_a_workdir_refuses_another_model_with_the_fields_that_differ(whole):
+  base, _ = whole
+  config = (base / 'run' / 'config.json').read_bytes()
+  other = tiny.experiment(base, model__num_layers=3, training__ema_decay=0.9)
+  with pytest.raises(ValueError, match=r'model.num_layers: 2 -> 3'):
+    train(other, base / 'run')
+  assert (base / 'run' / 'config.json').read_bytes() == config
+  longer = tiny.experiment(base, training__num_steps=9, training__ema_decay=0.9)
+  assert train(longer, base / 'run')['step'] == 9
+  assert workdir.read_config(base / 'run') == longer
+
+
+def test_skipped_steps_stop_the_run_with_a_message(tmp_path):
+  experiment = tiny.experiment(
+    tmp_path, training__max_skipped_steps=2, optimizer__learning_rate=1e30,
+    optimizer__clip_norm=None, training__num_steps=30, schedule__warmup_steps=0,
+  )
+  with pytest.raises(loop.TrainingStopped, match='learning_rate'):
+    train(experiment, tmp_path / 'run')
+
+
+@pytest.mark.parametrize('changes, message', [
+  ({'mesh': {'data': 3}}, 'config.mesh .* needs a multiple of 3 devices'),
+  ({'training__batch_size': 6}, 'config.training.batch_size .* 6 rows, .*8 devices'),
+  ({'model__vocab_size': 100}, 'tokenizer has 257 tokens but config.model.vocab_size=100'),
+  ({'mesh': {'data': 1, 'tensor': 8}}, 'kv_heads.*8 devices'),
+])
+def test_what_does_not_fit_is_refused_before_any_step(tmp_path, changes, message):
+  with pytest.raises(ValueError, match=message):
+    loop.train(tiny.experiment(tmp_path, **changes), tmp_path / 'run')
+  assert not (tmp_path / 'run' / 'metrics.jsonl').exists()
+
+
+def test_changed_text_is_refused(tmp_path):
+  experiment = tiny.experiment(tmp_path, training__num_steps=3, evaluation__prompts=())
+  train(experiment, tmp_path / 'run')
+  (tmp_path / 'corpus' / '000.txt').write_text('Another text altogether. ' * 40)
+  with pytest.raises(ValueError, match='trained on other records'):
+    train(experiment, tmp_path / 'run')
+
+
+def test_an_unwritable_workdir_is_refused(tmp_path):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(ValueError, match='--workdir=.*cannot write there'):
+    train(tiny.experiment(tmp_path), tmp_path / 'file' / 'run')
+
+
+SCRIPT = '''
+import jax, pathlib, sys
+sys.path.insert(0, {root!r})
+from tests.training import tiny
+from jaxllm.training import loop
+base = pathlib.Path({base!r})
+summary = loop.train(tiny.experiment(base, training__num_steps=100000), base / 'run')
+print('SUMMARY', summary)
+'''
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_with_zero(tmp_path, number):
+  root = str(pathlib.Path(__file__).parents[2])
+  environment = os.environ | {'XLA_FLAGS': '', 'JAX_PLATFORMS': 'cpu'}
+  tiny.experiment(tmp_path)  # Writes the corpus.
+  process = subprocess.Popen(
+    [sys.executable, '-c', SCRIPT.format(root=root, base=str(tmp_path))],
+    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+  )
+  for line in process.stderr:
+    if line.startswith('step '):
+      break
+  process.send_signal(number)
+  output, _ = process.communicate(timeout=60)
+  assert process.returncode == 0 and "'complete': False" in output
+  step = store.committed_steps(tmp_path / 'run' / 'checkpoints')[-1]
+  assert step > 0 and f"'step': {step}," in output
