@@ -48,7 +48,7 @@ def next_token_loss(
     neither: `cross_entropy_sum` in nats without smoothing and z-loss, `z_loss_sum`, and
     `correct_sum`, the tokens to which no other was preferred. Where all weights are 0, all are 0.
   """
-  hidden_BTD = model.apply(
+  hidden_BTD: Any = model.apply(
     variables, batch['tokens'], batch['segment_ids'], batch['positions'],
     deterministic=dropout_key is None,
     rngs=None if dropout_key is None else {'dropout': dropout_key},
@@ -56,7 +56,7 @@ def next_token_loss(
   )
 
   def sums(hidden_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> Sums:
-    logits_BTV = model.apply(variables, hidden_BTD, method='logits')
+    logits_BTV: Any = model.apply(variables, hidden_BTD, method='logits')
     return token_sums(config, logits_BTV, targets_BT, weights_BT, model.config.vocab_size)
 
   if config.chunk_size is None:

@@ -5,7 +5,7 @@ per cent, so that text keeps its size on a phone.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,7 +34,7 @@ class Series(NamedTuple):
 
 
 def series(
-  records: Sequence[dict[str, Any]], name: str, label: str, style: str, points: bool = False
+  records: Sequence[Mapping[str, Any]], name: str, label: str, style: str, points: bool = False
 ) -> Series:
   """Collect the finite values of a metric from records."""
   found = [(r['step'], r[name]) for r in records if isinstance(r.get(name), int | float)]

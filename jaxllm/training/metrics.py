@@ -99,7 +99,7 @@ class MetricsWriter:
       step: steps taken so far.
       scalars: name -> number; None is left out, what is not finite becomes null in the JSON.
     """
-    if self._lines is None:
+    if self._lines is None or self._tensorboard is None:
       return
     values = {name: float(value) for name, value in scalars.items() if value is not None}
     record: dict[str, Any] = {'step': int(step), 'time': time.time()}
@@ -112,9 +112,9 @@ class MetricsWriter:
 
   def close(self) -> None:
     """Flush and close both files."""
-    if self._lines is not None:
-      self._lines.close()
-      self._tensorboard.close()
+    for file in (self._lines, self._tensorboard):
+      if file is not None:
+        file.close()
 
   def __enter__(self) -> 'MetricsWriter':
     return self
