@@ -1,9 +1,8 @@
 """Batches as a pure function of the step: nothing to save, nothing to lose on a restart.
 
-Record number i of the run is `order[i]`, where `order` visits every record once per epoch, in a
-new random order each epoch. Step s takes records s * batch_size .. (s + 1) * batch_size - 1, and
-process p its share of these rows, so the batch of a step does not depend on the number of
-processes. Where the batch size does not divide the records, a batch continues with the next epoch;
+`sequence` visits every record once per epoch, in a new random order each epoch. Step s takes its
+items s * batch_size .. (s + 1) * batch_size - 1, and process p its share of these rows, so that the
+batch of a step does not depend on the number of processes. Where the batch size does not divide the records, a batch continues with the next epoch;
 after the last epoch it is filled with rows of weight 0.
 """
 
@@ -17,6 +16,8 @@ import numpy as np
 
 from jaxllm.data import packing, parallel, records
 
+_DAMAGED = 'the records are damaged; delete the directory and prepare them anew'
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Batches:
@@ -27,8 +28,8 @@ class Batches:
   num_epochs: int | None
   rows: range
   """This process's rows of every batch."""
-  order: Sequence[int]
-  source: Any
+  sequence: Sequence[bytes]
+  """The stored records in the order in which they are visited."""
   dtype: np.dtype
   vocab_size: int
 
@@ -49,17 +50,19 @@ class Batches:
     """
     if step < 0 or (self.num_epochs is not None and step >= self.num_batches):
       raise IndexError(f'step {step}: these records give steps 0 to {self.num_batches - 1}')
-    end = len(self.order)
-    places = [step * self.batch_size + row for row in self.rows]
-    stored = self.source.__getitems__([self.order[i] for i in places if i < end])
-    rows_B = np.zeros(len(places), self.dtype)
-    rows_B[: len(stored)] = np.frombuffer(b''.join(stored), self.dtype)
-    batch = packing.batch_arrays(rows_B)
+    end, first = len(self.sequence), step * self.batch_size
+    try:
+      stored = [self.sequence[first + row] for row in self.rows if first + row < end]
+      found_B = np.frombuffer(b''.join(stored), self.dtype)
+    except (RuntimeError, ValueError) as error:
+      raise ValueError(f'step {step}: {_DAMAGED} ({error})') from error
+    rows_B = np.zeros(len(self.rows), self.dtype)
+    rows_B[: len(found_B)] = found_B
     highest = rows_B['tokens'].max(initial=0)
     if highest >= self.vocab_size:
       raise ValueError(f'step {step}: token id {highest} is not in the vocabulary of '
-                       f'{self.vocab_size}; the records are damaged, prepare them anew')
-    return batch
+                       f'{self.vocab_size}; {_DAMAGED}')
+    return packing.batch_arrays(rows_B)
 
 
 def make_batches(
@@ -97,17 +100,16 @@ def make_batches(
   manifest = records.load_manifest(directory)
   counts = manifest.split(split).shards
   paths = records.shard_paths(directory, manifest, split)
-  order = grain.MapDataset.range(sum(counts))
+  sequence = grain.MapDataset.source(_open(paths, counts))
   if shuffle:
-    order = order.shuffle(seed=seed)
+    sequence = sequence.shuffle(seed=seed)
   local = batch_size // process_count
   return Batches(
     num_records=sum(counts),
     batch_size=batch_size,
     num_epochs=num_epochs,
     rows=range(process_index * local, (process_index + 1) * local),
-    order=order.repeat(num_epochs),
-    source=_open(paths, counts),
+    sequence=sequence.repeat(num_epochs),
     dtype=packing.record_dtype(manifest.context_length, manifest.vocab_size),
     vocab_size=manifest.vocab_size,
   )
@@ -119,14 +121,12 @@ def _open(paths: Sequence[pathlib.Path], counts: Sequence[int]) -> Any:
 
   try:
     source = grain.sources.ArrayRecordDataSource([str(path) for path in paths])
-    found = len(source)
-    source.__getitems__([sum(counts[:i]) for i in range(len(counts))])
-  except (RuntimeError, ValueError, IndexError) as error:
-    raise ValueError(f'{paths[0].parent}: the records are damaged; delete the directory and '
-                     f'prepare them anew ({error})') from error
-  if found != sum(counts):
-    raise ValueError(f'{paths[0].parent}: {found} records, but the manifest says {sum(counts)}; '
-                     'delete the directory and prepare them anew')
+    if len(source) != sum(counts):
+      raise ValueError(f'there are {len(source)} records, but the manifest says {sum(counts)}')
+    for i in range(len(counts)):
+      source[sum(counts[:i])]
+  except (RuntimeError, ValueError) as error:
+    raise ValueError(f'{paths[0].parent}: {_DAMAGED} ({error})') from error
   return source
 
 

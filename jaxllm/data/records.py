@@ -29,6 +29,8 @@ from jaxllm.data.tokenizers import Tokenizer, TokenizerConfig
 # Part of every fingerprint: to be raised when the same settings give other records.
 _VERSION = 1
 
+_HASHES = '.source_hashes.json'
+
 
 class DataConfig(Config):
   """Which texts become which records."""
@@ -168,21 +170,24 @@ def prepare(
     OSError: the directory cannot be written or the disk is full; nothing half-written is left.
   """
   directory = pathlib.Path(directory)
-  sources = _survey(data, directory)
+  known = storage.read_json(directory / _HASHES)
+  hashes = dict(known)
+  sources = _survey(data, hashes)
   fingerprint = _fingerprint(data, tokenizer, sources)
   manifest = _prepared(directory, fingerprint)
-  if manifest is not None:
-    return manifest
-  with storage.locked(directory):
-    manifest = _prepared(directory, fingerprint)
-    if manifest is not None:  # Another process was faster.
-      return manifest
-    old = storage.read_json(directory / 'manifest.json').get('fingerprint', '')
-    with storage.staged(directory / fingerprint[:16]) as staging:
-      manifest = _write(data, tokenizer, staging, sources, fingerprint, progress)
-    storage.write_file(directory / 'manifest.json', manifest.to_json().encode())
-    if old and old != fingerprint:
-      shutil.rmtree(directory / old[:16], ignore_errors=True)
+  if manifest is None:
+    with storage.locked(directory):
+      manifest = _prepared(directory, fingerprint)  # Another process may have been faster.
+      if manifest is None:
+        old = storage.read_json(directory / 'manifest.json').get('fingerprint', '')
+        with storage.staged(directory / fingerprint[:16]) as staging:
+          manifest = _write(data, tokenizer, staging, sources, fingerprint, progress)
+        storage.write_file(directory / 'manifest.json', manifest.to_json().encode())
+        if old and old != fingerprint:
+          shutil.rmtree(directory / old[:16], ignore_errors=True)
+  if hashes != known:
+    with contextlib.suppress(OSError):  # They only save time.
+      storage.write_file(directory / _HASHES, json.dumps(hashes).encode())
   return manifest
 
 
@@ -229,22 +234,16 @@ def _all_sources(data: DataConfig) -> tuple[SourceConfig, ...]:
   return data.sources + (data.validation if isinstance(data.validation, tuple) else ())
 
 
-def _survey(data: DataConfig, directory: pathlib.Path) -> list[SourceCounts]:
-  """Look at the files of every source; contents are hashed unless size and time are known."""
-  cache = directory / '.source_hashes.json'
-  known = storage.read_json(cache)
-  before = dict(known)
+def _survey(data: DataConfig, hashes: dict[str, Any]) -> list[SourceCounts]:
+  """Look at the files of every source; see `storage.file_digest` for `hashes`."""
   sources = []
   for source in _all_sources(data):
     digest, size, found = hashlib.sha256(), 0, documents.files(source)
     for name, path in found:
-      digest.update(f'{name}\0{storage.file_digest(path, known)}\0'.encode())
+      digest.update(f'{name}\0{storage.file_digest(path, hashes)}\0'.encode())
       size += path.stat().st_size
     sources.append(SourceCounts(location=source.location, files=len(found), file_bytes=size,
                                 sha256=digest.hexdigest(), documents=0, dropped=0))
-  if known != before and directory.is_dir():
-    with contextlib.suppress(OSError):  # Only saves time.
-      storage.write_file(cache, json.dumps(known).encode())
   return sources
 
 
@@ -310,9 +309,11 @@ def _write(
     for name in _split_names(data)
   }
   with _bar('records', ' tokens', progress) as bar:
-    for split, text, ids in record_writer.tokenize(_texts(data, counts), tokenizer.encode_batch):
+    items = record_writer.tokenize(_texts(data, counts), tokenizer.encode_batch)
+    for number, (split, text, ids) in enumerate(items, 1):
       bar.update(writers[split].add(text, ids))
-      bar.set_postfix(documents=sum(c['documents'] for c in counts), refresh=False)
+      if number % 256 == 0:
+        bar.set_postfix(documents=number, refresh=False)
   splits = {name: Split(**writer.finish()) for name, writer in writers.items()}
   sources = tuple(s.replace(**c) for s, c in zip(sources, counts, strict=True))
   _check_splits(data, splits, sources)
@@ -348,6 +349,7 @@ def _check_splits(
   if validation and not validation.target_tokens:
     hint = ('these sources hold no text' if isinstance(data.validation, tuple) else
             f'none of {read - dropped} documents was chosen, and none is ever divided; raise the '
-            'fraction, name sources of its own, or let a separator make more documents')
+            'fraction, let a separator make more documents, or name sources for it: for one file, '
+            'its end (slice=(0.9, 1.0), and slice=(0.0, 0.9) to train on)')
     raise ValueError(f'config.data.validation={data.validation!r} leaves nothing to validate on: '
                      f'{hint}')

@@ -26,15 +26,15 @@ class Tokenizer:
   `encode` adds no special tokens, and text that spells one ('<s>') stays plain text.
   """
 
-  id_bytes: Sequence[bytes]
+  id_bytes: Sequence[bytes] = dataclasses.field(repr=False)
   """The bytes that each id stands for; none for special tokens."""
   bos_id: int | None
   eos_id: int | None
   pad_id: int
-  _encode: Callable[[str], list[int]]
-  _encode_batch: Callable[[Sequence[str]], list[list[int]]]
-  _decode: Callable[[Sequence[int]], str]
-  _files: Files
+  _encode: Callable[[str], list[int]] = dataclasses.field(repr=False)
+  _encode_batch: Callable[[Sequence[str]], list[list[int]]] = dataclasses.field(repr=False)
+  _decode: Callable[[Sequence[int]], str] = dataclasses.field(repr=False)
+  _files: Files = dataclasses.field(repr=False)
 
   @property
   def vocab_size(self) -> int:
@@ -47,11 +47,11 @@ class Tokenizer:
     Raises:
       ValueError: the vocabulary cannot express the text, or the tokenizer fails on it.
     """
-    return self._encode(text)
+    return self._encode(_valid(text))
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     """Return `encode` of each text, on all cores."""
-    return self._encode_batch(texts)
+    return self._encode_batch([_valid(text) for text in texts])
 
   def decode(self, ids: Sequence[int]) -> str:
     """Return the text of ids: nothing for special tokens, U+FFFD for bytes that are not UTF-8.
@@ -76,6 +76,12 @@ class Tokenizer:
     for name, content in sorted(self._files.items()):
       digest.update(f'{name}\0{len(content)}\0'.encode() + content)
     return digest.hexdigest()
+
+
+def _valid(text: str) -> str:
+  if not text.isascii():
+    text.encode()  # Half a surrogate pair is a ValueError here; the libraries differ.
+  return text
 
 
 def from_bytes(files: Files) -> Tokenizer:
@@ -150,8 +156,9 @@ def from_vocab_and_merges(files: Files) -> Tokenizer:
 
   try:
     vocab = json.loads(files['vocab.json'])
-    merges = [tuple(line.split(' ')) for line in files['merges.txt'].decode().splitlines()
-              if line and not line.startswith('#version')]
+    lines = files['merges.txt'].decode().replace('\r\n', '\n').split('\n')
+    merges: Any = [tuple(line.split(' ')) for line in lines
+                   if line and not line.startswith('#version')]
     model = tokenizers.models.BPE(vocab=vocab, merges=merges)
   except Exception as error:  # The library raises bare Exception.
     raise ValueError(f'vocab.json and merges.txt: not a byte-level BPE: {error}') from None
@@ -182,8 +189,8 @@ def from_tokenizer_json(files: Files) -> Tokenizer:
   named: dict[str, Any] = {}
   for name in ('tokenizer_config.json', 'special_tokens_map.json'):
     try:
-      named |= json.loads(files.get(name, b'{}'))
-    except (ValueError, TypeError) as error:
+      named.update(json.loads(files.get(name, b'{}')).items())
+    except (ValueError, AttributeError) as error:
       raise ValueError(f'{name}: not a JSON object: {error}') from None
   return _from_library(inner, named, files)
 

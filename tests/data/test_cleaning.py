@@ -1,0 +1,43 @@
+"""Each step of cleaning does its one thing, and nothing runs unless it is named."""
+
+import pytest
+
+from jaxllm.config import ConfigError
+from jaxllm.data.cleaning import STEPS, CleaningConfig, clean
+
+
+def test_by_default_nothing_changes():
+  text = ' cafe\u0301\x00 \r\n<b>x</b>  &amp; schÃ¶n\t'
+  assert clean(text, CleaningConfig()) == text
+
+
+@pytest.mark.parametrize('step, text, expected', [
+  ('nfc', 'cafe\u0301', 'café'),
+  ('mojibake', 'schÃ¶n\nrichtig: schön 你', 'schön\nrichtig: schön 你'),
+  ('mojibake', 'itâ€™s “quoted”', 'it’s “quoted”'),
+  ('control', 'a\x00b\x07c\td\r\ne\x7f\x85\ufeff', 'abc\td\ne'),
+  ('control', 'family: 👨\u200d👩\u200d👧', 'family: 👨\u200d👩\u200d👧'),
+  ('html', '<p>a &lt; b &amp; c</p><script>x = "<p>";</script><p>d<br>e</p>', 'a < b & c\n\nd\ne'),
+  ('html', '<!-- no --><style>p {}</style>text <b>bold</b>', 'text bold'),
+  ('html', 'no markup, 1 < 2', 'no markup, 1 < 2'),
+  ('whitespace', '  a \t\xa0 b \n\n\n\n c\u3000d ', 'a b\n\nc d'),
+])
+def test_steps(step, text, expected):
+  assert clean(text, CleaningConfig(steps=(step,))) == expected
+  assert STEPS[step](expected) == expected
+
+
+def test_steps_run_in_order():
+  assert clean('<p>a&nbsp;  b</p>', CleaningConfig(steps=('html', 'whitespace'))) == 'a b'
+
+
+def test_short_documents_are_dropped_after_cleaning():
+  config = CleaningConfig(steps=('whitespace',), min_characters=3)
+  assert clean(' ab ', config) is None
+  assert clean(' abc ', config) == 'abc'
+  assert clean('', CleaningConfig()) is None
+
+
+def test_an_unknown_step_is_refused():
+  with pytest.raises(ConfigError, match='steps'):
+    CleaningConfig(steps=('nfd',))

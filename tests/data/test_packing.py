@@ -1,0 +1,102 @@
+"""No token is lost or doubled as a target, and no target lies in another segment."""
+
+import numpy as np
+import pytest
+
+from jaxllm.data import packing
+
+
+def _pack(policy, sequences, context_length):
+  dtype = packing.record_dtype(context_length, 1000)
+  packer = packing.PACKERS[policy](dtype)
+  rows = [row for tokens in sequences for row in packer.add(np.array(tokens))]
+  rows += packer.finish()
+  return np.array(rows, dtype)
+
+
+def _pairs(records):
+  """All (input, target) with weight, of tokens that are unique in the test's sequences."""
+  batch = packing.batch_arrays(records)
+  chosen = batch['weights'] > 0
+  pairs = zip(batch['tokens'][chosen].tolist(), batch['targets'][chosen].tolist(), strict=True)
+  return sorted(pairs)
+
+
+def test_packed_literal():
+  records = _pack('packed', [[1, 2, 3], [4, 5, 6, 7, 8, 9], [10, 11]], 4)
+  assert records['tokens'].tolist() == [[1, 2, 3, 4, 5], [5, 6, 7, 8, 9], [10, 11, 0, 0, 0]]
+  assert records['segment_ids'].tolist() == [[1, 1, 1, 2, 2], [1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
+  batch = packing.batch_arrays(records)
+  assert batch['tokens'].tolist() == [[1, 2, 3, 4], [5, 6, 7, 8], [10, 11, 0, 0]]
+  assert batch['targets'].tolist() == [[2, 3, 4, 5], [6, 7, 8, 9], [11, 0, 0, 0]]
+  assert batch['weights'].tolist() == [[1, 1, 0, 1], [1, 1, 1, 1], [1, 0, 0, 0]]
+  assert batch['segment_ids'].tolist() == [[1, 1, 1, 2], [1, 1, 1, 1], [1, 1, 0, 0]]
+  assert batch['positions'].tolist() == [[0, 1, 2, 0], [0, 1, 2, 3], [0, 1, 0, 0]]
+  assert {name: array.dtype.name for name, array in batch.items()} == {
+    'tokens': 'int32', 'targets': 'int32', 'weights': 'float32', 'segment_ids': 'int32',
+    'positions': 'int32'}
+
+
+def test_stream_literal():
+  records = _pack('stream', [[1, 2, 3], [4, 5], [6], [7, 8, 9, 10]], 4)
+  assert records['tokens'].tolist() == [[1, 2, 3, 4, 5], [5, 6, 7, 8, 9], [9, 10, 0, 0, 0]]
+  batch = packing.batch_arrays(records)
+  assert batch['segment_ids'].tolist() == [[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0]]
+  assert batch['weights'].tolist() == [[1, 1, 1, 1], [1, 1, 1, 1], [1, 0, 0, 0]]
+  assert batch['positions'].tolist() == [[0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 0, 0]]
+
+
+def test_whole_literal():
+  records = _pack('whole', [[1, 2, 3], [4, 5, 6, 7], [8, 9], [10, 11, 12, 13, 14, 15, 16]], 4)
+  # The seven tokens are cut; 8 and 9 fill the record of 1, 2, 3 and what is left begins another.
+  assert sorted(records['tokens'].tolist()) == [
+    [1, 2, 3, 8, 9], [4, 5, 6, 7, 0], [10, 11, 12, 13, 14], [14, 15, 16, 0, 0]]
+
+
+def _random_sequences(seed, longest):
+  draw = np.random.default_rng(seed)
+  sizes = draw.integers(1, longest, 60)
+  ends = np.cumsum(sizes)
+  return [np.arange(end - size + 1, end + 1) % 1000 for end, size in zip(ends, sizes, strict=True)]
+
+
+@pytest.mark.parametrize('policy', packing.PACKERS)
+@pytest.mark.parametrize('context_length', [1, 2, 7, 32])
+@pytest.mark.parametrize('longest', [2, 5, 16])
+def test_every_pair_of_a_sequence_is_trained_exactly_once(policy, context_length, longest):
+  sequences = _random_sequences(context_length, longest)
+  joined = [np.concatenate(sequences)] if policy == 'stream' else sequences
+  expected = sorted((int(a), int(b)) for s in joined for a, b in zip(s[:-1], s[1:], strict=True))
+  records = _pack(policy, sequences, context_length)
+  assert _pairs(records) == expected
+  assert packing.count_targets(records) == len(expected)
+
+
+def test_whole_cuts_nothing_that_fits_and_wastes_little():
+  sequences = _random_sequences(3, 20) * 5
+  records = _pack('whole', sequences, 31)
+  segments = records['segment_ids']
+  pieces = sum(int(row.max()) for row in segments)
+  assert pieces == len(sequences)
+  assert (segments > 0).mean() > 0.9
+  packed = _pack('packed', sequences, 31)
+  assert (packed['segment_ids'][:-1] > 0).mean() > 0.99
+
+
+def test_positions_restart_exactly_where_segments_do():
+  batch = packing.batch_arrays(_pack('packed', _random_sequences(5, 9), 24))
+  for segments, positions in zip(batch['segment_ids'], batch['positions'], strict=True):
+    for segment in set(segments.tolist()) - {0}:
+      own = positions[segments == segment]
+      assert own.tolist() == list(range(len(own)))
+  assert not batch['positions'][batch['segment_ids'] == 0].any()
+
+
+def test_wide_vocabularies_and_contexts_keep_their_values():
+  assert packing.record_dtype(4, 65_536)['tokens'].base == np.dtype('<u2')
+  dtype = packing.record_dtype(70_000, 65_537)
+  assert dtype['tokens'].base == dtype['segment_ids'].base == np.dtype('<u4')
+  packer = packing.PACKERS['packed'](dtype)
+  assert list(packer.add(np.array([65_536, 1]))) == []
+  row, = packer.finish()
+  assert row['tokens'][:2].tolist() == [65_536, 1]

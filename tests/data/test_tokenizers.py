@@ -1,0 +1,332 @@
+"""Every tokenizer gives every text back; damage and impossible wishes are named."""
+
+import json
+import random
+
+import pytest
+
+from jaxllm.config import ConfigError
+from jaxllm.data import tokenizer_kinds, tokenizers
+from jaxllm.data.tokenizers import TokenizerConfig
+
+_WORDS = (
+  'To be or not that is the question whether nobler in mind suffer slings arrows of outrageous '
+  'fortune take arms against sea troubles by opposing end them 1603 1604 Ein schöner Tag grüßt '
+  '“sie” — 你好 世界 。 Dänemark faul König Königin Prinz, Prinzessin; gone. Going! suffering?'
+).split()
+
+
+def _corpus(seed):
+  draw = random.Random(seed)
+  gaps = [' ', ' ', ' ', '\n', '\n\n', '\t', '  ', '\r\n']
+  return ''.join(draw.choice(_WORDS) + draw.choice(gaps) for _ in range(1500))
+
+
+CORPUS = [_corpus(1), _corpus(2)]
+
+TEXTS = [
+  '', ' ', '  ', '\n', '\t', '\r\n', ' a', 'a ', '  two  spaces  ', 'line\n\n\nline\n', 'tab\tbed',
+  '你好，世界', 'emoji 😀👨\u200d👩\u200d👧🏽', '\u2581', 'a\u2581 b\u2581\u2581', '\u2581 \u2581',
+  'nul\x00\x01\x7f', '<s></s><unk><pad>', '<|endoftext|>', '<0x0A><0xE2>', '1234567890',
+  'e\u0301é', '\ufeffmark', '\u2028\u2029\x85\x0b\x0c', '\ufffd\uffff\U0010ffff\U000e0001',
+  'Ａ①ﬁ', '\xa0\u3000', 'Ġ Ċ Ā ĠĠ', 'x' * 5000, 'word ' * 1000,
+]
+
+
+def _signs():
+  return {value: sign for sign, value in tokenizer_kinds._BYTE_SIGNS.items()}
+
+
+def _gpt2_files():
+  sign = _signs()
+  vocab = {sign[value]: value for value in range(256)}
+  merges = [('t', 'o'), (sign[32], 'b'), (sign[32] + 'b', 'e'), ('to', sign[32] + 'be')]
+  for left, right in merges:
+    vocab[left + right] = len(vocab)
+  vocab['<|endoftext|>'] = len(vocab)
+  lines = ['#version: 0.2', *(f'{left} {right}' for left, right in merges), '']
+  return {'vocab.json': json.dumps(vocab).encode(), 'merges.txt': '\n'.join(lines).encode()}
+
+
+def _byte_level_json():
+  import tokenizers as library
+  inner = library.Tokenizer(library.models.BPE())
+  inner.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  inner.decoder = library.decoders.ByteLevel()
+  inner.post_processor = library.processors.ByteLevel(trim_offsets=True)
+  inner.enable_truncation(4)
+  inner.enable_padding(length=8)
+  inner.train_from_iterator(CORPUS, library.trainers.BpeTrainer(
+    vocab_size=400, special_tokens=['<|endoftext|>', '<s>'], show_progress=False,
+    initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet()))
+  inner.add_tokens(['   '])
+  config = {'bos_token': {'content': '<s>'}, 'eos_token': '<|endoftext|>', 'unk_token': None}
+  return {'tokenizer.json': inner.to_str().encode(),
+          'tokenizer_config.json': json.dumps(config).encode(),
+          'chat_template.jinja': b'{{ messages }}'}
+
+
+def _llama_json():
+  pieces = ['<unk>', '<s>', '</s>', *(f'<0x{i:02X}>' for i in range(256)),
+            '\u2581', 'a', 'b', '\u2581a']
+  return {'tokenizer.json': json.dumps({
+    'version': '1.0',
+    'added_tokens': [{'id': i, 'content': pieces[i], 'single_word': False, 'lstrip': False,
+                      'rstrip': False, 'normalized': False, 'special': True} for i in range(3)],
+    'normalizer': {'type': 'Replace', 'pattern': {'String': ' '}, 'content': '\u2581'},
+    'pre_tokenizer': None, 'post_processor': None, 'truncation': None, 'padding': None,
+    'decoder': {'type': 'Sequence', 'decoders': [
+      {'type': 'Replace', 'pattern': {'String': '\u2581'}, 'content': ' '},
+      {'type': 'ByteFallback'}, {'type': 'Fuse'}]},
+    'model': {'type': 'BPE', 'vocab': {piece: i for i, piece in enumerate(pieces)},
+              'merges': [['\u2581', 'a']], 'byte_fallback': True, 'unk_token': '<unk>',
+              'fuse_unk': True},
+  }).encode()}
+
+
+@pytest.fixture(scope='module')
+def all_kinds():
+  trained = {
+    f'sentencepiece-{model_type}': tokenizers.train_or_load(
+      TokenizerConfig(vocab_size=size, model_type=model_type), CORPUS)
+    for model_type, size in (('bpe', 400), ('unigram', 360), ('char', None))
+  }
+  return trained | {
+    'bytes': tokenizers.train_or_load(TokenizerConfig(kind='bytes'), ()),
+    'gpt2': tokenizers.from_files(_gpt2_files()),
+    'json': tokenizers.from_files(_byte_level_json()),
+  }
+
+
+KINDS = [
+  'sentencepiece-bpe', 'sentencepiece-unigram', 'sentencepiece-char', 'bytes', 'gpt2', 'json']
+
+
+def _random_texts(count):
+  draw = random.Random(7)
+  ranges = [(0, 0x80), (0, 0x80), (0x80, 0x800), (0x2500, 0x2600), (0x4E00, 0x4F00),
+            (0x800, 0xD800), (0xE000, 0x10000), (0x10000, 0x110000)]
+  return [''.join(chr(draw.randrange(*draw.choice(ranges))) if draw.random() < 0.6
+                  else draw.choice([' ', '\n', '\u2581', '  ', '<s>', 'to be']) for _ in
+                  range(draw.randrange(40))) for _ in range(count)]
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_round_trip(all_kinds, kind):
+  tokenizer = all_kinds[kind]
+  texts = [*TEXTS, *CORPUS, *_random_texts(300)]
+  batch = tokenizer.encode_batch(texts)
+  for text, ids in zip(texts, batch, strict=True):
+    assert tokenizer.encode(text) == ids
+    assert tokenizer.decode(ids) == text
+    assert b''.join(tokenizer.id_bytes[i] for i in ids) == text.encode()
+    specials = {tokenizer.bos_id, tokenizer.eos_id} - {None}
+    assert all(0 <= i < tokenizer.vocab_size and i not in specials for i in ids)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_special_tokens_have_ids_but_no_text(all_kinds, kind):
+  tokenizer = all_kinds[kind]
+  for i in (tokenizer.bos_id, tokenizer.eos_id):
+    assert tokenizer.id_bytes[i] == b''
+    assert tokenizer.decode([i, *tokenizer.encode('to be'), i]) == 'to be'
+  assert 0 <= tokenizer.pad_id < tokenizer.vocab_size
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_ids_outside_the_vocabulary_are_refused(all_kinds, kind):
+  for i in (-1, all_kinds[kind].vocab_size):
+    with pytest.raises(ValueError, match='not in the vocabulary'):
+      all_kinds[kind].decode([i])
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_half_a_character_does_not_stop_decoding(all_kinds, kind):
+  tokenizer = all_kinds[kind]
+  ids = tokenizer.encode('a😀')
+  assert tokenizer.decode(ids[:-1]).startswith('a')
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_saved_and_loaded_among_other_files(all_kinds, kind, tmp_path):
+  (tmp_path / 'model.safetensors').write_bytes(b'weights')
+  tokenizer = all_kinds[kind]
+  tokenizers.save(tokenizer, tmp_path)
+  again = tokenizers.load(tmp_path)
+  assert again.files() == tokenizer.files()
+  assert again.fingerprint == tokenizer.fingerprint
+  assert again.encode(CORPUS[0]) == tokenizer.encode(CORPUS[0])
+  assert (again.bos_id, again.eos_id, again.pad_id) == (
+    tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+
+
+def test_literal_ids(all_kinds):
+  assert all_kinds['bytes'].encode('Aé') == [65, 0xC3, 0xA9]
+  assert all_kinds['gpt2'].encode('to be') == [256, 258]
+  assert all_kinds['gpt2'].eos_id == 260
+  bpe = all_kinds['sentencepiece-bpe']
+  assert (bpe.pad_id, bpe.bos_id, bpe.eos_id, bpe.vocab_size) == (0, 1, 2, 400)
+  assert len(bpe.encode(CORPUS[0])) < len(CORPUS[0]) * 0.6
+  char = all_kinds['sentencepiece-char']
+  assert len(char.encode('To be\n')) == 6
+  assert char.vocab_size == 4 + 256 + len(set(''.join(CORPUS)))
+
+
+@pytest.mark.parametrize('model_type', ['bpe', 'unigram'])
+def test_training_is_deterministic(model_type):
+  config = TokenizerConfig(vocab_size=330, model_type=model_type)
+  first, second = (tokenizers.train_or_load(config, iter(CORPUS)) for _ in range(2))
+  assert first.fingerprint == second.fingerprint
+
+
+def test_a_sample_is_even_and_independent_of_order():
+  chunks = [f'{i:05d}' for i in range(4000)]
+  sample = tokenizers._sample(chunks, 5000)
+  assert 2000 < sum(map(len, sample)) <= 5000
+  assert 0.4 < sum(map(int, sample)) / len(sample) / 4000 < 0.6
+  assert sorted(tokenizers._sample(chunks[::-1], 5000)) == sample
+  assert tokenizers._sample(chunks, 20_000) == chunks
+
+
+@pytest.mark.parametrize('fields, message', [
+  ({'vocab_size': 10_000}, r'vocab_size=10000 is too large .* at most (\d+)'),
+  ({'vocab_size': 10_000, 'model_type': 'unigram'}, r'too large .* at most (\d+)'),
+  ({'vocab_size': 10_000, 'model_type': 'char'}, r'too large .* at most (\d+)'),
+  ({'vocab_size': 12}, r'vocab_size=12 is too small.* take (\d+)'),
+])
+def test_an_impossible_vocabulary_names_the_possible_one(fields, message):
+  with pytest.raises(ValueError, match=message) as error:
+    tokenizers.train_or_load(TokenizerConfig(**fields), CORPUS)
+  size = int(str(error.value).split()[-2])
+  assert tokenizers.train_or_load(
+    TokenizerConfig(**fields | {'vocab_size': size}), CORPUS).vocab_size == size
+
+
+def test_training_on_nothing():
+  with pytest.raises(ValueError, match='no text to train'):
+    tokenizers.train_or_load(TokenizerConfig(vocab_size=300), [''])
+
+
+def test_without_byte_fallback_strange_text_is_refused():
+  config = TokenizerConfig(model_type='char', byte_fallback=False)
+  tokenizer = tokenizers.train_or_load(config, ['to be or not'])
+  assert tokenizer.vocab_size == 4 + len(set('to be or not'))
+  assert tokenizer.decode(tokenizer.encode('no rot')) == 'no rot'
+  for text, strange in (('no x', r"'x' \(U\+0078\)"), ('no\u2581', r'U\+2581')):
+    with pytest.raises(ValueError, match=strange):
+      tokenizer.encode(text)
+
+
+def test_a_llama_tokenizer_json():
+  tokenizer = tokenizers.from_files(_llama_json())
+  for text in ('a a', ' b\nc', '你'):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert b''.join(tokenizer.id_bytes[i] for i in ids) == text.encode()
+
+
+def test_a_sentencepiece_model_with_a_dummy_prefix(tmp_path):
+  import sentencepiece
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(CORPUS[0].split('\n')), model_prefix=str(tmp_path / 'tokenizer'),
+    vocab_size=320, model_type='bpe', byte_fallback=True, minloglevel=2,
+    normalization_rule_name='identity', remove_extra_whitespaces=False)
+  tokenizer = tokenizers.train_or_load(TokenizerConfig(path=str(tmp_path / 'tokenizer.model')), ())
+  for text in ('to be', ' to  be\n', '你'):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize('kind, names', [
+  ('gpt2', {'vocab.json': 'vocab.json', 'merges.txt': 'merges.txt'}),
+  ('gpt2', {'vocab.json': 'encoder.json', 'merges.txt': 'vocab.bpe'}),
+])
+def test_gpt2_files_by_either_name(tmp_path, kind, names):
+  for name, content in _gpt2_files().items():
+    (tmp_path / names[name]).write_bytes(content)
+  for path in (tmp_path, tmp_path / names['vocab.json']):
+    tokenizer = tokenizers.train_or_load(TokenizerConfig(kind=kind, path=str(path)), ())
+    assert tokenizer.files() == _gpt2_files()
+
+
+def test_tokenizer_json_from_a_directory_or_alone(tmp_path):
+  for name, content in _byte_level_json().items():
+    (tmp_path / name).write_bytes(content)
+  for path in (tmp_path, tmp_path / 'tokenizer.json'):
+    tokenizer = tokenizers.train_or_load(TokenizerConfig(kind='json', path=str(path)), ())
+    assert tokenizer.files() == _byte_level_json()
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 0)
+  (tmp_path / 'tokenizer_config.json').unlink()
+  config = TokenizerConfig(kind='json', path=str(tmp_path))
+  assert tokenizers.train_or_load(config, ()).eos_id is None
+  named = tokenizers.train_or_load(config.replace(eos_token='<s>'), ())
+  assert (named.bos_id, named.eos_id) == (None, 1)
+  assert tokenizers.from_files(named.files()).eos_id == 1
+
+
+@pytest.mark.parametrize('kind, path', [('gpt2', 'no'), ('json', 'no.json'),
+                                        ('sentencepiece', 'no.model')])
+def test_missing_files_are_named(tmp_path, kind, path):
+  with pytest.raises(ValueError, match=r'config\.tokenizer\.path'):
+    tokenizers.train_or_load(TokenizerConfig(kind=kind, path=str(tmp_path / path)), ())
+  with pytest.raises(ValueError, match='no tokenizer in'):
+    tokenizers.load(tmp_path)
+
+
+def _changed(**fields):
+  files = _byte_level_json()
+  content = json.loads(files['tokenizer.json'])
+  for path, value in fields.items():
+    *keys, last = path.split('__')
+    owner = content
+    for key in keys:
+      owner = owner[key]
+    owner[last] = value
+  return {'tokenizer.json': json.dumps(content).encode()}
+
+
+@pytest.mark.parametrize('files, message', [
+  ({'tokenizer.json': b'{}'}, 'tokenizer.json'),
+  ({'tokenizer.json': b'\xff'}, 'tokenizer.json'),
+  ({'tokenizer.model': b'garbage'}, 'not a SentencePiece model'),
+  ({'vocab.json': b'{"a": 0}', 'merges.txt': b''}, '256 of the 256|255 of the 256'),
+  ({'vocab.json': b'{"a": 0}', 'merges.txt': b'a b\n'}, 'not a byte-level BPE'),
+  ({'vocab.json': b'[]', 'merges.txt': b''}, 'not a byte-level BPE'),
+  ({'vocab.json': b'{}'}, 'merges.txt'),
+  ({'README.md': b''}, 'no tokenizer among'),
+  (_byte_level_json() | {'tokenizer_config.json': b'[1'}, 'tokenizer_config.json'),
+  (_byte_level_json() | {'tokenizer_config.json': b'[]'}, 'tokenizer_config.json'),
+])
+def test_damaged_files_are_named(files, message):
+  with pytest.raises(ValueError, match=message):
+    tokenizers.from_files(files)
+
+
+def test_absurd_ids_are_refused_before_anything_is_allocated():
+  with pytest.raises(ValueError, match='highest id is 4294967295'):
+    tokenizers.from_files(_changed(model__vocab__to=2**32 - 1))
+
+
+def test_a_regex_that_runs_away_is_a_value_error(capfd):
+  tokenizer = tokenizers.from_files(_changed(pre_tokenizer={
+    'type': 'Split', 'pattern': {'Regex': '(x+x+)+y'}, 'behavior': 'Isolated', 'invert': False}))
+  assert tokenizer.encode('to')
+  for call in (tokenizer.encode, lambda text: tokenizer.encode_batch([text, text])):
+    with pytest.raises(ValueError, match='tokenizer failed'):
+      call('x' * 60)
+
+
+@pytest.mark.parametrize('fields', [
+  {'kind': 'gpt2'}, {'kind': 'json'}, {'kind': 'bytes', 'path': 'x'}, {}, {'vocab_size': 0},
+  {'kind': 'bytes', 'vocab_size': 10}, {'path': 'a.model', 'vocab_size': 10},
+  {'vocab_size': 300, 'eos_token': 'x'},
+])
+def test_settings_that_do_not_fit_are_refused(fields):
+  with pytest.raises(ConfigError):
+    TokenizerConfig(**fields)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_half_a_surrogate_pair_is_a_value_error(all_kinds, kind):
+  for call in (all_kinds[kind].encode, lambda text: all_kinds[kind].encode_batch(['b', text])):
+    with pytest.raises(ValueError, match='surrogates'):
+      call('a\ud800')
