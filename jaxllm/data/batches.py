@@ -2,8 +2,9 @@
 
 `sequence` visits every record once per epoch, in a new random order each epoch. Step s takes its
 items s * batch_size .. (s + 1) * batch_size - 1, and process p its share of these rows, so that the
-batch of a step does not depend on the number of processes. Where the batch size does not divide the records, a batch continues with the next epoch;
-after the last epoch it is filled with rows of weight 0.
+batch of a step does not depend on the number of processes. Where the batch size does not divide
+the records, a batch continues with the next epoch; after the last epoch it is filled with rows of
+weight 0.
 """
 
 import dataclasses
