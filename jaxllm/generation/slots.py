@@ -1,25 +1,28 @@
 """The decode loop on the device: rows, each at its own place, advanced together.
 
-`Slots` is what is known about every row. `prefill` reads the prompts, `advance` adds tokens until
-all rows have ended or a number of steps is done; both are jitted once per shape. Their parts
-`feed`, `draw` and `decode_step` are what an engine for continuous batching needs: a prompt can be
-fed in chunks, and with an unstacked cache every leaf of `Slots` has the row as its first axis, so
-that a finished row can be replaced by another request.
+`Slots` is what is known about every row; `lay_out` makes it, in shapes that are powers of two, so
+that few programs are ever compiled. `prefill` reads the prompts, `advance` adds tokens until all
+rows have ended or a number of steps is done. Their parts `feed`, `draw` and `decode_step` are what
+an engine for continuous batching needs: a prompt can be fed in chunks, and with an unstacked cache
+every leaf of `Slots` has the row as its first axis, so that a row can be given to another request.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxllm.generation import sampling
-from jaxllm.models.decoder import Decoder, KVCache
+from jaxllm.generation.requests import Request
+from jaxllm.models.decoder import Decoder, DecoderConfig, KVCache, init_cache
 
 # Fills unused places of `stop_ids_BE`; no token has this id.
 NO_TOKEN = -1
+LEAST_TOKENS, LEAST_STOP_IDS = 16, 4
 
 
 @flax.struct.dataclass
@@ -50,6 +53,53 @@ class Slots:
   stop_ids_BE: jax.Array  # noqa: N815
   seeds_B: jax.Array  # noqa: N815
   values: Mapping[str, jax.Array]
+
+
+def lay_out(config: DecoderConfig, requests: Sequence[Request], stacked: bool) -> Slots:
+  """Put requests into rows, before any token is read; rows that only pad have finished already.
+
+  Args:
+    config: of the model.
+    requests: at least one.
+    stacked: whether the variables, and so the cache, are stacked.
+  """
+  rows, used = bucket(len(requests)), len(requests)
+  requests = [*requests, *[Request((0,), requests[0].sampling, 0)] * (rows - used)]
+  # The last token of a row is never fed, so it needs no slot in the cache.
+  limits = [
+    min(len(request.prompt) + request.sampling.max_new_tokens, config.max_length + 1)
+    for request in requests
+  ]
+  num_slots = min(bucket(max(limits) - 1, LEAST_TOKENS), config.max_length)
+  num_stop_ids = bucket(max(len(request.stop_ids) for request in requests), LEAST_STOP_IDS)
+  tokens_BS = np.zeros((rows, num_slots + 1), np.int32)
+  stop_ids_BE = np.full((rows, num_stop_ids), NO_TOKEN, np.int32)
+  for row, request in enumerate(requests):
+    tokens_BS[row, : len(request.prompt)] = request.prompt
+    stop_ids_BE[row, : len(request.stop_ids)] = request.stop_ids
+  lengths = [len(request.prompt) for request in requests]
+  host = {
+    'tokens_BS': tokens_BS,
+    'logprobs_BS': np.zeros((rows, num_slots + 1), np.float32),
+    'prompt_lengths_B': np.array(lengths, np.int32),
+    'lengths_B': np.array(lengths, np.int32),
+    'limits_B': np.array(limits, np.int32),
+    'finished_B': np.arange(rows) >= used,
+    'stop_ids_BE': stop_ids_BE,
+    'seeds_B': np.array([request.seed for request in requests], np.uint32),
+    'values': sampling.row_values([request.sampling for request in requests]),
+  }
+  return Slots(init_cache(config, rows, num_slots, stacked=stacked), **jax.device_put(host))
+
+
+def bucket(number: int, least: int = 1) -> int:
+  """Return the next power of two, at least `least`."""
+  return max(least, 1 << max(number - 1, 0).bit_length())
+
+
+def prompt_bucket(slots: Slots, longest: int) -> int:
+  """Return the length to which prompts are padded when the longest has `longest` tokens."""
+  return min(bucket(longest, LEAST_TOKENS), slots.tokens_BS.shape[1] - 1)
 
 
 def feed(

@@ -5,13 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.generation import decode
+from jaxllm import sharding
+from jaxllm.generation import decode, sampling, slots
 from jaxllm.generation.decode import generate, stream
+from jaxllm.generation.requests import make_requests
 from jaxllm.generation.sampling import SamplingConfig
 from jaxllm.models import decoder
 from jaxllm.models.decoder import Decoder, DecoderConfig
 from jaxllm.models.linear import InitializerConfig
 from jaxllm.models.positions import LearnedPositions
+from jaxllm.sharding import MeshConfig
 
 BASE = DecoderConfig(
   vocab_size=61, vocab_multiple=16, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2,
@@ -57,6 +60,35 @@ def test_greedy_is_the_argmax_of_full_forwards(config, unstacked):
       np.testing.assert_allclose(logprob, jax.nn.log_softmax(logits)[token], atol=2e-5)
       ids.append(token)
     assert len(result.tokens) == NEW and result.finish_reason == 'length'
+
+
+def test_draws_depend_on_seed_and_index_alone():
+  config = WARM.replace(top_p=0.9)
+  values = {name: jnp.asarray(value) for name, value in sampling.row_values([config]).items()}
+  sample = jax.jit(sampling.sample)
+  for row, result in enumerate(generate(MODEL, VARIABLES, PROMPTS, config)):
+    ids = list(PROMPTS[row])
+    for index, token in enumerate(result.tokens):
+      logits = jnp.asarray(full_logits(MODEL, VARIABLES, ids))[None]
+      # The padded vocabulary takes part in the draw, though it never wins.
+      logits = jnp.pad(logits, ((0, 0), (0, 3)), constant_values=-1e30)
+      key = jax.random.fold_in(jax.random.key(config.seed + row), index)
+      assert token == int(sample(key[None], logits, values, None)[0])
+      ids.append(token)
+
+
+def test_finished_rows_do_not_change():
+  configs = [GREEDY.replace(max_new_tokens=n) for n in (NEW, 1, 3, NEW)]
+  before = slots.lay_out(BASE, make_requests(BASE, PROMPTS, configs), stacked=False)
+  before = slots.prefill(MODEL, VARIABLES, before, 16)
+  # Rows are replaced by row: every leaf has them on its first axis.
+  rows = jax.tree.map(lambda leaf: np.array(leaf[1]), before)
+  assert bool(rows.finished_B)
+  after = slots.advance(MODEL, VARIABLES, before, jnp.int32(5))
+  assert after.finished_B.tolist() == [False, True, True, False]
+  assert after.lengths_B.tolist() == [14, 2, 18, 8]
+  jax.tree.map(np.testing.assert_array_equal, rows, jax.tree.map(lambda leaf: leaf[1], after))
+  assert after.cache.lengths_B.tolist() == [13, 1, 17, 7]
 
 
 def test_top_k_of_one_is_greedy():
@@ -167,6 +199,17 @@ def test_empty_prompt():
 def test_bad_requests_are_refused_before_the_device(prompts, changes, message):
   with pytest.raises(ValueError, match=message):
     stream(MODEL, VARIABLES, prompts, GREEDY, **changes)
+
+
+def test_sharded_parameters_give_the_same_tokens():
+  config = MeshConfig(data=1, fsdp=2, tensor=2)
+  mesh = sharding.make_mesh(config, jax.devices()[:4])
+  variables = jax.jit(decoder.init, static_argnums=0)(BASE, jax.random.key(1))
+  shapes, axes = decoder.abstract(BASE)
+  variables = jax.device_put(variables, sharding.shardings(axes, shapes, mesh, config))
+  split = generate(MODEL, decoder.unstack(variables), PROMPTS, WARM)
+  whole = generate(MODEL, VARIABLES, PROMPTS, WARM)
+  assert [result.tokens for result in split] == [result.tokens for result in whole]
 
 
 def test_bfloat16_decodes():
