@@ -158,16 +158,19 @@ def test_keep_policies(tmp_path, keep_last, keep_every, kept):
 
 
 def test_stray_directories_are_ignored(tmp_path):
-  (tmp_path / '999').mkdir(parents=True)
-  (tmp_path / 'notes').mkdir()
-  opened = store_lib.open_store(tmp_path, CheckpointConfig(keep_last=1))
   state = make_state()
-  for step in (1, 2):
+  for step in (1, 2, 3):
+    (tmp_path / '999').mkdir(exist_ok=True)
+    (tmp_path / 'notes').mkdir(exist_ok=True)
+    opened = store_lib.open_store(tmp_path, CheckpointConfig(keep_last=2))
     store_lib.save(opened, step, state, BUNDLE)
-  assert_same_bits(store_lib.restore(opened, abstract(state)), state)
-  assert store_lib.latest_step(opened) == 2
-  assert store_lib.find_step(tmp_path).name == '2'
+    assert_same_bits(store_lib.restore(opened, abstract(state)), state)
+    assert store_lib.latest_step(opened) == step
+    assert store_lib.find_step(tmp_path).name == str(step)
+    store_lib.close(opened)
+  assert store_lib.committed_steps(tmp_path) == [2, 3]
   # What an earlier, killed save left behind does not stand in the way.
+  opened = store_lib.open_store(tmp_path, CheckpointConfig(keep_last=1))
   assert store_lib.save(opened, 999, state, BUNDLE)
   store_lib.close(opened)
   assert store_lib.committed_steps(tmp_path) == [999]
@@ -210,7 +213,7 @@ def test_unwritable_directory(tmp_path):
 
 def test_damaged_files_are_an_error(tmp_path):
   opened = store_lib.open_store(tmp_path, CheckpointConfig())
-  state = make_state()
+  state = {'w': jnp.arange(1000)}
   store_lib.save(opened, 1, state, BUNDLE)
   store_lib.close(opened)
   for file in (tmp_path / '1' / 'state').rglob('d/*'):
