@@ -338,6 +338,8 @@ def _has_dropout(config: DecoderConfig) -> bool:
   return config.dropout_rate > 0 or config.attention_dropout_rate > 0
 
 
+# Jitted, so that the forward pass which Linen traces to find the parameters is never run.
+@functools.partial(jax.jit, static_argnums=0)
 def _boxed_init(config: DecoderConfig, key: jax.Array) -> dict[str, Any]:
   return dict(Decoder(config).init(key, jnp.zeros((1, 1), jnp.int32)))
 

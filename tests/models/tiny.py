@@ -5,7 +5,7 @@ import math
 import jax
 import numpy as np
 
-from jaxllm.models.decoder import DecoderConfig, init
+from jaxllm.models.decoder import DecoderConfig, abstract
 from jaxllm.models.linear import InitializerConfig
 from jaxllm.models.norms import NormConfig
 from jaxllm.models.positions import LearnedPositions, LinearScaling, RotaryPositions
@@ -42,18 +42,20 @@ CONFIGS = {
 
 
 def variables_of(config: DecoderConfig) -> dict:
-  """Return fresh variables whose biases and scales are random too."""
-  def shake(path: tuple, leaf: jax.Array) -> jax.Array:
-    if path[-1].key not in ('bias', 'scale'):
-      return leaf
-    key = jax.random.fold_in(jax.random.key(7), len(jax.tree_util.keystr(path)))
-    return leaf + 0.2 * jax.random.normal(key, leaf.shape)
+  """Return random variables of the right form, biases and scales included."""
+  numbers = np.random.default_rng(0)
 
-  return jax.tree_util.tree_map_with_path(shake, init(config, jax.random.key(0)))
+  def fill(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+    values = 0.3 * numbers.standard_normal(leaf.shape, np.float32)
+    one = path[-1].key == 'scale' and not config.norm.scale_plus_one
+    return values + 1 if one else values
+
+  return jax.tree.map(jax.device_put, jax.tree_util.tree_map_with_path(fill, abstract(config)[0]))
 
 
-def tokens_of(config: DecoderConfig, batch: int, length: int) -> jax.Array:
-  return jax.random.randint(jax.random.key(1), (batch, length), 0, config.vocab_size)
+def tokens_of(config: DecoderConfig, batch: int, length: int) -> np.ndarray:
+  numbers = np.random.default_rng(1)
+  return numbers.integers(0, config.vocab_size, (batch, length), np.int32)
 
 
 def reference_logits(config: DecoderConfig, variables: dict, tokens: list[int]) -> np.ndarray:
