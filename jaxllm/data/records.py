@@ -59,7 +59,8 @@ class DataConfig(Config):
   def _check(self) -> 'DataConfig':
     if not self.sources:
       raise ValueError('sources=(): at least one source is needed')
-    if isinstance(self.validation, float) and not 0 < self.validation < 1:
+    fraction = self.validation if isinstance(self.validation, float) else 0.5
+    if self.validation == () or not 0 < fraction < 1:
       raise ValueError(f'validation={self.validation}: expected a fraction between 0 and 1, '
                        'sources, or None')
     return self

@@ -1,0 +1,420 @@
+"""Records hold the corpus exactly, are reused exactly when nothing changed, and appear whole."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from jaxllm.config import ConfigError
+from jaxllm.data import records, storage
+from jaxllm.data.batches import make_batches
+from jaxllm.data.cleaning import CleaningConfig
+from jaxllm.data.documents import SourceConfig
+from jaxllm.data.records import DataConfig, load_manifest, load_tokenizer
+from jaxllm.data.tokenizers import TokenizerConfig
+
+BYTES = TokenizerConfig(kind='bytes')
+TEXTS = [f'Document number {i} says {"é你" * (i % 5)} {i * i}.\n' * (1 + i % 3) for i in range(60)]
+
+
+def prepare(data, tokenizer, directory):
+  return records.prepare(data, tokenizer, directory, progress=False)
+
+
+def _jsonl(path, texts):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts), encoding='utf-8')
+  return path
+
+
+def _data(path, **fields):
+  return DataConfig(**{'sources': (SourceConfig(location=str(path)),), 'validation': 0.2,
+                       'context_length': 16, **fields})
+
+
+@pytest.fixture
+def corpus(tmp_path):
+  return _jsonl(tmp_path / 'corpus.jsonl', TEXTS)
+
+
+@pytest.fixture
+def out(tmp_path):
+  return tmp_path / 'out'
+
+
+def _documents(directory, split):
+  """The texts of a split, put together again from its records."""
+  tokenizer = load_tokenizer(directory)
+  batches = make_batches(directory, split, 1, 0, shuffle=False, num_epochs=1)
+  documents = []
+  for content in batches.sequence:
+    record = np.frombuffer(content, batches.dtype)[0]
+    for segment in range(1, record['segment_ids'].max() + 1):
+      piece = record['tokens'][record['segment_ids'] == segment].tolist()
+      if documents and documents[-1][-1] != tokenizer.eos_id:
+        assert documents[-1].pop() == piece[0]  # Goes on where the record before was cut.
+        documents[-1] += piece
+      else:
+        documents.append(piece)
+  assert all(d[0] == tokenizer.bos_id and d[-1] == tokenizer.eos_id for d in documents)
+  return [tokenizer.decode(document) for document in documents]
+
+
+def test_every_document_is_in_exactly_one_split_and_whole(corpus, out):
+  tokenizer = TokenizerConfig(vocab_size=320)
+  manifest = prepare(_data(corpus), tokenizer, out)
+  train, validation = _documents(out, 'train'), _documents(out, 'validation')
+  assert sorted(train + validation) == sorted(TEXTS)
+  assert (len(train), len(validation)) == (
+    manifest.train.documents, manifest.validation.documents)
+  assert train == [text for text in TEXTS if text in train]  # In their order.
+
+
+@pytest.mark.parametrize('packing', ['packed', 'whole', 'stream'])
+@pytest.mark.parametrize('borders', [(True, True), (False, True), (False, False)])
+@pytest.mark.parametrize('tokenizer', [BYTES, TokenizerConfig(vocab_size=325)])
+def test_counts_equal_what_the_batches_hold(corpus, out, packing, borders, tokenizer):
+  add_bos, add_eos = borders
+  manifest = prepare(
+    _data(corpus, packing=packing, add_bos=add_bos, add_eos=add_eos), tokenizer, out)
+  id_bytes = load_tokenizer(out).id_bytes
+  text_bytes = 0
+  for name in ('train', 'validation'):
+    split = manifest.split(name)
+    batches = make_batches(out, name, 4, 0, num_epochs=1)
+    targets = [i for step in range(batches.num_batches) for batch in [batches.batch_at(step)]
+               for i in batch['targets'][batch['weights'] > 0].tolist()]
+    assert split.target_tokens == len(targets)
+    assert split.target_bytes == sum(len(id_bytes[i]) for i in targets)
+    assert split.bytes_per_token == split.target_bytes / len(targets)
+    starts = split.documents if packing != 'stream' else 1
+    assert split.target_tokens == split.tokens - starts
+    if add_bos:
+      assert split.target_bytes == split.text_bytes
+    text_bytes += split.text_bytes
+  assert text_bytes == sum(len(text.encode()) for text in TEXTS)
+
+
+def test_the_manifest_says_where_everything_came_from(corpus, out, tmp_path):
+  more = _jsonl(tmp_path / 'more.jsonl', ['', 'x', 'another text'])
+  data = _data(corpus, cleaning=CleaningConfig(min_characters=2))
+  data = data.replace(sources=(*data.sources, SourceConfig(location=str(more))))
+  manifest = prepare(data, BYTES, out)
+  assert manifest == load_manifest(out)
+  assert manifest == records.Manifest.from_json(manifest.to_json())
+  first, second = manifest.sources
+  assert (first.location, first.documents, first.dropped) == (str(corpus), 60, 0)
+  assert (second.location, second.documents, second.dropped) == (str(more), 3, 2)
+  assert (first.files, first.file_bytes) == (1, corpus.stat().st_size)
+  assert (manifest.data, manifest.tokenizer, manifest.vocab_size) == (data, BYTES, 257)
+  assert manifest.context_length == 16
+  assert manifest.tokenizer_fingerprint == load_tokenizer(out).fingerprint
+  assert len(manifest.fingerprint) == 64
+
+
+def _never(*args, **kwargs):
+  raise AssertionError('prepared again')
+
+
+def test_unchanged_is_reused_and_changed_is_prepared_anew(corpus, out, tmp_path, monkeypatch):
+  tokenizer = TokenizerConfig(vocab_size=320)
+  first = prepare(_data(corpus), tokenizer, out)
+  with monkeypatch.context() as patch:
+    patch.setattr(records, '_write', _never)
+    assert prepare(_data(corpus), tokenizer, out) == first
+    assert prepare(_data(corpus, shuffle=False), tokenizer, out) == first
+    os.utime(corpus, (1, 1))
+    assert prepare(_data(corpus), tokenizer, out) == first
+    moved = tmp_path / 'elsewhere' / corpus.name
+    moved.parent.mkdir()
+    moved.write_bytes(corpus.read_bytes())
+    assert prepare(_data(moved), tokenizer, out) == first
+  seen = {first.fingerprint}
+  changed = _jsonl(tmp_path / 'changed' / corpus.name, [*TEXTS[:-1], 'something else'])
+  for data, tok in (
+    (_data(corpus, context_length=17), tokenizer),
+    (_data(corpus, packing='whole'), tokenizer),
+    (_data(corpus, add_bos=False), tokenizer),
+    (_data(corpus, validation=0.3), tokenizer),
+    (_data(corpus, validation=(SourceConfig(location=str(corpus)),)), tokenizer),
+    (_data(corpus, cleaning=CleaningConfig(steps=('nfc',))), tokenizer),
+    (_data(corpus), tokenizer.replace(vocab_size=321)),
+    (_data(corpus), BYTES),
+    (_data(changed), tokenizer),
+  ):
+    manifest = prepare(data, tok, out)
+    assert manifest.fingerprint not in seen
+    seen.add(manifest.fingerprint)
+    folders = [path.name for path in out.iterdir() if path.is_dir()]
+    assert folders == [manifest.folder]  # The old records are gone.
+    assert make_batches(out, 'train', 2, 0).batch_at(0)['tokens'].any()
+
+
+def test_a_changed_tokenizer_file_is_noticed(corpus, out, tmp_path):
+  trained = prepare(_data(corpus), TokenizerConfig(vocab_size=320), out)
+  tokenizer_file = tmp_path / 'tokenizer.model'
+  tokenizer_file.write_bytes(load_tokenizer(out).files()['tokenizer.model'])
+  config = TokenizerConfig(path=str(tokenizer_file))
+  first = prepare(_data(corpus), config, out)
+  assert first.tokenizer_fingerprint == trained.tokenizer_fingerprint
+  assert first.train == trained.train
+  prepare(_data(corpus), TokenizerConfig(vocab_size=325), tmp_path / 'other')
+  tokenizer_file.write_bytes(load_tokenizer(tmp_path / 'other').files()['tokenizer.model'])
+  assert prepare(_data(corpus), config, out).vocab_size == 325
+
+
+def test_lost_shards_are_prepared_anew(corpus, out):
+  manifest = prepare(_data(corpus), BYTES, out)
+  path, *_ = records.shard_paths(out, manifest, 'validation')
+  path.unlink()
+  assert prepare(_data(corpus), BYTES, out) == manifest
+  assert path.is_file()
+  (out / 'manifest.json').write_text('{"half')
+  assert prepare(_data(corpus), BYTES, out) == manifest
+
+
+def test_prepared_twice_is_the_same_to_the_byte(corpus, tmp_path):
+  for name in ('a', 'b'):
+    prepare(_data(corpus), TokenizerConfig(vocab_size=320), tmp_path / name)
+  def content(root):
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob('*')
+            if path.is_file()}
+  assert content(tmp_path / 'a') == content(tmp_path / 'b')
+
+
+def test_the_split_depends_on_each_document_alone(tmp_path, out):
+  def held_out(texts):
+    prepare(_data(_jsonl(tmp_path / 'c.jsonl', texts)), BYTES, out)
+    assert not set(_documents(out, 'train')) & set(_documents(out, 'validation'))
+    return set(_documents(out, 'validation'))
+  chosen = held_out(TEXTS)
+  assert 3 <= len(chosen) <= 25
+  assert held_out(TEXTS[::-1]) == chosen
+  assert held_out(TEXTS + TEXTS) == chosen
+  more = held_out([*TEXTS, *(f'new {i}' for i in range(60))])
+  assert more & set(TEXTS) == chosen
+
+
+def test_validation_sources_of_their_own_or_none(tmp_path, corpus, out):
+  path = tmp_path / 'text.txt'
+  path.write_text('0123456789' * 40)
+  data = _data(path).replace(
+    sources=(SourceConfig(location=str(path), slice=(0.0, 0.9)),),
+    validation=(SourceConfig(location=str(path), slice=(0.9, 1.0)),))
+  manifest = prepare(data, BYTES, out)
+  assert (manifest.train.text_bytes, manifest.validation.text_bytes) == (360, 40)
+  manifest = prepare(_data(corpus, validation=None), BYTES, out)
+  assert manifest.validation is None and manifest.train.documents == 60
+  with pytest.raises(ValueError, match='config.data.validation'):
+    manifest.split('validation')
+
+
+@pytest.mark.parametrize('fields', [{'validation': 0.0}, {'validation': 1.0}, {'validation': 2},
+                                    {'validation': ()}, {'sources': ()}, {'context_length': 0}])
+def test_impossible_settings_are_refused(fields):
+  with pytest.raises(ConfigError):
+    _data('x', **fields)
+
+
+@pytest.mark.parametrize('texts, fields, message', [
+  ([], {}, 'nothing to train on: config.data.sources hold 0 documents'),
+  (['', ''], {}, 'hold 2 documents, of which 2 are empty'),
+  (['abc'] * 5, {'cleaning': CleaningConfig(min_characters=9)}, '5 are empty or dropped'),
+  (['x' * 20], {'validation': None, 'context_length': 22},
+   'context_length=22 is longer than the data: the training documents have 22 tokens'),
+  (['x' * 99], {'validation': 1e-9}, r'validation=1e-09 leaves nothing .* none of 1 documents'),
+  (['x' * 99], {'validation': 1 - 1e-9}, 'nothing to train on.* 1 held out'),
+])
+def test_what_does_not_fit_the_data_is_named(tmp_path, out, texts, fields, message):
+  path = _jsonl(tmp_path / 'a.jsonl', texts)
+  with pytest.raises(ValueError, match=message):
+    prepare(_data(path, **fields), BYTES, out)
+  assert [p.name for p in out.iterdir()] == ['.lock']
+
+
+def test_a_context_as_long_as_the_data_is_fine(tmp_path, out):
+  path = _jsonl(tmp_path / 'a.jsonl', ['x' * 20])
+  assert prepare(_data(path, validation=None, context_length=21), BYTES, out).train.records == 1
+
+
+def test_sources_are_checked_before_anything_is_written(tmp_path, out):
+  with pytest.raises(ValueError, match='no such file'):
+    prepare(_data(tmp_path / 'missing.txt'), BYTES, out)
+  assert not out.exists()
+  (tmp_path / 'bad.txt').write_bytes(b'good\xff')
+  with pytest.raises(ValueError, match=r'bad\.txt: byte 4'):
+    prepare(_data(tmp_path / 'bad.txt'), BYTES, out)
+
+
+def test_a_border_that_the_tokenizer_lacks_is_named(tmp_path, corpus, out):
+  import tokenizers
+  inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({'[UNK]': 0, 'number': 1}, '[UNK]'))
+  inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  (tmp_path / 'tokenizer.json').write_text(inner.to_str())
+  config = TokenizerConfig(kind='json', path=str(tmp_path / 'tokenizer.json'))
+  with pytest.raises(ValueError, match='add_bos=True.*bos_token'):
+    prepare(_data(corpus), config, out)
+  assert prepare(_data(corpus, add_bos=False, add_eos=False), config, out).vocab_size == 2
+
+
+def test_ids_outside_the_vocabulary_are_refused(corpus, out, monkeypatch):
+  from jaxllm.data import tokenizer_kinds
+  monkeypatch.setattr(tokenizer_kinds.Tokenizer, 'encode_batch',
+                      lambda self, texts: [[999] for _ in texts])
+  with pytest.raises(ValueError, match='outside its vocabulary of 257'):
+    prepare(_data(corpus), BYTES, out)
+
+
+def _leftovers(directory):
+  return [path.name for path in directory.rglob('*') if '.preparing' in path.name]
+
+
+def test_a_failure_leaves_the_old_records_alone(corpus, out, tmp_path):
+  old = prepare(_data(corpus), BYTES, out)
+  (tmp_path / 'bad.txt').write_bytes(b'x' * 5_000_000 + b'\xff')
+  data = _data(corpus)
+  data = data.replace(sources=(*data.sources, SourceConfig(location=str(tmp_path / 'bad.txt'))))
+  with pytest.raises(ValueError, match='byte 5000000'):
+    prepare(data, BYTES, out)
+  assert load_manifest(out) == old and not _leftovers(out)
+  assert _documents(out, 'train')
+
+
+@pytest.mark.parametrize('broken', ['write', 'close'])
+def test_a_full_disk(corpus, out, monkeypatch, broken):
+  from array_record.python import array_record_module
+  old = prepare(_data(corpus), BYTES, out)
+  writer = array_record_module.ArrayRecordWriter
+
+  class Full:
+    def __init__(self, *args):
+      self.inner = writer(*args)
+    def write(self, record):
+      if broken == 'write':
+        raise RuntimeError('write() failed: No space left on device; writing /x')
+      self.inner.write(record)
+    def close(self):
+      self.inner.close()
+      raise RuntimeError('close() failed: No space left on device; writing /x')
+
+  with monkeypatch.context() as patch:
+    patch.setattr(array_record_module, 'ArrayRecordWriter', Full)
+    with pytest.raises(OSError, match='No space left on device; nothing half-written') as error:
+      prepare(_data(corpus, context_length=20), BYTES, out)
+  assert error.value.errno == errno.ENOSPC and str(out) in str(error.value)
+  assert load_manifest(out) == old and not _leftovers(out)
+
+
+_LIMITED = '''
+import resource, sys
+from jaxllm.data import records
+from jaxllm.data.documents import SourceConfig
+from jaxllm.data.tokenizers import TokenizerConfig
+data = records.DataConfig(sources=(SourceConfig(location=sys.argv[1]),), validation=None,
+                          context_length=1000)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+  records.prepare(data, TokenizerConfig(kind='bytes'), sys.argv[2], progress=False)
+except OSError as error:
+  print(error)
+'''
+
+
+def test_a_real_write_error_is_noticed(tmp_path, out):
+  path = tmp_path / 'random.txt'
+  draw = np.random.default_rng(0)
+  path.write_text(''.join(chr(c) for c in draw.integers(32, 0x2000, 200_000)), encoding='utf-8')
+  done = subprocess.run([sys.executable, '-c', _LIMITED, str(path), str(out)], check=True,
+                        capture_output=True, text=True)
+  assert 'cannot write prepared data: File too large' in done.stdout
+  assert [p.name for p in out.iterdir()] == ['.lock']
+
+
+def test_an_unwritable_directory(corpus, tmp_path):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(OSError, match='cannot write prepared data.*file/out'):
+    prepare(_data(corpus), BYTES, tmp_path / 'file' / 'out')
+
+
+_SLOW = '''
+import sys, time
+from jaxllm.data import record_writer, records
+from jaxllm.data.documents import SourceConfig
+from jaxllm.data.tokenizers import TokenizerConfig
+add = record_writer.SplitWriter.add
+def slow(self, text, ids):
+  print('adding', flush=True)
+  time.sleep(float(sys.argv[3]))
+  return add(self, text, ids)
+record_writer.SplitWriter.add = slow
+data = records.DataConfig(sources=(SourceConfig(location=sys.argv[1]),), validation=0.2,
+                          context_length=16)
+print(records.prepare(data, TokenizerConfig(vocab_size=320), sys.argv[2], progress=False).folder)
+'''
+
+
+def _process(corpus, out, seconds):
+  return subprocess.Popen([sys.executable, '-c', _SLOW, str(corpus), str(out), str(seconds)],
+                          stdout=subprocess.PIPE, text=True)
+
+
+def test_killed_in_the_middle_nothing_is_left_after_the_next_try(corpus, out):
+  process = _process(corpus, out, 60)
+  assert process.stdout.readline() == 'adding\n'
+  process.send_signal(signal.SIGKILL)
+  process.wait()
+  assert _leftovers(out) and not (out / 'manifest.json').exists()
+  manifest = prepare(_data(corpus), TokenizerConfig(vocab_size=320), out)
+  assert not _leftovers(out)
+  assert load_manifest(out) == manifest
+
+
+def test_processes_at_once_do_the_work_once(corpus, out):
+  processes = [_process(corpus, out, 0.005) for _ in range(3)]
+  outputs = [process.communicate()[0].split() for process in processes]
+  assert sorted(len(lines) for lines in outputs) == [1, 1, 61]
+  assert len({lines[-1] for lines in outputs}) == 1
+  assert sorted(_documents(out, 'train') + _documents(out, 'validation')) == sorted(TEXTS)
+
+
+def test_open_batches_outlive_newly_prepared_records(corpus, out):
+  prepare(_data(corpus), BYTES, out)
+  batches = make_batches(out, 'train', 4, 0)
+  before = [batches.batch_at(step) for step in range(5)]
+  prepare(_data(corpus, context_length=9), BYTES, out)
+  for step, batch in enumerate(before):
+    for name, array in batches.batch_at(step).items():
+      assert np.array_equal(array, batch[name])
+
+
+def test_files_are_hashed_once(corpus, out, monkeypatch):
+  prepare(_data(corpus), BYTES, out)
+  monkeypatch.setattr(storage.hashlib, 'file_digest', _never)
+  prepare(_data(corpus), BYTES, out)
+  prepare(_data(corpus, context_length=9), BYTES, out)
+
+
+def test_progress_goes_to_stderr_or_nowhere(corpus, out, capfd):
+  records.prepare(_data(corpus), TokenizerConfig(vocab_size=320), out)
+  shown = capfd.readouterr()
+  assert 'prepare tokenizer' in shown.err and 'tokens' in shown.err and not shown.out
+  records.prepare(_data(corpus, context_length=9), BYTES, out, progress=False)
+  assert capfd.readouterr() == ('', '')
+
+
+def test_importing_is_cheap():
+  code = ('import sys, jaxllm.data.records, jaxllm.data.batches\n'
+          'heavy = {"jax", "grain", "pyarrow", "sentencepiece", "tokenizers", "ftfy", "tqdm",\n'
+          '         "tensorflow_datasets", "array_record", "tensorflow", "torch"}\n'
+          'assert not heavy & set(sys.modules), heavy & set(sys.modules)\n')
+  subprocess.run([sys.executable, '-c', code], check=True)
+
+
+def test_nothing_prepared(tmp_path):
+  with pytest.raises(ValueError, match='no prepared data'):
+    load_manifest(tmp_path)
