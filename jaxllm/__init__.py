@@ -1,1 +1,38 @@
-"""jaxllm: pure-functional language models in JAX and Flax."""
+"""jaxllm: pure-functional language models in JAX and Flax.
+
+    import jaxllm
+
+    model = jaxllm.load('runs/quickstart')
+    print(jaxllm.generate(model, 'To be', max_new_tokens=40))
+
+Training from Python is `jaxllm.training.loop.train(experiment, workdir)`. Names are
+loaded when they are first used, so that importing the package costs nothing.
+"""
+
+import importlib
+from typing import Any
+
+# public name -> module that defines it
+_PUBLIC = {
+  'load': 'jaxllm.loading',
+  'generate': 'jaxllm.loading',
+  'LoadedModel': 'jaxllm.loading',
+  'Experiment': 'jaxllm.experiment',
+  'TrainingConfig': 'jaxllm.experiment',
+  'PRESETS': 'jaxllm.models.families',
+}
+
+__all__ = list(_PUBLIC)  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+  if name not in _PUBLIC:
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}; it has '
+                         f'{", ".join(_PUBLIC)}')
+  value = getattr(importlib.import_module(_PUBLIC[name]), name)
+  globals()[name] = value
+  return value
+
+
+def __dir__() -> list[str]:
+  return sorted([*globals(), *_PUBLIC])
