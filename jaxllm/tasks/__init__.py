@@ -1,0 +1,27 @@
+"""Applications: records become prompts and targets, answers become predictions with a metric."""
+
+from collections.abc import Mapping
+
+from jaxllm.tasks import (
+  chat,
+  classification,
+  language_modeling,
+  multiple_choice,
+  question_answering,
+  summarization,
+  translation,
+)
+from jaxllm.tasks.base import Task
+
+TASKS: Mapping[str, Task] = {
+  'translation': translation.TASK,
+  'summarization': summarization.TASK,
+  'sentiment': classification.SENTIMENT,
+  'classification': classification.TASK,
+  'question_answering': question_answering.TASK,
+  'extractive_question_answering': question_answering.EXTRACTIVE,
+  'multiple_choice': multiple_choice.TASK,
+  'language_modeling': language_modeling.TASK,
+  'chat': chat.TASK,
+}
+"""The `kind` of a task's config -> task."""

@@ -1,0 +1,180 @@
+"""What a task is: records become prompts and targets, and a model's answers become predictions.
+
+A task is a config class (its data, its prompt as plain text with {fields}) and two pure functions,
+`example` and `read`. One file per task; `jaxllm.tasks.TASKS` lists them.
+"""
+
+import string
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pydantic
+
+from jaxllm.config import Config
+from jaxllm.tasks.records import RecordsConfig
+
+Record = Mapping[str, Any]
+Prediction = dict[str, Any]
+
+
+class Segment(NamedTuple):
+  """A stretch of text that is tokenized by itself.
+
+  Attributes:
+    text: the text, or for a control segment the name of one token.
+    weight: of each of its tokens as a target of the loss.
+    control: whether `text` names one special token: 'bos', 'eos', or as the tokenizer spells it.
+      Other text never becomes a special token, whatever it says.
+  """
+
+  text: str
+  weight: float = 0.0
+  control: bool = False
+
+
+BOS = Segment('bos', control=True)
+EOS = Segment('eos', 1.0, control=True)
+
+
+class Example(NamedTuple):
+  """One record, put before a model.
+
+  Attributes:
+    segments: the prompt (weight 0) and the target, in this order, for training.
+    reference: what a prediction is scored against.
+    record: the record itself.
+    choices: the continuations to compare; empty where an answer is generated.
+    neutral: segments of a prompt that says nothing, after which the prior of the choices is
+      measured; None where it is not.
+  """
+
+  segments: tuple[Segment, ...]
+  reference: Any
+  record: Record
+  choices: tuple[str, ...] = ()
+  neutral: tuple[Segment, ...] | None = None
+
+
+def prompt_of(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
+  """Return the segments before the last run of weighted ones: what a model is given."""
+  end = len(segments)
+  while end and segments[end - 1].weight:
+    end -= 1
+  return segments[:end]
+
+
+class Answer(NamedTuple):
+  """What a model said.
+
+  Attributes:
+    text: the generated text; '' where none was asked for.
+    log_likelihoods: of each choice given the prompt, in nats; where nothing is chosen or generated,
+      that of the target alone.
+    num_tokens: tokens of each of these continuations.
+    neutral_log_likelihoods: of each choice after the neutral prompt, where the example has one.
+    score: geometric mean of the generated tokens' probabilities.
+  """
+
+  text: str = ''
+  log_likelihoods: tuple[float, ...] = ()
+  num_tokens: tuple[int, ...] = ()
+  neutral_log_likelihoods: tuple[float, ...] = ()
+  score: float = 1.0
+
+
+class TaskConfig(Config):
+  """What all tasks share."""
+
+  data: RecordsConfig
+  """Where the records come from."""
+  max_new_tokens: int = pydantic.Field(64, gt=0)
+  """Most tokens of a generated answer."""
+  stop: str | None = '\n'
+  """A generated answer ends before this text; None: only with the end-of-text token."""
+
+
+class CompletionConfig(TaskConfig):
+  """A task whose prompt and target are templates: text in which {name} stands for a field."""
+
+  prompt: str
+  """Text before the answer."""
+  target: str
+  """The answer that is trained on. White space before it belongs here, where tokenizers keep it
+  with the word that follows."""
+
+  @pydantic.model_validator(mode='after')
+  def _check_templates(self) -> 'CompletionConfig':
+    placeholders(self.prompt), placeholders(self.target)
+    if self.prompt != self.prompt.rstrip():
+      raise ValueError(f'prompt={self.prompt!r} ends with white space; begin the target with it')
+    return self
+
+
+class Task(NamedTuple):
+  """A task.
+
+  Attributes:
+    config: its config class; the defaults run offline.
+    kind: whether a model generates the answer, chooses one, or is measured on the target.
+    fields: what a record must have.
+    example: (config, record) -> example.
+    read: (config, example, answer) -> prediction, in the shape of the pipeline of that name.
+    metrics: name in `evaluation.scores.METRICS` -> what of a prediction it compares.
+  """
+
+  config: type[Any]
+  kind: Literal['generate', 'choose', 'measure']
+  fields: tuple[str, ...]
+  example: Callable[[Any, Record], Example]
+  read: Callable[[Any, Example, Answer], Prediction]
+  metrics: Mapping[str, Callable[[Prediction], Any]]
+
+
+def placeholders(template: str) -> tuple[str, ...]:
+  """Return the field names in a template.
+
+  Raises:
+    ValueError: the template is not plain text with {name}s; a literal brace is doubled.
+  """
+  names = []
+  try:
+    for _, name, spec, conversion in string.Formatter().parse(template):
+      if name is not None:
+        if not name.isidentifier() or spec or conversion:
+          raise ValueError(f'{{{name}}} is no field name')
+        names.append(name)
+  except ValueError as error:
+    raise ValueError(f'template {template!r}: {error}; write a field as {{name}} and a literal '
+                     'brace twice') from None
+  return tuple(names)
+
+
+def fill(template: str, record: Record) -> str:
+  """Put a record's fields into a template.
+
+  Raises:
+    ValueError: the record lacks a field.
+  """
+  for name in placeholders(template):
+    if name not in record:
+      raise ValueError(f'template {template!r}: the record has no field {name!r} (fields: '
+                       f'{", ".join(map(str, record))})')
+  return template.format_map(record)
+
+
+def completion(config: CompletionConfig, record: Record) -> tuple[Segment, ...]:
+  """Return the prompt and the target of a record as segments, between BOS and EOS."""
+  return (
+    BOS,
+    Segment(fill(config.prompt, record)),
+    Segment(fill(config.target, record), 1.0),
+    EOS,
+  )
+
+
+def probabilities(log_likelihoods: Sequence[float]) -> np.ndarray:
+  """Return exp(log-likelihoods) / sum: how a model divides its belief between the choices."""
+  shifted = np.asarray(log_likelihoods, np.float64)
+  shifted = np.exp(shifted - shifted.max())
+  return shifted / shifted.sum()

@@ -1,0 +1,158 @@
+"""Chat: messages become segments in which only what the assistant says has weight.
+
+A template is any function from messages to text that only ever appends: `ChatTemplate.render`, or a
+model's own template. What it writes for the assistant is found by rendering one message more.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import pydantic
+
+from jaxllm.config import Config
+from jaxllm.tasks import language_modeling
+from jaxllm.tasks.base import BOS, Answer, Example, Prediction, Record, Segment, Task, TaskConfig
+from jaxllm.tasks.records import RecordsConfig, RecordSource
+
+Message = Mapping[str, Any]
+Render = Callable[[Sequence[Message], bool], str]
+"""(messages, whether the assistant's turn is opened after them) -> text."""
+
+
+# A code point that never stands for a character.
+_STAND_IN = '\ufdd0'
+
+
+class ChatTemplate(Config):
+  """How messages become text: `prefix`, content and `suffix` of each; the defaults are ChatML.
+
+  {role} stands for the role of the message.
+  """
+
+  prefix: str = '<|im_start|>{role}\n'
+  """Before a message; the assistant's alone is what makes it answer."""
+  suffix: str = '<|im_end|>\n'
+  """After a message."""
+  names: tuple[tuple[str, str], ...] = ()
+  """(role, how the template spells it) pairs; other roles keep their names."""
+  controls: tuple[str, ...] = ('<|im_start|>', '<|im_end|>')
+  """Texts in prefix and suffix that are single tokens, where the tokenizer has them."""
+
+  def render(self, messages: Sequence[Message], open_turn: bool = False) -> str:
+    """Return the text of messages, and with `open_turn` the beginning of the assistant's turn."""
+    names = dict(self.names)
+    parts = []
+    for message in messages:
+      role = names.get(message['role'], message['role'])
+      parts += [self.prefix.replace('{role}', role), message['content'], self.suffix]
+    if open_turn:
+      parts.append(self.prefix.replace('{role}', names.get('assistant', 'assistant')))
+    return ''.join(parts)
+
+
+PLAIN = ChatTemplate(
+  prefix='{role}:\n', suffix='\n\n', names=(('user', 'User'), ('assistant', 'Assistant')),
+  controls=(),
+)
+"""For a tokenizer without chat tokens."""
+
+
+class Chat(TaskConfig):
+  """Say what the assistant says in `messages`.
+
+  The default data are a chat bot's conversations.
+  """
+
+  kind: Literal['chat'] = 'chat'
+  """'chat'."""
+  data: RecordsConfig = RecordsConfig(
+    sources=(RecordSource(location='package:chatterbot-corpus/english'),), group='question'
+  )
+  """Records with `messages`: a list of {'role', 'content'}."""
+  template: ChatTemplate = ChatTemplate()
+  """How they become text."""
+  max_new_tokens: int = pydantic.Field(256, gt=0)
+  """Most tokens of an answer."""
+  stop: str | None = None
+  """A generated answer ends before this text; None: only with the end of the turn."""
+
+
+def example(config: Chat, record: Record) -> Example:
+  """Return the example of a record."""
+  found = segments(record['messages'], config.template.render, config.template.controls)
+  return Example((BOS, *found), None, record)
+
+
+def segments(
+  messages: Sequence[Message], render: Render, controls: Sequence[str] = ()
+) -> tuple[Segment, ...]:
+  """Return a conversation as segments; the assistant's contents and their ends have weight 1.
+
+  The end of a turn is what the template writes after the content; white space is part of it only
+  where there is nothing else.
+
+  Args:
+    messages: {'role', 'content'} each.
+    render: the template.
+    controls: texts that are single tokens where the template writes them; in contents they are
+      text like any other.
+
+  Raises:
+    ValueError: a message is not of that form, or the template changes what it wrote before.
+  """
+  found: list[Segment] = []
+  written = ''
+  for count, message in enumerate(messages, start=1):
+    if not isinstance(message.get('role'), str) or not isinstance(message.get('content'), str):
+      raise ValueError(f"messages[{count - 1}]={message!r}: expected {{'role': text, 'content': "
+                       'text}')
+    speaks = message['role'] == 'assistant'
+    earlier = messages[: count - 1]
+    opened = render(earlier, True) if speaks else written
+    closed = render(messages[:count], False)
+    # The same message with a stand-in shows what of the turn is the template's.
+    marked = render([*earlier, {**message, 'content': _STAND_IN}], False)
+    if not (opened.startswith(written) and closed.startswith(opened) and marked.startswith(opened)):
+      raise _changing()
+    found += _split(opened[len(written):], 0.0, controls)
+    found += _turn(closed[len(opened):], marked[len(opened):], float(speaks), controls)
+    written = closed
+  return tuple(found)
+
+
+def _turn(text: str, marked: str, weight: float, controls: Sequence[str]) -> list[Segment]:
+  """Return one turn, whose template is `marked`."""
+  before, stand_in, after = marked.partition(_STAND_IN)
+  said = text[len(before) : len(text) - len(after)]
+  if not stand_in or before + said + after != text:
+    raise _changing()
+  end = after.rstrip() or after
+  return [
+    *_split(before, 0.0, controls),
+    *([Segment(said, weight)] if said else []),
+    *_split(end, weight, controls),
+    *_split(after[len(end):], 0.0, controls),
+  ]
+
+
+def _changing() -> ValueError:
+  return ValueError('the chat template writes a message otherwise when another is added or its '
+                    'content changes, so what the assistant says cannot be told apart; use a '
+                    'template that only appends')
+
+
+def _split(text: str, weight: float, controls: Sequence[str]) -> list[Segment]:
+  if not controls:
+    return [Segment(text, weight)] if text else []
+  pieces = re.split(f'({"|".join(map(re.escape, controls))})', text)
+  return [Segment(piece, weight, piece in controls) for piece in pieces if piece]
+
+
+def read(config: Chat, example: Example, answer: Answer) -> Prediction:
+  """Return {'log_likelihood', 'tokens', 'bytes'} of what the assistant says."""
+  measured: Any = config
+  return language_modeling.read(measured, example, answer)
+
+
+TASK = Task(Chat, 'measure', ('messages',), example, read, language_modeling.METRICS)

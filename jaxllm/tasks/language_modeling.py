@@ -1,0 +1,39 @@
+"""Language modelling: how likely a text is; loss, perplexity and bits per byte."""
+
+from operator import itemgetter
+from typing import Literal
+
+from jaxllm.tasks.base import BOS, Answer, Example, Prediction, Record, Segment, Task, TaskConfig
+from jaxllm.tasks.records import RecordsConfig, RecordSource
+
+
+class LanguageModeling(TaskConfig):
+  """Measure `text`.
+
+  The default data are the help topics of Python.
+  """
+
+  kind: Literal['language_modeling'] = 'language_modeling'
+  """'language_modeling'."""
+  data: RecordsConfig = RecordsConfig(sources=(RecordSource(location='package:python-help'),))
+  """Records with `text`."""
+
+
+def example(config: LanguageModeling, record: Record) -> Example:
+  """Return the example of a record: the whole text, without a token for its end."""
+  return Example((BOS, Segment(str(record['text']), 1.0)), None, record)
+
+
+def read(config: LanguageModeling, example: Example, answer: Answer) -> Prediction:
+  """Return {'log_likelihood', 'tokens', 'bytes'}: in nats, of the whole text."""
+  return {
+    'log_likelihood': sum(answer.log_likelihoods),
+    'tokens': sum(answer.num_tokens),
+    'bytes': sum(len(segment.text.encode()) for segment in example.segments
+                 if segment.weight and not segment.control),
+  }
+
+
+METRICS = {'perplexity': itemgetter('log_likelihood', 'tokens', 'bytes')}
+
+TASK = Task(LanguageModeling, 'measure', ('text',), example, read, METRICS)

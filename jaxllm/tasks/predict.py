@@ -1,0 +1,204 @@
+"""A model does a task: prompts go in, answers come out and are read back as predictions."""
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxllm.data.tokenizers import Tokenizer
+from jaxllm.generation import decode
+from jaxllm.generation.sampling import SamplingConfig
+from jaxllm.models.decoder import Decoder
+from jaxllm.objectives import completion, likelihood
+from jaxllm.objectives.completion import Tokens
+from jaxllm.tasks import TASKS
+from jaxllm.tasks.base import Answer, Example, Prediction, Segment, TaskConfig, prompt_of
+from jaxllm.tasks.encoding import encode
+from jaxllm.tasks.records import load
+
+_LEAST_LENGTH = 32
+
+
+class Speaker(NamedTuple):
+  """What answers: a model and how it reads and writes.
+
+  Attributes:
+    model: the decoder.
+    variables: its variables; those of `decoder.unstack` generate faster.
+    tokenizer: text to ids and back.
+    special_ids: spelling -> id of special tokens that chat templates use.
+    batch_size: rows of one call.
+    stop_ids: tokens that end an answer, besides EOS.
+  """
+
+  model: Decoder
+  variables: Any
+  tokenizer: Tokenizer
+  special_ids: Mapping[str, int] | None = None
+  batch_size: int = 8
+  stop_ids: tuple[int, ...] = ()
+
+
+def examples(config: Any, split: str) -> list[Example]:
+  """Return the examples of a split of a task's data.
+
+  Raises:
+    ValueError: the data cannot be read; see `records.load`.
+  """
+  task = TASKS[config.kind]
+  return [task.example(config, record) for record in load(config.data, split, task.fields)]
+
+
+def predict(config: Any, examples: Sequence[Example], speaker: Speaker) -> list[Prediction]:
+  """Answer examples, greedily where text is generated.
+
+  A prompt that leaves no room in the context loses its beginning, BOS excepted.
+
+  Args:
+    config: of the task.
+    examples: from `examples`, or from `TASKS[config.kind].example` for records without answers.
+    speaker: the model.
+
+  Returns:
+    One prediction per example, in order.
+  """
+  task = TASKS[config.kind]
+  answers = {'generate': _generate, 'choose': _choose, 'measure': _measure}[task.kind](
+    config, examples, speaker
+  )
+  return [
+    task.read(config, example, answer) for example, answer in zip(examples, answers, strict=True)
+  ]
+
+
+def log_likelihoods(speaker: Speaker, sequences: Sequence[Tokens]) -> list[float]:
+  """Return the weighted log-likelihood of each sequence, in nats.
+
+  Args:
+    speaker: the model.
+    sequences: one longer than the context loses the start of what has no weight.
+  """
+  context_length = speaker.model.config.max_length
+  fitting = [completion.truncate(s, context_length, 'start') or Tokens([0], [0]) for s in sequences]
+  result = np.zeros(len(fitting))
+  # Rows of about the same length share a batch.
+  order = sorted(range(len(fitting)), key=lambda i: -len(fitting[i].ids))
+  for start in range(0, len(order), speaker.batch_size):
+    rows = order[start : start + speaker.batch_size]
+    length = min(_bucket(len(fitting[rows[0]].ids) - 1), context_length)
+    padding = [Tokens([], [])] * (speaker.batch_size - len(rows))
+    records = completion.pack(
+      [fitting[i] for i in rows] + padding, length, speaker.model.config.vocab_size, together=False
+    )
+    log_probs_B, _ = _log_probs(speaker.model, speaker.variables, completion.batch_arrays(records))
+    result[rows] = np.asarray(log_probs_B, np.float64)[: len(rows)]
+  return result.tolist()
+
+
+def windows(tokens: Tokens, context_length: int, stride: int) -> Iterator[Tokens]:
+  """Cut a long sequence into overlapping ones in which each target has its weight exactly once.
+
+  Args:
+    tokens: the sequence.
+    context_length: T; a window has at most one token more.
+    stride: targets per window after the first; the others are only context.
+  """
+  size = len(tokens.ids)
+  done = 1  # The first token is no target.
+  while done < size:
+    stop = min(size, context_length + 1 if done == 1 else done + stride)
+    start = max(0, stop - context_length - 1)
+    weights = [0.0] * (done - start) + list(tokens.weights[done:stop])
+    yield Tokens(tokens.ids[start:stop], weights)
+    done = stop
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _log_probs(model: Decoder, variables: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+  return likelihood.sequence_log_probs(model, variables, batch)
+
+
+def _bucket(length: int) -> int:
+  """Return the next power of two, so that few lengths are ever compiled."""
+  return max(_LEAST_LENGTH, 1 << max(length - 1, 0).bit_length())
+
+
+def _generate(config: TaskConfig, examples: Sequence[Example], speaker: Speaker) -> list[Answer]:
+  sampling = SamplingConfig(temperature=0.0, max_new_tokens=config.max_new_tokens)
+  room = max(speaker.model.config.max_length - config.max_new_tokens, 1)
+  prompts = []
+  for example in examples:
+    ids = list(_encode(speaker, prompt_of(example.segments)).ids)
+    prompts.append(ids[:1] + ids[len(ids) - room + 1 :] if len(ids) > room else ids)
+  order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+  answers: list[Answer] = [Answer()] * len(prompts)
+  for start in range(0, len(order), speaker.batch_size):
+    rows = order[start : start + speaker.batch_size]
+    found = decode.generate(
+      speaker.model, speaker.variables, [prompts[i] for i in rows], sampling,
+      _stop_ids(config, speaker), bos_id=speaker.tokenizer.bos_id,
+    )
+    for i, generation in zip(rows, found, strict=True):
+      text = speaker.tokenizer.decode(generation.tokens)
+      if config.stop is not None:
+        text = text.partition(config.stop)[0]
+      score = float(np.exp(np.mean(generation.logprobs or [0.0])))
+      answers[i] = Answer(text=text, score=score)
+  return answers
+
+
+def _stop_ids(config: TaskConfig, speaker: Speaker) -> tuple[int, ...]:
+  """Return the ids that end an answer: EOS, and all whose text begins with the stop text."""
+  eos_id = speaker.tokenizer.eos_id
+  ids = {*speaker.stop_ids} | ({eos_id} if eos_id is not None else set())
+  if config.stop is not None:
+    stop = config.stop.encode()
+    ids |= {i for i, text in enumerate(speaker.tokenizer.id_bytes) if text.startswith(stop)}
+  return tuple(sorted(ids))
+
+
+def _choose(config: TaskConfig, examples: Sequence[Example], speaker: Speaker) -> list[Answer]:
+  asked: dict[tuple[tuple[Segment, ...], str], int] = {}
+  sequences: list[Tokens] = []
+
+  def ask(segments: tuple[Segment, ...], choice: str) -> int:
+    """Return the number of the sequence; one that was asked for before is not measured again."""
+    pair = prompt_of(segments), choice
+    if pair not in asked:
+      asked[pair] = len(sequences)
+      sequences.append(_encode(speaker, (*pair[0], Segment(choice, 1.0))))
+    return asked[pair]
+
+  plain = [[ask(e.segments, choice) for choice in e.choices] for e in examples]
+  neutral = [[ask(e.neutral, choice) for choice in e.choices if e.neutral] for e in examples]
+  found = log_likelihoods(speaker, sequences)
+  return [
+    Answer(
+      log_likelihoods=tuple(found[i] for i in first),
+      num_tokens=tuple(sum(map(bool, sequences[i].weights)) for i in first),
+      neutral_log_likelihoods=tuple(found[i] for i in second),
+    )
+    for first, second in zip(plain, neutral, strict=True)
+  ]
+
+
+def _measure(config: TaskConfig, examples: Sequence[Example], speaker: Speaker) -> list[Answer]:
+  context_length = speaker.model.config.max_length
+  parts = [
+    list(windows(_encode(speaker, example.segments), context_length, context_length // 2 or 1))
+    for example in examples
+  ]
+  found = iter(log_likelihoods(speaker, [part for group in parts for part in group]))
+  return [
+    Answer(
+      log_likelihoods=tuple(next(found) for _ in group),
+      num_tokens=tuple(sum(map(bool, part.weights[1:])) for part in group),
+    )
+    for group in parts
+  ]
+
+
+def _encode(speaker: Speaker, segments: Sequence[Segment]) -> Tokens:
+  return encode(segments, speaker.tokenizer, speaker.special_ids)

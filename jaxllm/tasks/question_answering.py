@@ -1,0 +1,131 @@
+"""Question answering: an answer in words, or a stretch of the context with its offsets.
+
+A question may have no answer; the model then says so, and the prediction's answer is ''.
+"""
+
+import collections
+import re
+from operator import itemgetter
+from typing import Literal
+
+from jaxllm.tasks.base import (
+  Answer,
+  CompletionConfig,
+  Example,
+  Prediction,
+  Record,
+  Task,
+  completion,
+)
+from jaxllm.tasks.records import RecordsConfig, RecordSource
+
+Span = tuple[int, int]
+
+
+class QuestionAnswering(CompletionConfig):
+  """Answer `question`, from `context` where the record has one.
+
+  The default data are a chat bot's questions and answers, without context.
+  """
+
+  kind: Literal['question_answering'] = 'question_answering'
+  """'question_answering'."""
+  data: RecordsConfig = RecordsConfig(
+    sources=(RecordSource(location='package:chatterbot-corpus/english'),), group='question'
+  )
+  """Records with `question`, `answers` (accepted texts, none: unanswerable) and maybe `context`."""
+  prompt: str = '{context}\nQuestion: {question}\nAnswer:'
+  """Text before the answer."""
+  prompt_without_context: str = 'Question: {question}\nAnswer:'
+  """The same for a record without context."""
+  target: str = ' {answer}'
+  """The answer; {answer} stands for the first accepted text."""
+  unanswerable: str = 'unanswerable'
+  """What the model says where there is no answer."""
+
+
+class ExtractiveQuestionAnswering(QuestionAnswering):
+  """Answer `question` with a stretch of `context`: the one nearest to what the model says."""
+
+  kind: Literal['extractive_question_answering'] = 'extractive_question_answering'  # type: ignore[assignment]
+  """'extractive_question_answering'."""
+  data: RecordsConfig
+  """Records with `question`, `context` and `answers`."""
+
+
+def example(config: QuestionAnswering, record: Record) -> Example:
+  """Return the example of a record; without `answers` it can only be answered."""
+  if not record.get('context'):
+    config = config.replace(prompt=config.prompt_without_context)
+  answers = record.get('answers')
+  answers = [answers] if isinstance(answers, str) else answers
+  first = answers[0] if answers else config.unanswerable
+  return Example(completion(config, {**record, 'answer': first}), answers, record)
+
+
+def read(config: QuestionAnswering, example: Example, answer: Answer) -> Prediction:
+  """Return {'answer', 'score', 'start', 'end'}.
+
+  The offsets are those of the answer's first occurrence in the context; None where it is not there,
+  and 0 where there is no answer.
+  """
+  text = answer.text.strip()
+  if not text or text.casefold() == config.unanswerable.casefold():
+    return {'answer': '', 'score': answer.score, 'start': 0, 'end': 0}
+  start, end = find(text, str(example.record.get('context') or '')) or (None, None)
+  return {'answer': text, 'score': answer.score, 'start': start, 'end': end}
+
+
+def read_span(
+  config: ExtractiveQuestionAnswering, example: Example, answer: Answer
+) -> Prediction:
+  """Return {'answer', 'score', 'start', 'end'}, where context[start:end] is the answer."""
+  said = read(config, example, answer)
+  if not said['answer']:
+    return said
+  context = str(example.record['context'])
+  start, end = find(said['answer'], context) or nearest(said['answer'], context)
+  return {**said, 'answer': context[start:end], 'start': start, 'end': end}
+
+
+def find(answer: str, context: str) -> Span | None:
+  """Return where an answer first occurs as whole words, or else anywhere.
+
+  Upper and lower case are the same where no exact occurrence is found, and so is all white space.
+  """
+  words = r'\s+'.join(map(re.escape, answer.split()))
+  if not words:
+    return None
+  for pattern in (rf'(?<!\w){words}(?!\w)', words):
+    for flags in (0, re.IGNORECASE):
+      if match := re.search(pattern, context, flags):
+        return match.span()
+  return None
+
+
+def nearest(answer: str, context: str) -> Span:
+  """Return the words of the context that share most words with an answer, by F1; (0, 0): none."""
+  wanted = collections.Counter(word.casefold() for word in re.findall(r'\w+', answer))
+  words = [(match.group().casefold(), *match.span()) for match in re.finditer(r'\w+', context)]
+  best, span = 0.0, (0, 0)
+  for first, (word, start, _) in enumerate(words):
+    if word not in wanted:
+      continue
+    left, shared = wanted.copy(), 0
+    for length, (word, _, end) in enumerate(words[first : first + 2 * wanted.total()], start=1):
+      shared += left[word] > 0
+      left[word] -= 1
+      f1 = 2 * shared / (length + wanted.total())
+      if f1 > best:
+        best, span = f1, (start, end)
+  return span
+
+
+TASK = Task(
+  QuestionAnswering, 'generate', ('question', 'answers'), example, read,
+  {'squad': itemgetter('answer')},
+)
+EXTRACTIVE = Task(
+  ExtractiveQuestionAnswering, 'generate', ('question', 'context', 'answers'), example, read_span,
+  {'squad': itemgetter('answer')},
+)

@@ -1,0 +1,54 @@
+"""Summarisation: a document in, a few words out; scored by ROUGE."""
+
+from operator import itemgetter
+from typing import Literal
+
+import pydantic
+
+from jaxllm.tasks.base import (
+  Answer,
+  CompletionConfig,
+  Example,
+  Prediction,
+  Record,
+  Task,
+  completion,
+)
+from jaxllm.tasks.records import RecordsConfig, RecordSource
+
+
+class Summarization(CompletionConfig):
+  """Say what `document` says in the words of `summary`.
+
+  The default data are functions of Python's standard library and the first lines of their
+  docstrings.
+  """
+
+  kind: Literal['summarization'] = 'summarization'
+  """'summarization'."""
+  data: RecordsConfig = RecordsConfig(
+    sources=(RecordSource(location='package:stdlib'),), group='document'
+  )
+  """Records with `document` and `summary`."""
+  prompt: str = '{document}\nSummary:'
+  """Text before the answer."""
+  target: str = ' {summary}'
+  """The answer."""
+  max_new_tokens: int = pydantic.Field(128, gt=0)
+  """Most tokens of a summary."""
+
+
+def example(config: Summarization, record: Record) -> Example:
+  """Return the example of a record; without a `summary` it can only be answered."""
+  return Example(completion(config, {'summary': '', **record}), record.get('summary'), record)
+
+
+def read(config: Summarization, example: Example, answer: Answer) -> Prediction:
+  """Return {'summary_text'}."""
+  return {'summary_text': answer.text.strip()}
+
+
+TASK = Task(
+  Summarization, 'generate', ('document', 'summary'), example, read,
+  {'rouge': itemgetter('summary_text')},
+)

