@@ -1,0 +1,38 @@
+"""How likely whole sequences are: what preferences compare and choices are ranked by."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.models.decoder import Decoder
+
+Batch = Mapping[str, jax.Array]
+
+
+def sequence_log_probs(
+  model: Decoder, variables: Any, batch: Batch, dropout_key: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+  """Sum the log-probabilities of each row's weighted targets.
+
+  Args:
+    model: the decoder.
+    variables: of the model.
+    batch: tokens, targets, weights, segment_ids and positions, each (B, T).
+    dropout_key: None turns dropout off.
+
+  Returns:
+    (log_probs_B in nats, counts_B: sums of the weights), float32.
+  """
+  logits_BTV = model.apply(
+    variables, batch['tokens'], batch['segment_ids'], batch['positions'],
+    deterministic=dropout_key is None,
+    rngs=None if dropout_key is None else {'dropout': dropout_key},
+  )
+  target_BT = jnp.take_along_axis(logits_BTV, batch['targets'][..., None], axis=-1)[..., 0]
+  log_probs_BT = target_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
+  weights_BT = batch['weights']
+  # A target that cannot be (a padding id) has infinite loss, and 0 * inf is NaN.
+  log_probs_BT = jnp.where(weights_BT == 0, 0, log_probs_BT)
+  return jnp.sum(weights_BT * log_probs_BT, axis=1), jnp.sum(weights_BT, axis=1)

@@ -1,0 +1,219 @@
+"""Learning from pairs of which one is preferred: DPO, IPO, ORPO and SimPO.
+
+Each loss is a function of a config and of the log-probabilities of both answers; `PREFERENCES`
+lists them. `preference_loss` computes these from a model, the reference's too where one is needed.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pydantic
+
+from jaxllm.config import Config
+from jaxllm.models.decoder import Decoder
+from jaxllm.objectives.likelihood import sequence_log_probs
+
+Batch = Mapping[str, jax.Array]
+Sums = dict[str, jax.Array]
+
+
+class Pair(NamedTuple):
+  """What is known of preferred and other answers, (B,) each.
+
+  Attributes:
+    chosen: log-probability of the preferred answers, in nats.
+    rejected: that of the others.
+    chosen_count: tokens of the preferred answers.
+    rejected_count: tokens of the others.
+    reference_chosen: log-probability of the preferred ones under the reference, where one is used.
+    reference_rejected: that of the others.
+  """
+
+  chosen: jax.Array
+  rejected: jax.Array
+  chosen_count: jax.Array
+  rejected_count: jax.Array
+  reference_chosen: jax.Array | None = None
+  reference_rejected: jax.Array | None = None
+
+
+class Dpo(Config):
+  """Direct preference optimization.
+
+  Reference:
+    Rafailov et al., arXiv 2305.18290, equation 7; label smoothing: Mitchell, A Note on DPO with
+    Noisy Preferences, 2023, equation 3.
+  """
+
+  kind: Literal['dpo'] = 'dpo'
+  """'dpo'."""
+  beta: float = pydantic.Field(0.1, gt=0)
+  """How strongly the model is held to the reference."""
+  label_smoothing: float = pydantic.Field(0.0, ge=0, lt=0.5)
+  """Share of pairs that are assumed to be the wrong way round."""
+
+
+class Ipo(Config):
+  """Identity preference optimization, on log-probabilities of whole answers as in the paper.
+
+  Reference:
+    Azar et al., arXiv 2310.12036, equation 17.
+  """
+
+  kind: Literal['ipo'] = 'ipo'
+  """'ipo'."""
+  beta: float = pydantic.Field(0.1, gt=0)
+  """How strongly the model is held to the reference (the paper's tau)."""
+
+
+class Orpo(Config):
+  """Odds ratio preference optimization: the likelihood of the preferred answer, and the odds.
+
+  Reference:
+    Hong et al., arXiv 2403.07691, equations 6 and 7.
+  """
+
+  kind: Literal['orpo'] = 'orpo'
+  """'orpo'."""
+  weight: float = pydantic.Field(0.1, gt=0)
+  """Weight of the odds ratio (the paper's lambda)."""
+
+
+class SimPo(Config):
+  """Simple preference optimization: mean log-probabilities and a margin, no reference.
+
+  Reference:
+    Meng et al., arXiv 2405.14734, equation 6.
+  """
+
+  kind: Literal['simpo'] = 'simpo'
+  """'simpo'."""
+  beta: float = pydantic.Field(2.0, gt=0)
+  """Scale of the rewards."""
+  margin: float = pydantic.Field(1.0, ge=0)
+  """By how much the preferred reward should be larger (the paper's gamma)."""
+
+
+PreferenceConfig = Annotated[Dpo | Ipo | Orpo | SimPo, pydantic.Field(discriminator='kind')]
+
+
+def dpo(config: Dpo, pair: Pair) -> tuple[jax.Array, jax.Array]:
+  """Return (loss_B, margin_B): the margin is the difference of the implicit rewards."""
+  margin_B = config.beta * _log_ratio(pair)
+  loss_B = -(1 - config.label_smoothing) * jax.nn.log_sigmoid(margin_B)
+  return loss_B - config.label_smoothing * jax.nn.log_sigmoid(-margin_B), margin_B
+
+
+def ipo(config: Ipo, pair: Pair) -> tuple[jax.Array, jax.Array]:
+  """Return (loss_B, margin_B): the margin is the log-ratio that should become 1 / (2 beta)."""
+  ratio_B = _log_ratio(pair)
+  return jnp.square(ratio_B - 1 / (2 * config.beta)), ratio_B
+
+
+def orpo(config: Orpo, pair: Pair) -> tuple[jax.Array, jax.Array]:
+  """Return (loss_B, margin_B): the margin is the log of the odds ratio."""
+  chosen_B, rejected_B = _means(pair)
+  margin_B = chosen_B - rejected_B - _log_one_minus_exp(chosen_B) + _log_one_minus_exp(rejected_B)
+  return -chosen_B - config.weight * jax.nn.log_sigmoid(margin_B), margin_B
+
+
+def simpo(config: SimPo, pair: Pair) -> tuple[jax.Array, jax.Array]:
+  """Return (loss_B, margin_B): the margin is the difference of the rewards."""
+  chosen_B, rejected_B = _means(pair)
+  margin_B = config.beta * (chosen_B - rejected_B)
+  return -jax.nn.log_sigmoid(margin_B - config.margin), margin_B
+
+
+PREFERENCES: Mapping[str, Callable[[Any, Pair], tuple[jax.Array, jax.Array]]] = {
+  'dpo': dpo, 'ipo': ipo, 'orpo': orpo, 'simpo': simpo,
+}
+"""`kind` of the config -> (config, pair) -> (loss_B, margin_B)."""
+
+NEED_REFERENCE = ('dpo', 'ipo')
+
+
+def preference_loss(
+  config: Dpo | Ipo | Orpo | SimPo,
+  model: Decoder,
+  variables: Any,
+  batch: Batch,
+  reference: Any = None,
+  dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, Sums]:
+  """Sum the loss of a batch of pairs.
+
+  Args:
+    config: the loss.
+    model: the decoder.
+    variables: what is trained.
+    batch: (B, T) arrays `tokens`, `targets`, `weights`, `segment_ids`, `positions` of the preferred
+      answers, and the same with `rejected_` before the name. `reference_log_probs` (B, 2), of the
+      preferred and the other answer, where they were computed before.
+    reference: variables of the reference model; with adapters, `variables` without them. Not
+      needed with `reference_log_probs`, nor for losses without a reference.
+    dropout_key: None turns dropout off.
+
+  Returns:
+    The float32 sum of losses, the number of pairs (those with a weighted target), and sums over
+    pairs: `correct_sum` (preferred the right answer), `margin_sum`.
+
+  Raises:
+    ValueError: the loss needs a reference and there is none.
+  """
+  log_probs, counts = _both(model, variables, batch, dropout_key)
+  reference_log_probs = (None, None)
+  if config.kind in NEED_REFERENCE:
+    if reference is not None:
+      found, _ = _both(model, jax.lax.stop_gradient(reference), batch, None)
+      reference_log_probs = jax.lax.stop_gradient(found)
+    elif 'reference_log_probs' in batch:
+      reference_log_probs = tuple(batch['reference_log_probs'].T)
+    else:
+      raise ValueError(f'{config.kind} compares with a reference: give its variables, or '
+                       'reference_log_probs in the batch')
+  pair = Pair(*log_probs, *counts, *reference_log_probs)
+  loss_B, margin_B = PREFERENCES[config.kind](config, pair)
+  real_B = (pair.chosen_count > 0).astype(jnp.float32)
+
+  def add(x_B: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.where(real_B > 0, x_B, 0))
+
+  aux = {'correct_sum': add(margin_B > 0), 'margin_sum': add(margin_B)}
+  return add(loss_B), real_B.sum(), aux
+
+
+def _both(
+  model: Decoder, variables: Any, batch: Batch, dropout_key: jax.Array | None
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+  """Return log-probabilities and counts of preferred and other answers, by one forward pass."""
+  names = ('tokens', 'targets', 'weights', 'segment_ids', 'positions')
+  joined = {name: jnp.concatenate([batch[name], batch[f'rejected_{name}']]) for name in names}
+  log_probs, counts = sequence_log_probs(model, variables, joined, dropout_key)
+  return tuple(jnp.split(log_probs, 2)), tuple(jnp.split(counts, 2))
+
+
+def _log_ratio(pair: Pair) -> jax.Array:
+  return (pair.chosen - pair.reference_chosen) - (pair.rejected - pair.reference_rejected)
+
+
+def _means(pair: Pair) -> tuple[jax.Array, jax.Array]:
+  return (pair.chosen / jnp.maximum(pair.chosen_count, 1),
+          pair.rejected / jnp.maximum(pair.rejected_count, 1))
+
+
+def _log_one_minus_exp(x: jax.Array) -> jax.Array:
+  """Return log(1 - exp(x)) for x < 0; kept finite at 0, where a certain answer has infinite odds.
+
+  Reference:
+    Maechler, Accurately Computing log(1 - exp(-|a|)), 2012.
+  """
+  x = jnp.minimum(x, -1e-7)
+  near = x > -0.6931472
+  # Each branch is given what it can take, so that the gradient of the other stays finite.
+  return jnp.where(
+    near,
+    jnp.log(-jnp.expm1(jnp.where(near, x, -1.0))),
+    jnp.log1p(-jnp.exp(jnp.where(near, -1.0, x))),
+  )
