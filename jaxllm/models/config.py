@@ -8,6 +8,7 @@ from jaxllm.config import Config
 from jaxllm.models.linear import InitializerConfig
 from jaxllm.models.norms import NormConfig
 from jaxllm.models.positions import (
+  DynamicScaling,
   LearnedPositions,
   LongRopeScaling,
   RotaryPositions,
@@ -157,34 +158,50 @@ def _check_positions(config: DecoderConfig) -> None:
   for name in ('positions', 'local_positions'):
     rotary = getattr(config, name)
     if isinstance(rotary, RotaryPositions):
-      dim = rotary_dim(rotary, config.head_size)
-      if dim < 2 or dim % 2:
-        raise ValueError(
-          f'{name}.fraction={rotary.fraction} of head_dim={config.head_size} rotates {dim} '
-          'dimensions; they must be an even number, at least 2'
-        )
-      if isinstance(rotary.scaling, LongRopeScaling):
-        for field in ('short_factors', 'long_factors'):
-          count = len(getattr(rotary.scaling, field))
-          if count != dim // 2:
-            raise ValueError(
-              f'{name}.scaling.{field} has {count} numbers; one for each of the {dim // 2} pairs '
-              'of rotated dimensions is needed'
-            )
+      _check_rotary(name, rotary, config.head_size)
   if config.local_positions is not None:
     if 'local' not in config.layer_kinds:
-      raise ValueError("local_positions is set but layer_pattern has no 'local' layer")
+      raise ValueError(
+        "local_positions is set but layer_pattern has no 'local' layer; set it to None"
+      )
     if not isinstance(config.positions, RotaryPositions):
-      raise ValueError('local_positions needs rotary positions in the other layers too')
+      raise ValueError('local_positions is set but positions are not rotary; set it to None')
+
+
+def _check_rotary(name: str, rotary: RotaryPositions, head_size: int) -> None:
+  dim = rotary_dim(rotary, head_size)
+  if dim < 2 or dim % 2:
+    raise ValueError(
+      f'{name}.fraction={rotary.fraction} of head_dim={head_size} rotates {dim} dimensions; they '
+      'must be an even number, at least 2'
+    )
+  if isinstance(rotary.scaling, DynamicScaling) and dim < 4:
+    raise ValueError(
+      f"{name}.scaling: 'dynamic' needs at least 4 rotated dimensions, {name}.fraction="
+      f'{rotary.fraction} of head_dim={head_size} rotates {dim}'
+    )
+  if isinstance(rotary.scaling, LongRopeScaling):
+    for field in ('short_factors', 'long_factors'):
+      count = len(getattr(rotary.scaling, field))
+      if count != dim // 2:
+        raise ValueError(
+          f'{name}.scaling.{field} has {count} numbers; one for each of the {dim // 2} pairs of '
+          'rotated dimensions is needed'
+        )
 
 
 def _check_layers(config: DecoderConfig) -> None:
-  if not config.layer_pattern:
+  pattern = config.layer_pattern
+  if not pattern:
     raise ValueError("layer_pattern=(): name at least one kind, such as ('global',)")
   if ('local' in config.layer_kinds) != (config.window is not None):
     raise ValueError(
-      f'window={config.window} with layer_pattern={config.layer_pattern}: local layers need a '
-      'window, and a window needs local layers'
+      f'window={config.window} with layer_pattern={pattern} over {config.num_layers} layers: local '
+      'layers need a window, and a window needs local layers'
+    )
+  if config.tied_head and 'head' in config.biases:
+    raise ValueError(
+      f"biases={config.biases} with tied_head=True: a tied head has no bias; leave 'head' out"
     )
 
 
