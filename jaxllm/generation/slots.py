@@ -7,6 +7,7 @@ an engine for continuous batching needs: a prompt can be fed in chunks, and with
 every leaf of `Slots` has the row as its first axis, so that a row can be given to another request.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -117,10 +118,12 @@ def feed(
   Returns:
     (logits_BV float32, meaningless in rows of count 0; the cache).
   """
-  hidden_BTD, cache = model.apply(variables, tokens_BT, cache, counts_B, method='extend')
+  extended: Any = model.apply(variables, tokens_BT, cache, counts_B, method='extend')
+  hidden_BTD, cache = extended
   last_B11 = jnp.maximum(counts_B - 1, 0)[:, None, None]
   hidden_BD = jnp.take_along_axis(hidden_BTD, last_B11, axis=1)[:, 0]
-  return model.apply(variables, hidden_BD, method='logits'), cache
+  logits_BV: Any = model.apply(variables, hidden_BD, method='logits')
+  return logits_BV, cache
 
 
 def draw(slots: Slots, logits_BV: jax.Array) -> Slots:
@@ -135,7 +138,8 @@ def draw(slots: Slots, logits_BV: jax.Array) -> Slots:
   places_B = jnp.where(slots.finished_B, slots.tokens_BS.shape[1], slots.lengths_B)
   lengths_B = jnp.where(slots.finished_B, slots.lengths_B, slots.lengths_B + 1)
   stopped_B = (ids_B[:, None] == slots.stop_ids_BE).any(axis=1)
-  return slots.replace(
+  return dataclasses.replace(
+    slots,
     tokens_BS=slots.tokens_BS.at[rows_B, places_B].set(ids_B, mode='drop'),
     logprobs_BS=slots.logprobs_BS.at[rows_B, places_B].set(logprobs_B, mode='drop'),
     lengths_B=lengths_B,
@@ -148,7 +152,7 @@ def decode_step(model: Decoder, variables: Any, slots: Slots) -> Slots:
   last_B1 = jnp.take_along_axis(slots.tokens_BS, slots.lengths_B[:, None] - 1, axis=1)
   counts_B = jnp.where(slots.finished_B, 0, 1)
   logits_BV, cache = feed(model, variables, slots.cache, last_B1, counts_B)
-  return draw(slots.replace(cache=cache), logits_BV)
+  return draw(dataclasses.replace(slots, cache=cache), logits_BV)
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'length'), donate_argnames='slots')
@@ -156,7 +160,7 @@ def prefill(model: Decoder, variables: Any, slots: Slots, length: int) -> Slots:
   """Read the prompts, right-padded to `length`, and add the first token of each continuation."""
   counts_B = jnp.where(slots.finished_B, 0, slots.prompt_lengths_B)
   logits_BV, cache = feed(model, variables, slots.cache, slots.tokens_BS[:, :length], counts_B)
-  return draw(slots.replace(cache=cache), logits_BV)
+  return draw(dataclasses.replace(slots, cache=cache), logits_BV)
 
 
 @functools.partial(jax.jit, static_argnames='model', donate_argnames='slots')
@@ -176,5 +180,6 @@ def advance(model: Decoder, variables: Any, slots: Slots, num_steps: jax.Array) 
 
 def compilation_count() -> int:
   """Return how many programs `prefill` and `advance` have compiled in this process."""
-  return prefill._cache_size() + advance._cache_size()
+  programs: tuple[Any, ...] = (prefill, advance)
+  return sum(program._cache_size() for program in programs)
 
