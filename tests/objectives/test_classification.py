@@ -19,8 +19,8 @@ next_token = jax.jit(next_token_loss, static_argnums=(0, 1))
 class_logits = jax.jit(classification.class_logits, static_argnums=(0, 1))
 init = jax.jit(decoder.init, static_argnums=0)
 MODEL = DecoderConfig(
-  vocab_size=30, vocab_multiple=8, embed_dim=8, num_layers=1, num_heads=2, mlp_dim=12, max_length=16,
-  scan_layers=False,
+  vocab_size=30, vocab_multiple=8, embed_dim=8, num_layers=1, num_heads=2, mlp_dim=12,
+  max_length=16, scan_layers=False,
 )
 TEXTS = [[1, 2, 3, 4], [1, 5], [1, 6, 7]]
 

@@ -11,8 +11,8 @@ from jaxllm.objectives.completion import Tokens
 from jaxllm.objectives.next_token import ObjectiveConfig, next_token_loss
 
 MODEL = DecoderConfig(
-  vocab_size=30, vocab_multiple=8, embed_dim=8, num_layers=1, num_heads=2, mlp_dim=12, max_length=16,
-  scan_layers=False,
+  vocab_size=30, vocab_multiple=8, embed_dim=8, num_layers=1, num_heads=2, mlp_dim=12,
+  max_length=16, scan_layers=False,
 )
 
 

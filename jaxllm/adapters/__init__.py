@@ -1,0 +1,1 @@
+"""Fine-tuning beside frozen parameters, as functions from trees to trees."""
