@@ -198,6 +198,7 @@ GEMMA3 = Format('gemma3_text', 'Gemma3ForCausalLM', _NAMES3, _decode3, _encode3)
 GEMMA3_MULTIMODAL = Format(
   'gemma3', 'Gemma3ForConditionalGeneration', _NAMES3, _decode3_multimodal, _encode3,
   other_prefixes=('language_model.model.', 'model.language_model.'),
+  aliases={'language_model.lm_head.weight': 'lm_head.weight'},
   ignored={
     r'(model\.)?vision_tower\..*': 'vision, of which we read the text model only',
     r'(model\.)?multi_modal_projector\..*': 'vision, of which we read the text model only',

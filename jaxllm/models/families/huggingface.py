@@ -243,16 +243,20 @@ def scaling_keys(config: DecoderConfig, scaling: Scaling | None) -> dict[str, An
   return keys
 
 
-def rms_decoder(keys: Keys, **fields: Any) -> DecoderConfig:
+def rms_decoder(keys: Keys, partial: bool = False, **fields: Any) -> DecoderConfig:
   """Translate the keys that the families with RMSNorm and a gated MLP share.
 
   Args:
     keys: of config.json.
+    partial: whether this family may rotate a part of each head.
     **fields: of `DecoderConfig`, where a family differs.
   """
   width, heads = size(keys, 'hidden_size'), size(keys, 'num_attention_heads')
   biases = ('qkv', 'attention_out') if flag(keys, 'attention_bias') else ()
   positions = fields.pop('positions', None) or rotary(keys)
+  if positions.fraction != 1 and not partial:
+    raise ValueError(f'config.json: partial_rotary_factor={positions.fraction} is not supported '
+                     'for this model_type')
   longest = size(keys, 'max_position_embeddings')
   if isinstance(positions.scaling, DynamicScaling):
     longest = int(longest * positions.scaling.factor)

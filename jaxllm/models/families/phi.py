@@ -21,12 +21,14 @@ PRESETS = {
 
 
 def _decode(keys: Keys) -> DecoderConfig:
-  return rms_decoder(with_defaults(keys, {'rms_norm_eps': 1e-5}), **window_in_all_layers(keys))
+  keys = with_defaults(keys, {'rms_norm_eps': 1e-5})
+  return rms_decoder(keys, partial=True, **window_in_all_layers(keys))
 
 
 def _encode(config: DecoderConfig) -> dict[str, Any]:
   keys = rms_config(config, sliding_window=config.window)
-  if isinstance(scaling := config.positions.scaling, LongRopeScaling):
+  scaling = getattr(config.positions, 'scaling', None)
+  if isinstance(scaling, LongRopeScaling):
     keys['original_max_position_embeddings'] = scaling.original_length
   if config.head_size * config.num_heads == config.embed_dim:
     del keys['head_dim']

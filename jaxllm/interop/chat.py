@@ -1,0 +1,152 @@
+"""Chat templates: conversations to token ids, without trusting the template or the messages.
+
+The template, a program from outside, is rendered by `chat_worker` in a process of its own, in
+Jinja's sandbox, with limits of CPU time and memory. What messages say is plain text: a user who
+writes '<|im_end|>' does not end the turn.
+"""
+
+import json
+import pathlib
+import re
+import secrets
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxllm.data.tokenizers import Tokenizer
+
+CPU_SECONDS, MEMORY_BYTES, MAX_CHARACTERS = 5, 512_000_000, 10_000_000
+MAX_TEMPLATE_CHARACTERS = 1_000_000
+
+Message = Mapping[str, Any]
+
+
+class TemplateError(ValueError):
+  """A chat template could not be rendered; the message says why."""
+
+
+def render(
+  template: str, conversations: Sequence[Sequence[Message]], add_generation_prompt: bool = True,
+  cpu_seconds: int = CPU_SECONDS, memory_bytes: int = MEMORY_BYTES, **variables: Any,
+) -> list[str]:
+  """Render conversations by a chat template.
+
+  Args:
+    template: Jinja, as in tokenizer_config.json.
+    conversations: each a list of messages {'role': ..., 'content': ...}; rendered in one process.
+    add_generation_prompt: whether the text ends where the assistant begins.
+    cpu_seconds: how long the template may compute.
+    memory_bytes: how much the process may take, Python itself included.
+    **variables: what else the template may use: `bos_token`, `tools`, ...
+
+  Returns:
+    One text per conversation.
+
+  Raises:
+    TemplateError: the template is damaged, refuses the conversation, or exceeds the limits.
+  """
+  if len(template) > MAX_TEMPLATE_CHARACTERS:
+    raise TemplateError(f'chat template: longer than {MAX_TEMPLATE_CHARACTERS} characters')
+  request = json.dumps({
+    'template': template,
+    'variables': [
+      {**variables, 'messages': list(messages), 'add_generation_prompt': add_generation_prompt}
+      for messages in conversations
+    ],
+    'cpu_seconds': cpu_seconds, 'memory_bytes': memory_bytes, 'max_characters': MAX_CHARACTERS,
+  })
+  worker = pathlib.Path(__file__).with_name('chat_worker.py')
+  try:
+    done = subprocess.run(
+      [sys.executable, '-I', '-c', _START, str(worker)], input=request.encode(),
+      capture_output=True, check=False, timeout=20 * cpu_seconds, env={},
+    )
+  except subprocess.TimeoutExpired:
+    raise TemplateError(f'chat template: no answer in {20 * cpu_seconds} seconds') from None
+  try:
+    answer = json.loads(done.stdout)
+  except ValueError:
+    # Ended by the kernel (CPU time), or by Python (memory) before it could answer.
+    raise TemplateError(f'chat template: it takes more than {cpu_seconds} s of CPU time or '
+                        f'{memory_bytes} bytes of memory') from None
+  if 'error' in answer:
+    raise TemplateError(f'chat template: {answer["error"]}')
+  return answer['texts']
+
+
+def encode(
+  tokenizer: Tokenizer, template: str, messages: Sequence[Message],
+  add_generation_prompt: bool = True, **variables: Any,
+) -> list[int]:
+  """Return the token ids of a conversation.
+
+  Special tokens that the template writes become tokens; those that a message spells stay text.
+
+  Args:
+    tokenizer: of the model.
+    template: its chat template.
+    messages: the conversation.
+    add_generation_prompt: whether it ends where the assistant begins.
+    **variables: what else the template may use.
+
+  Raises:
+    TemplateError: as `render`.
+  """
+  special = special_tokens(tokenizer)
+  ids = {value: token for token, value in special.items()}
+  for name, value in (('bos_token', tokenizer.bos_id), ('eos_token', tokenizer.eos_id)):
+    variables.setdefault(name, ids.get(value, ''))
+  # Stands in messages for what spells a special token, and is put back once the text is cut.
+  stand_in = f'\ue000{secrets.token_hex(8)}\ue001'
+  hidden: list[str] = []
+  if special:
+    spelled = re.compile('|'.join(sorted(map(re.escape, special), key=len, reverse=True)))
+    messages = [_hide(message, spelled, stand_in, hidden) for message in messages]
+  (text,) = render(template, [messages], add_generation_prompt, **variables)
+  if not special:
+    return tokenizer.encode(text)
+  result, at = [], 0
+  put_back = re.compile(re.escape(stand_in) + r'(\d+);')
+  for part in [*spelled.finditer(text), None]:
+    plain = text[at : part.start() if part else None]
+    plain = put_back.sub(lambda match: hidden[int(match[1])], plain)
+    result += tokenizer.encode(plain) if plain else []
+    if part:
+      result.append(special[part[0]])
+      at = part.end()
+  return result
+
+
+def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+  """Return the tokens of a tokenizer that plain text never gives, by their text."""
+  files = tokenizer.files()
+  if 'tokenizer.json' in files:
+    added = json.loads(files['tokenizer.json']).get('added_tokens') or []
+    return {token['content']: token['id'] for token in added if token.get('special')}
+  if 'tokenizer.model' in files:
+    from jaxllm.interop import sentencepiece_model
+
+    model = sentencepiece_model.parse(files['tokenizer.model'])
+    return {piece: i for i, (piece, kind) in enumerate(zip(model.pieces, model.kinds, strict=True))
+            if kind == sentencepiece_model.CONTROL}
+  return {}
+
+
+# As a file it would put its own directory, with modules of common names, on the path.
+_START = 'import runpy, sys; runpy.run_path(sys.argv[1], run_name="__main__")'
+
+
+def _hide(value: Any, spelled: re.Pattern[str], stand_in: str, hidden: list[str]) -> Any:
+  """Replace what spells a special token, in all texts of a message."""
+  if isinstance(value, str):
+    def replace(match: re.Match[str]) -> str:
+      hidden.append(match[0])
+      return f'{stand_in}{len(hidden) - 1};'
+
+    return spelled.sub(replace, value)
+  if isinstance(value, Mapping):
+    return {key: _hide(item, spelled, stand_in, hidden) for key, item in value.items()}
+  if isinstance(value, list | tuple):
+    return [_hide(item, spelled, stand_in, hidden) for item in value]
+  return value

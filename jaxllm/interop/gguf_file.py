@@ -1,0 +1,204 @@
+"""GGUF files: metadata and tensors, every count checked against the file before it is believed.
+
+The format is a header with two counts, key-value metadata, the name, shape, type and place of each
+tensor, and the bytes. Numbers are little-endian; strings and arrays begin with their length.
+
+Reference:
+  docs/gguf.md in github.com/ggml-org/ggml.
+"""
+
+import dataclasses
+import math
+import mmap
+import pathlib
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+_SCALARS = {0: 'B', 1: 'b', 2: 'H', 3: 'h', 4: 'I', 5: 'i', 6: 'f', 7: '?', 10: 'Q', 11: 'q',
+            12: 'd'}
+_STRING, _ARRAY = 8, 9
+
+MAX_KEYS, MAX_TENSORS, MAX_ELEMENTS = 10_000, 100_000, 2**40
+MAX_METADATA_BYTES = 1_000_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+  """Where one tensor lies.
+
+  Attributes:
+    name: its name in the file.
+    path: the file.
+    kind: its type, such as 'Q4_1'.
+    shape: rows first, as NumPy has it (GGUF lists axes the other way round).
+    offset: of its first byte in the file.
+    num_bytes: its size in the file.
+  """
+
+  name: str
+  path: pathlib.Path
+  kind: str
+  shape: tuple[int, ...]
+  offset: int
+  num_bytes: int
+
+
+def raw(tensor: Tensor) -> np.ndarray:
+  """Map the bytes of a tensor into memory: one row of blocks per row."""
+  array = np.memmap(tensor.path, np.uint8, 'r', tensor.offset, (tensor.num_bytes,))
+  return array.reshape(*tensor.shape[:-1], -1)
+
+
+def data(tensor: Tensor) -> np.ndarray:
+  """Return the numbers of a tensor, float32."""
+  gguf = library()
+  return gguf.dequantize(raw(tensor), gguf.GGMLQuantizationType[tensor.kind])
+
+
+def library() -> Any:
+  """Import the package `gguf`.
+
+  Raises:
+    ValueError: it is not installed.
+  """
+  try:
+    import gguf
+  except ImportError:
+    raise ValueError('GGUF files need the package gguf: pip install "jaxllm[gguf]"') from None
+  return gguf
+
+
+def read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+  """Return the metadata and the tensors of a file.
+
+  Raises:
+    ValueError: it is damaged, cut off, something else, or of a type that cannot be read.
+  """
+  if not path.is_file():
+    raise ValueError(f'{path} is not a file')
+  with path.open('rb') as file:
+    if path.stat().st_size < 24:
+      raise ValueError(f'{path} is cut off: {path.stat().st_size} bytes')
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+      try:
+        return _read(path, content)
+      except ValueError as error:
+        raise ValueError(f'{path}: {error}') from None
+
+
+def _read(path: pathlib.Path, content: mmap.mmap) -> tuple[dict[str, Any], dict[str, Tensor]]:
+  cursor = _Cursor(content)
+  if cursor.take(4) != b'GGUF':
+    raise ValueError('not a GGUF file')
+  version = cursor.number('I')
+  if version not in (2, 3):
+    raise ValueError(f'GGUF version {version}; little-endian files of versions 2 and 3 are read')
+  num_tensors, num_keys = cursor.number('Q'), cursor.number('Q')
+  # A key takes at least 13 bytes, a tensor 24.
+  cursor.check(num_keys, 13, 'keys', MAX_KEYS)
+  cursor.check(num_tensors, 24, 'tensors', MAX_TENSORS)
+  metadata: dict[str, Any] = {}
+  for _ in range(num_keys):
+    key = cursor.string()
+    if key in metadata:
+      raise ValueError(f'key {key!r} stands twice')
+    metadata[key] = _value(cursor, cursor.number('I'), key)
+  entries = [_entry(cursor) for _ in range(num_tensors)]
+  alignment = metadata.get('general.alignment', 32)
+  if not isinstance(alignment, int) or not 0 < alignment <= 1 << 20 or alignment % 8:
+    raise ValueError(f'general.alignment={alignment!r}; a multiple of 8 is needed')
+  start = -(-cursor.at // alignment) * alignment
+  tensors: dict[str, Tensor] = {}
+  for name, shape, kind, offset in entries:
+    if name in tensors:
+      raise ValueError(f'tensor {name!r} stands twice')
+    if offset % alignment:
+      raise ValueError(f'tensor {name!r} begins at {offset}, no multiple of {alignment}')
+    kind_name, size = _size(name, shape, kind)
+    tensors[name] = Tensor(name, path, kind_name, shape, start + offset, size)
+  _check_places(tensors, len(content))
+  return metadata, tensors
+
+
+class _Cursor:
+  """A place in the file that never moves past its end."""
+
+  def __init__(self, content: mmap.mmap):
+    self.content, self.at = content, 0
+
+  def take(self, size: int) -> bytes:
+    if size > len(self.content) - self.at:
+      raise ValueError(f'cut off: {size} bytes are needed at {self.at}, the file ends at '
+                       f'{len(self.content)}')
+    self.at += size
+    return self.content[self.at - size : self.at]
+
+  def number(self, form: str) -> Any:
+    (value,) = struct.unpack('<' + form, self.take(struct.calcsize('<' + form)))
+    return value
+
+  def string(self) -> str:
+    size = self.number('Q')
+    self.check(size, 1, 'bytes of a string', MAX_METADATA_BYTES)
+    return self.take(size).decode('utf-8', errors='strict')
+
+  def check(self, count: int, least_bytes: int, what: str, most: int) -> None:
+    left = len(self.content) - self.at
+    if count > most or count * least_bytes > left:
+      raise ValueError(f'claims {count} {what}; {left} bytes follow, and at most {most} are read')
+
+
+def _value(cursor: _Cursor, kind: int, key: str) -> Any:
+  if kind in _SCALARS:
+    return cursor.number(_SCALARS[kind])
+  if kind == _STRING:
+    return cursor.string()
+  if kind != _ARRAY:
+    raise ValueError(f'key {key!r} has the unknown type {kind}')
+  inner, count = cursor.number('I'), cursor.number('Q')
+  if inner in _SCALARS:
+    form = np.dtype('<' + {'b': 'i1', 'B': 'u1'}.get(_SCALARS[inner], _SCALARS[inner]))
+    cursor.check(count, form.itemsize, f'items in {key!r}', MAX_METADATA_BYTES)
+    return np.frombuffer(cursor.take(count * form.itemsize), form).tolist()
+  if inner != _STRING:
+    raise ValueError(f'key {key!r} is an array of the type {inner}, which is not read')
+  cursor.check(count, 8, f'strings in {key!r}', MAX_METADATA_BYTES)
+  return [cursor.string() for _ in range(count)]
+
+
+def _entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
+  name, num_axes = cursor.string(), cursor.number('I')
+  if not 1 <= num_axes <= 4:
+    raise ValueError(f'tensor {name!r} has {num_axes} axes; 1 to 4 are read')
+  shape = tuple(reversed([cursor.number('Q') for _ in range(num_axes)]))
+  if min(shape) < 1 or math.prod(shape) > MAX_ELEMENTS:
+    raise ValueError(f'tensor {name!r} claims the shape {shape}')
+  return name, shape, cursor.number('I'), cursor.number('Q')
+
+
+def _size(name: str, shape: tuple[int, ...], kind: int) -> tuple[str, int]:
+  """Return the name of a type and the bytes of such a tensor."""
+  gguf = library()
+  try:
+    quantization = gguf.GGMLQuantizationType(kind)
+    block, block_bytes = gguf.GGML_QUANT_SIZES[quantization]
+    gguf.dequantize(np.zeros((1, block_bytes), np.uint8), quantization)
+  except (ValueError, KeyError, NotImplementedError):
+    raise ValueError(f'tensor {name!r} has the type {kind}, which cannot be read') from None
+  if shape[-1] % block:
+    raise ValueError(f'tensor {name!r}: rows of {shape[-1]} do not divide into blocks of {block} '
+                     f'({quantization.name})')
+  return quantization.name, math.prod(shape) // block * block_bytes
+
+
+def _check_places(tensors: Mapping[str, Tensor], size: int) -> None:
+  end = 0
+  for tensor in sorted(tensors.values(), key=lambda tensor: tensor.offset):
+    if tensor.offset < end:
+      raise ValueError(f'tensor {tensor.name!r} overlaps the one before it')
+    end = tensor.offset + tensor.num_bytes
+    if end > size:
+      raise ValueError(f'cut off: tensor {tensor.name!r} ends at {end}, the file at {size}')

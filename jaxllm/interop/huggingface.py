@@ -1,0 +1,203 @@
+"""Hugging Face directories: `open_model` checks one, `load` reads it, `save` writes one.
+
+Nothing from outside is run: weights are safetensors, config.json is read by an allow-list of keys,
+and everything is checked before anything is allocated or written.
+"""
+
+import collections
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxllm.interop import layout, reference, tensorfile, tokenizer_files, weights
+from jaxllm.interop.weights import Source
+from jaxllm.models.config import DecoderConfig
+from jaxllm.models.families import HUGGINGFACE
+from jaxllm.models.families.huggingface import Format
+from jaxllm.sharding import MeshConfig
+
+MAX_CONFIG_BYTES = 10_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+  """A model from outside.
+
+  Attributes:
+    config: sizes and switches of the decoder.
+    variables: {'params': ...}, layers stacked on axis 0.
+    files: file name -> content, for `data.tokenizers.from_files` and `tokenizer_files`.
+    model_type: the family, for writing it back as the same.
+  """
+
+  config: DecoderConfig
+  variables: dict[str, Any]
+  files: dict[str, bytes]
+  model_type: str
+
+
+def load(
+  directory: str | os.PathLike[str],
+  dtype: str | None = 'float32',
+  mesh: jax.sharding.Mesh | None = None,
+  mesh_config: MeshConfig | None = None,
+  ignore_auto_map: bool = False,
+) -> Loaded:
+  """Load a model from a Hugging Face directory.
+
+  Args:
+    directory: holds config.json and model.safetensors, or its shards and their index.
+    dtype: of the parameters, 'float32' or 'bfloat16'; None: as they are stored.
+    mesh: where they go, split by `mesh_config`; None: the first local device.
+    mesh_config: gives the rules; needed with a mesh.
+    ignore_auto_map: read a model whose config.json names code, which is not run.
+
+  Raises:
+    ValueError: a file is missing, damaged, hostile, or of a model that is not supported.
+  """
+  return load_source(open_model(directory, ignore_auto_map), dtype, mesh, mesh_config)
+
+
+def load_source(
+  source: Source,
+  dtype: str | None = 'float32',
+  mesh: jax.sharding.Mesh | None = None,
+  mesh_config: MeshConfig | None = None,
+) -> Loaded:
+  """Check the numbers of an open model, and read it; arguments as in `load`."""
+  weights.check_values(source)
+  variables = weights.read(source, dtype, mesh, mesh_config)
+  return Loaded(source.config, variables, dict(source.files), source.form.model_type)
+
+
+def open_model(directory: str | os.PathLike[str], ignore_auto_map: bool = False) -> Source:
+  """Check everything about a model but its numbers; nothing is allocated.
+
+  Raises:
+    ValueError: as in `load`.
+  """
+  path = pathlib.Path(directory).expanduser()
+  if not path.is_dir():
+    raise ValueError(f'{path} is not a directory')
+  keys = _Reading(read_config(path, ignore_auto_map))
+  form = find_format(keys, path)
+  try:
+    config = form.decode(keys)
+  except ValueError as error:
+    raise ValueError(f'{path}: {error}') from None
+  found = tensorfile.read_headers(tensorfile.find(path))
+  slots = layout.slots(form, config)
+  match = layout.match(form, slots, config.tied_head, found)
+  tensors = {name: weights.stored(found[original]) for name, original in match.names.items()}
+  weights.check_shapes(tuple(slots), tensors)
+  ignored = dict(match.ignored)
+  if match.head is not None:
+    ignored[match.head] = 'equal to the embedding, to which it is tied'
+    _check_tied(form, tensors, weights.stored(found[match.head]))
+  files = tokenizer_files.read(path)
+  _check_files(files, keys.data, config, path, ignore_auto_map)
+
+  def logits(ids: list[int], dtype: np.dtype) -> np.ndarray:
+    return reference.logits(keys.data, lambda name: tensors[name].array().astype(dtype), ids)
+
+  unread = tuple(sorted(set(keys.data) - keys.read))
+  return Source(str(path), form, config, keys.data, tuple(slots), tensors, ignored, unread, files,
+                logits)
+
+
+def read_config(directory: pathlib.Path, ignore_auto_map: bool = False) -> dict[str, Any]:
+  """Return config.json.
+
+  Raises:
+    ValueError: it is missing or damaged, or asks for code or quantisation that we do not have.
+  """
+  path = directory / 'config.json'
+  if not path.is_file():
+    raise ValueError(f'{directory} holds no config.json; is it a Hugging Face model?')
+  if path.stat().st_size > MAX_CONFIG_BYTES:
+    raise ValueError(f'{path}: larger than {MAX_CONFIG_BYTES} bytes')
+  keys = parse_object(path.read_bytes(), path)
+  _refuse_code(keys, path, ignore_auto_map)
+  if keys.get('quantization_config'):
+    raise ValueError(f'{path}: quantization_config: quantised weights are not read; take the '
+                     'original, or a GGUF file')
+  return keys
+
+
+def parse_object(text: bytes, where: object) -> dict[str, Any]:
+  """Parse a JSON object from outside; a ValueError where it is none."""
+  value = tensorfile.parse_json(text, where)
+  if not isinstance(value, dict):
+    raise ValueError(f'{where}: {type(value).__name__}, an object is needed')
+  return value
+
+
+def find_format(keys: Mapping[str, Any], where: object) -> Format:
+  """Return how the family that config.json names is stored.
+
+  Raises:
+    ValueError: it is not supported; the message lists those that are.
+  """
+  model_type = keys.get('model_type')
+  if not isinstance(model_type, str) or model_type not in HUGGINGFACE:
+    raise ValueError(f'{where}: model_type {model_type!r} is not supported (supported: '
+                     f'{", ".join(sorted(HUGGINGFACE))})')
+  return HUGGINGFACE[model_type]
+
+
+class _Reading(collections.abc.Mapping):
+  """A mapping that remembers which of its keys were asked for."""
+
+  def __init__(self, data: dict[str, Any]):
+    self.data, self.read = data, set()
+
+  def __getitem__(self, key: str) -> Any:
+    self.read.add(key)
+    return self.data[key]
+
+  def __contains__(self, key: object) -> bool:
+    return key in self.data
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self.data)
+
+  def __len__(self) -> int:
+    return len(self.data)
+
+
+def _refuse_code(keys: Mapping[str, Any], where: object, ignore_auto_map: bool) -> None:
+  if keys.get('auto_map') and not ignore_auto_map:
+    raise ValueError(
+      f'{where}: auto_map names code that comes with the model; jaxllm never runs such code. Where '
+      'its own decoder for this model_type is meant anyway, say ignore_auto_map=True '
+      '(--ignore_auto_map)'
+    )
+
+
+def _check_tied(
+  form: Format, tensors: Mapping[str, weights.Stored], head: weights.Stored
+) -> None:
+  embedding = tensors[form.names['embed/embedding']]
+  same = (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
+  if not same or not np.array_equal(head.raw(), embedding.raw()):
+    raise ValueError(f'config.json ties the head to the embedding, but {head.name} differs from '
+                     f'{embedding.name}; set tie_word_embeddings to false')
+
+
+def _check_files(
+  files: Mapping[str, bytes], keys: Mapping[str, Any], config: DecoderConfig, path: pathlib.Path,
+  ignore_auto_map: bool,
+) -> None:
+  tokenizer_files.check(files, config.vocab_size, path)
+  if 'tokenizer_config.json' in files:
+    _refuse_code(json.loads(files['tokenizer_config.json']), path / 'tokenizer_config.json',
+                 ignore_auto_map)
+  for what, value in tokenizer_files.special_ids(keys, 'config.json').items():
+    if not isinstance(value, int) or not 0 <= value < config.vocab_size:
+      raise ValueError(f'{path}: {what}={value!r}, but the model has {config.vocab_size} tokens')

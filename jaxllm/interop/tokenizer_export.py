@@ -1,0 +1,231 @@
+"""The tokenizer in the files that `transformers` reads, whatever kind it is.
+
+A `tokenizer.json` is passed on; of SentencePiece models, GPT-2 vocabularies and bytes one is made,
+and checked to give the same ids as the original.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from jaxllm.data import tokenizers
+from jaxllm.data.tokenizers import Tokenizer
+from jaxllm.interop import sentencepiece_model, tokenizer_files
+from jaxllm.models.config import DecoderConfig
+
+Files = Mapping[str, bytes]
+
+_MARK = '\u2581'
+END = '<|endoftext|>'
+# Text of many kinds, on which a tokenizer made anew must agree with its original.
+_PROBES = (
+  'The quick brown fox jumps over the lazy dog, 31,415 times in 2026.', ' leading', 'trailing ',
+  'two  spaces,\ttab,\n\nnewlines\n', 'def f(x):\n    return x[0] ** 2  # ok', 'naïve Ærøskøbing',
+  '机器学习很有趣', 'Привет, мир', '🦜🚀', 'aaaaaaaaaaaaaaaaaaaaaaa', '0000123456789', "don't",
+  'x' * 40 + ' ' * 17 + 'y', '<s> </s> <unk> <0x41>', '',
+)
+
+
+def huggingface_files(
+  files: Files, config: DecoderConfig
+) -> tuple[dict[str, bytes], dict[str, Any]]:
+  """Return the files beside config.json, and what config.json says of special tokens.
+
+  Args:
+    files: of the tokenizer, as `Tokenizer.files()` or a model directory gives them; may be empty.
+    config: of the model.
+
+  Raises:
+    ValueError: the tokenizer has ids that the model has not, or has no equal in a tokenizer.json.
+  """
+  nothing = {'bos_token_id': None, 'eos_token_id': None, 'pad_token_id': None}
+  if not files:
+    return {}, nothing
+  tokenizer = tokenizers.from_files(files)
+  if tokenizer.vocab_size > config.vocab_size:
+    raise ValueError(f'the tokenizer has {tokenizer.vocab_size} ids, the model only '
+                     f'{config.vocab_size}')
+  made = dict(files)
+  if 'tokenizer.json' not in made:
+    kind = next(name for name in _MAKERS if name in files)
+    made['tokenizer.json'] = _MAKERS[kind](files)
+    _check_equal(tokenizer, tokenizers.from_files({'tokenizer.json': made['tokenizer.json']}))
+    made.pop('bytes.txt', None)
+  ids = {'bos_token_id': tokenizer.bos_id, 'eos_token_id': tokenizer.eos_id,
+         'pad_token_id': tokenizer.pad_id if tokenizer.pad_id != tokenizer.eos_id else None}
+  names = _special_tokens(made['tokenizer.json'], ids)
+  settings = json.loads(made.get('tokenizer_config.json', b'{}'))
+  settings.pop('auto_map', None)
+  template = tokenizer_files.chat_template(made)
+  if template is not None:
+    settings['chat_template'] = template
+    made.pop(tokenizer_files.CHAT, None)
+  defaults = {
+    'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False,
+    'model_max_length': config.max_length,
+  }
+  made['tokenizer_config.json'] = json_bytes({**defaults, **names, **settings})
+  made.setdefault('special_tokens_map.json', json_bytes(names))
+  generation = json.loads(made.get(tokenizer_files.GENERATION, b'{}'))
+  ids = {name: generation.get(name, value) for name, value in ids.items()}
+  named = {name: value for name, value in ids.items() if value is not None}
+  made[tokenizer_files.GENERATION] = json_bytes({**named, **generation})
+  return made, ids
+
+
+def json_bytes(value: Any) -> bytes:
+  """Return indented JSON."""
+  return (json.dumps(value, indent=2, ensure_ascii=False) + '\n').encode()
+
+
+def from_sentencepiece(files: Files) -> bytes:
+  """Make a tokenizer.json of a SentencePiece model.
+
+  A literal U+2581 in a text becomes a space, which the original may tell apart.
+  """
+  import tokenizers as library
+
+  model = sentencepiece_model.parse(files['tokenizer.model'])
+  unknown = model.pieces[model.unk_id]
+  if model.algorithm == sentencepiece_model.UNIGRAM:
+    # Pieces that text never gives, such as '<s>', must not win where a text spells them.
+    scores = [score if kind in (sentencepiece_model.NORMAL, sentencepiece_model.USER_DEFINED)
+              else -1e4 for score, kind in zip(model.scores, model.kinds, strict=True)]
+    inner = library.models.Unigram(
+      list(zip(model.pieces, scores, strict=True)), model.unk_id, model.byte_fallback
+    )
+  else:
+    vocab = {piece: i for i, piece in enumerate(model.pieces)}
+    inner = library.models.BPE(
+      vocab, _merges(model, vocab), unk_token=unknown, fuse_unk=True,
+      byte_fallback=model.byte_fallback,
+    )
+  made = library.Tokenizer(inner)
+  normalizers = [library.normalizers.Precompiled(model.charsmap)] if model.charsmap else []
+  if model.squeeze:
+    normalizers += [library.normalizers.Strip(),
+                    library.normalizers.Replace(library.Regex(' {2,}'), ' ')]
+  if model.dummy_prefix:
+    normalizers.append(library.normalizers.Prepend(_MARK))
+  made.normalizer = library.normalizers.Sequence(
+    [*normalizers, library.normalizers.Replace(' ', _MARK)]
+  )
+  decoders = [library.decoders.Replace(_MARK, ' '), library.decoders.ByteFallback(),
+              library.decoders.Fuse()]
+  if model.dummy_prefix:
+    decoders.append(library.decoders.Strip(' ', 1, 0))
+  made.decoder = library.decoders.Sequence(decoders)
+  kinds = dict(zip(model.pieces, model.kinds, strict=True))
+  special = (sentencepiece_model.CONTROL, sentencepiece_model.UNKNOWN)
+  made.add_special_tokens([piece for piece, kind in kinds.items() if kind in special])
+  made.add_tokens([piece for piece, kind in kinds.items()
+                   if kind == sentencepiece_model.USER_DEFINED])
+  return made.to_str().encode()
+
+
+def byte_level_bpe(
+  vocab: Mapping[str, int],
+  merges: Sequence[tuple[str, ...]],
+  special: Sequence[str] = (),
+  words: Sequence[str] = (),
+  pre_tokenizer: Any = None,
+  normalizer: Any = None,
+  ignore_merges: bool = False,
+  first: str | None = None,
+) -> bytes:
+  """Make a tokenizer.json of GPT-2's kind.
+
+  Args:
+    vocab: piece in GPT-2's signs for bytes -> id.
+    merges: pairs of pieces, in order.
+    special: tokens that are never found in plain text.
+    words: tokens that are always found in it.
+    pre_tokenizer: cuts text before merging; None: as GPT-2 does.
+    normalizer: changes text before that; None: nothing.
+    ignore_merges: whether a whole stretch that is a token becomes it, merges or not.
+    first: the token that begins a text when special tokens are asked for.
+  """
+  import tokenizers as library
+
+  made = library.Tokenizer(library.models.BPE(dict(vocab), merges, ignore_merges=ignore_merges))
+  made.pre_tokenizer = pre_tokenizer or library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  if normalizer is not None:
+    made.normalizer = normalizer
+  made.decoder = library.decoders.ByteLevel()
+  made.post_processor = library.processors.ByteLevel(trim_offsets=False)
+  if first is not None:
+    made.post_processor = library.processors.TemplateProcessing(
+      single=f'{first} $A', pair=f'{first} $A {first} $B', special_tokens=[(first, vocab[first])]
+    )
+  made.add_special_tokens(list(special))
+  made.add_tokens(list(words))
+  return made.to_str().encode()
+
+
+def _from_vocab_and_merges(files: Files) -> bytes:
+  vocab = json.loads(files['vocab.json'])
+  lines = files['merges.txt'].decode().splitlines()
+  merges = [(first, second) for line in lines if line and not line.startswith('#version')
+            for first, second in [line.split(' ')]]
+  return byte_level_bpe(vocab, merges, special=[END] if END in vocab else [])
+
+
+def _from_bytes(files: Files) -> bytes:
+  import tokenizers as library
+
+  del files
+  signs = {sign: value for value, sign in _byte_signs().items()}
+  cut = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+  return byte_level_bpe(signs | {END: 256}, [], special=[END], pre_tokenizer=cut)
+
+
+_MAKERS: dict[str, Callable[[Files], bytes]] = {
+  'tokenizer.model': from_sentencepiece,
+  'vocab.json': _from_vocab_and_merges,
+  'bytes.txt': _from_bytes,
+}
+
+
+def _byte_signs() -> dict[int, str]:
+  """Return GPT-2's sign for each byte: itself where it prints, else a letter from U+0100 on."""
+  import tokenizers as library
+
+  signs = sorted(library.pre_tokenizers.ByteLevel.alphabet())
+  plain = [sign for sign in signs if ord(sign) < 256]
+  moved = [sign for sign in signs if ord(sign) >= 256]
+  others = [value for value in range(256) if chr(value) not in plain]
+  return {ord(sign): sign for sign in plain} | dict(zip(others, moved, strict=True))
+
+
+def _merges(model: sentencepiece_model.Model, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
+  """Return the merges of a BPE model: every pair of pieces that makes a piece, best piece first."""
+  found = []
+  for piece, score, kind in zip(model.pieces, model.scores, model.kinds, strict=True):
+    if kind != sentencepiece_model.NORMAL:
+      continue
+    pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+    found += [(-score, vocab[first], vocab[second], first, second)
+              for first, second in pairs if first in vocab and second in vocab]
+  return [(first, second) for *_, first, second in sorted(found)]
+
+
+def _check_equal(original: Tokenizer, made: Tokenizer) -> None:
+  for text in _PROBES:
+    try:
+      expected = original.encode(text)
+    except ValueError:
+      continue  # It has no id for some character.
+    if made.encode(text) != expected:
+      raise ValueError(f'this tokenizer has no equal in a tokenizer.json: {text!r} gives '
+                       f'{made.encode(text)} instead of {expected}')
+
+
+def _special_tokens(content: bytes, ids: Mapping[str, int | None]) -> dict[str, str]:
+  """Return the text of the special tokens: 'bos_token' -> '<s>'."""
+  import tokenizers as library
+
+  inner = library.Tokenizer.from_str(content.decode())
+  return {
+    name.removesuffix('_id'): inner.id_to_token(value) for name, value in ids.items()
+    if value is not None and inner.id_to_token(value) is not None
+  }

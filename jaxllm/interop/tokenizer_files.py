@@ -1,0 +1,102 @@
+"""The files beside the weights: which are read, and what may not be in them."""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from jaxllm.data import tokenizers
+from jaxllm.interop.tensorfile import parse_json
+
+# What travels with a model besides the tokenizer itself.
+GENERATION, CHAT = 'generation_config.json', 'chat_template.jinja'
+FILE_NAMES = (*tokenizers.FILE_NAMES, 'added_tokens.json', GENERATION)
+_RENAMED = {'encoder.json': 'vocab.json', 'vocab.bpe': 'merges.txt'}
+MAX_BYTES = 200_000_000
+
+
+def read(directory: pathlib.Path) -> dict[str, bytes]:
+  """Return the tokenizer's files of a model directory, and those that tell how to use it.
+
+  Raises:
+    ValueError: one is absurdly large.
+  """
+  files = {}
+  names = {name: name for name in FILE_NAMES}
+  names |= {old: new for old, new in _RENAMED.items() if not (directory / new).is_file()}
+  for name, ours in names.items():
+    path = directory / name
+    if path.is_file() and ours != 'bytes.txt':
+      if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f'{path}: larger than {MAX_BYTES} bytes')
+      files[ours] = path.read_bytes()
+  return files
+
+
+def check(files: Mapping[str, bytes], vocab_size: int, where: object) -> None:
+  """Check that every id that the files speak of is in the model's vocabulary.
+
+  Raises:
+    ValueError: an id is not, or a file is damaged, or wants its own code to be run.
+  """
+  objects = {
+    name: parse_json(content, f'{where}/{name}')
+    for name, content in files.items() if name.endswith('.json')
+  }
+  ids: dict[str, Any] = {}
+  for name, content in objects.items():
+    if not isinstance(content, dict):
+      raise ValueError(f'{where}/{name}: {type(content).__name__}, an object is needed')
+    if name in ('vocab.json', 'added_tokens.json'):
+      ids |= {f'{name}: {token!r}': i for token, i in content.items()}
+    if name == GENERATION:
+      ids |= special_ids(content, name)
+  ids |= _ids_in_tokenizer(objects.get('tokenizer.json') or {}, f'{where}/tokenizer.json')
+  for what, value in ids.items():
+    if not isinstance(value, int) or not 0 <= value < vocab_size:
+      raise ValueError(f'{where}: {what} has id {value!r}, but the model has {vocab_size} tokens '
+                       f'(ids 0 to {vocab_size - 1}); the tokenizer belongs to another model')
+
+
+def special_ids(keys: Mapping[str, Any], where: str) -> dict[str, Any]:
+  """Return the ids of begin, end and padding that a config names, by where they stand."""
+  ids = {}
+  for name in ('bos_token_id', 'eos_token_id', 'pad_token_id'):
+    value = keys.get(name)
+    values = value if isinstance(value, list) else [value]
+    ids |= {
+      f'{where}: {name}[{i}]': item for i, item in enumerate(values)
+      # -1 stands for none, in older files.
+      if item is not None and item != -1
+    }
+  return ids
+
+
+def stop_ids(files: Mapping[str, bytes]) -> tuple[int, ...]:
+  """Return the ids that end a generation, as generation_config.json names them."""
+  keys = json.loads(files.get(GENERATION, b'{}'))
+  return tuple(value for what, value in special_ids(keys, '').items() if 'eos' in what)
+
+
+def chat_template(files: Mapping[str, bytes]) -> str | None:
+  """Return the chat template: of its own file, or in tokenizer_config.json; None: there is none."""
+  if CHAT in files:
+    return files[CHAT].decode('utf-8')
+  template = json.loads(files.get('tokenizer_config.json', b'{}')).get('chat_template')
+  if isinstance(template, list):
+    named = {item.get('name'): item.get('template') for item in template if isinstance(item, dict)}
+    template = named.get('default')
+  return template if isinstance(template, str) else None
+
+
+def _ids_in_tokenizer(content: Mapping[str, Any], where: str) -> dict[str, Any]:
+  model, added = content.get('model') or {}, content.get('added_tokens') or []
+  vocab = model.get('vocab') if isinstance(model, dict) else None
+  if not isinstance(added, list) or not all(isinstance(token, dict) for token in added):
+    raise ValueError(f'{where}: added_tokens is no list of objects')
+  ids = {f'added token {token.get("content")!r}': token.get('id') for token in added}
+  if isinstance(vocab, dict):
+    ids |= {f'token {token!r}': i for token, i in vocab.items()}
+  elif isinstance(vocab, list) and vocab:
+    ids[f'the last of {len(vocab)} pieces'] = len(vocab) - 1
+  return ids
