@@ -43,11 +43,11 @@ def get_config() -> Experiment:
       sources=(SourceConfig(location=location),), validation=0.08, context_length=128
     ),
     tokenizer=TokenizerConfig(vocab_size=2048),
-    training=TrainingConfig(num_steps=900, batch_size=16),
-    optimizer=OptimizerConfig(learning_rate=3e-3),
-    schedule=ScheduleConfig(warmup_steps=50, final_fraction=0.1),
-    checkpoint=CheckpointConfig(every_steps=300),
+    training=TrainingConfig(num_steps=700, batch_size=8),
+    optimizer=OptimizerConfig(name='muon', learning_rate=0.01),
+    schedule=ScheduleConfig(warmup_steps=30, final_fraction=0.05),
+    checkpoint=CheckpointConfig(every_steps=250),
     evaluation=EvaluationConfig(
-      every_steps=150, max_batches=12, prompts=PROMPTS[location], prompt_tokens=100
+      every_steps=100, max_batches=24, prompts=PROMPTS[location], prompt_tokens=100
     ),
   )

@@ -75,6 +75,11 @@ class Experiment(Config):
         f'training.batch_size={training.batch_size} does not divide into '
         f'training.microbatches={training.microbatches} equal parts'
       )
+    if training.ema_decay is not None and self.optimizer.name == 'schedule_free_adamw':
+      raise ValueError(
+        f'training.ema_decay={training.ema_decay}: schedule_free_adamw keeps its own average; '
+        'set ema_decay to None'
+      )
     if self.schedule.warmup_steps >= training.num_steps:
       raise ValueError(
         f'schedule.warmup_steps={self.schedule.warmup_steps} leaves no step after the warmup of '

@@ -124,6 +124,7 @@ def measure_jaxllm(shape: tuple, name: str) -> dict:
   import numpy as np
 
   from jaxllm import sharding
+  from jaxllm.data.documents import SourceConfig
   from jaxllm.data.records import DataConfig
   from jaxllm.data.tokenizers import TokenizerConfig
   from jaxllm.experiment import Experiment, TrainingConfig
@@ -139,8 +140,8 @@ def measure_jaxllm(shape: tuple, name: str) -> dict:
       dtype='bfloat16' if 'bfloat16' in name else 'float32',
       scan_layers='unrolled' not in name,
     ),
-    data=DataConfig(context_length=context),
-    tokenizer=TokenizerConfig(),
+    data=DataConfig(sources=(SourceConfig(location='unused'),), context_length=context),
+    tokenizer=TokenizerConfig(kind='bytes'),
     training=TrainingConfig(num_steps=1000, batch_size=batch),
   )
   mesh = sharding.make_mesh(experiment.mesh)

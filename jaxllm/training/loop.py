@@ -205,7 +205,7 @@ def _loop(run: _Run, state: TrainState) -> int:
         waiting = None
       with log.pause():
         if evaluating:
-          log.scores(step, evaluate(state_lib.evaluation_params(experiment, state)))
+          log.scores(step, evaluate(state_lib.evaluation_params(state)))
         if saving or stop:
           store_lib.save(run.store, step, state, run.bundle)
           saved = step
@@ -310,7 +310,7 @@ def _finish(run: _Run, step: int) -> dict[str, Any]:
   if evaluate is not None:
     abstract = state_lib.abstract_state(experiment, run.tx, run.mesh)
     state = store_lib.restore(run.store, abstract, step)
-    summary['validation'] = evaluate(state_lib.evaluation_params(experiment, state))
+    summary['validation'] = evaluate(state_lib.evaluation_params(state))
   if jax.process_index() == 0:
     _write_samples(experiment, run.path)
     workdir.write_json(run.path / 'summary.json', summary)

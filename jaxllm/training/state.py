@@ -22,7 +22,7 @@ class TrainState:
     step: int32 scalar, steps taken, skipped ones included.
     params: float32 parameters, layers stacked on axis 0.
     opt_state: state of the optax transform.
-    ema: moving average of `params`, or None.
+    ema: the average of `params` that is evaluated and sampled from, or None: `params` are.
     loss_mean: float32 scalar, running mean of the loss of applied steps.
     loss_variance: float32 scalar, running variance of the same.
     skipped: int32 scalar, steps that were not applied.
@@ -71,7 +71,7 @@ def init_state(
     params=params,
     opt_state=tx.init(params),
     # A copy: the step donates the state, and two leaves may not share a buffer.
-    ema=jax.tree.map(jnp.copy, params) if experiment.training.ema_decay is not None else None,
+    ema=jax.tree.map(jnp.copy, params) if averages(experiment) else None,
     loss_mean=jnp.zeros((), jnp.float32),
     loss_variance=jnp.zeros((), jnp.float32),
     skipped=jnp.zeros((), jnp.int32),
@@ -116,11 +116,23 @@ def create_state(
   return jax.jit(lambda: init_state(experiment, tx), out_shardings=out_shardings)()
 
 
-def evaluation_params(experiment: Experiment, state: TrainState) -> Any:
+def averages(experiment: Experiment) -> bool:
+  """Return whether the run keeps an average beside the parameters that it trains."""
+  schedule_free = experiment.optimizer.name == 'schedule_free_adamw'
+  return schedule_free or experiment.training.ema_decay is not None
+
+
+def next_average(experiment: Experiment, ema: Any, opt_state: Any, params: Any) -> Any:
+  """Return the average after a step: the optimizer's own, or the moving one."""
+  decay = experiment.training.ema_decay
+  if decay is None:
+    return optimizers.evaluation_params(experiment.optimizer, opt_state, params)
+  return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
+
+
+def evaluation_params(state: TrainState) -> Any:
   """Return the parameters to evaluate and sample with: the average where there is one."""
-  if state.ema is not None:
-    return state.ema
-  return optimizers.evaluation_params(experiment.optimizer, state.opt_state, state.params)
+  return state.params if state.ema is None else state.ema
 
 
 def _keys(path: Any) -> tuple[str, ...]:

@@ -54,6 +54,19 @@ def make_train_step(experiment: Experiment, tx: optax.GradientTransformation, me
   )
 
 
+def abstract_batch(experiment: Experiment, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+  """Return the shapes, dtypes and shardings of a training batch without allocating."""
+  shape = experiment.training.batch_size, experiment.data.context_length
+  where = sharding.batch_sharding(mesh, experiment.mesh)
+  dtypes = {
+    'tokens': jnp.int32, 'targets': jnp.int32, 'weights': jnp.float32, 'segment_ids': jnp.int32,
+    'positions': jnp.int32,
+  }
+  return {
+    name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, dtype in dtypes.items()
+  }
+
+
 def make_pure_step(experiment: Experiment, tx: optax.GradientTransformation) -> Step:
   """Return the same step as a pure function without jit, mesh or donation."""
   schedule = train_state.make_schedule(experiment)
@@ -155,10 +168,9 @@ def _next_state(
   # Early on the plain mean of all losses, later an exponential one over `window` steps.
   weight = 1.0 / jnp.minimum(state.step - state.skipped + 1, window).astype(jnp.float32)
   deviation = loss - state.loss_mean
-  ema = state.ema
-  if training.ema_decay is not None:
-    decay = training.ema_decay
-    ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
+  ema = None
+  if train_state.averages(experiment):
+    ema = train_state.next_average(experiment, state.ema, opt_state, params)
   changed = state.replace(
     params=params,
     opt_state=opt_state,

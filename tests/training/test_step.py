@@ -1,4 +1,4 @@
-"""Laws of the train step: accumulation, sharding and skipping change nothing that they should not."""
+"""Laws of the train step: accumulating, sharding and skipping change only what they should."""
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from jaxllm import sharding
+from jaxllm.optim import optimizers
 from jaxllm.training import state as state_lib
 from jaxllm.training import step as step_lib
 from tests.training import tiny
@@ -203,3 +204,17 @@ def test_the_donated_step_compiles_once(tmp_path):
   for seed in range(3):
     state, _ = train_step(state, sharding.put_batch(make_batch(seed=seed), where))
   assert train_step._cache_size() == 1
+
+
+def test_schedule_free_training_keeps_the_parameters_to_evaluate(tmp_path):
+  changes = {'optimizer__name': 'schedule_free_adamw', 'schedule__name': 'constant'}
+  experiment = tiny.experiment(tmp_path, **changes)
+  state, _ = take_steps(experiment, 1, [make_batch(seed=seed) for seed in range(3)])
+  expected = optimizers.evaluation_params(experiment.optimizer, state.opt_state, state.params)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+    state_lib.evaluation_params(state), expected,
+  )
+  assert optax.global_norm(jax.tree.map(jnp.subtract, state.ema, state.params)) > 1e-4
+  with pytest.raises(ValueError, match='keeps its own average'):
+    tiny.experiment(tmp_path, training__ema_decay=0.9, **changes)
