@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 _BLOCK_BYTES = 1 << 20
 
-# Text between runs of * or _ that open before and close after a word, within one paragraph.
-_EMPHASIS = re.compile(r'(?<![\w\\])[*_]+(?![\s*_])((?:(?!\n\n)[\s\S]){1,2000}?)(?<!\s)[*_]+(?!\w)')
+# Text between runs of * or _ that open before and close after a word.
+_EMPHASIS = re.compile(r'(?<![\w\\*_])[*_]+(?![\s*_])(.{1,2000}?)(?<!\s)[*_]+(?!\w)', re.DOTALL)
 
 
 class File(NamedTuple):
@@ -99,7 +99,7 @@ def strip_markdown(text: str) -> str:
   """Return the plain text of simple Markdown: no code, lists or links, as in books and plays."""
   text = re.sub(r'(?m)^#{1,6} +', '', text)
   text = re.sub(r'(?m)[ \t]+$', '', text)
-  text = _EMPHASIS.sub(r'\1', text)
+  text = '\n\n'.join(_EMPHASIS.sub(r'\1', paragraph) for paragraph in text.split('\n\n'))
   return re.sub(r'\\([!-/:-@\[-`{-~])', r'\1', text).lstrip('\n')
 
 

@@ -107,7 +107,7 @@ class ShardWriter:
       self._io(writer.close)
 
   def _io(self, call: Callable[..., Any], *args: Any) -> Any:
-    with _explained(self._directory.parent):
+    with _explained(self._directory):
       try:
         return call(*args)
       except RuntimeError as error:  # How the library reports every failure of the file system.
@@ -126,11 +126,13 @@ def _explained(directory: pathlib.Path) -> Iterator[None]:
   try:
     yield
   except OSError as error:
+    staging = [path for path in (directory, *directory.parents) if path.name.startswith(_STAGING)]
+    place = staging[-1].parent if staging else directory
     reason = os.strerror(error.errno) if error.errno else str(error)
     raise OSError(
       error.errno or errno.EIO,
       f'cannot write prepared data: {reason}; nothing half-written is left. Make room, or prepare '
-      'into another directory', str(directory)) from error
+      'into another directory', str(place)) from error
 
 
 def file_digest(path: pathlib.Path, known: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import shutil
 import threading
 import time
 
@@ -153,8 +154,8 @@ def test_leaving_early_leaves_no_thread_and_does_not_wait():
   before = threading.active_count()
   for result in parallel.map_ahead(work, itertools.count(), num_threads=2, ahead=50):
     if result == 1:
+      count = len(started)
       break
-  count = len(started)
   deadline = time.monotonic() + 5
   while threading.active_count() > before and time.monotonic() < deadline:
     time.sleep(0.01)
@@ -181,7 +182,6 @@ def test_ids_beyond_the_vocabulary_never_reach_a_device(directory, monkeypatch):
 
 
 def test_damaged_shards_are_named(directory, tmp_path):
-  import shutil
   copy = tmp_path / 'copy'
   shutil.copytree(directory, copy)
   shards = sorted(copy.glob('*/train-*.array_record'))

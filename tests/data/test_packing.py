@@ -37,6 +37,12 @@ def test_packed_literal():
     'positions': 'int32'}
 
 
+def test_no_sequence_begins_where_it_could_have_no_target():
+  records = _pack('packed', [[1, 2, 3, 4], [5, 6]], 4)
+  assert records['tokens'].tolist() == [[1, 2, 3, 4, 0], [5, 6, 0, 0, 0]]
+  assert records['segment_ids'].tolist() == [[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]]
+
+
 def test_stream_literal():
   records = _pack('stream', [[1, 2, 3], [4, 5], [6], [7, 8, 9, 10]], 4)
   assert records['tokens'].tolist() == [[1, 2, 3, 4, 5], [5, 6, 7, 8, 9], [9, 10, 0, 0, 0]]
@@ -81,6 +87,13 @@ def test_whole_cuts_nothing_that_fits_and_wastes_little():
   assert (segments > 0).mean() > 0.9
   packed = _pack('packed', sequences, 31)
   assert (packed['segment_ids'][:-1] > 0).mean() > 0.99
+
+
+def test_whole_keeps_a_bounded_number_of_records_open():
+  packer = packing.PACKERS['whole'](packing.record_dtype(9, 1000))
+  early = [row for _ in range(200) for row in packer.add(np.arange(6))]
+  assert len(early) == 200 - packing._OPEN_RECORDS
+  assert len(list(packer.finish())) == packing._OPEN_RECORDS
 
 
 def test_positions_restart_exactly_where_segments_do():

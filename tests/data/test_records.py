@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -382,14 +383,16 @@ def test_processes_at_once_do_the_work_once(corpus, out):
   assert sorted(_documents(out, 'train') + _documents(out, 'validation')) == sorted(TEXTS)
 
 
-def test_open_batches_outlive_newly_prepared_records(corpus, out):
-  prepare(_data(corpus), BYTES, out)
+def test_open_batches_outlive_newly_prepared_records(corpus, out, tmp_path, monkeypatch):
+  monkeypatch.setattr(records.record_writer, '_SHARD_TOKENS', 16 * 20)
+  assert len(prepare(_data(corpus), BYTES, out).train.shards) > 4
+  shutil.copytree(out, tmp_path / 'copy')
   batches = make_batches(out, 'train', 4, 0)
-  before = [batches.batch_at(step) for step in range(5)]
   prepare(_data(corpus, context_length=9), BYTES, out)
-  for step, batch in enumerate(before):
-    for name, array in batches.batch_at(step).items():
-      assert np.array_equal(array, batch[name])
+  expected = make_batches(tmp_path / 'copy', 'train', 4, 0)
+  for step in range(expected.num_batches):
+    for name, array in expected.batch_at(step).items():
+      assert np.array_equal(array, batches.batch_at(step)[name])
 
 
 def test_files_are_hashed_once(corpus, out, monkeypatch):
