@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 _BLOCK_BYTES = 1 << 20
 
 # Text between runs of * or _ that open before and close after a word.
-_EMPHASIS = re.compile(r'(?<![\w\\*_])[*_]+(?![\s*_])(.{1,2000}?)(?<!\s)[*_]+(?!\w)', re.DOTALL)
+_EMPHASIS = re.compile(r'(?<![\w\\*_])[*_]+(?![\s*_])(.{1,1000}?)(?<!\s)[*_]+(?!\w)', re.DOTALL)
 
 
 class File(NamedTuple):
