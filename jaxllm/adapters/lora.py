@@ -90,7 +90,7 @@ def abstract(config: LoraConfig, params: Tree, axes: Tree) -> tuple[Tree, Tree]:
   names: Tree = {}
   for path, kernel in _targets(config, params):
     kernel_axes = _at(axes, path)['kernel']
-    stacked, num_inputs = _layout(path, len(kernel.shape))
+    stacked, num_inputs = layout(path, len(kernel.shape))
     lead, rest = kernel_axes[:stacked], kernel_axes[stacked:]
     _insert(names, path, {
       'a': (*lead, *rest[:num_inputs], 'rank'),
@@ -166,7 +166,7 @@ def adapters(lora: Tree, path: str = '') -> Iterator[tuple[str, Tree]]:
 
 def check(lora: Tree, params: Tree) -> None:
   """Raise a ValueError where an adapter does not fit its kernel."""
-  kernels = dict(_kernels(params))
+  kernels = dict(kernels_of(params))
   for path, adapter in adapters(lora):
     if path not in kernels:
       raise ValueError(f'adapter {path!r}: the model has no such kernel (it has '
@@ -244,7 +244,7 @@ def from_modules(modules: Mapping[str, Tree]) -> Tree:
 
 def _targets(config: LoraConfig, params: Tree) -> list[tuple[str, Any]]:
   """Return (path, kernel) of what is adapted, in the order of the tree."""
-  kernels = dict(_kernels(params))
+  kernels = dict(kernels_of(params))
   chosen = {}
   for pattern in config.targets:
     matched = [path for path in kernels if re.fullmatch(pattern, path)]
@@ -255,17 +255,17 @@ def _targets(config: LoraConfig, params: Tree) -> list[tuple[str, Any]]:
   return [(path, kernel) for path, kernel in kernels.items() if path in chosen]
 
 
-def _kernels(params: Tree, path: str = '') -> Iterator[tuple[str, Any]]:
+def kernels_of(params: Tree, path: str = '') -> Iterator[tuple[str, Any]]:
   """Yield (path of the module, kernel); of a quantised one, the part with the kernel's shape."""
   for name, child in params.items():
     if name == 'kernel':
       largest = max(jax.tree.leaves(child), key=lambda leaf: math.prod(leaf.shape))
       yield path, largest
     elif isinstance(child, Mapping):
-      yield from _kernels(child, f'{path}/{name}' if path else name)
+      yield from kernels_of(child, f'{path}/{name}' if path else name)
 
 
-def _layout(path: str, num_axes: int) -> tuple[int, int]:
+def layout(path: str, num_axes: int) -> tuple[int, int]:
   """Return how many leading axes of a kernel are those of layers, and how many then are inputs."""
   stacked = int(path.split('/')[0] == 'layers')
   num_inputs = _NUM_INPUTS.get(path.rpartition('/')[2], 1)
@@ -278,7 +278,7 @@ def _shapes(
   path: str, kernel: tuple[int, ...], rank: int
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
   """Return the shapes of a, b and scale."""
-  stacked, num_inputs = _layout(path, len(kernel))
+  stacked, num_inputs = layout(path, len(kernel))
   lead, rest = kernel[:stacked], kernel[stacked:]
   return (*lead, *rest[:num_inputs], rank), (*lead, rank, *rest[num_inputs:]), lead
 

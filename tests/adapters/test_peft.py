@@ -1,0 +1,221 @@
+"""PEFT's directories: written and read back, fused matrices included, and as PEFT computes them."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm.adapters import lora as lora_lib
+from jaxllm.adapters import peft
+from jaxllm.adapters.lora import LoraConfig
+from jaxllm.models import decoder
+from jaxllm.models.decoder import Decoder, DecoderConfig
+from jaxllm.models.families import HUGGINGFACE
+
+MODEL = DecoderConfig(
+  vocab_size=30, vocab_multiple=8, embed_dim=8, num_layers=3, num_heads=4, num_kv_heads=2,
+  mlp_dim=12, max_length=16,
+)
+MODELS = {
+  'llama': MODEL,
+  'gpt2': MODEL.replace(num_kv_heads=None, gated=False, activation='gelu_tanh', tied_head=True),
+  'gpt_neox': MODEL.replace(num_kv_heads=None, gated=False, activation='gelu'),
+  'phi3': MODEL,
+}
+LORA = LoraConfig(rank=3, alpha=6, targets=('layers/.*',))
+
+
+def _random(config, lora_config=LORA, seed=0):
+  """Return adapters with nothing plain: b random, a scale of its own for each layer."""
+  shapes, _ = decoder.abstract(config)
+  adapters = lora_lib.init(lora_config, shapes['params'], jax.random.key(seed))
+  rng = np.random.default_rng(seed)
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: leaf if path[-1].key == 'a' else jnp.asarray(
+      rng.normal(size=leaf.shape) if path[-1].key == 'b' else rng.uniform(1, 2, leaf.shape),
+      jnp.float32),
+    adapters)
+
+
+def _deltas(adapters):
+  return {path: np.asarray(lora_lib.delta(path, adapter))
+          for path, adapter in lora_lib.adapters(adapters)}
+
+
+def _assert_same(ours, theirs):
+  assert ours.keys() == theirs.keys()
+  for path in ours:
+    np.testing.assert_allclose(ours[path], theirs[path], rtol=1e-5, atol=1e-5, err_msg=path)
+
+
+@pytest.mark.parametrize('kind', MODELS)
+def test_written_and_read_back(kind, tmp_path):
+  adapters = _random(MODELS[kind])
+  peft.save(tmp_path, adapters, HUGGINGFACE[kind], MODELS[kind])
+  found, config = peft.load(tmp_path, HUGGINGFACE[kind], MODELS[kind])
+  _assert_same(_deltas(found), _deltas(adapters))
+  shapes, _ = decoder.abstract(MODELS[kind])
+  again = lora_lib.init(config.replace(rank=3), shapes['params'], jax.random.key(0))
+  assert dict(lora_lib.adapters(again)).keys() == dict(lora_lib.adapters(found)).keys()
+  assert sorted(path.name for path in tmp_path.iterdir()) == [
+    'adapter_config.json', 'adapter_model.safetensors']
+
+
+def test_a_head_with_padded_vocabulary(tmp_path):
+  adapters = _random(MODEL, LORA.replace(targets=('head', 'layers/mlp/up')))
+  adapters['head']['b'] = adapters['head']['b'].at[:, 30:].set(0)
+  peft.save(tmp_path, adapters, HUGGINGFACE['llama'], MODEL)
+  _assert_same(_deltas(peft.load(tmp_path, HUGGINGFACE['llama'], MODEL)[0]), _deltas(adapters))
+
+
+def test_names_as_peft_spells_them(tmp_path):
+  from safetensors.numpy import load_file
+
+  config = MODELS['gpt2']
+  few = LORA.replace(targets=('layers/attention/(query|value|out)',))
+  peft.save(tmp_path, _random(config, few), HUGGINGFACE['gpt2'], config, 'org/base')
+  shapes = {name: array.shape for name, array in
+            load_file(tmp_path / 'adapter_model.safetensors').items()}
+  prefix = 'base_model.model.transformer.h'
+  assert shapes == {
+    f'{prefix}.{layer}.attn.{module}.lora_{side}.weight': shape
+    for layer in range(3)
+    for module, side, shape in [
+      ('c_attn', 'A', (6, 8)), ('c_attn', 'B', (24, 6)),
+      ('c_proj', 'A', (3, 8)), ('c_proj', 'B', (8, 3)),
+    ]
+  }
+  keys = json.loads((tmp_path / 'adapter_config.json').read_text())
+  assert keys['target_modules'] == ['attn.c_attn', 'attn.c_proj'] and keys['fan_in_fan_out']
+  assert keys['r'] == 3 and keys['rank_pattern'] == {r'attn\.c_attn': 6}
+  assert keys['base_model_name_or_path'] == 'org/base'
+
+
+def _edit(directory, **changes):
+  path = directory / 'adapter_config.json'
+  path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    ({'use_dora': True}, 'use_dora=True has no counterpart'),
+    ({'modules_to_save': ['lm_head']}, 'modules_to_save'),
+    ({'bias': 'all'}, "bias='all'"),
+    ({'peft_type': 'IA3'}, "peft_type 'IA3'"),
+    ({'r': '8'}, "r='8'"),
+    ({'r': 4}, 'has rank 3, but adapter_config.json says 4'),
+  ],
+)
+def test_what_has_no_counterpart_is_refused(changes, message, tmp_path):
+  peft.save(tmp_path, _random(MODEL), HUGGINGFACE['llama'], MODEL)
+  _edit(tmp_path, **changes)
+  with pytest.raises(ValueError, match=message):
+    peft.load(tmp_path, HUGGINGFACE['llama'], MODEL)
+
+
+def test_scale_of_rank_stabilised_adapters(tmp_path):
+  peft.save(tmp_path, _random(MODEL), HUGGINGFACE['llama'], MODEL)
+  _edit(tmp_path, use_rslora=True, lora_alpha=5)
+  found, _ = peft.load(tmp_path, HUGGINGFACE['llama'], MODEL)
+  np.testing.assert_allclose(found['layers']['mlp']['up']['scale'], 5 / 3**0.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  'arrays, message',
+  [
+    ({'base_model.model.model.layers.0.mlp.up_proj.lora_A.weight': (3, 8)}, 'of one rank'),
+    ({'base_model.model.model.embed_tokens.lora_embedding_A': (3, 8)}, 'no part of a LoRA'),
+    ({'model.layers.9.mlp.up_proj.lora_A.weight': (3, 8),
+      'model.layers.9.mlp.up_proj.lora_B.weight': (12, 3)}, 'belongs to no matrix'),
+    ({'model.layers.0.mlp.up_proj.lora_A.weight': (3, 9),
+      'model.layers.0.mlp.up_proj.lora_B.weight': (12, 3)}, '9 columns'),
+    ({'model.layers.0.mlp.up_proj.lora_A.weight': (3, 8),
+      'model.layers.0.mlp.up_proj.lora_B.weight': (13, 3)}, '13 rows'),
+  ],
+)
+def test_weights_that_do_not_fit_are_named(arrays, message, tmp_path):
+  from safetensors.numpy import save_file
+
+  peft.save(tmp_path, _random(MODEL), HUGGINGFACE['llama'], MODEL)
+  save_file({name: np.ones(shape, np.float32) for name, shape in arrays.items()},
+            tmp_path / 'adapter_model.safetensors')
+  with pytest.raises(ValueError, match=message):
+    peft.load(tmp_path, HUGGINGFACE['llama'], MODEL)
+
+
+def test_layers_without_an_adapter_have_none(tmp_path):
+  from safetensors.numpy import load_file, save_file
+
+  adapters = _random(MODEL)
+  peft.save(tmp_path, adapters, HUGGINGFACE['llama'], MODEL)
+  file = tmp_path / 'adapter_model.safetensors'
+  save_file({k: v for k, v in load_file(file).items() if '.layers.1.' not in k}, file)
+  found = _deltas(peft.load(tmp_path, HUGGINGFACE['llama'], MODEL)[0])
+  for path, delta in _deltas(adapters).items():
+    np.testing.assert_allclose(found[path][[0, 2]], delta[[0, 2]], rtol=1e-5, atol=1e-5)
+    assert not found[path][1].any()
+
+
+LLAMA_SIZES = {'hidden_size': 24, 'intermediate_size': 36, 'num_hidden_layers': 2,
+               'num_attention_heads': 4}
+THEIRS = {
+  'llama': ('LlamaForCausalLM', LLAMA_SIZES | {'num_key_value_heads': 2}, 'all-linear'),
+  'gpt2': ('GPT2LMHeadModel', {'n_embd': 24, 'n_layer': 2, 'n_head': 4},
+           ['c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj']),
+  'gpt_neox': ('GPTNeoXForCausalLM',
+               LLAMA_SIZES | {'hidden_size': 32, 'tie_word_embeddings': False},
+               ['query_key_value', 'dense', 'dense_h_to_4h', 'dense_4h_to_h']),
+  'phi3': ('Phi3ForCausalLM', LLAMA_SIZES | {'num_key_value_heads': 2, 'pad_token_id': 0},
+           ['qkv_proj', 'o_proj', 'gate_up_proj', 'down_proj']),
+}
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize('kind', THEIRS)
+def test_peft_computes_the_same(kind, tmp_path):
+  torch = pytest.importorskip('torch')
+  transformers = pytest.importorskip('transformers')
+  theirs = pytest.importorskip('peft')
+  from jaxllm.interop import huggingface
+
+  torch.manual_seed(0)
+  name, sizes, targets = THEIRS[kind]
+  sizes = {'vocab_size': 50, 'bos_token_id': 1, 'eos_token_id': 2, **sizes}
+  family = getattr(transformers, name)
+  base = family(family.config_class(**sizes)).eval()
+  base.save_pretrained(tmp_path / 'base')
+  loaded = huggingface.load(tmp_path / 'base')
+  tokens = np.random.default_rng(0).integers(3, 50, (2, 9))
+
+  def their_logits(model):
+    with torch.no_grad():
+      return model(torch.tensor(tokens)).logits.numpy()
+
+  def our_logits(adapters):
+    variables = {**loaded.variables, 'lora': adapters}
+    return jax.jit(Decoder(loaded.config).apply)(variables, jnp.asarray(tokens))[..., :50]
+
+  # From PEFT to us, some modules with another rank.
+  plain = their_logits(base)
+  config = theirs.LoraConfig(
+    r=4, lora_alpha=12, target_modules=targets, lora_dropout=0.0, init_lora_weights=False,
+    rank_pattern={'down_proj': 2}, alpha_pattern={'down_proj': 7},
+    fan_in_fan_out=kind == 'gpt2', task_type='CAUSAL_LM')
+  model = theirs.get_peft_model(base, config).eval()
+  model.save_pretrained(tmp_path / 'theirs')
+  expected = their_logits(model)
+  assert np.abs(expected - plain).max() > 1e-2
+  form = HUGGINGFACE[kind]
+  adapters, found = peft.load(tmp_path / 'theirs', form, loaded.config)
+  assert found.rank == 4 and found.alpha == 12
+  np.testing.assert_allclose(our_logits(adapters), expected, atol=1e-4)
+
+  # From us to PEFT.
+  ours = _random(loaded.config, LORA, seed=5)
+  peft.save(tmp_path / 'ours', ours, form, loaded.config)
+  again = family.from_pretrained(tmp_path / 'base').eval()
+  model = theirs.PeftModel.from_pretrained(again, tmp_path / 'ours').eval()
+  np.testing.assert_allclose(our_logits(ours), their_logits(model), atol=2e-4)
