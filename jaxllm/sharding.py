@@ -8,13 +8,13 @@ tensor parallel and their mixtures differ in `MeshConfig` alone.
 import contextlib
 import contextvars
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import pydantic
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.config import Config
 
@@ -77,6 +77,25 @@ class MeshConfig(Config):
     return self
 
 
+def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
+  """Return the size of each of MESH_AXES on `num_devices` devices.
+
+  Raises:
+    ValueError: the sizes do not multiply to the number of devices.
+  """
+  sizes = [getattr(config, axis) for axis in MESH_AXES]
+  known = math.prod(size for size in sizes if size != -1)
+  if -1 in sizes and num_devices % known == 0:
+    sizes[sizes.index(-1)] = num_devices // known
+  if math.prod(sizes) != num_devices:
+    shape = ', '.join(f'{a}={getattr(config, a)}' for a in MESH_AXES)
+    raise ValueError(
+      f'config.mesh ({shape}) needs a multiple of {known} devices but there are {num_devices}; '
+      'change the sizes so that they multiply to the device count (one may be -1)'
+    )
+  return tuple(sizes)
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
   """Arrange devices into the mesh that `config` describes.
 
@@ -88,19 +107,20 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     ValueError: the sizes do not multiply to the number of devices.
   """
   devices = list(devices) if devices is not None else jax.devices()
-  sizes = [getattr(config, axis) for axis in MESH_AXES]
-  known = math.prod(size for size in sizes if size != -1)
-  if -1 in sizes and len(devices) % known == 0:
-    sizes[sizes.index(-1)] = len(devices) // known
-  if math.prod(sizes) != len(devices):
-    shape = ', '.join(f'{a}={getattr(config, a)}' for a in MESH_AXES)
-    raise ValueError(
-      f'config.mesh ({shape}) needs a multiple of {known} devices but there are {len(devices)}; '
-      'change the sizes so that they multiply to the device count (one may be -1)'
-    )
   return jax.make_mesh(
-    tuple(sizes), MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(MESH_AXES)
+    mesh_shape(config, len(devices)), MESH_AXES, devices=devices,
+    axis_types=(AxisType.Auto,) * len(MESH_AXES),
   )
+
+
+def abstract_mesh(config: MeshConfig, num_devices: int) -> AbstractMesh:
+  """Return the mesh that `config` describes without devices: for shapes and shardings alone.
+
+  Raises:
+    ValueError: the sizes do not multiply to the number of devices.
+  """
+  sizes = mesh_shape(config, num_devices)
+  return AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def partition_spec(
@@ -211,3 +231,33 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(
     x, NamedSharding(mesh, partition_spec(axes, config.rules))
   )
+
+
+def map_shards(
+  f: Callable[..., jax.Array],
+  in_axes: Sequence[Sequence[str | None]],
+  out_axes: Sequence[str | None],
+) -> Callable[..., jax.Array]:
+  """Return `f` run by each device on its own part; outside `activate` return `f` itself.
+
+  Args:
+    f: a function that the compiler cannot split, such as a kernel.
+    in_axes: logical axis names, or None for not split, of each argument.
+    out_axes: the same of the result.
+  """
+  active = _ACTIVE.get()
+  if active is None or active[0].size == 1:
+    return f
+  mesh, config = active
+  return jax.shard_map(
+    f, mesh=mesh, in_specs=tuple(partition_spec(axes, config.rules) for axes in in_axes),
+    out_specs=partition_spec(out_axes, config.rules), check_vma=False,
+  )
+
+
+def platform() -> str:
+  """Return what the code being traced will run on: 'cpu', 'gpu' or 'tpu'."""
+  active = _ACTIVE.get()
+  if active is None or isinstance(active[0], AbstractMesh):
+    return jax.default_backend()
+  return active[0].devices.flat[0].platform

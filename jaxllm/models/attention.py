@@ -13,6 +13,7 @@ from jaxllm.models.config import DecoderConfig
 from jaxllm.models.linear import Linear
 from jaxllm.models.norms import Norm
 from jaxllm.models.positions import rotate
+from jaxllm.models.splash import splash_attention
 from jaxllm.sharding import constrain
 
 # Finite, so that a row without any visible key gives no NaN, forward or backward.
@@ -24,12 +25,14 @@ class View:
   """What queries of one layer kind see, and how they are rotated.
 
   Attributes:
-    mask_BTS: True where the key is visible; B may be 1.
+    mask_BTS: True where the key is visible; B may be 1. None: left to the kernel of 'splash'.
     rotation: (cos_BTP, sin_BTP), or None where nothing is rotated; B may be 1.
+    segment_ids_BT: int32, or None: one segment; only read where there is no mask.
   """
 
-  mask_BTS: jax.Array  # noqa: N815
+  mask_BTS: jax.Array | None  # noqa: N815
   rotation: tuple[jax.Array, jax.Array] | None
+  segment_ids_BT: jax.Array | None = None  # noqa: N815
 
 
 def sequence_mask(
@@ -106,7 +109,13 @@ class Attention(nn.Module):
     if cache is not None:
       cache = kv_cache.write(cache, layer, slots_BT, key, value)
       key, value = kv_cache.read(cache, layer)
-    mixed_BTNH = self._attend(query, key, value, view.mask_BTS, deterministic)
+    if view.mask_BTS is None:
+      mixed_BTNH = splash_attention(
+        query, key, value, view.segment_ids_BT, config.query_scale, config.window,
+        config.attention_softcap,
+      )
+    else:
+      mixed_BTNH = self._attend(query, key, value, view.mask_BTS, deterministic)
     out = Linear(
       (config.num_heads, config.head_size), (config.embed_dim,), ('heads', 'head_dim', 'embed'),
       config.stddev(config.num_heads * config.head_size, residual=True),

@@ -94,13 +94,14 @@ class DecoderConfig(Config):
 
   dtype: Literal['float32', 'bfloat16'] = 'float32'
   """Dtype of activations and matrix products; parameters, norms, softmax and logits are float32."""
-  attention: Literal['xla', 'cudnn'] = 'xla'
-  """Implementation of attention: 'xla' runs everywhere, 'cudnn' is fused, on NVIDIA GPUs."""
+  attention: Literal['xla', 'cudnn', 'splash'] = 'xla'
+  """Implementation of attention: 'xla' runs everywhere, 'cudnn' is fused, on NVIDIA GPUs, 'splash'
+  is fused, on TPUs."""
   scan_layers: bool = True
   """Run layers by a scan (compiles fast) or unrolled; parameters and results are the same."""
   remat: Literal['none', 'full', 'dots', 'dots_no_batch'] = 'none'
   """What the backward pass recomputes: nothing, everything but layer inputs, everything but matrix
-  products, everything but products with weights."""
+  products, everything but products with weights (and what 'splash' attention returns)."""
 
   @property
   def kv_heads(self) -> int:
@@ -212,3 +213,14 @@ def _check_attention(config: DecoderConfig) -> None:
         raise ValueError(f"attention='cudnn' has no {name}={getattr(config, name)}; use 'xla'")
     if config.dtype != 'bfloat16':
       raise ValueError("attention='cudnn' needs dtype='bfloat16'")
+  if config.attention == 'splash':
+    if config.attention_dropout_rate:
+      raise ValueError(
+        f"attention='splash' has no attention_dropout_rate={config.attention_dropout_rate}; "
+        "set it to 0 or use 'xla'"
+      )
+    if 'local' in config.layer_kinds and set(config.layer_kinds) != {'local'}:
+      raise ValueError(
+        "attention='splash' has one mask for all layers, but layer_pattern="
+        f"{config.layer_pattern} needs several; use 'xla'"
+      )

@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxllm.models import attention
+from jaxllm.models import attention, splash
 from jaxllm.models.attention import MASKED, Attention, View, softcap
 from jaxllm.models.cache import KVCache, init_cache
 from jaxllm.models.config import DecoderConfig
@@ -38,7 +38,10 @@ __all__ = [
 REMAT_POLICIES: Mapping[str, Callable[..., Any]] = {
   'full': jax.checkpoint_policies.nothing_saveable,
   'dots': jax.checkpoint_policies.dots_saveable,
-  'dots_no_batch': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  'dots_no_batch': jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(splash.RESIDUAL_NAME),
+  ),
 }
 
 # Collections that hold one tree per layer.
@@ -145,9 +148,10 @@ class Decoder(nn.Module):
       if segment_ids_BT is not None:
         positions_BT = segment_positions(segment_ids_BT)
     is_real_BT = True if segment_ids_BT is None else segment_ids_BT > 0
+    mask = functools.partial(attention.sequence_mask, length, segment_ids_BT)
     views = self._views(
-      functools.partial(attention.sequence_mask, length, segment_ids_BT),
-      positions_BT, jnp.max(positions_BT + 1, axis=1, where=is_real_BT, initial=1),
+      (lambda window: None) if self.config.attention == 'splash' else mask,
+      positions_BT, jnp.max(positions_BT + 1, axis=1, where=is_real_BT, initial=1), segment_ids_BT,
     )
     x_BTD, _ = self._run(self._embed(tokens_BT, positions_BT, deterministic), views, deterministic)
     return self.final_norm(x_BTD)
@@ -199,7 +203,11 @@ class Decoder(nn.Module):
     return constrain(x_BTD, 'batch', 'length', 'activation_embed')
 
   def _views(
-    self, mask: Callable[[int | None], jax.Array], positions_BT: jax.Array, length_B: jax.Array
+    self,
+    mask: Callable[[int | None], jax.Array | None],
+    positions_BT: jax.Array,
+    length_B: jax.Array,
+    segment_ids_BT: jax.Array | None = None,
   ) -> dict[str, View]:
     """Return what each kind of layer sees; `mask` makes the mask of a window."""
     config = self.config
@@ -213,7 +221,8 @@ class Decoder(nn.Module):
         if kind == 'global_nope':
           cos, sin = jnp.ones_like(cos), jnp.zeros_like(sin)
         rotation = cos, sin
-      views[kind] = View(mask(config.window if kind == 'local' else None), rotation)
+      window = config.window if kind == 'local' else None
+      views[kind] = View(mask(window), rotation, segment_ids_BT)
     return views
 
   def _run(
