@@ -32,7 +32,7 @@ class SourceConfig(Config):
   text_field: str = 'text'
   """The field of a row that holds the text."""
   separator: str | None = None
-  """Splits a text file into documents; None makes each file one document."""
+  """Splits a text file into documents; None makes each file one document, held in memory whole."""
   slice: tuple[float, float] = (0.0, 1.0)
   """The part of each file to use, as fractions of its characters (text) or of its rows."""
   encoding_errors: Literal['strict', 'replace'] = 'strict'

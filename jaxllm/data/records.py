@@ -221,7 +221,10 @@ def _prepared(directory: pathlib.Path, fingerprint: str) -> Manifest | None:
   """Return the manifest if the records of this fingerprint are all there."""
   if storage.read_json(directory / 'manifest.json').get('fingerprint') != fingerprint:
     return None
-  manifest = load_manifest(directory)
+  try:
+    manifest = load_manifest(directory)
+  except ValueError:
+    return None
   paths = [path for split in _split_names(manifest.data)
            for path in shard_paths(directory, manifest, split)]
   return manifest if all(path.is_file() for path in paths) else None

@@ -99,7 +99,13 @@ def train_or_load(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
   """
   if config.trained:
     return from_files({'tokenizer.model': _train(config, texts)})
-  return from_files(read_files(config))
+  tokenizer = from_files(read_files(config))
+  for name in ('bos', 'eos'):
+    token = getattr(config, f'{name}_token')
+    if token is not None and getattr(tokenizer, f'{name}_id') is None:
+      raise ValueError(f'config.tokenizer.{name}_token={token!r} is not in the vocabulary of '
+                       f'{config.path!r}')
+  return tokenizer
 
 
 def read_files(config: TokenizerConfig) -> dict[str, bytes]:

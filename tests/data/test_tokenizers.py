@@ -261,6 +261,8 @@ def test_tokenizer_json_from_a_directory_or_alone(tmp_path):
   named = tokenizers.train_or_load(config.replace(eos_token='<s>'), ())
   assert (named.bos_id, named.eos_id) == (None, 1)
   assert tokenizers.from_files(named.files()).eos_id == 1
+  with pytest.raises(ValueError, match=r"bos_token='<b>' is not in the vocabulary"):
+    tokenizers.train_or_load(config.replace(bos_token='<b>'), ())
 
 
 @pytest.mark.parametrize('kind, path', [('gpt2', 'no'), ('json', 'no.json'),
