@@ -14,6 +14,7 @@ def test_by_default_nothing_changes():
 @pytest.mark.parametrize('step, text, expected', [
   ('nfc', 'cafe\u0301', 'café'),
   ('mojibake', 'schÃ¶n\nrichtig: schön 你', 'schön\nrichtig: schön 你'),
+  ('mojibake', 'dj vu: d√©j√† vu\n你', 'dj vu: déjà vu\n你'),  # Line by line.
   ('mojibake', 'itâ€™s “quoted”', 'it’s “quoted”'),
   ('control', 'a\x00b\x07c\td\r\ne\x7f\x85\ufeff', 'abc\td\ne'),
   ('control', 'family: 👨\u200d👩\u200d👧', 'family: 👨\u200d👩\u200d👧'),
