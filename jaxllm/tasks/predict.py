@@ -136,11 +136,13 @@ def _generate(config: TaskConfig, examples: Sequence[Example], speaker: Speaker)
   answers: list[Answer] = [Answer()] * len(prompts)
   for start in range(0, len(order), speaker.batch_size):
     rows = order[start : start + speaker.batch_size]
+    # A last, smaller batch is filled up, which is cheaper than compiling for its size.
+    padding = rows[:1] * (speaker.batch_size - len(rows)) if start else []
     found = decode.generate(
-      speaker.model, speaker.variables, [prompts[i] for i in rows], sampling,
+      speaker.model, speaker.variables, [prompts[i] for i in rows + padding], sampling,
       _stop_ids(config, speaker), bos_id=speaker.tokenizer.bos_id,
     )
-    for i, generation in zip(rows, found, strict=True):
+    for i, generation in zip(rows, found, strict=False):
       text = speaker.tokenizer.decode(generation.tokens)
       if config.stop is not None:
         text = text.partition(config.stop)[0]

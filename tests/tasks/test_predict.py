@@ -1,0 +1,142 @@
+"""A model doing tasks: batched equals alone, likelihoods equal a loop, long texts are windowed."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm.data import tokenizers
+from jaxllm.data.tokenizers import TokenizerConfig
+from jaxllm.models import decoder
+from jaxllm.models.decoder import Decoder, DecoderConfig
+from jaxllm.models.linear import InitializerConfig
+from jaxllm.objectives.completion import Tokens
+from jaxllm.tasks import TASKS
+from jaxllm.tasks import predict as predict_lib
+from jaxllm.tasks.classification import Sentiment
+from jaxllm.tasks.language_modeling import LanguageModeling
+from jaxllm.tasks.multiple_choice import MultipleChoice
+from jaxllm.tasks.predict import Speaker, predict
+from jaxllm.tasks.translation import Translation
+
+BYTES = tokenizers.train_or_load(TokenizerConfig(kind='bytes'), [])
+apply = jax.jit(Decoder.apply, static_argnums=0)
+MODEL = DecoderConfig(
+  vocab_size=BYTES.vocab_size, vocab_multiple=1, embed_dim=8, num_layers=1, num_heads=2, mlp_dim=12,
+  max_length=64, scan_layers=False, initializer=InitializerConfig(stddev=0.4),
+)
+
+
+@pytest.fixture(scope='module')
+def speaker():
+  variables = jax.jit(decoder.init, static_argnums=0)(MODEL, jax.random.key(0))
+  return Speaker(Decoder(MODEL), variables, BYTES, batch_size=4)
+
+
+def _loop(speaker, tokens):
+  """Sum log-probabilities token by token, from one full forward pass."""
+  ids = jnp.zeros((1, 64), jnp.int32).at[0, : len(tokens.ids)].set(jnp.asarray(tokens.ids))
+  log_probs = jax.nn.log_softmax(apply(speaker.model, speaker.variables, ids))[0]
+  pairs = enumerate(zip(tokens.ids[1:], tokens.weights[1:], strict=True))
+  return sum(float(log_probs[i, token]) * weight for i, (token, weight) in pairs)
+
+
+def _examples(config, rows):
+  return [TASKS[config.kind].example(config, row) for row in rows]
+
+
+def test_log_likelihoods_equal_a_loop(speaker):
+  rng = np.random.default_rng(0)
+  sequences = [
+    Tokens(rng.integers(0, 256, n).tolist(), (rng.random(n) < 0.5).astype(float).tolist())
+    for n in (5, 60, 2, 33, 40, 7)
+  ]
+  found = predict_lib.log_likelihoods(speaker, sequences)
+  np.testing.assert_allclose(found, [_loop(speaker, s) for s in sequences], rtol=1e-4, atol=1e-4)
+
+
+def test_choices_are_ranked_by_their_likelihood(speaker):
+  config = Sentiment(prompt='R: {text}\nS:', neutral_text='N/A')
+  rows = [{'text': text, 'label': 'positive'} for text in ('good', 'so bad', 'x', 'good', 'fine')]
+  examples = _examples(config, rows)
+  found = predict(config, examples, speaker)
+  for row, prediction in zip(rows, found, strict=True):
+    shares = {}
+    for label in ('negative', 'positive'):
+      values = []
+      for text in (row['text'], 'N/A'):
+        prompt = [BYTES.bos_id, *f'R: {text}\nS:'.encode()]
+        said = list(f' {label}'.encode())
+        values.append(_loop(speaker, Tokens(prompt + said, [0] * len(prompt) + [1] * len(said))))
+      shares[label] = np.exp(values[0] - values[1])
+    expected = shares['positive'] / sum(shares.values())
+    assert prediction['scores']['positive'] == pytest.approx(expected, rel=1e-3)
+  alone = [predict(config, [example], speaker)[0] for example in examples]
+  for one, batched in zip(alone, found, strict=True):
+    assert one['label'] == batched['label']
+    assert one['score'] == pytest.approx(batched['score'], rel=1e-4)
+
+
+def test_records_may_have_choices_of_their_own(speaker):
+  config = MultipleChoice()
+  rows = [{'question': 'q', 'choices': ['a', 'bb', 'ccc'], 'answer': 0},
+          {'question': 'r', 'choices': ['d', 'e'], 'answer': 1}]
+  found = predict(config, _examples(config, rows), speaker)
+  assert [p['choice'] in range(3) for p in found] == [True, True]
+
+
+def test_generated_batch_equals_one_at_a_time(speaker):
+  speaker = speaker._replace(batch_size=2)
+  config = Translation(max_new_tokens=6, stop='q')
+  rows = [{'source': text} for text in ('a' * 20, 'longer text, here', 'x' * 90)]
+  examples = _examples(config, rows)
+  together = predict(config, examples, speaker)
+  assert [predict(config, [example], speaker)[0] for example in examples] == together
+  assert all('q' not in p['translation_text'] for p in together)
+
+
+def test_answers_end_at_the_stop_text(speaker):
+  config = Translation(max_new_tokens=6, stop=None)
+  ids = predict_lib._stop_ids(config, speaker)
+  assert ids == (BYTES.eos_id,)
+  assert predict_lib._stop_ids(config.replace(stop='\n'), speaker) == (10, BYTES.eos_id)
+  extra = speaker._replace(stop_ids=(7,), tokenizer=dataclasses.replace(BYTES, eos_id=None))
+  assert predict_lib._stop_ids(config, extra) == (7,)
+
+
+@pytest.mark.parametrize('size, context, stride', [(10, 4, 2), (5, 4, 2), (9, 4, 4), (2, 4, 1)])
+def test_windows_weigh_every_target_once(size, context, stride):
+  tokens = Tokens(list(range(size)), [0.5 + i for i in range(size)])
+  seen = {}
+  for window in predict_lib.windows(tokens, context, stride):
+    assert 2 <= len(window.ids) <= context + 1
+    assert list(window.ids) == list(range(window.ids[0], window.ids[0] + len(window.ids)))
+    for token, weight in zip(window.ids[1:], window.weights[1:], strict=True):
+      if weight:
+        assert token not in seen
+        seen[token] = weight
+  assert seen == dict(zip(tokens.ids[1:], tokens.weights[1:], strict=True))
+
+
+def test_a_text_is_measured_whole(speaker):
+  config = LanguageModeling()
+  texts = ['short', 'x' * 63, 'long ' * 40, '']
+  found = predict(config, _examples(config, [{'text': text} for text in texts]), speaker)
+  assert [p['tokens'] for p in found] == [p['bytes'] for p in found] == list(map(len, texts))
+  for text, prediction in zip(texts[:2], found, strict=False):
+    ids = [BYTES.bos_id, *text.encode()]
+    expected = _loop(speaker, Tokens(ids, [1] * len(ids)))
+    assert prediction['log_likelihood'] == pytest.approx(expected, rel=1e-4)
+  # Every window of the long text has context: its mean loss is like that of a full one.
+  assert found[2]['log_likelihood'] < 0 == found[3]['log_likelihood']
+
+
+def test_examples_are_read_from_the_data_of_the_task(tmp_path):
+  path = tmp_path / 'a.jsonl'
+  path.write_text('{"document": "d", "summary": "s"}\n')
+  config = TASKS['summarization'].config(
+    data={'sources': [{'location': str(path), 'split': 'test'}]})
+  example, = predict_lib.examples(config, 'test')
+  assert example.reference == 's'
