@@ -29,7 +29,7 @@ def test_resuming_drops_later_and_torn_records_and_keeps_the_rest(tmp_path):
       writer.write(step, {'train/loss': step / 10})
   before = (tmp_path / 'metrics.jsonl').read_text().splitlines()[:2]
   with (tmp_path / 'metrics.jsonl').open('a') as file:
-    file.write('null\n"x"\n{"step": 5')
+    file.write('null\n"x"\n{"step": 5\n{"step": 15}')  # No newline: it may go on.
   with metrics.open_writer(tmp_path, step=20) as writer:
     writer.write(30, {'train/loss': 7.0})
   assert (tmp_path / 'metrics.jsonl').read_text().splitlines()[:2] == before
