@@ -5,7 +5,9 @@ Command:  python -m jaxllm.train --config=experiments/shakespeare_char.py:PATH/i
 Hardware: 2 CPU cores
 Time:     see README.md, "Figures"
 Data:     tinyshakespeare, 1.1 MB of text, at a path that you give; the first 90% train
-Expected: validation loss 1.88 nats per character or lower (nanoGPT: 1.886)
+Expected: validation loss 1.61 nats per character by Muon. By AdamW with nanoGPT's settings,
+            --config.optimizer='{"name": "adamw", "learning_rate": 1e-3, "beta2": 0.99}'
+          1.88 (nanoGPT itself: 1.886)
 Reference: github.com/karpathy/nanoGPT, config/train_shakespeare_char.py and its README
 """
 
@@ -38,7 +40,7 @@ def get_config(path: str = 'input.txt') -> Experiment:
     ),
     tokenizer=TokenizerConfig(model_type='char'),
     training=TrainingConfig(num_steps=2000, batch_size=12),
-    optimizer=OptimizerConfig(learning_rate=1e-3, beta2=0.99),
+    optimizer=OptimizerConfig(name='muon', learning_rate=0.01),
     schedule=ScheduleConfig(warmup_steps=100, final_fraction=0.1),
     checkpoint=CheckpointConfig(every_steps=1000),
     evaluation=EvaluationConfig(

@@ -51,6 +51,9 @@ class Experiment(Config):
   """Seeds initialization, dropout and the order of records."""
   records_dir: str = 'runs/records'
   """Where prepared records are kept, in a folder with the experiment's name."""
+  init_from: str | None = None
+  """A model to begin with, anything that `jaxllm.load` takes; None begins with random parameters.
+  The sizes of `model` must be its own, and the tokenizer too."""
   model: DecoderConfig
   data: DataConfig
   tokenizer: TokenizerConfig

@@ -168,11 +168,19 @@ def _prepare(
 
 
 def _initial_state(run: _Run, latest: int) -> TrainState:
-  if not latest:
-    return state_lib.create_state(run.experiment, run.tx, run.mesh)
-  logging.info('Going on from step %d.', latest)
   abstract = state_lib.abstract_state(run.experiment, run.tx, run.mesh)
-  return store_lib.restore(run.store, abstract, latest)
+  if latest:
+    logging.info('Going on from step %d.', latest)
+    return store_lib.restore(run.store, abstract, latest)
+  if run.experiment.init_from is None:
+    return state_lib.create_state(run.experiment, run.tx, run.mesh)
+  model = loading.load(run.experiment.init_from)
+  if model.tokenizer.fingerprint != run.manifest.tokenizer_fingerprint:
+    raise ValueError(
+      f'config.init_from={run.experiment.init_from} was trained with another tokenizer than '
+      'config.tokenizer gives; point config.tokenizer at its files'
+    )
+  return state_lib.create_state(run.experiment, run.tx, run.mesh, model.variables['params'])
 
 
 def _loop(run: _Run, state: TrainState) -> int:

@@ -9,6 +9,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllm import sharding
+from jaxllm.checkpoints import tree
 from jaxllm.experiment import Experiment
 from jaxllm.models import decoder
 from jaxllm.optim import optimizers, schedules
@@ -108,12 +109,41 @@ def abstract_state(
 
 
 def create_state(
-  experiment: Experiment, tx: optax.GradientTransformation, mesh: Mesh
+  experiment: Experiment, tx: optax.GradientTransformation, mesh: Mesh, params: Any | None = None
 ) -> TrainState:
-  """Initialize the state directly in its shardings, so that no device ever holds all of it."""
+  """Initialize the state directly in its shardings, so that no device ever holds all of it.
+
+  Args:
+    experiment: the run.
+    tx: from `make_optimizer`.
+    mesh: from `sharding.make_mesh`.
+    params: parameters to begin with, of any dtype and sharding; None draws them.
+
+  Raises:
+    ValueError: `params` do not have the shapes of `config.model`; the message lists the paths.
+  """
   abstract = abstract_state(experiment, tx, mesh)
   out_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-  return jax.jit(lambda: init_state(experiment, tx), out_shardings=out_shardings)()
+  if params is None:
+    return jax.jit(lambda: init_state(experiment, tx), out_shardings=out_shardings)()
+  wanted, given = tree.flatten(abstract.params), tree.flatten(params)
+  lines = tree.differences(
+    wanted, {path: jax.ShapeDtypeStruct(leaf.shape, wanted.get(path, leaf).dtype)
+             for path, leaf in given.items()},
+  )
+  if lines:
+    raise ValueError(
+      f'config.init_from={experiment.init_from} does not fit config.model: {len(lines)} '
+      f'parameters differ\n{tree.listing(lines)}'
+    )
+  placed = jax.tree.map(
+    lambda leaf, like: jax.device_put(leaf.astype(like.dtype), like.sharding),
+    params, abstract.params,
+  )
+  start = jax.jit(
+    lambda params: init_state(experiment, tx, params), out_shardings=out_shardings, donate_argnums=0
+  )
+  return start(placed)
 
 
 def averages(experiment: Experiment) -> bool:

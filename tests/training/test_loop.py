@@ -183,3 +183,24 @@ def test_a_signal_saves_and_exits_with_zero(tmp_path, number):
   assert process.returncode == 0 and "'complete': False" in output
   step = store.committed_steps(tmp_path / 'run' / 'checkpoints')[-1]
   assert step > 0 and f"'step': {step}," in output
+
+
+def test_a_run_begins_with_the_parameters_of_another(whole):
+  base, summary = whole
+  changes = {'init_from': str(base / 'run'), 'training__ema_decay': 0.9, 'evaluation__prompts': ()}
+  fixed = {'optimizer__learning_rate': 1e-30, 'optimizer__weight_decay': 0.0}
+  train(tiny.experiment(base, training__num_steps=3, **fixed, **changes), base / 'tuned')
+  for got, want in zip(
+    jax.tree.leaves(store.restore_params(base / 'tuned')[0]),
+    jax.tree.leaves(loading.load(base / 'run').variables['params']), strict=True,
+  ):
+    np.testing.assert_allclose(got, want, atol=1e-6)
+  with pytest.raises(ValueError, match=r'init_from.*does not fit.*\n.*layers/attention'):
+    train(tiny.experiment(base, model__num_layers=1, **changes), base / 'smaller')
+  other = tiny.experiment(
+    base, tokenizer={'kind': 'sentencepiece', 'model_type': 'char', 'byte_fallback': False},
+    records_dir=str(base / 'r2'),
+    **changes,
+  )
+  with pytest.raises(ValueError, match='another tokenizer'):
+    train(other, base / 'retokenised')
