@@ -35,14 +35,14 @@ class LoraConfig(Config):
     Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
   """
 
-  rank: int = pydantic.Field(8, gt=0)
+  rank: int = pydantic.Field(default=8, gt=0)
   """R, the rank of each update."""
-  alpha: float = pydantic.Field(16.0, gt=0)
+  alpha: float = pydantic.Field(default=16.0, gt=0)
   """The update is multiplied by alpha / rank."""
   targets: tuple[str, ...] = ('layers/.*',)
   """Regular expressions, each for the whole path of a module, such as
   'layers/attention/(query|value)'; each must match one."""
-  dropout_rate: float = pydantic.Field(0.0, ge=0, lt=1)
+  dropout_rate: float = pydantic.Field(default=0.0, ge=0, lt=1)
   """Share of the entries of `a` that a training step leaves out; see `drop`."""
 
 
@@ -255,7 +255,7 @@ def _targets(config: LoraConfig, params: Tree) -> list[tuple[str, Any]]:
   return [(path, kernel) for path, kernel in kernels.items() if path in chosen]
 
 
-def kernels_of(params: Tree, path: str = '') -> Iterator[tuple[str, Any]]:
+def kernels_of(params: Mapping[str, Any], path: str = '') -> Iterator[tuple[str, Any]]:
   """Yield (path of the module, kernel); of a quantised one, the part with the kernel's shape."""
   for name, child in params.items():
     if name == 'kernel':

@@ -16,7 +16,7 @@ class PathRule(Config):
 
   pattern: str
   """Regular expression for the whole path of a parameter, such as 'layers/attention/.*'."""
-  factor: float = pydantic.Field(0.0, ge=0)
+  factor: float = pydantic.Field(default=0.0, ge=0)
   """Factor of the learning rate; 0 freezes: no update, no optimizer state."""
 
 

@@ -59,7 +59,8 @@ def _overlap(ngrams: Sequence[tuple[str, ...]], seen: set[tuple[str, ...]]) -> O
 
 
 def _words(text: str) -> list[str]:
-  return re.findall(r'\w+', text.lower())
+  """Return the words; Chinese and Japanese characters count as one each."""
+  return re.findall(r'[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+', text.lower())
 
 
 def _ngrams(words: Sequence[str], num_words: int) -> Iterator[tuple[str, ...]]:

@@ -25,7 +25,7 @@ class ClassifierConfig(Config):
   """C."""
   pooling: Literal['last', 'mean'] = 'last'
   """Which hidden state is read: that of the last token, or the mean over all."""
-  label_smoothing: float = pydantic.Field(0.0, ge=0, lt=1)
+  label_smoothing: float = pydantic.Field(default=0.0, ge=0, lt=1)
   """Share of the target probability that is spread evenly over the classes."""
 
 
@@ -55,12 +55,13 @@ def class_logits(
     batch: `tokens` and `segment_ids` (0 = padding, on the right), (B, T).
     dropout_key: None turns dropout off.
   """
-  hidden_BTD = model.apply(
+  hidden_BTD: Any = model.apply(
     variables, batch['tokens'], batch['segment_ids'],
     deterministic=dropout_key is None,
     rngs=None if dropout_key is None else {'dropout': dropout_key},
     method='hidden',
-  ).astype(jnp.float32)
+  )
+  hidden_BTD = hidden_BTD.astype(jnp.float32)
   real_BT = (batch['segment_ids'] > 0).astype(jnp.float32)
   if config.pooling == 'last':
     last_B1 = jnp.maximum(real_BT.sum(axis=1, keepdims=True).astype(jnp.int32) - 1, 0)

@@ -21,10 +21,10 @@ class DistillationConfig(Config):
     Hinton et al., Distilling the Knowledge in a Neural Network, arXiv 1503.02531, section 2.
   """
 
-  temperature: float = pydantic.Field(1.0, gt=0)
+  temperature: float = pydantic.Field(default=1.0, gt=0)
   """Both distributions are softened by it; the divergence is multiplied by its square, so that
   gradients keep their size."""
-  weight: float = pydantic.Field(1.0, gt=0, le=1)
+  weight: float = pydantic.Field(default=1.0, gt=0, le=1)
   """Weight of the divergence; the rest is that of the text's own cross-entropy."""
 
 
@@ -60,11 +60,12 @@ def distillation_loss(
     raise ValueError(f'the teacher has a vocabulary of {teacher.config.vocab_size} tokens, the '
                      f'student one of {vocab_size}; both must use the same tokenizer')
   inputs = batch['tokens'], batch['segment_ids'], batch['positions']
-  student_BTV = model.apply(
+  student_BTV: Any = model.apply(
     variables, *inputs, deterministic=dropout_key is None,
     rngs=None if dropout_key is None else {'dropout': dropout_key},
-  )[..., :vocab_size]
-  teacher_BTV = jax.lax.stop_gradient(teacher.apply(teacher_variables, *inputs))[..., :vocab_size]
+  )
+  teacher_BTV: Any = jax.lax.stop_gradient(teacher.apply(teacher_variables, *inputs))
+  student_BTV, teacher_BTV = student_BTV[..., :vocab_size], teacher_BTV[..., :vocab_size]
 
   soft_BTV = jax.nn.log_softmax(student_BTV / config.temperature)
   wanted_BTV = jax.nn.log_softmax(teacher_BTV / config.temperature)

@@ -25,7 +25,7 @@ def sequence_log_probs(
   Returns:
     (log_probs_B in nats, counts_B: sums of the weights), float32.
   """
-  logits_BTV = model.apply(
+  logits_BTV: Any = model.apply(
     variables, batch['tokens'], batch['segment_ids'], batch['positions'],
     deterministic=dropout_key is None,
     rngs=None if dropout_key is None else {'dropout': dropout_key},

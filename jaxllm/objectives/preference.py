@@ -35,8 +35,8 @@ class Pair(NamedTuple):
   rejected: jax.Array
   chosen_count: jax.Array
   rejected_count: jax.Array
-  reference_chosen: jax.Array | None = None
-  reference_rejected: jax.Array | None = None
+  reference_chosen: Any = None
+  reference_rejected: Any = None
 
 
 class Dpo(Config):
@@ -49,9 +49,9 @@ class Dpo(Config):
 
   kind: Literal['dpo'] = 'dpo'
   """'dpo'."""
-  beta: float = pydantic.Field(0.1, gt=0)
+  beta: float = pydantic.Field(default=0.1, gt=0)
   """How strongly the model is held to the reference."""
-  label_smoothing: float = pydantic.Field(0.0, ge=0, lt=0.5)
+  label_smoothing: float = pydantic.Field(default=0.0, ge=0, lt=0.5)
   """Share of pairs that are assumed to be the wrong way round."""
 
 
@@ -64,7 +64,7 @@ class Ipo(Config):
 
   kind: Literal['ipo'] = 'ipo'
   """'ipo'."""
-  beta: float = pydantic.Field(0.1, gt=0)
+  beta: float = pydantic.Field(default=0.1, gt=0)
   """How strongly the model is held to the reference (the paper's tau)."""
 
 
@@ -77,7 +77,7 @@ class Orpo(Config):
 
   kind: Literal['orpo'] = 'orpo'
   """'orpo'."""
-  weight: float = pydantic.Field(0.1, gt=0)
+  weight: float = pydantic.Field(default=0.1, gt=0)
   """Weight of the odds ratio (the paper's lambda)."""
 
 
@@ -90,9 +90,9 @@ class SimPo(Config):
 
   kind: Literal['simpo'] = 'simpo'
   """'simpo'."""
-  beta: float = pydantic.Field(2.0, gt=0)
+  beta: float = pydantic.Field(default=2.0, gt=0)
   """Scale of the rewards."""
-  margin: float = pydantic.Field(1.0, ge=0)
+  margin: float = pydantic.Field(default=1.0, ge=0)
   """By how much the preferred reward should be larger (the paper's gamma)."""
 
 
@@ -163,13 +163,13 @@ def preference_loss(
     ValueError: the loss needs a reference and there is none.
   """
   log_probs, counts = _both(model, variables, batch, dropout_key)
-  reference_log_probs = (None, None)
+  reference_log_probs: tuple[Any, Any] = (None, None)
   if config.kind in NEED_REFERENCE:
     if reference is not None:
       found, _ = _both(model, jax.lax.stop_gradient(reference), batch, None)
       reference_log_probs = jax.lax.stop_gradient(found)
     elif 'reference_log_probs' in batch:
-      reference_log_probs = tuple(batch['reference_log_probs'].T)
+      reference_log_probs = batch['reference_log_probs'][:, 0], batch['reference_log_probs'][:, 1]
     else:
       raise ValueError(f'{config.kind} compares with a reference: give its variables, or '
                        'reference_log_probs in the batch')
@@ -191,7 +191,8 @@ def _both(
   names = ('tokens', 'targets', 'weights', 'segment_ids', 'positions')
   joined = {name: jnp.concatenate([batch[name], batch[f'rejected_{name}']]) for name in names}
   log_probs, counts = sequence_log_probs(model, variables, joined, dropout_key)
-  return tuple(jnp.split(log_probs, 2)), tuple(jnp.split(counts, 2))
+  half = log_probs.shape[0] // 2
+  return (log_probs[:half], log_probs[half:]), (counts[:half], counts[half:])
 
 
 def _log_ratio(pair: Pair) -> jax.Array:

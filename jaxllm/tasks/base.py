@@ -88,7 +88,7 @@ class TaskConfig(Config):
 
   data: RecordsConfig
   """Where the records come from."""
-  max_new_tokens: int = pydantic.Field(64, gt=0)
+  max_new_tokens: int = pydantic.Field(default=64, gt=0)
   """Most tokens of a generated answer."""
   stop: str | None = '\n'
   """A generated answer ends before this text; None: only with the end-of-text token."""
@@ -173,7 +173,7 @@ def completion(config: CompletionConfig, record: Record) -> tuple[Segment, ...]:
   )
 
 
-def probabilities(log_likelihoods: Sequence[float]) -> np.ndarray:
+def probabilities(log_likelihoods: Sequence[float] | np.ndarray) -> np.ndarray:
   """Return exp(log-likelihoods) / sum: how a model divides its belief between the choices."""
   shifted = np.asarray(log_likelihoods, np.float64)
   shifted = np.exp(shifted - shifted.max())

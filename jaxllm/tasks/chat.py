@@ -44,7 +44,7 @@ class ChatTemplate(Config):
     names = dict(self.names)
     parts = []
     for message in messages:
-      role = names.get(message['role'], message['role'])
+      role = names.get(message['role']) or message['role']
       parts += [self.prefix.replace('{role}', role), message['content'], self.suffix]
     if open_turn:
       parts.append(self.prefix.replace('{role}', names.get('assistant', 'assistant')))
@@ -72,7 +72,7 @@ class Chat(TaskConfig):
   """Records with `messages`: a list of {'role', 'content'}."""
   template: ChatTemplate = ChatTemplate()
   """How they become text."""
-  max_new_tokens: int = pydantic.Field(256, gt=0)
+  max_new_tokens: int = pydantic.Field(default=256, gt=0)
   """Most tokens of an answer."""
   stop: str | None = None
   """A generated answer ends before this text; None: only with the end of the turn."""

@@ -54,8 +54,9 @@ def example(config: MultipleChoice, record: Record) -> Example:
 
 def _answer_index(answer: str | int, texts: list[str]) -> int:
   letters = 'ABCDEFGHIJKLMNOPQRSTUVWXYZ'[: len(texts)]
-  known = {**{i: i for i in range(len(texts))}, **{letter: i for i, letter in enumerate(letters)},
-           **{text: i for i, text in enumerate(texts)}}
+  known: dict[str | int, int] = {i: i for i in range(len(texts))}
+  known |= {letter: i for i, letter in enumerate(letters)}
+  known |= {text: i for i, text in enumerate(texts)}
   if answer not in known:
     raise ValueError(f'answer {answer!r} is none of the choices {texts}')
   return known[answer]
@@ -68,7 +69,7 @@ def read(config: MultipleChoice, example: Example, answer: Answer) -> Prediction
   """
   log_likelihoods_C = np.array(answer.log_likelihoods)
   per_character_C = log_likelihoods_C / [len(choice.strip()) or 1 for choice in example.choices]
-  found = {}
+  found: Prediction = {}
   for prefix, values_C in (('', log_likelihoods_C), ('normalized_', per_character_C)):
     best = int(values_C.argmax())
     found[f'{prefix}choice'] = best

@@ -57,7 +57,7 @@ class RecordsConfig(Config):
   """A field whose rows of equal value stay in one split, such as the article of a question."""
   seed: int = 0
   """Another seed divides otherwise."""
-  limit: int | None = pydantic.Field(None, gt=0)
+  limit: int | None = pydantic.Field(default=None, gt=0)
   """Most records per split, chosen by hash, in their order; None takes all."""
 
   @pydantic.model_validator(mode='after')

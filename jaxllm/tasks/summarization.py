@@ -34,7 +34,7 @@ class Summarization(CompletionConfig):
   """Text before the answer."""
   target: str = ' {summary}'
   """The answer."""
-  max_new_tokens: int = pydantic.Field(128, gt=0)
+  max_new_tokens: int = pydantic.Field(default=128, gt=0)
   """Most tokens of a summary."""
 
 

@@ -49,7 +49,7 @@ class Translation(CompletionConfig):
   """Text before the answer."""
   target: str = ' {target}'
   """The answer."""
-  max_new_tokens: int = pydantic.Field(128, gt=0)
+  max_new_tokens: int = pydantic.Field(default=128, gt=0)
   """Most tokens of a translation."""
 
 

@@ -15,6 +15,11 @@ def test_literals():
   ]
 
 
+def test_chinese_is_compared_by_character():
+  found = overlaps(['猫坐在垫子上'], ['那只猫坐在垫子里。'], num_words=4)
+  assert found == [Overlap(2 / 3, '猫 坐 在 垫')]
+
+
 def test_runs_do_not_cross_texts():
   assert overlaps(['a b c'], ['a b', 'c'], num_words=3) == [Overlap(0.0, None)]
 
