@@ -64,6 +64,8 @@ def make_requests(
     if not 0 <= seed <= MAX_SEED:
       raise ValueError(f'seeds[{row}]={seed}: a seed is between 0 and {MAX_SEED}')
   stop_ids = _check_ids(config, 'eos_ids', eos_ids)
+  for row, row_config in enumerate(configs):
+    _check_ids(config, f'sampling[{row}]', sorted(row_config.ids()))
   checked = [_check_prompt(config, row, prompt, bos_id) for row, prompt in enumerate(prompts)]
   return [
     Request(prompt, row_config, seed, stop_ids)

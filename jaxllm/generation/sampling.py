@@ -1,20 +1,25 @@
-"""From logits to the next token: rules that change logits, and the draw.
+"""From logits to the next token: what a request asks for, the rules that change logits, the draw.
 
-A rule is a pure function `(logits_BV, value_B, history) -> logits_BV`. `RULES` lists them in the
-order in which they apply; each row has its own value, so that one batch mixes requests. A new rule
-is a function, an entry there and a field of `SamplingConfig`.
+The rules themselves are in `rules`. A new rule is a function and an entry of `RULES` there, and a
+field of `SamplingConfig`; its values travel as arrays with a row per request, so that one batch
+mixes them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pydantic
 
 from jaxllm.config import Config
+from jaxllm.generation.rules import BASIC, NO_TOKEN, RULES, Biases, History, Rule
+
+__all__ = [
+  'NO_TOKEN', 'RULES', 'History', 'Rule', 'SamplingConfig', 'apply_rules', 'row_keys', 'row_values',
+  'sample',
+]
 
 MAX_SEED = 2**32 - 1
 
@@ -32,99 +37,81 @@ class SamplingConfig(Config):
   """Draw from the smallest set of most probable tokens whose probabilities add up to this."""
   min_p: float = pydantic.Field(default=0.0, ge=0, le=1)
   """Draw from tokens at least this fraction as probable as the most probable one."""
+  typical_p: float = pydantic.Field(default=1.0, gt=0, le=1)
+  """Draw from the tokens nearest to the expected surprise whose probabilities add up to this."""
+  repetition_penalty: float = pydantic.Field(default=1.0, gt=0)
+  """Divide positive logits of tokens that occurred, in the prompt too, by this; multiply negative
+  ones."""
+  presence_penalty: float = 0.0
+  """Subtracted from the logits of tokens that the continuation has."""
+  frequency_penalty: float = 0.0
+  """Subtracted from the logits of tokens for each time that the continuation has them."""
+  no_repeat_ngram: int = pydantic.Field(default=0, ge=0)
+  """No sequence of this many tokens comes twice; 0: it may."""
+  bad_words: tuple[tuple[int, ...], ...] = ()
+  """Sequences of token ids that never come, except one that would only keep a row from ending."""
+  logit_bias: tuple[tuple[int, float], ...] = ()
+  """Pairs of a token id and what is added to its logit."""
+  sequence_bias: tuple[tuple[tuple[int, ...], float], ...] = ()
+  """Pairs of token ids and what is added to the logit of the last one after all the others."""
+  min_new_tokens: int = pydantic.Field(default=0, ge=0)
+  """Tokens before which nothing ends a row but the number of tokens and the context."""
+  forced_bos_id: int = pydantic.Field(default=NO_TOKEN, ge=NO_TOKEN)
+  """What follows a prompt of one token; -1: the model decides."""
+  forced_eos_id: int = pydantic.Field(default=NO_TOKEN, ge=NO_TOKEN)
+  """What a row that reaches its number of tokens ends with; -1: the model decides."""
   seed: int = pydantic.Field(default=0, ge=0, le=MAX_SEED)
   """Seeds the draws."""
 
+  @pydantic.model_validator(mode='after')
+  def _check(self) -> 'SamplingConfig':
+    for name in ('bad_words', 'sequence_bias'):
+      for entry in getattr(self, name):
+        ids = entry if name == 'bad_words' else entry[0]
+        if not ids:
+          raise ValueError(f'{name}: a sequence without tokens; leave it out')
+    return self
 
-@flax.struct.dataclass
-class History:
-  """What a rule may look at besides the logits.
+  def ids(self) -> set[int]:
+    """Return all token ids that the config names, for a check against a vocabulary."""
+    named = {self.forced_bos_id, self.forced_eos_id} - {NO_TOKEN}
+    named |= {token for token, _ in self.logit_bias}
+    return named.union(*self.bad_words, *(sequence for sequence, _ in self.sequence_bias))
 
-  Attributes:
-    tokens_BS: int32, prompt and continuation; what stands at and past `lengths_B` is undefined.
-    prompt_lengths_B: int32, tokens of the prompt.
-    lengths_B: int32, tokens so far, those of the prompt included.
+
+def row_values(
+  configs: Sequence[SamplingConfig], stop_ids: Sequence[Sequence[int]] | None = None,
+  every_rule: bool = False,
+) -> dict[str, Any]:
+  """Return the value of every rule for each row, name -> arrays whose first axis is the row.
+
+  Args:
+    configs: one per row.
+    stop_ids: tokens that end each row, which no bad word of one token forbids.
+    every_rule: whether rules that no row asks for get an entry too. By default only the basic ones
+      do; any other one brings in all, so that a program has one of two sets of rules.
   """
-
-  tokens_BS: jax.Array  # noqa: N815
-  prompt_lengths_B: jax.Array  # noqa: N815
-  lengths_B: jax.Array  # noqa: N815
-
-
-class Rule(NamedTuple):
-  """A rule, and the value with which it changes nothing."""
-
-  apply: Callable[[jax.Array, jax.Array, History], jax.Array]
-  off: float
-
-
-def temperature(logits_BV: jax.Array, value_B: jax.Array, history: History) -> jax.Array:
-  """Divide logits, shifted so that the largest is 0, by the temperature; 0 leaves them as they are.
-
-  Reference:
-    Ackley, Hinton, Sejnowski, "A Learning Algorithm for Boltzmann Machines", 1985.
-  """
-  del history
-  shifted_BV = logits_BV - logits_BV.max(axis=-1, keepdims=True)
-  return shifted_BV / jnp.where(value_B > 0, value_B, 1.0)[:, None]
-
-
-def top_k(logits_BV: jax.Array, value_B: jax.Array, history: History) -> jax.Array:
-  """Keep the `value_B` largest logits, and any equal to the smallest of them.
-
-  Reference:
-    Fan, Lewis, Dauphin, "Hierarchical Neural Story Generation", arXiv 1805.04833.
-  """
-  del history
-  return _keep_top(logits_BV, jnp.ones_like(logits_BV), value_B.astype(jnp.float32))
-
-
-def top_p(logits_BV: jax.Array, value_B: jax.Array, history: History) -> jax.Array:
-  """Keep the smallest set of largest logits whose probabilities reach `value_B`.
-
-  Reference:
-    Holtzman et al., "The Curious Case of Neural Text Degeneration", arXiv 1904.09751.
-  """
-  del history
-  return _keep_top(logits_BV, jax.nn.softmax(logits_BV), value_B)
-
-
-def min_p(logits_BV: jax.Array, value_B: jax.Array, history: History) -> jax.Array:
-  """Keep tokens whose probability is at least `value_B` times the largest one.
-
-  Reference:
-    Nguyen et al., "Turning Up the Heat: Min-p Sampling", arXiv 2407.01082.
-  """
-  del history
-  least_B = logits_BV.max(axis=-1) + jnp.log(value_B)
-  return jnp.where(logits_BV >= least_B[:, None], logits_BV, -jnp.inf)
-
-
-RULES: Mapping[str, Rule] = {
-  'temperature': Rule(temperature, 1.0),
-  'top_k': Rule(top_k, 0),
-  'top_p': Rule(top_p, 1.0),
-  'min_p': Rule(min_p, 0.0),
-}
-
-
-def row_values(configs: Sequence[SamplingConfig]) -> dict[str, np.ndarray]:
-  """Return the value of every rule for each row, name -> (B,)."""
-  return {
-    name: np.asarray([getattr(config, name) for config in configs], np.asarray(rule.off).dtype)
-    .astype(np.float32 if isinstance(rule.off, float) else np.int32)
-    for name, rule in RULES.items()
+  names = list(RULES)
+  if not every_rule and not any(map(_asks_for_more, configs)):
+    names = list(BASIC)
+  values: dict[str, Any] = {
+    name: np.asarray([getattr(config, name) for config in configs],
+                     np.float32 if isinstance(RULES[name].off, float) else np.int32)
+    for name in names if name != 'biases'
   }
+  if 'biases' in names:
+    values['biases'] = _biases(configs, stop_ids or [()] * len(configs))
+  return values
 
 
 def apply_rules(
-  logits_BV: jax.Array, values: Mapping[str, jax.Array], history: History
+  logits_BV: jax.Array, values: Mapping[str, Any], history: History
 ) -> jax.Array:
   """Apply the rules in order; one that no row asks for costs nothing at run time.
 
   Args:
     logits_BV: float32.
-    values: name of a rule -> (B, ...) values; a rule without an entry is left out.
+    values: name of a rule -> its values (see `row_values`); a rule without an entry is left out.
     history: the tokens so far.
 
   Returns:
@@ -135,7 +122,8 @@ def apply_rules(
     if name not in values:
       continue
     value = values[name]
-    active_B = (value != rule.off).reshape(value.shape[0], -1).any(axis=1)
+    settings = value.biases_BW if isinstance(value, Biases) else value
+    active_B = (settings != rule.off).reshape(settings.shape[0], -1).any(axis=1)
 
     def change(logits_BV, rule=rule, value=value, active_B=active_B):
       return jnp.where(active_B[:, None], rule.apply(logits_BV, value, history), logits_BV)
@@ -153,7 +141,7 @@ def row_keys(seeds_B: jax.Array, index_B: jax.Array) -> jax.Array:
 
 
 def sample(
-  keys_B: jax.Array, logits_BV: jax.Array, values: Mapping[str, jax.Array], history: History
+  keys_B: jax.Array, logits_BV: jax.Array, values: Mapping[str, Any], history: History
 ) -> jax.Array:
   """Draw the next token of every row.
 
@@ -177,21 +165,36 @@ def sample(
   return jax.lax.cond(drawing_B.any(), draw, lambda _: greedy_B, logits_BV)
 
 
-def _keep_top(logits_BV: jax.Array, weights_BV: jax.Array, target_B: jax.Array) -> jax.Array:
-  """Keep the fewest largest logits whose weights add up to a target; all, if they never do.
+def _asks_for_more(config: SamplingConfig) -> bool:
+  if config.bad_words or config.logit_bias or config.sequence_bias:
+    return True
+  extra = (name for name in RULES if name not in (*BASIC, 'biases'))
+  return any(getattr(config, name) != RULES[name].off for name in extra)
 
-  The threshold is found bit by bit, from the highest: 32 passes over the row, which cost less than
-  sorting it and are exact.
-  """
-  bits_BV = jax.lax.bitcast_convert_type(logits_BV, jnp.uint32)
-  top_bit = jnp.uint32(1 << 31)
-  # Unsigned integers in the order of the floats.
-  order_BV = jnp.where(bits_BV >= top_bit, ~bits_BV, bits_BV | top_bit)
 
-  def refine(index: jax.Array, threshold_B: jax.Array) -> jax.Array:
-    higher_B = threshold_B | (top_bit >> index.astype(jnp.uint32))
-    sum_B = jnp.sum(weights_BV * (order_BV >= higher_B[:, None]), axis=-1)
-    return jnp.where(sum_B >= target_B, higher_B, threshold_B)
+def _biases(
+  configs: Sequence[SamplingConfig], stop_ids: Sequence[Sequence[int]]
+) -> Biases:
+  """Put biases and bad words of all rows into one table, in sizes that are powers of two."""
+  tables: list[dict[tuple[int, ...], float]] = []
+  for config, stops in zip(configs, stop_ids, strict=True):
+    table = {(token,): bias for token, bias in config.logit_bias}
+    for sequence, bias in config.sequence_bias:
+      table[sequence] = table.get(sequence, 0.0) + bias
+    table |= {word: -np.inf for word in config.bad_words
+              if not (len(word) == 1 and word[0] in stops)}
+    tables.append(table)
+  width = power_of_two(max(map(len, tables)), 4)
+  length = power_of_two(max((len(ids) for table in tables for ids in table), default=1), 2)
+  sequences_BWN = np.full((len(configs), width, length), NO_TOKEN, np.int32)
+  biases_BW = np.zeros((len(configs), width), np.float32)
+  for row, table in enumerate(tables):
+    for place, (ids, bias) in enumerate(table.items()):
+      sequences_BWN[row, place, length - len(ids) :] = ids
+      biases_BW[row, place] = bias
+  return Biases(sequences_BWN, biases_BW)  # type: ignore[arg-type]
 
-  threshold_B = jax.lax.fori_loop(0, 32, refine, jnp.zeros(logits_BV.shape[0], jnp.uint32))
-  return jnp.where(order_BV >= threshold_B[:, None], logits_BV, -jnp.inf)
+
+def power_of_two(number: int, least: int = 1) -> int:
+  """Return the next power of two, at least `least`."""
+  return max(least, 1 << max(number - 1, 0).bit_length())

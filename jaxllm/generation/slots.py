@@ -19,10 +19,10 @@ import numpy as np
 
 from jaxllm.generation import sampling
 from jaxllm.generation.requests import Request
+from jaxllm.generation.rules import NO_TOKEN, History
+from jaxllm.generation.sampling import power_of_two as bucket
 from jaxllm.models.decoder import Decoder, DecoderConfig, KVCache, init_cache
 
-# Fills unused places of `stop_ids_BE`; no token has this id.
-NO_TOKEN = -1
 LEAST_TOKENS, LEAST_STOP_IDS = 16, 4
 
 
@@ -41,7 +41,7 @@ class Slots:
     finished_B: bool; a finished row does not change any more.
     stop_ids_BE: int32, tokens that end a row, filled up with NO_TOKEN.
     seeds_B: uint32, of the draws.
-    values: rule name -> (B,) values, see `sampling.RULES`.
+    values: rule name -> values with the row as first axis, see `sampling.row_values`.
   """
 
   cache: KVCache
@@ -53,7 +53,7 @@ class Slots:
   finished_B: jax.Array  # noqa: N815
   stop_ids_BE: jax.Array  # noqa: N815
   seeds_B: jax.Array  # noqa: N815
-  values: Mapping[str, jax.Array]
+  values: Mapping[str, Any]
 
 
 def lay_out(config: DecoderConfig, requests: Sequence[Request], stacked: bool) -> Slots:
@@ -88,14 +88,11 @@ def lay_out(config: DecoderConfig, requests: Sequence[Request], stacked: bool) -
     'finished_B': np.arange(rows) >= used,
     'stop_ids_BE': stop_ids_BE,
     'seeds_B': np.array([request.seed for request in requests], np.uint32),
-    'values': sampling.row_values([request.sampling for request in requests]),
+    'values': sampling.row_values(
+      [request.sampling for request in requests], [request.stop_ids for request in requests]
+    ),
   }
   return Slots(init_cache(config, rows, num_slots, stacked=stacked), **jax.device_put(host))
-
-
-def bucket(number: int, least: int = 1) -> int:
-  """Return the next power of two, at least `least`."""
-  return max(least, 1 << max(number - 1, 0).bit_length())
 
 
 def prompt_bucket(slots: Slots, longest: int) -> int:
@@ -128,7 +125,9 @@ def feed(
 
 def draw(slots: Slots, logits_BV: jax.Array) -> Slots:
   """Draw a token for every row from its logits; finished rows stay as they are."""
-  history = sampling.History(slots.tokens_BS, slots.prompt_lengths_B, slots.lengths_B)
+  history = History(
+    slots.tokens_BS, slots.prompt_lengths_B, slots.lengths_B, slots.limits_B, slots.stop_ids_BE
+  )
   keys_B = sampling.row_keys(slots.seeds_B, slots.lengths_B - slots.prompt_lengths_B)
   ids_B = sampling.sample(keys_B, logits_BV, slots.values, history)
   chosen_B = jnp.take_along_axis(logits_BV, ids_B[:, None], axis=1)[:, 0]

@@ -1,0 +1,266 @@
+"""Logit rules: pure functions `(logits_BV, value, history) -> logits_BV`.
+
+`RULES` lists them in the order in which they apply, that of Transformers: first those that look at
+the tokens so far, then those that look at probabilities. `value` holds a setting per row; most are
+one number, `Biases` is a table. Letters: W sequences per row, N tokens of a sequence, E stop ids.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+# Fills unused places of tables of ids; no token has this id.
+NO_TOKEN = -1
+
+
+@flax.struct.dataclass
+class History:
+  """What a rule may look at besides the logits.
+
+  Attributes:
+    tokens_BS: int32, prompt and continuation; what stands at and past `lengths_B` is undefined.
+    prompt_lengths_B: int32, tokens of the prompt.
+    lengths_B: int32, tokens so far, those of the prompt included.
+    limits_B: int32, the length at which a row ends, or None: not known.
+    stop_ids_BE: int32, tokens that end a row, filled up with NO_TOKEN, or None: there are none.
+  """
+
+  tokens_BS: jax.Array  # noqa: N815
+  prompt_lengths_B: jax.Array  # noqa: N815
+  lengths_B: jax.Array  # noqa: N815
+  limits_B: jax.Array | None = None  # noqa: N815
+  stop_ids_BE: jax.Array | None = None  # noqa: N815
+
+
+@flax.struct.dataclass
+class Biases:
+  """Sequences whose last token gets a bias where the tokens so far end with the others.
+
+  Attributes:
+    sequences_BWN: int32, aligned on the right and filled up on the left with NO_TOKEN.
+    biases_BW: float32; -inf forbids.
+  """
+
+  sequences_BWN: jax.Array  # noqa: N815
+  biases_BW: jax.Array  # noqa: N815
+
+
+class Rule(NamedTuple):
+  """A rule, and the value with which it changes nothing."""
+
+  apply: Callable[[jax.Array, Any, History], jax.Array]
+  off: float
+
+
+def biases(logits_BV: jax.Array, value: Biases, history: History) -> jax.Array:
+  """Add the bias of every sequence that the next token would complete.
+
+  One token alone is a logit bias, -inf for a sequence makes it a bad word.
+  """
+  before_BWN = value.sequences_BWN[..., :-1]
+  back_N = jnp.arange(before_BWN.shape[-1], 0, -1)
+  places_BN = history.lengths_B[:, None] - back_N[None]
+  last_BN = _tokens_at(history.tokens_BS, places_BN)
+  # A place before the first token holds nothing that a sequence could ask for.
+  last_BN = jnp.where(places_BN >= 0, last_BN, NO_TOKEN - 1)
+  fits_BWN = (before_BWN == NO_TOKEN) | (before_BWN == last_BN[:, None])
+  added_BW = jnp.where(fits_BWN.all(axis=-1), value.biases_BW, 0.0)
+  return _rows(logits_BV, value.sequences_BWN[..., -1]).add(added_BW, mode='drop')
+
+
+def repetition_penalty(logits_BV: jax.Array, value_B: jax.Array, history: History) -> jax.Array:
+  """Divide the logits of tokens that occurred, the prompt's too; multiply them where negative.
+
+  Reference:
+    Keskar et al., "CTRL", arXiv 1909.05858, section 4.1; negative ones as in Transformers.
+  """
+  seen_BS = _seen(history)
+  old_BS = jnp.take_along_axis(logits_BV, jnp.maximum(seen_BS, 0), axis=1)
+  new_BS = jnp.where(old_BS < 0, old_BS * value_B[:, None], old_BS / value_B[:, None])
+  # A token that occurred twice is written twice, the same.
+  return _rows(logits_BV, seen_BS).set(new_BS, mode='drop')
+
+
+def presence_penalty(logits_BV: jax.Array, value_B: jax.Array, history: History) -> jax.Array:
+  """Subtract the penalty from the logit of every token of the continuation so far."""
+  return logits_BV - value_B[:, None] * (_counts(logits_BV, history) > 0)
+
+
+def frequency_penalty(logits_BV: jax.Array, value_B: jax.Array, history: History) -> jax.Array:
+  """Subtract the penalty for each time that a token occurs in the continuation so far."""
+  return logits_BV - value_B[:, None] * _counts(logits_BV, history)
+
+
+def no_repeat_ngram(logits_BV: jax.Array, value_B: jax.Array, history: History) -> jax.Array:
+  """Forbid tokens that would complete a sequence of `value_B` tokens for the second time.
+
+  Reference:
+    Paulus, Xiong, Socher, "A Deep Reinforced Model for Abstractive Summarization", arXiv
+    1705.04304, section 2.5; the prompt counts too.
+  """
+  tokens_BS, lengths_B = history.tokens_BS, history.lengths_B
+  place_1S = jnp.arange(tokens_BS.shape[1])[None]
+  completes_BS = (place_1S < lengths_B[:, None]) & (place_1S >= value_B[:, None] - 1)
+
+  def narrow(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Keep places before which stand the same tokens as at the end, `back` from there."""
+    back, completes_BS = carry
+    wanted_B1 = _tokens_at(tokens_BS, lengths_B[:, None] - back)
+    same_BS = jnp.roll(tokens_BS, back, axis=1) == wanted_B1
+    return back + 1, completes_BS & (same_BS | (back >= value_B)[:, None])
+
+  more = lambda carry: carry[0] < value_B.max()  # noqa: E731
+  _, completes_BS = jax.lax.while_loop(more, narrow, (jnp.int32(1), completes_BS))
+  long_enough_B1 = lengths_B[:, None] + 1 >= value_B[:, None]
+  banned_BS = jnp.where(completes_BS & long_enough_B1, tokens_BS, NO_TOKEN)
+  return _rows(logits_BV, banned_BS).set(-jnp.inf, mode='drop')
+
+
+def min_new_tokens(logits_BV: jax.Array, value_B: jax.Array, history: History) -> jax.Array:
+  """Forbid tokens that end the row until it has `value_B` new ones."""
+  if history.stop_ids_BE is None:
+    return logits_BV
+  early_B1 = (history.lengths_B - history.prompt_lengths_B < value_B)[:, None]
+  banned_BE = jnp.where(early_B1, history.stop_ids_BE, NO_TOKEN)
+  return _rows(logits_BV, banned_BE).set(-jnp.inf, mode='drop')
+
+
+def forced_bos_id(logits_BV: jax.Array, value_B: jax.Array, history: History) -> jax.Array:
+  """Make this the second token of all, as Transformers does: after a prompt of one token."""
+  return _force(logits_BV, value_B, history.lengths_B == 1)
+
+
+def forced_eos_id(logits_BV: jax.Array, value_B: jax.Array, history: History) -> jax.Array:
+  """Make this the last token of a row that is one short of its limit."""
+  if history.limits_B is None:
+    return logits_BV
+  return _force(logits_BV, value_B, history.lengths_B == history.limits_B - 1)
+
+
+def temperature(logits_BV: jax.Array, value_B: jax.Array, history: History) -> jax.Array:
+  """Divide logits, shifted so that the largest is 0, by the temperature; 0 leaves them as they are.
+
+  Reference:
+    Ackley, Hinton, Sejnowski, "A Learning Algorithm for Boltzmann Machines", 1985.
+  """
+  del history
+  shifted_BV = logits_BV - logits_BV.max(axis=-1, keepdims=True)
+  return shifted_BV / jnp.where(value_B > 0, value_B, 1.0)[:, None]
+
+
+def top_k(logits_BV: jax.Array, value_B: jax.Array, history: History) -> jax.Array:
+  """Keep the `value_B` largest logits, and any equal to the smallest of them.
+
+  Reference:
+    Fan, Lewis, Dauphin, "Hierarchical Neural Story Generation", arXiv 1805.04833.
+  """
+  del history
+  keep_BV = _fewest(logits_BV, jnp.ones_like(logits_BV), value_B.astype(jnp.float32))
+  return jnp.where(keep_BV, logits_BV, -jnp.inf)
+
+
+def top_p(logits_BV: jax.Array, value_B: jax.Array, history: History) -> jax.Array:
+  """Keep the smallest set of largest logits whose probabilities reach `value_B`.
+
+  Reference:
+    Holtzman et al., "The Curious Case of Neural Text Degeneration", arXiv 1904.09751.
+  """
+  del history
+  keep_BV = _fewest(logits_BV, jax.nn.softmax(logits_BV), value_B)
+  return jnp.where(keep_BV, logits_BV, -jnp.inf)
+
+
+def min_p(logits_BV: jax.Array, value_B: jax.Array, history: History) -> jax.Array:
+  """Keep tokens whose probability is at least `value_B` times the largest one.
+
+  Reference:
+    Nguyen et al., "Turning Up the Heat: Min-p Sampling", arXiv 2407.01082.
+  """
+  del history
+  least_B = logits_BV.max(axis=-1) + jnp.log(value_B)
+  return jnp.where(logits_BV >= least_B[:, None], logits_BV, -jnp.inf)
+
+
+def typical_p(logits_BV: jax.Array, value_B: jax.Array, history: History) -> jax.Array:
+  """Keep the tokens whose surprise is nearest to the expected one and adds up to `value_B`.
+
+  Reference:
+    Meister et al., "Locally Typical Sampling", arXiv 2202.00666, equation 9.
+  """
+  del history
+  logprobs_BV = jax.nn.log_softmax(logits_BV)
+  p_BV = jnp.exp(logprobs_BV)
+  entropy_B = -jnp.sum(jnp.where(p_BV > 0, p_BV * logprobs_BV, 0.0), axis=-1)
+  distance_BV = jnp.abs(-logprobs_BV - entropy_B[:, None])
+  return jnp.where(_fewest(-distance_BV, p_BV, value_B), logits_BV, -jnp.inf)
+
+
+RULES: Mapping[str, Rule] = {
+  'biases': Rule(biases, 0.0),
+  'repetition_penalty': Rule(repetition_penalty, 1.0),
+  'presence_penalty': Rule(presence_penalty, 0.0),
+  'frequency_penalty': Rule(frequency_penalty, 0.0),
+  'no_repeat_ngram': Rule(no_repeat_ngram, 0),
+  'min_new_tokens': Rule(min_new_tokens, 0),
+  'forced_bos_id': Rule(forced_bos_id, NO_TOKEN),
+  'forced_eos_id': Rule(forced_eos_id, NO_TOKEN),
+  'temperature': Rule(temperature, 1.0),
+  'top_k': Rule(top_k, 0),
+  'top_p': Rule(top_p, 1.0),
+  'min_p': Rule(min_p, 0.0),
+  'typical_p': Rule(typical_p, 1.0),
+}
+
+# Rules that are part of every program; the others come together, where any row asks for one.
+BASIC = ('temperature', 'top_k', 'top_p', 'min_p')
+
+
+def _tokens_at(tokens_BS: jax.Array, places_BN: jax.Array) -> jax.Array:
+  return jnp.take_along_axis(tokens_BS, jnp.clip(places_BN, 0, tokens_BS.shape[1] - 1), axis=1)
+
+
+def _seen(history: History, start: jax.Array | int = 0) -> jax.Array:
+  """Return the tokens from place `start` on, with NO_TOKEN in all other places."""
+  place_1S = jnp.arange(history.tokens_BS.shape[1])[None]
+  is_seen_BS = (place_1S >= start) & (place_1S < history.lengths_B[:, None])
+  return jnp.where(is_seen_BS, history.tokens_BS, NO_TOKEN)
+
+
+def _counts(logits_BV: jax.Array, history: History) -> jax.Array:
+  """Return how often each token occurs in the continuation."""
+  new_BS = _seen(history, history.prompt_lengths_B[:, None])
+  return _rows(jnp.zeros_like(logits_BV), new_BS).add(1.0, mode='drop')
+
+
+def _rows(logits_BV: jax.Array, ids_BN: jax.Array) -> Any:
+  """Return `logits_BV.at[...]` of these ids; updates must drop what is out of bounds (NO_TOKEN)."""
+  ids_BN = jnp.where(ids_BN < 0, logits_BV.shape[1], ids_BN)
+  return logits_BV.at[jnp.arange(ids_BN.shape[0])[:, None], ids_BN]
+
+
+def _force(logits_BV: jax.Array, ids_B: jax.Array, now_B: jax.Array) -> jax.Array:
+  only_BV = jnp.where(jnp.arange(logits_BV.shape[1])[None] == ids_B[:, None], 0.0, -jnp.inf)
+  return jnp.where(now_B[:, None], only_BV, logits_BV)
+
+
+def _fewest(scores_BV: jax.Array, weights_BV: jax.Array, target_B: jax.Array) -> jax.Array:
+  """Mark the fewest largest scores whose weights add up to a target; all, if they never do.
+
+  The threshold is found bit by bit, from the highest: 32 passes over the row, which cost less than
+  sorting it and are exact.
+  """
+  bits_BV = jax.lax.bitcast_convert_type(scores_BV, jnp.uint32)
+  top_bit = jnp.uint32(1 << 31)
+  # Unsigned integers in the order of the floats.
+  order_BV = jnp.where(bits_BV >= top_bit, ~bits_BV, bits_BV | top_bit)
+
+  def refine(index: jax.Array, threshold_B: jax.Array) -> jax.Array:
+    higher_B = threshold_B | (top_bit >> index.astype(jnp.uint32))
+    sum_B = jnp.sum(weights_BV * (order_BV >= higher_B[:, None]), axis=-1)
+    return jnp.where(sum_B >= target_B, higher_B, threshold_B)
+
+  threshold_B = jax.lax.fori_loop(0, 32, refine, jnp.zeros(scores_BV.shape[0], jnp.uint32))
+  return order_BV >= threshold_B[:, None]

@@ -1,0 +1,203 @@
+"""Logit rules that look at the tokens so far: literal cases, and equality with Transformers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm.config import ConfigError
+from jaxllm.generation import decode, sampling, slots
+from jaxllm.generation.requests import make_requests
+from jaxllm.generation.rules import BASIC, RULES, History
+from jaxllm.generation.sampling import SamplingConfig
+from jaxllm.models import decoder
+from jaxllm.models.decoder import Decoder, DecoderConfig
+
+VOCAB = 12
+# Rows with prompts of 1, 3 and 4 tokens; what follows the last token must not matter.
+TOKENS = [[5], [1, 2, 1, 3, 1], [4, 4, 7, 4, 4, 7, 9, 4], [2, 3, 2, 3, 2]]
+PROMPTS, LIMITS, STOPS = [1, 3, 4, 4], [9, 6, 20, 6], [[0], [0, 3], [8], [2]]
+LOGITS = np.random.default_rng(3).normal(size=(4, VOCAB)).astype(np.float32) * 2
+APPLY = jax.jit(sampling.apply_rules)
+
+
+def history():
+  tokens = np.full((4, 10), 6, np.int32)
+  for row, ids in enumerate(TOKENS):
+    tokens[row, : len(ids)] = ids
+  stops = np.array([ids + [-1] * (4 - len(ids)) for ids in STOPS], np.int32)
+  return History(*map(jnp.asarray, (
+    tokens, np.array(PROMPTS, np.int32), np.array([len(ids) for ids in TOKENS], np.int32),
+    np.array(LIMITS, np.int32), stops,
+  )))
+
+
+def ruled(configs):
+  values = jax.tree.map(jnp.asarray, sampling.row_values(configs, STOPS))
+  return np.asarray(APPLY(jnp.asarray(LOGITS), values, history()))
+
+
+def one(**fields):
+  return ruled([SamplingConfig(**fields)] * 4)
+
+
+def banned(logits):
+  return [np.flatnonzero(np.isneginf(row)).tolist() for row in logits]
+
+
+def test_no_repeat_ngram_in_literals():
+  assert banned(one(no_repeat_ngram=1)) == [[5], [1, 2, 3], [4, 7, 9], [2, 3]]
+  assert banned(one(no_repeat_ngram=2)) == [[], [2, 3], [4, 7], [3]]
+  assert banned(one(no_repeat_ngram=3)) == [[], [], [], [3]]
+  assert banned(one(no_repeat_ngram=5)) == [[]] * 4
+  assert banned(one(no_repeat_ngram=50)) == [[]] * 4
+
+
+def test_bad_words_and_biases_in_literals():
+  words = ((11,), (0,), (3, 1, 10), (9, 4, 2), (5, 5, 5, 3))
+  # Token 0 ends rows 0 and 1, so it stays allowed there.
+  assert banned(one(bad_words=words)) == [[11], [10, 11], [0, 2, 11], [0, 11]]
+  got = one(logit_bias=((3, 1.5), (4, -2.0)), sequence_bias=(((2, 3), 10.0), ((3,), 0.25)))
+  want = LOGITS.copy()
+  want[:, 3] += 1.75
+  want[:, 4] -= 2
+  want[3, 3] += 10
+  np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_presence_and_frequency_count_the_continuation():
+  want = LOGITS.copy()
+  want[1, [3, 1]] -= 0.5
+  want[2, [4, 7, 9]] -= 0.5
+  want[3, 2] -= 0.5
+  np.testing.assert_allclose(one(presence_penalty=0.5), want, atol=1e-6)
+  want = LOGITS.copy()
+  want[1, [3, 1]] -= 0.5
+  want[2, [4, 7, 9]] -= [1.0, 0.5, 0.5]
+  want[3, 2] -= 0.5
+  np.testing.assert_allclose(one(frequency_penalty=0.5), want, atol=1e-6)
+
+
+def test_ends_are_forbidden_and_forced():
+  # New tokens so far: 0, 2, 4, 1.
+  assert banned(one(min_new_tokens=2)) == [[0], [], [], [2]]
+  forced = one(forced_bos_id=7, forced_eos_id=9)
+  others = [[i for i in range(VOCAB) if i != keep] for keep in (7, 9, 9)]
+  assert banned(forced) == [others[0], others[1], [], others[2]]
+  assert forced[0, 7] == forced[1, 9] == 0
+
+
+def test_rows_mix_rules():
+  configs = [
+    SamplingConfig(repetition_penalty=1.7, typical_p=0.6), SamplingConfig(no_repeat_ngram=2),
+    SamplingConfig(bad_words=((4, 3),), frequency_penalty=1.0), SamplingConfig(),
+  ]
+  got = ruled(configs)
+  for row, config in enumerate(configs):
+    np.testing.assert_array_equal(got[row], ruled([config] * 4)[row])
+  np.testing.assert_array_equal(got[3], LOGITS[3])
+
+
+def test_rules_that_no_row_asks_for_are_not_there():
+  assert set(sampling.row_values([SamplingConfig(top_k=3)])) == set(BASIC)
+  assert set(sampling.row_values([SamplingConfig(), SamplingConfig(no_repeat_ngram=2)])) == set(
+    RULES)
+
+
+MODEL_CONFIG = DecoderConfig(
+  vocab_size=23, vocab_multiple=8, embed_dim=16, num_layers=1, num_heads=2, mlp_dim=16,
+  max_length=32,
+)
+MODEL = Decoder(MODEL_CONFIG)
+VARIABLES = decoder.unstack(decoder.init(MODEL_CONFIG, jax.random.key(0)))
+PLAIN = SamplingConfig(temperature=1.5, max_new_tokens=12)
+
+
+def test_decoding_with_rules():
+  prompts = [[1, 2, 3], [4, 5, 4, 5], [6], [7, 8]]
+  configs = [
+    PLAIN.replace(no_repeat_ngram=1), PLAIN.replace(min_new_tokens=12, temperature=0.0),
+    PLAIN.replace(forced_bos_id=9, forced_eos_id=10, bad_words=((0,), (1,))), PLAIN,
+  ]
+  together = decode.generate(MODEL, VARIABLES, prompts, configs, eos_ids=[11, 12], seeds=[3] * 4)
+  assert len({*together[0].tokens, 1, 2, 3}) == len(together[0].tokens) + 3
+  assert len(together[1].tokens) == 12
+  assert together[2].tokens[0] == 9
+  assert together[2].finish_reason == 'stop' or together[2].tokens[-1] == 10
+  for row in range(4):
+    alone, = decode.generate(
+      MODEL, VARIABLES, [prompts[row]], [configs[row]], eos_ids=[11, 12], seeds=[3])
+    assert alone.tokens == together[row].tokens
+  # All sets of rules but the basic one share their programs.
+  count = decode.compilation_count()
+  changed = [PLAIN.replace(presence_penalty=1.0, bad_words=((3, 4),))] + [PLAIN] * 3
+  decode.generate(MODEL, VARIABLES, prompts, changed, eos_ids=[11])
+  assert decode.compilation_count() == count
+
+
+@pytest.mark.parametrize('fields, message', [
+  ({'repetition_penalty': 0.0}, 'repetition_penalty'), ({'typical_p': 0.0}, 'typical_p'),
+  ({'bad_words': ((),)}, 'bad_words'), ({'logit_bias': ((1, float('nan')),)}, 'logit_bias'),
+  ({'forced_bos_id': -2}, 'forced_bos_id'),
+])
+def test_bad_values_are_named(fields, message):
+  with pytest.raises(ConfigError, match=message):
+    SamplingConfig(**fields)
+
+
+@pytest.mark.parametrize('fields', [
+  {'bad_words': ((1, 99),)}, {'logit_bias': ((23, 1.0),)}, {'forced_eos_id': 40}])
+def test_ids_of_another_vocabulary_are_refused(fields):
+  with pytest.raises(ValueError, match='is no token id of the model'):
+    make_requests(MODEL_CONFIG, [[1]], SamplingConfig(**fields))
+
+
+def test_slots_hold_rules_by_row():
+  requests = make_requests(
+    MODEL_CONFIG, [[1], [2]], [PLAIN.replace(bad_words=((1, 2, 3),)), PLAIN])
+  values = slots.lay_out(MODEL_CONFIG, requests, stacked=False).values
+  assert all(leaf.shape[0] == 2 for leaf in jax.tree.leaves(values))
+
+
+PROCESSORS = {
+  'repetition_penalty': ('RepetitionPenaltyLogitsProcessor', 1.3, {}),
+  'no_repeat_ngram': ('NoRepeatNGramLogitsProcessor', 2, {}),
+  'typical_p': ('TypicalLogitsWarper', 0.7, {}),
+  'top_k': ('TopKLogitsWarper', 4, {}),
+  'top_p': ('TopPLogitsWarper', 0.6, {}),
+  'min_p': ('MinPLogitsWarper', 0.2, {}),
+  'bad_words': ('NoBadWordsLogitsProcessor', ((8,), (3, 1, 10), (4, 4), (2,)), {}),
+  'sequence_bias': (
+    'SequenceBiasLogitsProcessor', (((8,), 1.5), ((3, 1, 10), -2.5), ((2, 3), 1.0)), {}),
+  'min_new_tokens': ('MinNewTokensLengthLogitsProcessor', 2, {}),
+  'forced_bos_id': ('ForcedBOSTokenLogitsProcessor', 7, {}),
+  'forced_eos_id': ('ForcedEOSTokenLogitsProcessor', 9, {}),
+}
+
+
+def processor(name, row):
+  transformers = pytest.importorskip('transformers')
+  made, value, _ = PROCESSORS[name]
+  make = getattr(transformers.generation.logits_process, made)
+  if name == 'bad_words':
+    return make([list(word) for word in value], eos_token_id=STOPS[row])
+  if name == 'sequence_bias':
+    return make(dict(value))
+  if name == 'min_new_tokens':
+    return make(PROMPTS[row], value, STOPS[row])
+  if name == 'forced_eos_id':
+    return make(LIMITS[row], value)
+  return make(value)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize('names', [(name,) for name in PROCESSORS] + [
+  ('sequence_bias', 'repetition_penalty', 'no_repeat_ngram', 'top_k', 'top_p', 'typical_p')])
+def test_rules_equal_the_processors_of_transformers(names):
+  torch = pytest.importorskip('torch')
+  got = one(**{name: PROCESSORS[name][1] for name in names})
+  for row, ids in enumerate(TOKENS):
+    want = torch.tensor(LOGITS[row : row + 1])
+    for name in names:
+      want = processor(name, row)(torch.tensor([ids]), want)
+    np.testing.assert_allclose(got[row], want[0].numpy(), atol=1e-5)
