@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from jaxllm.data.tokenizers import Tokenizer
-from jaxllm.objectives.completion import Tokens
-from jaxllm.tasks.base import Segment
+from jaxllm.objectives import completion
+from jaxllm.objectives.completion import Tokens, Truncation
+from jaxllm.tasks.base import Example, Segment
 
 
 def encode(
@@ -33,3 +36,36 @@ def encode(
     ids += new
     weights += [segment.weight] * len(new)
   return Tokens(ids, weights)
+
+
+def training_records(
+  examples: Sequence[Example],
+  tokenizer: Tokenizer,
+  context_length: int,
+  truncation: Truncation = 'start',
+  special_ids: Mapping[str, int] | None = None,
+  together: bool = True,
+) -> np.ndarray:
+  """Tokenize, cut and pack examples, prompts without weight, for training.
+
+  Args:
+    examples: of any tasks.
+    tokenizer: text to ids.
+    context_length: T.
+    truncation: what is done to an example that is longer; see `completion.truncate`.
+    special_ids: as in `encode`.
+    together: whether examples share records.
+
+  Returns:
+    Records of `completion.record_dtype`.
+
+  Raises:
+    ValueError: nothing is left to train on, or an example is too long and `truncation` is 'error'.
+  """
+  encoded = [encode(example.segments, tokenizer, special_ids) for example in examples]
+  cut = [completion.truncate(tokens, context_length, truncation) for tokens in encoded]
+  kept = [tokens for tokens in cut if tokens is not None]
+  if not kept:
+    raise ValueError(f'none of {len(examples)} examples has a target within {context_length} '
+                     'tokens; choose a longer context or another truncation')
+  return completion.pack(kept, context_length, tokenizer.vocab_size, together)

@@ -1,0 +1,68 @@
+"""The whole road, small: records, prompts, packing, adapters, predictions, scores."""
+
+import jax
+import optax
+import pytest
+
+from jaxllm.adapters import lora
+from jaxllm.adapters.lora import LoraConfig
+from jaxllm.data import tokenizers
+from jaxllm.data.tokenizers import TokenizerConfig
+from jaxllm.evaluation import scores
+from jaxllm.models import decoder
+from jaxllm.models.decoder import Decoder, DecoderConfig
+from jaxllm.objectives import completion
+from jaxllm.objectives.next_token import ObjectiveConfig, next_token_loss
+from jaxllm.tasks import TASKS, predict
+from jaxllm.tasks.classification import Sentiment
+from jaxllm.tasks.encoding import training_records
+from jaxllm.tasks.predict import Speaker
+
+BYTES = tokenizers.train_or_load(TokenizerConfig(kind='bytes'), [])
+MODEL = DecoderConfig(
+  vocab_size=BYTES.vocab_size, embed_dim=16, num_layers=1, num_heads=2, mlp_dim=32, max_length=64,
+)
+
+
+def test_adapters_learn_a_task():
+  config = Sentiment(prompt='{text}:', labels=(('negative', 'n'), ('positive', 'p')))
+  texts = [(f'{word} {i}', label) for i in range(8)
+           for word, label in (('bad', 'negative'), ('good', 'positive'))]
+  examples = [TASKS['sentiment'].example(config, {'text': t, 'label': lab}) for t, lab in texts]
+  records = training_records(examples, BYTES, context_length=31)
+  assert len(records) == 6  # 12 tokens or less each: three or two to a record.
+  batch = completion.batch_arrays(records)
+  assert batch['weights'].sum() == 16 * len(' p') + 16
+
+  model = Decoder(MODEL)
+  params = jax.jit(decoder.init, static_argnums=0)(MODEL, jax.random.key(0))['params']
+  adapters = lora.init(LoraConfig(targets=('layers/.*', 'head')), params, jax.random.key(1))
+  tx = optax.adam(0.03)
+
+  @jax.jit
+  def step(carry, _):
+    def loss(adapters):
+      variables = {'params': params, 'lora': adapters}
+      total, count, _ = next_token_loss(ObjectiveConfig(), model, variables, batch)
+      return total / count
+
+    adapters, opt_state = carry
+    value, grads = jax.value_and_grad(loss)(adapters)
+    updates, opt_state = tx.update(grads, opt_state, adapters)
+    return (optax.apply_updates(adapters, updates), opt_state), value
+
+  (adapters, _), losses = jax.jit(lambda carry: jax.lax.scan(step, carry, length=150))(
+    (adapters, tx.init(adapters)))
+  assert losses[-1] < 0.1 * losses[0]
+
+  speaker = Speaker(model, {'params': params, 'lora': adapters}, BYTES)
+  found = predict.predict(config, examples, speaker)
+  labels = [prediction['label'] for prediction in found]
+  assert scores.score('accuracy', labels, [e.reference for e in examples]) == {'accuracy': 1.0}
+
+
+def test_nothing_to_train_on_is_said():
+  example = TASKS['summarization'].example(
+    TASKS['summarization'].config(), {'document': 'x' * 50, 'summary': 'y'})
+  with pytest.raises(ValueError, match='none of 1 examples'):
+    training_records([example], BYTES, context_length=16, truncation='drop')
