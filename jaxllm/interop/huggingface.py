@@ -111,31 +111,35 @@ def open_model(directory: str | os.PathLike[str], ignore_auto_map: bool = False)
                 logits)
 
 
-def read_config(directory: pathlib.Path, ignore_auto_map: bool = False) -> dict[str, Any]:
+def read_keys(directory: pathlib.Path) -> dict[str, Any]:
   """Return config.json.
 
   Raises:
-    ValueError: it is missing or damaged, or asks for code or quantisation that we do not have.
+    ValueError: it is missing or damaged.
   """
   path = directory / 'config.json'
   if not path.is_file():
     raise ValueError(f'{directory} holds no config.json; is it a Hugging Face model?')
   if path.stat().st_size > MAX_CONFIG_BYTES:
     raise ValueError(f'{path}: larger than {MAX_CONFIG_BYTES} bytes')
-  keys = parse_object(path.read_bytes(), path)
+  keys = tensorfile.parse_json(path.read_bytes(), path)
+  if not isinstance(keys, dict):
+    raise ValueError(f'{path}: {type(keys).__name__}, an object is needed')
+  return keys
+
+
+def read_config(directory: pathlib.Path, ignore_auto_map: bool = False) -> dict[str, Any]:
+  """Return config.json of a model that can be read.
+
+  Raises:
+    ValueError: it is missing or damaged, or asks for code or quantisation that we do not have.
+  """
+  path, keys = directory / 'config.json', read_keys(directory)
   _refuse_code(keys, path, ignore_auto_map)
   if keys.get('quantization_config'):
     raise ValueError(f'{path}: quantization_config: quantised weights are not read; take the '
                      'original, or a GGUF file')
   return keys
-
-
-def parse_object(text: bytes, where: object) -> dict[str, Any]:
-  """Parse a JSON object from outside; a ValueError where it is none."""
-  value = tensorfile.parse_json(text, where)
-  if not isinstance(value, dict):
-    raise ValueError(f'{where}: {type(value).__name__}, an object is needed')
-  return value
 
 
 def find_format(keys: Mapping[str, Any], where: object) -> Format:

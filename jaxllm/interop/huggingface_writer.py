@@ -40,6 +40,7 @@ def save(
   dtype: str | None = None,
   model_type: str | None = None,
   shard_bytes: int = SHARD_BYTES,
+  add_bos: bool | None = None,
 ) -> Format:
   """Write a Hugging Face directory.
 
@@ -51,6 +52,7 @@ def save(
     dtype: of the stored weights, 'float32' or 'bfloat16'; None: that of the parameters.
     model_type: the family; None: the first that can say all of the config.
     shard_bytes: weights larger than this go into several files.
+    add_bos: whether prompts begin with BOS; None: as the files say.
 
   Returns:
     How the model is stored.
@@ -68,7 +70,7 @@ def save(
   form = choose_format(config, model_type)
   params = tree.flatten(variables['params'])
   _check_params(params)
-  extra, keys = tokenizer_export.huggingface_files(files or {}, config)
+  extra, keys = tokenizer_export.huggingface_files(files or {}, config, add_bos)
   stored = {name: weights.DTYPES[dtype] if dtype else np.dtype(leaf.dtype)
             for name, leaf in params.items()}
   kept = next(iter(stored.values())).name
@@ -121,11 +123,11 @@ def _lost(form: Format, config: DecoderConfig) -> list[str]:
     return [str(error)] * len(DecoderConfig.model_fields)
   return [
     f'{path} ({before!r} would be read as {after!r})'
-    for path, before, after in config_lib.diff(_normal(config), _normal(again))
+    for path, before, after in config_lib.diff(normal(config), normal(again))
   ]
 
 
-def _normal(config: DecoderConfig) -> DecoderConfig:
+def normal(config: DecoderConfig) -> DecoderConfig:
   """Return the same model with every default spelled out, and as it would be run by default."""
   fields = DecoderConfig.model_fields
   local = config.local_positions

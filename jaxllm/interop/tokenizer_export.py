@@ -27,13 +27,14 @@ _PROBES = (
 
 
 def huggingface_files(
-  files: Files, config: DecoderConfig
+  files: Files, config: DecoderConfig, add_bos: bool | None = None
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
   """Return the files beside config.json, and what config.json says of special tokens.
 
   Args:
     files: of the tokenizer, as `Tokenizer.files()` or a model directory gives them; may be empty.
     config: of the model.
+    add_bos: whether prompts begin with BOS; None: as the files say.
 
   Raises:
     ValueError: the tokenizer has ids that the model has not, or has no equal in a tokenizer.json.
@@ -46,10 +47,12 @@ def huggingface_files(
     raise ValueError(f'the tokenizer has {tokenizer.vocab_size} ids, the model only '
                      f'{config.vocab_size}')
   made = dict(files)
+  add_bos = tokenizer_files.add_bos(files) if add_bos is None else add_bos
   if 'tokenizer.json' not in made:
     kind = next(name for name in _MAKERS if name in files)
-    made['tokenizer.json'] = _MAKERS[kind](files)
-    _check_equal(tokenizer, tokenizers.from_files({'tokenizer.json': made['tokenizer.json']}))
+    content = _MAKERS[kind](files)
+    _check_equal(tokenizer, tokenizers.from_files({'tokenizer.json': content}))
+    made['tokenizer.json'] = _with_bos(content, tokenizer.bos_id) if add_bos else content
     made.pop('bytes.txt', None)
   ids = {'bos_token_id': tokenizer.bos_id, 'eos_token_id': tokenizer.eos_id,
          'pad_token_id': tokenizer.pad_id if tokenizer.pad_id != tokenizer.eos_id else None}
@@ -62,7 +65,7 @@ def huggingface_files(
     made.pop(tokenizer_files.CHAT, None)
   defaults = {
     'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False,
-    'model_max_length': config.max_length,
+    'model_max_length': config.max_length, 'add_bos_token': add_bos,
   }
   made['tokenizer_config.json'] = json_bytes({**defaults, **names, **settings})
   made.setdefault('special_tokens_map.json', json_bytes(names))
@@ -218,6 +221,20 @@ def _check_equal(original: Tokenizer, made: Tokenizer) -> None:
     if made.encode(text) != expected:
       raise ValueError(f'this tokenizer has no equal in a tokenizer.json: {text!r} gives '
                        f'{made.encode(text)} instead of {expected}')
+
+
+def _with_bos(content: bytes, bos_id: int | None) -> bytes:
+  """Let a tokenizer.json begin texts with BOS where special tokens are asked for."""
+  import tokenizers as library
+
+  made = library.Tokenizer.from_str(content.decode())
+  if bos_id is None:
+    return content
+  token = made.id_to_token(bos_id)
+  made.post_processor = library.processors.TemplateProcessing(
+    single=f'{token} $A', pair=f'{token} $A {token} $B', special_tokens=[(token, bos_id)]
+  )
+  return made.to_str().encode()
 
 
 def _special_tokens(content: bytes, ids: Mapping[str, int | None]) -> dict[str, str]:

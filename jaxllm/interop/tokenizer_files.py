@@ -78,6 +78,23 @@ def stop_ids(files: Mapping[str, bytes]) -> tuple[int, ...]:
   return tuple(value for what, value in special_ids(keys, '').items() if 'eos' in what)
 
 
+def add_bos(files: Mapping[str, bytes]) -> bool:
+  """Return whether prompts of this model begin with BOS.
+
+  tokenizer_config.json says so, or else the tokenizer.json does it to every text; SentencePiece
+  models alone are of families that do.
+  """
+  said = json.loads(files.get('tokenizer_config.json', b'{}')).get('add_bos_token')
+  if isinstance(said, bool):
+    return said
+  if 'tokenizer.json' not in files:
+    return 'tokenizer.model' in files
+  import tokenizers as library
+
+  inner = library.Tokenizer.from_str(files['tokenizer.json'].decode())
+  return bool(inner.encode('', add_special_tokens=True).ids[:1])
+
+
 def chat_template(files: Mapping[str, bytes]) -> str | None:
   """Return the chat template: of its own file, or in tokenizer_config.json; None: there is none."""
   if CHAT in files:

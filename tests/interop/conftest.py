@@ -1,4 +1,4 @@
-"""Small models of every family, made by transformers with unusual sizes and no number left plain."""
+"""What needs torch and transformers is skipped without them."""
 
 import importlib.util
 

@@ -119,8 +119,8 @@ def test_greedy_continuations_of_a_full_and_of_a_padded_batch(pair):
 def test_reference_agrees(pair):
   _, model, loaded, path = pair
   ids = np.random.default_rng(3).integers(0, model.config.vocab_size, LENGTH)
-  source = huggingface.open_model(path)
-  assert_same(source.reference(ids.tolist(), np.dtype('float32')), their_logits(model, ids[None])[0])
+  ours = huggingface.open_model(path).reference(ids.tolist(), np.dtype('float32'))
+  assert_same(ours, their_logits(model, ids[None])[0])
 
 
 @pytest.mark.parametrize('own_family', [True, False])

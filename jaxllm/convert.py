@@ -1,0 +1,56 @@
+"""Convert a model: `python -m jaxllm.convert --source=gpt2 --target=runs/gpt2 --format=jaxllm`.
+
+Both ways: from a Hugging Face directory, a name of its hub or a GGUF file to a checkpoint of
+jaxllm, and from any of these to a Hugging Face directory or to exported programs. Each result holds
+`conversion_report.json`, its proof.
+"""
+
+from absl import flags
+
+from jaxllm import config
+
+SOURCE = flags.DEFINE_string(
+  'source', None, 'A workdir, a Hugging Face directory, a .gguf file, or a name of the hub.',
+  required=True,
+)
+TARGET = flags.DEFINE_string('target', None, 'The new directory.', required=True)
+FORMAT = flags.DEFINE_enum(
+  'format', 'jaxllm', ['jaxllm', 'huggingface', 'exported'], 'What to write.'
+)
+DTYPE = flags.DEFINE_enum(
+  'dtype', None, ['float32', 'bfloat16'], 'Of the written parameters; by default as they are.'
+)
+REVISION = flags.DEFINE_string('revision', None, 'Commit, tag or branch of a name of the hub.')
+IGNORE_AUTO_MAP = flags.DEFINE_bool(
+  'ignore_auto_map', False, 'Read a model whose config.json names code, which is not run.'
+)
+BUCKETS = flags.DEFINE_list(
+  'buckets', ['128', '512', '2048'], 'Lengths in tokens of exported programs.'
+)
+
+
+def main(_) -> None:  # noqa: D103
+  from jaxllm import loading
+  from jaxllm.interop import conversion, sources
+
+  buckets = [int(length) for length in BUCKETS.value]
+  conversion.check_target(TARGET.value, FORMAT.value)
+  if sources.is_foreign(SOURCE.value):
+    source = sources.open_model(SOURCE.value, REVISION.value, IGNORE_AUTO_MAP.value)
+    report = conversion.from_source(source, TARGET.value, FORMAT.value, DTYPE.value, buckets)
+  else:
+    loaded = loading.load(SOURCE.value)
+    model = conversion.Model(
+      loaded.config, loaded.variables, loaded.tokenizer.files(), loaded.add_bos
+    )
+    report = conversion.from_model(model, TARGET.value, FORMAT.value, DTYPE.value, buckets)
+  proof = report['proof']
+  print(f'{TARGET.value}: {FORMAT.value}, proven on {len(proof["prompt_ids"])} tokens')
+  if 'max_abs_error' in proof:
+    print(f'largest difference of logits {proof["max_abs_error"]:.2e} (bound '
+          f'{proof["bound"]:.2e}), KL {proof["kl_divergence"]:.1e}, top-1 agreement '
+          f'{100 * proof["top1_agreement"]:.0f}%')
+
+
+if __name__ == '__main__':
+  config.run_program(main)

@@ -1,0 +1,179 @@
+"""Conversions: written beside the target, read back, proven, and only then put in its place."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxllm.checkpoints import store
+from jaxllm.interop import (
+  exported,
+  exported_runner,
+  huggingface,
+  huggingface_writer,
+  native,
+  report,
+)
+from jaxllm.interop.report import ConversionError
+from jaxllm.interop.weights import Source
+from jaxllm.models.config import DecoderConfig
+
+FORMATS = ('huggingface', 'jaxllm', 'exported')
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A model to be written.
+
+  Attributes:
+    config: of the model.
+    variables: {'params': ...}, layers stacked.
+    files: of the tokenizer.
+    add_bos: whether prompts begin with BOS; None: as the files say.
+    model_type: the Hugging Face family; None: the first that can say all of the config.
+  """
+
+  config: DecoderConfig
+  variables: Mapping[str, Any]
+  files: Mapping[str, bytes]
+  add_bos: bool | None = None
+  model_type: str | None = None
+
+
+def from_source(
+  source: Source, target: str | os.PathLike[str], form: str, dtype: str | None = None,
+  buckets: Sequence[int] = exported.BUCKETS,
+) -> dict[str, Any]:
+  """Convert a model from outside.
+
+  Args:
+    source: from `sources.open_model`.
+    target: a directory that does not exist, or is empty.
+    form: one of FORMATS.
+    dtype: of the written parameters, 'float32' or 'bfloat16'; None: as they are stored.
+    buckets: of an exported program, see `exported.save`.
+
+  Returns:
+    The report, which also lies in the target.
+
+  Raises:
+    ValueError: the target is in use, a number is not finite, or the result does not compute what
+      the source does; nothing is left behind.
+  """
+  path = check_target(target, form)
+  loaded = huggingface.load_source(source, dtype)
+  model = Model(loaded.config, loaded.variables, loaded.files, model_type=loaded.model_type)
+  ids = report.fixed_prompt(model.config)
+  stored = np.dtype(model.variables['params']['embed']['embedding'].dtype)
+  reference_TV = source.reference(ids, stored)
+  with _beside(path) as partial:
+    result = _write(model, partial, form, buckets, {'source': source.path})
+    proof = report.prove(reference_TV, result.config, result.variables, ids)
+    if form == 'exported':
+      _check_program(partial, ids, reference_TV)
+    summary = report.describe(source, dtype, proof) | {'format': form}
+    _write_report(partial, summary)
+  return summary
+
+
+def from_model(
+  model: Model, target: str | os.PathLike[str], form: str, dtype: str | None = None,
+  buckets: Sequence[int] = exported.BUCKETS,
+) -> dict[str, Any]:
+  """Write a model of ours for others: as a Hugging Face directory, or as exported programs.
+
+  The proof of a Hugging Face directory is the independent reading of what was written; arguments
+  and errors as in `from_source`.
+  """
+  path = check_target(target, form)
+  if form == 'jaxllm':
+    raise ValueError('the source is a checkpoint of jaxllm already; choose another --format')
+  ids = report.fixed_prompt(model.config)
+  with _beside(path) as partial:
+    _write(model, partial, form, buckets, {}, dtype)
+    summary: dict[str, Any] = {'format': form, 'dtype': dtype or 'as stored'}
+    if form == 'huggingface':
+      written = huggingface.open_model(partial)
+      again = huggingface.load_source(written, None)
+      reference_TV = written.reference(ids, np.dtype(np.float32))
+      proof = report.prove(reference_TV, again.config, again.variables, ids)
+      summary |= report.describe(written, dtype, proof) | {'source': 'a checkpoint of jaxllm'}
+    else:
+      logits_TV = report.logits(model.config, model.variables, ids)
+      _check_program(partial, ids, logits_TV)
+      summary['proof'] = {'prompt_ids': ids, 'next_token': int(logits_TV[-1].argmax())}
+    _write_report(partial, summary)
+  return summary
+
+
+def check_target(target: str | os.PathLike[str], form: str) -> pathlib.Path:
+  """Return the path of a target that can be written.
+
+  Raises:
+    ValueError: it is in use, or there is no such format.
+  """
+  if form not in FORMATS:
+    raise ValueError(f'--format={form!r}: one of {", ".join(FORMATS)} is needed')
+  path = pathlib.Path(target).expanduser().absolute()
+  if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    raise ValueError(f'--target={path} is not empty; choose another one')
+  return path
+
+
+@contextlib.contextmanager
+def _beside(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Yield a directory that becomes `path` if all goes well, and vanishes if not."""
+  partial = path.with_name(f'.{path.name}.{uuid.uuid4().hex[:8]}')
+  path.parent.mkdir(parents=True, exist_ok=True)
+  try:
+    yield partial
+    if path.exists():
+      path.rmdir()
+    partial.rename(path)
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write(
+  model: Model, directory: pathlib.Path, form: str, buckets: Sequence[int],
+  origin: Mapping[str, Any], dtype: str | None = None,
+) -> Model:
+  """Write a model, and return what is read back (of an exported program, the model itself)."""
+  config, variables, files = model.config, model.variables, model.files
+  if form == 'huggingface':
+    huggingface_writer.save(directory, config, variables, files, dtype, model.model_type,
+                            add_bos=model.add_bos)
+    again = huggingface.load(directory, None)
+    return dataclasses.replace(model, config=again.config, variables=again.variables)
+  if form == 'jaxllm':
+    native.save(directory, config, variables, files, {**origin, 'model_type': model.model_type})
+    params, bundle = store.restore_params(directory)
+    return dataclasses.replace(
+      model, config=native.model_config(bundle), variables={'params': params}
+    )
+  exported.save(directory, config, variables, files, buckets, add_bos=model.add_bos)
+  return model
+
+
+def _check_program(directory: pathlib.Path, ids: list[int], logits_TV: np.ndarray) -> None:
+  """Check that an exported program continues the prompt with the likeliest token."""
+  artefact = exported_runner.load(directory)
+  artefact['manifest']['stop_ids'] = []
+  ids = ids[: artefact['manifest']['buckets'][-1]]
+  best = int(logits_TV[len(ids) - 1].argmax())
+  (token,) = exported_runner.generate(artefact, ids, 1)
+  if token != best:
+    raise ConversionError(f'the exported program continues the fixed prompt with {token}, '
+                          f'expected {best}')
+
+
+def _write_report(directory: pathlib.Path, summary: Mapping[str, Any]) -> None:
+  text = json.dumps(summary, indent=1, ensure_ascii=False)
+  (directory / report.NAME).write_text(text + '\n', encoding='utf-8')

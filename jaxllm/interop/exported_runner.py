@@ -1,0 +1,142 @@
+"""Sample from this directory: python run.py --prompt="Once upon a time" --max_new_tokens=64.
+
+Needs jax, numpy and tokenizers; the model itself is in the programs beside this file. As a library:
+`artefact = load(directory)`, then `generate(artefact, ids, ...)`.
+"""
+
+import argparse
+import hashlib
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import tokenizers
+from jax import export
+
+DTYPES = {'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16}
+
+
+def load(directory: str | pathlib.Path) -> dict[str, Any]:
+  """Check the files of a directory against its manifest and read them."""
+  directory = pathlib.Path(directory)
+  manifest = json.loads((directory / 'manifest.json').read_text())
+  if manifest['format'] != 1:
+    raise ValueError(f'{directory}: format {manifest["format"]}, this program reads format 1')
+  for name, digest in manifest['sha256'].items():
+    with open(directory / name, 'rb') as file:
+      if hashlib.file_digest(file, 'sha256').hexdigest() != digest:
+        raise ValueError(f'{directory / name} differs from what the manifest says')
+  tokenizer = tokenizers.Tokenizer.from_file(str(directory / 'tokenizer.json'))
+  tokenizer.encode_special_tokens = True  # Text that spells a special token stays text.
+  return {
+    'manifest': manifest,
+    'weights': load_weights(directory / 'weights.safetensors'),
+    'tokenizer': tokenizer,
+    'programs': {},
+    'directory': directory,
+  }
+
+
+def load_weights(path: pathlib.Path) -> dict[str, jax.Array]:
+  """Read all tensors of a safetensors file."""
+  with open(path, 'rb') as file:
+    start = int.from_bytes(file.read(8), 'little')
+    header = json.loads(file.read(start))
+  header.pop('__metadata__', None)
+  weights = {}
+  for name, entry in header.items():
+    place = 8 + start + entry['data_offsets'][0]
+    shape = tuple(entry['shape'])
+    weights[name] = jnp.asarray(np.memmap(path, DTYPES[entry['dtype']], 'r', place, shape))
+  return weights
+
+
+def program(artefact: dict[str, Any], name: str) -> Any:
+  """Return a program by name, compiled when it is first called; its cache argument is reused."""
+  if name not in artefact['programs']:
+    content = (artefact['directory'] / f'{name}.bin').read_bytes()
+    call = export.deserialize(bytearray(content)).call
+    donated = (1,) if name.startswith('decode') else ()
+    artefact['programs'][name] = jax.jit(call, donate_argnums=donated)
+  return artefact['programs'][name]
+
+
+def encode(artefact: dict[str, Any], text: str) -> list[int]:
+  """Return the token ids that a prompt begins with."""
+  manifest = artefact['manifest']
+  first = [manifest['bos_id']] if manifest['add_bos'] and manifest['bos_id'] is not None else []
+  return first + artefact['tokenizer'].encode(text, add_special_tokens=False).ids
+
+
+def bucket(artefact: dict[str, Any], length: int) -> int:
+  """Return the smallest bucket of at least `length` tokens, or the largest one."""
+  buckets = artefact['manifest']['buckets']
+  return next((size for size in buckets if size >= length), buckets[-1])
+
+
+def grow(cache: dict[str, Any], size: int) -> dict[str, Any]:
+  """Return the cache with `size` slots."""
+  def pad(array: jax.Array) -> jax.Array:
+    return jnp.pad(array, ((0, 0), (0, size - array.shape[1]), (0, 0), (0, 0)))
+
+  return {**cache, 'keys': [*map(pad, cache['keys'])], 'values': [*map(pad, cache['values'])]}
+
+
+def generate(
+  artefact: dict[str, Any], ids: list[int], max_new_tokens: int, temperature: float = 0.0,
+  top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, seed: int = 0,
+) -> list[int]:
+  """Continue token ids until a stop token, `max_new_tokens`, or the largest bucket is full."""
+  manifest = artefact['manifest']
+  if not ids or min(ids) < 0 or max(ids) >= manifest['vocab_size']:
+    raise ValueError(f'1 or more token ids below {manifest["vocab_size"]} are needed')
+  if len(ids) > manifest['buckets'][-1]:
+    raise ValueError(f'{len(ids)} tokens, but programs exist for {manifest["buckets"][-1]}')
+  rules = {'temperature': np.float32([temperature]), 'top_k': np.int32([top_k]),
+           'top_p': np.float32([top_p]), 'min_p': np.float32([min_p])}
+  request = {'seed': np.uint32([seed]), 'index': np.int32([0]), 'rules': rules}
+  size = bucket(artefact, len(ids))
+  tokens = np.zeros((1, size), np.int32)
+  tokens[0, : len(ids)] = ids
+  token, cache = program(artefact, f'prefill_{size}')(
+    artefact['weights'], tokens, np.int32([len(ids)]), request
+  )
+  made: list[int] = []
+  while True:
+    made.append(int(token[0]))
+    used = len(ids) + len(made) - 1
+    if made[-1] in manifest['stop_ids']:
+      return made[:-1]
+    if len(made) == max_new_tokens or used == manifest['buckets'][-1]:
+      return made
+    if used == size:
+      size = bucket(artefact, used + 1)
+      cache = grow(cache, size)
+    request['index'] = np.int32([len(made)])
+    token, cache = program(artefact, f'decode_{size}')(
+      artefact['weights'], cache, token[:, None], request
+    )
+
+
+def main() -> None:
+  """Print the continuation of a prompt."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--prompt', required=True)
+  parser.add_argument('--max_new_tokens', type=int, default=64)
+  for name, default in (('temperature', 0.0), ('top_p', 1.0), ('min_p', 0.0)):
+    parser.add_argument(f'--{name}', type=float, default=default)
+  for name in ('top_k', 'seed'):
+    parser.add_argument(f'--{name}', type=int, default=0)
+  options = vars(parser.parse_args())
+  artefact = load(pathlib.Path(__file__).parent)
+  ids = encode(artefact, options.pop('prompt'))
+  made = generate(artefact, ids, **options)
+  print(artefact['tokenizer'].decode(ids + made, skip_special_tokens=True))
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,67 @@
+"""One way to open a model from outside, wherever it comes from."""
+
+import os
+import pathlib
+
+import jax
+
+from jaxllm.interop import gguf, hub, huggingface
+from jaxllm.interop.huggingface import Loaded
+from jaxllm.interop.weights import Source
+from jaxllm.sharding import MeshConfig
+
+
+def is_foreign(path: str | os.PathLike[str]) -> bool:
+  """Return whether a path or name is a model from outside: of Hugging Face or GGUF, local or not.
+
+  What exists is judged by what it holds; a name that does not exist may be one of the hub.
+  """
+  local = pathlib.Path(path).expanduser()
+  if local.is_file():
+    with local.open('rb') as file:
+      return local.suffix == '.gguf' or file.read(4) == b'GGUF'
+  if local.is_dir():
+    try:
+      return 'model_type' in huggingface.read_keys(local)
+    except ValueError:
+      # Damaged, but Hugging Face's: opening it will say how.
+      return any(local.glob('*.safetensors'))
+  return hub.is_name(str(path))
+
+
+def open_model(
+  path: str | os.PathLike[str], revision: str | None = None, ignore_auto_map: bool = False
+) -> Source:
+  """Check everything about a model from outside but its numbers; nothing is allocated.
+
+  Args:
+    path: a Hugging Face directory, a GGUF file, or a name of the hub.
+    revision: of a name of the hub; None: the newest commit.
+    ignore_auto_map: read a model whose config.json names code, which is not run.
+
+  Raises:
+    ValueError: there is no such model, or it is damaged, hostile or not supported.
+  """
+  local = pathlib.Path(path).expanduser()
+  if local.is_file():
+    return gguf.open_model(local)
+  if not local.is_dir():
+    local = hub.fetch(str(path), revision)
+  return huggingface.open_model(local, ignore_auto_map)
+
+
+def load(
+  path: str | os.PathLike[str],
+  dtype: str | None = 'float32',
+  mesh: jax.sharding.Mesh | None = None,
+  mesh_config: MeshConfig | None = None,
+  revision: str | None = None,
+  ignore_auto_map: bool = False,
+) -> Loaded:
+  """Load a model from outside; arguments as in `open_model` and `huggingface.load`.
+
+  Raises:
+    ValueError: as `open_model`, or a number is not finite.
+  """
+  source = open_model(path, revision, ignore_auto_map)
+  return huggingface.load_source(source, dtype, mesh, mesh_config)
