@@ -12,7 +12,7 @@ class KVCache:
   """Keys and values of every layer, S slots per row.
 
   Attributes:
-    keys: (L, B, S, K, H), or one (B, S, K, H) per layer.
+    keys: (L, B, K, S, H), or one (B, K, S, H) per layer.
     values: as `keys`.
     lengths_B: int32, how many slots of each row are filled, from slot 0 on.
   """
@@ -39,7 +39,7 @@ def init_cache(
     stacked: one array for all layers (for scanned layers), or one per layer, which is updated in
       place by unrolled layers (fast decoding on CPU; see `unstack`).
   """
-  shape = (batch_size, length, config.kv_heads, config.head_size)
+  shape = (batch_size, config.kv_heads, length, config.head_size)
   dtype = dtype or config.dtype
 
   def empty() -> jax.Array | tuple[jax.Array, ...]:
@@ -51,21 +51,23 @@ def init_cache(
 
 
 def write(
-  cache: KVCache, layer: int | jax.Array, slots_BT: jax.Array, key_BTKH: jax.Array,
-  value_BTKH: jax.Array,
+  cache: KVCache, layer: int | jax.Array, slots_BT: jax.Array, key_BKTH: jax.Array,
+  value_BKTH: jax.Array,
 ) -> KVCache:
   """Put new keys and values of one layer into their slots; a slot past the end is dropped."""
   rows_B1 = jnp.arange(slots_BT.shape[0], dtype=jnp.int32)[:, None]
 
-  def put(old: jax.Array | tuple[jax.Array, ...], new: jax.Array):
+  def put(old: jax.Array | tuple[jax.Array, ...], new_BKTH: jax.Array):
+    new_BTKH = new_BKTH.swapaxes(1, 2)
     if isinstance(old, tuple):
-      changed = old[layer].at[rows_B1, slots_BT].set(new.astype(old[layer].dtype), mode='drop')
-      return (*old[:layer], changed, *old[layer + 1 :])
-    return old.at[layer, rows_B1, slots_BT].set(new.astype(old.dtype), mode='drop')
+      place = old[layer].at[rows_B1, :, slots_BT]
+      return (*old[:layer], place.set(new_BTKH.astype(old[layer].dtype), mode='drop'),
+              *old[layer + 1 :])
+    return old.at[layer, rows_B1, :, slots_BT].set(new_BTKH.astype(old.dtype), mode='drop')
 
-  return cache.replace(keys=put(cache.keys, key_BTKH), values=put(cache.values, value_BTKH))
+  return cache.replace(keys=put(cache.keys, key_BKTH), values=put(cache.values, value_BKTH))
 
 
 def read(cache: KVCache, layer: int | jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Return one layer's keys and values, (B, S, K, H) each."""
+  """Return one layer's keys and values, (B, K, S, H) each."""
   return cache.keys[layer], cache.values[layer]

@@ -95,8 +95,8 @@ class DecoderConfig(Config):
   dtype: Literal['float32', 'bfloat16'] = 'float32'
   """Dtype of activations and matrix products; parameters, norms, softmax and logits are float32."""
   attention: Literal['xla', 'cudnn', 'splash'] = 'xla'
-  """Implementation of attention: 'xla' runs everywhere, 'cudnn' is fused, on NVIDIA GPUs, 'splash'
-  is fused, on TPUs."""
+  """Attention over whole sequences: 'xla' runs everywhere; 'cudnn' is fused, on NVIDIA GPUs ('xla'
+  elsewhere); 'splash' is fused, on TPUs (interpreted, slowly, elsewhere)."""
   scan_layers: bool = True
   """Run layers by a scan (compiles fast) or unrolled; parameters and results are the same."""
   remat: Literal['none', 'full', 'dots', 'dots_no_batch'] = 'none'
@@ -207,20 +207,22 @@ def _check_layers(config: DecoderConfig) -> None:
 
 
 def _check_attention(config: DecoderConfig) -> None:
-  if config.attention == 'cudnn':
-    for name in ('attention_softcap', 'attention_dropout_rate'):
-      if getattr(config, name):
-        raise ValueError(f"attention='cudnn' has no {name}={getattr(config, name)}; use 'xla'")
-    if config.dtype != 'bfloat16':
-      raise ValueError("attention='cudnn' needs dtype='bfloat16'")
-  if config.attention == 'splash':
-    if config.attention_dropout_rate:
+  name = config.attention
+  if name == 'xla':
+    return
+  lacking = ['attention_dropout_rate'] + (['attention_softcap'] if name == 'cudnn' else [])
+  for field in lacking:
+    if getattr(config, field):
       raise ValueError(
-        f"attention='splash' has no attention_dropout_rate={config.attention_dropout_rate}; "
-        "set it to 0 or use 'xla'"
+        f"attention='{name}' has no {field}={getattr(config, field)}; turn it off or use 'xla'"
       )
-    if 'local' in config.layer_kinds and set(config.layer_kinds) != {'local'}:
-      raise ValueError(
-        "attention='splash' has one mask for all layers, but layer_pattern="
-        f"{config.layer_pattern} needs several; use 'xla'"
-      )
+  if 'local' in config.layer_kinds and set(config.layer_kinds) != {'local'}:
+    raise ValueError(
+      f"attention='{name}' has one mask for all layers, but layer_pattern={config.layer_pattern} "
+      "needs several; use 'xla'"
+    )
+  if name == 'cudnn' and (config.dtype != 'bfloat16' or config.head_size % 8):
+    raise ValueError(
+      f"attention='cudnn' with dtype='{config.dtype}' and head_dim={config.head_size}: it needs "
+      "'bfloat16' and a multiple of 8; use 'xla'"
+    )

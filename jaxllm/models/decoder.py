@@ -150,7 +150,7 @@ class Decoder(nn.Module):
     is_real_BT = True if segment_ids_BT is None else segment_ids_BT > 0
     mask = functools.partial(attention.sequence_mask, length, segment_ids_BT)
     views = self._views(
-      (lambda window: None) if self.config.attention == 'splash' else mask,
+      (lambda window: None) if attention.is_fused(self.config) else mask,
       positions_BT, jnp.max(positions_BT + 1, axis=1, where=is_real_BT, initial=1), segment_ids_BT,
     )
     x_BTD, _ = self._run(self._embed(tokens_BT, positions_BT, deterministic), views, deterministic)
@@ -182,7 +182,7 @@ class Decoder(nn.Module):
     """
     offsets_1T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
     positions_BT = cache.lengths_B[:, None] + offsets_1T
-    num_slots = cache.keys[0].shape[-3]
+    num_slots = cache.keys[0].shape[-2]
     slots_BT = jnp.where(offsets_1T < counts_B[:, None], positions_BT, num_slots)
     lengths_B = cache.lengths_B + counts_B
     views = self._views(
