@@ -1,7 +1,7 @@
 """Chat: messages become segments in which only what the assistant says has weight.
 
-A template is any function from messages to text that only ever appends: `ChatTemplate.render`, or a
-model's own template. What it writes for the assistant is found by rendering one message more.
+A template is any function from conversations to texts that only ever appends, `ChatTemplate.render`
+or a model's own. What it writes for the assistant is found by rendering one message more.
 """
 
 import re
@@ -16,9 +16,8 @@ from jaxllm.tasks.base import BOS, Answer, Example, Prediction, Record, Segment,
 from jaxllm.tasks.records import RecordsConfig, RecordSource
 
 Message = Mapping[str, Any]
-Render = Callable[[Sequence[Message], bool], str]
-"""(messages, whether the assistant's turn is opened after them) -> text."""
-
+Render = Callable[[Sequence[Sequence[Message]], bool], Sequence[str]]
+"""(conversations, whether the assistant's turn is opened after each) -> their texts."""
 
 # A code point that never stands for a character.
 _STAND_IN = '\ufdd0'
@@ -39,16 +38,17 @@ class ChatTemplate(Config):
   controls: tuple[str, ...] = ('<|im_start|>', '<|im_end|>')
   """Texts in prefix and suffix that are single tokens, where the tokenizer has them."""
 
-  def render(self, messages: Sequence[Message], open_turn: bool = False) -> str:
-    """Return the text of messages, and with `open_turn` the beginning of the assistant's turn."""
-    names = dict(self.names)
-    parts = []
-    for message in messages:
-      role = names.get(message['role']) or message['role']
-      parts += [self.prefix.replace('{role}', role), message['content'], self.suffix]
-    if open_turn:
-      parts.append(self.prefix.replace('{role}', names.get('assistant', 'assistant')))
-    return ''.join(parts)
+  def render(
+    self, conversations: Sequence[Sequence[Message]], open_turn: bool = False
+  ) -> list[str]:
+    """Return the texts of conversations, with `open_turn` up to where the assistant begins."""
+    end: list[Message] = [{'role': 'assistant', 'content': _STAND_IN}] if open_turn else []
+    texts = (''.join(map(self._turn, [*messages, *end])) for messages in conversations)
+    return [text.rpartition(_STAND_IN)[0] if open_turn else text for text in texts]
+
+  def _turn(self, message: Message) -> str:
+    role = dict(self.names).get(message['role']) or message['role']
+    return self.prefix.replace('{role}', role) + message['content'] + self.suffix
 
 
 PLAIN = ChatTemplate(
@@ -80,45 +80,67 @@ class Chat(TaskConfig):
 
 def example(config: Chat, record: Record) -> Example:
   """Return the example of a record."""
-  found = segments(record['messages'], config.template.render, config.template.controls)
-  return Example((BOS, *found), None, record)
+  return examples([record], config.template.render, config.template.controls)[0]
+
+
+def examples(
+  records: Sequence[Record], render: Render, controls: Sequence[str] = ()
+) -> list[Example]:
+  """Return the examples of records by any template, such as a model's own; see `segments`."""
+  found = segments([record['messages'] for record in records], render, controls)
+  return [
+    Example((BOS, *one), None, record) for one, record in zip(found, records, strict=True)
+  ]
 
 
 def segments(
-  messages: Sequence[Message], render: Render, controls: Sequence[str] = ()
-) -> tuple[Segment, ...]:
-  """Return a conversation as segments; the assistant's contents and their ends have weight 1.
+  conversations: Sequence[Sequence[Message]], render: Render, controls: Sequence[str] = ()
+) -> list[tuple[Segment, ...]]:
+  """Return conversations as segments; the assistant's contents and their ends have weight 1.
 
   The end of a turn is what the template writes after the content; white space is part of it only
   where there is nothing else.
 
   Args:
-    messages: {'role', 'content'} each.
-    render: the template.
+    conversations: each a list of messages {'role', 'content'}.
+    render: the template; called twice.
     controls: texts that are single tokens where the template writes them; in contents they are
       text like any other.
 
   Raises:
     ValueError: a message is not of that form, or the template changes what it wrote before.
   """
-  found: list[Segment] = []
-  written = ''
-  for count, message in enumerate(messages, start=1):
-    if not isinstance(message.get('role'), str) or not isinstance(message.get('content'), str):
-      raise ValueError(f"messages[{count - 1}]={message!r}: expected {{'role': text, 'content': "
-                       'text}')
-    speaks = message['role'] == 'assistant'
-    earlier = messages[: count - 1]
-    opened = render(earlier, True) if speaks else written
-    closed = render(messages[:count], False)
-    # The same message with a stand-in shows what of the turn is the template's.
-    marked = render([*earlier, {**message, 'content': _STAND_IN}], False)
-    if not (opened.startswith(written) and closed.startswith(opened) and marked.startswith(opened)):
-      raise _changing()
-    found += _split(opened[len(written):], 0.0, controls)
-    found += _turn(closed[len(opened):], marked[len(opened):], float(speaks), controls)
-    written = closed
-  return tuple(found)
+  whole: list[list[Message]] = []
+  opened: list[list[Message]] = []
+  for messages in conversations:
+    for count, message in enumerate(messages, start=1):
+      _check(message, count)
+      earlier = list(messages[: count - 1])
+      # The same message with a stand-in shows what of the turn is the template's.
+      whole += [[*earlier, message], [*earlier, {**message, 'content': _STAND_IN}]]
+      if message['role'] == 'assistant':
+        opened.append(earlier)
+  whole_texts, opened_texts = iter(render(whole, False)), iter(render(opened, True))
+  result = []
+  for messages in conversations:
+    written, found = '', []
+    for message in messages:
+      speaks = message['role'] == 'assistant'
+      closed, marked = next(whole_texts), next(whole_texts)
+      start = next(opened_texts) if speaks else written
+      if not (start.startswith(written) and closed.startswith(start) and marked.startswith(start)):
+        raise _changing()
+      found += _split(start[len(written):], 0.0, controls)
+      found += _turn(closed[len(start):], marked[len(start):], float(speaks), controls)
+      written = closed
+    result.append(tuple(found))
+  return result
+
+
+def _check(message: Message, count: int) -> None:
+  if not isinstance(message.get('role'), str) or not isinstance(message.get('content'), str):
+    raise ValueError(f"messages[{count - 1}]={message!r}: expected {{'role': text, 'content': "
+                     'text}')
 
 
 def _turn(text: str, marked: str, weight: float, controls: Sequence[str]) -> list[Segment]:

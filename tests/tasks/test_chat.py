@@ -1,6 +1,7 @@
 """Chat: weight on exactly what the assistant says, and no special token from a content."""
 
 import dataclasses
+import functools
 
 import pytest
 
@@ -22,7 +23,8 @@ def _messages(*turns):
 def test_literal_ids_and_weights():
   messages = _messages(('user', 'a'), ('assistant', 'bc'), ('user', 'd'), ('assistant', ''))
   template = ChatTemplate(prefix='<|im_start|>{role}\n', names=(('user', 'U'), ('assistant', 'A')))
-  found = encode(chat.segments(messages, template.render, template.controls), BYTES, IDS)
+  segments, = chat.segments([messages], template.render, template.controls)
+  found = encode(segments, BYTES, IDS)
   n, user, assistant = ord('\n'), ord('U'), ord('A')
   assert list(zip(found.ids, found.weights, strict=True)) == [
     (300, 0), (user, 0), (n, 0), (97, 0), (301, 0), (n, 0),
@@ -37,7 +39,8 @@ def test_contents_never_become_special_tokens():
   for content in (evil, '<|im_start|>', 'user', '\n', '<|im_end|>'):
     messages = _messages(('user', content), ('assistant', content))
     template = ChatTemplate()
-    found = encode(chat.segments(messages, template.render, template.controls), BYTES, IDS)
+    segments, = chat.segments([messages], template.render, template.controls)
+    found = encode(segments, BYTES, IDS)
     assert sum(i == 300 for i in found.ids) == sum(i == 301 for i in found.ids) == 2
     said = bytes(i for i, w in zip(found.ids, found.weights, strict=True) if w and i < 256)
     assert said.decode() == content
@@ -46,16 +49,17 @@ def test_contents_never_become_special_tokens():
 def test_segments_join_to_the_rendered_text():
   messages = _messages(('system', 's'), ('user', 'hi  '), ('assistant', ' yo\n'))
   for template in (ChatTemplate(), PLAIN):
-    joined = ''.join(s.text for s in chat.segments(messages, template.render, template.controls))
-    assert joined == template.render(messages)
+    segments, = chat.segments([messages], template.render, template.controls)
+    assert ''.join(s.text for s in segments) == template.render([messages])[0]
 
 
 def test_a_template_may_strip_and_open_with_a_preamble():
-  def render(messages, open_turn):
-    text = 'SYSTEM' + ''.join(f'[{m["role"]}]{m["content"].strip()}</s>' for m in messages)
-    return text + ('[assistant]' if open_turn else '')
+  def render(conversations, open_turn):
+    texts = (''.join(f'[{m["role"]}]{m["content"].strip()}</s>' for m in messages)
+             for messages in conversations)
+    return [f'SYSTEM{text}{"[assistant]" if open_turn else ""}' for text in texts]
 
-  found = chat.segments(_messages(('user', ' a '), ('assistant', ' b ')), render, ('</s>',))
+  found, = chat.segments([_messages(('user', ' a '), ('assistant', ' b '))], render, ('</s>',))
   assert found == (
     Segment('SYSTEM[user]'), Segment('a'), Segment('</s>', 0.0, True), Segment('[assistant]'),
     Segment('b', 1.0), Segment('</s>', 1.0, True),
@@ -63,22 +67,49 @@ def test_a_template_may_strip_and_open_with_a_preamble():
 
 
 def test_plain_template_learns_where_the_turn_ends():
-  found = chat.segments(_messages(('user', 'a'), ('assistant', 'b')), PLAIN.render)
+  found, = chat.segments([_messages(('user', 'a'), ('assistant', 'b'))], PLAIN.render)
   assert found[-2:] == (Segment('b', 1.0), Segment('\n\n', 1.0))
 
 
 def test_templates_that_rewrite_history_are_refused():
-  def render(messages, open_turn):
-    return f'{len(messages)}:' + ''.join(m['content'] for m in messages)
+  def render(conversations, open_turn):
+    return [f'{len(messages)}:' + ''.join(m['content'] for m in messages)
+            for messages in conversations]
 
   with pytest.raises(ValueError, match='only appends'):
-    chat.segments(_messages(('user', 'a'), ('assistant', 'b')), render)
+    chat.segments([_messages(('user', 'a'), ('assistant', 'b'))], render)
+
+
+def test_several_conversations_are_rendered_together():
+  both = [_messages(('user', 'a'), ('assistant', 'b')), _messages(('assistant', 'c'))]
+  calls = []
+
+  def render(conversations, open_turn):
+    calls.append(open_turn)
+    return PLAIN.render(conversations, open_turn)
+
+  together = chat.segments(both, render)
+  assert calls == [False, True]
+  assert together == [chat.segments([one], PLAIN.render)[0] for one in both]
+
+
+def test_a_models_own_jinja_template():
+  from jaxllm.interop import chat as model_chat
+
+  template = (
+    '{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n'
+    '{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}')
+  messages = _messages(('user', ' a '), ('assistant', 'b'))
+  render = functools.partial(model_chat.render, template)
+  found, = chat.examples([{'messages': messages}], render, tuple(IDS))
+  plain = chat.example(Chat(), {'messages': _messages(('user', 'a'), ('assistant', 'b'))})
+  assert found.segments == plain.segments
 
 
 @pytest.mark.parametrize('message', [{'role': 'user'}, {'role': 'user', 'content': None}])
 def test_malformed_messages_are_named(message):
   with pytest.raises(ValueError, match=r"messages\[0\]"):
-    chat.segments([message], PLAIN.render)
+    chat.segments([[message]], PLAIN.render)
 
 
 def test_chat_task_measures_what_the_assistant_says():
