@@ -113,11 +113,21 @@ def _manifest(
     'buckets': list(lengths),
     'vocab_size': config.vocab_size,
     'max_length': config.max_length,
+    'slot_axis': _slot_axis(config),
     'add_bos': tokenizer_files.add_bos(files),
     'bos_id': tokenizer.bos_id,
     'stop_ids': list(stops),
     'model': json.loads(config.to_json()),
   }
+
+
+def _slot_axis(config: DecoderConfig) -> int:
+  """Return the axis of a layer's keys and values on which tokens lie."""
+  shapes = [
+    jax.eval_shape(lambda n=n: init_cache(config, 1, n, stacked=False)).keys[0].shape
+    for n in (1, 2)
+  ]
+  return next(axis for axis, (a, b) in enumerate(zip(*shapes, strict=True)) if a != b)
 
 
 def _programs(

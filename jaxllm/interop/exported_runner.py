@@ -78,10 +78,10 @@ def bucket(artefact: dict[str, Any], length: int) -> int:
   return next((size for size in buckets if size >= length), buckets[-1])
 
 
-def grow(cache: dict[str, Any], size: int) -> dict[str, Any]:
+def grow(cache: dict[str, Any], axis: int, size: int) -> dict[str, Any]:
   """Return the cache with `size` slots."""
   def pad(array: jax.Array) -> jax.Array:
-    return jnp.pad(array, ((0, 0), (0, size - array.shape[1]), (0, 0), (0, 0)))
+    return jnp.pad(array, [(0, (size - n) * (i == axis)) for i, n in enumerate(array.shape)])
 
   return {**cache, 'keys': [*map(pad, cache['keys'])], 'values': [*map(pad, cache['values'])]}
 
@@ -115,7 +115,7 @@ def generate(
       return made
     if used == size:
       size = bucket(artefact, used + 1)
-      cache = grow(cache, size)
+      cache = grow(cache, manifest['slot_axis'], size)
     request['index'] = np.int32([len(made)])
     token, cache = program(artefact, f'decode_{size}')(
       artefact['weights'], cache, token[:, None], request

@@ -84,7 +84,8 @@ def json_bytes(value: Any) -> bytes:
 def from_sentencepiece(files: Files) -> bytes:
   """Make a tokenizer.json of a SentencePiece model.
 
-  A literal U+2581 in a text becomes a space, which the original may tell apart.
+  Two rare texts differ from the original: a literal U+2581 becomes a space; and in a unigram model
+  that gives '<' by its byte, a text that spells '<s>' gives that token.
   """
   import tokenizers as library
 

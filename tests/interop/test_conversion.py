@@ -1,0 +1,171 @@
+"""Conversions carry their proof, and leave nothing where they fail; exported programs run."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import small
+
+from jaxllm.checkpoints import store
+from jaxllm.data import tokenizers
+from jaxllm.generation import decode
+from jaxllm.generation.sampling import SamplingConfig
+from jaxllm.interop import conversion, huggingface, native, report, sources, weights
+from jaxllm.models.decoder import Decoder, unstack
+
+
+@pytest.fixture(scope='module')
+def foreign(tmp_path_factory):
+  path = tmp_path_factory.mktemp('foreign') / 'model'
+  small.save(path, 'qwen2')
+  return path
+
+
+def test_there_and_back_again(foreign, tmp_path):
+  source = sources.open_model(foreign)
+  summary = conversion.from_source(source, tmp_path / 'ours', 'jaxllm')
+  params, bundle = store.restore_params(tmp_path / 'ours')
+  assert native.model_config(bundle) == source.config
+  assert bundle.manifest[native.CONVERTED]['model_type'] == 'qwen2'
+  assert tokenizers.from_files(bundle.tokenizer_files).vocab_size == 257
+  written = json.loads((tmp_path / 'ours' / report.NAME).read_text())
+  assert written == json.loads(json.dumps(summary))
+  model = conversion.Model(source.config, {'params': params}, bundle.tokenizer_files)
+  conversion.from_model(model, tmp_path / 'back', 'huggingface')
+  first = (foreign / 'model.safetensors').read_bytes()
+  assert (tmp_path / 'back' / 'model.safetensors').read_bytes() == first
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['back', 'ours']
+
+
+def test_the_report(foreign, tmp_path):
+  source = sources.open_model(foreign)
+  summary = conversion.from_source(source, tmp_path / 'again', 'huggingface', 'bfloat16')
+  proof, rows = summary['proof'], summary['tensors']
+  assert proof['max_abs_error'] < proof['bound'] and proof['top1_agreement'] == 1
+  assert proof['kl_divergence'] < 1e-6
+  assert len(rows) == len(source.slots)
+  row = next(row for row in rows if row['source'] == 'model.layers.2.self_attn.k_proj.bias')
+  assert row['targets'] == ['layers/attention/key/bias'] and row['layer'] == 2
+  assert row['shape'] == [16] and len(row['sha256']) == 64
+  assert summary['missing'] == [] and summary['not_needed'] == {}
+  assert 'initializer_range' in summary['config_keys_without_effect']
+  assert huggingface.load(tmp_path / 'again', None).variables['params']['embed'][
+    'embedding'].dtype == 'bfloat16'
+
+
+def test_a_wrong_conversion_fails_and_leaves_nothing(foreign, tmp_path, monkeypatch):
+  read = weights.read
+
+  def swapped(source, *options):
+    variables = read(source, *options)
+    mlp = variables['params']['layers']['mlp']
+    mlp['gate'], mlp['up'] = mlp['up'], mlp['gate']
+    return variables
+
+  monkeypatch.setattr(weights, 'read', swapped)
+  source = sources.open_model(foreign)
+  for form in ('jaxllm', 'huggingface'):
+    with pytest.raises(report.ConversionError, match='logits differ'):
+      # Twice wrong is right again: what was written is read back by the same function.
+      monkeypatch.setattr(conversion.huggingface, 'load', lambda path, dtype: (
+        huggingface.Loaded(source.config, read(huggingface.open_model(path), dtype), {}, 'qwen2')))
+      conversion.from_source(source, tmp_path / 'target', form)
+  assert not list(tmp_path.iterdir())
+
+
+def test_targets_that_cannot_be(foreign, tmp_path):
+  (tmp_path / 'full').mkdir()
+  (tmp_path / 'full' / 'file').write_text('precious')
+  source = sources.open_model(foreign)
+  with pytest.raises(ValueError, match='not empty'):
+    conversion.from_source(source, tmp_path / 'full', 'jaxllm')
+  with pytest.raises(ValueError, match='huggingface, jaxllm, exported'):
+    conversion.from_source(source, tmp_path / 'new', 'onnx')
+  config = small.CONFIGS['llama']
+  model = conversion.Model(config, small.variables(config), small.files())
+  with pytest.raises(ValueError, match='already'):
+    conversion.from_model(model, tmp_path / 'new', 'jaxllm')
+  assert (tmp_path / 'full' / 'file').read_text() == 'precious'
+  assert not (tmp_path / 'new').exists()
+
+
+@pytest.fixture(scope='module')
+def artefact(tmp_path_factory):
+  pytest.importorskip('flatbuffers')
+  config = small.CONFIGS['llama3'].replace(max_length=48)
+  variables = small.variables(config)
+  path = tmp_path_factory.mktemp('exported') / 'artefact'
+  model = conversion.Model(config, variables, small.files(), add_bos=True)
+  conversion.from_model(model, path, 'exported', buckets=(16, 24, 2048))
+  return config, variables, path
+
+
+# Runs run.py where no module of ours can be imported.
+RUN = '''
+import json, runpy, sys
+sys.modules['jaxllm'] = None
+runner = runpy.run_path(sys.argv[1] + '/run.py')
+artefact = runner['load'](sys.argv[1])
+requests = json.loads(sys.argv[2])
+print(json.dumps([runner['generate'](artefact, **request) for request in requests]))
+assert not [name for name in sys.modules if name.startswith(('jaxllm.', 'flax'))]
+'''
+
+
+def test_exported_programs_need_no_code_of_ours_and_give_the_same_tokens(artefact):
+  config, variables, path = artefact
+  manifest = json.loads((path / 'manifest.json').read_text())
+  assert manifest['buckets'] == [16, 24, 48] and manifest['platforms'] == ['cpu', 'cuda', 'tpu']
+  requests = [
+    {'ids': [3, 1, 4, 1, 5], 'max_new_tokens': 40},
+    {'ids': list(range(20)), 'max_new_tokens': 9, 'temperature': 0.7, 'top_p': 0.9, 'seed': 7},
+    {'ids': [9], 'max_new_tokens': 60, 'temperature': 1.3, 'top_k': 5, 'min_p': 0.01, 'seed': 3},
+  ]
+  done = subprocess.run([sys.executable, '-c', RUN, str(path), json.dumps(requests)],
+                        capture_output=True, text=True, check=True, cwd=path.parent)
+  for request, tokens in zip(requests, json.loads(done.stdout), strict=True):
+    prompt = request.pop('ids')
+    sampling = SamplingConfig(temperature=request.pop('temperature', 0.0), **request)
+    (expected,) = decode.generate(Decoder(config), unstack(variables), [prompt], sampling, (256,))
+    assert tokens == expected.tokens
+
+
+def test_the_runner_is_small_and_checks_its_files(artefact, tmp_path):
+  import shutil
+
+  from jaxllm.interop import exported_runner
+
+  _, _, path = artefact
+  assert len((path / 'run.py').read_text().splitlines()) < 150
+  copy = tmp_path / 'copy'
+  shutil.copytree(path, copy)
+  content = bytearray((copy / 'weights.safetensors').read_bytes())
+  content[-1] ^= 1
+  (copy / 'weights.safetensors').write_bytes(content)
+  with pytest.raises(ValueError, match='weights.safetensors differs'):
+    exported_runner.load(copy)
+  loaded = exported_runner.load(path)
+  text = 'hé<|endoftext|>'
+  assert exported_runner.encode(loaded, text) == [256, *text.encode()]
+  with pytest.raises(ValueError, match='ids below 259'):
+    exported_runner.generate(loaded, [259], 1)
+  with pytest.raises(ValueError, match='programs exist for 48'):
+    exported_runner.generate(loaded, [1] * 49, 1)
+
+
+def test_the_program(foreign, tmp_path):
+  def convert(*flags):
+    return subprocess.run([sys.executable, '-m', 'jaxllm.convert', *flags], capture_output=True,
+                          text=True, check=False, env={'JAX_PLATFORMS': 'cpu', 'PATH': ''})
+
+  done = convert(f'--source={foreign}', f'--target={tmp_path}/ours', '--format=jaxllm',
+                 '--dtype=bfloat16')
+  assert done.returncode == 0, done.stderr
+  assert 'top-1 agreement 100%' in done.stdout
+  params, _ = store.restore_params(tmp_path / 'ours')
+  assert np.dtype(params['embed']['embedding'].dtype).name == 'bfloat16'
+  done = convert('--source=/nothing/here', f'--target={tmp_path}/new')
+  assert done.returncode == 1 and '/nothing/here does not exist' in done.stderr
+  assert 'Traceback' not in done.stderr

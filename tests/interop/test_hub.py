@@ -1,0 +1,65 @@
+"""Names of the hub: pinned to a commit, safetensors only, clear without a network."""
+
+import types
+
+import pytest
+
+from jaxllm.interop import hub, sources
+
+
+class Hub:
+  """Stands for huggingface_hub; remembers what it was asked for."""
+
+  def __init__(self, online=True, cached=None):
+    self.online, self.cached, self.calls = online, cached, []
+
+  def HfApi(self):  # noqa: N802
+    def model_info(name, revision):
+      if not self.online:
+        raise ConnectionError('no route to host')
+      return types.SimpleNamespace(sha={None: 'newest', 'v1': 'old'}[revision])
+    return types.SimpleNamespace(model_info=model_info)
+
+  def snapshot_download(self, name, revision, allow_patterns, local_files_only=False):
+    self.calls.append((name, revision, tuple(allow_patterns), local_files_only))
+    if local_files_only and self.cached is None:
+      raise FileNotFoundError('not cached')
+    return self.cached or '/models/fetched'
+
+
+def test_a_name_is_pinned_to_a_commit(monkeypatch):
+  fake = Hub()
+  monkeypatch.setattr(hub, '_library', lambda: fake)
+  assert str(hub.fetch('org/model')) == '/models/fetched'
+  assert str(hub.fetch('org/model', 'v1')) == '/models/fetched'
+  assert [call[1] for call in fake.calls] == ['newest', 'old']
+  patterns = fake.calls[0][2]
+  assert '*.safetensors' in patterns and 'config.json' in patterns
+  assert not [pattern for pattern in patterns if '.bin' in pattern or '.py' in pattern]
+
+
+def test_without_a_network(monkeypatch):
+  monkeypatch.setattr(hub, '_library', lambda: Hub(online=False, cached='/models/cached'))
+  assert str(hub.fetch('gpt2')) == '/models/cached'
+  monkeypatch.setattr(hub, '_library', lambda: Hub(online=False))
+  with pytest.raises(ValueError, match="(?s)'gpt2' is no local path.*no route.*give the path"):
+    sources.load('gpt2')
+
+
+@pytest.mark.parametrize('name', ['../gpt2', '/abs/path', 'a/b/c', 'org/../x', '', 'a b', './x',
+                                  'https://example.org/x', 'model.gguf', '-x'])
+def test_what_is_no_name(name):
+  assert not hub.is_name(name)
+  with pytest.raises(ValueError, match='no name of a model'):
+    hub.fetch(name)
+
+
+def test_what_exists_is_judged_by_what_it_holds(tmp_path):
+  assert not sources.is_foreign(tmp_path)
+  (tmp_path / 'config.json').write_text('{"model": {"vocab_size": 5}}')
+  assert not sources.is_foreign(tmp_path)
+  (tmp_path / 'config.json').write_text('{"model_type": "llama"}')
+  assert sources.is_foreign(tmp_path)
+  (tmp_path / 'x.gguf').write_bytes(b'')
+  assert sources.is_foreign(tmp_path / 'x.gguf')
+  assert sources.is_foreign('gpt2') and not sources.is_foreign('/nothing/here')

@@ -1,0 +1,86 @@
+"""Tokenizers of every kind become a tokenizer.json that gives the same ids."""
+
+import json
+
+import pytest
+import small
+
+from jaxllm.data import tokenizers
+from jaxllm.data.tokenizers import TokenizerConfig
+from jaxllm.interop import sentencepiece_model, tokenizer_export, tokenizer_files
+
+TEXT = ('The quick brown fox, 31,415 times  over\tthe lazy dogs.\n\n"Don\'t," said she; <s> 0x41\n'
+        'naïve Ærøskøbing, Привет, 机器学习 🦜 ') * 20
+PROBES = ['The lazy  fox', ' 12 ', '', '\n\t', 'ü机🦜', 'quickly</s>', 'a' * 50, TEXT]
+CONFIG = small.CONFIGS['llama'].replace(vocab_size=512)
+
+
+@pytest.mark.parametrize('model_type', ['bpe', 'unigram', 'char'])
+def test_sentencepiece(model_type):
+  size = None if model_type == 'char' else 315
+  config = TokenizerConfig(kind='sentencepiece', vocab_size=size, model_type=model_type)
+  original = tokenizers.train_or_load(config, [TEXT])
+  files, ids = tokenizer_export.huggingface_files(original.files(), CONFIG, add_bos=True)
+  made = tokenizers.from_files(files)
+  assert json.loads(files['tokenizer_config.json'])['bos_token'] == '<s>'
+  assert ids == {'bos_token_id': 1, 'eos_token_id': 2, 'pad_token_id': 0}
+  again = tokenizers.from_files({'tokenizer.json': files['tokenizer.json']})
+  for text in PROBES:
+    if model_type == 'unigram':
+      text = text.replace('<', '').replace('>', '')
+    assert again.encode(text) == original.encode(text) == made.encode(text), text
+    assert again.decode(again.encode(text)) == text
+  assert tokenizer_files.add_bos({'tokenizer.json': files['tokenizer.json']})
+
+
+def test_sentencepiece_files_are_read_and_written():
+  config = TokenizerConfig(kind='sentencepiece', vocab_size=315)
+  original = tokenizers.train_or_load(config, [TEXT])
+  model = sentencepiece_model.parse(original.files()['tokenizer.model'])
+  assert (model.algorithm, model.byte_fallback, model.dummy_prefix) == (2, True, False)
+  assert (model.pad_id, model.bos_id, model.eos_id, model.unk_id) == (0, 1, 2, 3)
+  built = tokenizers.from_files({'tokenizer.model': sentencepiece_model.build(model)})
+  for text in PROBES:
+    assert built.encode(text) == original.encode(text)
+  for damaged in (b'\x08', b'\x0a\xff\xff\xff\xff\xff', b'\xff' * 40, b'\x0a\x02\x08\x01'):
+    with pytest.raises(ValueError, match='not a SentencePiece model'):
+      sentencepiece_model.parse(damaged)
+
+
+def test_gpt2_vocabulary():
+  import tokenizers as library
+
+  signs = sorted(library.pre_tokenizers.ByteLevel.alphabet())
+  vocab = {sign: i for i, sign in enumerate(signs)}
+  vocab |= {'th': 256, 'the': 257, 'Ġthe': 258, '<|endoftext|>': 259}
+  files = {'vocab.json': json.dumps(vocab).encode(),
+           'merges.txt': '#version: 0.2\nt h\nth e\nĠ the\n'.encode()}
+  original = tokenizers.from_files(files)
+  made, ids = tokenizer_export.huggingface_files(files, CONFIG)
+  again = tokenizers.from_files({'tokenizer.json': made['tokenizer.json']})
+  assert ids['eos_token_id'] == 259
+  for text in [*PROBES, 'the other <|endoftext|>']:
+    assert again.encode(text) == original.encode(text)
+
+
+def test_what_the_files_say(tmp_path):
+  files = {'generation_config.json': b'{"eos_token_id": [7, 9], "bos_token_id": 1}'}
+  assert tokenizer_files.stop_ids(files) == (7, 9)
+  assert tokenizer_files.stop_ids({}) == ()
+  assert tokenizer_files.chat_template({}) is None
+  named = {'chat_template': [{'name': 'rag', 'template': 'no'},
+                             {'name': 'default', 'template': 'yes'}]}
+  files = {'tokenizer_config.json': json.dumps(named).encode()}
+  assert tokenizer_files.chat_template(files) == 'yes'
+  assert tokenizer_files.chat_template({**files, 'chat_template.jinja': b'file'}) == 'file'
+  assert tokenizer_files.add_bos({'tokenizer_config.json': b'{"add_bos_token": true}'})
+  assert not tokenizer_files.add_bos({'vocab.json': b'{}'})
+  (tmp_path / 'encoder.json').write_text('{}')
+  (tmp_path / 'vocab.bpe').write_text('')
+  (tmp_path / 'secrets.txt').write_text('')
+  assert set(tokenizer_files.read(tmp_path)) == {'vocab.json', 'merges.txt'}
+
+
+def test_a_tokenizer_larger_than_the_model():
+  with pytest.raises(ValueError, match='257 ids, the model only 100'):
+    tokenizer_export.huggingface_files(small.files(), CONFIG.replace(vocab_size=100))
