@@ -4,7 +4,7 @@ This is the host's side of decoding, and `slots` the device's.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -17,9 +17,11 @@ from jaxllm.generation.sampling import SamplingConfig
 from jaxllm.generation.slots import compilation_count
 from jaxllm.models.decoder import Decoder
 
-__all__ = ['Generation', 'Piece', 'compilation_count', 'generate', 'stream']
+__all__ = ['Generation', 'Piece', 'compilation_count', 'generate', 'run', 'stream']
 
 FinishReason = Literal['stop', 'length']
+# The most probable tokens at one place, best first, with their log-probabilities.
+Top = list[tuple[int, float]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +32,13 @@ class Generation:
     tokens: new ids, without the prompt and without the token that ended it.
     logprobs: natural log-probability of each under the model, before any sampling rule.
     finish_reason: 'stop' (a token of `eos_ids` came) or 'length'.
+    top: the most probable tokens at each place, where they were asked for.
   """
 
   tokens: list[int]
   logprobs: list[float]
   finish_reason: FinishReason
+  top: list[Top] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Piece:
   tokens: list[int]
   logprobs: list[float]
   finish_reason: FinishReason | None
+  top: list[Top] = dataclasses.field(default_factory=list)
 
 
 def generate(
@@ -117,28 +122,46 @@ def stream(
     ValueError: as `generate`, at the call and not at the first piece.
   """
   requests = make_requests(model.config, prompts, sampling, eos_ids, seeds, bos_id)
-  return _stream(model, variables, requests, steps_per_piece)
+  return run(model, variables, requests, steps_per_piece)
 
 
-def _stream(
-  model: Decoder, variables: Any, requests: Sequence[Request], steps_per_piece: int
+def run(
+  model: Decoder, variables: Any, requests: Sequence[Request], steps_per_piece: int,
+  num_top: int = 0, cancelled: Collection[int] = (), cache_dtype: Any = None,
 ) -> Iterator[Piece]:
+  """Yield continuations of checked requests while they grow.
+
+  Args:
+    model: the decoder.
+    variables: its variables.
+    requests: from `make_requests`.
+    steps_per_piece: decoding steps between two pieces of a row.
+    num_top: how many of the most probable tokens come with each token.
+    cancelled: rows that are to end; the caller may add to it between pieces. They get no more
+      pieces.
+    cache_dtype: of keys and values; the model's by default.
+  """
   if not requests:
     return
   stacked = '0' not in variables['params']['layers']
-  slots = slots_lib.lay_out(model.config, requests, stacked)
+  slots = slots_lib.lay_out(model.config, requests, stacked, num_top, cache_dtype)
   longest = max(len(request.prompt) for request in requests)
   slots = slots_lib.prefill(model, variables, slots, slots_lib.prompt_bucket(slots, longest))
   seen = [len(request.prompt) for request in requests]
   live = list(range(len(requests)))
   while True:
-    host = jax.device_get((slots.tokens_BS, slots.logprobs_BS, slots.lengths_B, slots.finished_B))
+    host = jax.device_get((slots.tokens_BS, slots.logprobs_BS, slots.top_ids_BSA,
+                           slots.top_logprobs_BSA, slots.lengths_B, slots.finished_B))
     for row in live:
-      yield _piece(requests[row], row, seen[row], *(leaf[row] for leaf in host))
-    _, _, seen, finished_B = host
-    live = [row for row in live if not finished_B[row]]
+      if row not in cancelled:
+        yield _piece(requests[row], row, seen[row], num_top, *(leaf[row] for leaf in host))
+    *_, seen, finished_B = host
+    ended = [row for row in live if row in cancelled and not finished_B[row]]
+    live = [row for row in live if not finished_B[row] and row not in cancelled]
     if not live:
       return
+    if ended:
+      slots = slots.replace(finished_B=slots.finished_B.at[np.array(ended)].set(True))
     slots = slots_lib.advance(model, variables, slots, jnp.int32(steps_per_piece))
 
 
@@ -146,8 +169,11 @@ def _piece(
   request: Request,
   row: int,
   start: int,
+  num_top: int,
   tokens_S: np.ndarray,
   logprobs_S: np.ndarray,
+  top_ids_SA: np.ndarray,
+  top_logprobs_SA: np.ndarray,
   stop: int,
   finished: bool,
 ) -> Piece:
@@ -156,4 +182,9 @@ def _piece(
   if finished:
     reason = 'stop' if int(tokens_S[stop - 1]) in request.stop_ids else 'length'
     stop = stop - 1 if reason == 'stop' else stop
-  return Piece(row, tokens_S[start:stop].tolist(), logprobs_S[start:stop].tolist(), reason)
+  top = [
+    [*zip(ids[:num_top].tolist(), logprobs[:num_top].tolist(), strict=True)]
+    for ids, logprobs in zip(top_ids_SA[start:stop], top_logprobs_SA[start:stop], strict=True)
+  ]
+  return Piece(row, tokens_S[start:stop].tolist(), logprobs_S[start:stop].tolist(), reason,
+               top if num_top else [])

@@ -5,6 +5,7 @@ that few programs are ever compiled. `prefill` reads the prompts, `advance` adds
 rows have ended or a number of steps is done. Their parts `feed`, `draw` and `decode_step` are what
 an engine for continuous batching needs: a prompt can be fed in chunks, and with an unstacked cache
 every leaf of `Slots` has the row as its first axis, so that a row can be given to another request.
+A is a letter for the most probable tokens that are recorded with each token.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from jaxllm.generation.rules import NO_TOKEN, History
 from jaxllm.generation.sampling import power_of_two as bucket
 from jaxllm.models.decoder import Decoder, DecoderConfig, KVCache, init_cache
 
-LEAST_TOKENS, LEAST_STOP_IDS = 16, 4
+LEAST_TOKENS, LEAST_STOP_IDS, LEAST_TOP = 16, 4, 4
 
 
 @flax.struct.dataclass
@@ -35,6 +36,8 @@ class Slots:
     tokens_BS: int32 (B, S + 1), prompt and continuation.
     logprobs_BS: float32 (B, S + 1), of the tokens of the continuation: the log-probability that the
       model gave, before any rule.
+    top_ids_BSA: int32 (B, S + 1, A), the most probable tokens, before any rule; A may be 0.
+    top_logprobs_BSA: float32, their log-probabilities.
     prompt_lengths_B: int32, at least 1 in a row that is in use.
     lengths_B: int32, tokens known so far.
     limits_B: int32, the length at which a row ends.
@@ -47,6 +50,8 @@ class Slots:
   cache: KVCache
   tokens_BS: jax.Array  # noqa: N815
   logprobs_BS: jax.Array  # noqa: N815
+  top_ids_BSA: jax.Array  # noqa: N815
+  top_logprobs_BSA: jax.Array  # noqa: N815
   prompt_lengths_B: jax.Array  # noqa: N815
   lengths_B: jax.Array  # noqa: N815
   limits_B: jax.Array  # noqa: N815
@@ -56,15 +61,23 @@ class Slots:
   values: Mapping[str, Any]
 
 
-def lay_out(config: DecoderConfig, requests: Sequence[Request], stacked: bool) -> Slots:
+def lay_out(
+  config: DecoderConfig, requests: Sequence[Request], stacked: bool, num_top: int = 0,
+  cache_dtype: jnp.dtype | None = None, spare_slots: int = 0, exact_rows: bool = False,
+) -> Slots:
   """Put requests into rows, before any token is read; rows that only pad have finished already.
 
   Args:
     config: of the model.
     requests: at least one.
     stacked: whether the variables, and so the cache, are stacked.
+    num_top: how many of the most probable tokens are recorded at each place.
+    cache_dtype: of keys and values; the model's by default, int8 to quantise them.
+    exact_rows: whether the number of rows is that of the requests, and no power of two.
+    spare_slots: cache beyond what the rows can fill, for drafts that may be refused.
   """
-  rows, used = bucket(len(requests)), len(requests)
+  used = len(requests)
+  rows = used if exact_rows else bucket(used)
   requests = [*requests, *[Request((0,), requests[0].sampling, 0)] * (rows - used)]
   # The last token of a row is never fed, so it needs no slot in the cache.
   limits = [
@@ -72,6 +85,7 @@ def lay_out(config: DecoderConfig, requests: Sequence[Request], stacked: bool) -
     for request in requests
   ]
   num_slots = min(bucket(max(limits) - 1, LEAST_TOKENS), config.max_length)
+  num_top = min(bucket(num_top, LEAST_TOP), config.vocab_size) if num_top else 0
   num_stop_ids = bucket(max(len(request.stop_ids) for request in requests), LEAST_STOP_IDS)
   tokens_BS = np.zeros((rows, num_slots + 1), np.int32)
   stop_ids_BE = np.full((rows, num_stop_ids), NO_TOKEN, np.int32)
@@ -82,6 +96,8 @@ def lay_out(config: DecoderConfig, requests: Sequence[Request], stacked: bool) -
   host = {
     'tokens_BS': tokens_BS,
     'logprobs_BS': np.zeros((rows, num_slots + 1), np.float32),
+    'top_ids_BSA': np.zeros((rows, num_slots + 1, num_top), np.int32),
+    'top_logprobs_BSA': np.zeros((rows, num_slots + 1, num_top), np.float32),
     'prompt_lengths_B': np.array(lengths, np.int32),
     'lengths_B': np.array(lengths, np.int32),
     'limits_B': np.array(limits, np.int32),
@@ -92,7 +108,8 @@ def lay_out(config: DecoderConfig, requests: Sequence[Request], stacked: bool) -
       [request.sampling for request in requests], [request.stop_ids for request in requests]
     ),
   }
-  return Slots(init_cache(config, rows, num_slots, stacked=stacked), **jax.device_put(host))
+  cache = init_cache(config, rows, num_slots + spare_slots, cache_dtype, stacked)
+  return Slots(cache, **jax.device_put(host))
 
 
 def prompt_bucket(slots: Slots, longest: int) -> int:
@@ -131,16 +148,23 @@ def draw(slots: Slots, logits_BV: jax.Array) -> Slots:
   keys_B = sampling.row_keys(slots.seeds_B, slots.lengths_B - slots.prompt_lengths_B)
   ids_B = sampling.sample(keys_B, logits_BV, slots.values, history)
   chosen_B = jnp.take_along_axis(logits_BV, ids_B[:, None], axis=1)[:, 0]
-  logprobs_B = chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
+  total_B = jax.nn.logsumexp(logits_BV, axis=-1)
   rows_B = jnp.arange(ids_B.shape[0])
   # A finished row writes past the end, which drops it.
   places_B = jnp.where(slots.finished_B, slots.tokens_BS.shape[1], slots.lengths_B)
   lengths_B = jnp.where(slots.finished_B, slots.lengths_B, slots.lengths_B + 1)
+
+  def put(old: jax.Array, new: jax.Array) -> jax.Array:
+    return old.at[rows_B, places_B].set(new, mode='drop')
+
+  top_BA, top_ids_BA = jax.lax.top_k(logits_BV, slots.top_ids_BSA.shape[-1])
   stopped_B = (ids_B[:, None] == slots.stop_ids_BE).any(axis=1)
   return dataclasses.replace(
     slots,
-    tokens_BS=slots.tokens_BS.at[rows_B, places_B].set(ids_B, mode='drop'),
-    logprobs_BS=slots.logprobs_BS.at[rows_B, places_B].set(logprobs_B, mode='drop'),
+    tokens_BS=put(slots.tokens_BS, ids_B),
+    logprobs_BS=put(slots.logprobs_BS, chosen_B - total_B),
+    top_ids_BSA=put(slots.top_ids_BSA, top_ids_BA),
+    top_logprobs_BSA=put(slots.top_logprobs_BSA, top_BA - total_B[:, None]),
     lengths_B=lengths_B,
     finished_B=slots.finished_B | stopped_B | (lengths_B >= slots.limits_B),
   )

@@ -1,0 +1,118 @@
+"""Text from tokens: stop strings across borders, whole characters, log-probabilities, scores."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxllm.data import tokenizers
+from jaxllm.data.tokenizers import TokenizerConfig
+from jaxllm.generation import scoring
+from jaxllm.generation.sampling import SamplingConfig
+from jaxllm.generation.text import TextDecoder, complete, stream_text, text_of
+from jaxllm.models import decoder
+from jaxllm.models.decoder import Decoder, DecoderConfig
+from jaxllm.models.linear import InitializerConfig
+
+TOKENIZER = tokenizers.train_or_load(TokenizerConfig(kind='bytes'), [])
+CONFIG = DecoderConfig(
+  vocab_size=257, vocab_multiple=8, embed_dim=16, num_layers=1, num_heads=2, mlp_dim=16,
+  max_length=64, initializer=InitializerConfig(stddev=None),
+)
+MODEL = Decoder(CONFIG)
+VARIABLES = decoder.unstack(decoder.init(CONFIG, jax.random.key(2)))
+PROMPTS = [[256, 104, 105], [65], [1, 2, 3, 4], [200, 201]]
+WARM = SamplingConfig(max_new_tokens=20, seed=4)
+# Without EOS, so that rows have their length.
+FREE = WARM.replace(bad_words=(), logit_bias=((256, -100.0),))
+
+
+def feed(text, stop, size=1):
+  decoding = TextDecoder(TOKENIZER, stop)
+  parts = []
+  for token in text.encode() if isinstance(text, str) else text:
+    parts.append(decoding.push(token))
+    if decoding.stop:
+      return parts, decoding.stop
+  return [*parts, decoding.finish()], decoding.stop
+
+
+@pytest.mark.parametrize('text, stop, want, found', [
+  ('one\n\ntwo', ['\n\n'], 'one', '\n\n'),
+  ('aaab', ['aab'], 'a', 'aab'),
+  ('abcabd', ['abd'], 'abc', 'abd'),
+  ('ababab', ['abac'], 'ababab', None),
+  ('xyz', ['yz', 'xyzq', 'z'], 'x', 'yz'),
+  ('end', ['end'], '', 'end'),
+  ('naïve 中文 🙂!', ['文'], 'naïve 中', '文'),
+  ('abc', [], 'abc', None),
+])
+def test_stop_strings(text, stop, want, found):
+  parts, stopped = feed(text, stop)
+  assert ''.join(parts) == want and stopped == found
+
+
+def test_only_whole_characters_are_given():
+  parts, _ = feed('é🙂中', [])
+  assert parts == ['', 'é', '', '', '', '🙂', '', '', '中', '']
+  parts, _ = feed(bytes([0xF0, 0x9F, 65, 0xE4]), [])
+  assert ''.join(parts) == bytes([0xF0, 0x9F, 65, 0xE4]).decode(errors='replace')
+
+
+def test_streamed_text_equals_whole_text_and_rows_alone():
+  for sampling, stop in ((FREE, ()), (FREE, ('e', '\ufffd\ufffd'))):
+    whole = complete(MODEL, VARIABLES, TOKENIZER, PROMPTS, sampling, stop)
+    texts = [''] * 4
+    tokens = [[], [], [], []]
+    for piece in stream_text(MODEL, VARIABLES, TOKENIZER, PROMPTS, sampling, stop):
+      texts[piece.row] += piece.text
+      tokens[piece.row] += piece.tokens
+    assert texts == [result.text for result in whole]
+    assert tokens == [result.tokens for result in whole]
+    for row, result in enumerate(whole):
+      full = bytes(result.tokens).decode(errors='replace')
+      cut = min([full.find(s) for s in stop if s in full], default=len(full))
+      assert result.text == full[:cut]
+      assert (result.stop is not None) == (result.finish_reason == 'stop') == (cut < len(full))
+      alone, = complete(MODEL, VARIABLES, TOKENIZER, PROMPTS[row : row + 1],
+                        [sampling], stop, seeds=[4 + row])
+      assert alone.text == result.text
+  assert {result.finish_reason for result in whole} >= {'stop'}
+
+
+def test_echo_and_top_logprobs_are_the_model_s():
+  results = complete(MODEL, VARIABLES, TOKENIZER, PROMPTS, FREE, num_top=3, echo=True)
+  for prompt, result in zip(PROMPTS, results, strict=True):
+    assert result.tokens[: len(prompt)] == prompt
+    assert result.text == text_of(TOKENIZER, result.tokens)
+    again, = scoring.score(MODEL, VARIABLES, [result.tokens], num_top=3)
+    assert result.logprobs[0] is None and result.top[0] == []
+    np.testing.assert_allclose(result.logprobs[1:], again.logprobs[1:], atol=2e-5)
+    logits = MODEL.apply(VARIABLES, np.array([result.tokens]))[0, :, :257]
+    want = np.asarray(jax.nn.log_softmax(logits))
+    for place in range(1, len(result.tokens)):
+      best = np.argsort(-want[place - 1])[:3]
+      assert [token for token, _ in result.top[place]] == best.tolist()
+      np.testing.assert_allclose([p for _, p in result.top[place]], want[place - 1][best],
+                                 atol=2e-5)
+      assert again.is_greedy[place] == (result.tokens[place] == best[0])
+
+
+def test_continuations_are_scored():
+  contexts, continuations = [[1, 2], [5], [9] * 60], [[3, 4], [7, 8, 9], [1] * 10]
+  got = scoring.score_continuations(MODEL, VARIABLES, contexts, continuations)
+  whole = scoring.score(MODEL, VARIABLES, [[1, 2, 3, 4], [5, 7, 8, 9], [9] * 54 + [1] * 10])
+  for (total, greedy), scored, continuation in zip(got, whole, continuations, strict=True):
+    np.testing.assert_allclose(total, sum(scored.logprobs[-len(continuation) :]), rtol=1e-6)
+    assert greedy == all(scored.is_greedy[-len(continuation) :])
+  count = scoring.compilation_count()
+  scoring.score_continuations(MODEL, VARIABLES, contexts[::-1], continuations[::-1])
+  assert scoring.compilation_count() == count
+  with pytest.raises(ValueError, match=r'contexts\[0\] is empty'):
+    scoring.score_continuations(MODEL, VARIABLES, [[]], [[1]])
+  with pytest.raises(ValueError, match=r'continuations\[0\] has 64 tokens'):
+    scoring.score_continuations(MODEL, VARIABLES, [[1]], [[1] * 64])
+
+
+def test_empty_stop_is_refused():
+  with pytest.raises(ValueError, match='stop'):
+    stream_text(MODEL, VARIABLES, TOKENIZER, PROMPTS, WARM, stop=[''])
