@@ -91,7 +91,8 @@ class TaskConfig(Config):
   max_new_tokens: int = pydantic.Field(default=64, gt=0)
   """Most tokens of a generated answer."""
   stop: str | None = '\n'
-  """A generated answer ends before this text; None: only with the end-of-text token."""
+  """A generated answer ends before this text, once it has begun; None: only with the end-of-text
+  token."""
 
 
 class CompletionConfig(TaskConfig):

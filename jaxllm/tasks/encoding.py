@@ -11,7 +11,10 @@ from jaxllm.tasks.base import Example, Segment
 
 
 def encode(
-  segments: Sequence[Segment], tokenizer: Tokenizer, special_ids: Mapping[str, int] | None = None
+  segments: Sequence[Segment],
+  tokenizer: Tokenizer,
+  special_ids: Mapping[str, int] | None = None,
+  add_bos: bool = True,
 ) -> Tokens:
   """Tokenize each segment by itself, so that weights and tokens cannot come apart.
 
@@ -20,11 +23,13 @@ def encode(
     tokenizer: BOS or EOS is left out where it has none.
     special_ids: spelling -> id of its other special tokens; a control segment that is not among
       them is tokenized as text.
+    add_bos: whether the model wants BOS; without, it is left out.
 
   Returns:
     ids and the weight of each as a target.
   """
-  known = {'bos': tokenizer.bos_id, 'eos': tokenizer.eos_id, **(special_ids or {})}
+  bos_id = tokenizer.bos_id if add_bos else None
+  known = {'bos': bos_id, 'eos': tokenizer.eos_id, **(special_ids or {})}
   ids: list[int] = []
   weights: list[float] = []
   for segment in segments:
@@ -44,6 +49,7 @@ def training_records(
   context_length: int,
   truncation: Truncation = 'start',
   special_ids: Mapping[str, int] | None = None,
+  add_bos: bool = True,
   together: bool = True,
 ) -> np.ndarray:
   """Tokenize, cut and pack examples, prompts without weight, for training.
@@ -54,6 +60,7 @@ def training_records(
     context_length: T.
     truncation: what is done to an example that is longer; see `completion.truncate`.
     special_ids: as in `encode`.
+    add_bos: as in `encode`.
     together: whether examples share records.
 
   Returns:
@@ -62,7 +69,7 @@ def training_records(
   Raises:
     ValueError: nothing is left to train on, or an example is too long and `truncation` is 'error'.
   """
-  encoded = [encode(example.segments, tokenizer, special_ids) for example in examples]
+  encoded = [encode(example.segments, tokenizer, special_ids, add_bos) for example in examples]
   cut = [completion.truncate(tokens, context_length, truncation) for tokens in encoded]
   kept = [tokens for tokens in cut if tokens is not None]
   if not kept:

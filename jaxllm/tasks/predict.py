@@ -19,6 +19,8 @@ from jaxllm.tasks.encoding import encode
 from jaxllm.tasks.records import load
 
 _LEAST_LENGTH = 32
+# Decoding steps between two looks at whether the answers are complete.
+_STEPS_PER_LOOK = 8
 
 
 class Speaker(NamedTuple):
@@ -29,6 +31,7 @@ class Speaker(NamedTuple):
     variables: its variables; those of `decoder.unstack` generate faster.
     tokenizer: text to ids and back.
     special_ids: spelling -> id of special tokens that chat templates use.
+    add_bos: whether the model wants BOS.
     batch_size: rows of one call.
     stop_ids: tokens that end an answer, besides EOS.
   """
@@ -37,6 +40,7 @@ class Speaker(NamedTuple):
   variables: Any
   tokenizer: Tokenizer
   special_ids: Mapping[str, int] | None = None
+  add_bos: bool = True
   batch_size: int = 8
   stop_ids: tuple[int, ...] = ()
 
@@ -126,7 +130,6 @@ def _bucket(length: int) -> int:
 
 
 def _generate(config: TaskConfig, examples: Sequence[Example], speaker: Speaker) -> list[Answer]:
-  sampling = SamplingConfig(temperature=0.0, max_new_tokens=config.max_new_tokens)
   room = max(speaker.model.config.max_length - config.max_new_tokens, 1)
   prompts = []
   for example in examples:
@@ -138,27 +141,48 @@ def _generate(config: TaskConfig, examples: Sequence[Example], speaker: Speaker)
     rows = order[start : start + speaker.batch_size]
     # A last, smaller batch is filled up, which is cheaper than compiling for its size.
     padding = rows[:1] * (speaker.batch_size - len(rows)) if start else []
-    found = decode.generate(
-      speaker.model, speaker.variables, [prompts[i] for i in rows + padding], sampling,
-      _stop_ids(config, speaker), bos_id=speaker.tokenizer.bos_id,
-    )
-    for i, generation in zip(rows, found, strict=False):
-      text = speaker.tokenizer.decode(generation.tokens)
-      if config.stop is not None:
-        text = text.partition(config.stop)[0]
-      score = float(np.exp(np.mean(generation.logprobs or [0.0])))
-      answers[i] = Answer(text=text, score=score)
+    found = _answer(config, speaker, [prompts[i] for i in rows + padding])
+    for i, answer in zip(rows, found, strict=False):
+      answers[i] = answer
   return answers
 
 
-def _stop_ids(config: TaskConfig, speaker: Speaker) -> tuple[int, ...]:
-  """Return the ids that end an answer: EOS, and all whose text begins with the stop text."""
-  eos_id = speaker.tokenizer.eos_id
-  ids = {*speaker.stop_ids} | ({eos_id} if eos_id is not None else set())
-  if config.stop is not None:
-    stop = config.stop.encode()
-    ids |= {i for i, text in enumerate(speaker.tokenizer.id_bytes) if text.startswith(stop)}
-  return tuple(sorted(ids))
+def _answer(config: TaskConfig, speaker: Speaker, prompts: Sequence[list[int]]) -> list[Answer]:
+  """Continue prompts until all answers are complete."""
+  tokenizer = speaker.tokenizer
+  sampling = SamplingConfig(temperature=0.0, max_new_tokens=config.max_new_tokens)
+  eos_ids = (*speaker.stop_ids, *([] if tokenizer.eos_id is None else [tokenizer.eos_id]))
+  tokens: list[list[int]] = [[] for _ in prompts]
+  logprobs: list[list[float]] = [[] for _ in prompts]
+  open_rows = set(range(len(prompts)))
+  for piece in decode.stream(
+    speaker.model, speaker.variables, prompts, sampling, eos_ids, bos_id=tokenizer.bos_id,
+    steps_per_piece=_STEPS_PER_LOOK,
+  ):
+    tokens[piece.row] += piece.tokens
+    logprobs[piece.row] += piece.logprobs
+    _, complete = _until(config.stop, tokenizer.decode(tokens[piece.row]))
+    if complete or piece.finish_reason:
+      open_rows.discard(piece.row)
+    if not open_rows:
+      break
+  answers = []
+  for ids, values in zip(tokens, logprobs, strict=True):
+    text, _ = _until(config.stop, tokenizer.decode(ids))
+    # What came after the stop text is no part of the answer, nor of its score.
+    used = next((i for i in range(len(ids)) if _until(config.stop, tokenizer.decode(ids[:i]))[1]),
+                len(ids))
+    answers.append(Answer(text=text, score=float(np.exp(np.mean(values[:used] or [0.0])))))
+  return answers
+
+
+def _until(stop: str | None, text: str) -> tuple[str, bool]:
+  """Return the text before the stop text, and whether that came; it is no stop at the beginning."""
+  text = text.lstrip()
+  if stop is None:
+    return text, False
+  before, found, _ = text.partition(stop)
+  return before, bool(found)
 
 
 def _choose(config: TaskConfig, examples: Sequence[Example], speaker: Speaker) -> list[Answer]:
@@ -203,4 +227,4 @@ def _measure(config: TaskConfig, examples: Sequence[Example], speaker: Speaker) 
 
 
 def _encode(speaker: Speaker, segments: Sequence[Segment]) -> Tokens:
-  return encode(segments, speaker.tokenizer, speaker.special_ids)
+  return encode(segments, speaker.tokenizer, speaker.special_ids, speaker.add_bos)

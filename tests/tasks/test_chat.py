@@ -124,3 +124,4 @@ def test_bos_and_eos_are_left_out_where_there_are_none():
   found = encode(segments, dataclasses.replace(BYTES, bos_id=None, eos_id=256))
   assert found.ids == [*b'eos', 256] and found.weights == [0, 0, 0, 1]
   assert encode(segments, dataclasses.replace(BYTES, bos_id=7, eos_id=None)).ids == [7, *b'eos']
+  assert encode(segments, BYTES, add_bos=False).ids == [*b'eos', 256]

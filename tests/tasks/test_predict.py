@@ -1,7 +1,5 @@
 """A model doing tasks: batched equals alone, likelihoods equal a loop, long texts are windowed."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +7,8 @@ import pytest
 
 from jaxllm.data import tokenizers
 from jaxllm.data.tokenizers import TokenizerConfig
+from jaxllm.generation import decode
+from jaxllm.generation.sampling import SamplingConfig
 from jaxllm.models import decoder
 from jaxllm.models.decoder import Decoder, DecoderConfig
 from jaxllm.models.linear import InitializerConfig
@@ -97,13 +97,29 @@ def test_generated_batch_equals_one_at_a_time(speaker):
   assert all('q' not in p['translation_text'] for p in together)
 
 
-def test_answers_end_at_the_stop_text(speaker):
-  config = Translation(max_new_tokens=6, stop=None)
-  ids = predict_lib._stop_ids(config, speaker)
-  assert ids == (BYTES.eos_id,)
-  assert predict_lib._stop_ids(config.replace(stop='\n'), speaker) == (10, BYTES.eos_id)
-  extra = speaker._replace(stop_ids=(7,), tokenizer=dataclasses.replace(BYTES, eos_id=None))
-  assert predict_lib._stop_ids(config, extra) == (7,)
+@pytest.mark.parametrize(
+  'stop, text, expected',
+  [
+    ('\n', ' Ja.\nNein.', ('Ja.', True)), ('\n', '\n\nJa', ('Ja', False)), ('\n', '', ('', False)),
+    (None, ' a\nb', ('a\nb', False)), ('##', 'a# ##b', ('a# ', True)),
+  ],
+)
+def test_answers_end_at_the_stop_text(stop, text, expected):
+  assert predict_lib._until(stop, text) == expected
+
+
+def test_the_score_is_that_of_the_answer_alone(speaker):
+  config = Translation(max_new_tokens=12, stop=None)
+  prompt = [BYTES.bos_id, *b'hello']
+  whole, = predict_lib._answer(config, speaker, [prompt])
+  stop = whole.text[3]
+  cut, = predict_lib._answer(config.replace(stop=stop), speaker, [prompt])
+  assert whole.text.startswith(cut.text) and stop not in cut.text
+  sampling = SamplingConfig(temperature=0.0, max_new_tokens=12)
+  found, = decode.generate(speaker.model, speaker.variables, [prompt], sampling, [BYTES.eos_id])
+  used = next(i for i in range(13) if stop in BYTES.decode(found.tokens[:i]))
+  assert used < len(found.tokens)
+  assert cut.score == pytest.approx(np.exp(np.mean(found.logprobs[:used])), rel=1e-5)
 
 
 @pytest.mark.parametrize('size, context, stride', [(10, 4, 2), (5, 4, 2), (9, 4, 4), (2, 4, 1)])
