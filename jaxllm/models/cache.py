@@ -55,15 +55,20 @@ def write(
   value_BKTH: jax.Array,
 ) -> KVCache:
   """Put new keys and values of one layer into their slots; a slot past the end is dropped."""
-  rows_B1 = jnp.arange(slots_BT.shape[0], dtype=jnp.int32)[:, None]
+  if slots_BT.size == 1:
+    # XLA turns a scatter of a single row into an update that copies the cache; with a second row,
+    # which is dropped, it happens in place.
+    slots_BT = jnp.pad(slots_BT, ((0, 0), (0, 1)), constant_values=cache.keys[0].shape[-2])
+    one_more = (0, 0), (0, 0), (0, 1), (0, 0)
+    key_BKTH, value_BKTH = jnp.pad(key_BKTH, one_more), jnp.pad(value_BKTH, one_more)
+  row_B1 = jnp.arange(slots_BT.shape[0], dtype=jnp.int32)[:, None]
 
   def put(old: jax.Array | tuple[jax.Array, ...], new_BKTH: jax.Array):
-    new_BTKH = new_BKTH.swapaxes(1, 2)
+    new_BTKH = new_BKTH.swapaxes(1, 2).astype(old[0].dtype)
     if isinstance(old, tuple):
-      place = old[layer].at[rows_B1, :, slots_BT]
-      return (*old[:layer], place.set(new_BTKH.astype(old[layer].dtype), mode='drop'),
-              *old[layer + 1 :])
-    return old.at[layer, rows_B1, :, slots_BT].set(new_BTKH.astype(old.dtype), mode='drop')
+      changed = old[layer].at[row_B1, :, slots_BT].set(new_BTKH, mode='drop')
+      return (*old[:layer], changed, *old[layer + 1 :])
+    return old.at[layer, row_B1, :, slots_BT].set(new_BTKH, mode='drop')
 
   return cache.replace(keys=put(cache.keys, key_BKTH), values=put(cache.values, value_BKTH))
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import pydantic
 
 from jaxllm.config import Config
+from jaxllm.sharding import constrain
 
 
 class InitializerConfig(Config):
@@ -119,9 +120,15 @@ class Embed(nn.Module):
     initial = nn.with_logical_partitioning(nn.initializers.normal(self.stddev), self.axes)
     self.embedding = self.param('embedding', initial, (self.num_rows, self.embed_dim))
 
-  def __call__(self, ids: jax.Array) -> jax.Array:
-    """Return the rows (..., D) of `ids` (...), which must be below `num_rows`."""
-    return self.embedding[ids].astype(self.dtype)
+  def __call__(self, ids_BT: jax.Array) -> jax.Array:
+    """Return the rows (B, T, D) of `ids_BT`, which must be below `num_rows`; B may be 1.
+
+    On a mesh, devices that split the table look up their own columns of all their rows. Left to
+    itself the compiler may gather the whole table, and add up gradients of the size of it.
+    """
+    rows = 'lookup_batch' if ids_BT.shape[0] > 1 else None
+    x_BTD = self.embedding[constrain(ids_BT, rows, 'length')].astype(self.dtype)
+    return constrain(x_BTD, rows, 'length', self.axes[1])
 
   def attend(self, x: jax.Array) -> jax.Array:
     """Return the product (..., num_rows) of `x` (..., D) with every row, in float32."""

@@ -10,6 +10,7 @@ import pytest
 import tiny
 from flax import nnx
 
+from jaxllm.models import attention
 from jaxllm.models.attention import MASKED
 from jaxllm.models.decoder import (
   REMAT_POLICIES,
@@ -218,6 +219,49 @@ def test_writes_past_the_end_of_the_cache_are_dropped():
   _, after = extend(variables, tokens_BT[:, 4:8], cache, jnp.asarray([4, 0]))
   np.testing.assert_array_equal(after.keys[..., :4, :], cache.keys[..., :4, :])
   assert (after.keys[:, 0, :, 4:] != 0).all() and (after.keys[:, 1, :, 4:] == 0).all()
+
+
+@pytest.mark.parametrize('rows', [1, 2])
+def test_unstacked_decoding_updates_the_cache_in_place(rows):
+  """A decode loop needs less scratch memory than one layer's keys: no copy of the cache."""
+  config = tiny.BASE.replace(num_layers=2, positions=None, activation='relu', gated=False)
+  model, variables = Decoder(config), unstack(tiny.variables_of(config))
+  cache = init_cache(config, rows, 4096, stacked=False)
+
+  @functools.partial(jax.jit, donate_argnums=1)
+  def decode(variables, cache, tokens_B1):
+    def body(carry):
+      tokens_B1, cache = carry
+      ones_B = jnp.ones(rows, jnp.int32)
+      hidden_BTD, cache = model.apply(variables, tokens_B1, cache, ones_B, method='extend')
+      logits_BTV = model.apply(variables, hidden_BTD, method='logits')
+      return logits_BTV.argmax(-1).astype(jnp.int32), cache
+    return jax.lax.while_loop(lambda carry: carry[1].lengths_B[0] < 9, body, (tokens_B1, cache))
+
+  compiled = decode.lower(variables, cache, jnp.zeros((rows, 1), jnp.int32)).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes < cache.keys[0].nbytes
+
+
+@pytest.mark.parametrize('window', [None, 3])
+@pytest.mark.parametrize('packed', [True, False])
+def test_cudnn_is_asked_for_the_same_attention(monkeypatch, packed, window):
+  """The arguments given to the kernel, carried out by XLA."""
+  numbers = np.random.default_rng(0)
+  query, key, value = (
+    jnp.asarray(numbers.standard_normal((2, 7, heads, 8)), jnp.float32) for heads in (4, 2, 2)
+  )
+  segments = jnp.asarray([[1, 1, 1, 1, 2, 2, 0], [1, 2, 2, 2, 2, 2, 2]]) if packed else None
+  mask = attention.sequence_mask(7, segments, window)
+  expected = attention.attend(query, key.swapaxes(1, 2), value.swapaxes(1, 2), mask, 0.3)
+  product = jax.nn.dot_product_attention
+
+  def plain(*args, implementation, **kwargs):
+    assert implementation == 'cudnn'
+    return product(*args, **kwargs, implementation='xla')
+
+  monkeypatch.setattr(jax.nn, 'dot_product_attention', plain)
+  got = attention.cudnn_attention(query, key, value, segments, 0.3, window)
+  np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
 def test_initial_deviations_follow_gpt2():
