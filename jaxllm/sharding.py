@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 import pydantic
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.config import Config
@@ -25,6 +26,8 @@ DEFAULT_RULES = (
   ('batch', ('data', 'fsdp', 'expert')),
   ('length', ('context',)),
   ('activation_embed', ()),
+  # The batch where an activation is split by `embed` too: what is left of the batch's axes.
+  ('lookup_batch', ('data', 'expert')),
   # Parameters, and activations that follow them.
   ('vocab', ('tensor',)),
   ('embed', ('fsdp',)),
@@ -107,10 +110,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     ValueError: the sizes do not multiply to the number of devices.
   """
   devices = list(devices) if devices is not None else jax.devices()
-  return jax.make_mesh(
-    mesh_shape(config, len(devices)), MESH_AXES, devices=devices,
-    axis_types=(AxisType.Auto,) * len(MESH_AXES),
-  )
+  sizes = mesh_shape(config, len(devices))
+  # Unlike jax.make_mesh, split an axis of a TPU's torus where none has the wanted size.
+  array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+  return Mesh(array, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def abstract_mesh(config: MeshConfig, num_devices: int) -> AbstractMesh:
