@@ -22,7 +22,7 @@ _PROBES = (
   'The quick brown fox jumps over the lazy dog, 31,415 times in 2026.', ' leading', 'trailing ',
   'two  spaces,\ttab,\n\nnewlines\n', 'def f(x):\n    return x[0] ** 2  # ok', 'naïve Ærøskøbing',
   '机器学习很有趣', 'Привет, мир', '🦜🚀', 'aaaaaaaaaaaaaaaaaaaaaaa', '0000123456789', "don't",
-  'x' * 40 + ' ' * 17 + 'y', '<s> </s> <unk> <0x41>', '',
+  'x' * 40 + ' ' * 17 + 'y', '',
 )
 
 

@@ -1,0 +1,97 @@
+"""Small models as GGUF files, written as llama.cpp's converter writes them."""
+
+import numpy as np
+import small
+
+from jaxllm.interop import huggingface
+from jaxllm.interop.gguf import ARCHITECTURES, _names
+
+KEYS = {
+  'hidden_size': 'embedding_length', 'intermediate_size': 'feed_forward_length',
+  'num_hidden_layers': 'block_count', 'num_attention_heads': 'attention.head_count',
+  'num_key_value_heads': 'attention.head_count_kv', 'max_position_embeddings': 'context_length',
+  'head_dim': 'attention.key_length', 'sliding_window': 'attention.sliding_window',
+  'rms_norm_eps': 'attention.layer_norm_rms_epsilon', 'rope_theta': 'rope.freq_base',
+  'attn_logit_softcapping': 'attn_logit_softcapping',
+  'final_logit_softcapping': 'final_logit_softcapping',
+}
+# Wide enough for blocks of 32; the norms' attention scale is that of the head dimension.
+SIZES = {'embed_dim': 64, 'num_heads': 4, 'num_kv_heads': 2, 'head_dim': 32, 'mlp_dim': 96,
+         'vocab_size': 288, 'num_layers': 3}
+
+
+def config(kind):
+  name = {'gemma3': 'gemma3_text'}.get(kind, kind)
+  made = small.CONFIGS[name].replace(**SIZES)
+  changes = {}
+  if kind.startswith('gemma'):
+    changes['embedding_scale'] = 8.0
+  if kind in ('gemma2', 'gemma3'):
+    changes['attention_scale'] = 32**-0.5
+  if kind == 'gemma3':
+    changes['num_layers'] = 7
+  return made.replace(**changes)
+
+
+def interleave(array, heads):
+  """Reorder rows i, i + P of each head as pairs 2i, 2i + 1."""
+  halves = array.reshape(heads, 2, -1, *array.shape[1:])
+  return halves.swapaxes(1, 2).reshape(array.shape)
+
+
+def write(path, directory, kind, quantization='F32', vocabulary=None):
+  """Write a GGUF file of a small model; its Hugging Face directory is left in `directory`."""
+  import gguf
+
+  architecture = ARCHITECTURES[kind]
+  made = config(kind)
+  from jaxllm.interop import huggingface_writer
+  huggingface_writer.save(directory, made, small.variables(made), small.files(),
+                          model_type=architecture.model_type)
+  source = huggingface.open_model(directory)
+  writer = gguf.GGUFWriter(path, kind)
+  for theirs, ours in KEYS.items():
+    value = source.keys.get(theirs)
+    if isinstance(value, float):
+      writer.add_float32(f'{kind}.{ours}', value)
+    elif value is not None:
+      writer.add_uint32(f'{kind}.{ours}', value)
+  scaling = source.keys.get('rope_scaling')
+  if scaling:
+    writer.add_string(f'{kind}.rope.scaling.type', scaling['rope_type'])
+    writer.add_float32(f'{kind}.rope.scaling.factor', scaling['factor'])
+  (vocabulary or byte_vocabulary)(writer)
+  names = {theirs: ours for ours, theirs in _names(architecture, made.num_layers).items()}
+  for name, tensor in source.tensors.items():
+    array = np.array(tensor.array())
+    if architecture.norms_plus_one and 'norm' in name:
+      array = array + np.float32(1)
+    if architecture.interleaved and '.q_proj.' in name:
+      array = interleave(array, made.num_heads)
+    if architecture.interleaved and '.k_proj.' in name:
+      array = interleave(array, made.kv_heads)
+    kept = 'F32' if array.ndim == 1 else quantization
+    quantized = gguf.GGMLQuantizationType[kept]
+    writer.add_tensor(names[name], gguf.quantize(array, quantized), raw_dtype=quantized)
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+  return made
+
+
+def byte_vocabulary(writer):
+  """GPT-2's kind: 256 bytes, two merges, two control tokens."""
+  import tokenizers as library
+
+  tokens = sorted(library.pre_tokenizers.ByteLevel.alphabet())
+  tokens += ['th', 'the', '<|end|>', '<|start|>']
+  writer.add_tokenizer_model('gpt2')
+  writer.add_tokenizer_pre('smollm')
+  writer.add_token_list(tokens)
+  writer.add_token_types([1] * 258 + [3, 3])
+  writer.add_token_merges(['t h', 'th e'])
+  writer.add_bos_token_id(259)
+  writer.add_eos_token_id(258)
+  writer.add_add_bos_token(True)
+  writer.add_chat_template('{{ messages[0].content }}<|end|>')
