@@ -12,6 +12,8 @@ Expected: validation loss near 2.9 nats per token after 100,000 steps of half a 
           (nanoGPT reports 2.85 after 600,000)
 """
 
+from typing import NamedTuple
+
 from jaxllm.checkpoints.store import CheckpointConfig
 from jaxllm.data.documents import SourceConfig
 from jaxllm.data.records import DataConfig
@@ -24,18 +26,31 @@ from jaxllm.optim.optimizers import OptimizerConfig
 from jaxllm.optim.schedules import ScheduleConfig
 from jaxllm.sharding import MeshConfig
 
-# Rows per device in one microbatch decide the memory; 512 rows of 1,024 tokens make a step.
-MICROBATCHES = {'h100': 16, 'v5e16': 4}
+
+class Hardware(NamedTuple):
+  """What a device makes of 512 rows of 1,024 tokens."""
+
+  topology: str | None
+  microbatches: int
+  remat: str
+  attention: str
 
 
-def get_config(hardware: str = 'h100') -> Experiment:
-  """Return the run for 'h100' or 'v5e16'."""
+VARIANTS = {
+  'h100': Hardware(None, 16, 'none', 'cudnn'),
+  # One microbatch, so that gradients are added over the chips once a step.
+  'v5e16': Hardware('v5e:4x4', 1, 'dots_no_batch', 'splash'),
+}
+
+
+def get_config(variant: str = 'h100') -> Experiment:
+  """Return the run for one of VARIANTS."""
+  hardware = VARIANTS[variant]
   return Experiment(
     name='gpt2_124m',
     model=PRESETS['gpt2_124m'].replace(
       dtype='bfloat16', dropout_rate=0.0, attention_dropout_rate=0.0, biases=(),
-      remat='none' if hardware == 'h100' else 'dots_no_batch',
-      attention='cudnn' if hardware == 'h100' else 'xla',
+      remat=hardware.remat, attention=hardware.attention,
     ),
     data=DataConfig(
       sources=(SourceConfig(location='tfds:openwebtext'),), validation=0.0005,
@@ -43,7 +58,7 @@ def get_config(hardware: str = 'h100') -> Experiment:
     ),
     tokenizer=TokenizerConfig(kind='gpt2', path='gpt2'),
     training=TrainingConfig(
-      num_steps=100_000, batch_size=512, microbatches=MICROBATCHES[hardware], log_every_steps=20
+      num_steps=100_000, batch_size=512, microbatches=hardware.microbatches, log_every_steps=20
     ),
     objective=ObjectiveConfig(chunk_size=256),
     optimizer=OptimizerConfig(learning_rate=6e-4),

@@ -11,6 +11,8 @@ Reference: Touvron et al., arXiv 2307.09288; Dubey et al., arXiv 2407.21783; Ben
           arXiv 2502.02737. Learning rates and batches follow them; the data does not.
 """
 
+from typing import NamedTuple
+
 from jaxllm.checkpoints.store import CheckpointConfig
 from jaxllm.data.documents import SourceConfig
 from jaxllm.data.records import DataConfig
@@ -23,34 +25,54 @@ from jaxllm.optim.optimizers import OptimizerConfig
 from jaxllm.optim.schedules import ScheduleConfig
 from jaxllm.sharding import MeshConfig
 
-# model -> TPU slice, context, records per step, learning rate, microbatches, mesh
-MODELS = {
-  'smollm2_135m': ('v5e:4x4', 2048, 512, 3e-3, 4, MeshConfig(data=16)),
-  'llama2_7b': ('v5p:4x4x4', 4096, 1024, 3e-4, 4, MeshConfig(data=1, fsdp=64)),
-  'llama3_8b': ('v5p:4x4x4', 8192, 512, 3e-4, 4, MeshConfig(data=1, fsdp=64)),
-  'llama3_70b': ('v5p:8x8x8', 8192, 1024, 1.5e-4, 4, MeshConfig(data=1, fsdp=128, tensor=4)),
+
+class Model(NamedTuple):
+  """A published model; `batch_size` counts records of `context` tokens."""
+
+  topology: str
+  context: int
+  batch_size: int
+  learning_rate: float
+  mesh: MeshConfig
+  microbatches: int
+  remat: str = 'dots_no_batch'
+  chunk_size: int | None = None
+
+
+VARIANTS = {
+  'smollm2_135m': Model('v5e:4x4', 2048, 512, 3e-3, MeshConfig(data=16), 4, chunk_size=512),
+  'llama2_7b': Model('v5p:4x4x4', 4096, 1024, 3e-4, MeshConfig(data=1, fsdp=64), 4),
+  'llama3_8b': Model(
+    'v5p:4x4x4', 8192, 512, 3e-4, MeshConfig(data=1, fsdp=64), 4, chunk_size=4096
+  ),
+  'llama3_70b': Model(
+    'v5p:8x8x8', 8192, 1024, 1.5e-4, MeshConfig(data=1, fsdp=512), 1, 'full', chunk_size=4096
+  ),
 }
 
 
-def get_config(name: str = 'smollm2_135m') -> Experiment:
-  """Return the run of one model: see MODELS."""
-  _, context, batch_size, learning_rate, microbatches, mesh = MODELS[name]
+def get_config(variant: str = 'smollm2_135m') -> Experiment:
+  """Return the run of one model of VARIANTS."""
+  model = VARIANTS[variant]
   return Experiment(
-    name=name,
-    model=PRESETS[name].replace(dtype='bfloat16', remat='full'),
+    name=variant,
+    model=PRESETS[variant].replace(
+      dtype='bfloat16', attention='splash', remat=model.remat
+    ),
     data=DataConfig(
       sources=(SourceConfig(location='tfds:c4/en?split=train'),),
       validation=(SourceConfig(location='tfds:c4/en?split=validation'),),
-      context_length=context,
+      context_length=model.context,
     ),
-    tokenizer=TokenizerConfig(kind='json', path=f'{name}/tokenizer.json'),
+    tokenizer=TokenizerConfig(kind='json', path=f'{variant}/tokenizer.json'),
     training=TrainingConfig(
-      num_steps=100_000, batch_size=batch_size, microbatches=microbatches, log_every_steps=20
+      num_steps=100_000, batch_size=model.batch_size, microbatches=model.microbatches,
+      log_every_steps=20,
     ),
-    objective=ObjectiveConfig(chunk_size=512, z_loss=1e-4),
-    optimizer=OptimizerConfig(learning_rate=learning_rate),
+    objective=ObjectiveConfig(chunk_size=model.chunk_size, z_loss=1e-4),
+    optimizer=OptimizerConfig(learning_rate=model.learning_rate),
     schedule=ScheduleConfig(warmup_steps=2000, final_fraction=0.1),
-    mesh=mesh,
+    mesh=model.mesh,
     checkpoint=CheckpointConfig(every_steps=1000, keep_last=3, keep_every=10_000),
     evaluation=EvaluationConfig(
       every_steps=1000, max_batches=8, prompts=('The meaning of life is',)

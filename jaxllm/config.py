@@ -122,6 +122,26 @@ def load(location: str) -> Any:
     ConfigError: the file is missing, has no `get_config`, or refuses the variant.
   """
   name, _, variant = location.partition(':')
+  module = load_module(name)
+  if not hasattr(module, 'get_config'):
+    raise ConfigError(f'--config: {name!r} defines no get_config()')
+  variants = getattr(module, 'VARIANTS', {variant: None})
+  if variant and variant not in variants:
+    raise ConfigError(f'--config: {name!r} has no variant {variant!r}; '
+                      f'one of {", ".join(variants)}')
+  config = module.get_config(variant) if variant else module.get_config()
+  if not isinstance(config, Config):
+    raise ConfigError(f'--config: get_config() of {name!r} returned {type(config).__name__}, '
+                      'expected a jaxllm config')
+  return config
+
+
+def load_module(name: str) -> types.ModuleType:
+  """Execute an experiment file; its dict `VARIANTS`, where it has one, lists its variants.
+
+  Raises:
+    ConfigError: there is no such Python file.
+  """
   path = pathlib.Path(name)
   if not path.is_file():
     near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob('*.py')], 1)
@@ -132,13 +152,7 @@ def load(location: str) -> Any:
     raise ConfigError(f'--config: {name!r} is not a Python file')
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  if not hasattr(module, 'get_config'):
-    raise ConfigError(f'--config: {name!r} defines no get_config()')
-  config = module.get_config(variant) if variant else module.get_config()
-  if not isinstance(config, Config):
-    raise ConfigError(f'--config: get_config() of {name!r} returned {type(config).__name__}, '
-                      'expected a jaxllm config')
-  return config
+  return module
 
 
 def define_flag(name: str = 'config', required: bool = True) -> flags.FlagHolder:

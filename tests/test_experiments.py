@@ -1,0 +1,58 @@
+"""Every experiment, in every variant: it loads, survives JSON, and its train step fits its mesh."""
+
+import math
+import pathlib
+
+import jax
+import pytest
+
+from jaxllm import config, sharding
+from jaxllm.experiment import Experiment
+from jaxllm.training import state, step
+
+EXPERIMENTS = pathlib.Path(__file__).parent.parent / 'experiments'
+
+
+def variants():
+  """Return (location, TPU slice or None) of every variant of every file."""
+  for path in sorted(EXPERIMENTS.glob('*.py')):
+    named = getattr(config.load_module(str(path)), 'VARIANTS', None)
+    for name, variant in (named or {None: None}).items():
+      location = path.name if name is None else f'{path.name}:{name}'
+      yield pytest.param(location, getattr(variant, 'topology', None), id=location)
+
+
+def mesh_of(experiment, topology):
+  """Return the mesh without its devices; one device where no slice is named."""
+  sizes = topology.partition(':')[2].split('x') if topology else ()
+  return sharding.abstract_mesh(experiment.mesh, math.prod(map(int, sizes)))
+
+
+def describe(leaf):
+  return leaf.shape, leaf.dtype, leaf.sharding
+
+
+@pytest.mark.parametrize(('location', 'topology'), variants())
+def test_experiment_loads_and_its_step_fits_its_mesh(location, topology):
+  experiment = config.load(f'{EXPERIMENTS}/{location}')
+  assert Experiment.from_json(experiment.to_json()) == experiment
+
+  mesh = mesh_of(experiment, topology)
+  tx = state.make_optimizer(experiment)
+  before = state.abstract_state(experiment, tx, mesh)
+  batch = step.abstract_batch(experiment, mesh)
+  rows = batch['tokens'].sharding.shard_shape(batch['tokens'].shape)[0]
+  assert rows % experiment.training.microbatches == 0
+
+  after, metrics = jax.eval_shape(step.make_train_step(experiment, tx, mesh), before, batch)
+  assert jax.tree.map(describe, after) == jax.tree.map(describe, before)
+  assert {leaf.shape for leaf in metrics.values()} == {()}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(before.params):
+    if path[-1].key in ('kernel', 'embedding'):
+      parts = leaf.size // math.prod(leaf.sharding.shard_shape(leaf.shape))
+      assert parts >= mesh.shape['fsdp'], f'{jax.tree_util.keystr(path)} is not split'
+
+
+def test_a_variant_that_does_not_exist_is_refused():
+  with pytest.raises(config.ConfigError, match="no variant '9b'; one of 125m, 350m"):
+    config.load(f'{EXPERIMENTS}/gpt3.py:9b')
