@@ -1,5 +1,9 @@
 """Keys and values of tokens already seen: an explicit argument and result of `Decoder.extend`."""
 
+import dataclasses
+import functools
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -15,11 +19,15 @@ class KVCache:
     keys: (L, B, K, S, H), or one (B, K, S, H) per layer.
     values: as `keys`.
     lengths_B: int32, how many slots of each row are filled, from slot 0 on.
+    key_scales: float32, like `keys` with H = 1, where these are int8; else None.
+    value_scales: as `key_scales`.
   """
 
   keys: jax.Array | tuple[jax.Array, ...]
   values: jax.Array | tuple[jax.Array, ...]
   lengths_B: jax.Array  # noqa: N815
+  key_scales: jax.Array | tuple[jax.Array, ...] | None = None
+  value_scales: jax.Array | tuple[jax.Array, ...] | None = None
 
 
 def init_cache(
@@ -35,19 +43,24 @@ def init_cache(
     config: sizes.
     batch_size: B.
     length: S, slots per row: the longest prompt and continuation together.
-    dtype: of keys and values; the config's by default.
+    dtype: of keys and values; the config's by default. int8: each is quantised on its own.
     stacked: one array for all layers (for scanned layers), or one per layer, which is updated in
       place by unrolled layers (fast decoding on CPU; see `unstack`).
   """
   shape = (batch_size, config.kv_heads, length, config.head_size)
-  dtype = dtype or config.dtype
+  dtype = jnp.dtype(dtype or config.dtype)
 
-  def empty() -> jax.Array | tuple[jax.Array, ...]:
+  def make(shape: tuple[int, ...], dtype: Any) -> jax.Array | tuple[jax.Array, ...]:
     if stacked:
       return jnp.zeros((config.num_layers, *shape), dtype)
     return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
 
-  return KVCache(empty(), empty(), jnp.zeros(batch_size, jnp.int32))
+  empty = functools.partial(make, shape, dtype)
+  lengths_B = jnp.zeros(batch_size, jnp.int32)
+  if dtype != jnp.int8:
+    return KVCache(empty(), empty(), lengths_B)
+  scales = functools.partial(make, (*shape[:-1], 1), jnp.float32)
+  return KVCache(empty(), empty(), lengths_B, scales(), scales())
 
 
 def write(
@@ -70,9 +83,27 @@ def write(
       return (*old[:layer], changed, *old[layer + 1 :])
     return old.at[layer, row_B1, :, slots_BT].set(new_BTKH, mode='drop')
 
-  return cache.replace(keys=put(cache.keys, key_BKTH), values=put(cache.values, value_BKTH))
+  if cache.key_scales is None or cache.value_scales is None:
+    return dataclasses.replace(
+      cache, keys=put(cache.keys, key_BKTH), values=put(cache.values, value_BKTH))
+  (key_BKTH, key_scale), (value_BKTH, value_scale) = map(_to_int8, (key_BKTH, value_BKTH))
+  return dataclasses.replace(
+    cache, keys=put(cache.keys, key_BKTH), values=put(cache.values, value_BKTH),
+    key_scales=put(cache.key_scales, key_scale),
+    value_scales=put(cache.value_scales, value_scale),
+  )
 
 
 def read(cache: KVCache, layer: int | jax.Array) -> tuple[jax.Array, jax.Array]:
   """Return one layer's keys and values, (B, K, S, H) each."""
-  return cache.keys[layer], cache.values[layer]
+  keys, values = cache.keys[layer], cache.values[layer]
+  if cache.key_scales is None or cache.value_scales is None:
+    return keys, values
+  return keys * cache.key_scales[layer], values * cache.value_scales[layer]
+
+
+def _to_int8(new_BKTH: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Return whole numbers up to 127 and the scale of each key or value."""
+  new_BKTH = new_BKTH.astype(jnp.float32)
+  scale = jnp.maximum(jnp.abs(new_BKTH).max(axis=-1, keepdims=True) / 127, 1e-30)
+  return jnp.round(new_BKTH / scale), scale

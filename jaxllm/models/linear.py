@@ -37,7 +37,7 @@ FEW_ROWS, TERMS, LANES = 4, 16, 32
 
 def is_quantized(kernel: Any) -> bool:
   """Return whether this is a quantised kernel and not an array."""
-  return isinstance(kernel, Mapping) and 'scale' in kernel
+  return isinstance(kernel, Mapping) and ('int8' in kernel or 'int4' in kernel)
 
 
 def dequantize(kernel: Quantized, dtype: Any) -> jax.Array:
@@ -169,7 +169,7 @@ class Linear(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """Return (..., out...) of `x` (..., in...)."""
     initial = nn.with_logical_partitioning(nn.initializers.normal(self.stddev), self.axes)
-    kernel = self.get_variable('params', 'kernel')
+    kernel: Any = self.get_variable('params', 'kernel')
     if not is_quantized(kernel):
       kernel = self.param('kernel', initial, self.inputs + self.outputs)
     y = dense(x, kernel, len(self.inputs), self.dtype)
@@ -178,12 +178,13 @@ class Linear(nn.Module):
     if self.use_bias:
       names = self.axes[len(self.inputs):]
       initial = nn.with_logical_partitioning(nn.initializers.zeros, names)
-      bias = self.param('bias', initial, self.outputs)
+      bias: Any = self.param('bias', initial, self.outputs)
       y = y + jax.lax.expand_dims(bias.astype(y.dtype), range(y.ndim - bias.ndim))
     return y.astype(self.result_dtype or self.dtype)
 
   def _low_rank(self, x: jax.Array) -> jax.Array:
-    a, b = self.get_variable('lora', 'a'), self.get_variable('lora', 'b')
+    a: Any = self.get_variable('lora', 'a')
+    b: Any = self.get_variable('lora', 'b')
     scale = jax.lax.stop_gradient(self.get_variable('lora', 'scale', 1.0))
     return dense(dense(x, a, len(self.inputs), self.dtype), b, 1, self.dtype) * scale
 

@@ -1,0 +1,96 @@
+"""Weight-only quantisation, tree to tree: int8 per output channel, int4 per group of inputs.
+
+A quantised kernel is a dict in the place of the array: {'int8', 'scale'} or {'int4', 'scale'}.
+`models.linear` reads both. Norms, biases and position tables stay as they are, embeddings are
+quantised per row where the config says so. Letters: I inputs, O outputs, G groups.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import pydantic
+
+from jaxllm.config import Config
+from jaxllm.models.linear import dequantize, is_quantized
+
+# Leading axes of each kernel that are contracted, by the name of its module.
+NUM_INPUTS = {'out': 2}
+LEVELS = {'int8': 127, 'int4': 7}
+
+
+class QuantizationConfig(Config):
+  """How weights are stored."""
+
+  kind: Literal['int8', 'int4'] = 'int8'
+  """int8: one scale per output channel; int4: one per output channel and group of inputs."""
+  group_size: int = pydantic.Field(default=32, ge=4, multiple_of=2)
+  """Inputs that share a scale in int4; a kernel whose last input axis it does not divide becomes
+  int8."""
+  embeddings: bool = True
+  """Whether embedding tables (and with them a tied head) become int8, one scale per row."""
+
+
+def quantize(variables: Mapping[str, Any], config: QuantizationConfig) -> dict[str, Any]:
+  """Quantise the kernels of a model.
+
+  Args:
+    variables: of a decoder, layers stacked or not; other collections ('lora') stay as they are.
+    config: how.
+
+  Returns:
+    Variables of the same form, with a dict in place of every kernel.
+  """
+  params = variables['params']
+  return {**variables, 'params': {name: _visit((name,), tree, config)
+                                  for name, tree in params.items()}}
+
+
+def dequantize_tree(variables: Mapping[str, Any], dtype: Any = jnp.float32) -> dict[str, Any]:
+  """Return variables with arrays again, rounded as quantisation left them."""
+  return jax.tree.map(
+    lambda leaf: dequantize(leaf, dtype) if is_quantized(leaf) else leaf, dict(variables),
+    is_leaf=is_quantized,
+  )
+
+
+def stored_bytes(variables: Mapping[str, Any]) -> int:
+  """Return what the variables take in memory; two int4 numbers share a byte."""
+  return sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
+
+
+def _visit(path: tuple[str, ...], tree: Any, config: QuantizationConfig) -> Any:
+  if isinstance(tree, Mapping):
+    return {name: _visit((*path, name), child, config) for name, child in tree.items()}
+  # Stacked layers have one more axis in front.
+  stacked = path[0] == 'layers' and not path[1].isdigit()
+  if path[-1] == 'embedding' and path[0] == 'embed' and config.embeddings:
+    # One scale per row: the table is (outputs, inputs) where it is the head.
+    return _per_channel(tree, lead=1, num_inputs=1)
+  if path[-1] != 'kernel':
+    return tree
+  num_inputs = NUM_INPUTS.get(path[-2], 1)
+  last = int(stacked) + num_inputs - 1
+  if config.kind == 'int4' and tree.shape[last] % config.group_size == 0:
+    return _grouped(tree, last, config.group_size)
+  return _per_channel(tree, int(stacked), num_inputs)
+
+
+def _per_channel(kernel: jax.Array, lead: int, num_inputs: int) -> dict[str, jax.Array]:
+  axes = tuple(range(lead, lead + num_inputs))
+  scale = jnp.max(jnp.abs(kernel), axis=axes, keepdims=True).astype(jnp.float32) / LEVELS['int8']
+  scale = jnp.where(scale > 0, scale, 1.0)
+  return {'int8': jnp.round(kernel / scale).astype(jnp.int8), 'scale': scale}
+
+
+def _grouped(kernel: jax.Array, axis: int, group_size: int) -> dict[str, jax.Array]:
+  """Pack two inputs per byte: the first half of a group in the low bits, the rest in the high."""
+  outer, inner = kernel.shape[:axis], kernel.shape[axis + 1 :]
+  grouped = kernel.reshape(*outer, -1, group_size, *inner)
+  scale = jnp.max(jnp.abs(grouped), axis=axis + 1).astype(jnp.float32) / LEVELS['int4']
+  scale = jnp.where(scale > 0, scale, 1.0)
+  levels = jnp.round(grouped / jnp.expand_dims(scale, axis + 1)).astype(jnp.int8)
+  low, high = jnp.split(levels, 2, axis=axis + 1)
+  packed = (low & jnp.int8(15)) | jax.lax.shift_left(high, jnp.int8(4))
+  return {'int4': packed.reshape(*outer, -1, *inner), 'scale': scale}

@@ -1,0 +1,112 @@
+"""Quantised weights: bounded errors, exact sizes, the same product by every path, int8 caches."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm.adapters.quantization import (
+  QuantizationConfig,
+  dequantize_tree,
+  quantize,
+  stored_bytes,
+)
+from jaxllm.generation import decode
+from jaxllm.generation.requests import make_requests
+from jaxllm.generation.sampling import SamplingConfig
+from jaxllm.models import decoder, linear
+from jaxllm.models.decoder import Decoder, DecoderConfig
+from jaxllm.models.linear import InitializerConfig
+
+BASE = DecoderConfig(
+  vocab_size=61, vocab_multiple=16, embed_dim=32, num_layers=2, num_heads=2, num_kv_heads=1,
+  mlp_dim=64, max_length=32, initializer=InitializerConfig(stddev=None),
+)
+TOKENS = np.random.default_rng(0).integers(0, 61, size=(2, 20)).astype(np.int32)
+KINDS = [QuantizationConfig(), QuantizationConfig(kind='int4', group_size=16)]
+APPLY = jax.jit(lambda model, variables: model.apply(variables, TOKENS), static_argnums=0)
+
+
+def make(tied=False, unstacked=False):
+  config = BASE.replace(tied_head=tied)
+  variables = decoder.init(config, jax.random.key(0))
+  return Decoder(config), decoder.unstack(variables) if unstacked else variables
+
+
+@pytest.mark.parametrize('config', KINDS, ids=lambda config: config.kind)
+@pytest.mark.parametrize('tied', [False, True])
+def test_the_model_runs_as_with_the_rounded_weights(config, tied):
+  model, variables = make(tied)
+  small = quantize(variables, config)
+  rounded = dequantize_tree(small)
+  assert jax.tree.structure(rounded) == jax.tree.structure(variables)
+  for unstacked in (lambda tree: tree, decoder.unstack):
+    got, want = APPLY(model, unstacked(small)), APPLY(model, unstacked(rounded))
+    np.testing.assert_allclose(got[..., :61], want[..., :61], atol=1e-4)
+  # Quantisation and unstacking commute.
+  jax.tree.map(np.testing.assert_array_equal, quantize(decoder.unstack(variables), config),
+               decoder.unstack(small))
+
+
+@pytest.mark.parametrize('config, levels', [(KINDS[0], 127), (KINDS[1], 7)])
+def test_errors_are_half_a_level(config, levels):
+  _, variables = make()
+  rounded = dequantize_tree(quantize(variables, config))
+  for name in ('query', 'out'):
+    old, new = (tree['params']['layers']['attention'][name]['kernel']
+                for tree in (variables, rounded))
+    error = np.abs(old - new)
+    assert 0 < error.max() <= 0.5 * np.abs(old).max() / levels * 1.001
+  kernel = np.full((2, 32, 64), 3.0, np.float32)
+  kernel[1] = 0
+  tree = {'params': {'layers': {'mlp': {'up': {'kernel': jnp.asarray(kernel)}}}}}
+  exact = dequantize_tree(quantize(tree, config))['params']['layers']['mlp']['up']['kernel']
+  np.testing.assert_allclose(exact, kernel, rtol=1e-6)
+
+
+def test_sizes():
+  _, variables = make()
+  kernels = sum(leaf.size for path, leaf in jax.tree.leaves_with_path(variables)
+                if path[-1].key in ('kernel', 'embedding'))
+  int8, int4 = (quantize(variables, config) for config in KINDS)
+  rest = stored_bytes(variables) - 4 * kernels
+  scales = sum(leaf.nbytes for path, leaf in jax.tree.leaves_with_path(int8)
+               if path[-1].key == 'scale' and leaf.dtype == jnp.float32) - rest
+  assert stored_bytes(int8) == kernels + scales + rest
+  assert stored_bytes(int4) < 0.9 * stored_bytes(int8)
+
+
+def test_products_without_a_copy_are_the_same(monkeypatch):
+  rng = np.random.default_rng(1)
+  x = jnp.asarray(rng.normal(size=(3, 64)), jnp.float32)
+  levels = jnp.asarray(rng.integers(-127, 128, size=(64, 40)), jnp.int8)
+  want = np.asarray(x) @ np.asarray(levels, np.float32)
+  np.testing.assert_allclose(jax.jit(linear._few_rows)(x, levels), want, rtol=1e-4, atol=1e-2)
+  np.testing.assert_allclose(jax.jit(linear._few_rows_transposed)(x, levels.T), want, rtol=1e-4,
+                             atol=1e-2)
+
+
+@pytest.mark.parametrize('tied', [False, True])
+def test_generation_from_int8(tied):
+  model, variables = make(tied, unstacked=True)
+  small = quantize(variables, QuantizationConfig())
+  greedy = SamplingConfig(temperature=0.0, max_new_tokens=8)
+  got = decode.generate(model, small, [[1, 2, 3], [4]], greedy)
+  want = decode.generate(model, dequantize_tree(small), [[1, 2, 3], [4]], greedy)
+  assert [result.tokens for result in got] == [result.tokens for result in want]
+
+
+@pytest.mark.parametrize('unstacked', [True, False])
+def test_int8_caches(unstacked):
+  model, variables = make(unstacked=unstacked)
+  cache = decoder.init_cache(BASE, 2, 24, jnp.int8, stacked=not unstacked)
+  extend = jax.jit(lambda *args: model.apply(*args, method='extend'))
+  hidden, cache = extend(variables, TOKENS[:, :16], cache, jnp.array([16, 16]))
+  more, cache = extend(variables, TOKENS[:, 16:17], cache, jnp.array([1, 1]))
+  want = model.apply(variables, TOKENS[:, :17], method='hidden')
+  np.testing.assert_allclose(hidden, want[:, :16], atol=0.1)
+  np.testing.assert_allclose(more[:, 0], want[:, 16], atol=0.1)
+  assert jax.tree.leaves(cache.keys)[0].dtype == jnp.int8
+  requests = make_requests(BASE, [[1, 2, 3]], SamplingConfig(temperature=0.0, max_new_tokens=5))
+  pieces = [*decode.run(model, variables, requests, 5, cache_dtype=jnp.int8)]
+  assert sum(len(piece.tokens) for piece in pieces) == 5
