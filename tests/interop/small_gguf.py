@@ -5,6 +5,7 @@ import small
 
 from jaxllm.interop import huggingface
 from jaxllm.interop.gguf import ARCHITECTURES, _names
+from jaxllm.models.positions import RotaryPositions
 
 KEYS = {
   'hidden_size': 'embedding_length', 'intermediate_size': 'feed_forward_length',
@@ -15,22 +16,21 @@ KEYS = {
   'attn_logit_softcapping': 'attn_logit_softcapping',
   'final_logit_softcapping': 'final_logit_softcapping',
 }
-# Wide enough for blocks of 32; the norms' attention scale is that of the head dimension.
-SIZES = {'embed_dim': 64, 'num_heads': 4, 'num_kv_heads': 2, 'head_dim': 32, 'mlp_dim': 96,
-         'vocab_size': 288, 'num_layers': 3}
+# Wide enough for blocks of 32.
+SIZES = {'embed_dim': 64, 'num_heads': 4, 'num_kv_heads': 2, 'head_dim': 16, 'mlp_dim': 96,
+         'vocab_size': 260, 'num_layers': 3}
+# What transformers takes for granted in these families, whatever the file says.
+GEMMA = {'embedding_scale': 8.0, 'head_dim': 256, 'attention_scale': 256**-0.5}
+CHANGES = {
+  'gemma': {'embedding_scale': 8.0},
+  'gemma2': GEMMA,
+  'gemma3': GEMMA | {'num_layers': 7, 'positions': RotaryPositions(base=1e6)},
+}
 
 
 def config(kind):
   name = {'gemma3': 'gemma3_text'}.get(kind, kind)
-  made = small.CONFIGS[name].replace(**SIZES)
-  changes = {}
-  if kind.startswith('gemma'):
-    changes['embedding_scale'] = 8.0
-  if kind in ('gemma2', 'gemma3'):
-    changes['attention_scale'] = 32**-0.5
-  if kind == 'gemma3':
-    changes['num_layers'] = 7
-  return made.replace(**changes)
+  return small.CONFIGS[name].replace(**SIZES | CHANGES.get(kind, {}))
 
 
 def interleave(array, heads):

@@ -6,6 +6,7 @@ import small_gguf
 
 from jaxllm.data import tokenizers
 from jaxllm.interop import chat, gguf_vocabulary, huggingface, report, sources, tokenizer_files
+from jaxllm.models.positions import LinearScaling, RotaryPositions, YarnScaling
 
 gguf = pytest.importorskip('gguf')
 KINDS = ['llama', 'qwen2', 'qwen3', 'gemma', 'gemma2', 'gemma3']
@@ -48,13 +49,25 @@ def test_divisors_of_the_rotation(tmp_path, monkeypatch):
   add = gguf.GGUFWriter.write_header_to_file
 
   def with_divisors(writer):
-    writer.add_tensor('rope_freqs.weight', np.linspace(1, 9, 16, dtype=np.float32))
+    writer.add_tensor('rope_freqs.weight', np.linspace(1, 9, 8, dtype=np.float32))
     add(writer)
 
   monkeypatch.setattr(gguf.GGUFWriter, 'write_header_to_file', with_divisors)
   small_gguf.write(tmp_path / 'model.gguf', tmp_path / 'model', 'llama')
   source = sources.open_model(tmp_path / 'model.gguf')
   assert source.config.positions.scaling.short_factors[-1] == 9
+  prove(source, huggingface.load_source(source))
+
+
+@pytest.mark.parametrize('scaling', [
+  LinearScaling(factor=4.0), YarnScaling(factor=4.0, original_length=64),
+])
+def test_scaled_rotations(scaling, tmp_path, monkeypatch):
+  rotary = RotaryPositions(base=5000.0, scaling=scaling)
+  monkeypatch.setitem(small_gguf.CHANGES, 'llama', {'positions': rotary})
+  small_gguf.write(tmp_path / 'model.gguf', tmp_path / 'model', 'llama')
+  source = sources.open_model(tmp_path / 'model.gguf')
+  assert source.config.positions == rotary
   prove(source, huggingface.load_source(source))
 
 
