@@ -74,9 +74,9 @@ def make_pure_step(experiment: Experiment, tx: optax.GradientTransformation) -> 
   def pure_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
     key = jax.random.fold_in(jax.random.key(experiment.seed), state.step)
     grads, sums = accumulate_gradients(experiment, state.params, batch, key)
-    count = jnp.maximum(sums['weight_sum'], 1.0)
-    grads = jax.tree.map(lambda grad: grad / count, grads)
-    loss = sums['cross_entropy_sum'] / count
+    count = sums['weight_sum']
+    grads = jax.tree.map(lambda grad: next_token.average(grad, count), grads)
+    loss = next_token.average(sums['cross_entropy_sum'], count)
     grad_norm = optax.global_norm(grads)
     applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     applied &= ~_is_spike(experiment.training.spike, state, loss)
@@ -86,12 +86,13 @@ def make_pure_step(experiment: Experiment, tx: optax.GradientTransformation) -> 
     new_state = _next_state(experiment, state, params, opt_state, loss, applied)
     return new_state, {
       'loss': loss,
-      'objective': sums['loss_sum'] / count,
-      'accuracy': sums['correct_sum'] / count,
+      'objective': next_token.average(sums['loss_sum'], count),
+      'accuracy': next_token.average(sums['correct_sum'], count),
       'tokens': sums['weight_sum'],
       'grad_norm': grad_norm,
       'param_norm': optax.global_norm(new_state.params),
-      'learning_rate': jnp.asarray(schedule(state.step), jnp.float32),
+      # The optimizer counts the steps that it applied.
+      'learning_rate': jnp.asarray(schedule(state.step - state.skipped), jnp.float32),
       'applied': applied.astype(jnp.float32),
       'skipped': new_state.skipped.astype(jnp.float32),
       'skipped_in_a_row': new_state.skipped_in_a_row.astype(jnp.float32),
