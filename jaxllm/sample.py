@@ -1,33 +1,124 @@
-"""Continue a prompt: `python -m jaxllm.sample --model=runs/demo --prompt="To be"`."""
+"""Continue a prompt, or chat: `python -m jaxllm.sample --model=runs/demo --prompt="To be"`.
 
-from absl import flags
+`--chat` talks to a model that has a chat template: a line is a message, /reset forgets.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+
+from absl import app, flags
 
 from jaxllm import config
 
 MODEL = flags.DEFINE_string('model', None, 'A workdir or a checkpoint.', required=True)
 PROMPT = flags.DEFINE_multi_string('prompt', [''], 'Text to continue; may be repeated.')
+CHAT = flags.DEFINE_bool('chat', False, "Converse, by the model's chat template.")
+SYSTEM = flags.DEFINE_string('system', None, 'The system message of a chat.')
+QUANTIZE = flags.DEFINE_enum('quantize', None, ['int8', 'int4'], 'Store the weights smaller.')
+STOP = flags.DEFINE_multi_string('stop', [], 'A text that ends a continuation; may be repeated.')
+NUM_BEAMS = flags.DEFINE_integer('num_beams', 1, 'Beams of a beam search; 1: draw.', 1)
+LENGTH_PENALTY = flags.DEFINE_float('length_penalty', 1.0, 'Above 0 favours long beams.')
 MAX_NEW_TOKENS = flags.DEFINE_integer('max_new_tokens', 128, 'Tokens to add, at most.')
 TEMPERATURE = flags.DEFINE_float('temperature', 0.8, 'Randomness; 0 takes the likeliest token.')
 TOP_K = flags.DEFINE_integer('top_k', 0, 'Draw from this many likeliest tokens; 0: from all.')
 TOP_P = flags.DEFINE_float('top_p', 0.95, 'Draw from the likeliest tokens of this mass.')
 MIN_P = flags.DEFINE_float('min_p', 0.0, "Draw from tokens of at least this share of the best's.")
+TYPICAL_P = flags.DEFINE_float('typical_p', 1.0, 'Draw from tokens of expected surprise.')
+REPETITION_PENALTY = flags.DEFINE_float('repetition_penalty', 1.0, 'Above 1 avoids repetition.')
+NO_REPEAT_NGRAM = flags.DEFINE_integer('no_repeat_ngram', 0, 'No so many tokens come twice.')
 NUM_SAMPLES = flags.DEFINE_integer('num_samples', 1, 'Continuations of each prompt.', 1)
 SEED = flags.DEFINE_integer('seed', 0, 'The same seed gives the same text.')
 
 
 def main(_) -> None:  # noqa: D103
   from jaxllm import loading
+  from jaxllm.adapters import quantization
+  from jaxllm.generation.sampling import SamplingConfig
+  from jaxllm.models import decoder
 
-  model = loading.load(MODEL.value)
-  prompts = [prompt for prompt in PROMPT.value for _ in range(NUM_SAMPLES.value)]
-  texts = loading.generate(
-    model, prompts, max_new_tokens=MAX_NEW_TOKENS.value, temperature=TEMPERATURE.value,
-    top_k=TOP_K.value, top_p=TOP_P.value, min_p=MIN_P.value, seed=SEED.value,
+  loaded = loading.load(MODEL.value)
+  model = decoder.Decoder(loaded.config)
+  variables = loaded.unstacked
+  if QUANTIZE.value:
+    kind = quantization.QuantizationConfig.from_json(json.dumps({'kind': QUANTIZE.value}))
+    variables = quantization.quantize(variables, kind)
+  sampling = SamplingConfig(
+    max_new_tokens=MAX_NEW_TOKENS.value, temperature=TEMPERATURE.value, top_k=TOP_K.value,
+    top_p=TOP_P.value, min_p=MIN_P.value, typical_p=TYPICAL_P.value, seed=SEED.value,
+    repetition_penalty=REPETITION_PENALTY.value, no_repeat_ngram=NO_REPEAT_NGRAM.value,
   )
-  for index, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
-    if len(prompts) > 1:
-      print(f'--- {index + 1} of {len(prompts)}')
-    print(prompt + text)
+  if CHAT.value:
+    _chat(loaded.tokenizer, model, variables, sampling)
+  elif NUM_BEAMS.value > 1:
+    _search(loaded, model, variables, sampling)
+  else:
+    _sample(loaded, model, variables, sampling)
+
+
+def _sample(loaded, model, variables, sampling) -> None:
+  from jaxllm.generation import text
+
+  prompts = [prompt for prompt in PROMPT.value for _ in range(NUM_SAMPLES.value)]
+  results = text.complete(
+    model, variables, loaded.tokenizer, [loaded.encode_prompt(prompt) for prompt in prompts],
+    sampling, STOP.value)
+  _show([prompt + result.text for prompt, result in zip(prompts, results, strict=True)])
+
+
+def _search(loaded, model, variables, sampling) -> None:
+  from jaxllm.generation import beam, text
+
+  beams = beam.BeamConfig(num_beams=NUM_BEAMS.value, num_return=NUM_SAMPLES.value,
+                          length_penalty=LENGTH_PENALTY.value)
+  tokenizer = loaded.tokenizer
+  found = beam.beam_search(
+    model, variables, [loaded.encode_prompt(prompt) for prompt in PROMPT.value], beams, sampling,
+    () if tokenizer.eos_id is None else (tokenizer.eos_id,), tokenizer.bos_id)
+  _show([prompt + text.text_of(tokenizer, result.tokens)
+         for prompt, results in zip(PROMPT.value, found, strict=True) for result in results])
+
+
+def _show(texts: list[str]) -> None:
+  for index, shown in enumerate(texts):
+    if len(texts) > 1:
+      print(f'--- {index + 1} of {len(texts)}')
+    print(shown)
+
+
+def _chat(tokenizer, model, variables, sampling) -> None:
+  from jaxllm.generation import chat
+  from jaxllm.interop import chat as templates
+  from jaxllm.interop import tokenizer_files
+
+  template = tokenizer_files.chat_template(tokenizer.files())
+  if template is None:
+    raise app.UsageError(f'--chat: {MODEL.value} has no chat template; use --prompt')
+  # What ends a turn in the usual templates, where it is not the tokenizer's EOS.
+  special = templates.special_tokens(tokenizer)
+  ends = [special[name] for name in _TURN_ENDS if name in special]
+
+  def encode(messages) -> list[int]:
+    return templates.encode(tokenizer, template, messages)
+
+  def write(text: str) -> None:
+    print(text, end='', flush=True)
+
+  write(f'{chat.HELP}\n')
+  chat.converse(model, variables, tokenizer, encode, sampling, _lines(), write, SYSTEM.value,
+                STOP.value, ends)
+
+
+_TURN_ENDS = ('<|im_end|>', '<|eot_id|>', '<end_of_turn>', '<|end|>', '<|endoftext|>', '</s>')
+
+
+def _lines() -> Iterator[str]:
+  """Yield lines as they are typed; end of input, or Ctrl-C, ends the conversation."""
+  while True:
+    try:
+      yield input('> ' if sys.stdin.isatty() else '')
+    except (EOFError, KeyboardInterrupt):
+      return
 
 
 if __name__ == '__main__':

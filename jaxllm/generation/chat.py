@@ -1,0 +1,100 @@
+"""A conversation with a model in a terminal: history, streaming, `/reset`.
+
+How a conversation becomes tokens is the caller's (`encode`): a chat template, usually.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from jaxllm.data.tokenizers import Tokenizer
+from jaxllm.generation.sampling import MAX_SEED, SamplingConfig
+from jaxllm.generation.text import stream_text
+from jaxllm.models.decoder import Decoder
+
+Message = Mapping[str, str]
+HELP = '/reset forgets the conversation, /quit ends it.'
+
+
+def fit(
+  messages: Sequence[Message], encode: Callable[[Sequence[Message]], list[int]], max_tokens: int
+) -> tuple[list[Message], list[int]]:
+  """Drop the oldest exchanges until a conversation fits.
+
+  Args:
+    messages: maybe a system message, then user and assistant in turn; the last is the user's.
+    encode: conversation to token ids.
+    max_tokens: that the ids may number.
+
+  Returns:
+    (the messages that are left, their ids).
+
+  Raises:
+    ValueError: the last message alone is too long.
+  """
+  kept = list(messages)
+  first = 1 if kept and kept[0]['role'] == 'system' else 0
+  while len(ids := encode(kept)) > max_tokens:
+    if len(kept) <= first + 1:
+      raise ValueError(f'the message has {len(ids)} tokens with its template; {max_tokens} fit')
+    del kept[first : first + 2]
+  return kept, ids
+
+
+def converse(
+  model: Decoder,
+  variables: Any,
+  tokenizer: Tokenizer,
+  encode: Callable[[Sequence[Message]], list[int]],
+  sampling: SamplingConfig,
+  lines: Iterable[str],
+  write: Callable[[str], None],
+  system: str | None = None,
+  stop: Sequence[str] = (),
+  stop_ids: Sequence[int] = (),
+) -> list[Message]:
+  """Answer lines until there are no more, or one says /quit.
+
+  Args:
+    model: the decoder.
+    variables: its variables.
+    tokenizer: of the model.
+    encode: conversation to token ids, up to where the assistant begins.
+    sampling: of the answers; each draws with the next seed.
+    lines: what the user says.
+    write: takes text as it comes.
+    system: the system message, which `/reset` keeps.
+    stop: strings that end an answer.
+    stop_ids: tokens that end an answer, besides EOS.
+
+  Returns:
+    The conversation as it stands.
+  """
+  begin: list[Message] = [{'role': 'system', 'content': system}] if system else []
+  messages, seeds = list(begin), itertools.count(sampling.seed)
+  # What is left of the context for the prompt when an answer has its length.
+  room = max(model.config.max_length - sampling.max_new_tokens, model.config.max_length // 2)
+  for line in lines:
+    line = line.strip()
+    if line == '/quit':
+      break
+    if line == '/reset':
+      messages = list(begin)
+      write('(forgotten)\n')
+    elif line.startswith('/'):
+      write(f'{HELP}\n')
+    elif line:
+      try:
+        asked: list[Message] = [*messages, {'role': 'user', 'content': line}]
+        kept, ids = fit(asked, encode, room)
+      except ValueError as error:
+        write(f'({error})\n')
+        continue
+      parts = []
+      for piece in stream_text(model, variables, tokenizer, [ids], sampling, stop, stop_ids,
+                               [next(seeds) % (MAX_SEED + 1)]):
+        parts.append(piece.text)
+        write(piece.text)
+      write('\n')
+      messages = [*kept, {'role': 'assistant', 'content': ''.join(parts)}]
+  return messages
