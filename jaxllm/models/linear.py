@@ -32,7 +32,7 @@ class InitializerConfig(Config):
 Quantized = Mapping[str, jax.Array]
 # Rows up to which int8 kernels are multiplied without a float32 copy of them on CPU, and how many
 # products are added up in registers.
-FEW_ROWS, TERMS, LANES = 4, 16, 32
+FEW_ROWS, TERMS, LANES = 4, 16, 64
 
 
 def is_quantized(kernel: Any) -> bool:
@@ -95,12 +95,17 @@ def _dense_quantized(
   levels, scale = kernel['int8'], kernel['scale']
   lead, out = x.shape[: x.ndim - num_in], levels.shape[num_in:]
   inputs = math.prod(levels.shape[:num_in])
-  x_RI, levels_IO = x.reshape(-1, inputs), levels.reshape(inputs, -1)
+  x_RI, levels_IO = _together(x.reshape(-1, inputs), levels.reshape(inputs, -1))
   if _skip_copy(x_RI, TERMS):
     y = _few_rows(x_RI, levels_IO)
   else:
     y = dense(x_RI, levels_IO, 1, dtype)
   return y.reshape(*lead, *out) * scale.reshape(*[1] * len(lead), *out)
+
+
+def _together(x: jax.Array, levels: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Tie a kernel to an activation: else a decoding loop keeps a float32 copy of it, made before."""
+  return jax.lax.optimization_barrier((x, levels))
 
 
 def _skip_copy(x_RI: jax.Array, divisor: int) -> bool:
@@ -232,7 +237,7 @@ class Embed(nn.Module):
     if not is_quantized(self.embedding):
       return dense(x, self.embedding.T, 1, self.dtype)
     levels_VD, scale_V1 = self.embedding['int8'], self.embedding['scale']
-    x_RD = x.reshape(-1, self.embed_dim)
+    x_RD, levels_VD = _together(x.reshape(-1, self.embed_dim), levels_VD)
     if _skip_copy(x_RD, LANES):
       y_RV = _few_rows_transposed(x_RD, levels_VD)
     else:

@@ -110,3 +110,21 @@ def test_int8_caches(unstacked):
   requests = make_requests(BASE, [[1, 2, 3]], SamplingConfig(temperature=0.0, max_new_tokens=5))
   pieces = [*decode.run(model, variables, requests, 5, cache_dtype=jnp.int8)]
   assert sum(len(piece.tokens) for piece in pieces) == 5
+
+
+def test_gradients_pass_through_to_what_is_not_quantised():
+  model, variables = make()
+  small = quantize(variables, QuantizationConfig())
+  rounded = dequantize_tree(small)
+
+  def loss(scale, tree):
+    params = {**tree['params'], 'final_norm': {'scale': scale}}
+    return model.apply({'params': params}, TOKENS)[..., :61].var()
+
+  scale = variables['params']['final_norm']['scale']
+  got, want = (jax.jit(jax.grad(loss))(scale, tree) for tree in (small, rounded))
+  np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-5)
+  embed = jax.grad(lambda x: linear.dense(x, small['params']['head']['kernel'], 1,
+                                          jnp.float32).sum())(jnp.ones((2, 32)))
+  kernel = dequantize_tree(small)['params']['head']['kernel']
+  np.testing.assert_allclose(embed[0], kernel.sum(axis=1), rtol=1e-4, atol=1e-4)
