@@ -7,6 +7,7 @@ Training differentiates with respect to `variables['lora']` alone.
 Axis letters: I inputs and O outputs of a kernel, all its axes folded.
 """
 
+import functools
 import math
 import os
 import pathlib
@@ -20,12 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 import pydantic
 
+from jaxllm.adapters.quantization import NUM_INPUTS
 from jaxllm.config import Config
+from jaxllm.models.linear import dequantize, is_quantized
 
 Tree = dict[str, Any]
-
-# How many axes of a kernel, behind that of the layers, are inputs; 1 where nothing is said.
-_NUM_INPUTS = {'out': 2}
 
 
 class LoraConfig(Config):
@@ -115,7 +115,7 @@ def merge(params: Tree, lora: Tree) -> Tree:
   for path, adapter in adapters(lora):
     module = _at(merged, path)
     kernel = module['kernel']
-    if not hasattr(kernel, 'dtype'):
+    if is_quantized(kernel):
       raise ValueError(f'{path}: the kernel is quantised; merge into the unquantised parameters')
     module['kernel'] = (kernel.astype(jnp.float32) + delta(path, adapter)).astype(kernel.dtype)
   return merged
@@ -256,11 +256,12 @@ def _targets(config: LoraConfig, params: Tree) -> list[tuple[str, Any]]:
 
 
 def kernels_of(params: Mapping[str, Any], path: str = '') -> Iterator[tuple[str, Any]]:
-  """Yield (path of the module, kernel); of a quantised one, the part with the kernel's shape."""
+  """Yield (path of the module, kernel); of a quantised one, what it would be as an array."""
   for name, child in params.items():
     if name == 'kernel':
-      largest = max(jax.tree.leaves(child), key=lambda leaf: math.prod(leaf.shape))
-      yield path, largest
+      if is_quantized(child):
+        child = jax.eval_shape(functools.partial(dequantize, dtype=jnp.float32), child)
+      yield path, child
     elif isinstance(child, Mapping):
       yield from kernels_of(child, f'{path}/{name}' if path else name)
 
@@ -268,7 +269,7 @@ def kernels_of(params: Mapping[str, Any], path: str = '') -> Iterator[tuple[str,
 def layout(path: str, num_axes: int) -> tuple[int, int]:
   """Return how many leading axes of a kernel are those of layers, and how many then are inputs."""
   stacked = int(path.split('/')[0] == 'layers')
-  num_inputs = _NUM_INPUTS.get(path.rpartition('/')[2], 1)
+  num_inputs = NUM_INPUTS.get(path.rpartition('/')[2], 1)
   if num_axes - stacked - num_inputs < 1:
     raise ValueError(f'{path}: a kernel of {num_axes} axes is not (layers, inputs, outputs)')
   return stacked, num_inputs

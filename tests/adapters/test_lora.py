@@ -11,6 +11,7 @@ import pytest
 from jaxllm import sharding
 from jaxllm.adapters import lora as lora_lib
 from jaxllm.adapters.lora import LoraConfig
+from jaxllm.adapters.quantization import QuantizationConfig, dequantize_tree, quantize
 from jaxllm.models import decoder
 from jaxllm.models.decoder import Decoder, DecoderConfig
 from jaxllm.sharding import MeshConfig
@@ -162,15 +163,20 @@ def test_other_targets_start_the_same_adapters_alike():
                                 every['layers']['attention']['query']['a'])
 
 
-def test_quantised_kernels_are_adapted_but_not_merged():
-  params = jax.tree.map(lambda leaf: leaf, _params())
-  kernel = params['layers']['mlp']['up'].pop('kernel')
-  params['layers']['mlp']['up']['kernel'] = {
-    'int8': kernel.astype(jnp.int8), 'scale': jnp.ones((2, 1, 12))}
-  adapters = lora_lib.init(LoraConfig(targets=('layers/mlp/up',)), params, jax.random.key(0))
-  assert adapters['layers']['mlp']['up']['a'].shape == (2, 8, 8)
+@pytest.mark.parametrize('kind', ['int8', 'int4'])
+def test_quantised_kernels_are_adapted_but_not_merged(kind):
+  config = QuantizationConfig(kind=kind, group_size=4)
+  quantised = quantize({'params': _params()}, config)['params']
+  adapters = _trained()
+  started = lora_lib.init(ALL, quantised, jax.random.key(1))
+  assert jax.tree.map(jnp.shape, started) == jax.tree.map(jnp.shape, adapters)
+  rounded = dequantize_tree(quantised)
+  np.testing.assert_allclose(
+    apply(Decoder(MODEL), {'params': quantised, 'lora': adapters}, TOKENS),
+    apply(Decoder(MODEL), {'params': lora_lib.merge(rounded, adapters)}, TOKENS),
+    rtol=1e-4, atol=1e-4)
   with pytest.raises(ValueError, match='quantised'):
-    lora_lib.merge(params, adapters)
+    lora_lib.merge(quantised, adapters)
 
 
 def test_saved_adapters_come_back(tmp_path):
