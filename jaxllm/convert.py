@@ -30,7 +30,6 @@ BUCKETS = flags.DEFINE_list(
 
 
 def main(_) -> None:  # noqa: D103
-  from jaxllm import loading
   from jaxllm.interop import conversion, sources
 
   buckets = [int(length) for length in BUCKETS.value]
@@ -39,9 +38,13 @@ def main(_) -> None:  # noqa: D103
     source = sources.open_model(SOURCE.value, REVISION.value, IGNORE_AUTO_MAP.value)
     report = conversion.from_source(source, TARGET.value, FORMAT.value, DTYPE.value, buckets)
   else:
+    from jaxllm import loading
+    from jaxllm.interop import native
+
     loaded = loading.load(SOURCE.value)
     model = conversion.Model(
-      loaded.config, loaded.variables, loaded.tokenizer.files(), loaded.add_bos
+      loaded.config, loaded.variables, loaded.tokenizer.files(), loaded.add_bos,
+      native.model_type(SOURCE.value),
     )
     report = conversion.from_model(model, TARGET.value, FORMAT.value, DTYPE.value, buckets)
   proof = report['proof']

@@ -96,7 +96,7 @@ def encode(
   special = special_tokens(tokenizer)
   ids = {value: token for token, value in special.items()}
   for name, value in (('bos_token', tokenizer.bos_id), ('eos_token', tokenizer.eos_id)):
-    variables.setdefault(name, ids.get(value, ''))
+    variables.setdefault(name, '' if value is None else ids.get(value, ''))
   # Stands in messages for what spells a special token, and is put back once the text is cut.
   stand_in = f'\ue000{secrets.token_hex(8)}\ue001'
   hidden: list[str] = []

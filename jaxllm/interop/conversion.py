@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxllm.checkpoints import store
@@ -20,6 +21,7 @@ from jaxllm.interop import (
   huggingface_writer,
   native,
   report,
+  weights,
 )
 from jaxllm.interop.report import ConversionError
 from jaxllm.interop.weights import Source
@@ -71,8 +73,8 @@ def from_source(
   loaded = huggingface.load_source(source, dtype)
   model = Model(loaded.config, loaded.variables, loaded.files, model_type=loaded.model_type)
   ids = report.fixed_prompt(model.config)
-  stored = np.dtype(model.variables['params']['embed']['embedding'].dtype)
-  reference_TV = source.reference(ids, stored)
+  # The reference sees the numbers as rounded as the result will have them.
+  reference_TV = source.reference(ids, weights.DTYPES[dtype or 'float32'])
   with _beside(path) as partial:
     result = _write(model, partial, form, buckets, {'source': source.path})
     proof = report.prove(reference_TV, result.config, result.variables, ids)
@@ -96,14 +98,19 @@ def from_model(
   if form == 'jaxllm':
     raise ValueError('the source is a checkpoint of jaxllm already; choose another --format')
   ids = report.fixed_prompt(model.config)
+  if dtype is not None:
+    rounded = jax.tree.map(lambda leaf: leaf.astype(weights.DTYPES[dtype]), model.variables)
+    model = dataclasses.replace(model, variables=rounded)
   with _beside(path) as partial:
-    _write(model, partial, form, buckets, {}, dtype)
+    again = _write(model, partial, form, buckets, {})
     summary: dict[str, Any] = {'format': form, 'dtype': dtype or 'as stored'}
     if form == 'huggingface':
+      # What was written, read independently, against the model that it was written from; and
+      # against what is read back.
       written = huggingface.open_model(partial)
-      again = huggingface.load_source(written, None)
       reference_TV = written.reference(ids, np.dtype(np.float32))
-      proof = report.prove(reference_TV, again.config, again.variables, ids)
+      report.prove(reference_TV, again.config, again.variables, ids)
+      proof = report.prove(reference_TV, model.config, model.variables, ids)
       summary |= report.describe(written, dtype, proof) | {'source': 'a checkpoint of jaxllm'}
     else:
       logits_TV = report.logits(model.config, model.variables, ids)
@@ -143,12 +150,12 @@ def _beside(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 def _write(
   model: Model, directory: pathlib.Path, form: str, buckets: Sequence[int],
-  origin: Mapping[str, Any], dtype: str | None = None,
+  origin: Mapping[str, Any],
 ) -> Model:
   """Write a model, and return what is read back (of an exported program, the model itself)."""
   config, variables, files = model.config, model.variables, model.files
   if form == 'huggingface':
-    huggingface_writer.save(directory, config, variables, files, dtype, model.model_type,
+    huggingface_writer.save(directory, config, variables, files, model_type=model.model_type,
                             add_bos=model.add_bos)
     again = huggingface.load(directory, None)
     return dataclasses.replace(model, config=again.config, variables=again.variables)

@@ -96,14 +96,19 @@ def generate(
     raise ValueError(f'1 or more token ids below {manifest["vocab_size"]} are needed')
   if len(ids) > manifest['buckets'][-1]:
     raise ValueError(f'{len(ids)} tokens, but programs exist for {manifest["buckets"][-1]}')
-  rules = {'temperature': np.float32([temperature]), 'top_k': np.int32([top_k]),
-           'top_p': np.float32([top_p]), 'min_p': np.float32([min_p])}
-  request = {'seed': np.uint32([seed]), 'index': np.int32([0]), 'rules': rules}
+  request: dict[str, Any] = {
+    'seed': np.array([seed], np.uint32),
+    'index': np.zeros(1, np.int32),
+    'rules': {
+      'temperature': np.array([temperature], np.float32), 'top_k': np.array([top_k], np.int32),
+      'top_p': np.array([top_p], np.float32), 'min_p': np.array([min_p], np.float32),
+    },
+  }
   size = bucket(artefact, len(ids))
   tokens = np.zeros((1, size), np.int32)
   tokens[0, : len(ids)] = ids
   token, cache = program(artefact, f'prefill_{size}')(
-    artefact['weights'], tokens, np.int32([len(ids)]), request
+    artefact['weights'], tokens, np.array([len(ids)], np.int32), request
   )
   made: list[int] = []
   while True:
@@ -116,7 +121,7 @@ def generate(
     if used == size:
       size = bucket(artefact, used + 1)
       cache = grow(cache, manifest['slot_axis'], size)
-    request['index'] = np.int32([len(made)])
+    request['index'] = np.array([len(made)], np.int32)
     token, cache = program(artefact, f'decode_{size}')(
       artefact['weights'], cache, token[:, None], request
     )

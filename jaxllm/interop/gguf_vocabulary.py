@@ -89,14 +89,16 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str, byt
   lines = metadata.get(_KEY + 'merges')
   if not isinstance(lines, list):
     raise ValueError(f'{_KEY}merges is missing')
-  merges = [tuple(str(line).split(' ')) for line in lines]
   vocab = {token: i for i, token in enumerate(tokens)}
-  for pair in merges:
-    if len(pair) != 2 or not all(token in vocab for token in (*pair, ''.join(pair))):
-      raise ValueError(f'{_KEY}merges: {" ".join(pair)!r} does not join two tokens into a third')
+  merges = []
+  for line in map(str, lines):
+    first, _, second = line.partition(' ')
+    if not all(token in vocab for token in (first, second, first + second)):
+      raise ValueError(f'{_KEY}merges: {line!r} does not join two tokens into a third')
+    merges.append((first, second))
   kinds = _list(metadata, 'token_type', len(tokens), sentencepiece_model.NORMAL)
   ids = _special_ids(metadata, len(tokens))
-  first = metadata.get(_KEY + 'add_bos_token') and 'bos_token_id' in ids
+  with_bos = metadata.get(_KEY + 'add_bos_token') and 'bos_token_id' in ids
   content = tokenizer_export.byte_level_bpe(
     vocab, merges,
     special=[token for token, kind in zip(tokens, kinds, strict=True) if kind == CONTROL],
@@ -104,7 +106,7 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str, byt
     pre_tokenizer=library.pre_tokenizers.Sequence(_CUTS[pre](library)),
     normalizer=library.normalizers.NFC() if pre == 'qwen2' else None,
     ignore_merges=pre == 'llama-bpe',
-    first=tokens[ids['bos_token_id']] if first else None,
+    first=tokens[ids['bos_token_id']] if with_bos else None,
   )
   return {'tokenizer.json': content}
 

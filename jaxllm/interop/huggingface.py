@@ -107,8 +107,8 @@ def open_model(directory: str | os.PathLike[str], ignore_auto_map: bool = False)
     return reference.logits(keys.data, lambda name: tensors[name].array().astype(dtype), ids)
 
   unread = tuple(sorted(set(keys.data) - keys.read))
-  return Source(str(path), form, config, keys.data, tuple(slots), tensors, ignored, unread, files,
-                logits)
+  return Source(str(path), form, config, keys.data, tuple(slots), tensors, ignored, unread,
+                tokenizer_files.complete(files, keys.data), logits)
 
 
 def read_keys(directory: pathlib.Path) -> dict[str, Any]:
@@ -159,7 +159,8 @@ class _Reading(collections.abc.Mapping):
   """A mapping that remembers which of its keys were asked for."""
 
   def __init__(self, data: dict[str, Any]):
-    self.data, self.read = data, set()
+    self.data = data
+    self.read: set[str] = set()
 
   def __getitem__(self, key: str) -> Any:
     self.read.add(key)

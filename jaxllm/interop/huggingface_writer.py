@@ -183,7 +183,7 @@ def _write_weights(
   if len(shards) == 1:
     tensorfile.write(directory / 'model.safetensors', shards[0], produce)
     return
-  index = {}
+  index: dict[str, str] = {}
   for number, shard in enumerate(shards, 1):
     file = f'model-{number:05}-of-{len(shards):05}.safetensors'
     tensorfile.write(directory / file, shard, produce)

@@ -141,9 +141,10 @@ def split(
       target: parts[..., i, :].reshape(shapes[target]) for i, target in enumerate(slot.targets)
     }
   sizes = [_outputs(target, shapes[target]) for target in slot.targets]
-  parts = np.split(array, np.cumsum(sizes)[:-1], axis=-1)
+  pieces = np.split(array, np.cumsum(sizes)[:-1], axis=-1)
   return {
-    target: part.reshape(shapes[target]) for target, part in zip(slot.targets, parts, strict=True)
+    target: piece.reshape(shapes[target])
+    for target, piece in zip(slot.targets, pieces, strict=True)
   }
 
 

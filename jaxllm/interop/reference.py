@@ -72,7 +72,7 @@ class _Spec:
   turns: tuple[np.ndarray, float] | None = None
   local_turns: tuple[np.ndarray, float] | None = None
   neighbours: bool = False  # Whether pairs are dimensions 2i and 2i + 1, not i and i + P.
-  window: int | None = None
+  window: Any = None
   local: Callable[[int], bool] = lambda layer: False
   unrotated: Callable[[int], bool] = lambda layer: False
   layer_norm: bool = False
@@ -119,12 +119,12 @@ def logits(keys: Keys, get: Get, ids: list[int], gguf: bool = False) -> np.ndarr
   return _cap(np.concatenate(pieces, axis=1), spec.final_softcap)
 
 
-Find = Callable[[str, str], np.ndarray | None]
+Find = Callable[[str, str], Any]
 
 
 def _finder(names: Mapping[str, str], get: Get, layer: int) -> Find:
   """Return the function (part, 'weight' or 'bias') -> tensor of this layer, or None."""
-  def find(part: str, leaf: str) -> np.ndarray | None:
+  def find(part: str, leaf: str) -> Any:
     try:
       return _f32(get(names['layer'].format(layer) + names[part] + '.' + leaf))
     except KeyError:
@@ -242,8 +242,9 @@ def _turns(
   """Return radians per position of each pair, and the factor of cosine and sine."""
   exponents_P = np.arange(0, dim, 2) / dim
   turns_P = base**-exponents_P
-  kind, by = rope.get('rope_type') or rope.get('type'), rope.get('factor')
-  trained = (keys.get('original_max_position_embeddings')
+  kind: str | None = rope.get('rope_type') or rope.get('type')
+  by: Any = rope.get('factor')
+  trained: int = (keys.get('original_max_position_embeddings')
              or rope.get('original_max_position_embeddings') or longest)
   if kind == 'linear':
     return turns_P / by, 1.0
@@ -340,7 +341,7 @@ def _add_turns(spec: _Spec, keys: Keys, kind: str, length: int) -> None:
     local_base = local.get('rope_theta') or keys.get('rope_local_base_freq') or 1e4
     spec.local_turns = _turns(keys, {}, local_base, spec.head_dim, longest, length)
     rope = rope.get('full_attention') or rope
-  dim = int(spec.head_dim * rope.get('partial_rotary_factor', share))
+  dim = int(spec.head_dim * float(rope.get('partial_rotary_factor') or share))
   spec.turns = _turns(keys, rope, rope.get('rope_theta') or base, dim, longest, length)
 
 
@@ -352,7 +353,7 @@ def _from_metadata(keys: Keys, get: Get, length: int) -> _Spec:
     return keys.get(f'{kind}.{name}', default)
 
   gemma, heads = kind.startswith('gemma'), value('attention.head_count')
-  width = value('embedding_length')
+  width: Any = value('embedding_length')
   head_dim = value('attention.key_length', width // heads)
   spec = _Spec(
     _NAMES['gguf'], value('block_count'), heads, value('attention.head_count_kv', heads), head_dim,

@@ -123,7 +123,7 @@ def describe(source: Source, dtype: str | None, proof: Mapping[str, Any]) -> dic
 
 
 @functools.partial(jax.jit, static_argnames='model')
-def _logits(model: Decoder, variables: Any, tokens_BT: jax.Array) -> jax.Array:
+def _logits(model: Decoder, variables: Any, tokens_BT: jax.Array) -> Any:
   return model.apply(variables, tokens_BT)
 
 

@@ -10,6 +10,7 @@ Reference:
 import dataclasses
 import struct
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 UNIGRAM, BPE, WORD, CHAR = 1, 2, 3, 4
@@ -55,8 +56,8 @@ def parse(content: bytes) -> Model:
     ValueError: it is damaged.
   """
   pieces, scores, kinds = [], [], []
-  trainer: dict[int, int | bytes] = {}
-  normalizer: dict[int, int | bytes] = {}
+  trainer: dict[int, Any] = {}
+  normalizer: dict[int, Any] = {}
   try:
     for field, value in _fields(content):
       if field == 1:
@@ -107,10 +108,11 @@ def build(model: Model) -> bytes:
   return content + _bytes(2, trainer) + _bytes(3, normalizer)
 
 
-def _fields(content: bytes) -> Iterator[tuple[int, int | bytes]]:
+def _fields(content: bytes) -> Iterator[tuple[int, Any]]:
   """Yield (field number, value) of a message: integers, or the bytes of anything else."""
   at = 0
   while at < len(content):
+    value: Any
     tag, at = _varint(content, at)
     kind = tag & 7
     if kind == 0:

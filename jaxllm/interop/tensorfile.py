@@ -94,8 +94,8 @@ def find(directory: pathlib.Path) -> list[pathlib.Path]:
     return [single]
   others = sorted(directory.glob('*.safetensors'))
   if others:
-    names = ', '.join(path.name for path in others[:4])
-    raise ValueError(f'{directory} holds {names} but neither model.safetensors nor '
+    shown = ', '.join(path.name for path in others[:4])
+    raise ValueError(f'{directory} holds {shown} but neither model.safetensors nor '
                      'model.safetensors.index.json, which says which of them belong together')
   pickles = sorted(path.name for pattern in ('*.bin', '*.pt', '*.pth', '*.ckpt')
                    for path in directory.glob(pattern))

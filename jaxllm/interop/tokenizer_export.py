@@ -95,7 +95,7 @@ def from_sentencepiece(files: Files) -> bytes:
     # Pieces that text never gives, such as '<s>', must not win where a text spells them.
     scores = [score if kind in (sentencepiece_model.NORMAL, sentencepiece_model.USER_DEFINED)
               else -1e4 for score, kind in zip(model.scores, model.kinds, strict=True)]
-    inner = library.models.Unigram(
+    inner: Any = library.models.Unigram(
       list(zip(model.pieces, scores, strict=True)), model.unk_id, model.byte_fallback
     )
   else:
@@ -105,7 +105,9 @@ def from_sentencepiece(files: Files) -> bytes:
       byte_fallback=model.byte_fallback,
     )
   made = library.Tokenizer(inner)
-  normalizers = [library.normalizers.Precompiled(model.charsmap)] if model.charsmap else []
+  normalizers: list[Any] = []
+  if model.charsmap:
+    normalizers.append(library.normalizers.Precompiled(model.charsmap))
   if model.squeeze:
     normalizers += [library.normalizers.Strip(),
                     library.normalizers.Replace(library.Regex(' {2,}'), ' ')]
@@ -114,7 +116,7 @@ def from_sentencepiece(files: Files) -> bytes:
   made.normalizer = library.normalizers.Sequence(
     [*normalizers, library.normalizers.Replace(' ', _MARK)]
   )
-  decoders = [library.decoders.Replace(_MARK, ' '), library.decoders.ByteFallback(),
+  decoders: list[Any] = [library.decoders.Replace(_MARK, ' '), library.decoders.ByteFallback(),
               library.decoders.Fuse()]
   if model.dummy_prefix:
     decoders.append(library.decoders.Strip(' ', 1, 0))
@@ -129,7 +131,7 @@ def from_sentencepiece(files: Files) -> bytes:
 
 def byte_level_bpe(
   vocab: Mapping[str, int],
-  merges: Sequence[tuple[str, ...]],
+  merges: Sequence[tuple[str, str]],
   special: Sequence[str] = (),
   words: Sequence[str] = (),
   pre_tokenizer: Any = None,
@@ -243,7 +245,5 @@ def _special_tokens(content: bytes, ids: Mapping[str, int | None]) -> dict[str, 
   import tokenizers as library
 
   inner = library.Tokenizer.from_str(content.decode())
-  return {
-    name.removesuffix('_id'): inner.id_to_token(value) for name, value in ids.items()
-    if value is not None and inner.id_to_token(value) is not None
-  }
+  tokens = {name: inner.id_to_token(i) for name, i in ids.items() if i is not None}
+  return {name.removesuffix('_id'): token for name, token in tokens.items() if token is not None}

@@ -12,6 +12,7 @@ from jaxllm.interop.tensorfile import parse_json
 GENERATION, CHAT = 'generation_config.json', 'chat_template.jinja'
 FILE_NAMES = (*tokenizers.FILE_NAMES, 'added_tokens.json', GENERATION)
 _RENAMED = {'encoder.json': 'vocab.json', 'vocab.bpe': 'merges.txt'}
+SPECIAL_IDS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
 MAX_BYTES = 200_000_000
 
 
@@ -31,6 +32,28 @@ def read(directory: pathlib.Path) -> dict[str, bytes]:
         raise ValueError(f'{path}: larger than {MAX_BYTES} bytes')
       files[ours] = path.read_bytes()
   return files
+
+
+def complete(files: Mapping[str, bytes], keys: Mapping[str, Any]) -> dict[str, bytes]:
+  """Return the files with what only config.json says: the ids that begin and end a text.
+
+  Older directories have no generation_config.json, and leave the special tokens of a family to the
+  class that `transformers` has for it.
+  """
+  ids = {name: keys[name] for name in SPECIAL_IDS if keys.get(name) not in (None, -1)}
+  completed = dict(files)
+  if ids and GENERATION not in files:
+    completed[GENERATION] = json.dumps(ids).encode()
+  named = json.loads(files.get('tokenizer_config.json', b'{}'))
+  if 'tokenizer.json' in files and 'special_tokens_map.json' not in files:
+    content = json.loads(files['tokenizer.json'])
+    tokens = {token['id']: token['content'] for token in content.get('added_tokens') or []}
+    names = {name.removesuffix('_id'): tokens[value] for name, value in ids.items()
+             if isinstance(value, int) and value in tokens}
+    names = {name: token for name, token in names.items() if named.get(name) is None}
+    if names:
+      completed['special_tokens_map.json'] = json.dumps(names).encode()
+  return completed
 
 
 def check(files: Mapping[str, bytes], vocab_size: int, where: object) -> None:
@@ -60,8 +83,8 @@ def check(files: Mapping[str, bytes], vocab_size: int, where: object) -> None:
 
 def special_ids(keys: Mapping[str, Any], where: str) -> dict[str, Any]:
   """Return the ids of begin, end and padding that a config names, by where they stand."""
-  ids = {}
-  for name in ('bos_token_id', 'eos_token_id', 'pad_token_id'):
+  ids: dict[str, Any] = {}
+  for name in SPECIAL_IDS:
     value = keys.get(name)
     values = value if isinstance(value, list) else [value]
     ids |= {
@@ -89,10 +112,10 @@ def add_bos(files: Mapping[str, bytes]) -> bool:
     return said
   if 'tokenizer.json' not in files:
     return 'tokenizer.model' in files
-  import tokenizers as library
-
-  inner = library.Tokenizer.from_str(files['tokenizer.json'].decode())
-  return bool(inner.encode('', add_special_tokens=True).ids[:1])
+  processor = json.loads(files['tokenizer.json']).get('post_processor') or {}
+  steps = processor.get('processors') if processor.get('type') == 'Sequence' else [processor]
+  firsts = [step['single'][0] for step in steps or [] if step.get('type') == 'TemplateProcessing']
+  return any('SpecialToken' in first for first in firsts)
 
 
 def chat_template(files: Mapping[str, bytes]) -> str | None:

@@ -179,7 +179,7 @@ def _reader(
   shape: tuple[int, ...],
   unpadded: Mapping[str, tuple[int, ...]],
   dtype: np.dtype,
-) -> Callable[[tuple[slice, ...]], np.ndarray]:
+) -> Callable[[Any], np.ndarray]:
   """Return the function that reads one part of a parameter, asked for by its index."""
   layered = target.startswith(layout.LAYERS)
 

@@ -12,15 +12,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pydantic
+from jax.typing import DTypeLike
 
 from jaxllm.config import Config
-from jaxllm.sharding import constrain
+from jaxllm.sharding import constrain, num_parts
 
 
 class InitializerConfig(Config):
   """How weight matrices start: normal with mean 0; biases 0, norm scales 1."""
 
-  stddev: float | None = pydantic.Field(0.02, gt=0)
+  stddev: float | None = pydantic.Field(default=0.02, gt=0)
   """Standard deviation of kernels and embeddings; None: 1 / sqrt(inputs) for each kernel and 1 for
   embeddings."""
   scale_residual: bool = True
@@ -59,12 +60,13 @@ def dequantize(kernel: Quantized, dtype: Any) -> jax.Array:
 
 
 def dense(
-  x: jax.Array, kernel: jax.Array | Quantized, num_in: int, dtype: jnp.dtype
+  x: jax.Array, kernel: jax.Array | Quantized, num_in: int, dtype: DTypeLike
 ) -> jax.Array:
   """Contract the trailing `num_in` axes of `x` with the leading ones of `kernel`.
 
   All other axes are folded into one on either side, which leaves a plain matrix product: faster
-  than a contraction over several axes on CPU, and equal elsewhere.
+  than a contraction over several axes on CPU, and equal elsewhere. Only a length that is split over
+  devices stays an axis of its own: folded, it would be gathered first.
 
   Args:
     x: activations (..., in...).
@@ -79,8 +81,9 @@ def dense(
     return _dense_quantized(x, kernel, num_in, dtype)
   lead, out = x.shape[: x.ndim - num_in], kernel.shape[num_in:]
   inputs = math.prod(kernel.shape[:num_in])
+  rows = lead if num_parts('length') > 1 else (-1,)
   y = jnp.matmul(
-    x.reshape(-1, inputs).astype(dtype),
+    x.reshape(*rows, inputs).astype(dtype),
     kernel.reshape(inputs, -1).astype(dtype),
     preferred_element_type=jnp.float32,
   )
@@ -88,7 +91,7 @@ def dense(
 
 
 def _dense_quantized(
-  x: jax.Array, kernel: Quantized, num_in: int, dtype: jnp.dtype
+  x: jax.Array, kernel: Quantized, num_in: int, dtype: DTypeLike
 ) -> jax.Array:
   if 'int4' in kernel:
     return dense(x, dequantize(kernel, dtype), num_in, dtype)
@@ -167,8 +170,8 @@ class Linear(nn.Module):
   axes: tuple[str, ...]
   stddev: float
   use_bias: bool
-  dtype: jnp.dtype
-  result_dtype: jnp.dtype | None = None
+  dtype: DTypeLike
+  result_dtype: DTypeLike | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -209,7 +212,7 @@ class Embed(nn.Module):
   embed_dim: int
   axes: tuple[str, str]
   stddev: float
-  dtype: jnp.dtype
+  dtype: DTypeLike
 
   def setup(self):  # noqa: D102
     initial = nn.with_logical_partitioning(nn.initializers.normal(self.stddev), self.axes)

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pydantic
+from jax.typing import DTypeLike
 
 from jaxllm.config import Config
 
@@ -16,7 +17,7 @@ class NormConfig(Config):
   kind: Literal['layernorm', 'rmsnorm'] = 'rmsnorm'
   """'layernorm' subtracts the mean and divides by the deviation; 'rmsnorm' divides by the root mean
   square."""
-  epsilon: float = pydantic.Field(1e-5, gt=0)
+  epsilon: float = pydantic.Field(default=1e-5, gt=0)
   """Added to the variance (or mean square) before the root."""
   bias: bool = False
   """Whether a learned bias is added; layernorm only."""
@@ -47,7 +48,7 @@ class Norm(nn.Module):
   config: NormConfig
   shape: tuple[int, ...]
   axes: tuple[str, ...]
-  dtype: jnp.dtype
+  dtype: DTypeLike
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:

@@ -60,13 +60,13 @@ class Llama3Scaling(Config):
 
   kind: Literal['llama3'] = 'llama3'
   """'llama3'."""
-  factor: float = pydantic.Field(8.0, ge=1)
+  factor: float = pydantic.Field(default=8.0, ge=1)
   """Divisor of the low frequencies."""
-  low_frequency_factor: float = pydantic.Field(1.0, gt=0)
+  low_frequency_factor: float = pydantic.Field(default=1.0, gt=0)
   """Wavelengths longer than original_length / this are divided in full."""
-  high_frequency_factor: float = pydantic.Field(4.0, gt=0)
+  high_frequency_factor: float = pydantic.Field(default=4.0, gt=0)
   """Wavelengths shorter than original_length / this are kept."""
-  original_length: int = pydantic.Field(8192, gt=0)
+  original_length: int = pydantic.Field(default=8192, gt=0)
   """Context length of the training, in tokens."""
 
 
@@ -84,13 +84,13 @@ class YarnScaling(Config):
   """Divisor of the low frequencies: how many times longer the context gets."""
   original_length: int = pydantic.Field(gt=0)
   """Context length of the training, in tokens."""
-  fast_turns: float = pydantic.Field(32.0, gt=0)
+  fast_turns: float = pydantic.Field(default=32.0, gt=0)
   """Pairs that turn more often than this within the original length are kept."""
-  slow_turns: float = pydantic.Field(1.0, gt=0)
+  slow_turns: float = pydantic.Field(default=1.0, gt=0)
   """Pairs that turn less often than this are divided in full."""
   whole_pairs: bool = True
   """Round the ends of the ramp between the two outwards to whole pairs."""
-  attention_factor: float | None = pydantic.Field(None, gt=0)
+  attention_factor: float | None = pydantic.Field(default=None, gt=0)
   """Factor of the rotated queries and of the rotated keys; None: 0.1 ln(factor) + 1."""
 
 
@@ -112,7 +112,7 @@ class LongRopeScaling(Config):
   """The same in longer rows."""
   original_length: int = pydantic.Field(gt=0)
   """Context length of the training, in tokens."""
-  attention_factor: float = pydantic.Field(1.0, gt=0)
+  attention_factor: float = pydantic.Field(default=1.0, gt=0)
   """Factor of the rotated queries and of the rotated keys."""
 
 
@@ -129,9 +129,9 @@ class RotaryPositions(Config):
 
   kind: Literal['rotary'] = 'rotary'
   """'rotary'."""
-  base: float = pydantic.Field(10_000.0, gt=1)
+  base: float = pydantic.Field(default=10_000.0, gt=1)
   """Pair i turns by base ** (-i / P) radians per position."""
-  fraction: float = pydantic.Field(1.0, gt=0, le=1)
+  fraction: float = pydantic.Field(default=1.0, gt=0, le=1)
   """Share of each head's dimensions that is rotated, from the first one on."""
   scaling: Annotated[Scaling, pydantic.Field(discriminator='kind')] | None = None
   """How frequencies change to reach beyond the trained length; None: not at all."""

@@ -25,12 +25,13 @@ from jaxllm.models.positions import (
 )
 
 Keys = Mapping[str, Any]
-Names = Mapping[str | tuple[str, ...], str]
+# A path, or a tuple of several, -> name of the tensor.
+Names = Mapping[Any, str]
 
 # More than any published model has; a larger number is a damaged or hostile file.
 MAX_SIZE, MAX_LAYERS = 2**31, 4096
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Any] = {
   'silu': 'silu', 'swish': 'silu', 'relu': 'relu', 'gelu': 'gelu', 'gelu_new': 'gelu_tanh',
   'gelu_pytorch_tanh': 'gelu_tanh', 'gelu_fast': 'gelu_tanh',
 }
@@ -130,7 +131,7 @@ def refuse(keys: Keys, name: str, *accepted: Any) -> None:
                      f'{", ".join(map(repr, accepted)) or "null"})')
 
 
-def activation(keys: Keys, name: str, default: str) -> str:
+def activation(keys: Keys, name: str, default: str) -> Any:
   """Return our name of the activation that config.json names.
 
   Raises:
@@ -281,7 +282,9 @@ def rms_decoder(keys: Keys, partial: bool = False, **fields: Any) -> DecoderConf
 def rms_config(config: DecoderConfig, **keys: Any) -> dict[str, Any]:
   """Return the keys that `rms_decoder` reads; `keys` replaces and adds some."""
   scaling = getattr(config.positions, 'scaling', None)
-  dynamic = isinstance(scaling, DynamicScaling)
+  longest = config.max_length
+  if isinstance(scaling, DynamicScaling):
+    longest = scaling.original_length
   return {
     'vocab_size': config.vocab_size,
     'hidden_size': config.embed_dim,
@@ -291,7 +294,7 @@ def rms_config(config: DecoderConfig, **keys: Any) -> dict[str, Any]:
     'num_key_value_heads': config.kv_heads,
     'head_dim': config.head_size,
     'hidden_act': ACTIVATION_NAMES[config.activation],
-    'max_position_embeddings': scaling.original_length if dynamic else config.max_length,
+    'max_position_embeddings': longest,
     'rms_norm_eps': config.norm.epsilon,
     'initializer_range': config.initializer.stddev or 0.02,
     'attention_dropout': config.attention_dropout_rate,
@@ -328,7 +331,7 @@ def _longrope(keys: Keys, rope: Keys) -> LongRopeScaling:
   factor = number(rope, 'factor', size(keys, 'max_position_embeddings') / length)
   sharpness = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(length))
   return LongRopeScaling(
-    short_factors=rope.get('short_factor'), long_factors=rope.get('long_factor'),
+    short_factors=rope.get('short_factor') or (), long_factors=rope.get('long_factor') or (),
     original_length=length, attention_factor=number(rope, 'attention_factor', sharpness),
   )
 

@@ -8,7 +8,7 @@ Reference:
 from typing import Any
 
 from jaxllm.models.config import DecoderConfig
-from jaxllm.models.families.huggingface import Format, refuse, rms_config, rms_decoder
+from jaxllm.models.families.huggingface import Format, Keys, refuse, rms_config, rms_decoder
 from jaxllm.models.linear import InitializerConfig
 from jaxllm.models.norms import NormConfig
 from jaxllm.models.positions import Llama3Scaling, RotaryPositions
@@ -30,12 +30,16 @@ def _preset(
   )
 
 
-def _llama3(*sizes: int, factor: float | None = None, tied_head: bool = False) -> DecoderConfig:
+def _llama3(
+  embed_dim: int, num_layers: int, num_heads: int, mlp_dim: int, factor: float | None = None,
+  tied_head: bool = False,
+) -> DecoderConfig:
   """Llama 3 with 8 key/value heads; 3.1 and 3.2 stretch its 8,192 tokens by `factor`."""
   scaling = None if factor is None else Llama3Scaling(factor=factor)
   return _preset(
-    *sizes, 8192 if factor is None else 131072, vocab_size=128256, num_kv_heads=8,
-    tied_head=tied_head, positions=RotaryPositions(base=500_000.0, scaling=scaling),
+    embed_dim, num_layers, num_heads, mlp_dim, 8192 if factor is None else 131072,
+    vocab_size=128256, num_kv_heads=8, tied_head=tied_head,
+    positions=RotaryPositions(base=500_000.0, scaling=scaling),
   )
 
 
@@ -57,7 +61,7 @@ PRESETS = {
 }
 
 
-def _decode(keys: dict[str, Any]) -> DecoderConfig:
+def _decode(keys: Keys) -> DecoderConfig:
   refuse(keys, 'sliding_window')
   return rms_decoder(keys)
 
