@@ -44,5 +44,6 @@ lint: .venv/dev
 bench: .venv/parity
 	$(BIN)/python experiments/benchmarks/train_throughput.py
 
-notebooks: .venv/notebooks
-	$(BIN)/python -m nbclient.cli --help >/dev/null
+notebooks: .venv/notebooks .venv/demo
+	rm -rf colab/runs
+	JAXLLM_TINY=1 $(BIN)/jupyter-execute colab/*.ipynb
