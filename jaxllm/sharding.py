@@ -236,6 +236,15 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   )
 
 
+def num_parts(axis: str) -> int:
+  """Return into how many parts a logical axis is split; outside `activate` 1."""
+  active = _ACTIVE.get()
+  if active is None:
+    return 1
+  mesh, config = active
+  return math.prod(mesh.shape[name] for name in dict(config.rules)[axis])
+
+
 def map_shards(
   f: Callable[..., jax.Array],
   in_axes: Sequence[Sequence[str | None]],

@@ -1,5 +1,7 @@
 """Self-attention: projections, rotation, masks, and the product of queries, keys and values.
 
+Axis letters beyond the usual: R = T * G, the queries of all heads that share a key head.
+
 `View` is what a layer of one kind sees of a call: computed once, shared by all layers of the kind.
 """
 
@@ -95,23 +97,23 @@ def attend(
   dtype = query_BTNH.dtype
   batch, length, num_heads, dim = query_BTNH.shape
   num_kv_heads, num_slots = key_BKSH.shape[1:3]
-  rows = num_heads // num_kv_heads * length
-  query_BKRH = (query_BTNH * scale).astype(dtype).swapaxes(1, 2)
+  query_BTKGH = (query_BTNH * scale).astype(dtype).reshape(batch, length, num_kv_heads, -1, dim)
+  query_BKTGH = query_BTKGH.swapaxes(1, 2)
   logits_BKRS = jnp.einsum(
-    'BKRH,BKSH->BKRS', query_BKRH.reshape(batch, num_kv_heads, rows, dim), key_BKSH.astype(dtype),
+    'BKRH,BKSH->BKRS', query_BKTGH.reshape(batch, num_kv_heads, -1, dim), key_BKSH.astype(dtype),
     preferred_element_type=jnp.float32,
   )
-  logits_BKGTS = softcap(logits_BKRS, cap).reshape(batch, num_kv_heads, -1, length, num_slots)
-  logits_BKGTS += jnp.where(mask_BTS, 0, MASKED)[:, None, None]
-  top_BKGT1 = jax.lax.stop_gradient(logits_BKGTS.max(axis=-1, keepdims=True))
-  weights_BKGTS = jnp.exp(logits_BKGTS - top_BKGT1)
-  total_BKGT1 = weights_BKGTS.sum(axis=-1, keepdims=True)
-  weights_BKRS = dropout(weights_BKGTS).astype(dtype).reshape(logits_BKRS.shape)
+  logits_BKTGS = softcap(logits_BKRS, cap).reshape(*query_BKTGH.shape[:-1], num_slots)
+  logits_BKTGS += jnp.where(mask_BTS, 0, MASKED)[:, None, :, None]
+  top_BKTG1 = jax.lax.stop_gradient(logits_BKTGS.max(axis=-1, keepdims=True))
+  weights_BKTGS = jnp.exp(logits_BKTGS - top_BKTG1)
+  total_BKTG1 = weights_BKTGS.sum(axis=-1, keepdims=True)
+  weights_BKRS = dropout(weights_BKTGS).astype(dtype).reshape(logits_BKRS.shape)
   mixed_BKRH = jnp.einsum(
     'BKRS,BKSH->BKRH', weights_BKRS, value_BKSH.astype(dtype), preferred_element_type=jnp.float32
   )
-  mixed_BKGTH = mixed_BKRH.reshape(batch, num_kv_heads, -1, length, dim) / total_BKGT1
-  return mixed_BKGTH.astype(dtype).reshape(batch, num_heads, length, dim).swapaxes(1, 2)
+  mixed_BKTGH = (mixed_BKRH.reshape(query_BKTGH.shape) / total_BKTG1).astype(dtype)
+  return mixed_BKTGH.swapaxes(1, 2).reshape(batch, length, num_heads, dim)
 
 
 def cudnn_attention(
@@ -186,7 +188,7 @@ class Attention(nn.Module):
       mixed_BTNH = self._fused(query, key, value, view.segment_ids_BT)
     else:
       key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
-      if cache is not None:
+      if cache is not None and slots_BT is not None:
         cache = kv_cache.write(cache, layer, slots_BT, key, value)
         key, value = kv_cache.read(cache, layer)
       dropout = nn.Dropout(config.attention_dropout_rate, deterministic=deterministic)

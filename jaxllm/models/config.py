@@ -128,6 +128,10 @@ class DecoderConfig(Config):
     """The kind of each of the L layers."""
     return tuple(self.layer_pattern[i % len(self.layer_pattern)] for i in range(self.num_layers))
 
+  def window_of(self, kind: LayerKind) -> int | None:
+    """Return how many tokens a layer of `kind` sees, itself included; None: all before it."""
+    return self.window if kind == 'local' else None
+
   def stddev(self, inputs: int, residual: bool = False) -> float:
     """Return the initial deviation of a kernel that sums `inputs` numbers (into the residual)."""
     stddev = self.initializer.stddev or inputs**-0.5

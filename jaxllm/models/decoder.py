@@ -6,6 +6,7 @@ say what it costs. The parameters of all blocks are stored stacked on axis 0 and
 unrolled; both call the same pure `Block` on one layer's slice, and so agree exactly.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -189,8 +190,9 @@ class Decoder(nn.Module):
       functools.partial(attention.slot_mask, positions_BT, num_slots), positions_BT, lengths_B
     )
     x_BTD = self._embed(tokens_BT, positions_BT, True)
-    x_BTD, cache = self._run(x_BTD, views, True, cache, slots_BT)
-    return self.final_norm(x_BTD), cache.replace(lengths_B=lengths_B)
+    x_BTD, written = self._run(x_BTD, views, True, cache, slots_BT)
+    assert written is not None
+    return self.final_norm(x_BTD), dataclasses.replace(written, lengths_B=lengths_B)
 
   def _embed(self, tokens_BT, positions_BT, deterministic: bool) -> jax.Array:
     config = self.config
@@ -211,18 +213,16 @@ class Decoder(nn.Module):
   ) -> dict[str, View]:
     """Return what each kind of layer sees; `mask` makes the mask of a window."""
     config = self.config
-    views = {}
+    views: dict[str, View] = {}
     for kind in dict.fromkeys(config.layer_kinds):
-      rotary = config.local_positions if kind == 'local' else None
-      rotary = rotary or config.positions
-      rotation = None
+      own = config.local_positions if kind == 'local' else None
+      rotary, rotation = own or config.positions, None
       if isinstance(rotary, RotaryPositions):
         cos, sin = rotations(rotary, config.head_size, positions_BT, length_B)
         if kind == 'global_nope':
           cos, sin = jnp.ones_like(cos), jnp.zeros_like(sin)
         rotation = cos, sin
-      window = config.window if kind == 'local' else None
-      views[kind] = View(mask(window), rotation, segment_ids_BT)
+      views[kind] = View(mask(config.window_of(kind)), rotation, segment_ids_BT)
     return views
 
   def _run(
@@ -334,7 +334,7 @@ def flops_per_token(config: DecoderConfig, context_length: int) -> float:
   weights += config.embed_dim * config.vocab_size
   visible = 0.0
   for kind in config.layer_kinds:
-    window = min(config.window, context_length) if kind == 'local' else context_length
+    window = min(config.window_of(kind) or context_length, context_length)
     visible += window - window * (window - 1) / (2 * context_length)
   return 2.0 * weights + 4.0 * heads_dim * visible
 

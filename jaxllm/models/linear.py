@@ -15,7 +15,7 @@ import pydantic
 from jax.typing import DTypeLike
 
 from jaxllm.config import Config
-from jaxllm.sharding import constrain, num_parts
+from jaxllm.sharding import constrain, num_parts, platform
 
 
 class InitializerConfig(Config):
@@ -60,7 +60,8 @@ def dequantize(kernel: Quantized, dtype: Any) -> jax.Array:
 
 
 def dense(
-  x: jax.Array, kernel: jax.Array | Quantized, num_in: int, dtype: DTypeLike
+  x: jax.Array, kernel: jax.Array | Quantized, num_in: int, dtype: DTypeLike,
+  result_dtype: DTypeLike = jnp.float32,
 ) -> jax.Array:
   """Contract the trailing `num_in` axes of `x` with the leading ones of `kernel`.
 
@@ -73,9 +74,11 @@ def dense(
     kernel: weights (in..., out...), or a quantised kernel.
     num_in: how many axes are contracted.
     dtype: dtype of the operands; products are accumulated in float32.
+    result_dtype: what the caller makes of the result. Partial sums of several devices are added up
+      in it. CPUs return float32 all the same, which is twice as fast for bfloat16 operands.
 
   Returns:
-    (..., out...) float32.
+    (..., out...) in float32 or `result_dtype`.
   """
   if isinstance(kernel, Mapping):
     return _dense_quantized(x, kernel, num_in, dtype)
@@ -85,7 +88,7 @@ def dense(
   y = jnp.matmul(
     x.reshape(*rows, inputs).astype(dtype),
     kernel.reshape(inputs, -1).astype(dtype),
-    preferred_element_type=jnp.float32,
+    preferred_element_type=jnp.float32 if platform() == 'cpu' else result_dtype,
   )
   return y.reshape(*lead, *out)
 
@@ -180,7 +183,8 @@ class Linear(nn.Module):
     kernel: Any = self.get_variable('params', 'kernel')
     if not is_quantized(kernel):
       kernel = self.param('kernel', initial, self.inputs + self.outputs)
-    y = dense(x, kernel, len(self.inputs), self.dtype)
+    result_dtype = self.result_dtype or self.dtype
+    y = dense(x, kernel, len(self.inputs), self.dtype, result_dtype)
     if self.has_variable('lora', 'a'):
       y = y + self._low_rank(x)
     if self.use_bias:
@@ -188,7 +192,7 @@ class Linear(nn.Module):
       initial = nn.with_logical_partitioning(nn.initializers.zeros, names)
       bias: Any = self.param('bias', initial, self.outputs)
       y = y + jax.lax.expand_dims(bias.astype(y.dtype), range(y.ndim - bias.ndim))
-    return y.astype(self.result_dtype or self.dtype)
+    return y.astype(result_dtype)
 
   def _low_rank(self, x: jax.Array) -> jax.Array:
     a: Any = self.get_variable('lora', 'a')

@@ -1,6 +1,6 @@
 """Normalisation of activations, always computed in float32."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -68,5 +68,5 @@ class Norm(nn.Module):
 
   def _param(self, name: str, initial: nn.initializers.Initializer, rank: int) -> jax.Array:
     """Return a float32 parameter of `shape`, with leading axes of 1 up to `rank`."""
-    value = self.param(name, nn.with_logical_partitioning(initial, self.axes), self.shape)
+    value: Any = self.param(name, nn.with_logical_partitioning(initial, self.axes), self.shape)
     return jax.lax.expand_dims(value.astype(jnp.float32), range(rank - len(self.shape)))

@@ -232,8 +232,8 @@ def _yarn(scaling: YarnScaling, base: float, frequencies_P: np.ndarray) -> np.nd
 
 def _magnitude(scaling: Scaling | None) -> float:
   match scaling:
-    case YarnScaling(attention_factor=None):
-      return 0.1 * math.log(scaling.factor) + 1
-    case YarnScaling() | LongRopeScaling():
+    case YarnScaling():
+      return scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1
+    case LongRopeScaling():
       return scaling.attention_factor
   return 1.0

@@ -4,6 +4,7 @@ Elsewhere the same kernel is interpreted, which is slow and serves tests.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +52,7 @@ def splash_attention(
     )
     if segment_ids_BT is not None:
       segment_ids_BT = jnp.pad(segment_ids_BT, ((0, 0), (0, padding)))
-  attend = functools.partial(
+  attend: Callable[..., jax.Array] = functools.partial(
     _attend, window=window, softcap=softcap, interpret=sharding.platform() != 'tpu'
   )
   queries, keys = ('batch', None, 'heads', None), ('batch', None, 'kv_heads', None)

@@ -1,6 +1,7 @@
 """A decoder over 2 x 2 x 2 devices computes what one device does, with its parameters split."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,20 @@ def test_forward_equals_one_device(axis):
     )
   assert len(got.sharding.device_set) == 8
   np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_a_split_context_exchanges_keys_and_values_alone():
+  mesh_config = sharding.MeshConfig(data=2, context=4)
+  mesh = sharding.make_mesh(mesh_config)
+  config = tiny.BASE.replace(num_kv_heads=2)
+  tokens = jax.ShapeDtypeStruct(
+    (2, 64), jnp.int32, sharding=sharding.batch_sharding(mesh, mesh_config)
+  )
+  hidden = functools.partial(Decoder(config).apply, method='hidden')
+  with sharding.activate(mesh, mesh_config):
+    text = jax.jit(hidden).lower(abstract(config)[0], tokens).compile().as_text()
+  gathered = re.findall(r'= (\S+)\{\S+ all-gather\(', text)
+  assert gathered == ['f32[1,2,64,4]'] * 2  # (B, K, S, H) of one device's rows, once in the scan
 
 
 def test_parameters_are_born_split_as_named():
