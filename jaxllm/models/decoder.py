@@ -313,8 +313,15 @@ def unstack(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 def parameter_count(config: DecoderConfig) -> int:
   """Return the number of parameters, without those of the vocabulary's padding."""
-  shapes, _ = abstract(config.replace(vocab_multiple=1))
-  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+  shapes, axes = abstract(config)
+  counts = jax.tree.map(
+    lambda leaf, names: math.prod(
+      config.vocab_size if name == 'vocab' else size
+      for size, name in zip(leaf.shape, names, strict=True)
+    ),
+    shapes, axes,
+  )
+  return sum(jax.tree.leaves(counts))
 
 
 def flops_per_token(config: DecoderConfig, context_length: int) -> float:
