@@ -71,6 +71,7 @@ def make(name, seed=0):
 
   family, arguments = MODELS[name]
   config = getattr(transformers, f'{family}Config')(**SPECIAL | arguments)
+  torch.set_num_threads(1)  # These models are too small for more.
   torch.manual_seed(seed)
   model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
   with torch.no_grad():

@@ -23,12 +23,13 @@ LENGTH = 56
 
 
 @functools.partial(jax.jit, static_argnames='model')
-def _apply(model, variables, tokens, segments=None):
+def _apply(model, variables, tokens, segments):
   return model.apply(variables, tokens, segments)
 
 
 def our_logits(loaded, tokens, segments=None):
-  segments = None if segments is None else jnp.asarray(segments)
+  # One shape for all tests of a model, so that it is compiled once.
+  segments = np.ones_like(tokens, np.int32) if segments is None else segments
   logits = _apply(Decoder(loaded.config), loaded.variables, jnp.asarray(tokens), segments)
   return np.asarray(logits)[..., : loaded.config.vocab_size]
 
@@ -106,7 +107,7 @@ def depends_on_batch(config):
 def test_greedy_continuations_of_a_full_and_of_a_padded_batch(pair):
   _, model, loaded, _ = pair
   draw = np.random.default_rng(2)
-  prompts = draw.integers(3, model.config.vocab_size, (2, 11)).tolist()
+  prompts = draw.integers(3, model.config.vocab_size, (3, 11)).tolist()
   assert our_greedy(loaded, prompts, 32) == their_greedy(model, prompts, 32)
   ragged = [prompts[0], prompts[1][:4], prompts[1][:7]]
   if depends_on_batch(loaded.config):
@@ -140,7 +141,7 @@ def test_export_is_loaded_without_a_warning_and_is_the_same(pair, own_family, tm
     )
   assert not caplog.records, caplog.text
   assert not any(info.values()), info
-  tokens = np.random.default_rng(4).integers(0, model.config.vocab_size, (2, LENGTH))
+  tokens = np.random.default_rng(4).integers(0, model.config.vocab_size, (3, LENGTH))
   assert_same(our_logits(loaded, tokens), their_logits(again.eval(), tokens))
 
 
