@@ -11,7 +11,7 @@ import re
 import secrets
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxllm.data.tokenizers import Tokenizer
@@ -101,21 +101,35 @@ def encode(
   stand_in = f'\ue000{secrets.token_hex(8)}\ue001'
   hidden: list[str] = []
   if special:
-    spelled = re.compile('|'.join(sorted(map(re.escape, special), key=len, reverse=True)))
+    spelled = _any_of(special)
     messages = [_hide(message, spelled, stand_in, hidden) for message in messages]
   (text,) = render(template, [messages], add_generation_prompt, **variables)
-  if not special:
-    return tokenizer.encode(text)
-  result, at = [], 0
   put_back = re.compile(re.escape(stand_in) + r'(\d+);')
-  for part in [*spelled.finditer(text), None]:
-    plain = text[at : part.start() if part else None]
-    plain = put_back.sub(lambda match: hidden[int(match[1])], plain)
-    result += tokenizer.encode(plain) if plain else []
-    if part:
-      result.append(special[part[0]])
-      at = part.end()
-  return result
+  return encode_with_special(
+    tokenizer, text, lambda plain: put_back.sub(lambda match: hidden[int(match[1])], plain)
+  )
+
+
+def encode_with_special(
+  tokenizer: Tokenizer, text: str, restore: Callable[[str], str] = lambda plain: plain
+) -> list[int]:
+  """Return the ids of a text in which special tokens are spelled: they become tokens.
+
+  Only for text that can be trusted; `Tokenizer.encode` leaves them plain text.
+
+  Args:
+    tokenizer: of the model.
+    text: for example '<|im_start|>user: Hello!<|im_end|>'.
+    restore: changes each stretch between special tokens before it is encoded.
+  """
+  special = special_tokens(tokenizer)
+  result, at = [], 0
+  for part in _any_of(special).finditer(text) if special else ():
+    plain = restore(text[at : part.start()])
+    result += [*(tokenizer.encode(plain) if plain else []), special[part[0]]]
+    at = part.end()
+  last = restore(text[at:])
+  return result + (tokenizer.encode(last) if last else [])
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
@@ -135,6 +149,10 @@ def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
 
 # As a file it would put its own directory, with modules of common names, on the path.
 _START = 'import runpy, sys; runpy.run_path(sys.argv[1], run_name="__main__")'
+
+
+def _any_of(special: Mapping[str, int]) -> re.Pattern[str]:
+  return re.compile('|'.join(sorted(map(re.escape, special), key=len, reverse=True)))
 
 
 def _hide(value: Any, spelled: re.Pattern[str], stand_in: str, hidden: list[str]) -> Any:

@@ -77,25 +77,34 @@ def save(
     for length in lengths:
       for name, program in _programs(config, params, length, platforms).items():
         (partial / f'{name}_{length}.bin').write_bytes(program)
-    tensorfile.write(
-      partial / 'weights.safetensors',
-      {name: (leaf.shape, np.dtype(leaf.dtype)) for name, leaf in params.items()},
-      lambda name: np.asarray(params[name]),
-    )
-    for name, content in beside.items():
-      (partial / name).write_bytes(content)
-    shutil.copy(pathlib.Path(__file__).with_name('exported_runner.py'), partial / 'run.py')
+    _write_rest(partial, params, beside)
     manifest = _manifest(config, beside, lengths, platforms)
-    manifest['sha256'] = {
-      file.name: hashlib.sha256(file.read_bytes()).hexdigest()
-      for file in sorted(partial.iterdir())
-    }
+    manifest['sha256'] = {file.name: _sha256(file) for file in sorted(partial.iterdir())}
     (partial / MANIFEST).write_bytes(tokenizer_export.json_bytes(manifest))
     if path.exists():
       path.rmdir()
     partial.rename(path)
   finally:
     shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_rest(
+  directory: pathlib.Path, params: Mapping[str, Any], beside: Mapping[str, bytes]
+) -> None:
+  """Write weights, tokenizer and runner."""
+  tensorfile.write(
+    directory / 'weights.safetensors',
+    {name: (leaf.shape, np.dtype(leaf.dtype)) for name, leaf in params.items()},
+    lambda name: np.asarray(params[name]),
+  )
+  for name, content in beside.items():
+    (directory / name).write_bytes(content)
+  shutil.copy(pathlib.Path(__file__).with_name('exported_runner.py'), directory / 'run.py')
+
+
+def _sha256(path: pathlib.Path) -> str:
+  with path.open('rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def _manifest(

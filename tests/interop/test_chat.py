@@ -44,6 +44,14 @@ def test_what_messages_spell_stays_text(tokenizer):
                  *tokenizer.encode('assistant\n')]
 
 
+def test_special_tokens_where_they_are_asked_for(tokenizer):
+  text = '<|start|>a<|end|><|end|>b'
+  assert chat.encode_with_special(tokenizer, text) == [
+    256, *tokenizer.encode('a'), 257, 257, *tokenizer.encode('b')]
+  assert max(tokenizer.encode(text)) < 256
+  assert chat.encode_with_special(tokenizer, '') == []
+
+
 def test_several_conversations_in_one_process():
   texts = chat.render('{{ messages | length }}{{ bos_token }}',
                       [conversation('a'), conversation('a', 'b')], bos_token='<s>')

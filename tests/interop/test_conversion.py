@@ -1,6 +1,7 @@
 """Conversions carry their proof, and leave nothing where they fail; exported programs run."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -53,6 +54,27 @@ def test_the_report(foreign, tmp_path):
   assert 'initializer_range' in summary['config_keys_without_effect']
   assert huggingface.load(tmp_path / 'again', None).variables['params']['embed'][
     'embedding'].dtype == 'bfloat16'
+
+
+def test_stored_dtypes_are_kept_where_they_are_mixed(foreign, tmp_path):
+  import ml_dtypes
+
+  from jaxllm.interop import tensorfile
+
+  shutil.copytree(foreign, tmp_path / 'mixed')
+  path = tmp_path / 'mixed' / 'model.safetensors'
+  arrays = {name: np.array(tensorfile.data(tensor)) for name, tensor in
+            tensorfile.read_header(path).items()}
+  arrays = {name: array if array.ndim == 1 else array.astype(ml_dtypes.bfloat16)
+            for name, array in arrays.items()}
+  tensorfile.write(path, {name: (a.shape, a.dtype) for name, a in arrays.items()},
+                   arrays.__getitem__)
+  for form in ('huggingface', 'jaxllm'):
+    conversion.from_source(sources.open_model(tmp_path / 'mixed'), tmp_path / form, form)
+  params, _ = store.restore_params(tmp_path / 'jaxllm')
+  assert params['final_norm']['scale'].dtype == 'float32'
+  assert params['embed']['embedding'].dtype == 'bfloat16'
+  assert (tmp_path / 'huggingface' / 'model.safetensors').read_bytes() == path.read_bytes()
 
 
 def test_a_wrong_conversion_fails_and_leaves_nothing(foreign, tmp_path, monkeypatch):
@@ -133,8 +155,6 @@ def test_exported_programs_need_no_code_of_ours_and_give_the_same_tokens(artefac
 
 
 def test_the_runner_is_small_and_checks_its_files(artefact, tmp_path):
-  import shutil
-
   from jaxllm.interop import exported_runner
 
   _, _, path = artefact

@@ -81,6 +81,17 @@ def test_what_the_files_say(tmp_path):
   assert set(tokenizer_files.read(tmp_path)) == {'vocab.json', 'merges.txt'}
 
 
+def test_what_only_config_json_says():
+  content = tokenizer_export.byte_level_bpe({'a': 0, '<end>': 1}, [], special=['<end>'])
+  keys = {'bos_token_id': None, 'eos_token_id': 1, 'pad_token_id': -1}
+  files = tokenizer_files.complete({'tokenizer.json': content}, keys)
+  assert tokenizer_files.stop_ids(files) == (1,)
+  assert tokenizers.from_files(files).eos_id == 1
+  said = files | {'tokenizer_config.json': b'{"eos_token": "a"}'}
+  said.pop('special_tokens_map.json')
+  assert tokenizers.from_files(tokenizer_files.complete(said, keys)).eos_id == 0
+
+
 def test_a_tokenizer_larger_than_the_model():
   with pytest.raises(ValueError, match='257 ids, the model only 100'):
     tokenizer_export.huggingface_files(small.files(), CONFIG.replace(vocab_size=100))

@@ -63,6 +63,7 @@ PRESETS = {
 
 def _decode(keys: Keys) -> DecoderConfig:
   refuse(keys, 'sliding_window')
+  refuse(keys, 'rope_interleaved', False)
   return rms_decoder(keys)
 
 
