@@ -145,9 +145,7 @@ class Decoder(nn.Module):
     """Return the normalised hidden states (B, T, D); arguments as in `__call__`."""
     length = tokens_BT.shape[1]
     if positions_BT is None:
-      positions_BT = jnp.arange(length, dtype=jnp.int32)[None]
-      if segment_ids_BT is not None:
-        positions_BT = segment_positions(segment_ids_BT)
+      positions_BT = _default_positions(self.config, length, segment_ids_BT)
     is_real_BT = True if segment_ids_BT is None else segment_ids_BT > 0
     mask = functools.partial(attention.sequence_mask, length, segment_ids_BT)
     views = self._views(
@@ -255,8 +253,9 @@ class Decoder(nn.Module):
       )
     if scanned:
       return _scan(run_block, layers, x_BTD, views, cache, config.layer_kinds)
+    single = {name: _single_layers(tree, config.num_layers) for name, tree in layers.items()}
     for layer, kind in enumerate(config.layer_kinds):
-      variables = {name: _take(tree, layer) for name, tree in layers.items()}
+      variables = {name: trees[layer] for name, trees in single.items()}
       x_BTD, cache = run_block(variables, x_BTD, views[kind], cache, layer)
     return x_BTD, cache
 
@@ -306,8 +305,8 @@ def unstack(variables: Mapping[str, Any]) -> dict[str, Any]:
   for name in _LAYERED:
     layers = result.get(name, {}).get('layers')
     if layers is not None and not _is_unstacked(layers):
-      count = jax.tree.leaves(layers)[0].shape[0]
-      result[name] = {**result[name], 'layers': {str(i): _take(layers, i) for i in range(count)}}
+      trees = _single_layers(layers, len(jax.tree.leaves(layers)[0]))
+      result[name] = {**result[name], 'layers': {str(i): tree for i, tree in enumerate(trees)}}
   return result
 
 
@@ -350,6 +349,18 @@ def _norm(config: DecoderConfig, name: str | None = None) -> Norm:
   return Norm(config.norm, (config.embed_dim,), ('embed',), config.dtype, name=name)
 
 
+def _default_positions(
+  config: DecoderConfig, length: int, segment_ids_BT: jax.Array | None
+) -> jax.Array:
+  if segment_ids_BT is not None:
+    return segment_positions(segment_ids_BT)
+  if isinstance(config.positions, LearnedPositions) and length > config.max_length:
+    raise ValueError(
+      f'{length} tokens, but there are max_length={config.max_length} learned positions; shorten the input'
+    )
+  return jnp.arange(length, dtype=jnp.int32)[None]
+
+
 def _has_dropout(config: DecoderConfig) -> bool:
   return config.dropout_rate > 0 or config.attention_dropout_rate > 0
 
@@ -364,11 +375,16 @@ def _is_unstacked(layers: Mapping[str, Any]) -> bool:
   return '0' in layers
 
 
-def _take(layers: Mapping[str, Any], layer: int) -> Mapping[str, Any]:
-  """Return one layer's tree of stacked or unstacked layers."""
+def _single_layers(layers: Mapping[str, Any], num_layers: int) -> list[Any]:
+  """Return the tree of each layer, of stacked or unstacked layers."""
   if _is_unstacked(layers):
-    return layers[str(layer)]
-  return jax.tree.map(lambda leaf: leaf[layer], layers)
+    return [layers[str(i)] for i in range(num_layers)]
+  # Split, not sliced: the gradient is then one concatenation instead of a sum of padded arrays.
+  parts = jax.tree.map(
+    lambda leaf: [jnp.squeeze(one, 0) for one in jax.lax.split(leaf, [1] * num_layers)], layers
+  )
+  inner = jax.tree.structure([0] * num_layers)
+  return jax.tree.transpose(jax.tree.structure(layers), inner, parts)
 
 
 def _scan(run_block, layers, x_BTD, views, cache, kinds):

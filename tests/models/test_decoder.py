@@ -264,6 +264,12 @@ def test_cudnn_is_asked_for_the_same_attention(monkeypatch, packed, window):
   np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
+def test_a_sequence_beyond_the_learned_positions_is_refused():
+  config = tiny.CONFIGS['gpt2']
+  with pytest.raises(ValueError, match='33 tokens.*max_length=32'):
+    jax.eval_shape(Decoder(config).apply, abstract(config)[0], jnp.zeros((1, 33), jnp.int32))
+
+
 def test_initial_deviations_follow_gpt2():
   config = tiny.BASE.replace(embed_dim=128, mlp_dim=512, num_layers=8)
   config = config.replace(initializer=config.initializer.replace(stddev=0.02))
