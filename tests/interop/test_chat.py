@@ -97,11 +97,16 @@ def test_templates_that_do_not_end():
 
 
 @pytest.mark.parametrize('template', [
-  '{{ "x" * 10 ** 10 }}', '{% set a = "x" * 10 ** 7 %}{{ a }}{{ a }}{{ a }}',
-  '{{ (messages * 10 ** 9) | length }}',
+  '{{ ("x" * 10 ** 9) | length }}', '{{ (messages * 10 ** 8) | length }}',
 ])
 def test_templates_that_fill_memory(template):
-  with pytest.raises(chat.TemplateError, match='memory|longer than'):
+  with pytest.raises(chat.TemplateError, match='memory'):
+    chat.render(template, [conversation('a')])
+
+
+def test_templates_that_write_too_much():
+  template = '{% set a = "x" * 4 * 10 ** 6 %}{{ a }}{{ a }}{{ a }}'
+  with pytest.raises(chat.TemplateError, match='longer than 10000000 characters'):
     chat.render(template, [conversation('a')])
 
 

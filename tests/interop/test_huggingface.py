@@ -58,6 +58,71 @@ def test_published_configs_survive_config_json(name):
   assert form.encode(again) == form.encode(PRESETS[name])
 
 
+# What their config.json says of the computation, in the words and with the gaps that it has.
+PUBLISHED = {
+  'gpt2_124m': {
+    'model_type': 'gpt2', 'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-05,
+    'n_ctx': 1024, 'n_embd': 768, 'n_head': 12, 'n_layer': 12, 'n_positions': 1024,
+    'vocab_size': 50257},
+  'llama3.1_8b': {
+    'model_type': 'llama', 'attention_bias': False, 'hidden_act': 'silu', 'hidden_size': 4096,
+    'intermediate_size': 14336, 'max_position_embeddings': 131072, 'mlp_bias': False,
+    'num_attention_heads': 32, 'num_hidden_layers': 32, 'num_key_value_heads': 8,
+    'rms_norm_eps': 1e-05, 'rope_theta': 500000.0, 'tie_word_embeddings': False,
+    'vocab_size': 128256, 'rope_scaling': {
+      'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
+      'original_max_position_embeddings': 8192, 'rope_type': 'llama3'}},
+  'smollm3_3b': {
+    'model_type': 'smollm3', 'hidden_act': 'silu', 'hidden_size': 2048,
+    'intermediate_size': 11008, 'max_position_embeddings': 65536, 'num_attention_heads': 16,
+    'num_hidden_layers': 36, 'num_key_value_heads': 4, 'no_rope_layer_interval': 4,
+    'rms_norm_eps': 1e-06, 'rope_scaling': None, 'rope_theta': 5000000.0,
+    'sliding_window': None, 'use_sliding_window': False, 'vocab_size': 128256},
+  'qwen2_7b': {
+    'model_type': 'qwen2', 'hidden_act': 'silu', 'hidden_size': 3584,
+    'intermediate_size': 18944, 'max_position_embeddings': 32768, 'max_window_layers': 28,
+    'num_attention_heads': 28, 'num_hidden_layers': 28, 'num_key_value_heads': 4,
+    'rms_norm_eps': 1e-06, 'rope_theta': 1000000.0, 'sliding_window': 131072,
+    'tie_word_embeddings': False, 'use_sliding_window': False, 'vocab_size': 152064},
+  'gemma_2b': {
+    'model_type': 'gemma', 'head_dim': 256, 'hidden_act': 'gelu', 'hidden_activation': None,
+    'hidden_size': 2048, 'intermediate_size': 16384, 'max_position_embeddings': 8192,
+    'num_attention_heads': 8, 'num_hidden_layers': 18, 'num_key_value_heads': 1,
+    'rms_norm_eps': 1e-06, 'rope_theta': 10000.0, 'vocab_size': 256000},
+  'gemma2_2b': {
+    'model_type': 'gemma2', 'attn_logit_softcapping': 50.0, 'final_logit_softcapping': 30.0,
+    'head_dim': 256, 'hidden_act': 'gelu_pytorch_tanh', 'hidden_size': 2304,
+    'intermediate_size': 9216, 'max_position_embeddings': 8192, 'num_attention_heads': 8,
+    'num_hidden_layers': 26, 'num_key_value_heads': 4, 'query_pre_attn_scalar': 256,
+    'rms_norm_eps': 1e-06, 'rope_theta': 10000.0, 'sliding_window': 4096, 'vocab_size': 256000},
+  'gemma3_4b': {
+    'model_type': 'gemma3', 'text_config': {
+      'hidden_size': 2560, 'intermediate_size': 10240, 'model_type': 'gemma3_text',
+      'num_hidden_layers': 34, 'rope_scaling': {'factor': 8.0, 'rope_type': 'linear'},
+      'sliding_window': 1024}},
+  'phi3_mini_4k': {
+    'model_type': 'phi3', 'hidden_act': 'silu', 'hidden_size': 3072,
+    'intermediate_size': 8192, 'max_position_embeddings': 4096, 'num_attention_heads': 32,
+    'num_hidden_layers': 32, 'num_key_value_heads': 32,
+    'original_max_position_embeddings': 4096, 'rms_norm_eps': 1e-05, 'rope_scaling': None,
+    'rope_theta': 10000.0, 'sliding_window': 2047, 'tie_word_embeddings': False,
+    'vocab_size': 32064},
+  'pythia_160m': {
+    'model_type': 'gpt_neox', 'hidden_act': 'gelu', 'hidden_size': 768,
+    'intermediate_size': 3072, 'layer_norm_eps': 1e-05, 'max_position_embeddings': 2048,
+    'num_attention_heads': 12, 'num_hidden_layers': 12, 'rotary_emb_base': 10000,
+    'rotary_pct': 0.25, 'tie_word_embeddings': False, 'use_parallel_residual': True,
+    'vocab_size': 50304},
+}
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_config_json_as_it_is_published(name):
+  keys = PUBLISHED[name]
+  config = HUGGINGFACE[keys['model_type']].decode(keys)
+  assert huggingface_writer.normal(config) == huggingface_writer.normal(PRESETS[name])
+
+
 def test_what_no_family_can_say_is_named():
   config = small.CONFIGS['gpt2'].replace(logit_softcap=5.0)
   with pytest.raises(ValueError, match='gpt2 cannot say: logit_softcap'):
