@@ -34,7 +34,7 @@ def test_a_name_is_pinned_to_a_commit(monkeypatch):
   assert str(hub.fetch('org/model', 'v1')) == '/models/fetched'
   assert [call[1] for call in fake.calls] == ['newest', 'old']
   patterns = fake.calls[0][2]
-  assert '*.safetensors' in patterns and 'config.json' in patterns
+  assert 'model*.safetensors' in patterns and 'config.json' in patterns
   assert not [pattern for pattern in patterns if '.bin' in pattern or '.py' in pattern]
 
 
