@@ -356,7 +356,8 @@ def _default_positions(
     return segment_positions(segment_ids_BT)
   if isinstance(config.positions, LearnedPositions) and length > config.max_length:
     raise ValueError(
-      f'{length} tokens, but there are max_length={config.max_length} learned positions; shorten the input'
+      f'{length} tokens, but max_length={config.max_length} positions are learned: shorten the '
+      'input or raise max_length'
     )
   return jnp.arange(length, dtype=jnp.int32)[None]
 

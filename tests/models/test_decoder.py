@@ -115,6 +115,21 @@ def test_dropout_depends_on_the_key_alone():
   np.testing.assert_allclose(off, logits_BTV, atol=1e-5)
 
 
+@pytest.mark.parametrize('scan_layers', [True, False])
+def test_every_layer_drops_something_else(scan_layers):
+  """Each of two layers adds 0 or 2; were their masks the same, their sum would never be 2."""
+  config = tiny.BASE.replace(
+    num_layers=2, positions=None, biases=('mlp',), dropout_rate=0.5, scan_layers=scan_layers
+  )
+  variables = jax.tree.map(jnp.zeros_like, tiny.variables_of(config))
+  variables['params']['layers']['mlp']['down']['bias'] = jnp.ones((2, 16))
+  variables['params']['final_norm']['scale'] = jnp.ones(16)
+  hidden = functools.partial(Decoder(config).apply, deterministic=False, method='hidden')
+  rngs = {'dropout': jax.random.key(0, impl='rbg')}
+  hidden_BTD = jax.jit(hidden)(variables, jnp.zeros((1, 20), jnp.int32), rngs=rngs)
+  assert max(len(np.unique(hidden_D)) for hidden_D in hidden_BTD[0]) == 3
+
+
 @pytest.mark.parametrize('name', ['gpt2', 'gemma', 'mistral'])
 def test_packed_equals_unpacked(name):
   config, variables, tokens_BT, _, logits_BTV = setting(name)
@@ -211,14 +226,16 @@ def test_lora_adds_its_product_and_the_zero_one_nothing():
   np.testing.assert_allclose(apply(unstack(adapted(b)), tokens_BT), got, atol=1e-5)
 
 
-def test_writes_past_the_end_of_the_cache_are_dropped():
+@pytest.mark.parametrize('stacked', [True, False])
+def test_writes_past_the_end_of_the_cache_are_dropped(stacked):
   config, variables, tokens_BT, *_ = setting('llama')
   extend = jax.jit(functools.partial(Decoder(config).apply, method='extend'))
-  cache = init_cache(config, 2, 6)
+  cache = init_cache(config, 2, 6, stacked=stacked)
   _, cache = extend(variables, tokens_BT[:, :4], cache, jnp.asarray([4, 4]))
   _, after = extend(variables, tokens_BT[:, 4:8], cache, jnp.asarray([4, 0]))
-  np.testing.assert_array_equal(after.keys[..., :4, :], cache.keys[..., :4, :])
-  assert (after.keys[:, 0, :, 4:] != 0).all() and (after.keys[:, 1, :, 4:] == 0).all()
+  before_LBKSH, after_LBKSH = np.stack(cache.keys), np.stack(after.keys)
+  np.testing.assert_array_equal(after_LBKSH[..., :4, :], before_LBKSH[..., :4, :])
+  assert (after_LBKSH[:, 0, :, 4:] != 0).all() and (after_LBKSH[:, 1, :, 4:] == 0).all()
 
 
 @pytest.mark.parametrize('rows', [1, 2])
