@@ -49,13 +49,13 @@ def test_a_split_context_exchanges_keys_and_values_alone():
   mesh = sharding.make_mesh(mesh_config)
   config = tiny.BASE.replace(num_kv_heads=2)
   tokens = jax.ShapeDtypeStruct(
-    (2, 64), jnp.int32, sharding=sharding.batch_sharding(mesh, mesh_config)
+    (4, 64), jnp.int32, sharding=sharding.batch_sharding(mesh, mesh_config)
   )
   hidden = functools.partial(Decoder(config).apply, method='hidden')
   with sharding.activate(mesh, mesh_config):
     text = jax.jit(hidden).lower(abstract(config)[0], tokens).compile().as_text()
   gathered = re.findall(r'= (\S+)\{\S+ all-gather\(', text)
-  assert gathered == ['f32[1,2,64,4]'] * 2  # (B, K, S, H) of one device's rows, once in the scan
+  assert gathered == ['f32[2,2,64,4]'] * 2  # (B, K, S, H) of the rows of one device
 
 
 def test_parameters_are_born_split_as_named():
