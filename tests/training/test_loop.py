@@ -14,7 +14,7 @@ import pytest
 from jaxllm import loading
 from jaxllm.checkpoints import store
 from jaxllm.training import loop, workdir
-from tests.training import tiny
+from tests.training import tiny_run as tiny
 
 ONE = slice(0, 1)
 
@@ -158,7 +158,7 @@ def test_an_unwritable_workdir_is_refused(tmp_path):
 SCRIPT = '''
 import jax, pathlib, sys
 sys.path.insert(0, {root!r})
-from tests.training import tiny
+from tests.training import tiny_run as tiny
 from jaxllm.training import loop
 base = pathlib.Path({base!r})
 summary = loop.train(tiny.experiment(base, training__num_steps=100000), base / 'run')

@@ -11,7 +11,7 @@ from jaxllm import sharding
 from jaxllm.optim import optimizers
 from jaxllm.training import state as state_lib
 from jaxllm.training import step as step_lib
-from tests.training import tiny
+from tests.training import tiny_run as tiny
 
 MESHES = {
   'data': {'data': 8},
