@@ -39,11 +39,11 @@ VARIANTS = {
   '125m': Size('v5e:4x4', 2**19, 6.0e-4, MeshConfig(data=16), 1, 256),
   '350m': Size('v5e:4x4', 2**19, 3.0e-4, MeshConfig(data=1, fsdp=16), 2),
   '760m': Size('v5e:4x8', 2**19, 2.5e-4, MeshConfig(data=1, fsdp=32), 2),
-  '1.3b': Size('v5e:8x8', 2**20, 2.0e-4, MeshConfig(data=1, fsdp=64), 2),
-  '2.7b': Size('v5e:8x16', 2**20, 1.6e-4, MeshConfig(data=1, fsdp=128), 2),
-  '6.7b': Size('v5p:4x4x4', 2**21, 1.2e-4, MeshConfig(data=1, fsdp=64), 2, None),
-  '13b': Size('v5p:4x4x8', 2**21, 1.0e-4, MeshConfig(data=1, fsdp=128), 2, None),
-  '175b': Size('v5p:8x8x16', 3 * 2**20, 0.6e-4, MeshConfig(data=1, fsdp=128, tensor=8), 4, None),
+  '1.3b': Size('v5e:8x8', 2**20, 2.0e-4, MeshConfig(data=2, fsdp=32), 2),
+  '2.7b': Size('v5e:8x16', 2**20, 1.6e-4, MeshConfig(data=2, fsdp=64), 2),
+  '6.7b': Size('v5p:4x4x4', 2**21, 1.2e-4, MeshConfig(data=4, fsdp=16), 2, None),
+  '13b': Size('v5p:4x4x8', 2**21, 1.0e-4, MeshConfig(data=4, fsdp=32), 2, None),
+  '175b': Size('v5p:8x8x16', 3 * 2**20, 0.6e-4, MeshConfig(data=1, fsdp=128, tensor=8), 3, None),
 }
 CONTEXT = 2048
 

@@ -41,12 +41,12 @@ class Model(NamedTuple):
 
 VARIANTS = {
   'smollm2_135m': Model('v5e:4x4', 2048, 512, 3e-3, MeshConfig(data=16), 4, chunk_size=512),
-  'llama2_7b': Model('v5p:4x4x4', 4096, 1024, 3e-4, MeshConfig(data=1, fsdp=64), 4),
+  'llama2_7b': Model('v5p:4x4x4', 4096, 1024, 3e-4, MeshConfig(data=4, fsdp=16), 4),
   'llama3_8b': Model(
-    'v5p:4x4x4', 8192, 512, 3e-4, MeshConfig(data=1, fsdp=64), 4, chunk_size=4096
+    'v5p:4x4x4', 8192, 512, 3e-4, MeshConfig(data=4, fsdp=16), 4, chunk_size=4096
   ),
   'llama3_70b': Model(
-    'v5p:8x8x8', 8192, 1024, 1.5e-4, MeshConfig(data=1, fsdp=512), 1, 'full', chunk_size=4096
+    'v5p:8x8x8', 8192, 1024, 1.5e-4, MeshConfig(data=8, fsdp=64), 1, 'full', chunk_size=4096
   ),
 }
 

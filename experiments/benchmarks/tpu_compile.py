@@ -1,0 +1,214 @@
+"""Compile every pod experiment for its TPU slice, on a machine that has no TPU.
+
+  pip install --editable '.[plan]'
+  python experiments/benchmarks/tpu_compile.py [--only=gpt3.py:13b,llama.py:llama3_8b]
+
+The train step is the real one: real config, real mesh, donated state. The compiler says what each
+chip holds and exchanges; the table sets that against the chip's memory and arithmetic. A row fails
+that does not fit, replicates a matrix which the mesh could split, or makes the compiler give up on
+a sharding. Every compilation is a process of its own and takes a minute or two.
+"""
+
+import json
+import math
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import time
+
+from absl import app, flags
+
+ONLY = flags.DEFINE_list('only', None, 'A part of the experiments, FILE.py:VARIANT.')
+OUTPUT = flags.DEFINE_string('output', 'runs/tpu_compile.json', 'Where the JSON goes.')
+WORKER = flags.DEFINE_string('worker', None, 'Internal: FILE.py:VARIANT to compile here.')
+
+EXPERIMENTS = pathlib.Path(__file__).parent.parent
+# GiB of memory, and GB/s that a chip sends over all its links (cloud.google.com/tpu/docs/*).
+CHIPS = {'v4': (32, 300), 'v5e': (16, 200), 'v5p': (95, 600), 'v6e': (32, 400)}
+KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
+BYTES = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's32': 4, 'u32': 4, 'f32': 4}
+# No TPU is looked for, and none is locked: only the compiler is used.
+ENVIRONMENT = {
+  'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+  'TPU_STDERR_LOG_LEVEL': '1',
+}
+
+
+def main(_) -> None:
+  if WORKER.value:
+    print('RESULT ' + json.dumps(compile_step(WORKER.value)))
+    return
+  path = pathlib.Path(OUTPUT.value)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  rows = json.loads(path.read_text()) if path.exists() and ONLY.value else {}
+  print_header()
+  for location in ONLY.value or pods():
+    rows[location] = run_worker(location)
+    print_row(location, rows[location])
+    path.write_text(json.dumps(rows, indent=2) + '\n')
+  bad = [location for location, row in rows.items() if row['problems']]
+  print(f'wrote {path}' + (f'; problems: {", ".join(bad)}' if bad else '; all fit'))
+  sys.exit(bool(bad))
+
+
+def pods() -> list[str]:
+  """Return FILE.py:VARIANT of every variant that names a TPU slice."""
+  from jaxllm import config
+
+  return [
+    f'{path.name}:{name}' for path in sorted(EXPERIMENTS.glob('*.py'))
+    for name, variant in getattr(config.load_module(str(path)), 'VARIANTS', {}).items()
+    if getattr(variant, 'topology', None)
+  ]
+
+
+def run_worker(location: str) -> dict:
+  command = [sys.executable, __file__, f'--worker={location}']
+  done = subprocess.run(
+    command, capture_output=True, text=True, errors='replace', env=os.environ | ENVIRONMENT
+  )
+  results = [line for line in done.stdout.splitlines() if line.startswith('RESULT ')]
+  if not results:
+    lines = [line for line in done.stderr.splitlines() if 'Error' in line or 'exceed' in line]
+    return {'problems': [(lines or ['no reason given'])[-1][:300]]}
+  row = json.loads(results[0].removeprefix('RESULT '))
+  given_up = done.stderr.count('Involuntary full rematerialization')
+  if given_up:
+    row['problems'].append(f'{given_up} reshardings by full replication')
+  return row
+
+
+def compile_step(location: str) -> dict:
+  from jax.experimental import topologies
+
+  from jaxllm import config, sharding
+  from jaxllm.models import decoder
+  from jaxllm.training import metrics, state, step
+
+  name, _, variant = location.partition(':')
+  topology = config.load_module(str(EXPERIMENTS / name)).VARIANTS[variant].topology
+  experiment = config.load(str(EXPERIMENTS / location))
+  devices = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
+  mesh = sharding.make_mesh(experiment.mesh, devices)
+  tx = state.make_optimizer(experiment)
+  before = state.abstract_state(experiment, tx, mesh)
+  train_step = step.make_train_step(experiment, tx, mesh)
+  started = time.monotonic()
+  compiled = train_step.lower(before, step.abstract_batch(experiment, mesh)).compile()
+  seconds = time.monotonic() - started
+
+  memory = compiled.memory_analysis()
+  memory_gib, link_gb = CHIPS[topology.partition(':')[0]]
+  gib = {
+    'arguments': memory.argument_size_in_bytes / 2**30,
+    'outputs': (memory.output_size_in_bytes - memory.alias_size_in_bytes) / 2**30,
+    'temporaries': memory.temp_size_in_bytes / 2**30,
+  }
+  context = experiment.data.context_length
+  tokens = experiment.training.batch_size * context / len(devices)
+  peak = metrics.device_peak_flops(devices[0].device_kind, 'bfloat16')
+  compute = 3 * decoder.flops_per_token(experiment.model, context) * tokens / peak
+  exchanged = collectives(compiled.as_text())
+  exchange = sum(size for _, size in exchanged.values()) / (link_gb * 1e9)
+  whole = replicated(before.params, compiled.input_shardings[0][0].params, mesh)
+  total = sum(gib.values())
+  return {
+    'topology': topology,
+    'chips': len(devices),
+    'mesh': {axis: size for axis, size in mesh.shape.items() if size > 1},
+    'parameters': decoder.parameter_count(experiment.model),
+    'tokens_per_chip_and_microbatch': tokens / experiment.training.microbatches,
+    'gib_per_chip': gib | {'total': total, 'memory': memory_gib},
+    'replicated': whole,
+    'collectives': {
+      kind: {'per_step': count, 'gb': size / 1e9} for kind, (count, size) in exchanged.items()
+    },
+    'seconds_at_peak': {'compute': compute, 'exchange': exchange},
+    'compile_seconds': seconds,
+    'problems': [f'needs {total:.1f} GiB of {memory_gib}'] * (total > memory_gib)
+    + [f'{path} is replicated' for path in whole],
+  }
+
+
+def replicated(shapes, shardings, mesh) -> list[str]:
+  """Return the matrices that the compiled step takes whole though the mesh splits parameters."""
+  import jax
+
+  leaves = jax.tree_util.tree_leaves_with_path(shapes)
+  return [
+    jax.tree_util.keystr(path, simple=True, separator='/')
+    for (path, leaf), where in zip(leaves, jax.tree.leaves(shardings), strict=True)
+    if mesh.shape['fsdp'] * mesh.shape['tensor'] > 1 and path[-1].key in ('kernel', 'embedding')
+    and where.shard_shape(leaf.shape) == leaf.shape
+  ]
+
+
+def collectives(text: str) -> dict[str, tuple[int, float]]:
+  """Count what one step exchanges: kind -> (operations, bytes that a chip sends).
+
+  A loop counts as often as its condition says; the pieces of an operation that is fused with
+  arithmetic share a channel, and count once. Rings send about the size of the larger side of the
+  operation, and all-reduce twice that; fused, it may be one half of a reduce-scatter.
+  """
+  bodies, name = {}, ''
+  for line in text.splitlines():
+    if line.endswith('{') and (head := re.match(r'(ENTRY )?%?([\w.-]+)', line)):
+      name = 'ENTRY' if head[1] else head[2]
+      bodies[name] = []
+    elif name:
+      bodies[name].append(line)
+
+  def visit(name: str, times: int) -> None:
+    for line in bodies[name]:
+      if loop := re.search(r' while\(.*condition=%([\w.-]+), body=%([\w.-]+)', line):
+        bounds = re.findall(r' [su]32\[\]\S* constant\((\d+)\)', '\n'.join(bodies[loop[1]]))
+        visit(loop[2], times * max(map(int, bounds), default=1))
+      elif found := re.search(rf'= (.*?) ({"|".join(KINDS)})(-start)?\(', line):
+        channel = re.search(r'channel_id=\d+', line)
+        if channel and channel[0] in seen:
+          continue
+        seen.add(channel and channel[0])
+        kind = 'reduce-scatter' if name.startswith('all-reduce-scatter') else found[2]
+        count, size = totals.get(kind, (0, 0.0))
+        sizes = [
+          BYTES.get(dtype, 4) * math.prod(map(int, filter(None, dims.split(','))))
+          for dtype, dims in re.findall(r'(\w+)\[([\d,]*)\]', found[1])
+        ]
+        # An asynchronous operation returns operand and result, other tuples are several results.
+        sent = (max if found[3] else sum)(sizes) * (2 if kind == 'all-reduce' else 1)
+        totals[kind] = count + times, size + sent * times
+      else:
+        for callee in re.findall(r'(?:calls|to_apply)=%([\w.-]+)', line):
+          visit(callee, times)
+
+  totals: dict[str, tuple[int, float]] = {}
+  seen: set[str | None] = set()
+  visit('ENTRY', 1)
+  return totals
+
+
+def print_header() -> None:
+  print('GiB per chip; exchanged GB per chip and step; links: time to exchange them, in percent of '
+        'the arithmetic,\nboth at the chip\'s peak')
+  print(f'{"experiment":24}{"slice":>12}{"chips":>6}{"params":>8}{"args":>7}{"temp":>7}{"total":>7}'
+        f'{"of":>4}{"used":>6}{"GB":>7}{"links":>7}{"compile":>9}  problems')
+
+
+def print_row(location: str, row: dict) -> None:
+  problems = '; '.join(row['problems']) or '-'
+  if 'topology' not in row:
+    print(f'{location:24}  {problems}', flush=True)
+    return
+  gib, seconds = row['gib_per_chip'], row['seconds_at_peak']
+  gb = sum(found['gb'] for found in row['collectives'].values())
+  links = seconds['exchange'] / seconds['compute']
+  print(f'{location:24}{row["topology"]:>12}{row["chips"]:6}{row["parameters"] / 1e9:7.2f}B'
+        f'{gib["arguments"]:7.2f}{gib["temporaries"]:7.2f}{gib["total"]:7.2f}{gib["memory"]:4}'
+        f'{gib["total"] / gib["memory"]:6.0%}{gb:7.1f}{links:7.0%}{row["compile_seconds"]:8.0f}s  '
+        f'{problems}', flush=True)
+
+
+if __name__ == '__main__':
+  app.run(main)
