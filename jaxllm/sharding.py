@@ -135,7 +135,8 @@ def partition_spec(
     ValueError: a name has no rule, or two dimensions claim the same mesh axis.
   """
   mapping = dict(rules)
-  entries, used = [], set()
+  entries: list[Any] = []
+  used: set[str] = set()
   for name in axes:
     if name is not None and name not in mapping:
       raise ValueError(f'config.mesh.rules has no rule for the logical axis {name!r}')
