@@ -20,6 +20,8 @@ def main(_) -> None:  # noqa: D103
 
   model = loading.load(MODEL.value)
   experiment = model.experiment
+  if experiment is None:
+    raise ValueError(f'--model={MODEL.value} was not trained here, so it has no held-out records')
   directory = pathlib.Path(experiment.records_dir) / experiment.name
   manifest = records.prepare(experiment.data, experiment.tokenizer, directory)
   mesh = sharding.make_mesh(experiment.mesh)

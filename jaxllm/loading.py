@@ -15,8 +15,9 @@ from jaxllm.checkpoints import store
 from jaxllm.data import tokenizers
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.experiment import Experiment
-from jaxllm.generation import decode
+from jaxllm.generation import text
 from jaxllm.generation.sampling import SamplingConfig
+from jaxllm.interop import native, sources, tokenizer_files
 from jaxllm.models import decoder
 from jaxllm.models.decoder import Decoder, DecoderConfig
 
@@ -31,6 +32,7 @@ class LoadedModel:
     tokenizer: text to ids and back.
     experiment: the run that made it, where jaxllm trained it.
     add_bos: whether prompts begin with BOS, as the training documents did.
+    stop_ids: tokens that end a continuation.
   """
 
   config: DecoderConfig
@@ -38,6 +40,7 @@ class LoadedModel:
   tokenizer: Tokenizer
   experiment: Experiment | None = None
   add_bos: bool = True
+  stop_ids: tuple[int, ...] = ()
 
   def hidden(self, ids: Sequence[int]) -> np.ndarray:
     """Return the final hidden states, (T, D), of token ids."""
@@ -77,32 +80,34 @@ def load(path: str | os.PathLike[str]) -> LoadedModel:
   """Load a model with its tokenizer.
 
   Args:
-    path: a workdir, its `checkpoints` directory, or one checkpoint in it.
+    path: a workdir, its `checkpoints` directory, one checkpoint in it, a Hugging Face directory, a
+      `.gguf` file, or a name of the Hugging Face hub.
 
   Raises:
     ValueError: there is no model at that path, or its files do not fit together.
     checkpoints.store.CheckpointError: the files are damaged.
   """
-  path = pathlib.Path(path).expanduser()
-  step = store.find_step(path)
+  if sources.is_foreign(path):
+    loaded = sources.load(path)
+    return _loaded(loaded.config, loaded.variables, loaded.files)
+  step = store.find_step(pathlib.Path(path).expanduser())
   bundle = store.read_bundle(step)
-  experiment = Experiment.from_json(bundle.config_json)
+  if native.CONVERTED in bundle.manifest:
+    config, experiment = native.model_config(bundle), None
+  else:
+    experiment = Experiment.from_json(bundle.config_json)
+    config = experiment.model
   # Trained wherever, used here: one device, plain attention, no recomputation.
-  config = experiment.model.replace(attention='xla', remat='none')
+  config = config.replace(attention='xla', remat='none')
   shapes, _ = decoder.abstract(config)
-  params, _ = store.restore_params(step, shapes['params'])
-  return LoadedModel(
-    config=config,
-    variables={'params': params},
-    tokenizer=tokenizers.from_files(dict(bundle.tokenizer_files)),
-    experiment=experiment,
-    add_bos=experiment.data.add_bos,
-  )
+  # A converted model may be stored in bfloat16; a run's parameters are float32.
+  params, _ = store.restore_params(step, shapes['params'] if experiment else None)
+  return _loaded(config, {'params': params}, dict(bundle.tokenizer_files), experiment)
 
 
 def generate(
   model: LoadedModel, prompts: str | Sequence[str], seeds: Sequence[int] | None = None,
-  **sampling: Any,
+  stop: Sequence[str] = (), **sampling: Any,
 ) -> Any:
   """Continue prompts.
 
@@ -110,8 +115,9 @@ def generate(
     model: from `load`.
     prompts: one text or several; several are decoded as one batch.
     seeds: one per prompt.
+    stop: texts that end a continuation, and are no part of it.
     **sampling: fields of `SamplingConfig`: `max_new_tokens`, `temperature` (0 is greedy), `top_k`,
-      `top_p`, `min_p`, `seed`.
+      `top_p`, `min_p`, `repetition_penalty`, `seed`, ...
 
   Returns:
     The continuation of one text, or a list of them, without the prompt.
@@ -121,14 +127,25 @@ def generate(
   """
   single = isinstance(prompts, str)
   texts = [prompts] if single else list(prompts)
-  tokenizer = model.tokenizer
-  generations = decode.generate(
-    Decoder(model.config), model.unstacked, [model.encode_prompt(text) for text in texts],
-    SamplingConfig(**sampling), () if tokenizer.eos_id is None else (tokenizer.eos_id,), seeds,
-    tokenizer.bos_id,
+  completions = text.complete(
+    Decoder(model.config), model.unstacked, model.tokenizer,
+    [model.encode_prompt(prompt) for prompt in texts], SamplingConfig(**sampling), stop,
+    model.stop_ids, seeds,
   )
-  continued = [tokenizer.decode(generation.tokens) for generation in generations]
+  continued = [completion.text for completion in completions]
   return continued[0] if single else continued
+
+
+def _loaded(
+  config: DecoderConfig, variables: Any, files: dict[str, bytes],
+  experiment: Experiment | None = None,
+) -> LoadedModel:
+  tokenizer = tokenizers.from_files(files)
+  stop_ids = tokenizer_files.stop_ids(files)
+  if not stop_ids and tokenizer.eos_id is not None:
+    stop_ids = (tokenizer.eos_id,)
+  add_bos = experiment.data.add_bos if experiment else tokenizer_files.add_bos(files)
+  return LoadedModel(config, variables, tokenizer, experiment, add_bos, stop_ids)
 
 
 @functools.partial(jax.jit, static_argnames='model')

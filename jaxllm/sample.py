@@ -11,7 +11,9 @@ from absl import app, flags
 
 from jaxllm import config
 
-MODEL = flags.DEFINE_string('model', None, 'A workdir or a checkpoint.', required=True)
+MODEL = flags.DEFINE_string(
+  'model', None, 'A workdir, a checkpoint, a Hugging Face directory or a .gguf file.', required=True
+)
 PROMPT = flags.DEFINE_multi_string('prompt', [''], 'Text to continue; may be repeated.')
 CHAT = flags.DEFINE_bool('chat', False, "Converse, by the model's chat template.")
 SYSTEM = flags.DEFINE_string('system', None, 'The system message of a chat.')
@@ -62,7 +64,7 @@ def _sample(loaded, model, variables, sampling) -> None:
   prompts = [prompt for prompt in PROMPT.value for _ in range(NUM_SAMPLES.value)]
   results = text.complete(
     model, variables, loaded.tokenizer, [loaded.encode_prompt(prompt) for prompt in prompts],
-    sampling, STOP.value)
+    sampling, STOP.value, loaded.stop_ids)
   _show([prompt + result.text for prompt, result in zip(prompts, results, strict=True)])
 
 
@@ -74,7 +76,7 @@ def _search(loaded, model, variables, sampling) -> None:
   tokenizer = loaded.tokenizer
   found = beam.beam_search(
     model, variables, [loaded.encode_prompt(prompt) for prompt in PROMPT.value], beams, sampling,
-    () if tokenizer.eos_id is None else (tokenizer.eos_id,), tokenizer.bos_id)
+    loaded.stop_ids, tokenizer.bos_id)
   _show([prompt + text.text_of(tokenizer, result.tokens)
          for prompt, results in zip(PROMPT.value, found, strict=True) for result in results])
 
