@@ -32,7 +32,7 @@ demo: .venv/demo
 	$(BIN)/python -m jaxllm.train --config=experiments/quickstart.py --workdir=runs/quickstart
 
 test: .venv/dev
-	$(BIN)/python -m pytest -m 'not parity and not browser'
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m 'not parity and not browser'
 
 test-parity: .venv/parity
 	$(BIN)/python -m pytest -m parity
