@@ -267,7 +267,7 @@ def _check_field(config: Config, path: str, key: str, depth: int) -> None:
 def _read_value(cls: type[Config], key: str, path: str, value: Any) -> Any:
   """Read text as what the field accepts: a literal where that fits, else the text itself."""
   field = cls.model_fields[key]
-  accept = pydantic.TypeAdapter(Annotated[field.annotation, field])
+  accept: Any = pydantic.TypeAdapter(Annotated[field.annotation, field])  # type: ignore[arg-type]
   candidates = [value]
   if isinstance(value, str):
     candidates = [_literal(value), *([value] if _accepts_text(field.annotation) else [])]

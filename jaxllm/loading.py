@@ -58,17 +58,17 @@ class LoadedModel:
     return begin + self.tokenizer.encode(prompt)
 
   def _batch(self, ids: Sequence[int]) -> jax.Array:
-    ids = np.asarray(ids, np.int64)
-    if ids.ndim != 1 or not ids.size or ids.size > self.config.max_length:
+    array = np.asarray(ids, np.int64)
+    if array.ndim != 1 or not array.size or array.size > self.config.max_length:
       raise ValueError(
-        f'ids of shape {ids.shape}: expected 1 to {self.config.max_length} token ids'
+        f'ids of shape {array.shape}: expected 1 to {self.config.max_length} token ids'
       )
-    if ids.min() < 0 or ids.max() >= self.config.vocab_size:
+    if array.min() < 0 or array.max() >= self.config.vocab_size:
       raise ValueError(
-        f'token id {ids.max() if ids.min() >= 0 else ids.min()} is not in the vocabulary '
+        f'token id {array.max() if array.min() >= 0 else array.min()} is not in the vocabulary '
         f'(0 to {self.config.vocab_size - 1})'
       )
-    return jnp.asarray(ids[None], jnp.int32)
+    return jnp.asarray(array[None], jnp.int32)
 
   @functools.cached_property
   def unstacked(self) -> Any:
@@ -125,15 +125,14 @@ def generate(
   Raises:
     ValueError: a sampling field is not accepted, or a prompt is longer than the context.
   """
-  single = isinstance(prompts, str)
-  texts = [prompts] if single else list(prompts)
+  texts = [prompts] if isinstance(prompts, str) else list(prompts)
   completions = text.complete(
     Decoder(model.config), model.unstacked, model.tokenizer,
     [model.encode_prompt(prompt) for prompt in texts], SamplingConfig(**sampling), stop,
     model.stop_ids, seeds,
   )
   continued = [completion.text for completion in completions]
-  return continued[0] if single else continued
+  return continued[0] if isinstance(prompts, str) else continued
 
 
 def _loaded(
@@ -149,10 +148,10 @@ def _loaded(
 
 
 @functools.partial(jax.jit, static_argnames='model')
-def _hidden(model: Decoder, variables: Any, tokens_BT: jax.Array) -> jax.Array:
+def _hidden(model: Decoder, variables: Any, tokens_BT: jax.Array) -> Any:
   return model.apply(variables, tokens_BT, method='hidden')
 
 
 @functools.partial(jax.jit, static_argnames='model')
-def _logits(model: Decoder, variables: Any, tokens_BT: jax.Array) -> jax.Array:
+def _logits(model: Decoder, variables: Any, tokens_BT: jax.Array) -> Any:
   return model.apply(variables, tokens_BT)

@@ -52,7 +52,7 @@ def make_eval_step(
 
   def eval_step(variables: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     with sharding.activate(mesh, mesh_config):
-      loss_sum, weight_sum, aux = next_token_loss(plain, Decoder(model), variables, batch)
+      loss_sum, weight_sum, aux = next_token_loss(plain, Decoder(model), variables, dict(batch))
     return {'loss_sum': loss_sum, 'weight_sum': weight_sum, 'correct_sum': aux['correct_sum']}
 
   return jax.jit(eval_step, out_shardings=sharding.replicated(mesh))

@@ -101,7 +101,7 @@ class Journal:
     )
 
   def _write(self, step: int, scalars: Mapping[str, float], seconds: float | None) -> None:
-    record = {f'train/{name}': value for name, value in scalars.items()}
+    record: dict[str, Any] = {f'train/{name}': value for name, value in scalars.items()}
     record['train/memory_bytes'] = metrics.device_memory_bytes()
     record['train/compilations'] = len(self._compilations)
     record['train/elapsed_seconds'] = self._seconds_before + time.monotonic() - self._started
@@ -161,9 +161,9 @@ def _count_compilations() -> list[float]:
   """Return a list that grows by the seconds of each program that XLA compiles from now on."""
   seconds: list[float] = []
 
-  def listen(event: str, duration: float, **_: Any) -> None:
+  def listen(event: str, duration_secs: float, **_: str | int) -> None:
     if event == '/jax/core/compile/backend_compile_duration':
-      seconds.append(duration)
+      seconds.append(duration_secs)
 
   jax.monitoring.register_event_duration_secs_listener(listen)
   return seconds

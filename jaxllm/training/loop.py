@@ -205,14 +205,14 @@ def _loop(run: _Run, state: TrainState) -> int:
       _record(run, log, step, waiting)
       step, waiting = step + 1, metrics
       store_lib.check(run.store)
-      evaluating = evaluate is not None and _due(step, experiment.evaluation.every_steps, last)
+      evaluating = _due(step, experiment.evaluation.every_steps, last)
       saving = _due(step, experiment.checkpoint.every_steps, last)
       stop = _should_stop(stopping, run.store, step)
       if evaluating or saving or stop:
         _record(run, log, step, waiting)
         waiting = None
       with log.pause():
-        if evaluating:
+        if evaluating and evaluate is not None:
           log.scores(step, evaluate(state_lib.evaluation_params(state)))
         if saving or stop:
           store_lib.save(run.store, step, state, run.bundle)
@@ -252,7 +252,8 @@ def _make_evaluate(
 ) -> Callable[[Any], dict[str, float]] | None:
   """Return `params -> scores` over the validation records, or None where none are held out."""
   experiment = run.experiment
-  if run.manifest.validation is None:
+  held_out = run.manifest.validation
+  if held_out is None:
     return None
   batches = batches_lib.make_batches(
     run.records_dir, 'validation',
@@ -268,7 +269,7 @@ def _make_evaluate(
   def evaluate(params: Any) -> dict[str, float]:
     return perplexity.evaluate(
       eval_step, {'params': params}, batches_lib.prefetch(batches, 0, count), batch_sharding,
-      run.manifest.validation.bytes_per_token,
+      held_out.bytes_per_token,
     )
 
   return evaluate

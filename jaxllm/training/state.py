@@ -15,8 +15,7 @@ from jaxllm.models import decoder
 from jaxllm.optim import optimizers, schedules
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
   """All that training changes.
 
   Attributes:

@@ -120,7 +120,7 @@ def accumulate_gradients(
 
   def loss_fn(params: Any, part: Batch, dropout_key: jax.Array) -> tuple[jax.Array, Any]:
     loss_sum, weight_sum, aux = next_token.next_token_loss(
-      experiment.objective, model, {'params': params}, part, dropout_key=dropout_key
+      experiment.objective, model, {'params': params}, dict(part), dropout_key=dropout_key
     )
     return loss_sum, aux | {'loss_sum': loss_sum, 'weight_sum': weight_sum}
 
