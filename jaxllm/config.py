@@ -10,6 +10,7 @@ import ast
 import difflib
 import importlib.util
 import json
+import logging
 import pathlib
 import sys
 import types
@@ -196,15 +197,18 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 def run_program(main: Callable[[Sequence[str]], None]) -> None:
   """Run an absl main; what the user got wrong is printed as a sentence, not as a traceback.
 
-  ValueError and OSError are what jaxllm raises for input that it refuses. `--verbosity=1` shows
-  where they were raised.
+  ValueError and OSError are what jaxllm raises for input that it refuses, ImportError for an extra
+  that is not installed. `--verbosity=1` shows where they were raised.
   """
+  # Its INFO tells of every accelerator that is not there.
+  logging.getLogger('jax').setLevel(logging.WARNING)
+
   def guarded(argv: Sequence[str]) -> None:
     if len(argv) > 1:
       sys.exit(f'error: unexpected argument {argv[1]!r}; flags are written --name=value')
     try:
       main(argv)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
       if flags.FLAGS.verbosity > 0:
         raise
       sys.exit(f'error: {error}')

@@ -3,7 +3,6 @@
 The same command goes on where an interrupted run stopped. `--config.a.b=value` changes a field.
 """
 
-import logging as std_logging
 import pathlib
 import sys
 
@@ -25,7 +24,6 @@ DISTRIBUTED = flags.DEFINE_bool(
 
 def main(_) -> None:  # noqa: D103
   logging.set_stderrthreshold('info')
-  std_logging.getLogger('jax').setLevel(std_logging.WARNING)  # It tells of every missing backend.
   if CACHE.value:
     jax.config.update('jax_compilation_cache_dir', str(pathlib.Path(CACHE.value).expanduser()))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)

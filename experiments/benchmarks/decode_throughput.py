@@ -1,6 +1,6 @@
 """Decoding tokens/s of jaxllm against transformers.generate in PyTorch, in one run, as ratios.
 
-  make bench-decode       (installs the extra `parity`: torch and transformers)
+  make bench              (installs the extra `parity`; runs this among others)
   python experiments/benchmarks/decode_throughput.py [--rounds=3] [--sizes=gpt2,smollm2]
 
 Weights are random, prompts have 64 tokens and 128 new ones follow, greedily. Every measurement is a
