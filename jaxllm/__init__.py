@@ -16,6 +16,7 @@ from typing import Any
 _PUBLIC = {
   'load': 'jaxllm.loading',
   'generate': 'jaxllm.loading',
+  'pipeline': 'jaxllm.pipelines',
   'LoadedModel': 'jaxllm.loading',
   'Experiment': 'jaxllm.experiment',
   'TrainingConfig': 'jaxllm.experiment',

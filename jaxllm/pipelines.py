@@ -1,0 +1,272 @@
+"""One function per application, with what Transformers' pipelines took and gave.
+
+    translate = pipeline('translation', 'runs/translation')
+    translate(['A dog runs.'], source='en', target='de')     # [{'translation_text': ...}]
+
+A model that was fine-tuned on a task answers in the form that it was trained on, any other by the
+default prompt of the task. `PIPELINES` lists the tasks.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from jaxllm import loading
+from jaxllm.generation import chat as conversation
+from jaxllm.generation import text as texts_lib
+from jaxllm.generation.sampling import SamplingConfig
+from jaxllm.interop import chat as templates
+from jaxllm.interop import tokenizer_files
+from jaxllm.loading import LoadedModel
+from jaxllm.models.decoder import Decoder
+from jaxllm.tasks import TASKS, encoding, predict
+from jaxllm.tasks import chat as chat_task
+from jaxllm.tasks.base import BOS, Prediction, Record, prompt_of
+from jaxllm.tasks.chat import Message
+from jaxllm.tasks.predict import Speaker
+from jaxllm.tasks.question_answering import ExtractiveQuestionAnswering, QuestionAnswering
+
+Pipeline = Callable[..., Any]
+
+BATCH_SIZE = 8
+
+
+def pipeline(
+  task: str, model: LoadedModel | str | os.PathLike[str], batch_size: int = BATCH_SIZE,
+  **fields: Any,
+) -> Pipeline:
+  """Return a function that does a task.
+
+  It takes one input or a list of them; what it gives for one does not depend on the others:
+
+      translation(texts, source=None, target=None)  -> [{'translation_text'}]
+      summarization(texts)                          -> [{'summary_text'}]
+      sentiment-analysis, text-classification(texts) -> [{'label', 'score'}]
+      question-answering(question=, context=None)   -> {'answer', 'score', 'start', 'end'}
+      text-generation(prompts, return_full_text=True) -> [{'generated_text'}]
+      chat(messages)                                -> [{'generated_text': messages}]
+
+  Lists of questions, prompts and conversations give lists of these results.
+
+  Args:
+    task: one of `PIPELINES`.
+    model: from `jaxllm.load`, or what it takes.
+    batch_size: inputs that are computed together.
+    **fields: of the task's config, such as `prompt`, `labels`, `max_new_tokens`; for
+      text-generation and chat those of `SamplingConfig`, and `stop`, texts that end an answer.
+
+  Raises:
+    ValueError: there is no such task or field, or no model.
+  """
+  if task not in PIPELINES:
+    raise ValueError(f'task={task!r}: one of {", ".join(PIPELINES)}')
+  if batch_size < 1:
+    raise ValueError(f'batch_size={batch_size}: at least 1')
+  loaded = model if isinstance(model, LoadedModel) else loading.load(model)
+  return PIPELINES[task](loaded, batch_size, fields)
+
+
+def speaker(model: LoadedModel, batch_size: int = BATCH_SIZE) -> Speaker:
+  """Return a loaded model as what answers the prompts of tasks."""
+  return Speaker(
+    Decoder(model.config), model.unstacked, model.tokenizer,
+    templates.special_tokens(model.tokenizer), model.add_bos, batch_size, model.stop_ids,
+  )
+
+
+def own_config(model: LoadedModel, *kinds: str) -> Any:
+  """Return the config of the task that a model was fine-tuned on, if it is of these kinds."""
+  config = getattr(model.experiment, 'task', None)
+  return config if config is not None and config.kind in kinds else None
+
+
+def _translation(model: LoadedModel, batch_size: int, fields: Mapping[str, Any]) -> Pipeline:
+  config = _config(model, fields, 'translation')
+
+  def translate(
+    texts: str | Sequence[str], source: str | None = None, target: str | None = None
+  ) -> list[Prediction]:
+    """Translate from a language into another; None: those of the config."""
+    named = {'source_language': source, 'target_language': target}
+    languages = {name: language for name, language in named.items() if language}
+    records = [{'source': text, **languages} for text in _several(texts)]
+    return _answer(model, batch_size, config, records)
+
+  return translate
+
+
+def _summarization(model: LoadedModel, batch_size: int, fields: Mapping[str, Any]) -> Pipeline:
+  config = _config(model, fields, 'summarization')
+
+  def summarize(texts: str | Sequence[str]) -> list[Prediction]:
+    """Summarise texts."""
+    return _answer(model, batch_size, config, [{'document': text} for text in _several(texts)])
+
+  return summarize
+
+
+def _classification(model: LoadedModel, batch_size: int, fields: Mapping[str, Any]) -> Pipeline:
+  config = _config(model, fields, 'sentiment', 'classification')
+
+  def classify(texts: str | Sequence[str]) -> list[Prediction]:
+    """Say the most likely label of texts, and its probability among the labels."""
+    found = _answer(model, batch_size, config, [{'text': text} for text in _several(texts)])
+    return [{name: one[name] for name in ('label', 'score')} for one in found]
+
+  return classify
+
+
+def _question_answering(
+  model: LoadedModel, batch_size: int, fields: Mapping[str, Any]
+) -> Pipeline:
+  own = _config(model, fields, 'question_answering', 'extractive_question_answering')
+  common = {name: getattr(own, name) for name in QuestionAnswering.model_fields if name != 'kind'}
+
+  def answer(
+    question: str | Sequence[str], context: str | Sequence[str] | None = None
+  ) -> Prediction | list[Prediction]:
+    """Answer questions with a stretch of their contexts; without, in the model's own words.
+
+    context[start:end] is the answer; a question without an answer gives ''. Several questions may
+    share one context.
+    """
+    questions = _several(question)
+    shared = context is None or isinstance(context, str)
+    contexts = [context] * len(questions) if shared else list(context or ())
+    if len(contexts) != len(questions):
+      raise ValueError(f'{len(questions)} questions and {len(contexts)} contexts: one for each, or '
+                       'one for all')
+    records = [{'question': q, 'context': c} for q, c in zip(questions, contexts, strict=True)]
+    config: Any = QuestionAnswering if context is None else ExtractiveQuestionAnswering
+    found = _answer(model, batch_size, config(**common), records)
+    return found[0] if isinstance(question, str) else found
+
+  return answer
+
+
+def _text_generation(model: LoadedModel, batch_size: int, fields: Mapping[str, Any]) -> Pipeline:
+  sampling, stop = _sampling(fields)
+
+  def generate(
+    prompts: str | Sequence[str], return_full_text: bool = True
+  ) -> list[Prediction] | list[list[Prediction]]:
+    """Continue prompts; `return_full_text` puts them before what is generated."""
+    several = _several(prompts)
+    ids = [model.encode_prompt(prompt) for prompt in several]
+    found = _continue(model, batch_size, ids, sampling, stop, model.stop_ids)
+    results = [
+      [{'generated_text': (prompt if return_full_text else '') + text}]
+      for prompt, text in zip(several, found, strict=True)
+    ]
+    return results[0] if isinstance(prompts, str) else results
+
+  return generate
+
+
+def _chat(model: LoadedModel, batch_size: int, fields: Mapping[str, Any]) -> Pipeline:
+  encode, ends, stop_ids = _chat_format(model)
+  sampling, stop = _sampling(fields)
+  room = max(model.config.max_length - sampling.max_new_tokens, model.config.max_length // 2)
+
+  def reply(
+    messages: str | Sequence[Any]
+  ) -> list[Prediction] | list[list[Prediction]]:
+    """Answer a conversation: what the user says, or a list of {'role', 'content'}.
+
+    A list of conversations gives a list of results. The result is the conversation with its answer;
+    what does not fit the context loses its oldest exchanges before the model reads it.
+    """
+    if isinstance(messages, str):
+      messages = [{'role': 'user', 'content': messages}]
+    single = bool(messages) and isinstance(messages[0], Mapping)
+    several: list[list[Any]] = [[*messages]] if single else [[*one] for one in messages]
+    ids = [conversation.fit(one, encode, room)[1] for one in several]
+    found = _continue(model, batch_size, ids, sampling, (*stop, *ends), stop_ids)
+    results = [
+      [{'generated_text': [*one, {'role': 'assistant', 'content': text.strip()}]}]
+      for one, text in zip(several, found, strict=True)
+    ]
+    return results[0] if single else results
+
+  return reply
+
+
+def _chat_format(
+  model: LoadedModel
+) -> tuple[Callable[[Sequence[Message]], list[int]], tuple[str, ...], tuple[int, ...]]:
+  """Return how conversations become tokens, and the texts and tokens that end an answer.
+
+  That is the template of the chat that the model was fine-tuned on, or else the tokenizer's, or
+  else plain text.
+  """
+  tokenizer, special = model.tokenizer, templates.special_tokens(model.tokenizer)
+  own, jinja = own_config(model, 'chat'), tokenizer_files.chat_template(model.tokenizer.files())
+  if own is None and jinja is not None:
+    # No answer holds a token that the template writes around messages.
+    ends = [token for text, token in special.items() if text in jinja]
+    return (
+      lambda messages: templates.encode(tokenizer, jinja, messages), (), (*model.stop_ids, *ends)
+    )
+  template = own.template if own else chat_task.PLAIN
+
+  def encode(messages: Sequence[Message]) -> list[int]:
+    answered = [*messages, {'role': 'assistant', 'content': '.'}]
+    found, = chat_task.segments([answered], template.render, template.controls)
+    prompt = prompt_of((BOS, *found))
+    return list(encoding.encode(prompt, tokenizer, special, model.add_bos).ids)
+
+  ids = [special[text] for text in template.controls if text in special]
+  return encode, (template.suffix.rstrip() or template.suffix,), (*model.stop_ids, *ids)
+
+
+def _config(model: LoadedModel, fields: Mapping[str, Any], *kinds: str) -> Any:
+  """Return the model's own config of one of the kinds, or the default of the first, changed."""
+  config = own_config(model, *kinds) or TASKS[kinds[0]].config()
+  return config.replace(**fields)
+
+
+def _answer(
+  model: LoadedModel, batch_size: int, config: Any, records: Sequence[Record]
+) -> list[Prediction]:
+  examples = [TASKS[config.kind].example(config, record) for record in records]
+  return predict.predict(config, examples, speaker(model, batch_size))
+
+
+def _continue(
+  model: LoadedModel, batch_size: int, prompts: Sequence[Sequence[int]], sampling: SamplingConfig,
+  stop: Sequence[str], stop_ids: Sequence[int],
+) -> Iterator[str]:
+  """Yield continuations; each is drawn with the seed of the config, wherever it stands."""
+  for start in range(0, len(prompts), batch_size):
+    rows = prompts[start : start + batch_size]
+    for completion in texts_lib.complete(
+      Decoder(model.config), model.unstacked, model.tokenizer, rows, sampling, stop, stop_ids,
+      seeds=[sampling.seed] * len(rows),
+    ):
+      yield completion.text
+
+
+def _sampling(fields: Mapping[str, Any]) -> tuple[SamplingConfig, tuple[str, ...]]:
+  stop = fields.get('stop') or ()
+  config = SamplingConfig(**{name: value for name, value in fields.items() if name != 'stop'})
+  return config, (stop,) if isinstance(stop, str) else tuple(stop)
+
+
+def _several(inputs: str | Sequence[str]) -> list[str]:
+  several = [inputs] if isinstance(inputs, str) else list(inputs)
+  for place, text in enumerate(several):
+    if not isinstance(text, str):
+      raise ValueError(f'input {place} is {text!r}; expected a text')
+  return several
+
+
+PIPELINES: Mapping[str, Callable[[LoadedModel, int, Mapping[str, Any]], Pipeline]] = {
+  'translation': _translation,
+  'summarization': _summarization,
+  'sentiment-analysis': _classification,
+  'text-classification': _classification,
+  'question-answering': _question_answering,
+  'text-generation': _text_generation,
+  'chat': _chat,
+}
+"""Task -> function that makes its pipeline."""

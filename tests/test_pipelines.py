@@ -1,0 +1,169 @@
+"""Pipelines: the shapes of their results, a batch equals one at a time, offsets point right."""
+
+import jax
+import pytest
+
+import jaxllm
+from jaxllm import pipelines
+from jaxllm.data import tokenizers
+from jaxllm.data.tokenizers import TokenizerConfig
+from jaxllm.loading import LoadedModel
+from jaxllm.models import decoder
+from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.linear import InitializerConfig
+from jaxllm.tasks.chat import Chat, ChatTemplate
+from jaxllm.tasks.classification import Classification
+from jaxllm.tasks.question_answering import QuestionAnswering
+from jaxllm.tasks.records import RecordsConfig, RecordSource
+from jaxllm.tasks.translation import Translation
+
+BYTES = tokenizers.train_or_load(TokenizerConfig(kind='bytes'), [])
+MODEL = DecoderConfig(
+  vocab_size=BYTES.vocab_size, vocab_multiple=1, embed_dim=8, num_layers=1, num_heads=2, mlp_dim=12,
+  max_length=96, scan_layers=False, initializer=InitializerConfig(stddev=0.4),
+)
+TEXTS = ['a' * 20, 'some longer text', 'x']
+
+
+class Run:
+  """Stands for the experiment of a run that was fine-tuned on a task."""
+
+  def __init__(self, task):
+    self.task = task
+
+
+def tuned(model, task):
+  return LoadedModel(model.config, model.variables, BYTES, Run(task))
+
+
+@pytest.fixture(scope='module')
+def model():
+  variables = jax.jit(decoder.init, static_argnums=0)(MODEL, jax.random.key(0))
+  return LoadedModel(MODEL, variables, BYTES)
+
+
+@pytest.mark.parametrize('task, key', [
+  ('translation', 'translation_text'), ('summarization', 'summary_text'),
+  ('text-generation', 'generated_text'),
+])
+def test_a_batch_of_texts_equals_one_at_a_time(model, task, key):
+  run = jaxllm.pipeline(task, model, batch_size=2, max_new_tokens=5)
+  together = run(TEXTS)
+  assert together == [run(text) if task == 'text-generation' else run(text)[0] for text in TEXTS]
+  flat = [one for row in together for one in row] if task == 'text-generation' else together
+  assert all(set(one) == {key} and isinstance(one[key], str) for one in flat)
+  assert run([]) == []
+
+
+def test_labels_of_a_batch_equal_one_at_a_time(model):
+  classify = jaxllm.pipeline('sentiment-analysis', model, batch_size=2)
+  together = classify(TEXTS)
+  for text, found in zip(TEXTS, together, strict=True):
+    alone, = classify(text)
+    assert set(found) == {'label', 'score'} and found['label'] == alone['label']
+    assert found['label'] in ('positive', 'negative') and 0.5 <= found['score'] <= 1
+    assert found['score'] == pytest.approx(alone['score'], rel=1e-4)
+
+
+def test_labels_may_be_ones_own(model):
+  labels = (('spam', 'spam'), ('ham', 'ham'), ('egg', 'egg'))
+  found = jaxllm.pipeline('text-classification', model, labels=labels)(TEXTS)
+  assert {one['label'] for one in found} <= {'spam', 'ham', 'egg'}
+
+
+def test_offsets_point_at_the_answer(model, monkeypatch):
+  said = {}
+
+  def predict(config, examples, speaker):
+    task = pipelines.TASKS[config.kind]
+    answer = pipelines.predict.Answer(text=said['text'], score=0.5)
+    return [task.read(config, example, answer) for example in examples]
+
+  monkeypatch.setattr(pipelines.predict, 'predict', predict)
+  answer = jaxllm.pipeline('question-answering', model)
+  context = 'In the spring, the Ides of March came; Caesar fell.'
+  for text, expected in (('ides of  march', 'Ides of March'), ('Great Caesar', 'Caesar'),
+                         ('unanswerable', ''), ('Rome', '')):
+    said['text'] = text
+    found = answer(question='When?', context=context)
+    assert found['answer'] == expected == context[found['start'] : found['end']]
+    assert found['score'] == 0.5
+  assert answer(question='When?')['answer'] == 'Rome'  # Without context, in its own words.
+
+
+def test_questions_in_a_batch_equal_one_at_a_time(model):
+  answer = jaxllm.pipeline('question-answering', model, batch_size=2, max_new_tokens=6)
+  contexts = ['abc def', 'xyz ' * 5, 'q']
+  together = answer(question=TEXTS, context=contexts)
+  for question, context, found in zip(TEXTS, contexts, together, strict=True):
+    alone = answer(question=question, context=context)
+    assert found == {**alone, 'score': pytest.approx(alone['score'], rel=1e-4)}
+  assert set(together[0]) == {'answer', 'score', 'start', 'end'}
+  assert answer(question=TEXTS, context=contexts[0])[0] == together[0]
+  with pytest.raises(ValueError, match='3 questions and 2 contexts'):
+    answer(question=TEXTS, context=contexts[:2])
+
+
+def test_prompts_continue_in_full_or_not(model):
+  generate = jaxllm.pipeline('text-generation', model, max_new_tokens=5, temperature=0.0)
+  whole, = generate('abc')
+  new, = generate('abc', return_full_text=False)
+  assert whole['generated_text'] == 'abc' + new['generated_text'] != 'abc'
+
+
+def test_chats_in_a_batch_equal_one_at_a_time(model):
+  reply = jaxllm.pipeline('chat', model, batch_size=2, max_new_tokens=6)
+  chats = [
+    [{'role': 'user', 'content': 'Hi'}],
+    [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'},
+     {'role': 'user', 'content': 'c' * 9}],
+    [{'role': 'user', 'content': 'bye'}],
+  ]
+  together = reply(chats)
+  assert together == [reply(one) for one in chats]
+  assert together[0] == reply('Hi')
+  for messages, (found,) in zip(chats, together, strict=True):
+    *before, last = found['generated_text']
+    assert before == messages and last['role'] == 'assistant'
+
+
+def test_a_fine_tuned_model_answers_in_its_own_form(model):
+  seen = []
+
+  def spy(config, **fields):
+    run = jaxllm.pipeline({'classification': 'sentiment-analysis'}.get(config.kind, config.kind),
+                          tuned(model, config), **fields)
+    found = run(TEXTS[:1])
+    seen.append(found)
+    return found
+
+  labels = (('0', 'no'), ('1', 'yes'))
+  data = RecordsConfig(sources=(RecordSource(location='none.tsv'),))
+  config = Classification(data=data, labels=labels, prompt='{text}?')
+  assert spy(config)[0]['label'] in ('0', '1')
+  german = Translation(prompt='{source} =>', target_language='de', max_new_tokens=3)
+  own = spy(german)
+  assert own == jaxllm.pipeline('translation', model, prompt='{source} =>', max_new_tokens=3)(
+    TEXTS[:1])
+  assert pipelines.own_config(tuned(model, german), 'summarization') is None
+  question = QuestionAnswering(prompt_without_context='{question}?', max_new_tokens=3)
+  assert jaxllm.pipeline('question-answering', tuned(model, question))('a') == jaxllm.pipeline(
+    'question-answering', model, prompt_without_context='{question}?', max_new_tokens=3)('a')
+
+
+def test_a_chat_follows_the_template_of_the_run(model):
+  template = ChatTemplate(prefix='<{role}>', suffix='</>', controls=())
+  encode, ends, _ = pipelines._chat_format(tuned(model, Chat(template=template)))
+  messages = [{'role': 'user', 'content': 'Hi'}]
+  assert encode(messages) == [BYTES.bos_id, *b'<user>Hi</><assistant>'] and ends == ('</>',)
+  encode, ends, _ = pipelines._chat_format(model)
+  assert encode(messages) == [BYTES.bos_id, *b'User:\nHi\n\nAssistant:\n'] and ends == ('\n\n',)
+
+
+def test_what_is_asked_wrongly_is_said(model):
+  with pytest.raises(ValueError, match="task='translate': one of translation, "):
+    jaxllm.pipeline('translate', model)
+  with pytest.raises(ValueError, match="no such field; did you mean 'max_new_tokens'"):
+    jaxllm.pipeline('translation', model, max_tokens=3)
+  with pytest.raises(ValueError, match='input 1 is 3'):
+    jaxllm.pipeline('summarization', model)(['a', 3])
