@@ -186,10 +186,7 @@ class JsonConstraint:
 
   def allowed(self) -> np.ndarray:
     """Return bool (vocab_size,), read-only: the tokens that may come next; EOS after the end."""
-    if self._ended:
-      return self._masks.mask(())
-    masks = [self._masks.mask(stack) for stack in self._stacks]
-    return masks[0] if len(masks) == 1 else np.logical_or.reduce(masks)
+    return self._masks.mask(((),) if self._ended else self._stacks)
 
   def advance(self, token: int) -> None:
     """Take the token that was drawn.
@@ -218,34 +215,39 @@ class Masks:
     self.start = start
     self.eos_ids = vocabulary.eos_ids
     self._vocabulary = vocabulary
-    self._masks: dict[Stack, np.ndarray] = {}
+    self._masks: dict[tuple[Stack, ...], np.ndarray] = {}
 
-  def mask(self, stack: Stack) -> np.ndarray:
-    """Return bool (vocab_size,), read-only: the tokens that may follow; kept."""
-    found = self._masks.get(stack)
+  def mask(self, stacks: tuple[Stack, ...]) -> np.ndarray:
+    """Return bool (vocab_size,), read-only: the tokens that may follow any of these; kept."""
+    found = self._masks.get(stacks)
     if found is None:
       if len(self._masks) >= _MAX_MASKS:
         self._masks.clear()
-      found = self._masks[stack] = self._mask(stack)
+      groups = _groups(stacks)
+      if len(groups) == 1:
+        found = self._mask(stacks)
+      else:
+        found = np.logical_or.reduce([self.mask(group) for group in groups])
+      found.flags.writeable = False
+      self._masks[stacks] = found
     return found
 
   def after(self, stacks: tuple[Stack, ...], token: int) -> tuple[Stack, ...]:
     """Return the states after a token; none where no state takes it."""
     text = self._vocabulary.id_bytes[token] if 0 <= token < len(self._vocabulary.id_bytes) else b''
     found: list[Stack] = []
-    for stack in stacks if text else ():
-      following: tuple[Stack, ...] = (stack,)
+    for following in _groups(stacks) if text else ():
       for byte in text:
         following = _step(following, byte)
       found += following if self._may_end(following) else ()
     return tuple(dict.fromkeys(found))[:_MAX_STACKS]
 
-  def _mask(self, stack: Stack) -> np.ndarray:
+  def _mask(self, group: tuple[Stack, ...]) -> np.ndarray:
     mask = np.zeros(self._vocabulary.vocab_size, bool)
-    mask[list(self.eos_ids)] = json_grammar.is_complete(stack)
+    mask[list(self.eos_ids)] = any(map(json_grammar.is_complete, group))
     todo: list[tuple[_Node, tuple[Stack, ...]]] = []
-    if stack and isinstance(stack[0], TextFrame | KeyFrame) and stack[0].free:
-      frame, rest = stack
+    if _is_free(group[0]):
+      frame, rest = group[0]  # type: ignore[misc]
       scan, left = self._vocabulary.scan(frame.pending), frame.left
       mask[scan.ids if left is None else scan.ids[scan.begun <= left]] = True
       todo += [(node, stacks) for node, text in scan.exits
@@ -253,7 +255,7 @@ class Masks:
       for node, _ in todo:
         mask[node.ids] = True
     else:
-      todo.append((self._vocabulary.root, (stack,)))
+      todo.append((self._vocabulary.root, group))
     while todo:
       node, stacks = todo.pop()
       for byte, child in node.children.items():
@@ -262,7 +264,6 @@ class Masks:
             mask[child.ids] = True
           if child.children:
             todo.append((child, following))
-    mask.flags.writeable = False
     return mask
 
   def _may_end(self, stacks: tuple[Stack, ...]) -> bool:
@@ -270,6 +271,18 @@ class Masks:
     frame = stacks[0][0] if stacks and stacks[0] else None
     inside = isinstance(frame, TextFrame | KeyFrame)
     return not inside or self._vocabulary.may_end(frame.pending)  # type: ignore[union-attr]
+
+
+def _is_free(stack: Stack) -> bool:
+  frame = stack[0] if stack else None
+  return isinstance(frame, TextFrame | KeyFrame) and frame.free
+
+
+def _groups(stacks: tuple[Stack, ...]) -> list[tuple[Stack, ...]]:
+  """Return what is followed together: each stack in a free string alone, all others at once."""
+  alone = [(stack,) for stack in stacks if _is_free(stack)]
+  others = tuple(stack for stack in stacks if not _is_free(stack))
+  return [*alone, others] if others else [*alone]
 
 
 def _step(stacks: tuple[Stack, ...], byte: int) -> tuple[Stack, ...]:

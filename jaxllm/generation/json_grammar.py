@@ -1,6 +1,6 @@
 """JSON as an automaton over bytes: what a document may be, and which byte may come next.
 
-- `Choice` and the nodes say what a value may be: an object with these properties, a string, ...
+- What a value may be is said by a `Choice` of `json_nodes`.
 - A stack is a pair of the innermost unfinished thing (a frame) and the stack around it; `()` means
   that the document is complete. Stacks are hashable values, and share what lies below.
 - `step` gives the stacks after one more byte: none where the byte cannot come, several where more
@@ -12,94 +12,19 @@ indentation; numbers have at most `MAX_DIGITS` digits before and after the point
 1e308.
 """
 
-import dataclasses
-from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
+from jaxllm.generation.json_nodes import Array, Choice, Number, Object, String, Words
 from jaxllm.generation.json_strings import QUOTE, Name, follow, lex, simplest
 
 MAX_DEPTH = 32
 MAX_DIGITS = 32
-_MAX_EXPONENT = 308  # Of numbers below 1, which a double still holds.
+# Digits before the point and a positive exponent together.
+_MAX_EXPONENT = 308
 _INDENT = 4
 
 Stack = tuple[Any, Any] | tuple[()]
 Stacks = list[Stack]
-
-@dataclasses.dataclass(eq=False)
-class Choice:
-  """What a place takes: any of these nodes.
-
-  Attributes:
-    nodes: filled after construction where a schema is recursive.
-    height: levels of containers that the flattest value has.
-  """
-
-  nodes: tuple[Any, ...] = ()
-  height: int = 0
-
-
-@dataclasses.dataclass(eq=False)
-class Word:
-  """A value that is written in one way, as `true`."""
-
-  text: bytes
-  height: int = 0
-
-
-@dataclasses.dataclass(eq=False)
-class String:
-  """A string of `least` to `most` characters, or one of the `names`."""
-
-  least: int = 0
-  most: int | None = None
-  names: Name | None = None
-  height: int = 0
-
-
-@dataclasses.dataclass(eq=False)
-class Number:
-  """A number; an integer is written without point and exponent."""
-
-  integer: bool = False
-  height: int = 0
-
-
-@dataclasses.dataclass(eq=False)
-class Array:
-  """An array: `prefix` says what its first elements are, `items` what the others are."""
-
-  items: Choice
-  prefix: tuple[Choice, ...] = ()
-  least: int = 0
-  most: int | None = None
-  height: int = 1
-
-  def element(self, place: int) -> Choice:
-    """Return what may stand at a place."""
-    return self.prefix[place] if place < len(self.prefix) else self.items
-
-
-@dataclasses.dataclass(eq=False)
-class Object:
-  """An object.
-
-  Attributes:
-    names: tree of the declared properties.
-    values: what each declared property may be, in the order of its index.
-    required: bits of the properties that must be there.
-    additional: what other properties may be, if there may be any.
-  """
-
-  names: Name
-  values: tuple[Choice, ...]
-  required: int
-  additional: Choice | None
-  height: int = 1
-
-  def fitting(self, room: int) -> int:
-    """Return the bits of properties whose flattest value has at most `room` levels."""
-    return sum(1 << i for i, value in enumerate(self.values) if value.height <= room)
 
 
 def start(choice: Choice) -> Stack:
@@ -114,7 +39,10 @@ def step(stack: Stack, byte: int) -> Stacks:
 
 def is_complete(stack: Stack) -> bool:
   """Return whether the document may end here."""
-  return not stack or (not stack[1] and isinstance(stack[0], NumberFrame) and stack[0].complete)
+  if not stack:
+    return True
+  frame, rest = stack
+  return not rest and isinstance(frame, NumberFrame | WordFrame) and frame.complete
 
 
 def _gap(byte: int, gap: int, room: int) -> int | None:
@@ -131,25 +59,22 @@ def _gap(byte: int, gap: int, room: int) -> int | None:
 
 def _begin(choice: Choice, byte: int, rest: Stack, room: int) -> Stacks:
   """Return the stacks after the first byte of a value; `rest` is what follows the value."""
-  return [stack for node in choice.nodes if node.height <= room
-          for stack in _begin_node(node, byte, rest, room)]
-
-
-def _begin_node(node: Any, byte: int, rest: Stack, room: int) -> Iterator[Stack]:
-  match node:
-    case Word():
-      yield from _WordFrame(node, 0).step(byte, rest)
-    case Number():
-      yield from NumberFrame(node, 'start', 0, 0).step(byte, rest)
-    case String():
-      if byte == QUOTE:
-        yield TextFrame(node, 0, node.names, b''), rest
-    case Array():
-      if byte == ord('['):
-        yield _ArrayFrame(node, 'first', 0, 0, room - 1), rest
-    case Object():
-      if byte == ord('{'):
-        yield _ObjectFrame(node, 'first', 0, None, 0, room - 1), rest
+  stacks: Stacks = []
+  for node in choice.starting(byte):
+    if node.height > room:
+      continue
+    match node:
+      case Words():
+        stacks += WordFrame(node, node.names).step(byte, rest)
+      case Number():
+        stacks += NumberFrame(node, 'start', 0, 0).step(byte, rest)
+      case String():
+        stacks.append((TextFrame(node, 0, node.names, b''), rest))
+      case Array():
+        stacks.append((_ArrayFrame(node, 'first', 0, 0, room - 1), rest))
+      case Object():
+        stacks.append((_ObjectFrame(node, 'first', 0, None, 0, room - 1), rest))
+  return stacks
 
 
 class _Start(NamedTuple):
@@ -162,15 +87,28 @@ class _Start(NamedTuple):
     return _begin(self.choice, byte, rest, MAX_DEPTH)
 
 
-class _WordFrame(NamedTuple):
-  node: Word
-  done: int
+class WordFrame(NamedTuple):
+  """Inside a word.
+
+  Attributes:
+    node: what it may be.
+    place: in `node.names`.
+  """
+
+  node: Words
+  place: Name
+
+  @property
+  def complete(self) -> bool:
+    """Whether the word may end here."""
+    return self.place.index is not None
 
   def step(self, byte: int, rest: Stack) -> Stacks:
-    text, done = self.node.text, self.done + 1
-    if text[self.done] != byte:
-      return []
-    return [rest] if done == len(text) else [(self._replace(done=done), rest)]
+    """Return the stacks after a byte, which may be the first one after the word."""
+    child = self.place.children.get(chr(byte))
+    if child is not None:
+      return [(self._replace(place=child), rest)]
+    return step(rest, byte) if self.complete else []
 
 
 class TextFrame(NamedTuple):

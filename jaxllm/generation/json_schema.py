@@ -14,20 +14,15 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxllm.generation.json_grammar import (
-  MAX_DEPTH,
-  Array,
-  Choice,
-  Number,
-  Object,
-  String,
-  Word,
-)
+from jaxllm.generation.json_grammar import MAX_DEPTH
+from jaxllm.generation.json_nodes import Array, Choice, Number, Object, String, Words
 from jaxllm.generation.json_strings import names_of
 
 MAX_SCHEMAS = 2000
 """Schemas in a document, values of `enum` and `const` included."""
 MAX_SCHEMA_DEPTH = 64
+MAX_CONTAINERS = 32
+"""Objects, and arrays, that one place may choose from."""
 
 _ANNOTATIONS = {
   '$schema', '$id', '$comment', '$defs', 'definitions', 'title', 'description', 'default',
@@ -63,7 +58,10 @@ def compile_schema(schema: Any) -> Choice:
 
 
 class _Compiler:
-  """Builds nodes; what a place takes is a list of nodes and other places until all is read."""
+  """Builds nodes. What a place takes is a list until all is read.
+
+  The list holds nodes, other places, strings that are given, and words (bytes).
+  """
 
   def __init__(self, schema: Any):
     self._document = schema
@@ -80,7 +78,7 @@ class _Compiler:
       where = 'schema' + pointer[1:].replace('/', '.')
       self._parts[choice].append(self._place(self._definition(pointer), where, 0))
     for choice in self._parts:
-      choice.nodes = tuple(self._flat(choice))
+      choice.nodes = _merged(self._flat(choice))
     self._measure()
     if root.height > MAX_DEPTH:
       raise ValueError(f'schema: no document of at most {MAX_DEPTH} levels satisfies it; look for '
@@ -88,7 +86,7 @@ class _Compiler:
     return root
 
   def _flat(self, choice: Choice) -> list[Any]:
-    """Return the nodes behind references and alternatives, each once."""
+    """Return what stands behind references and alternatives, each place once."""
     found, todo, seen = [], [choice], {choice}
     while todo:
       for part in self._parts[todo.pop()]:
@@ -168,7 +166,7 @@ class _Compiler:
     if self._anything is None:
       self._anything = anything = self._new()
       self._parts[anything] += [
-        String(), Number(), Word(b'true'), Word(b'false'), Word(b'null'), Array(anything),
+        String(), Number(), b'true', b'false', b'null', Array(anything),
         Object(names_of([]), (), 0, anything),
       ]
     return self._anything
@@ -201,34 +199,27 @@ class _Compiler:
 
   def _constants(self, values: list[Any], where: str, depth: int) -> Choice:
     """Return what takes these values, in every spelling of their strings."""
-    strings = list(dict.fromkeys(value for value in values if isinstance(value, str)))
-    for value in strings:
-      self._count(where)
-      if not _encodable(value):
-        raise ValueError(f'{where}: a text holds half of a surrogate pair')
-    nodes: list[Any] = [String(names=names_of(strings))] if strings else []
-    for value in values:
-      if not isinstance(value, str):
-        nodes.append(self._constant(value, where, depth + 1))
-    return self._new(*nodes)
-
-  def _constant(self, value: Any, where: str, depth: int) -> Any:
-    self._count(where)
     if depth > MAX_SCHEMA_DEPTH:
       raise ValueError(f'{where}: nested deeper than {MAX_SCHEMA_DEPTH} levels')
+    return self._new(*(part for value in values for part in self._constant(value, where, depth)))
+
+  def _constant(self, value: Any, where: str, depth: int) -> list[Any]:
+    self._count(where)
+    if isinstance(value, str):
+      if not _encodable(value):
+        raise ValueError(f'{where}: a text holds half of a surrogate pair')
+      return [value]
     if isinstance(value, Mapping):
       if not all(map(_encodable, value)):
         raise ValueError(f'{where}: a name holds half of a surrogate pair')
-      places = tuple(self._constants([item], where, depth) for item in value.values())
-      return Object(names_of(value), places, (1 << len(value)) - 1, None)
+      places = tuple(self._constants([item], where, depth + 1) for item in value.values())
+      return [Object(names_of(value), places, (1 << len(value)) - 1, None)]
     if isinstance(value, list):
-      places = tuple(self._constants([item], where, depth) for item in value)
-      return Array(self._new(), places, len(value), len(value))
+      places = tuple(self._constants([item], where, depth + 1) for item in value)
+      return [Array(self._new(), places, len(value), len(value))]
     if isinstance(value, float) and not math.isfinite(value):
       raise ValueError(f'{where}: {value} is no JSON')
-    if isinstance(value, bool | None):
-      return Word(json.dumps(value).encode())
-    return self._new(*(Word(text.encode()) for text in _number_texts(value)))
+    return _texts(value)
 
   def _typed(self, name: str, schema: Mapping[str, Any], where: str, depth: int) -> Any:
     match name:
@@ -240,9 +231,9 @@ class _Compiler:
         least, most = _bounds(schema, 'minLength', 'maxLength', where)
         return String(least, most)
       case 'boolean':
-        return self._new(Word(b'true'), Word(b'false'))
+        return self._new(b'true', b'false')
       case 'null':
-        return Word(b'null')
+        return b'null'
     return Number(integer=name == 'integer')
 
   def _object(self, schema: Mapping[str, Any], where: str, depth: int) -> Object:
@@ -282,6 +273,19 @@ class _Compiler:
     self._seen += 1
     if self._seen > MAX_SCHEMAS:
       raise ValueError(f'{where[:80]}: the schema has more than {MAX_SCHEMAS} parts')
+
+
+def _merged(parts: list[Any]) -> tuple[Any, ...]:
+  """Return the nodes of a place: all strings that are given in one, all words in one."""
+  strings = dict.fromkeys(part for part in parts if isinstance(part, str))
+  words = dict.fromkeys(part.decode() for part in parts if isinstance(part, bytes))
+  nodes = [part for part in parts if not isinstance(part, str | bytes)]
+  for kind, name in ((Object, 'objects'), (Array, 'arrays')):
+    if (count := sum(isinstance(node, kind) for node in nodes)) > MAX_CONTAINERS:
+      raise ValueError(f'schema: {count} {name} to choose from in one place; at most '
+                       f'{MAX_CONTAINERS} are supported')
+  nodes += [String(names=names_of(strings))] if strings else []
+  return (*nodes, Words(names_of(words))) if words else tuple(nodes)
 
 
 def _needed(node: Array | Object) -> list[Choice]:
@@ -334,14 +338,12 @@ def _is_type(value: Any, name: str) -> bool:
   return _CHECKS[name](value)
 
 
-def _number_texts(value: int | float) -> list[str]:
-  """Return how a number may be written: as it is given, and with or without its `.0`."""
-  texts = [json.dumps(value)]
-  if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
-    texts.append(str(int(value)))
-  elif isinstance(value, int) and abs(value) < 2**53:
-    texts.append(json.dumps(float(value)))
-  return list(dict.fromkeys(texts))
+def _texts(value: int | float | None) -> list[bytes]:
+  """Return how a constant may be written: as it is given; a number with or without its `.0`."""
+  values = [value]
+  if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**53:
+    values += [float(value)] + [int(value)] * (int(value) == value)
+  return [json.dumps(each).encode() for each in values]
 
 
 def _encodable(text: str) -> bool:

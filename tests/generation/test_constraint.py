@@ -54,6 +54,8 @@ SCHEMAS = {
   'pair': {'type': 'array', 'prefixItems': [{'type': 'string', 'maxLength': 3}, True],
            'items': False, 'minItems': 1},
   'number': {'type': 'number'},
+  'words': {'anyOf': [*({'const': f'w{i}'} for i in range(50)), {'enum': [*range(200), -1, 0.5]},
+                      {'type': 'boolean'}, {'type': 'array', 'items': {'const': 1}}]},
 }
 DOCUMENTS = {
   'record': [{'name': 'é🙂"\\\n', 'age': -12},
@@ -64,6 +66,7 @@ DOCUMENTS = {
   'tree': [{'v': None, 'kids': [{'kids': [], 'v': None}, {'v': None, 'kids': []}]}],
   'constant': [{'c': 2.5, 'a': [1, True, {'b': 'ü'}]}],
   'pair': [['abc', {'x': [None]}], ['']],
+  'words': ['w4', 'w49', 12, 123, 1.0, -1, 0.5, 50.0, False, [1, 1.0, 1]],
   'number': [0, -0.5, 12, 1e16, 5e-324, 1.7976931348623157e307],
 }
 REFUSED = {
@@ -75,6 +78,7 @@ REFUSED = {
   'tree': ['{"v":null}', '{"v":null,"kids":[1', '{"kids":[],"v":null}}'],
   'constant': ['{"a":[1,true]', '{"c":2,', '{"c":2.5}'],
   'pair': ['["abcd', '[]', '["a",1,', '[1'],
+  'words': ['"w50', '"w4"1', '200', '-2', '0.6', '12.5', '01', 'tru1', '[12', '[2', '1,'],
   'number': ['1e309', '01', '-a', '+1', '.5', '1.e', '"1"', 'NaN'],
   None: ['[', '1', '{a', '{"a":1,}', '{"a"}', "{'a'", '{"a":\x00', '{"a":"\n', '{"\\ud800"',
          '{"\\x', '{"\\udc00', '{"a":[1,]', '{"a":1]', '{"a":1}}', '{"a":tru}', '   {', '{"a":  '],
@@ -309,6 +313,8 @@ def test_large_and_deep_schemas_are_refused_or_read_without_recursion():
     deep = {'type': 'array', 'items': deep}
   with pytest.raises(ValueError, match='nested deeper'):
     constraints.schema(deep)
+  with pytest.raises(ValueError, match='40 objects to choose from'):
+    constraints.schema({'anyOf': [{'type': 'object'}] * 40})
   with pytest.raises(ValueError, match='more than'):
     constraints.schema({'enum': [*map(str, range(10_000))]})
   chain = {f'n{i}': {'$ref': f'#/$defs/n{i + 1}'} for i in range(900)} | {'n900': {'type': 'null'}}
