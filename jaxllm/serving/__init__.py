@@ -1,0 +1,1 @@
+"""Serving: an engine that decodes many requests together, and its HTTP face."""

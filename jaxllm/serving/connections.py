@@ -1,0 +1,152 @@
+"""Connections that do not wait for ever: uvicorn's HTTP/1.1 with limits of time and number.
+
+uvicorn itself has no time limit for headers, for bodies, or for a client that takes nothing of its
+answer, and answers in plain text where a request is no HTTP.
+"""
+
+import asyncio
+import http
+import sys
+from typing import Any, Literal
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from jaxllm.serving.errors import ApiError
+from jaxllm.serving.limits import LimitsConfig
+
+Phase = Literal['headers', 'body']
+# The app answers a body that is too slow; this much later the connection breaks, answered or not.
+LINGER_SECONDS = 5.0
+# How long a connection may wait for its next request.
+KEEP_SECONDS = 30
+
+
+class LimitedProtocol(H11Protocol):
+  """A connection with limits; `settings` makes the class that has them."""
+
+  limits: LimitsConfig
+  _phase: Phase | None = None
+  _phase_timer: asyncio.TimerHandle | None = None
+  _send_timer: asyncio.TimerHandle | None = None
+
+  def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    """Begin to wait for headers, if there is room for one more connection."""
+    super().connection_made(transport)
+    if len(self.connections) > self.limits.max_connections:
+      self._refuse(ApiError(503, 'there are too many connections; come back later',
+                            code='too_many_connections', headers={'Retry-After': '5'}))
+      return
+    self._watch()
+
+  def data_received(self, data: bytes) -> None:
+    """Take in what has come."""
+    super().data_received(data)
+    self._watch()
+
+  def connection_lost(self, exc: Exception | None) -> None:
+    """Stop all clocks."""
+    super().connection_lost(exc)
+    for timer in (self._phase_timer, self._send_timer):
+      if timer is not None:
+        timer.cancel()
+
+  def pause_writing(self) -> None:
+    """Give a client that takes nothing its last chance."""
+    super().pause_writing()
+    if self._send_timer is None:
+      self._look_again()
+
+  def on_response_complete(self) -> None:
+    """End the connection where it was the last response."""
+    super().on_response_complete()
+    self._end()
+
+  def timeout_keep_alive_handler(self) -> None:
+    """End a connection that is not used any more."""
+    super().timeout_keep_alive_handler()
+    self._end()
+
+  def send_400_response(self, msg: str) -> None:
+    """Answer what is no HTTP, or has too large headers."""
+    error = sys.exc_info()[1]
+    status = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
+    if status == 431:
+      self._refuse(ApiError(
+        431, f'the headers have more than {self.limits.max_header_bytes} bytes',
+        code='headers_too_large'))
+    else:
+      self._refuse(ApiError(400, 'this is no valid HTTP/1.1 request', code='invalid_http'))
+
+  def _watch(self) -> None:
+    """Start a clock when headers or a body begin to come in, and stop it when they are there."""
+    state = self.conn.their_state
+    phase: Phase | None = None
+    if state is h11.SEND_BODY:
+      phase = 'body'
+    elif state is h11.IDLE and self.timeout_keep_alive_task is None:
+      phase = 'headers'
+    if phase == self._phase:
+      return
+    if self._phase_timer is not None:
+      self._phase_timer.cancel()
+    self._phase, self._phase_timer = phase, None
+    if phase is not None:
+      seconds = (self.limits.header_seconds if phase == 'headers'
+                 else self.limits.body_seconds + LINGER_SECONDS)
+      self._phase_timer = self.loop.call_later(seconds, self._too_slow, phase)
+
+  def _too_slow(self, phase: Phase) -> None:
+    if phase == 'headers' and not self.transport.is_closing():
+      self._refuse(ApiError(
+        408, f'the headers did not arrive within {self.limits.header_seconds:g} seconds',
+        code='request_timeout'))
+    else:
+      self.transport.abort()
+
+  def _refuse(self, error: ApiError) -> None:
+    """Send an error without asking the app, and close."""
+    body = error.body()
+    headers = [('content-type', 'application/json'), ('content-length', str(len(body))),
+               ('connection', 'close'), *error.headers.items()]
+    reason = http.HTTPStatus(error.status).phrase
+    try:
+      for event in (h11.Response(status_code=error.status, headers=headers, reason=reason),
+                    h11.Data(data=body), h11.EndOfMessage()):
+        self.transport.write(self.conn.send(event) or b'')
+    except h11.LocalProtocolError:
+      # A response is under way.
+      self.transport.abort()
+      return
+    self.transport.close()
+    self._end()
+
+  def _end(self) -> None:
+    """See that a connection which is closing gets closed, though its client takes nothing."""
+    if self.transport.is_closing() and self._send_timer is None:
+      self._look_again()
+
+  def _look_again(self) -> None:
+    left = self.transport.get_write_buffer_size()
+    self._send_timer = self.loop.call_later(self.limits.send_seconds, self._look, left)
+
+  def _look(self, before: int) -> None:
+    """Break the connection if its client has taken nothing since the last look."""
+    self._send_timer = None
+    left = self.transport.get_write_buffer_size()
+    if left >= before and (left or self.transport.is_closing()):
+      self.transport.abort()
+    elif left or self.transport.is_closing():
+      self._look_again()
+
+
+def settings(limits: LimitsConfig) -> dict[str, Any]:
+  """Return the arguments of `uvicorn.Config` that go with these limits."""
+  return {
+    'http': type('Limited', (LimitedProtocol,), {'limits': limits}),
+    'ws': 'none', 'lifespan': 'on', 'loop': 'asyncio',
+    'h11_max_incomplete_event_size': limits.max_header_bytes, 'timeout_keep_alive': KEEP_SECONDS,
+    'timeout_graceful_shutdown': limits.drain_seconds,
+    # The guard logs requests, without what a client wrote into their paths.
+    'access_log': False, 'log_config': None, 'server_header': False, 'proxy_headers': False,
+  }

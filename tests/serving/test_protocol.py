@@ -1,0 +1,232 @@
+"""What bodies of requests mean, and that every field is either understood or refused by name."""
+
+import json
+
+import pytest
+
+from jaxllm.serving import fields, protocol
+from jaxllm.serving.errors import ApiError
+from jaxllm.serving.limits import Keys, LimitsConfig, read_keys
+from jaxllm.serving.metrics import Metrics
+
+LIMITS = LimitsConfig(max_rows=4, max_inputs=2)
+VOCAB = 300
+TEXT = {'model': 'm', 'prompt': 'x'}
+CHAT = {'model': 'm', 'messages': [{'role': 'user', 'content': 'x'}]}
+
+
+def completion(**changes):
+  return protocol.completion(TEXT | changes, LIMITS, VOCAB)
+
+
+def chat(**changes):
+  return protocol.chat(CHAT | changes, LIMITS, VOCAB)
+
+
+def refusal(read, *args, **changes):
+  with pytest.raises(ApiError) as caught:
+    read(*args, **changes)
+  error = caught.value
+  assert error.status == 400
+  assert set(error.content()) == {'error'}
+  assert set(error.content()['error']) == {'message', 'type', 'param', 'code'}
+  assert json.loads(error.body()) == error.content()
+  return error
+
+
+@pytest.mark.parametrize('body', [
+  b'', b'{', b'[]', b'null', b'"x"', b'{"a": NaN}', b'{"a": -Infinity}', b'{"a": 1e999}',
+  b'{"a": ' + b'9' * 20_000 + b'}', b'[' * 100_000, b'{"a":' * 100_000, b'{"a": 1, "a": 2}',
+  b'\xff\xfe', '{"a": "x"}'.encode('utf-16'), b'{"a": 01}', b"{'a': 1}", b'{"a": 1} x',
+])
+def test_bodies_that_are_no_json_object(body):
+  assert refusal(fields.parse, body).param is None
+
+
+def test_defaults_are_those_of_the_api():
+  request = completion()
+  assert request.prompts == ('x',) and not request.echo
+  generation = request.generation
+  assert generation.max_tokens == 16 and generation.num_choices == 1 and generation.seed is None
+  assert generation.stop == () and generation.num_top is None and generation.form is None
+  assert (generation.sampling.temperature, generation.sampling.top_p) == (1.0, 1.0)
+  assert chat().generation.max_tokens is None
+  assert chat(max_completion_tokens=7).generation.max_tokens == 7
+  assert chat(logprobs=True).generation.num_top == 0
+  assert chat(logprobs=False).generation.num_top is None
+  assert completion(logprobs=0).generation.num_top == 0
+
+
+def test_null_is_the_same_as_nothing():
+  names = set(protocol._sampling_fields(LIMITS, VOCAB)) - {'model'}
+  nothing = dict.fromkeys([*names, 'max_tokens', 'logprobs', *protocol._UNSUPPORTED])
+  assert completion(**nothing, echo=None, best_of=None) == completion()
+  assert chat(**nothing, tools=None, top_logprobs=None) == chat()
+
+
+def test_every_value_arrives():
+  request = completion(
+    prompt=[[1, 2], [3]], max_tokens=3, temperature=0, top_p=0.5, top_k=4, min_p=0.1,
+    repetition_penalty=1.5, presence_penalty=-1, frequency_penalty=2, logit_bias={'7': -100},
+    n=2, seed=-5, stop=['a', 'b'], logprobs=5, echo=True, stream=True,
+    stream_options={'include_usage': True}, user='me', metadata={'a': 'b'})
+  assert request.prompts == ((1, 2), (3,)) and request.echo
+  generation = request.generation
+  assert generation.sampling.model_dump(include={
+    'temperature', 'top_p', 'top_k', 'min_p', 'repetition_penalty', 'presence_penalty',
+    'frequency_penalty', 'logit_bias'}) == {
+      'temperature': 0, 'top_p': 0.5, 'top_k': 4, 'min_p': 0.1, 'repetition_penalty': 1.5,
+      'presence_penalty': -1, 'frequency_penalty': 2, 'logit_bias': ((7, -100.0),)}
+  assert (generation.max_tokens, generation.num_choices, generation.seed) == (3, 2, -5)
+  assert (generation.stop, generation.num_top) == (('a', 'b'), 5)
+  assert generation.stream and generation.include_usage
+
+
+HUGE = 'x' * 1_000_000
+REFUSED = [
+  ('max_tokens', 0), ('max_tokens', -1), ('max_tokens', 10**18), ('max_tokens', 1e18),
+  ('max_tokens', True), ('max_tokens', '5'), ('max_tokens', 5.0),
+  ('temperature', -1), ('temperature', 2.1), ('temperature', float('nan')), ('temperature', '1'),
+  ('temperature', True), ('temperature', [1]), ('top_p', 0), ('top_p', 2), ('top_p', -0.1),
+  ('top_k', -1), ('min_p', 1.5), ('repetition_penalty', 0), ('presence_penalty', 3),
+  ('frequency_penalty', -3), ('n', 0), ('n', 10**6), ('n', 1.5), ('seed', 2**63), ('seed', 'a'),
+  ('stop', ['a'] * 5), ('stop', ''), ('stop', ['a', '']), ('stop', HUGE), ('stop', []),
+  ('stop', 5), ('stop', '\ud800'), ('logit_bias', {'300': 1}), ('logit_bias', {'-1': 1}),
+  ('logit_bias', {'x': 1}), ('logit_bias', {'\u0663': 1}), ('logit_bias', {'1': 101}),
+  ('logit_bias', {'1': True}), ('logit_bias', [1]), ('logit_bias', {'1': 1, '01': 2}),
+  ('logit_bias', {str(i): 1 for i in range(600)}), ('stream', 'yes'), ('user', 5),
+  ('stream_options', {'include_usage': True}), ('model', None), ('model', ''), ('model', 5),
+  ('response_format', 'json'), ('response_format', {'type': 'xml'}),
+  ('response_format', {'type': 'text', 'x': 1}), ('response_format', {}),
+  ('response_format', {'type': 'json_schema'}),
+  ('response_format', {'type': 'json_schema', 'json_schema': {'name': 'a'}}),
+  ('store', True), ('service_tier', 'flex'), ('temprature', 1), ('x' * 100_000, 1),
+]
+
+
+@pytest.mark.parametrize('name, value', REFUSED, ids=lambda item: str(item)[:30])
+@pytest.mark.parametrize('read', [completion, chat])
+def test_refusals_name_the_field(read, name, value):
+  error = refusal(read, **{name: value})
+  assert error.param.startswith(name[:64])
+  assert name[:64] in error.message and len(error.message) < 600
+  assert 'xxxxx' not in error.message.replace(name[:64], '')
+
+
+@pytest.mark.parametrize('name, value', [
+  ('prompt', None), ('prompt', ''), ('prompt', []), ('prompt', [[]]), ('prompt', ['']),
+  ('prompt', [-1]), ('prompt', [300]), ('prompt', [1, True]), ('prompt', [1.0]), ('prompt', {}),
+  ('prompt', ['a', [1]]), ('prompt', [[1], 'a']), ('prompt', [[1], [301]]), ('prompt', 5),
+  ('prompt', ['a'] * 5), ('prompt', [None]), ('prompt', '\udc00'), ('logprobs', 6),
+  ('logprobs', True), ('echo', 1), ('best_of', 1), ('suffix', 'x'), ('messages', []),
+  ('max_completion_tokens', 5), ('top_logprobs', 1), ('tools', []),
+])
+def test_refusals_of_completions(name, value):
+  assert refusal(completion, **{name: value}).param.startswith(name)
+
+
+def user(content, **more):
+  return [{'role': 'user', 'content': content, **more}]
+
+
+@pytest.mark.parametrize('name, value', [
+  ('messages', None), ('messages', []), ('messages', 'hi'), ('messages', ['hi']),
+  ('messages', [{'role': 'user'}]), ('messages', [{'content': 'x'}]), ('messages', user(None)),
+  ('messages', [{'role': 'robot', 'content': 'x'}]), ('messages', [{'role': 1, 'content': 'x'}]),
+  ('messages', [{'role': 'tool', 'content': 'x', 'tool_call_id': 'a'}]),
+  ('messages', [{'role': ['user'], 'content': 'x'}]), ('messages', user(5)), ('messages', user([])),
+  ('messages', user('\ud800')), ('messages', user('x', name='me')),
+  ('messages', user('x', tool_calls=[{}])), ('messages', user(['x'])),
+  ('messages', user([{'type': 'image_url', 'image_url': {'url': 'x'}}])),
+  ('messages', user([{'type': 'text'}])), ('messages', user([{'type': 'text', 'text': None}])),
+  ('logprobs', 1), ('top_logprobs', 1), ('tools', [{}]), ('tool_choice', 'auto'),
+  ('functions', [{}]), ('function_call', 'auto'), ('audio', {}), ('modalities', ['audio']),
+  ('prediction', {}), ('reasoning_effort', 'low'), ('verbosity', 'low'),
+  ('web_search_options', {}), ('prompt', 'x'), ('echo', True), ('parallel_tool_calls', True),
+])
+def test_refusals_of_chats(name, value):
+  assert refusal(chat, **{name: value}).param.startswith(name)
+
+
+def test_values_that_ask_for_nothing_are_accepted():
+  assert chat(tools=[], tool_choice='none', modalities=['text'], store=False,
+              service_tier='auto') == chat()
+
+
+def test_lengths_and_options_that_contradict_each_other():
+  assert refusal(chat, max_tokens=1, max_completion_tokens=2).param == 'max_tokens'
+  assert chat(max_tokens=2, max_completion_tokens=2).generation.max_tokens == 2
+  assert refusal(chat, top_logprobs=21, logprobs=True).param == 'top_logprobs'
+
+
+def test_messages():
+  request = chat(messages=[
+    {'role': 'developer', 'content': 'a'},
+    {'role': 'assistant', 'content': 'b', 'refusal': None, 'annotations': [], 'tool_calls': None},
+    *user([{'type': 'text', 'text': 'c'}, {'type': 'text', 'text': 'd'}]), *user(''),
+  ])
+  assert [(message.role, message.content) for message in request.messages] == [
+    ('system', 'a'), ('assistant', 'b'), ('user', 'cd'), ('user', '')]
+
+
+def test_response_formats():
+  assert chat(response_format={'type': 'text'}).generation.form is None
+  assert chat(response_format={'type': 'json_object'}).generation.form == 'json_object'
+  schema = {'type': 'object', 'properties': {}}
+  form = {'type': 'json_schema', 'json_schema': {'name': 'a', 'strict': True, 'schema': schema}}
+  assert chat(response_format=form).generation.form == schema
+  deep = {}
+  for _ in range(100):
+    deep = {'items': deep}
+  form['json_schema']['schema'] = deep
+  assert 'deeper' in refusal(chat, response_format=form).message
+
+
+def test_embeddings_and_tokens():
+  def read(**changes):
+    return protocol.embedding({'model': 'm', 'input': 'a'} | changes, LIMITS, VOCAB)
+
+  assert read().inputs == ('a',) and read().encoding == 'float'
+  assert read(input=[[1], [2]], encoding_format='base64').inputs == ((1,), (2,))
+  for name, value in (('dimensions', 5), ('encoding_format', 'int8'), ('input', ['a'] * 3),
+                      ('input', None), ('input', '')):
+    assert refusal(read, **{name: value}).param == name
+  assert protocol.tokenize({'prompt': ''}) == (None, '', True)
+  assert protocol.detokenize({'tokens': []}, VOCAB) == (None, ())
+  for tokens in (None, False, 0, '', {}, [300], [-1], [True]):
+    assert refusal(protocol.detokenize, {'tokens': tokens}, VOCAB).param.startswith('tokens')
+
+
+def test_unknown_fields_have_a_hint():
+  assert "did you mean 'temperature'" in refusal(completion, temprature=1).message
+
+
+def test_keys(tmp_path):
+  path = tmp_path / 'keys'
+  path.write_text('# two people\nfirst-key\n\nsecond-key\n')
+  keys = read_keys(str(path), {'JAXLLM_API_KEYS': 'third-key, fourth-key'})
+  assert all(keys.allow(f'{name}-key') for name in ('first', 'second', 'third', 'fourth'))
+  assert not any(map(keys.allow, ('', 'first-ke', 'first-key ', '# two people', 'fifth-key\ud800')))
+  assert not read_keys(None, {}) and not read_keys(None, {}).allow('')
+  with pytest.raises(ValueError, match='number 2') as caught:
+    read_keys(None, {'JAXLLM_API_KEYS': 'long-enough,brief'})
+  assert 'brief' not in str(caught.value)
+  path.write_text('# nothing\n')
+  with pytest.raises(ValueError, match='no key'):
+    read_keys(str(path), {})
+  assert 'first-key' not in repr(vars(Keys(['first-key'])))
+
+
+def test_metrics_are_cumulative():
+  metrics = Metrics()
+  for seconds in (0.001, 0.02, 0.02, 1000.0):
+    metrics.first_token(seconds)
+  metrics.request('/x', 200, 0.1)
+  metrics.request('/x', 200, 0.1)
+  text = metrics.text([('jaxllm_a', 'gauge', [({}, 2)])])
+  name = 'jaxllm_time_to_first_token_seconds'
+  for line in (f'{name}_bucket{{le="0.005"}} 1', f'{name}_bucket{{le="0.025"}} 3',
+               f'{name}_bucket{{le="600"}} 3', f'{name}_bucket{{le="+Inf"}} 4',
+               f'{name}_sum 1000.041', f'{name}_count 4', '# TYPE jaxllm_a gauge', 'jaxllm_a 2',
+               'jaxllm_requests_total{route="/x",status="200"} 2'):
+    assert f'{line}\n' in text
