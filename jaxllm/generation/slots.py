@@ -140,13 +140,20 @@ def feed(
   return logits_BV, cache
 
 
-def draw(slots: Slots, logits_BV: jax.Array) -> Slots:
-  """Draw a token for every row from its logits; finished rows stay as they are."""
+def draw(slots: Slots, logits_BV: jax.Array, allowed_BV: jax.Array | None = None) -> Slots:
+  """Draw a token for every row; finished rows stay as they are.
+
+  Args:
+    slots: the rows.
+    logits_BV: of the model, to which the recorded log-probabilities belong.
+    allowed_BV: the same with -inf for tokens that may not come, where the draw is constrained.
+  """
   history = History(
     slots.tokens_BS, slots.prompt_lengths_B, slots.lengths_B, slots.limits_B, slots.stop_ids_BE
   )
   keys_B = sampling.row_keys(slots.seeds_B, slots.lengths_B - slots.prompt_lengths_B)
-  ids_B = sampling.sample(keys_B, logits_BV, slots.values, history)
+  allowed_BV = logits_BV if allowed_BV is None else allowed_BV
+  ids_B = sampling.sample(keys_B, allowed_BV, slots.values, history)
   chosen_B = jnp.take_along_axis(logits_BV, ids_B[:, None], axis=1)[:, 0]
   total_B = jax.nn.logsumexp(logits_BV, axis=-1)
   rows_B = jnp.arange(ids_B.shape[0])

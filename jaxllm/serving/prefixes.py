@@ -1,0 +1,66 @@
+"""Which rows of the cache hold the beginning of a prompt, and in what pieces prompts are read.
+
+A prompt is read on a grid: whole chunks from its first token on, then small ones for a short rest.
+What a whole chunk leaves in the cache is a function of the tokens up to its end alone, computed by
+one program at one place of the grid. So a prompt that shares whole chunks with a row may take over
+its keys and values, and goes on exactly as if it had computed them.
+"""
+
+from collections.abc import Sequence
+
+
+def chunk_size(length: int, fed: int, chunk: int, small: int) -> int:
+  """Return the size of the program that reads the next tokens of a prompt.
+
+  Args:
+    length: tokens of the prompt.
+    fed: tokens read so far.
+    chunk: size of whole chunks.
+    small: size for what is left where a whole chunk would be half empty.
+  """
+  on_grid = fed % chunk == 0
+  return chunk if on_grid and 2 * (length - fed) > chunk else small
+
+
+def shared(prompt: Sequence[int], held: Sequence[int], chunk: int) -> int:
+  """Return how many tokens of a prompt need not be read where `held` is in the cache.
+
+  At least one token is left to read: what follows the prompt is predicted from it.
+
+  Args:
+    prompt: token ids.
+    held: tokens whose keys and values whole chunks have left.
+    chunk: size of whole chunks.
+  """
+  count, most = 0, min(len(prompt) - 1, len(held))
+  while count + chunk <= most and prompt[count : count + chunk] == held[count : count + chunk]:
+    count += chunk
+  return count
+
+
+def best(
+  prompt: Sequence[int], held: Sequence[Sequence[int]], chunk: int, own: int
+) -> tuple[int, int]:
+  """Return (row, number of tokens) of the row that holds most of a prompt; `own` among equals."""
+  counts = [shared(prompt, tokens, chunk) for tokens in held]
+  row = max(range(len(counts)), key=lambda row: (counts[row], row == own))
+  return row, counts[row]
+
+
+def choose(
+  prompt: Sequence[int], held: Sequence[Sequence[int]], free: Sequence[int], chunk: int
+) -> int:
+  """Return the free row that a prompt goes to.
+
+  One that holds the prompt's beginning, unless more than half of what it holds would be lost; else
+  the first.
+
+  Args:
+    prompt: token ids.
+    held: of all rows.
+    free: rows, the one that has been free for longest first; not empty.
+    chunk: size of whole chunks.
+  """
+  counts = {row: shared(prompt, held[row], chunk) for row in free}
+  row = max(free, key=lambda row: counts[row])
+  return row if counts[row] and 2 * counts[row] >= len(held[row]) else free[0]

@@ -1,0 +1,284 @@
+"""What the engine runs on the device: few programs of fixed shapes, each compiled once.
+
+The life of a row: `start_row` puts a request into it, `copy_prefix` may bring keys and values of
+another row, `feed_row` reads the prompt chunk by chunk, `open_row` predicts what follows. Then each
+round `draw_rows` draws a token for all rows that are open, and `step_rows` feeds them. A row's
+numbers never depend on the others: every program has one shape, whoever is in the batch, and its
+arithmetic goes row by row. A is a letter for the most probable tokens.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.generation import sampling
+from jaxllm.generation import slots as slots_lib
+from jaxllm.generation.requests import Request
+from jaxllm.generation.rules import NO_TOKEN, RULES, Biases
+from jaxllm.generation.slots import Slots
+from jaxllm.models.decoder import Decoder, DecoderConfig, init_cache
+
+# Room in the arrays of every row: stop ids, entries of logit_bias and the like, tokens of each.
+MAX_STOP_IDS, MAX_BIASES, MAX_BIAS_TOKENS = 16, 512, 8
+# The most probable tokens that are found where any request wants some.
+NUM_TOP = 20
+# Positions whose logits exist at a time while a prompt is scored.
+SCORED_TOGETHER = 32
+
+
+class Drawn(NamedTuple):
+  """The tokens of one round, as they go to the host.
+
+  Attributes:
+    ids_B: int32.
+    logprobs_B: float32, before any rule.
+    finished_B: bool, whether a stop id came or the row's limit is reached.
+  """
+
+  ids_B: jax.Array  # noqa: N815
+  logprobs_B: jax.Array  # noqa: N815
+  finished_B: jax.Array  # noqa: N815
+
+
+def empty_rows(
+  config: DecoderConfig, num_slots: int, context_length: int, cache_dtype: Any
+) -> tuple[Slots, jax.Array]:
+  """Return rows of which none is open, and their logits."""
+  nobody = Request((0,), sampling.SamplingConfig(), 0)
+  fields = [row_fields(nobody, context_length)] * num_slots
+  host = jax.tree.map(lambda *leaves: np.stack(leaves), *fields)
+  shape = num_slots, context_length + 1
+  host |= {
+    'lengths_B': host['prompt_lengths_B'].copy(),
+    'finished_B': np.ones(num_slots, bool),
+    'logprobs_BS': np.zeros(shape, np.float32),
+    # Found by `most_probable`, where a request wants them.
+    'top_ids_BSA': np.zeros((*shape, 0), np.int32),
+    'top_logprobs_BSA': np.zeros((*shape, 0), np.float32),
+  }
+  cache = init_cache(config, num_slots, context_length, cache_dtype, stacked=False)
+  logits_BV = np.zeros((num_slots, config.padded_vocab_size), np.float32)
+  return Slots(cache, **jax.device_put(host)), jax.device_put(logits_BV)
+
+
+def row_fields(request: Request, context_length: int) -> dict[str, Any]:
+  """Return the fields of `Slots` that a request decides, for one row.
+
+  Raises:
+    ValueError: there are more stop ids or biases than a row has room for.
+  """
+  if len(request.stop_ids) > MAX_STOP_IDS:
+    raise ValueError(f'stop_ids: {len(request.stop_ids)} tokens; at most {MAX_STOP_IDS} are served')
+  values = sampling.row_values([request.sampling], [request.stop_ids], every_rule=True)
+  values = {name: jax.tree.map(lambda leaf: leaf[0], value) for name, value in values.items()}
+  tokens_S = np.zeros(context_length + 1, np.int32)
+  tokens_S[: len(request.prompt)] = request.prompt
+  stop_ids_E = np.full(MAX_STOP_IDS, NO_TOKEN, np.int32)
+  stop_ids_E[: len(request.stop_ids)] = request.stop_ids
+  # The last token of a row is never fed, so it needs no slot.
+  limit = min(len(request.prompt) + request.sampling.max_new_tokens, context_length + 1)
+  return {
+    'tokens_BS': tokens_S,
+    'prompt_lengths_B': np.int32(len(request.prompt)),
+    'limits_B': np.int32(limit),
+    'stop_ids_BE': stop_ids_E,
+    'seeds_B': np.uint32(request.seed),
+    'values': values | {'biases': _pad_biases(values['biases'])},
+  }
+
+
+def _pad_biases(biases: Biases) -> Biases:
+  sequences_WN, biases_W = np.asarray(biases.sequences_BWN), np.asarray(biases.biases_BW)
+  width, length = sequences_WN.shape
+  if width > MAX_BIASES:
+    raise ValueError(
+      f'logit_bias, bad_words, sequence_bias: more than {MAX_BIASES} entries; at most that many '
+      'are served'
+    )
+  if length > MAX_BIAS_TOKENS:
+    raise ValueError(f'bad_words, sequence_bias: a sequence of more than {MAX_BIAS_TOKENS} tokens; '
+                     'at most that many are served')
+  places = (0, MAX_BIASES - width), (MAX_BIAS_TOKENS - length, 0)
+  sequences_WN = np.pad(sequences_WN, places, constant_values=NO_TOKEN)
+  return Biases(sequences_WN, np.pad(biases_W, places[:1]))  # type: ignore[arg-type]
+
+
+@functools.partial(jax.jit, donate_argnames='slots')
+def start_row(slots: Slots, row: jax.Array, fields: dict[str, Any], cached: jax.Array) -> Slots:
+  """Give a row to a request; it is not open yet.
+
+  Args:
+    slots: all rows.
+    row: which one.
+    fields: from `row_fields`.
+    cached: tokens of the prompt whose keys and values are in the row already.
+  """
+  fields = fields | {'lengths_B': fields['prompt_lengths_B'], 'finished_B': True}
+  old = {name: getattr(slots, name) for name in fields}
+  new = jax.tree.map(lambda leaf, value: leaf.at[row].set(value), old, fields)
+  lengths_B = slots.cache.lengths_B.at[row].set(cached)
+  cache = dataclasses.replace(slots.cache, lengths_B=lengths_B)
+  return dataclasses.replace(slots, cache=cache, **new)
+
+
+@functools.partial(jax.jit, donate_argnames='slots')
+def copy_prefix(slots: Slots, source: jax.Array, target: jax.Array) -> Slots:
+  """Copy keys and values of one row to another."""
+  lengths_B = slots.cache.lengths_B
+
+  def copy(leaf: jax.Array) -> jax.Array:
+    row = jax.lax.dynamic_slice_in_dim(leaf, source, 1)
+    return jax.lax.dynamic_update_slice_in_dim(leaf, row, target, 0)
+
+  cache = dataclasses.replace(jax.tree.map(copy, slots.cache), lengths_B=lengths_B)
+  return dataclasses.replace(slots, cache=cache)
+
+
+@functools.partial(jax.jit, static_argnames='model', donate_argnames='slots')
+def feed_row(
+  model: Decoder, variables: Any, slots: Slots, row: jax.Array, tokens_T: jax.Array,
+  count: jax.Array,
+) -> tuple[Slots, jax.Array]:
+  """Append the first `count` of some tokens to one row of the cache.
+
+  Returns:
+    (slots, hidden_TD of these tokens, normalised).
+  """
+  cache = slots.cache
+  start, length = cache.lengths_B[row], tokens_T.shape[0]
+  view = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, row, 1), cache)
+  extended: Any = model.apply(variables, tokens_T[None], view, count[None], method='extend')
+  hidden_1TD, view = extended
+
+  def put_back(old: jax.Array, new: jax.Array) -> jax.Array:
+    if old.ndim == 1:
+      return jax.lax.dynamic_update_slice_in_dim(old, new, row, 0)
+    # Only what is new. Near the end of the context both places are clamped in the same way.
+    new = jax.lax.dynamic_slice_in_dim(new, start, length, 2)
+    return jax.lax.dynamic_update_slice(old, new, (row, 0, start, 0))
+
+  return dataclasses.replace(slots, cache=jax.tree.map(put_back, cache, view)), hidden_1TD[0]
+
+
+@functools.partial(jax.jit, static_argnames='model', donate_argnames=('slots', 'logits_BV'))
+def open_row(
+  model: Decoder, variables: Any, slots: Slots, logits_BV: jax.Array, row: jax.Array,
+  hidden_TD: jax.Array, last: jax.Array,
+) -> tuple[Slots, jax.Array]:
+  """Predict what follows place `last` of the chunk that ends a prompt; the row is open from now.
+
+  Returns:
+    (slots, logits_BV of all rows).
+  """
+  hidden_1D = jax.lax.dynamic_slice_in_dim(hidden_TD, last, 1)
+  logits_1V: Any = model.apply(variables, hidden_1D, method='logits')
+  logits_BV = jax.lax.dynamic_update_slice_in_dim(logits_BV, logits_1V, row, 0)
+  return dataclasses.replace(slots, finished_B=slots.finished_B.at[row].set(False)), logits_BV
+
+
+@jax.jit
+def forbid(logits_BV: jax.Array, allowed_BV: jax.Array) -> jax.Array:
+  """Return logits with -inf for tokens that may not come."""
+  return jnp.where(allowed_BV, logits_BV, -jnp.inf)
+
+
+@functools.partial(jax.jit, donate_argnames='slots')
+def draw_rows(
+  slots: Slots, logits_BV: jax.Array, allowed_BV: jax.Array, live_B: jax.Array
+) -> tuple[Slots, Drawn]:
+  """Draw a token for every open row.
+
+  Args:
+    slots: all rows.
+    logits_BV: of the model.
+    allowed_BV: the same array, or what `forbid` made of it.
+    live_B: bool; other rows are closed, if they were open.
+  """
+  finished_B = slots.finished_B | ~live_B
+  values = {name: _rest(name, value, finished_B) for name, value in slots.values.items()}
+  before = dataclasses.replace(slots, finished_B=finished_B, values=values)
+  after = slots_lib.draw(before, logits_BV, allowed_BV)
+
+  def last(leaf_BS: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(leaf_BS, after.lengths_B[:, None] - 1, axis=1)[:, 0]
+
+  drawn = Drawn(last(after.tokens_BS), last(after.logprobs_BS), after.finished_B)
+  return dataclasses.replace(after, values=slots.values), drawn
+
+
+def _rest(name: str, value: Any, finished_B: jax.Array) -> Any:
+  """Turn a rule off in rows that are closed: one that no row asks for costs nothing."""
+  if isinstance(value, Biases):
+    biases_BW = jnp.where(finished_B[:, None], 0.0, value.biases_BW)
+    return dataclasses.replace(value, biases_BW=biases_BW)
+  off = 0.0 if name == 'temperature' else RULES[name].off
+  return jnp.where(finished_B, jnp.asarray(off, value.dtype), value)
+
+
+@functools.partial(jax.jit, static_argnames='model', donate_argnames='slots')
+def step_rows(model: Decoder, variables: Any, slots: Slots) -> tuple[Slots, jax.Array]:
+  """Feed the last token of every open row.
+
+  Returns:
+    (slots, logits_BV of what follows, meaningless in rows that are not open).
+  """
+  last_B1 = jnp.take_along_axis(slots.tokens_BS, slots.lengths_B[:, None] - 1, axis=1)
+  counts_B = jnp.where(slots.finished_B, 0, 1)
+  logits_BV, cache = slots_lib.feed(model, variables, slots.cache, last_B1, counts_B)
+  return dataclasses.replace(slots, cache=cache), logits_BV
+
+
+@jax.jit
+def most_probable(logits_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Return (ids_BA, logprobs_BA) of the most probable tokens, best first."""
+  top_BA, ids_BA = jax.lax.top_k(logits_BV, min(NUM_TOP, logits_BV.shape[-1]))
+  return ids_BA, top_BA - jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True)
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def score_chunk(
+  model: Decoder, variables: Any, hidden_TD: jax.Array, targets_T: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Score the tokens that follow each place of a chunk.
+
+  Returns:
+    (logprobs_T of the targets, ids_TA and logprobs_TA of the most probable tokens).
+  """
+  length, dim = hidden_TD.shape
+  rows = min(SCORED_TOGETHER, length)
+  pad = -length % rows
+  hidden_GRD = jnp.pad(hidden_TD, ((0, pad), (0, 0))).reshape(-1, rows, dim)
+  targets_GR = jnp.pad(targets_T, (0, pad)).reshape(-1, rows)
+
+  def look(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+    hidden_RD, targets_R = inputs
+    logits_RV: Any = model.apply(variables, hidden_RD, method='logits')
+    chosen_R1 = jnp.take_along_axis(logits_RV, targets_R[:, None], axis=1)
+    total_R1 = jax.nn.logsumexp(logits_RV, axis=-1, keepdims=True)
+    return ((chosen_R1 - total_R1)[:, 0], *most_probable(logits_RV))
+
+  found = jax.lax.map(look, (hidden_GRD, targets_GR))
+  logprobs_T, ids_TA, top_TA = (
+    leaf.reshape(length + pad, *leaf.shape[2:])[:length] for leaf in found
+  )
+  return logprobs_T, ids_TA, top_TA
+
+
+@jax.jit
+def pool_chunk(hidden_TD: jax.Array, count: jax.Array) -> jax.Array:
+  """Return the sum, in float32, of the first `count` hidden states."""
+  is_real_T1 = jnp.arange(hidden_TD.shape[0])[:, None] < count
+  return jnp.where(is_real_T1, hidden_TD, 0).astype(jnp.float32).sum(axis=0)
+
+
+def compilation_count() -> int:
+  """Return how many programs of this file were compiled in this process."""
+  programs: tuple[Any, ...] = (
+    start_row, copy_prefix, feed_row, open_row, forbid, draw_rows, step_rows, most_probable,
+    score_chunk, pool_chunk,
+  )
+  return sum(program._cache_size() for program in programs)
