@@ -1,27 +1,171 @@
-"""Score a model on held-out text: `python -m jaxllm.evaluate --model=runs/quickstart`."""
+"""Score a model: `python -m jaxllm.evaluate --model=runs/quickstart`.
+
+- A run is scored on its held-out records, or on the task that it was fine-tuned on.
+- `--tasks=sentiment,translation` scores any model on tasks, on their default data; a .json file
+  gives their configs, `--data` the records of a single one.
+- `--text=FILE` scores any model on a text of any kind that training reads: loss and perplexity per
+  token, and bits per byte, which tokenizers do not change.
+- `--baseline=OTHER` scores another model on the same examples, with a paired significance test.
+"""
 
 import json
 import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from absl import flags
 
 from jaxllm import config
 
-MODEL = flags.DEFINE_string('model', None, 'A workdir or a checkpoint.', required=True)
-SPLIT = flags.DEFINE_enum('split', 'validation', ['validation', 'train'], 'Records to score on.')
-BATCH_SIZE = flags.DEFINE_integer('batch_size', 16, 'Records in one batch.', 1)
-OUTPUT = flags.DEFINE_string('output', None, 'File for the scores, as JSON.')
+MODEL = flags.DEFINE_string(
+  'model', None, 'A workdir, a checkpoint, a Hugging Face directory or a .gguf file.', required=True
+)
+BASELINE = flags.DEFINE_string('baseline', None, 'Another model, to be compared with.')
+TASKS = flags.DEFINE_string('tasks', None, 'Kinds of tasks, or a .json file of their configs.')
+DATA = flags.DEFINE_string(
+  'data', None, 'Records of the task: a file, package:NAME, tfds:NAME?split= or hf:NAME?split=.'
+)
+TEXT = flags.DEFINE_multi_string('text', [], 'A file to measure; may be repeated.')
+SPLIT = flags.DEFINE_string('split', None, "What is scored: 'test' of tasks, else 'validation'.")
+LIMIT = flags.DEFINE_integer('limit', None, 'Most records of a task.', 1)
+CONTEXT_LENGTH = flags.DEFINE_integer(
+  'context_length', None, "Tokens of a window of a text; by default the model's, at most 1024.", 2
+)
+STRIDE = flags.DEFINE_integer(
+  'stride', None, 'Tokens that a window of a text predicts; by default half of it.', 1
+)
+BATCH_SIZE = flags.DEFINE_integer('batch_size', 8, 'Records or prompts in one batch.', 1)
+OUTPUT = flags.DEFINE_string('output', None, 'File for scores and predictions, as JSON.')
 
 
 def main(_) -> None:  # noqa: D103
-  from jaxllm import loading, sharding
+  from jaxllm import loading, pipelines
+  from jaxllm.evaluation import tables
+  from jaxllm.tasks import suite
+
+  model = loading.load(MODEL.value)
+  own = pipelines.own_task(model)
+  if not (TASKS.value or TEXT.value or own):
+    if BASELINE.value:
+      raise ValueError(f'--baseline={BASELINE.value}: say on what, by --tasks or --text')
+    scores = _held_out(model)
+    for name, value in scores.items():
+      print(f'{name:>14}  {value:,.4f}')
+    _write(scores)
+    return
+  baseline = loading.load(BASELINE.value) if BASELINE.value else None
+  split = SPLIT.value or 'test'
+  names = TASKS.value or ('' if TEXT.value else own.kind)
+  selected = suite.select(names, split, own, DATA.value, LIMIT.value) if names else {}
+  results = {name: _task(model, baseline, task, split) for name, task in selected.items()}
+  results |= {path: _text(model, baseline, path) for path in TEXT.value}
+  print(tables.render({name: result['lines'] for name, result in results.items()},
+                      {name: result['examples'] for name, result in results.items()}))
+  for name, result in results.items():
+    if overlap := result.get('contamination'):
+      print(f'{name}: {overlap["overlapping"]} of {overlap["texts"]} texts share a run of '
+            f'{overlap["ngram_words"]} words (or are whole) with the training records')
+    result['scores'] = tables.as_json(result.pop('lines'))
+  _write({'model': MODEL.value, 'baseline': BASELINE.value, 'tasks': results})
+
+
+def _task(model, baseline, task, split: str) -> dict[str, Any]:
+  """Return what a model and a baseline say to the examples of a task, and how it is scored."""
+  from jaxllm import pipelines
+  from jaxllm.evaluation import contamination, tables
+  from jaxllm.tasks import TASKS as KINDS
+  from jaxllm.tasks import predict, suite
+
+  kind = KINDS[task.kind]
+  examples = predict.examples(task, split)
+  found = predict.predict(task, examples, pipelines.speaker(model, BATCH_SIZE.value))
+  theirs = None
+  if baseline is not None:
+    own = suite.in_format_of(task, pipelines.own_task(baseline))
+    asked = [kind.example(own, example.record) for example in examples]
+    theirs = predict.predict(own, asked, pipelines.speaker(baseline, BATCH_SIZE.value))
+  references = [example.reference for example in examples]
+  records = [example.record for example in examples]
+  return {
+    'config': json.loads(task.to_json()),
+    'split': split,
+    'examples': len(examples),
+    'lines': tables.score(kind.metrics, found, references, theirs),
+    'contamination': _contamination(model, list(map(contamination.longest_text, records))),
+    'predictions': _predictions(records, references, found, theirs),
+  }
+
+
+def _text(model, baseline, path: str) -> dict[str, Any]:
+  """Return how likely the passages of a text are."""
+  from jaxllm import pipelines
+  from jaxllm.data import documents
+  from jaxllm.evaluation import tables
+  from jaxllm.tasks import language_modeling, passages
+
+  texts = [found.text for found in documents.documents(documents.SourceConfig(location=path))]
+
+  def measure(asked) -> list[dict[str, Any]]:
+    speaker = pipelines.speaker(asked, BATCH_SIZE.value)
+    return [one for text in texts for one in passages.measure(speaker, text, length, stride)]
+
+  models = [model] if baseline is None else [model, baseline]
+  length = CONTEXT_LENGTH.value or min(1024, *(one.config.max_length for one in models))
+  stride = STRIDE.value or max(length // 2, 1)
+  found, *others = [measure(one) for one in models]
+  if not found:
+    raise ValueError(f'--text={path} has no token to predict')
+  theirs = others[0] if others else None
+  return {
+    'context_length': length,
+    'stride': stride,
+    'examples': len(found),
+    'lines': tables.score(language_modeling.METRICS, found, [None] * len(found), theirs),
+    'contamination': _contamination(model, [one for text in texts for one in passages.split(text)]),
+    'predictions': _predictions([{}] * len(found), [None] * len(found), found, theirs),
+  }
+
+
+def _predictions(records, references, found, theirs: Sequence[Any] | None) -> list[dict[str, Any]]:
+  rows = [{**({'record': record, 'reference': reference} if record else {}), 'prediction': one}
+          for record, reference, one in zip(records, references, found, strict=True)]
+  return rows if theirs is None else [
+    {**row, 'baseline': one} for row, one in zip(rows, theirs, strict=True)
+  ]
+
+
+def _contamination(model, texts: Sequence[str]) -> dict[str, Any] | None:
+  """Return how many texts stand in the training records; None where these cannot be read."""
+  from jaxllm import pipelines
+  from jaxllm.data import records
+  from jaxllm.evaluation import contamination
+  from jaxllm.tasks import records as task_records
+
+  training: Iterable[str]
+  if own := pipelines.own_task(model):
+    training = map(contamination.longest_text, task_records.load(own.data, 'train'))
+  elif model.experiment:
+    directory = pathlib.Path(model.experiment.records_dir) / model.experiment.name
+    if not (directory / 'manifest.json').is_file():
+      return None
+    if records.load_manifest(directory).data != model.experiment.data:
+      return None
+    training = contamination.record_texts(directory, model.tokenizer)
+  else:
+    return None
+  return contamination.summary(contamination.overlaps(texts, training))
+
+
+def _held_out(model) -> dict[str, float]:
+  """Return the scores of a run on its held-out records."""
+  from jaxllm import sharding
   from jaxllm.data import batches, records
   from jaxllm.evaluation import perplexity
 
-  model = loading.load(MODEL.value)
-  experiment = model.experiment
+  experiment, split = model.experiment, SPLIT.value or 'validation'
   if experiment is None:
-    raise ValueError(f'--model={MODEL.value} was not trained here, so it has no held-out records')
+    raise ValueError(f'--model={MODEL.value} was not trained here, so it has no held-out records: '
+                     'give --text=FILE or --tasks=NAME,...')
   directory = pathlib.Path(experiment.records_dir) / experiment.name
   manifest = records.prepare(experiment.data, experiment.tokenizer, directory)
   mesh = sharding.make_mesh(experiment.mesh)
@@ -29,16 +173,18 @@ def main(_) -> None:  # noqa: D103
     model.config, experiment.objective, mesh, experiment.mesh
   )
   held_out = batches.make_batches(
-    directory, SPLIT.value, BATCH_SIZE.value, seed=0, shuffle=False, num_epochs=1
+    directory, split, BATCH_SIZE.value, seed=0, shuffle=False, num_epochs=1
   )
-  scores = perplexity.evaluate(
+  return perplexity.evaluate(
     eval_step, model.variables, batches.prefetch(held_out, 0, held_out.num_batches),
-    sharding.batch_sharding(mesh, experiment.mesh), manifest.split(SPLIT.value).bytes_per_token,
+    sharding.batch_sharding(mesh, experiment.mesh), manifest.split(split).bytes_per_token,
   )
-  for name, value in scores.items():
-    print(f'{name:>14}  {value:,.4f}')
+
+
+def _write(results: Any) -> None:
   if OUTPUT.value:
-    pathlib.Path(OUTPUT.value).write_text(json.dumps(scores, indent=2) + '\n', encoding='utf-8')
+    text = json.dumps(results, indent=2, ensure_ascii=False)
+    pathlib.Path(OUTPUT.value).write_text(text + '\n', encoding='utf-8')
 
 
 if __name__ == '__main__':

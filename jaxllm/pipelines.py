@@ -74,10 +74,9 @@ def speaker(model: LoadedModel, batch_size: int = BATCH_SIZE) -> Speaker:
   )
 
 
-def own_config(model: LoadedModel, *kinds: str) -> Any:
-  """Return the config of the task that a model was fine-tuned on, if it is of these kinds."""
-  config = getattr(model.experiment, 'task', None)
-  return config if config is not None and config.kind in kinds else None
+def own_task(model: LoadedModel) -> Any:
+  """Return the config of the task that a model was fine-tuned on; None: it was not."""
+  return getattr(model.experiment, 'task', None)
 
 
 def _translation(model: LoadedModel, batch_size: int, fields: Mapping[str, Any]) -> Pipeline:
@@ -200,14 +199,15 @@ def _chat_format(
   else plain text.
   """
   tokenizer, special = model.tokenizer, templates.special_tokens(model.tokenizer)
-  own, jinja = own_config(model, 'chat'), tokenizer_files.chat_template(model.tokenizer.files())
-  if own is None and jinja is not None:
+  jinja, own = tokenizer_files.chat_template(tokenizer.files()), own_task(model)
+  tuned = own is not None and own.kind == 'chat'
+  if not tuned and jinja is not None:
     # No answer holds a token that the template writes around messages.
     ends = [token for text, token in special.items() if text in jinja]
     return (
       lambda messages: templates.encode(tokenizer, jinja, messages), (), (*model.stop_ids, *ends)
     )
-  template = own.template if own else chat_task.PLAIN
+  template = own.template if tuned else chat_task.PLAIN
 
   def encode(messages: Sequence[Message]) -> list[int]:
     answered = [*messages, {'role': 'assistant', 'content': '.'}]
@@ -221,7 +221,8 @@ def _chat_format(
 
 def _config(model: LoadedModel, fields: Mapping[str, Any], *kinds: str) -> Any:
   """Return the model's own config of one of the kinds, or the default of the first, changed."""
-  config = own_config(model, *kinds) or TASKS[kinds[0]].config()
+  own = own_task(model)
+  config = own if own is not None and own.kind in kinds else TASKS[kinds[0]].config()
   return config.replace(**fields)
 
 

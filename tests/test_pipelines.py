@@ -145,7 +145,8 @@ def test_a_fine_tuned_model_answers_in_its_own_form(model):
   own = spy(german)
   assert own == jaxllm.pipeline('translation', model, prompt='{source} =>', max_new_tokens=3)(
     TEXTS[:1])
-  assert pipelines.own_config(tuned(model, german), 'summarization') is None
+  summary = jaxllm.pipeline('summarization', tuned(model, german), max_new_tokens=3)
+  assert summary('a') == jaxllm.pipeline('summarization', model, max_new_tokens=3)('a')
   question = QuestionAnswering(prompt_without_context='{question}?', max_new_tokens=3)
   assert jaxllm.pipeline('question-answering', tuned(model, question))('a') == jaxllm.pipeline(
     'question-answering', model, prompt_without_context='{question}?', max_new_tokens=3)('a')

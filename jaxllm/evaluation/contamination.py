@@ -1,10 +1,17 @@
 """Whether a model may have been trained on what it is evaluated on: shared runs of words."""
 
+import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxllm.data import batches
+from jaxllm.data.tokenizers import Tokenizer
 
 NGRAM_WORDS = 13
+_ROWS = 64
 
 
 class Overlap(NamedTuple):
@@ -49,6 +56,43 @@ def overlaps(
         if ngram in unseen:
           seen.add(ngram)
   return [_overlap(ngrams, seen) for ngrams in wanted]
+
+
+def summary(found: Sequence[Overlap]) -> dict[str, Any]:
+  """Return how many texts overlap, and the one that does most, as JSON-able values."""
+  worst = max(found, key=lambda overlap: overlap.share)
+  return {
+    'texts': len(found),
+    'overlapping': sum(overlap.share > 0 for overlap in found),
+    'mean_share': sum(overlap.share for overlap in found) / len(found),
+    'ngram_words': NGRAM_WORDS,
+    'example': worst.example,
+  }
+
+
+def longest_text(record: Mapping[str, Any]) -> str:
+  """Return the longest text among the fields of a record: what it is about."""
+  return max((value for value in record.values() if isinstance(value, str)), key=len, default='')
+
+
+def record_texts(directory: str | os.PathLike[str], tokenizer: Tokenizer) -> Iterator[str]:
+  """Yield the training texts of prepared records, cut where the records cut them.
+
+  Args:
+    directory: what `records.prepare` wrote.
+    tokenizer: that of the records.
+
+  Raises:
+    ValueError: nothing is prepared there, or it is damaged.
+  """
+  special = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id}
+  found = batches.make_batches(directory, 'train', _ROWS, seed=0, shuffle=False, num_epochs=1)
+  for step in range(found.num_batches):
+    batch = found.batch_at(step)
+    for tokens_T, segments_T in zip(batch['tokens'], batch['segment_ids'], strict=True):
+      for segment in np.unique(segments_T[segments_T > 0]):
+        ids = tokens_T[segments_T == segment].tolist()
+        yield tokenizer.decode([token for token in ids if token not in special])
 
 
 def _overlap(ngrams: Sequence[tuple[str, ...]], seen: set[tuple[str, ...]]) -> Overlap:

@@ -1,0 +1,100 @@
+"""The program: a run on its records, any model on texts and tasks, a baseline beside it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from jaxllm.data import tokenizers
+from jaxllm.data.tokenizers import TokenizerConfig
+from jaxllm.interop import native
+from jaxllm.models import decoder
+from jaxllm.training import loop
+from tests.training import tiny_run as tiny
+
+# Several commands in one process, which starts only once.
+SCRIPT = """
+import json, sys
+from absl import flags
+from jaxllm import config, evaluate
+for command in json.loads(sys.argv[1]):
+  flags.FLAGS.unparse_flags()
+  for name in flags.FLAGS.flags_by_module_dict()['jaxllm.evaluate']:
+    name.unparse()
+  config.parse_flags(['evaluate', *command])
+  try:
+    evaluate.main(None)
+  except ValueError as error:
+    print('error:', error)
+  print('---')
+"""
+
+
+@pytest.fixture(scope='module')
+def outputs(tmp_path_factory):
+  """Return what each command printed, and the folder of their files."""
+  base = tmp_path_factory.mktemp('evaluate')
+  run, foreign = base / 'run', base / 'foreign'
+  loop.train(tiny.experiment(base), run, jax.devices()[:1])
+  tokenizer = tokenizers.train_or_load(TokenizerConfig(kind='bytes'), [])
+  native.save(foreign, tiny.MODEL, decoder.init(tiny.MODEL, jax.random.key(9)), tokenizer.files(),
+              {})
+  (base / 'reviews.tsv').write_text('text\tlabel\n' + 'good\tpositive\nbad\tnegative\n' * 4)
+  text = next((base / 'corpus').glob('*.txt'))
+  commands = [
+    [f'--model={run}', f'--output={base}/held_out.json'],
+    [f'--model={foreign}'],
+    [f'--model={foreign}', f'--text={text}', '--stride=8'],
+    [f'--model={run}', f'--baseline={foreign}', f'--text={text}', '--tasks=sentiment',
+     f'--data={base}/reviews.tsv', '--limit=6', f'--output={base}/both.json'],
+    [f'--model={run}', f'--baseline={foreign}'],
+  ]
+  done = subprocess.run(
+    [sys.executable, '-c', SCRIPT, json.dumps(commands)], capture_output=True, text=True,
+    check=False, env=os.environ | {'XLA_FLAGS': os.environ['XLA_FLAGS'].replace('=8', '=1')},
+  )
+  assert done.returncode == 0, done.stderr
+  return base, done.stdout.split('---\n')
+
+
+def test_a_run_is_scored_on_its_held_out_records(outputs):
+  base, (printed, *_) = outputs
+  scores = json.loads((base / 'held_out.json').read_text())
+  summary = json.loads((base / 'run' / 'summary.json').read_text())
+  assert scores == pytest.approx(summary['validation'], rel=1e-5)
+  assert f'bits_per_byte  {scores["bits_per_byte"]:.4f}' in printed
+
+
+def test_a_foreign_model_needs_a_text_or_tasks(outputs):
+  assert outputs[1][1].startswith('error: --model=')
+  assert 'give --text=FILE or --tasks=NAME' in outputs[1][1]
+  assert outputs[1][4].startswith('error: --baseline=')
+
+
+def test_any_model_is_measured_on_a_text(outputs):
+  lines = outputs[1][2].strip().split('\n')
+  names = [line.split()[-4] for line in lines[1:]]
+  assert names == ['loss', 'perplexity', 'bits_per_byte']
+  # An untrained model knows nothing of 257 bytes.
+  assert 7.5 < float(lines[-1].split()[-3]) < 8.5
+
+
+def test_a_task_and_a_text_with_a_baseline(outputs):
+  base, (_, _, _, printed, _, _) = outputs
+  assert 'sentiment' in printed and 'accuracy' in printed and 'difference' in printed
+  results = json.loads((base / 'both.json').read_text())['tasks']
+  sentiment = results['sentiment']
+  assert sentiment['examples'] == len(sentiment['predictions']) == 6
+  row = sentiment['predictions'][0]
+  assert row['record'] == {'text': 'good', 'label': 'positive'} and row['reference'] == 'positive'
+  assert {'label', 'score', 'scores'} == {*row['prediction']} == {*row['baseline']}
+  right = sum(one['prediction']['label'] == one['reference'] for one in sentiment['predictions'])
+  assert sentiment['scores']['accuracy']['value'] == pytest.approx(right / 6)
+  assert 0 < sentiment['scores']['accuracy']['comparison']['p_value'] <= 1
+  assert sentiment['contamination']['overlapping'] == 0
+  text, = (result for name, result in results.items() if name.endswith('.txt'))
+  # The run was trained on texts like this one, and the other was not trained.
+  assert text['scores']['bits_per_byte']['comparison']['difference'] < 0
