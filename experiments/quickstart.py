@@ -38,6 +38,7 @@ def get_config() -> Experiment:
       mlp_dim=512,
       max_length=128,
       tied_head=True,
+      scan_layers=False,  # A tenth faster on a CPU.
     ),
     data=DataConfig(
       sources=(SourceConfig(location=location),), validation=0.08, context_length=128

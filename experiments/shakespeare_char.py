@@ -29,6 +29,7 @@ def get_config(path: str = 'input.txt') -> Experiment:
     model=PRESETS['gpt2_124m'].replace(
       vocab_size=512, num_layers=4, num_heads=4, embed_dim=128, mlp_dim=512, max_length=64,
       biases=(), dropout_rate=0.0,
+      scan_layers=False,  # A third faster on a CPU.
     ),
     data=DataConfig(
       sources=(SourceConfig(location=path, slice=(0.0, 0.9)),),
