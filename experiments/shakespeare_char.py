@@ -5,7 +5,7 @@ Command:  python -m jaxllm.train --config=experiments/shakespeare_char.py:PATH/i
 Hardware: 2 CPU cores
 Time:     see README.md, "Figures"
 Data:     tinyshakespeare, 1.1 MB of text, at a path that you give; the first 90% train
-Expected: validation loss 1.61 nats per character by Muon. By AdamW with nanoGPT's settings,
+Expected: validation loss 1.62 nats per character by Muon. By AdamW with nanoGPT's settings,
             --config.optimizer='{"name": "adamw", "learning_rate": 1e-3, "beta2": 0.99}'
           1.88 (nanoGPT itself: 1.886)
 Reference: github.com/karpathy/nanoGPT, config/train_shakespeare_char.py and its README
