@@ -8,6 +8,7 @@ PROGRAMS = {
   'train': 'train a model from a config; the same command resumes',
   'evaluate': 'score a model on held-out text',
   'sample': 'continue a prompt',
+  'serve': 'answer over HTTP, as OpenAI does',
   'convert': 'bring weights in and out of other formats',
 }
 

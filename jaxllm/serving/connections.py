@@ -144,7 +144,7 @@ def settings(limits: LimitsConfig) -> dict[str, Any]:
   """Return the arguments of `uvicorn.Config` that go with these limits."""
   return {
     'http': type('Limited', (LimitedProtocol,), {'limits': limits}),
-    'ws': 'none', 'lifespan': 'on', 'loop': 'asyncio',
+    'ws': 'none', 'lifespan': 'off', 'loop': 'asyncio',
     'h11_max_incomplete_event_size': limits.max_header_bytes, 'timeout_keep_alive': KEEP_SECONDS,
     'timeout_graceful_shutdown': limits.drain_seconds,
     # The guard logs requests, without what a client wrote into their paths.

@@ -1,0 +1,80 @@
+"""Serve a model with OpenAI's API: `python -m jaxllm.serve --model=runs/demo --port=8000`.
+
+API keys are read from `--api_keys_file` (one per line) and JAXLLM_API_KEYS (commas between).
+"""
+
+import dataclasses
+import json
+import logging
+import pathlib
+import signal
+
+from absl import app, flags
+
+from jaxllm import config
+
+MODEL = flags.DEFINE_string(
+  'model', None, 'A workdir, a checkpoint, a Hugging Face directory or a .gguf file.', required=True
+)
+HOST = flags.DEFINE_string('host', '127.0.0.1', 'Address to listen at; 0.0.0.0: from everywhere.')
+PORT = flags.DEFINE_integer('port', 8000, 'Port to listen at.', 0, 65535)
+NAME = flags.DEFINE_string('name', None, 'What clients call the model; by default its last part.')
+API_KEYS_FILE = flags.DEFINE_string('api_keys_file', None, 'A file of API keys, one per line.')
+ANONYMOUS = flags.DEFINE_bool('anonymous', False, 'Let others than this machine in without a key.')
+ALLOWED_HOSTS = flags.DEFINE_list(
+  'allowed_hosts', [], 'Further names that requests to a loopback address may give as their host.')
+QUANTIZE = flags.DEFINE_enum('quantize', None, ['int8', 'int4'], 'Store the weights smaller.')
+NUM_SLOTS = flags.DEFINE_integer('num_slots', 8, 'Choices decoded together.', 1)
+CONTEXT_LENGTH = flags.DEFINE_integer(
+  'context_length', None, "Tokens of prompt and continuation; by default the model's, up to 2048.",
+  1)
+MAX_QUEUE = flags.DEFINE_integer('max_queue', 64, 'Choices that may wait.', 0)
+CACHE_DTYPE = flags.DEFINE_enum('cache_dtype', None, ['int8'], 'Store keys and values smaller.')
+LIMITS = flags.DEFINE_string(
+  'limits', '{}', 'Other limits, as JSON: {"max_body_bytes": 1000000, "request_seconds": 60}; see '
+  'LimitsConfig.')
+
+
+def main(_) -> None:  # noqa: D103
+  try:
+    import uvicorn
+
+    from jaxllm.serving import connections, limits
+  except ImportError:
+    raise app.UsageError("the server needs more packages: pip install 'jaxllm[serve]'") from None
+  from jaxllm import loading
+  from jaxllm.adapters import quantization
+  from jaxllm.serving import app as http
+  from jaxllm.serving.engine import Engine, EngineConfig
+  from jaxllm.serving.service import Service
+
+  bounds = limits.LimitsConfig.from_json(LIMITS.value)
+  keys = limits.read_keys(API_KEYS_FILE.value)
+  local = HOST.value in limits.LOOPBACK
+  if not (local or keys or ANONYMOUS.value):
+    raise ValueError(f'--host={HOST.value}: without API keys everyone who reaches this address '
+                     'could use the model; give --api_keys_file or JAXLLM_API_KEYS, or --anonymous')
+  logging.basicConfig(level=logging.INFO, format='%(asctime)s %(message)s')
+  model = loading.load(MODEL.value)
+  if QUANTIZE.value:
+    kind = quantization.QuantizationConfig.from_json(json.dumps({'kind': QUANTIZE.value}))
+    model = dataclasses.replace(model, variables=quantization.quantize(model.variables, kind))
+  engine = Engine(model, EngineConfig(
+    num_slots=NUM_SLOTS.value, context_length=CONTEXT_LENGTH.value, max_queue=MAX_QUEUE.value,
+    cache_dtype=CACHE_DTYPE.value))
+  name = NAME.value or pathlib.Path(MODEL.value).resolve().name.removesuffix('.gguf')
+  service = Service(model, engine, name, bounds)
+  hosts = (*limits.LOOPBACK, *ALLOWED_HOSTS.value) if local else None
+  server = uvicorn.Server(uvicorn.Config(
+    http.make_app(service, keys, hosts), HOST.value, PORT.value,
+    **connections.settings(bounds)))
+  # uvicorn drains on either, then raises it again, to end what is ended already.
+  for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, signal.SIG_IGN)
+  server.run()
+  engine.close(bounds.drain_seconds)
+  service.close()
+
+
+if __name__ == '__main__':
+  config.run_program(main)

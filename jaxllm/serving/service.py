@@ -1,0 +1,340 @@
+"""From requests to the engine and back: tokens, jobs, tickets.
+
+`Service` knows the model's tokenizer, template and limits, and turns a body into a `Plan`; that
+takes time, and runs in threads. `gather` follows the tickets of a plan on the event loop.
+"""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import dataclasses
+import secrets
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from jaxllm.generation.constraint import Constraint, JsonConstraints
+from jaxllm.generation.sampling import MAX_SEED
+from jaxllm.generation.text import TextPiece, text_of
+from jaxllm.interop import chat as templates
+from jaxllm.interop import tokenizer_files
+from jaxllm.loading import LoadedModel
+from jaxllm.serving import fields, protocol
+from jaxllm.serving.engine import ClosedError, Engine, Job, QueueFullError, Ticket
+from jaxllm.serving.errors import ApiError, busy, invalid, unavailable
+from jaxllm.serving.limits import LimitsConfig
+from jaxllm.serving.metrics import Metrics
+from jaxllm.serving.protocol import Generation, Prompt
+from jaxllm.serving.responses import Answer, Names
+
+# What ends a turn in the usual templates, where it is not the tokenizer's EOS.
+TURN_ENDS = ('<|im_end|>', '<|eot_id|>', '<end_of_turn>', '<|end|>', '<|endoftext|>', '</s>')
+THREADS = 4
+T = TypeVar('T')
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What a request of text asks of the engine.
+
+  Attributes:
+    generation: the request.
+    jobs: one per choice.
+    echoes: the text that each choice begins with, if any.
+    answer: what is said of all choices.
+    prompt_tokens: of all prompts, each counted once.
+  """
+
+  generation: Generation
+  jobs: tuple[Job, ...]
+  echoes: tuple[str | None, ...]
+  answer: Answer
+  prompt_tokens: int
+
+
+class Service:
+  """A model and what may be asked of it.
+
+  Args of the constructor:
+    model: from `loading`.
+    engine: generates and embeds.
+    name: of the model, as clients know it.
+    limits: what is accepted.
+  """
+
+  def __init__(self, model: LoadedModel, engine: Engine, name: str, limits: LimitsConfig):
+    self.engine, self.name = engine, name
+    context_length, most = engine.context_length, engine.config
+    self.limits = limits.replace(
+      # More could never be taken, however long a client waits.
+      max_rows=min(limits.max_rows, most.num_slots + most.max_queue),
+      max_prompt_tokens=min(limits.max_prompt_tokens or context_length, context_length - 1))
+    self.created, self.metrics, self.active = int(time.time()), Metrics(), 0
+    self._model, self.tokenizer = model, model.tokenizer
+    self._context_length = context_length
+    self._vocab_size = min(model.config.vocab_size, model.tokenizer.vocab_size)
+    self._template = tokenizer_files.chat_template(model.tokenizer.files())
+    self._special = templates.special_tokens(model.tokenizer)
+    self._names = Names(model.tokenizer)
+    self._pool = concurrent.futures.ThreadPoolExecutor(THREADS, 'jaxllm-tokens')
+    self._constraints_lock = threading.Lock()
+    self._constraints: JsonConstraints | None = None
+
+  @contextlib.contextmanager
+  def admitted(self) -> Iterator[None]:
+    """Take part in the requests that are worked on.
+
+    Raises:
+      ApiError: there are as many as there may be.
+    """
+    if self.active >= self.limits.max_concurrency:
+      raise busy(f'{self.active} requests are being worked on; come back later')
+    self.active += 1
+    try:
+      yield
+    finally:
+      self.active -= 1
+
+  async def in_thread(self, work: Callable[..., T], *args: Any) -> T:
+    """Return what `work` returns, computed off the event loop."""
+    return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
+
+  def close(self) -> None:
+    """Let the threads go."""
+    self._pool.shutdown(wait=False, cancel_futures=True)
+
+  def completion(self, body: bytes) -> Plan:
+    """Plan the answer to the body of a completion.
+
+    Raises:
+      ApiError: it is not accepted.
+    """
+    request = protocol.completion(fields.parse(body), self.limits, self._vocab_size)
+    self.check_model(request.generation.model)
+    prompts = self._tokens('prompt', request.prompts)
+    echoes = [self._text(prompt, ids) if request.echo else None
+              for prompt, ids in zip(request.prompts, prompts, strict=True)]
+    return self._plan(request.generation, prompts, echoes, is_chat=False)
+
+  def chat(self, body: bytes) -> Plan:
+    """Plan the answer to the body of a chat completion; raises as `completion`."""
+    request = protocol.chat(fields.parse(body), self.limits, self._vocab_size)
+    self.check_model(request.generation.model)
+    if self._template is None:
+      raise invalid('messages', 'this model has no chat template; send a text to /v1/completions',
+                    'no_chat_template')
+    messages = [dataclasses.asdict(message) for message in request.messages]
+    try:
+      ids = templates.encode(self.tokenizer, self._template, messages)
+    except templates.TemplateError as error:
+      raise invalid('messages', str(error)[:200], 'chat_template') from None
+    except ValueError:
+      raise invalid('messages', 'the tokenizer cannot express the text') from None
+    return self._plan(request.generation, [self._fitting('messages', ids)], [None], is_chat=True)
+
+  def embedding(self, body: bytes) -> tuple[list[tuple[int, ...]], bool]:
+    """Return the prompts of an embedding, and whether it is wanted as base64."""
+    request = protocol.embedding(fields.parse(body), self.limits, self._vocab_size)
+    self.check_model(request.model)
+    return self._tokens('input', request.inputs), request.encoding == 'base64'
+
+  def tokenize(self, body: bytes) -> list[int]:
+    """Return the tokens of the body of a tokenize request.
+
+    A text that is the spelling of one special token, and nothing else, is that token: so a client
+    learns the ids of the tokens that `tokenizer_info` names.
+    """
+    model, text, add_special = protocol.tokenize(fields.parse(body))
+    self.check_model(model)
+    if text in self._special and not add_special:
+      return [self._special[text]]
+    try:
+      encode = self._model.encode_prompt if add_special else self.tokenizer.encode
+      return encode(text)
+    except ValueError:
+      raise invalid('prompt', 'the tokenizer cannot express the text') from None
+
+  def detokenize(self, body: bytes) -> str:
+    """Return the text of the tokens in the body of a detokenize request."""
+    model, ids = protocol.detokenize(fields.parse(body), self._vocab_size)
+    self.check_model(model)
+    return text_of(self.tokenizer, ids)
+
+  def tokenizer_info(self) -> dict[str, Any]:
+    """Return what clients need to know of the tokenizer."""
+    named = {token: text for text, token in self._special.items()}
+    ids = {'bos_token': self.tokenizer.bos_id, 'eos_token': self.tokenizer.eos_id,
+           'pad_token': self.tokenizer.pad_id}
+    return {
+      'tokenizer_class': 'jaxllm', 'vocab_size': self._vocab_size,
+      'model_max_length': self._context_length, 'add_bos_token': self._model.add_bos,
+      **{name: named.get(value) if value is not None else None for name, value in ids.items()},
+      'chat_template': self._template,
+    }
+
+  def submit(self, plan: Plan) -> list[Ticket]:
+    """Give the jobs of a plan to the engine.
+
+    Raises:
+      ApiError: it does not take them, or not now.
+    """
+    with _engine_errors():
+      return self.engine.submit(plan.jobs)
+
+  def embed(self, prompts: Sequence[tuple[int, ...]]) -> 'concurrent.futures.Future[Any]':
+    """Give prompts to the engine to embed; raises as `submit`."""
+    with _engine_errors():
+      return self.engine.embed(prompts)
+
+  def check_model(self, model: str | None) -> None:
+    """Raise an `ApiError` if a model is named that is not this one."""
+    if model is not None and model != self.name:
+      raise ApiError(404, f'model: there is no such model; this server has {self.name!r}', 'model',
+                     'model_not_found')
+
+  def _tokens(self, name: str, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
+    result = []
+    for index, prompt in enumerate(prompts):
+      at = name if len(prompts) == 1 else f'{name}[{index}]'
+      try:
+        ids = self._model.encode_prompt(prompt) if isinstance(prompt, str) else prompt
+      except ValueError:
+        raise invalid(at, 'the tokenizer cannot express the text') from None
+      result.append(self._fitting(at, ids))
+    return result
+
+  def _fitting(self, name: str, ids: Sequence[int]) -> tuple[int, ...]:
+    most = self.limits.max_prompt_tokens or 0
+    if not 1 <= len(ids) <= most:
+      raise invalid(name, f'{len(ids)} tokens, where 1 to {most} are accepted; the context has '
+                          f'{self._context_length}', 'context_length_exceeded')
+    return tuple(ids)
+
+  def _text(self, prompt: Prompt, ids: Sequence[int]) -> str:
+    return prompt if isinstance(prompt, str) else text_of(self.tokenizer, ids)
+
+  def _plan(self, generation: Generation, prompts: Sequence[tuple[int, ...]],
+            echoes: Sequence[str | None], is_chat: bool) -> Plan:
+    rows = len(prompts) * generation.num_choices
+    if rows > self.limits.max_rows:
+      raise invalid('n', f'{len(prompts)} prompts times n={generation.num_choices} are more than '
+                         f'{self.limits.max_rows} choices; send several requests')
+    room = self._context_length - max(map(len, prompts))
+    length = generation.max_tokens
+    if length is None:
+      length = max(min(room, self.limits.max_new_tokens // rows), 1)
+    if length > room:
+      raise invalid('max_tokens', f'{fields.shown(length)} tokens after {max(map(len, prompts))} '
+                    f'of the prompt do not fit the context of {self._context_length}; at most '
+                    f'{room} do', 'context_length_exceeded')
+    if length * rows > self.limits.max_new_tokens:
+      raise invalid('max_tokens', f'{length} tokens for each of {rows} choices are more than '
+                    f'{self.limits.max_new_tokens}; ask for fewer')
+    jobs = [
+      self._job(generation, prompt, length, choice, echo is not None, is_chat)
+      for prompt, echo in zip(prompts, echoes, strict=True)
+      for choice in range(generation.num_choices)
+    ]
+    answer = Answer(self._names, self.name, is_chat, generation.num_top is not None,
+                    generation.include_usage)
+    return Plan(generation, tuple(jobs),
+                tuple(echo for echo in echoes for _ in range(generation.num_choices)), answer,
+                sum(map(len, prompts)))
+
+  def _job(self, generation: Generation, prompt: tuple[int, ...], length: int, choice: int,
+           echo: bool, is_chat: bool) -> Job:
+    score_prompt = echo and generation.num_top is not None
+    sampling = generation.sampling.replace(
+      max_new_tokens=length,
+      # Whoever only wants a prompt scored counts on one more token, which EOS would not be.
+      min_new_tokens=int(score_prompt and length == 1))
+    seed = (secrets.randbelow(MAX_SEED + 1) if generation.seed is None
+            else (generation.seed + choice) % (MAX_SEED + 1))
+    ends = [self._special[name] for name in TURN_ENDS if name in self._special] if is_chat else []
+    return Job(prompt, sampling, seed, generation.stop, tuple(ends), generation.num_top or 0,
+               score_prompt, self._constraint(generation))
+
+  def _constraint(self, generation: Generation) -> Constraint | None:
+    form = generation.form
+    if form is None:
+      return None
+    with self._constraints_lock:
+      if self._constraints is None:
+        eos_id = self.tokenizer.eos_id
+        eos_ids = {*self._model.stop_ids, *([] if eos_id is None else [eos_id])}
+        try:
+          self._constraints = JsonConstraints(
+            self.tokenizer.id_bytes, sorted(eos_ids), self._model.config.vocab_size)
+        except ValueError:
+          raise invalid('response_format', 'the vocabulary of this model cannot spell JSON; leave '
+                                           'it out') from None
+      try:
+        if isinstance(form, Mapping):
+          return self._constraints.schema(form)
+        return self._constraints.any_object()
+      except ValueError as error:
+        raise invalid('response_format.json_schema.schema', str(error)[:300]) from None
+
+
+@contextlib.contextmanager
+def _engine_errors() -> Iterator[None]:
+  try:
+    yield
+  except QueueFullError:
+    raise busy('too many requests wait; come back later') from None
+  except ClosedError:
+    raise unavailable('the server takes no requests any more', 'closed') from None
+  except ValueError as error:
+    raise invalid(None, str(error)[:200]) from None
+
+
+async def gather(
+  tickets: Sequence[Ticket], metrics: Metrics, started: float
+) -> AsyncGenerator[tuple[int, TextPiece], None]:
+  """Yield (row, piece) of all tickets as they come, until all have ended.
+
+  Args:
+    tickets: of one request.
+    metrics: notes the times between tokens.
+    started: when the request came.
+
+  Raises:
+    Exception: what a ticket raises.
+  """
+  queue: asyncio.Queue[tuple[int, TextPiece | Exception | None]] = asyncio.Queue()
+
+  async def follow(row: int, ticket: Ticket) -> None:
+    first, last, count, is_prompt = 0.0, 0.0, 0, ticket.job.score_prompt
+    try:
+      async for piece in ticket:
+        if piece.tokens and not is_prompt:
+          last = time.monotonic()
+          first = first or last
+          count += len(piece.tokens)
+          if count == len(piece.tokens):
+            metrics.first_token(first - started)
+        is_prompt = False
+        queue.put_nowait((row, piece))
+    except Exception as error:  # noqa: BLE001 - raised where the request is answered.
+      queue.put_nowait((row, error))
+      return
+    if count > 1:
+      metrics.per_token((last - first) / (count - 1))
+    queue.put_nowait((row, None))
+
+  tasks = [asyncio.create_task(follow(row, ticket)) for row, ticket in enumerate(tickets)]
+  try:
+    left = len(tasks)
+    while left:
+      row, item = await queue.get()
+      if isinstance(item, Exception):
+        raise item
+      if item is None:
+        left -= 1
+      else:
+        yield row, item
+  finally:
+    for task in tasks:
+      task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,128 @@
+"""A tiny random model behind a real server, in a thread, on a free port."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import socket
+import threading
+import time
+
+import httpx
+import jax
+import tokenizers
+import uvicorn
+
+from jaxllm.data import tokenizers as tokenizer_lib
+from jaxllm.loading import LoadedModel
+from jaxllm.models import decoder
+from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.linear import InitializerConfig
+from jaxllm.serving import connections
+from jaxllm.serving.app import make_app
+from jaxllm.serving.engine import Engine, EngineConfig
+from jaxllm.serving.limits import Keys, LimitsConfig
+from jaxllm.serving.service import Service
+
+TEMPLATE = (
+  "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' }}"
+  "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+SPECIAL = ['<|endoftext|>', '<|im_start|>', '<|im_end|>']
+END, TURN, TURN_END = 256, 257, 258
+NAME = 'tiny'
+
+
+def tokenizer():
+  """Return a tokenizer of bytes with special tokens and a chat template."""
+  # Bytes that print stand for themselves, the others for signs from 256 on.
+  printed = {*range(33, 127), *range(161, 173), *range(174, 256)}
+  others = iter(range(256, 512))
+  vocab = {chr(byte if byte in printed else next(others)): byte for byte in range(256)}
+  inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+  inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  inner.decoder = tokenizers.decoders.ByteLevel()
+  inner.add_special_tokens(SPECIAL)
+  return tokenizer_lib.from_files({
+    'tokenizer.json': inner.to_str().encode(),
+    'tokenizer_config.json': json.dumps({
+      'chat_template': TEMPLATE, 'eos_token': SPECIAL[0], 'bos_token': SPECIAL[0]}).encode(),
+  })
+
+
+def tiny_model(max_length=512):
+  """Return a random model that speaks no sense, but always the same."""
+  config = DecoderConfig(
+    vocab_size=259, vocab_multiple=8, embed_dim=16, num_layers=1, num_heads=2, mlp_dim=16,
+    max_length=max_length, initializer=InitializerConfig(stddev=None))
+  variables = decoder.init(config, jax.random.key(2))
+  return LoadedModel(config, variables, tokenizer(), add_bos=False, stop_ids=(END,))
+
+
+def make_engine(model, **changes):
+  return Engine(model, EngineConfig(**{'num_slots': 4, 'max_queue': 32, 'prefill_chunk': 64}
+                                    | changes))
+
+
+@dataclasses.dataclass(frozen=True)
+class Server:
+  """Where a server listens, and what is inside."""
+
+  url: str
+  port: int
+  service: Service
+
+  def post(self, path, content, **headers):
+    """Send JSON, or bytes as they are."""
+    body = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return httpx.post(f'{self.url}{path}', content=body, timeout=30,
+                      headers={'content-type': 'application/json', **headers})
+
+  def complete(self, **fields):
+    return self.post('/v1/completions', {'model': NAME, 'prompt': 'ab', 'max_tokens': 4} | fields)
+
+  def chat(self, **fields):
+    return self.post('/v1/chat/completions', {
+      'model': NAME, 'messages': [{'role': 'user', 'content': 'hi'}], 'max_tokens': 4} | fields)
+
+  def get(self, path, **headers):
+    return httpx.get(f'{self.url}{path}', headers=headers, timeout=30)
+
+  def wait_until_idle(self, seconds=5.0):
+    """Return once no slot is in use and nothing waits."""
+    end = time.monotonic() + seconds
+    while True:
+      now = self.service.engine.statistics()
+      if not (now.busy_slots or now.queued or self.service.active):
+        return
+      assert time.monotonic() < end, now
+      time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def running(model, engine, keys=(), hosts=('127.0.0.1', 'localhost', '::1'), **limits):
+  """Serve a model while the context lasts; the engine is closed with it only if it is its own."""
+  bounds = LimitsConfig(**limits)
+  service = Service(model, engine, NAME, bounds)
+  app = make_app(service, Keys(keys), hosts)
+  server = uvicorn.Server(uvicorn.Config(
+    app, host='127.0.0.1', log_level='warning', **connections.settings(bounds)))
+  with socket.create_server(('127.0.0.1', 0)) as listener:
+    port = listener.getsockname()[1]
+    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+    thread.start()
+    while not server.started:
+      assert thread.is_alive()
+      time.sleep(0.005)
+    try:
+      yield Server(f'http://127.0.0.1:{port}', port, service)
+    finally:
+      server.should_exit = True
+      thread.join(10)
+      assert not thread.is_alive()
+
+
+@functools.cache
+def shared():
+  """Return a model and its engine, made once for all tests that leave it open."""
+  model = tiny_model()
+  return model, make_engine(model)
