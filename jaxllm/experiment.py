@@ -1,7 +1,12 @@
 """One run, described whole: the configs of all rooms, and the checks that span rooms."""
 
+from typing import Annotated
+
 import pydantic
 
+from jaxllm.adapters.lora import LoraConfig
+from jaxllm.adapters.quantization import QuantizationConfig
+from jaxllm.adapters.rules import PathRule
 from jaxllm.checkpoints.store import CheckpointConfig
 from jaxllm.config import Config
 from jaxllm.data.records import DataConfig
@@ -12,6 +17,20 @@ from jaxllm.objectives.next_token import ObjectiveConfig
 from jaxllm.optim.optimizers import OptimizerConfig
 from jaxllm.optim.schedules import ScheduleConfig
 from jaxllm.sharding import MeshConfig
+from jaxllm.tasks.chat import Chat
+from jaxllm.tasks.classification import Classification, Sentiment
+from jaxllm.tasks.language_modeling import LanguageModeling
+from jaxllm.tasks.multiple_choice import MultipleChoice
+from jaxllm.tasks.question_answering import ExtractiveQuestionAnswering, QuestionAnswering
+from jaxllm.tasks.summarization import Summarization
+from jaxllm.tasks.translation import Translation
+
+AnyTask = Annotated[
+  Translation | Summarization | Sentiment | Classification | QuestionAnswering
+  | ExtractiveQuestionAnswering | MultipleChoice | LanguageModeling | Chat,
+  pydantic.Field(discriminator='kind'),
+]
+"""The config of any task, by its `kind`."""
 
 
 class SpikeConfig(Config):
@@ -42,6 +61,25 @@ class TrainingConfig(Config):
   """Steps between two records in metrics.jsonl."""
 
 
+class FinetuneConfig(Config):
+  """What of a model is trained; the defaults train all of it."""
+
+  lora: LoraConfig | None = None
+  """Train adapters beside the parameters of `init_from`, which stay as they are; None trains the
+  parameters themselves."""
+  base: QuantizationConfig | None = None
+  """How these parameters are stored meanwhile; None: float32."""
+  rules: tuple[PathRule, ...] = ()
+  """What is frozen or learns at another rate, by paths of what is trained (of adapters, with
+  `lora`); each must match something."""
+
+  @pydantic.model_validator(mode='after')
+  def _check(self) -> 'FinetuneConfig':
+    if self.base is not None and self.lora is None:
+      raise ValueError('base: only parameters that are not trained can be quantised; set lora')
+    return self
+
+
 class Experiment(Config):
   """Everything that defines a run; an experiment file returns one from `get_config()`."""
 
@@ -54,9 +92,14 @@ class Experiment(Config):
   init_from: str | None = None
   """A model to begin with, anything that `jaxllm.load` takes; None begins with random parameters.
   The sizes of `model` must be its own, and the tokenizer too."""
-  model: DecoderConfig
+  model: DecoderConfig | None = None
+  """The decoder; None: that of `init_from`."""
   data: DataConfig
-  tokenizer: TokenizerConfig
+  tokenizer: TokenizerConfig | None = None
+  """The tokenizer; None: that of `init_from`, and texts begin with BOS if they do there."""
+  task: AnyTask | None = None
+  """Train to do a task, on its records and on the answers alone; None trains on `data.sources`."""
+  finetune: FinetuneConfig = FinetuneConfig()
   training: TrainingConfig
   objective: ObjectiveConfig = ObjectiveConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
@@ -65,31 +108,69 @@ class Experiment(Config):
   checkpoint: CheckpointConfig = CheckpointConfig()
   evaluation: EvaluationConfig = EvaluationConfig()
 
+  @property
+  def decoder(self) -> DecoderConfig:
+    """The decoder, once it is known.
+
+    Raises:
+      ValueError: `model` is None: it is still to be read from `init_from`.
+    """
+    if self.model is None:
+      raise ValueError('config.model=None: it is read from config.init_from when training starts')
+    return self.model
+
   @pydantic.model_validator(mode='after')
   def _check(self) -> 'Experiment':
-    training = self.training
-    if self.data.context_length > self.model.max_length:
-      raise ValueError(
-        f'data.context_length={self.data.context_length} is longer than '
-        f'model.max_length={self.model.max_length}; shorten the first or raise the second'
-      )
-    if training.batch_size % training.microbatches:
-      raise ValueError(
-        f'training.batch_size={training.batch_size} does not divide into '
-        f'training.microbatches={training.microbatches} equal parts'
-      )
-    if training.ema_decay is not None and self.optimizer.name == 'schedule_free_adamw':
-      raise ValueError(
-        f'training.ema_decay={training.ema_decay}: schedule_free_adamw keeps its own average; '
-        'set ema_decay to None'
-      )
-    if self.schedule.warmup_steps >= training.num_steps:
-      raise ValueError(
-        f'schedule.warmup_steps={self.schedule.warmup_steps} leaves no step after the warmup of '
-        f'training.num_steps={training.num_steps}'
-      )
+    for check in (_check_sources, _check_start, _check_training):
+      check(self)
     return self
 
 
+def _check_sources(experiment: Experiment) -> None:
+  data, model = experiment.data, experiment.model
+  if bool(data.sources) == (experiment.task is not None):
+    raise ValueError(
+      f'data.sources={data.sources} and task={experiment.task and experiment.task.kind!r}: set one '
+      'of them; a task has records of its own, in task.data'
+    )
+  if model is not None and data.context_length > model.max_length:
+    raise ValueError(
+      f'data.context_length={data.context_length} is longer than '
+      f'model.max_length={model.max_length}; shorten the first or raise the second'
+    )
+
+
+def _check_start(experiment: Experiment) -> None:
+  if experiment.init_from is None:
+    wanting = [name for name in ('model', 'tokenizer') if getattr(experiment, name) is None]
+    wanting += ['finetune.lora'] if experiment.finetune.lora else []
+    if wanting:
+      raise ValueError(f'init_from=None: {", ".join(wanting)} cannot do without; name a model')
+  if experiment.finetune.rules and experiment.optimizer.name == 'schedule_free_adamw':
+    raise ValueError(
+      f'finetune.rules={experiment.finetune.rules}: schedule_free_adamw averages all that it '
+      'trains; choose another optimizer'
+    )
+
+
+def _check_training(experiment: Experiment) -> None:
+  training = experiment.training
+  if training.batch_size % training.microbatches:
+    raise ValueError(
+      f'training.batch_size={training.batch_size} does not divide into '
+      f'training.microbatches={training.microbatches} equal parts'
+    )
+  if training.ema_decay is not None and experiment.optimizer.name == 'schedule_free_adamw':
+    raise ValueError(
+      f'training.ema_decay={training.ema_decay}: schedule_free_adamw keeps its own average; '
+      'set ema_decay to None'
+    )
+  if experiment.schedule.warmup_steps >= training.num_steps:
+    raise ValueError(
+      f'schedule.warmup_steps={experiment.schedule.warmup_steps} leaves no step after the warmup '
+      f'of training.num_steps={training.num_steps}'
+    )
+
+
 # What must not change between two runs into one workdir: the parameters' shape and the records.
-FIXED_FIELDS = ('model', 'data', 'tokenizer', 'seed')
+FIXED_FIELDS = ('model', 'data', 'tokenizer', 'finetune', 'seed')

@@ -4,14 +4,17 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.checkpoints import store
+from jaxllm.adapters import lora
+from jaxllm.adapters.quantization import dequantize_tree, quantize
+from jaxllm.checkpoints import fingerprint, store
+from jaxllm.checkpoints.bundle import Bundle
 from jaxllm.data import tokenizers
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.experiment import Experiment
@@ -20,6 +23,9 @@ from jaxllm.generation.sampling import SamplingConfig
 from jaxllm.interop import native, sources, tokenizer_files
 from jaxllm.models import decoder
 from jaxllm.models.decoder import Decoder, DecoderConfig
+
+# The entry of a bundle's manifest with the fingerprint of what adapters were trained beside.
+BASE = 'base_fingerprint'
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -92,17 +98,81 @@ def load(path: str | os.PathLike[str]) -> LoadedModel:
     return _loaded(loaded.config, loaded.variables, loaded.files)
   step = store.find_step(pathlib.Path(path).expanduser())
   bundle = store.read_bundle(step)
+  config, experiment = _described(bundle)
+  if experiment and experiment.finetune.lora:
+    params = _merged(step, bundle, experiment)
+  else:
+    shapes, _ = decoder.abstract(config)
+    # A converted model may be stored in bfloat16; a run's parameters are float32.
+    params, _ = store.restore_params(step, shapes['params'] if experiment else None)
+  return _loaded(config, {'params': params}, dict(bundle.tokenizer_files), experiment)
+
+
+class Description(NamedTuple):
+  """What is known of a model without its weights.
+
+  Attributes:
+    config: sizes and switches of the decoder.
+    files: file name -> content, of the tokenizer and of what tells how to use it.
+    add_bos: whether its texts begin with BOS.
+  """
+
+  config: DecoderConfig
+  files: Mapping[str, bytes]
+  add_bos: bool
+
+
+def describe(path: str | os.PathLike[str]) -> Description:
+  """Read all about a model but its weights; path and errors as in `load`."""
+  if sources.is_foreign(path):
+    source = sources.open_model(path)
+    return Description(source.config, source.files, tokenizer_files.add_bos(source.files))
+  bundle = store.read_bundle(pathlib.Path(path).expanduser())
+  config, experiment = _described(bundle)
+  files = bundle.tokenizer_files
+  add_bos = experiment.data.add_bos if experiment else tokenizer_files.add_bos(files)
+  return Description(config, files, add_bos)
+
+
+def _described(bundle: Bundle) -> tuple[DecoderConfig, Experiment | None]:
   if native.CONVERTED in bundle.manifest:
     config, experiment = native.model_config(bundle), None
   else:
     experiment = Experiment.from_json(bundle.config_json)
-    config = experiment.model
+    config = experiment.decoder
   # Trained wherever, used here: one device, plain attention, no recomputation.
-  config = config.replace(attention='xla', remat='none')
-  shapes, _ = decoder.abstract(config)
-  # A converted model may be stored in bfloat16; a run's parameters are float32.
-  params, _ = store.restore_params(step, shapes['params'] if experiment else None)
-  return _loaded(config, {'params': params}, dict(bundle.tokenizer_files), experiment)
+  return config.replace(attention='xla', remat='none'), experiment
+
+
+def _merged(step: os.PathLike[str], bundle: Bundle, experiment: Experiment) -> Any:
+  """Return the parameters of the model that the run began with, its adapters added.
+
+  Raises:
+    ValueError: that model is gone, or another one lies there.
+  """
+  where = experiment.init_from or ''
+  try:
+    base = load(where).variables['params']
+  except (OSError, ValueError) as error:
+    raise ValueError(f'{step} holds adapters to {where!r}, which cannot be loaded: {error}') from (
+      error)
+  check_base(experiment, bundle, base)
+  adapters, _ = store.restore_params(step)
+  # The adapters were trained beside what quantisation had left.
+  if experiment.finetune.base is not None:
+    base = dequantize_tree(quantize({'params': base}, experiment.finetune.base))['params']
+  return lora.merge(base, adapters)
+
+
+def check_base(experiment: Experiment, bundle: Bundle, base: Any) -> None:
+  """Raise a ValueError where `base` is not what a run with adapters was trained beside."""
+  expected = bundle.manifest[BASE]
+  found = fingerprint.of(base)
+  if found != expected:
+    raise ValueError(
+      f'{experiment.init_from!r} is not the model that these adapters were trained beside: its '
+      f'parameters have the fingerprint {found}, not {expected}; put the original back'
+    )
 
 
 def generate(

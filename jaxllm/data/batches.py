@@ -10,12 +10,14 @@ weight 0.
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxllm.data import packing, parallel, records
+
+Decode = Callable[[np.ndarray], Mapping[str, np.ndarray]]
 
 _DAMAGED = 'the records are damaged; delete the directory and prepare them anew'
 
@@ -33,6 +35,8 @@ class Batches:
   """The stored records in the order in which they are visited."""
   dtype: np.dtype
   vocab_size: int
+  decode: Decode = packing.batch_arrays
+  """Rows of `dtype` -> arrays of a batch."""
 
   @property
   def num_batches(self) -> int:
@@ -43,7 +47,8 @@ class Batches:
     """Return this process's rows of the batch of a step.
 
     Returns:
-      `tokens`, `targets`, `segment_ids`, `positions` int32 and `weights` float32, each (B, T).
+      What `decode` gives: `tokens`, `targets`, `segment_ids`, `positions` int32 and `weights`
+      float32, each (B, T), where it is `packing.batch_arrays`.
 
     Raises:
       IndexError: the step is negative or past the last epoch.
@@ -59,11 +64,13 @@ class Batches:
       raise ValueError(f'step {step}: {_DAMAGED} ({error})') from error
     rows_B = np.zeros(len(self.rows), self.dtype)
     rows_B[: len(found_B)] = found_B
-    highest = rows_B['tokens'].max(initial=0)
+    batch = dict(self.decode(rows_B))
+    highest = max(int(array.max(initial=0)) for name, array in batch.items()
+                  if name.endswith(('tokens', 'targets')))
     if highest >= self.vocab_size:
       raise ValueError(f'step {step}: token id {highest} is not in the vocabulary of '
                        f'{self.vocab_size}; {_DAMAGED}')
-    return packing.batch_arrays(rows_B)
+    return batch
 
 
 def make_batches(
@@ -91,28 +98,66 @@ def make_batches(
   Raises:
     ValueError: nothing is prepared there, records are missing, or the batch does not divide.
   """
+  manifest = records.load_manifest(directory)
+  counts = manifest.split(split).shards
+  source = _open(records.shard_paths(directory, manifest, split), counts)
+  dtype = packing.record_dtype(manifest.context_length, manifest.vocab_size)
+  plain = Batches(sum(counts), batch_size, num_epochs, range(0), source, dtype, manifest.vocab_size)
+  return _arranged(plain, seed if shuffle else None, process_index, process_count)
+
+
+def from_records(
+  rows: np.ndarray,
+  decode: Decode,
+  vocab_size: int,
+  batch_size: int,
+  seed: int,
+  process_index: int = 0,
+  process_count: int = 1,
+  shuffle: bool = True,
+  num_epochs: int | None = None,
+) -> Batches:
+  """Give the same access to records that are already in memory.
+
+  Args:
+    rows: structured array, (records,); every process has all of them.
+    decode: rows -> arrays of a batch.
+    vocab_size: ids are below it.
+    batch_size: as in `make_batches`, like the rest.
+    seed: decides the order.
+    process_index: which process this is.
+    process_count: how many there are.
+    shuffle: visit the records in a new random order each epoch.
+    num_epochs: how often all records are visited; None never ends.
+
+  Raises:
+    ValueError: the batch does not divide.
+  """
+  source = [row.tobytes() for row in rows]
+  plain = Batches(len(rows), batch_size, num_epochs, range(0), source, rows.dtype, vocab_size,
+                  decode)
+  return _arranged(plain, seed if shuffle else None, process_index, process_count)
+
+
+def _arranged(
+  plain: Batches, seed: int | None, process_index: int, process_count: int
+) -> Batches:
+  """Put the records into the order of the epochs, and take this process's rows."""
   import grain
 
+  batch_size = plain.batch_size
   if batch_size < 1 or batch_size % process_count:
     raise ValueError(f'batch_size={batch_size} does not divide into {process_count} equal parts, '
                      'one for each process')
   if not 0 <= process_index < process_count:
     raise ValueError(f'process_index={process_index} is not below process_count={process_count}')
-  manifest = records.load_manifest(directory)
-  counts = manifest.split(split).shards
-  paths = records.shard_paths(directory, manifest, split)
-  sequence = grain.MapDataset.source(_open(paths, counts))
-  if shuffle:
+  sequence = grain.MapDataset.source(plain.sequence)
+  if seed is not None:
     sequence = sequence.shuffle(seed=seed)
   local = batch_size // process_count
-  return Batches(
-    num_records=sum(counts),
-    batch_size=batch_size,
-    num_epochs=num_epochs,
-    rows=range(process_index * local, (process_index + 1) * local),
-    sequence=sequence.repeat(num_epochs),
-    dtype=packing.record_dtype(manifest.context_length, manifest.vocab_size),
-    vocab_size=manifest.vocab_size,
+  return dataclasses.replace(
+    plain, rows=range(process_index * local, (process_index + 1) * local),
+    sequence=sequence.repeat(plain.num_epochs),
   )
 
 

@@ -27,7 +27,7 @@ from jaxllm.data.documents import SourceConfig
 from jaxllm.data.tokenizers import Tokenizer, TokenizerConfig
 
 # Part of every fingerprint: to be raised when the same settings give other records.
-_VERSION = 1
+VERSION = 1
 
 _HASHES = '.source_hashes.json'
 
@@ -35,8 +35,8 @@ _HASHES = '.source_hashes.json'
 class DataConfig(Config):
   """Which texts become which records."""
 
-  sources: tuple[SourceConfig, ...]
-  """Where the training documents come from, in this order."""
+  sources: tuple[SourceConfig, ...] = ()
+  """Where the training documents come from, in this order; () where a task has its own records."""
   validation: float | tuple[SourceConfig, ...] | None = 0.05
   """Held-out documents: a fraction of the sources, chosen by the hash of each document, or sources
   of their own; None holds nothing out."""
@@ -57,8 +57,6 @@ class DataConfig(Config):
 
   @pydantic.model_validator(mode='after')
   def _check(self) -> 'DataConfig':
-    if not self.sources:
-      raise ValueError('sources=(): at least one source is needed')
     fraction = self.validation if isinstance(self.validation, float) else 0.5
     if self.validation == () or not 0 < fraction < 1:
       raise ValueError(f'validation={self.validation}: expected a fraction between 0 and 1, '
@@ -150,7 +148,7 @@ class Manifest(Config):
 
 def prepare(
   data: DataConfig,
-  tokenizer: TokenizerConfig,
+  tokenizer: TokenizerConfig | None,
   directory: str | os.PathLike[str],
   progress: bool = True,
 ) -> Manifest:
@@ -170,6 +168,9 @@ def prepare(
     ValueError: a source is missing, damaged or empty, or the settings do not fit the data.
     OSError: the directory cannot be written or the disk is full; nothing half-written is left.
   """
+  if tokenizer is None or not data.sources:
+    raise ValueError(f'data.sources={data.sources} and tokenizer={tokenizer}: preparing documents '
+                     'needs both')
   directory = pathlib.Path(directory)
   known = storage.read_json(directory / _HASHES)
   hashes = dict(known)
@@ -260,7 +261,7 @@ def _fingerprint(
                              else {'location'})
 
   facts = {
-    'version': _VERSION,
+    'version': VERSION,
     'data': data.model_dump(mode='json', exclude={'sources', 'shuffle', 'validation'}),
     'validation': len(data.sources) if isinstance(data.validation, tuple) else data.validation,
     'sources': [without_paths(source) for source in _all_sources(data)],
@@ -322,7 +323,7 @@ def _write(
   sources = tuple(s.replace(**c) for s, c in zip(sources, counts, strict=True))
   _check_splits(data, splits, sources)
   return Manifest(
-    version=_VERSION, fingerprint=fingerprint, data=data, tokenizer=config,
+    version=VERSION, fingerprint=fingerprint, data=data, tokenizer=config,
     tokenizer_fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size,
     sources=sources, train=splits['train'], validation=splits.get('validation'),
   )

@@ -150,6 +150,15 @@ def from_files(files: Files) -> Tokenizer:
   raise ValueError(f'no tokenizer among {sorted(files)}: expected {" or ".join(BUILDERS)}')
 
 
+def same_vocabulary(first: Tokenizer, second: Tokenizer) -> bool:
+  """Return whether both give a text the same ids; which of them begin and end it may differ."""
+  def vocabulary(tokenizer: Tokenizer) -> dict[str, bytes]:
+    files = tokenizer.files()
+    return {name: files[name] for name in (*BUILDERS, 'merges.txt') if name in files}
+
+  return vocabulary(first) == vocabulary(second)
+
+
 def save(tokenizer: Tokenizer, directory: str | os.PathLike[str]) -> None:
   """Write the tokenizer's files into a directory."""
   directory = pathlib.Path(directory)

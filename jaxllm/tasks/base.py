@@ -12,6 +12,7 @@ import numpy as np
 import pydantic
 
 from jaxllm.config import Config
+from jaxllm.objectives.completion import Truncation
 from jaxllm.tasks.records import RecordsConfig
 
 Record = Mapping[str, Any]
@@ -93,6 +94,9 @@ class TaskConfig(Config):
   stop: str | None = '\n'
   """A generated answer ends before this text, once it has begun; None: only with the end-of-text
   token."""
+  truncation: Truncation = 'start'
+  """What is done to a training example longer than the context: cut the start of the prompt and
+  only then the end ('start'), cut the end ('end'), leave it out ('drop'), or stop ('error')."""
 
 
 class CompletionConfig(TaskConfig):

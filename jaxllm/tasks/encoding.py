@@ -43,6 +43,38 @@ def encode(
   return Tokens(ids, weights)
 
 
+def training_sequences(
+  examples: Sequence[Example],
+  tokenizer: Tokenizer,
+  context_length: int,
+  truncation: Truncation = 'start',
+  special_ids: Mapping[str, int] | None = None,
+  add_bos: bool = True,
+) -> list[Tokens | None]:
+  """Tokenize and cut examples, prompts without weight, for training.
+
+  Args:
+    examples: of any tasks.
+    tokenizer: text to ids.
+    context_length: T.
+    truncation: what is done to an example that is longer; see `completion.truncate`.
+    special_ids: as in `encode`.
+    add_bos: as in `encode`.
+
+  Returns:
+    One sequence per example; None where nothing of it is left to learn from.
+
+  Raises:
+    ValueError: nothing is left of any, or an example is too long and `truncation` is 'error'.
+  """
+  encoded = [encode(example.segments, tokenizer, special_ids, add_bos) for example in examples]
+  cut = [completion.truncate(tokens, context_length, truncation) for tokens in encoded]
+  if all(tokens is None for tokens in cut):
+    raise ValueError(f'none of {len(examples)} examples has a target within {context_length} '
+                     'tokens; choose a longer context or another truncation')
+  return cut
+
+
 def training_records(
   examples: Sequence[Example],
   tokenizer: Tokenizer,
@@ -52,27 +84,10 @@ def training_records(
   add_bos: bool = True,
   together: bool = True,
 ) -> np.ndarray:
-  """Tokenize, cut and pack examples, prompts without weight, for training.
+  """Return records of `completion.record_dtype`, as in `training_sequences`.
 
-  Args:
-    examples: of any tasks.
-    tokenizer: text to ids.
-    context_length: T.
-    truncation: what is done to an example that is longer; see `completion.truncate`.
-    special_ids: as in `encode`.
-    add_bos: as in `encode`.
-    together: whether examples share records.
-
-  Returns:
-    Records of `completion.record_dtype`.
-
-  Raises:
-    ValueError: nothing is left to train on, or an example is too long and `truncation` is 'error'.
+  With `together`, examples share records.
   """
-  encoded = [encode(example.segments, tokenizer, special_ids, add_bos) for example in examples]
-  cut = [completion.truncate(tokens, context_length, truncation) for tokens in encoded]
+  cut = training_sequences(examples, tokenizer, context_length, truncation, special_ids, add_bos)
   kept = [tokens for tokens in cut if tokens is not None]
-  if not kept:
-    raise ValueError(f'none of {len(examples)} examples has a target within {context_length} '
-                     'tokens; choose a longer context or another truncation')
   return completion.pack(kept, context_length, tokenizer.vocab_size, together)

@@ -34,10 +34,10 @@ class Journal:
     self._positions_per_step = training.batch_size * experiment.data.context_length
     self._flops_per_step = (
       3 * self._positions_per_step
-      * decoder.flops_per_token(experiment.model, experiment.data.context_length)
+      * decoder.flops_per_token(experiment.decoder, experiment.data.context_length)
     )
     self._num_devices = mesh.size
-    self._peak_flops = metrics.device_peak_flops(device.device_kind, experiment.model.dtype)
+    self._peak_flops = metrics.device_peak_flops(device.device_kind, experiment.decoder.dtype)
     self._writer, self._progress = writer, progress
     self._started, self._seconds_before = started, seconds_before
     self._compilations = _count_compilations()
@@ -130,10 +130,10 @@ def open_journal(
     started: when this process began, by `time.monotonic`.
   """
   device = mesh.devices.flat[0]
-  if metrics.device_peak_flops(device.device_kind, experiment.model.dtype) is None:
+  if metrics.device_peak_flops(device.device_kind, experiment.decoder.dtype) is None:
     logging.info(
       'The peak of a %s in %s is unknown, so utilisation (MFU) is not reported.',
-      device.device_kind, experiment.model.dtype,
+      device.device_kind, experiment.decoder.dtype,
     )
   before = elapsed_seconds(path, step)
   num_steps = experiment.training.num_steps

@@ -20,20 +20,22 @@ from typing import Any
 import jax
 import optax
 from absl import logging
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxllm import loading, sharding
+from jaxllm.checkpoints import fingerprint
 from jaxllm.checkpoints import store as store_lib
 from jaxllm.checkpoints.bundle import Bundle
 from jaxllm.data import batches as batches_lib
-from jaxllm.data import records, tokenizers
+from jaxllm.data import tokenizers
 from jaxllm.evaluation import perplexity
 from jaxllm.experiment import Experiment
 from jaxllm.models import decoder
-from jaxllm.training import journal, report, workdir
+from jaxllm.training import dataset as dataset_lib
+from jaxllm.training import finetune, journal, report, workdir
 from jaxllm.training import state as state_lib
 from jaxllm.training import step as step_lib
+from jaxllm.training.dataset import Dataset
 from jaxllm.training.state import TrainState
 
 
@@ -49,9 +51,7 @@ class _Run:
   path: pathlib.Path
   mesh: Mesh
   tx: optax.GradientTransformation
-  records_dir: pathlib.Path
-  manifest: records.Manifest
-  bundle: Bundle
+  dataset: Dataset
   store: store_lib.Store
   started: float
 
@@ -80,19 +80,14 @@ def train(
   started = time.monotonic()
   mesh = sharding.make_mesh(experiment.mesh, devices)
   _check_batch(experiment, mesh)
+  experiment = finetune.resolve(experiment)
   directory = workdir.open_workdir(experiment, path)
-  records_dir = pathlib.Path(experiment.records_dir) / experiment.name
-  manifest = _prepare(experiment, directory, records_dir)
-  tokenizer = records.load_tokenizer(records_dir)
-  tx = state_lib.make_optimizer(experiment)
   run = _Run(
     experiment=experiment,
     path=directory,
     mesh=mesh,
-    tx=tx,
-    records_dir=records_dir,
-    manifest=manifest,
-    bundle=Bundle(experiment.to_json(), tokenizer.files(), manifest.model_dump(mode='json')),
+    tx=state_lib.make_optimizer(experiment),
+    dataset=_open_dataset(experiment, directory),
     store=store_lib.open_store(directory / store_lib.DIRECTORY, experiment.checkpoint),
     started=started,
   )
@@ -110,13 +105,13 @@ def _run(run: _Run) -> dict[str, Any]:
     if written.exists() and (summary := json.loads(written.read_text()))['step'] == latest:
       logging.info('The run in %s is complete: %d steps.', run.path, latest)
       return summary
-    return _finish(run, latest)
-  state = _initial_state(run, latest)
-  step = _loop(run, state)
+    return _finish(run, latest, _frozen(run))
+  state, bundle = _initial_state(run, latest)
+  step, frozen = _loop(run, state, bundle)
   if step < num_steps:
     logging.info('Stopped at step %d of %d and saved; the same command goes on.', step, num_steps)
     return {'step': step, 'num_steps': num_steps, 'complete': False}
-  return _finish(run, step)
+  return _finish(run, step, frozen)
 
 
 def _check_batch(experiment: Experiment, mesh: Mesh) -> None:
@@ -138,61 +133,75 @@ def _check_batch(experiment: Experiment, mesh: Mesh) -> None:
       )
 
 
-def _prepare(
-  experiment: Experiment, directory: pathlib.Path, records_dir: pathlib.Path
-) -> records.Manifest:
+def _open_dataset(experiment: Experiment, directory: pathlib.Path) -> Dataset:
   """Prepare the records, once, and check that they are the ones this run began with."""
-  main = jax.process_index() == 0
-  if main:
-    records.prepare(experiment.data, experiment.tokenizer, records_dir)
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices('records are prepared')
-  manifest = records.load_manifest(records_dir)
-  if manifest.vocab_size > experiment.model.vocab_size:
-    raise ValueError(
-      f'the tokenizer has {manifest.vocab_size} tokens but config.model.vocab_size='
-      f'{experiment.model.vocab_size}; raise it to {manifest.vocab_size}'
-    )
+  dataset = dataset_lib.open_dataset(experiment)
+  now = dataset.manifest.fingerprint
   written = directory / 'data.json'
   if written.exists():
     before = json.loads(written.read_text(encoding='utf-8'))['fingerprint']
-    if before != manifest.fingerprint:
+    if before != now:
       raise ValueError(
         f'--workdir={directory} was trained on other records (fingerprint {before[:12]}, now '
-        f'{manifest.fingerprint[:12]}): a source has changed; choose another --workdir'
+        f'{now[:12]}): a source has changed; choose another --workdir'
       )
-  if main:
-    workdir.write_json(written, manifest.model_dump(mode='json'))
-    tokenizers.save(records.load_tokenizer(records_dir), directory / 'tokenizer')
-  return manifest
+  if jax.process_index() == 0:
+    workdir.write_json(written, dataset.manifest.model_dump(mode='json'))
+    tokenizers.save(dataset.tokenizer, directory / 'tokenizer')
+  return dataset
 
 
-def _initial_state(run: _Run, latest: int) -> TrainState:
-  abstract = state_lib.abstract_state(run.experiment, run.tx, run.mesh)
+def _initial_state(run: _Run, latest: int) -> tuple[TrainState, Bundle]:
+  """Return the state to go on from, and what travels with its checkpoints."""
+  experiment = run.experiment
   if latest:
     logging.info('Going on from step %d.', latest)
-    return store_lib.restore(run.store, abstract, latest)
-  if run.experiment.init_from is None:
-    return state_lib.create_state(run.experiment, run.tx, run.mesh)
-  model = loading.load(run.experiment.init_from)
-  if model.tokenizer.fingerprint != run.manifest.tokenizer_fingerprint:
-    raise ValueError(
-      f'config.init_from={run.experiment.init_from} was trained with another tokenizer than '
-      'config.tokenizer gives; point config.tokenizer at its files'
-    )
-  return state_lib.create_state(run.experiment, run.tx, run.mesh, model.variables['params'])
+    bundle = store_lib.read_bundle(run.path / store_lib.DIRECTORY / str(latest))
+    frozen = _frozen(run)
+    state = _restore(run, latest).replace(frozen=frozen)
+    return state, dataclasses.replace(bundle, config_json=experiment.to_json())
+  files, manifest = run.dataset.tokenizer.files(), run.dataset.manifest.model_dump(mode='json')
+  base = None
+  if experiment.init_from is not None:
+    model = loading.load(experiment.init_from)
+    if not tokenizers.same_vocabulary(model.tokenizer, run.dataset.tokenizer):
+      raise ValueError(
+        f'config.init_from={experiment.init_from} was trained with another tokenizer than '
+        'config.tokenizer gives; point config.tokenizer at its files, or leave it out'
+      )
+    base = model.variables['params']
+    # With what says how to use the model, such as its chat template.
+    files = {**loading.describe(experiment.init_from).files, **files}
+    if experiment.finetune.lora is not None:
+      manifest[loading.BASE] = fingerprint.of(base)
+  state = state_lib.create_state(experiment, run.tx, run.mesh, base)
+  return state, Bundle(experiment.to_json(), files, manifest)
 
 
-def _loop(run: _Run, state: TrainState) -> int:
-  """Take steps until the end or a signal; return how many have been taken in all."""
+def _frozen(run: _Run) -> Any:
+  """Return `TrainState.frozen` of a run that has a checkpoint, which does not hold it."""
+  experiment = run.experiment
+  if experiment.finetune.lora is None:
+    return {}
+  base = loading.load(experiment.init_from or '').variables['params']
+  loading.check_base(experiment, store_lib.read_bundle(run.path), base)
+  return state_lib.freeze(experiment, run.mesh, base)
+
+
+def _restore(run: _Run, step: int) -> TrainState:
+  abstract = state_lib.abstract_state(run.experiment, run.tx, run.mesh)
+  return store_lib.restore(run.store, abstract.replace(frozen={}), step)
+
+
+def _loop(run: _Run, state: TrainState, bundle: Bundle) -> tuple[int, Any]:
+  """Take steps until the end or a signal; return how many have been taken, and what is frozen."""
   experiment = run.experiment
   first, last = int(state.step), experiment.training.num_steps
   train_step = step_lib.make_train_step(experiment, run.tx, run.mesh)
   evaluate = _make_evaluate(run, experiment.evaluation.max_batches)
   batch_sharding = sharding.batch_sharding(run.mesh, experiment.mesh)
-  batches = batches_lib.make_batches(
-    run.records_dir, 'train', experiment.training.batch_size, experiment.seed,
-    jax.process_index(), jax.process_count(), experiment.data.shuffle,
+  batches = run.dataset.make_batches(
+    'train', experiment.training.batch_size, experiment.data.shuffle, None
   )
   saved = step = first
   waiting = None
@@ -213,14 +222,14 @@ def _loop(run: _Run, state: TrainState) -> int:
         waiting = None
       with log.pause():
         if evaluating and evaluate is not None:
-          log.scores(step, evaluate(state_lib.evaluation_params(state)))
+          log.scores(step, evaluate(state_lib.evaluation_variables(experiment, state)))
         if saving or stop:
-          store_lib.save(run.store, step, state, run.bundle)
+          store_lib.save(run.store, step, state.replace(frozen={}), bundle)
           saved = step
       if stop:
         break
     store_lib.wait(run.store)
-  return saved
+  return saved, state.frozen
 
 
 def _due(step: int, every: int, last: int) -> bool:
@@ -250,25 +259,23 @@ def _record(
 def _make_evaluate(
   run: _Run, max_batches: int | None
 ) -> Callable[[Any], dict[str, float]] | None:
-  """Return `params -> scores` over the validation records, or None where none are held out."""
+  """Return `variables -> scores` over the validation records, or None where none are held out."""
   experiment = run.experiment
-  held_out = run.manifest.validation
+  held_out = run.dataset.manifest.validation
   if held_out is None:
     return None
-  batches = batches_lib.make_batches(
-    run.records_dir, 'validation',
-    experiment.evaluation.batch_size or experiment.training.batch_size, experiment.seed,
-    jax.process_index(), jax.process_count(), shuffle=False, num_epochs=1,
+  batches = run.dataset.make_batches(
+    'validation', experiment.evaluation.batch_size or experiment.training.batch_size, False, 1
   )
   count = min(batches.num_batches, max_batches or batches.num_batches)
   eval_step = perplexity.make_eval_step(
-    experiment.model, experiment.objective, run.mesh, experiment.mesh
+    experiment.decoder, experiment.objective, run.mesh, experiment.mesh
   )
   batch_sharding = sharding.batch_sharding(run.mesh, experiment.mesh)
 
-  def evaluate(params: Any) -> dict[str, float]:
+  def evaluate(variables: Any) -> dict[str, float]:
     return perplexity.evaluate(
-      eval_step, {'params': params}, batches_lib.prefetch(batches, 0, count), batch_sharding,
+      eval_step, variables, batches_lib.prefetch(batches, 0, count), batch_sharding,
       held_out.bytes_per_token,
     )
 
@@ -304,22 +311,21 @@ def _should_stop(event: threading.Event, store: store_lib.Store, step: int) -> b
   return event.is_set()
 
 
-def _finish(run: _Run, step: int) -> dict[str, Any]:
+def _finish(run: _Run, step: int, frozen: Any) -> dict[str, Any]:
   """Prove the run from its checkpoint alone: scores on all held-out text, samples, the report."""
   experiment = run.experiment
   summary: dict[str, Any] = {
     'step': step,
     'num_steps': experiment.training.num_steps,
     'complete': True,
-    'parameters': decoder.parameter_count(experiment.model),
+    'parameters': decoder.parameter_count(experiment.decoder),
     'train_tokens': step * experiment.training.batch_size * experiment.data.context_length,
     'seconds': journal.elapsed_seconds(run.path, step),
   }
   evaluate = _make_evaluate(run, max_batches=None)
   if evaluate is not None:
-    abstract = state_lib.abstract_state(experiment, run.tx, run.mesh)
-    state = store_lib.restore(run.store, abstract, step)
-    summary['validation'] = evaluate(state_lib.evaluation_params(state))
+    state = _restore(run, step).replace(frozen=frozen)
+    summary['validation'] = evaluate(state_lib.evaluation_variables(experiment, state))
   if jax.process_index() == 0:
     _write_samples(experiment, run.path)
     workdir.write_json(run.path / 'summary.json', summary)

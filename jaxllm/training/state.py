@@ -13,6 +13,7 @@ from jaxllm.checkpoints import tree
 from jaxllm.experiment import Experiment
 from jaxllm.models import decoder
 from jaxllm.optim import optimizers, schedules
+from jaxllm.training import finetune
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -20,13 +21,15 @@ class TrainState(flax.struct.PyTreeNode):
 
   Attributes:
     step: int32 scalar, steps taken, skipped ones included.
-    params: float32 parameters, layers stacked on axis 0.
+    params: what is trained, float32: the decoder's parameters, layers stacked on axis 0, or
+      adapters to them.
     opt_state: state of the optax transform.
     ema: the average of `params` that is evaluated and sampled from, or None: `params` are.
     loss_mean: float32 scalar, running mean of the loss of applied steps.
     loss_variance: float32 scalar, running variance of the same.
     skipped: int32 scalar, steps that were not applied.
     skipped_in_a_row: int32 scalar, of those the ones since the last applied step.
+    frozen: what the step reads and never changes, see `finetune`; empty where all is trained.
   """
 
   step: jax.Array
@@ -37,6 +40,7 @@ class TrainState(flax.struct.PyTreeNode):
   loss_variance: jax.Array
   skipped: jax.Array
   skipped_in_a_row: jax.Array
+  frozen: Any = flax.struct.field(default_factory=dict)
 
 
 def make_schedule(experiment: Experiment) -> optax.Schedule:
@@ -48,24 +52,21 @@ def make_schedule(experiment: Experiment) -> optax.Schedule:
 
 def make_optimizer(experiment: Experiment) -> optax.GradientTransformation:
   """Return the optimizer of the run."""
-  shapes, _ = decoder.abstract(experiment.model)
-  return optimizers.make_optimizer(
-    experiment.optimizer, make_schedule(experiment), shapes['params']
-  )
+  return finetune.make_optimizer(experiment, make_schedule(experiment))
 
 
 def init_state(
   experiment: Experiment, tx: optax.GradientTransformation, params: Any | None = None
 ) -> TrainState:
-  """Return the state before the first step; pure, to be jitted with out_shardings.
+  """Return the state before the first step, nothing frozen in it; pure, to be jitted.
 
   Args:
     experiment: the run.
     tx: from `make_optimizer`.
-    params: initial parameters, float32; drawn from the run's seed where None.
+    params: what is trained, as it begins, float32; drawn from the run's seed where None.
   """
   if params is None:
-    params = decoder.init(experiment.model, jax.random.key(experiment.seed))['params']
+    params = finetune.init(experiment, jax.random.key(experiment.seed))
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
@@ -90,13 +91,10 @@ def abstract_state(
   Raises:
     ValueError: an axis is not divisible by the mesh axes that its rule names.
   """
-  shapes, axes = decoder.abstract(experiment.model)
-  params = sharding.shardings(axes['params'], shapes['params'], mesh, experiment.mesh)
+  params = _placed(*finetune.abstract(experiment), experiment, mesh)
   like = {
-    _keys(path): (leaf.shape, params_sharding)
-    for (path, leaf), params_sharding in zip(
-      jax.tree_util.tree_leaves_with_path(shapes['params']), jax.tree.leaves(params), strict=True
-    )
+    _keys(path): (leaf.shape, leaf.sharding)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
   }
   state = jax.eval_shape(lambda: init_state(experiment, tx))
 
@@ -104,28 +102,59 @@ def abstract_state(
     where = _like_parameter(_keys(path), leaf.shape, like) or sharding.replicated(mesh)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
-  return jax.tree_util.tree_map_with_path(place, state)
+  state = jax.tree_util.tree_map_with_path(place, state)
+  return state.replace(frozen=_placed(*finetune.abstract_frozen(experiment), experiment, mesh))
 
 
 def create_state(
-  experiment: Experiment, tx: optax.GradientTransformation, mesh: Mesh, params: Any | None = None
+  experiment: Experiment, tx: optax.GradientTransformation, mesh: Mesh, base: Any | None = None
 ) -> TrainState:
-  """Initialize the state directly in its shardings, so that no device ever holds all of it.
+  """Return the state before the first step, each leaf where it belongs.
 
   Args:
     experiment: the run.
     tx: from `make_optimizer`.
     mesh: from `sharding.make_mesh`.
-    params: parameters to begin with, of any dtype and sharding; None draws them.
+    base: parameters of `init_from`; None: there is none.
 
   Raises:
-    ValueError: `params` do not have the shapes of `config.model`; the message lists the paths.
+    ValueError: `base` has not the parameters of `config.model`; the message lists the paths.
   """
-  abstract = abstract_state(experiment, tx, mesh)
-  out_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-  if params is None:
-    return jax.jit(lambda: init_state(experiment, tx), out_shardings=out_shardings)()
-  wanted, given = tree.flatten(abstract.params), tree.flatten(params)
+  placed = None if base is None else _fitting(experiment, base, mesh)
+  trained = None if experiment.finetune.lora else placed
+  abstract = abstract_state(experiment, tx, mesh).replace(frozen={})
+  start = jax.jit(
+    lambda params: init_state(experiment, tx, params),
+    out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract), donate_argnums=0,
+  )
+  return start(trained).replace(frozen=freeze(experiment, mesh, placed))
+
+
+def freeze(experiment: Experiment, mesh: Mesh, base: Any) -> Any:
+  """Return `TrainState.frozen`, each leaf where it belongs.
+
+  Args:
+    experiment: the run.
+    mesh: from `sharding.make_mesh`.
+    base: parameters of `init_from`, anywhere.
+
+  Raises:
+    ValueError: as in `create_state`.
+  """
+  shapes, axes = finetune.abstract_frozen(experiment)
+  if not shapes:
+    return {}
+  return jax.jit(
+    lambda base: finetune.freeze(experiment, base),
+    out_shardings=sharding.shardings(axes, shapes, mesh, experiment.mesh),
+  )(_fitting(experiment, base, mesh))
+
+
+def _fitting(experiment: Experiment, base: Any, mesh: Mesh) -> Any:
+  """Place the parameters of a whole model; a ValueError where they are not config.model's."""
+  shapes, axes = decoder.abstract(experiment.decoder)
+  placed = _placed(shapes['params'], axes['params'], experiment, mesh)
+  wanted, given = tree.flatten(placed), tree.flatten(base)
   lines = tree.differences(
     wanted, {path: jax.ShapeDtypeStruct(leaf.shape, wanted.get(path, leaf).dtype)
              for path, leaf in given.items()},
@@ -135,14 +164,17 @@ def create_state(
       f'config.init_from={experiment.init_from} does not fit config.model: {len(lines)} '
       f'parameters differ\n{tree.listing(lines)}'
     )
-  placed = jax.tree.map(
-    lambda leaf, like: jax.device_put(leaf.astype(like.dtype), like.sharding),
-    params, abstract.params,
+  return jax.tree.map(
+    lambda leaf, like: jax.device_put(leaf.astype(like.dtype), like.sharding), base, placed
   )
-  start = jax.jit(
-    lambda params: init_state(experiment, tx, params), out_shardings=out_shardings, donate_argnums=0
+
+
+def _placed(shapes: Any, axes: Any, experiment: Experiment, mesh: Mesh) -> Any:
+  """Return shapes with their shardings."""
+  return jax.tree.map(
+    lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+    shapes, sharding.shardings(axes, shapes, mesh, experiment.mesh),
   )
-  return start(placed)
 
 
 def averages(experiment: Experiment) -> bool:
@@ -160,8 +192,13 @@ def next_average(experiment: Experiment, ema: Any, opt_state: Any, params: Any) 
 
 
 def evaluation_params(state: TrainState) -> Any:
-  """Return the parameters to evaluate and sample with: the average where there is one."""
+  """Return what is trained, to evaluate and sample with: the average where there is one."""
   return state.params if state.ema is None else state.ema
+
+
+def evaluation_variables(experiment: Experiment, state: TrainState) -> Any:
+  """Return the variables of the model to evaluate and sample with."""
+  return finetune.variables(experiment, evaluation_params(state), state.frozen)
 
 
 def _keys(path: Any) -> tuple[str, ...]:

@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 
 from jaxllm import sharding
 from jaxllm.experiment import Experiment, SpikeConfig
-from jaxllm.models.decoder import Decoder
 from jaxllm.objectives import next_token
+from jaxllm.training import losses
 from jaxllm.training import state as train_state
 from jaxllm.training.state import TrainState
 
@@ -73,7 +73,7 @@ def make_pure_step(experiment: Experiment, tx: optax.GradientTransformation) -> 
 
   def pure_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
     key = jax.random.fold_in(jax.random.key(experiment.seed), state.step)
-    grads, sums = accumulate_gradients(experiment, state.params, batch, key)
+    grads, sums = accumulate_gradients(experiment, state, batch, key)
     count = sums['weight_sum']
     grads = jax.tree.map(lambda grad: next_token.average(grad, count), grads)
     loss = next_token.average(sums['cross_entropy_sum'], count)
@@ -102,42 +102,43 @@ def make_pure_step(experiment: Experiment, tx: optax.GradientTransformation) -> 
 
 
 def accumulate_gradients(
-  experiment: Experiment, params: Any, batch: Batch, key: jax.Array
+  experiment: Experiment, state: TrainState, batch: Batch, key: jax.Array
 ) -> tuple[Any, dict[str, jax.Array]]:
   """Return the gradient of the summed loss, and all sums, over the microbatches of a batch.
 
   Args:
     experiment: the run.
-    params: float32 parameters.
+    state: gives `params`, and what is frozen beside them.
     batch: (B, T) arrays.
     key: dropout key of this step.
 
   Returns:
-    Gradients like `params`, and float32 scalars `loss_sum`, `weight_sum` and the objective's sums.
+    Gradients like `state.params`, and float32 scalars: the sums of `losses.make_loss`.
   """
-  model = Decoder(experiment.model)
   microbatches = experiment.training.microbatches
+  loss = losses.make_loss(experiment)
 
   def loss_fn(params: Any, part: Batch, dropout_key: jax.Array) -> tuple[jax.Array, Any]:
-    loss_sum, weight_sum, aux = next_token.next_token_loss(
-      experiment.objective, model, {'params': params}, dict(part), dropout_key=dropout_key
-    )
-    return loss_sum, aux | {'loss_sum': loss_sum, 'weight_sum': weight_sum}
+    sums = loss(params, state.frozen, part, dropout_key)
+    return sums['loss_sum'], sums
 
   grad_fn = jax.grad(loss_fn, has_aux=True)
   if microbatches == 1:
-    return grad_fn(params, batch, key)
+    return grad_fn(state.params, batch, key)
 
   # Part i takes rows i, i + M, ...: every device keeps its own rows in every part.
   parts = jax.tree.map(lambda x: _split_rows(x, microbatches), dict(batch))
 
   def add(carry: Any, inputs: Any) -> tuple[Any, None]:
     part, index = inputs
-    return jax.tree.map(jnp.add, carry, grad_fn(params, part, jax.random.fold_in(key, index))), None
+    return jax.tree.map(
+      jnp.add, carry, grad_fn(state.params, part, jax.random.fold_in(key, index))
+    ), None
 
   first = jax.tree.map(lambda x: x[0], parts)
   zeros = jax.tree.map(
-    lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(grad_fn, params, first, key)
+    lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+    jax.eval_shape(grad_fn, state.params, first, key),
   )
   total, _ = jax.lax.scan(add, zeros, (parts, jnp.arange(microbatches)))
   return total
@@ -179,7 +180,10 @@ def _next_state(
     loss_mean=state.loss_mean + weight * deviation,
     loss_variance=(1 - weight) * (state.loss_variance + weight * deviation**2),
   )
-  kept = jax.tree.map(lambda new, old: jnp.where(applied, new, old), changed, state)
+  kept = jax.tree.map(
+    lambda new, old: jnp.where(applied, new, old),
+    changed.replace(frozen={}), state.replace(frozen={}),
+  ).replace(frozen=state.frozen)
   skipped = 1 - applied.astype(jnp.int32)
   return kept.replace(
     step=state.step + 1,

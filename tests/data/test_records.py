@@ -216,7 +216,7 @@ def test_validation_sources_of_their_own_or_none(tmp_path, corpus, out):
 
 
 @pytest.mark.parametrize('fields', [{'validation': 0.0}, {'validation': 1.0}, {'validation': 2},
-                                    {'validation': ()}, {'sources': ()}, {'context_length': 0}])
+                                    {'validation': ()}, {'context_length': 0}])
 def test_impossible_settings_are_refused(fields):
   with pytest.raises(ConfigError):
     _data('x', **fields)

@@ -1,0 +1,221 @@
+"""Laws of fine-tuning: what is frozen does not move, and a task's run is like any other run."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm import loading, sharding
+from jaxllm.adapters import lora as lora_lib
+from jaxllm.adapters.lora import LoraConfig
+from jaxllm.adapters.quantization import QuantizationConfig, dequantize_tree, quantize
+from jaxllm.adapters.rules import PathRule
+from jaxllm.checkpoints import store
+from jaxllm.config import ConfigError
+from jaxllm.data.records import DataConfig
+from jaxllm.evaluation.perplexity import EvaluationConfig
+from jaxllm.experiment import Experiment, FinetuneConfig, TrainingConfig
+from jaxllm.models.decoder import Decoder
+from jaxllm.objectives import completion
+from jaxllm.optim.schedules import ScheduleConfig
+from jaxllm.tasks import predict
+from jaxllm.tasks.classification import Sentiment
+from jaxllm.tasks.encoding import training_records
+from jaxllm.tasks.records import RecordsConfig, RecordSource
+from jaxllm.training import dataset, loop, losses
+from jaxllm.training import state as state_lib
+from jaxllm.training import step as step_lib
+from tests.training import tiny_run as tiny
+
+LORA = FinetuneConfig(lora=LoraConfig(rank=2, targets=('layers/attention/(query|value)',)))
+
+
+def sentiment(directory):
+  """Write 80 short reviews, and return the task of telling them apart."""
+  path = directory / 'reviews.jsonl'
+  if not path.exists():
+    rows = [{'text': f'{word} {i}', 'label': label} for i in range(40)
+            for word, label in (('bad', 'negative'), ('good', 'positive'))]
+    path.write_text('\n'.join(map(json.dumps, rows)) + '\n')
+  records = RecordsConfig(sources=(RecordSource(location=str(path)),))
+  return Sentiment(
+    data=records, prompt='{text}:', labels=(('negative', 'n'), ('positive', 'p')))
+
+
+def experiment(directory, finetune=LORA, **changes):
+  fields = {
+    'name': 'tuned', 'records_dir': str(directory / 'records'),
+    'init_from': str(directory / 'base'), 'data': DataConfig(context_length=32),
+    'task': sentiment(directory), 'finetune': finetune,
+    'training': TrainingConfig(num_steps=6, batch_size=8, log_every_steps=1, spike=None),
+    'schedule': ScheduleConfig(warmup_steps=1),
+    'evaluation': EvaluationConfig(every_steps=3),
+  }
+  return Experiment(**fields | changes)
+
+
+def train(config, path):
+  return loop.train(config, path, jax.devices()[:1])
+
+
+def lines(path, name):
+  records = [json.loads(line) for line in (path / 'metrics.jsonl').read_text().splitlines()]
+  return [record[name] for record in records if name in record]
+
+
+@pytest.fixture(scope='module')
+def base(tmp_path_factory):
+  """A directory with a base model, and a run of adapters to it."""
+  directory = tmp_path_factory.mktemp('finetune')
+  train(tiny.experiment(directory, training__num_steps=3, evaluation__prompts=()),
+        directory / 'base')
+  train(experiment(directory), directory / 'tuned')
+  return directory
+
+
+def test_only_adapters_are_trained_and_stored(base):
+  stored = store._stored_leaves(store.find_step(base / 'tuned'))
+  params = {path.rpartition('/')[2] for path in stored if path.startswith('params/')}
+  assert params == {'a', 'b', 'scale'}
+  moments = {path.rpartition('/')[2] for path in stored if '/mu/' in path or '/nu/' in path}
+  assert moments == {'a', 'b', 'scale'}
+  assert not any('kernel' in path or 'embedding' in path for path in stored)
+  losses = lines(base / 'tuned', 'train/loss')
+  assert len(losses) == 6 and losses[-1] < losses[0]
+  assert len(lines(base / 'tuned', 'validation/loss')) == 2
+
+
+def test_a_loaded_run_is_the_base_with_its_adapters_added(base):
+  adapters, bundle = store.restore_params(base / 'tuned')
+  assert set(adapters['layers']['attention']) == {'query', 'value'}
+  model, start = loading.load(base / 'tuned'), loading.load(base / 'base')
+  ids = model.encode_prompt('good 7:')
+  beside = Decoder(model.config).apply(
+    {**start.variables, 'lora': adapters}, jnp.asarray([ids]))[0, :, :model.config.vocab_size]
+  np.testing.assert_allclose(model.logits(ids), beside, atol=1e-5)
+  assert np.abs(model.logits(ids) - start.logits(ids)).max() > 1e-3
+  assert model.experiment.decoder == start.config and model.experiment.tokenizer.kind == 'bytes'
+  assert bundle.manifest['train']['documents'] == 64
+
+
+def test_the_base_stays_as_it_is_and_the_skipped_step_too(base):
+  config = loop.finetune.resolve(experiment(base))
+  mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+  tx = state_lib.make_optimizer(config)
+  start = loading.load(base / 'base').variables['params']
+  before = jax.tree.map(np.array, start)
+  state = state_lib.create_state(config, tx, mesh, start)
+  step = step_lib.make_train_step(config, tx, mesh)
+  batches = dataset.open_dataset(config).make_batches('train', 8, True, None)
+  for number in range(3):
+    state, metrics = step(state, sharding.put_batch(
+      batches.batch_at(number), sharding.batch_sharding(mesh, config.mesh)))
+    assert metrics['applied'] == 1 and metrics['grad_norm'] > 0
+  jax.tree.map(np.testing.assert_array_equal, state.frozen['base'], before)
+  assert all(np.abs(adapter['b']).max() > 0 for _, adapter in lora_lib.adapters(state.params))
+
+
+def test_stopped_and_resumed_equals_never_stopped(base):
+  config = experiment(base)
+  calls = []
+  real = store.check
+
+  class Stop(Exception):
+    pass
+
+  def stop_after_five(handle):
+    calls.append(1)
+    if len(calls) == 5:
+      store.wait(handle)
+      raise Stop
+    real(handle)
+
+  often = config.replace(checkpoint=config.checkpoint.replace(every_steps=3))
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(store, 'check', stop_after_five)
+    with pytest.raises(Stop):
+      train(often, base / 'resumed')
+  train(often, base / 'resumed')
+  assert lines(base / 'resumed', 'train/loss') == lines(base / 'tuned', 'train/loss')
+  pair = [store.restore_params(base / name)[0] for name in ('resumed', 'tuned')]
+  jax.tree.map(np.testing.assert_array_equal, *pair)
+
+
+def test_eight_devices_train_the_same_adapters(base):
+  mesh = {'data': 2, 'fsdp': 2, 'tensor': 2}
+  loop.train(experiment(base, mesh=mesh), base / 'meshed')
+  np.testing.assert_allclose(
+    lines(base / 'meshed', 'train/loss'), lines(base / 'tuned', 'train/loss'), rtol=1e-5)
+
+
+def test_packed_equals_unpacked(base):
+  config = loop.finetune.resolve(experiment(base, finetune=FinetuneConfig()))
+  examples = predict.examples(config.task, 'train')
+  tokenizer = dataset.open_dataset(config).tokenizer
+  packed, alone = (
+    completion.batch_arrays(training_records(examples, tokenizer, 32, together=together))
+    for together in (True, False)
+  )
+  assert len(packed['tokens']) < len(alone['tokens'])
+  loss = losses.make_loss(config)
+  params = loading.load(base / 'base').variables['params']
+  (first, grads), (second, expected) = (
+    jax.value_and_grad(lambda p, batch=batch: loss(p, {}, batch, None)['loss_sum'])(params)
+    for batch in (packed, alone)
+  )
+  np.testing.assert_allclose(first, second, rtol=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), grads, expected)
+
+
+def test_a_quantised_base_gives_the_model_that_was_trained(base):
+  config = QuantizationConfig(kind='int8')
+  train(experiment(base, finetune=LORA.replace(base=config)), base / 'quantised')
+  assert lines(base / 'quantised', 'train/loss')[-1] < lines(base / 'quantised', 'train/loss')[0]
+  start = quantize(loading.load(base / 'base').variables, config)
+  adapters, _ = store.restore_params(base / 'quantised')
+  expected = lora_lib.merge(dequantize_tree(start)['params'], adapters)
+  jax.tree.map(
+    np.testing.assert_array_equal, loading.load(base / 'quantised').variables['params'], expected)
+
+
+def test_adapters_refuse_another_base_or_none(base, tmp_path):
+  shutil.copytree(base / 'base', tmp_path / 'base')
+  train(experiment(base, init_from=str(tmp_path / 'base'), training=TrainingConfig(
+    num_steps=2, batch_size=8, spike=None)), tmp_path / 'tuned')
+  loading.load(tmp_path / 'tuned')
+  shutil.rmtree(tmp_path / 'base')
+  with pytest.raises(ValueError, match='holds adapters to .*base.*which cannot be loaded'):
+    loading.load(tmp_path / 'tuned')
+  train(tiny.experiment(base, seed=1, training__num_steps=3, evaluation__prompts=()),
+        tmp_path / 'base')
+  with pytest.raises(ValueError, match='is not the model that these adapters were trained beside'):
+    loading.load(tmp_path / 'tuned')
+
+
+def test_rules_freeze_and_must_match(base):
+  rules = (PathRule(pattern='layers/attention/.*'), PathRule(pattern='embed/.*'))
+  config = FinetuneConfig(rules=rules)
+  train(experiment(base, finetune=config), base / 'ruled')
+  before, after = (loading.load(base / name).variables['params'] for name in ('base', 'ruled'))
+  jax.tree.map(np.testing.assert_array_equal,
+               before['layers']['attention'], after['layers']['attention'])
+  np.testing.assert_array_equal(before['embed']['embedding'], after['embed']['embedding'])
+  moved = after['layers']['mlp']['up']['kernel'] - before['layers']['mlp']['up']['kernel']
+  assert np.abs(moved).max() > 0
+  stored = store._stored_leaves(store.find_step(base / 'ruled'))
+  assert not any('/mu/' in path and '/attention/' in path for path in stored)
+  nothing = FinetuneConfig(rules=(PathRule(pattern='layers/attn/.*'),))
+  with pytest.raises(ValueError, match="rule 'layers/attn/.*' matches no parameter"):
+    train(experiment(base, finetune=nothing), base / 'refused')
+
+
+@pytest.mark.parametrize(('changes', 'message'), [
+  ({'init_from': None}, 'model, tokenizer, finetune.lora cannot do without'),
+  ({'task': None}, 'set one'),
+])
+def test_what_cannot_be_is_refused(base, changes, message):
+  with pytest.raises(ConfigError, match=message):
+    experiment(base, **changes)
