@@ -1,0 +1,236 @@
+"""A model as lm-eval's, so that its tasks score it: the three requests, token for token.
+
+    import lm_eval
+    lm_eval.simple_evaluate(harness.language_model(jaxllm.load(path)), tasks=['...'])
+
+What is cut, what is put before an empty context, and where an answer ends is as lm-eval's own `hf`
+model does it. Needs the extra `harness`.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.data.tokenizers import Tokenizer
+from jaxllm.generation import text as texts
+from jaxllm.generation.sampling import SamplingConfig, power_of_two
+from jaxllm.interop import chat, tokenizer_files
+from jaxllm.models.decoder import Decoder, DecoderConfig
+
+MAX_NEW_TOKENS = 256
+_LEAST_TOKENS = 16
+
+
+class Readable(Protocol):
+  """What is needed of a loaded model; `jaxllm.load` gives it."""
+
+  config: DecoderConfig
+  tokenizer: Tokenizer
+  add_bos: bool
+  stop_ids: tuple[int, ...]
+
+  @property
+  def unstacked(self) -> Any:
+    """The variables, with one tree per layer."""
+
+
+def language_model(model: Readable, batch_size: int = 8, max_length: int | None = None) -> Any:
+  """Return a model as an `lm_eval.api.model.LM`.
+
+  Args:
+    model: from `jaxllm.load`.
+    batch_size: requests that are computed together.
+    max_length: tokens of a window; None: the context of the model.
+
+  Raises:
+    ImportError: lm-eval is not installed.
+    ValueError: `max_length` does not fit the model.
+  """
+  try:
+    from lm_eval import utils
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import normalize_gen_kwargs
+  except ImportError as error:
+    raise ImportError("this needs lm-eval: pip install 'jaxllm[harness]'") from error
+  window = max_length or model.config.max_length
+  if not 2 <= window <= model.config.max_length:
+    raise ValueError(f'max_length={max_length}: between 2 and the context of the model, '
+                     f'{model.config.max_length}')
+
+  class LanguageModel(TemplateLM):
+    """See `language_model`; the methods are lm-eval's."""
+
+    tokenizer_name = model.tokenizer.fingerprint
+    max_length = window
+
+    @property
+    def eot_token_id(self) -> int:
+      return _first_token(model.tokenizer.eos_id, model.tokenizer.bos_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+      return _first_token(model.tokenizer.bos_id, model.tokenizer.eos_id)
+
+    def tok_encode(
+      self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
+      begins = model.add_bos and add_special_tokens is not False
+      return _encode(model.tokenizer, string, begins, again=add_special_tokens is not None)
+
+    def _loglikelihood_tokens(
+      self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+      return _log_likelihoods(model, [(c, t) for _, c, t in requests], window, batch_size)
+
+    def loglikelihood_rolling(
+      self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[float]:
+      windows = [
+        [utils.make_disjoint_window(pair) for pair in utils.get_rolling_token_windows(
+          self.tok_encode(request.args[0]), self.prefix_token_id, window, context_len=1)]
+        for request in requests
+      ]
+      flat = [pair for pairs in windows for pair in pairs]
+      found = iter(_log_likelihoods(model, flat, window, batch_size))
+      return [sum(next(found)[0] for _ in pairs) for pairs in windows]
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+      asked = [request.args for request in requests]
+      options = [normalize_gen_kwargs(options, MAX_NEW_TOKENS) for _, options in asked]
+      return _generate(
+        model, [self.tok_encode(context) for context, _ in asked], options, window, batch_size
+      )
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+      return tokenizer_files.chat_template(model.tokenizer.files()) if chat_template else None
+
+    def apply_chat_template(
+      self, chat_history: list[Mapping[str, Any]], add_generation_prompt: bool = True
+    ) -> str:
+      return _chat_text(model.tokenizer, chat_history, add_generation_prompt)
+
+  return LanguageModel()
+
+
+def _first_token(*ids: int | None) -> int:
+  found = next((token for token in ids if token is not None), None)
+  if found is None:
+    raise ValueError('the tokenizer has neither BOS nor EOS, which lm-eval puts before a text')
+  return found
+
+
+def _encode(tokenizer: Tokenizer, text: str, begins: bool, again: bool) -> list[int]:
+  """Return ids; BOS comes first where the text `begins`, unless it is there and not `again`."""
+  ids = chat.encode_with_special(tokenizer, text)
+  bos_id = tokenizer.bos_id
+  if not begins or bos_id is None or (ids[:1] == [bos_id] and not again):
+    return ids
+  return [bos_id, *ids]
+
+
+def _chat_text(
+  tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool
+) -> str:
+  template = tokenizer_files.chat_template(tokenizer.files())
+  if template is None:
+    raise ValueError('apply_chat_template: the model has no chat template')
+  names = {token: text for text, token in chat.special_tokens(tokenizer).items()}
+  special: dict[str, Any] = {f'{name}_token': '' if token is None else names.get(token, '')
+                             for name, token in (('bos', tokenizer.bos_id),
+                                                 ('eos', tokenizer.eos_id))}
+  return chat.render(template, [messages], add_generation_prompt, **special)[0]
+
+
+def _log_likelihoods(
+  model: Readable, pairs: Sequence[tuple[list[int], list[int]]], window: int, batch_size: int
+) -> list[tuple[float, bool]]:
+  """Return the log-likelihood of each continuation, and whether greedy decoding would give it.
+
+  A context is cut on the left where the pair has more than `window` tokens to predict from.
+  """
+  for context, continuation in pairs:
+    if not context or not continuation or len(continuation) > window:
+      raise ValueError(f'a context of {len(context)} and a continuation of {len(continuation)} '
+                       f'tokens: at least one each, and at most {window} to predict')
+  sequences = [[*context, *continuation][-(window + 1) :] for context, continuation in pairs]
+  results: dict[int, tuple[float, bool]] = {}
+  for rows in _batches([len(sequence) for sequence in sequences], batch_size):
+    longest = max(len(sequences[row]) for row in rows) - 1
+    length = min(power_of_two(longest, _LEAST_TOKENS), model.config.max_length)
+    ids_BS = np.zeros((batch_size, length + 1), np.int32)
+    for place, row in enumerate(rows):
+      ids_BS[place, : len(sequences[row])] = sequences[row]
+    found = _score(Decoder(model.config), model.unstacked, ids_BS[:, :-1], ids_BS[:, 1:])
+    log_probs_BT, is_greedy_BT = map(np.asarray, found)
+    for place, row in enumerate(rows):
+      end = len(sequences[row]) - 1
+      span = slice(end - len(pairs[row][1]), end)
+      total = log_probs_BT[place, span].astype(np.float64).sum()
+      results[row] = float(total), bool(is_greedy_BT[place, span].all())
+  return [results[row] for row in range(len(pairs))]
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def _score(
+  model: Decoder, variables: Any, tokens_BT: jax.Array, targets_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Return log-probabilities of the targets, and whether each is the most probable token."""
+  hidden_BTD: Any = model.apply(variables, tokens_BT, method='hidden')
+
+  def look(step: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    hidden_BD, targets_B = step
+    logits_BV: Any = model.apply(variables, hidden_BD, method='logits')
+    log_probs_BV = jax.nn.log_softmax(logits_BV)
+    chosen_B = jnp.take_along_axis(log_probs_BV, targets_B[:, None], axis=1)[:, 0]
+    return chosen_B, jnp.argmax(logits_BV, axis=1) == targets_B
+
+  # One position at a time, so that the logits of a whole text never exist at once.
+  log_probs_TB, is_greedy_TB = jax.lax.map(look, (hidden_BTD.swapaxes(0, 1), targets_BT.T))
+  return log_probs_TB.T, is_greedy_TB.T
+
+
+def _generate(
+  model: Readable, prompts: Sequence[list[int]], options: Sequence[Mapping[str, Any]], window: int,
+  batch_size: int,
+) -> list[str]:
+  """Continue prompts up to the first of their stop texts."""
+  read: list[tuple[SamplingConfig, tuple[str, ...]]] = [_sampling(one) for one in options]
+  results: dict[int, str] = {}
+  for wanted in dict.fromkeys(read):
+    sampling, stop = wanted
+    room = window - sampling.max_new_tokens
+    if room < 1:
+      raise ValueError(f'max_gen_toks={sampling.max_new_tokens} leaves nothing of {window} tokens '
+                       'for the prompt')
+    rows = [row for row, own in enumerate(read) if own == wanted]
+    for places in _batches([len(prompts[row]) for row in rows], batch_size):
+      batch = [rows[place] for place in places]
+      found = texts.complete(
+        Decoder(model.config), model.unstacked, model.tokenizer,
+        [prompts[row][-room:] for row in batch], sampling, stop, model.stop_ids,
+      )
+      for row, one in zip(batch, found, strict=True):
+        text = model.tokenizer.decode(one.tokens)
+        results[row] = text[: min((text.find(end) for end in stop if end in text), default=None)]
+  return [results[row] for row in range(len(prompts))]
+
+
+def _sampling(options: Mapping[str, Any]) -> tuple[SamplingConfig, tuple[str, ...]]:
+  """Read the options of a request; what is unknown is refused."""
+  fields = {name: value for name, value in options.items() if name not in ('until', 'do_sample')}
+  fields['max_new_tokens'] = fields.pop('max_gen_toks')
+  if not options.get('do_sample'):
+    fields['temperature'] = 0.0
+  until = options.get('until') or ()
+  stop = (until,) if isinstance(until, str) else tuple(until)
+  return SamplingConfig(**fields), tuple(filter(None, stop))
+
+
+def _batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+  """Return row numbers in batches of about the same length."""
+  order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+  return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

@@ -1,0 +1,121 @@
+"""lm-eval's figures of our model are those of its own `hf` model on the same weights and tasks."""
+
+import json
+
+import numpy as np
+import pytest
+import small
+
+from jaxllm import loading
+from jaxllm.data import tokenizers
+from jaxllm.generation import scoring
+from jaxllm.interop import harness, huggingface_writer
+from jaxllm.models.decoder import Decoder
+
+pytestmark = pytest.mark.parity
+
+TEXTS = ['The king speaks of the sea. ' * 9, 'A queen sleeps tonight, and a river runs home.', 'x']
+CHOICES = [
+  {'question': 'The king', 'choices': ['speaks of home', 'sleeps'], 'label': 1},
+  {'question': 'A river runs to the ', 'choices': ['sea', 'old mountain', 'king'], 'label': 0},
+  {'question': 'word ' * 30, 'choices': ['sleeps tonight', 'of the sea'], 'label': 1},
+]
+COMMON = {'test_split': 'test', 'num_fewshot': 0, 'doc_to_target': '', 'metadata': {'version': 1}}
+TASKS = {
+  'choices': {
+    'output_type': 'multiple_choice', 'doc_to_text': '{{question}}', 'doc_to_choice': 'choices',
+    'doc_to_target': 'label', 'metric_list': [{'metric': 'acc'}, {'metric': 'acc_norm'}]},
+  'rolling': {
+    'output_type': 'loglikelihood_rolling', 'doc_to_text': '', 'doc_to_target': '{{question}}',
+    'metric_list': [{'metric': 'bits_per_byte'}, {'metric': 'word_perplexity'}]},
+  'answers': {
+    'output_type': 'generate_until', 'doc_to_text': '{{question}}', 'doc_to_target': 'x',
+    'generation_kwargs': {'until': ['e'], 'max_gen_toks': 20},
+    'metric_list': [{'metric': 'exact_match'}]},
+}
+
+
+@pytest.fixture(scope='module', params=['gpt2', 'llama'])
+def directory(request, tmp_path_factory):
+  """A model with a tokenizer that merges, and with BOS where its family has it."""
+  pytest.importorskip('lm_eval')
+  path = tmp_path_factory.mktemp(request.param)
+  config = small.CONFIGS[request.param].replace(vocab_size=320)
+  tokenizer = tokenizers.train_or_load(
+    tokenizers.TokenizerConfig(kind='sentencepiece', vocab_size=305), [' '.join(TEXTS)])
+  huggingface_writer.save(path, config, small.variables(config), tokenizer.files(),
+                          model_type=request.param, add_bos=request.param == 'llama')
+  return path
+
+
+def evaluate(model, folder):
+  import lm_eval
+  from lm_eval.tasks import TaskManager
+
+  rows = [*CHOICES, *({'question': text, 'choices': ['a', 'b'], 'label': 0} for text in TEXTS)]
+  (folder / 'rows.json').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  for name, task in TASKS.items():
+    fields = COMMON | task | {'task': name, 'dataset_path': 'json', 'dataset_kwargs': {
+      'data_files': {'test': str(folder / 'rows.json')}}}
+    (folder / f'{name}.yaml').write_text(json.dumps(fields))  # JSON is YAML.
+  found = lm_eval.simple_evaluate(
+    model, tasks=[*TASKS], bootstrap_iters=0, log_samples=True,
+    task_manager=TaskManager(include_path=str(folder), include_defaults=False))
+  samples = {name: [one['filtered_resps'] for one in found['samples'][name]] for name in TASKS}
+  return {name: found['results'][name] for name in TASKS}, samples
+
+
+def test_figures_equal_those_of_the_hf_model(directory, tmp_path, monkeypatch):
+  from lm_eval.models.huggingface import HFLM
+
+  monkeypatch.setenv('HF_HOME', str(tmp_path))
+  theirs = HFLM(pretrained=str(directory), device='cpu', dtype='float32', batch_size=2)
+  ours = harness.language_model(loading.load(directory), batch_size=2)
+  assert ours.max_length == theirs.max_length == 64
+  for name in ('eot_token_id', 'prefix_token_id'):
+    assert getattr(ours, name) == getattr(theirs, name)
+  for text in TEXTS:
+    for special in (None, True, False):
+      assert ours.tok_encode(text, special) == theirs.tok_encode(text, special)
+  (expected, expected_samples), (found, samples) = (
+    evaluate(model, tmp_path) for model in (theirs, ours))
+  assert found.keys() == expected.keys()
+  for name in TASKS:
+    numbers = {key: value for key, value in expected[name].items() if isinstance(value, float)}
+    assert len(numbers) > 0
+    assert {key: found[name][key] for key in numbers} == pytest.approx(numbers, rel=1e-4), name
+  assert samples['answers'] == expected_samples['answers']
+  for ours_one, theirs_one in zip(samples['choices'], expected_samples['choices'], strict=True):
+    for (value, is_greedy), (their_value, their_greedy) in zip(ours_one, theirs_one, strict=True):
+      assert float(value) == pytest.approx(float(their_value), rel=1e-4)
+      assert str(is_greedy) == str(their_greedy)
+  rolling = np.array(samples['rolling'], float).ravel()
+  np.testing.assert_allclose(rolling, np.array(expected_samples['rolling'], float).ravel(),
+                             rtol=1e-4)
+
+
+def test_likelihoods_equal_our_own_scoring(directory):
+  loaded = loading.load(directory)
+  model = harness.language_model(loaded, batch_size=3)
+  rng = np.random.default_rng(0)
+  pairs = [(rng.integers(4, 300, n).tolist(), rng.integers(4, 300, 3).tolist()) for n in (1, 40, 9)]
+  found = model._loglikelihood_tokens([(None, *pair) for pair in pairs])
+  expected = scoring.score_continuations(
+    Decoder(loaded.config), loaded.variables, *zip(*pairs, strict=True))
+  for (value, is_greedy), (other, other_greedy) in zip(found, expected, strict=True):
+    assert value == pytest.approx(other, rel=1e-5) and is_greedy == other_greedy
+  with pytest.raises(ValueError, match='max_length=65: between 2 and'):
+    harness.language_model(loaded, max_length=65)
+  with pytest.raises(ValueError, match='max_gen_toks=64 leaves nothing'):
+    harness._generate(loaded, [[5]], [{'max_gen_toks': 64}], 64, 1)
+
+
+def test_chats_are_written_by_the_template_of_the_model():
+  template = ('{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}'
+              '{% if add_generation_prompt %}[assistant]{% endif %}')
+  messages = [{'role': 'user', 'content': 'Hi'}]
+  tokenizer = tokenizers.from_files(small.files(template))
+  assert harness._chat_text(tokenizer, messages, True) == '[user] Hi[assistant]'
+  assert harness._chat_text(tokenizer, messages, False) == '[user] Hi'
+  with pytest.raises(ValueError, match='has no chat template'):
+    harness._chat_text(tokenizers.from_files(small.files()), messages, True)
