@@ -50,7 +50,7 @@ class Job:
 
 
 class Ticket:
-  """The stream of one row: `async for piece in ticket`, once.
+  """The stream of one row: `async for piece in ticket`, by one listener.
 
   Nothing is lost while nobody listens. A listener that goes away cancels the row.
 
@@ -82,6 +82,7 @@ class Ticket:
     try:
       while True:
         arrived.clear()
+        ended = self._ended
         while self._pieces:
           piece = self._pieces.popleft()
           if piece is None:
@@ -91,6 +92,8 @@ class Ticket:
           yield piece
           if piece.finish_reason is not None:
             return
+        if ended:
+          return
         await arrived.wait()
     finally:
       with self._lock:

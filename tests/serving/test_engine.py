@@ -1,0 +1,360 @@
+"""The engine: a request under load is the request alone, bit for bit; no slot is ever lost."""
+
+import asyncio
+import contextlib
+import random
+
+import jax
+import numpy as np
+import pytest
+
+from jaxllm.data import tokenizers
+from jaxllm.data.tokenizers import TokenizerConfig
+from jaxllm.generation import scoring, text
+from jaxllm.generation.sampling import SamplingConfig
+from jaxllm.loading import LoadedModel
+from jaxllm.models import decoder
+from jaxllm.models.decoder import Decoder, DecoderConfig
+from jaxllm.models.linear import InitializerConfig
+from jaxllm.models.positions import LearnedPositions
+from jaxllm.serving.engine import (
+  ClosedError,
+  Engine,
+  EngineConfig,
+  FailedError,
+  Job,
+  QueueFullError,
+)
+
+TOKENIZER = tokenizers.train_or_load(TokenizerConfig(kind='bytes'), [])
+ROTARY = DecoderConfig(
+  vocab_size=257, vocab_multiple=8, embed_dim=24, num_layers=2, num_heads=4, num_kv_heads=2,
+  mlp_dim=24, max_length=96, initializer=InitializerConfig(stddev=None),
+)
+LEARNED = ROTARY.replace(
+  positions=LearnedPositions(), num_layers=1, num_kv_heads=None, max_length=72)
+CONFIG = EngineConfig(num_slots=3, prefill_chunk=16)
+GREEDY = SamplingConfig(temperature=0.0, max_new_tokens=12)
+SYSTEM = (*range(60, 97),)
+
+
+def load(config):
+  variables = jax.jit(decoder.init, static_argnums=0)(config, jax.random.key(2))
+  return LoadedModel(config, variables, TOKENIZER)
+
+
+MODEL = load(ROTARY)
+
+
+class Lowercase:
+  """Allows small letters, and after five of them nothing but the end."""
+
+  def __init__(self):
+    self.count = 0
+
+  def allowed(self):
+    mask = np.zeros(257, bool)
+    mask[[256] if self.count == 5 else range(97, 123)] = True
+    return mask
+
+  def advance(self, token):
+    assert 97 <= token < 123
+    self.count += 1
+
+
+def jobs():
+  """Return jobs of every kind, new each time: constraints have a state."""
+  warm = SamplingConfig(temperature=0.9, top_p=0.9, max_new_tokens=14)
+  eager = warm.replace(logit_bias=((256, -100.0), (101, 12.0)), frequency_penalty=0.4)
+  return [
+    Job((5, 6, 7), GREEDY, 0, num_top=4),
+    Job((*SYSTEM, 1, 2, 3), GREEDY, 0),
+    Job((*SYSTEM, 9, 8), warm, 3, num_top=1),
+    Job((*SYSTEM, *range(25)), GREEDY.replace(max_new_tokens=30), 0),
+    Job((200, 201), eager, 5, stop=('ee', 'x')),
+    Job((9,) * 33, warm.replace(typical_p=0.9, no_repeat_ngram=2), 7, stop_ids=(9, 10)),
+    Job((104, 105), warm, 9, constraint=Lowercase()),
+    Job((*range(30),), GREEDY.replace(max_new_tokens=1), 0, num_top=2, score_prompt=True),
+    Job((*range(1, 70),), GREEDY.replace(max_new_tokens=90), 0),
+    Job((42,), warm.replace(min_p=0.05, repetition_penalty=1.3, top_k=40), 11),
+  ]
+
+
+@contextlib.contextmanager
+def running(model=MODEL, **changes):
+  engine = Engine(model, CONFIG.replace(**changes))
+  try:
+    yield engine
+  finally:
+    engine.close(30)
+    assert not engine._thread.is_alive()
+
+
+async def collect(ticket):
+  """Return the pieces as one tuple, floats and all."""
+  pieces = [piece async for piece in ticket]
+  return (
+    ''.join(piece.text for piece in pieces), sum((piece.tokens for piece in pieces), []),
+    sum((piece.logprobs for piece in pieces), []), sum((piece.top for piece in pieces), []),
+    pieces[-1].finish_reason if pieces else None, pieces[-1].stop if pieces else None,
+  )
+
+
+async def together(engine, given):
+  return await asyncio.gather(*map(collect, engine.submit(given)))
+
+
+def alone(engine, job):
+  return asyncio.run(together(engine, [job]))[0]
+
+
+async def settled(engine, **want):
+  for _ in range(1000):
+    got = engine.statistics()
+    if all(getattr(got, name) == value for name, value in want.items()):
+      return got
+    await asyncio.sleep(0.01)
+  raise AssertionError(f'{got} never had {want}')
+
+
+@pytest.mark.parametrize('config, cache_dtype', [(ROTARY, None), (LEARNED, 'int8')])
+def test_under_load_is_alone_bit_for_bit(config, cache_dtype):
+  model = MODEL if config == ROTARY else load(config)
+  with running(model, cache_dtype=cache_dtype) as engine:
+    engine._batch.held = _Forgetful([()] * 3)
+    want = [alone(engine, job) for job in jobs()]
+    assert engine.statistics().prefix_hit_tokens == 0
+
+  async def arrive(engine, job, pause):
+    await asyncio.sleep(pause)
+    return (await together(engine, [job]))[0]
+
+  async def load_it(engine, seed):
+    chance = random.Random(seed)
+    arriving = [arrive(engine, job, chance.random() / 5) for job in jobs()]
+    return await asyncio.gather(*arriving)
+
+  for seed in range(3):
+    with running(model, cache_dtype=cache_dtype) as engine:
+      assert asyncio.run(load_it(engine, seed)) == want
+      assert engine.statistics().busy_slots == 0
+  reasons = {result[4] for result in want}
+  assert reasons == {'stop', 'length'} and any(result[5] for result in want)
+
+
+class _Forgetful(list):
+  """A list that stays as it is: no row ever holds anything."""
+
+  def __setitem__(self, index, value):
+    pass
+
+
+def test_tokens_are_those_of_complete():
+  greedy = [job for job in jobs() if job.sampling.temperature == 0]
+  assert len(greedy) == 5
+  wanted = text.complete(
+    Decoder(ROTARY), MODEL.unstacked, TOKENIZER, [job.prompt for job in greedy],
+    [job.sampling for job in greedy])
+  with running() as engine:
+    for job, want, got in zip(greedy, wanted, asyncio.run(together(engine, greedy)), strict=True):
+      echoed = len(job.prompt) if job.score_prompt else 0
+      assert got[1][echoed:] == want.tokens and got[0].endswith(want.text)
+      assert got[4:] == (want.finish_reason, want.stop)
+      np.testing.assert_allclose(got[2][echoed:], want.logprobs, atol=3e-5)
+
+
+def test_shared_prefixes_are_taken_over_exactly():
+  first, second, longer = (Job((*SYSTEM, *rest), GREEDY, 0, num_top=2)
+                           for rest in ((1, 2), (3,), (4,) * 30))
+  with running() as engine:
+    want = [alone(engine, job) for job in (second, longer)]
+  with running() as engine:
+    engine._batch.held = _Forgetful([()] * 3)
+    assert [alone(engine, job) for job in (second, longer)] == want
+  with running() as engine:
+
+    async def while_the_first_runs():
+      ticket, = engine.submit([first])
+      pieces = ticket.__aiter__()
+      await anext(pieces)
+      got = await together(engine, [second, longer])
+      await pieces.aclose()
+      return got
+
+    assert asyncio.run(while_the_first_runs()) == want
+    assert engine.statistics().prefix_hit_tokens == 2 * (len(SYSTEM) // 16 * 16)
+
+
+def test_a_cancelled_row_frees_its_slot():
+  long = Job((1, 2), GREEDY.replace(max_new_tokens=80, logit_bias=((256, -100.0),)), 0)
+
+  async def run(engine):
+    listening, unheard, waiting, patient = engine.submit([long, long, long, jobs()[0]])
+    pieces = listening.__aiter__()
+    await anext(pieces)
+    waiting.cancel()
+    await pieces.aclose()
+    unheard.cancel()
+    unheard.cancel()
+    result = await collect(patient)
+    assert (await collect(unheard))[4] is None
+    assert (await collect(waiting))[1] == (await collect(waiting))[1] == []
+    await settled(engine, busy_slots=0, queued=0)
+    return result
+
+  with running(num_slots=1) as engine:
+    assert asyncio.run(run(engine)) == alone(engine, jobs()[0])
+    assert engine.statistics().finished['cancelled'] == 3
+
+
+def test_a_full_queue_takes_all_or_nothing():
+  job = Job((1, 2), GREEDY.replace(max_new_tokens=90), 0)
+  with running(num_slots=1, max_queue=2) as engine:
+    with pytest.raises(QueueFullError, match='max_queue=2'):
+      engine.submit([job] * 4)
+    assert engine.statistics().queued == engine.statistics().busy_slots == 0
+    tickets = engine.submit([job] * 3)
+    with pytest.raises(QueueFullError):
+      engine.embed([[1]])
+    tickets[2].cancel()
+    tickets += engine.submit([job])
+
+    async def all_of_them():
+      return [result[4] for result in await asyncio.gather(*map(collect, tickets))]
+
+    assert asyncio.run(all_of_them()) == ['length', 'length', None, 'length']
+
+
+@pytest.mark.parametrize('job, message', [
+  (Job((), GREEDY, 0), 'no tokens'),
+  (Job((1,) * 97, GREEDY, 0), '97 tokens, but a row holds 96'),
+  (Job((257,), GREEDY, 0), '257 is no token id'),
+  (Job((1,), GREEDY, 0, stop=('',)), 'stop'),
+  (Job((1,), GREEDY, 0, stop_ids=(300,)), '300 is no token id'),
+  (Job((1,), GREEDY, 0, stop_ids=(*range(17),)), 'at most 16'),
+  (Job((1,), GREEDY, 0, num_top=21), 'num_top=21'),
+  (Job((1,), GREEDY, -1), 'seed'),
+  (Job((1,), GREEDY.replace(bad_words=((1,) * 9,)), 0), 'more than 8 tokens'),
+])
+def test_what_cannot_be_served_is_refused(job, message):
+  with running() as engine:
+    with pytest.raises(ValueError, match=message):
+      engine.submit([jobs()[0], job])
+    assert engine.statistics().queued == engine.statistics().busy_slots == 0
+
+
+def test_nothing_is_compiled_after_the_start():
+  compiled = []
+  jax.monitoring.register_event_duration_secs_listener(
+    lambda name, seconds, **_: compiled.append(name) if 'backend_compile' in name else None)
+  with running(prefill_chunk=32) as engine:
+    assert compiled, 'compilations are seen'
+    before = engine.statistics().compilations
+    compiled.clear()
+    asyncio.run(together(engine, jobs()))
+    engine.embed([[1, 2], [3] * 90]).result(30)
+    assert engine.statistics().compilations == before and not compiled
+
+
+def test_a_failing_step_fails_everyone(monkeypatch):
+  with running() as engine:
+    monkeypatch.setattr(engine._batch, 'round', lambda *args: 1 / 0)
+    future = engine.embed([[1] * 90] * 20)
+    tickets = engine.submit(jobs())
+    for ticket in tickets:
+      with pytest.raises(FailedError):
+        asyncio.run(collect(ticket))
+    with pytest.raises(FailedError):
+      future.result(10)
+    with pytest.raises(FailedError) as caught:
+      engine.submit(jobs())
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    assert engine.statistics().busy_slots == engine.statistics().queued == 0
+
+
+def test_a_failing_constraint_fails_its_row_alone():
+  class Broken(Lowercase):
+    def advance(self, token):
+      raise KeyError('secret')
+
+  async def run(engine):
+    bad, good = engine.submit([Job((1,), GREEDY, 0, constraint=Broken()), jobs()[1]])
+    with pytest.raises(RuntimeError, match='failed on the server: KeyError$'):
+      await collect(bad)
+    return await collect(good)
+
+  with running() as engine:
+    assert asyncio.run(run(engine)) == alone(engine, jobs()[1])
+
+
+def test_closing_finishes_what_was_taken():
+  with running() as engine:
+    want = [alone(engine, job) for job in jobs()[:6]]
+
+  async def run(engine):
+    tickets = engine.submit(jobs()[:6])
+    closing = asyncio.get_running_loop().run_in_executor(None, engine.close, 60)
+    got = await asyncio.gather(*map(collect, tickets))
+    await closing
+    return got
+
+  with running() as engine:
+    assert asyncio.run(run(engine)) == want
+    with pytest.raises(ClosedError):
+      engine.submit(jobs()[:1])
+  with running(num_slots=1) as engine:
+    tickets = engine.submit([Job((1,), GREEDY.replace(max_new_tokens=90), 0)] * 4)
+    engine.close(0)
+    for ticket in tickets[1:]:
+      with pytest.raises(ClosedError):
+        asyncio.run(collect(ticket))
+
+
+def test_a_long_prompt_does_not_stall_and_a_silent_listener_does_not_either(monkeypatch):
+  with running() as engine:
+    steps = []
+    feed, draw = engine._batch.feed, engine._batch.round
+    monkeypatch.setattr(engine._batch, 'feed', lambda row, prompt, fed: (
+      steps.append(engine._batch.size(len(prompt), fed)) or feed(row, prompt, fed)))
+    monkeypatch.setattr(engine._batch, 'round', lambda *args: steps.append(0) or draw(*args))
+
+    async def run():
+      silent, = engine.submit([Job((1,), GREEDY.replace(max_new_tokens=40), 0)])
+      await together(engine, [Job((*range(90),), GREEDY, 0), Job((3,) * 80, GREEDY, 0)])
+      return await collect(silent)
+
+    assert asyncio.run(run())[4] in ('length', 'stop')
+  between = ''.join('.' if step else '|' for step in steps).strip('.').split('|')
+  assert max(map(len, between)) == 1, 'one chunk between two tokens'
+  assert sum(steps) >= 170
+
+
+def test_embeddings_are_means_of_hidden_states():
+  prompts = [[1, 2, 3], [*range(50)], [7]]
+  with running() as engine:
+    tickets = engine.submit(jobs())
+    means = engine.embed(prompts).result(60)
+    for prompt, mean in zip(prompts, means, strict=True):
+      assert mean.shape == (24,) and mean.dtype == np.float32
+      np.testing.assert_allclose(mean, MODEL.hidden(prompt).mean(axis=0), atol=2e-5)
+    cancelled = engine.embed([[1]] * 500)
+    assert cancelled.cancel()
+    assert asyncio.run(settled(engine, busy_slots=0, queued=0)).finished['cancelled'] == 1
+    assert len(tickets) == len(jobs())
+
+
+def test_scored_prompts_are_scored_as_elsewhere():
+  prompt = (*range(3, 53),)
+  with running() as engine:
+    ticket, = engine.submit([Job(prompt, GREEDY, 0, num_top=3, score_prompt=True)])
+
+    async def first_piece():
+      return [piece async for piece in ticket][0]
+
+    piece = asyncio.run(first_piece())
+  want, = scoring.score(Decoder(ROTARY), MODEL.unstacked, [prompt], 3)
+  assert piece.tokens == [*prompt] and piece.text == text.text_of(TOKENIZER, prompt)
+  assert piece.finish_reason is None and piece.logprobs[0] is None and piece.top[0] == []
+  np.testing.assert_allclose(piece.logprobs[1:], want.logprobs[1:], atol=2e-5)
+  assert [[token for token, _ in top] for top in piece.top] == [
+    [token for token, _ in top] for top in want.top]
