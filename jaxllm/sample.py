@@ -1,6 +1,8 @@
 """Continue a prompt, or chat: `python -m jaxllm.sample --model=runs/demo --prompt="To be"`.
 
 `--chat` talks to a model that has a chat template: a line is a message, /reset forgets.
+`--num_drafted=4` guesses tokens ahead, from the text itself or by the smaller model `--draft`, and
+gives the same continuation in fewer passes of the model.
 """
 
 import json
@@ -18,6 +20,9 @@ PROMPT = flags.DEFINE_multi_string('prompt', [''], 'Text to continue; may be rep
 CHAT = flags.DEFINE_bool('chat', False, "Converse, by the model's chat template.")
 SYSTEM = flags.DEFINE_string('system', None, 'The system message of a chat.')
 QUANTIZE = flags.DEFINE_enum('quantize', None, ['int8', 'int4'], 'Store the weights smaller.')
+CACHE_DTYPE = flags.DEFINE_enum('cache_dtype', None, ['int8'], 'Store keys and values smaller.')
+NUM_DRAFTED = flags.DEFINE_integer('num_drafted', 0, 'Tokens guessed before each pass; 0: none.', 0)
+DRAFT = flags.DEFINE_string('draft', None, 'A smaller model with the same vocabulary that guesses.')
 STOP = flags.DEFINE_multi_string('stop', [], 'A text that ends a continuation; may be repeated.')
 NUM_BEAMS = flags.DEFINE_integer('num_beams', 1, 'Beams of a beam search; 1: draw.', 1)
 LENGTH_PENALTY = flags.DEFINE_float('length_penalty', 1.0, 'Above 0 favours long beams.')
@@ -39,6 +44,7 @@ def main(_) -> None:  # noqa: D103
   from jaxllm.generation.sampling import SamplingConfig
   from jaxllm.models import decoder
 
+  _check_flags()
   loaded = loading.load(MODEL.value)
   model = decoder.Decoder(loaded.config)
   variables = loaded.unstacked
@@ -54,8 +60,23 @@ def main(_) -> None:  # noqa: D103
     _chat(loaded.tokenizer, model, variables, sampling)
   elif NUM_BEAMS.value > 1:
     _search(loaded, model, variables, sampling)
+  elif NUM_DRAFTED.value or DRAFT.value:
+    _speculate(loaded, model, variables, sampling)
   else:
     _sample(loaded, model, variables, sampling)
+
+
+def _check_flags() -> None:
+  """Refuse flags that another one would leave without effect."""
+  ways = {'--chat': CHAT.value, '--num_beams': NUM_BEAMS.value > 1,
+          '--num_drafted and --draft': bool(NUM_DRAFTED.value or DRAFT.value)}
+  chosen = [name for name, on in ways.items() if on]
+  if len(chosen) > 1:
+    raise ValueError(f'{" with ".join(chosen)}: these are different ways to decode; choose one')
+  if chosen and CACHE_DTYPE.value:
+    raise ValueError(f'--cache_dtype={CACHE_DTYPE.value} works without {chosen[0]} only')
+  if STOP.value and chosen and not CHAT.value:
+    raise ValueError(f'--stop works without {chosen[0]} only')
 
 
 def _sample(loaded, model, variables, sampling) -> None:
@@ -64,8 +85,27 @@ def _sample(loaded, model, variables, sampling) -> None:
   prompts = [prompt for prompt in PROMPT.value for _ in range(NUM_SAMPLES.value)]
   results = text.complete(
     model, variables, loaded.tokenizer, [loaded.encode_prompt(prompt) for prompt in prompts],
-    sampling, STOP.value, loaded.stop_ids)
+    sampling, STOP.value, loaded.stop_ids, cache_dtype=CACHE_DTYPE.value)
   _show([prompt + result.text for prompt, result in zip(prompts, results, strict=True)])
+
+
+def _speculate(loaded, model, variables, sampling) -> None:
+  from jaxllm import loading
+  from jaxllm.generation import speculation, text
+  from jaxllm.models import decoder
+
+  draft = None
+  if DRAFT.value:
+    small = loading.load(DRAFT.value)
+    draft = speculation.Draft(decoder.Decoder(small.config), small.unstacked)
+  how = speculation.SpeculationConfig(num_drafted=NUM_DRAFTED.value or 4)
+  prompts = [prompt for prompt in PROMPT.value for _ in range(NUM_SAMPLES.value)]
+  results, per_pass = speculation.generate(
+    model, variables, [loaded.encode_prompt(prompt) for prompt in prompts], sampling, how, draft,
+    loaded.stop_ids, bos_id=loaded.tokenizer.bos_id)
+  _show([prompt + text.text_of(loaded.tokenizer, result.tokens)
+         for prompt, result in zip(prompts, results, strict=True)])
+  print(f'({per_pass:.2f} tokens per pass of the model)', file=sys.stderr)
 
 
 def _search(loaded, model, variables, sampling) -> None:

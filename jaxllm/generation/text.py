@@ -116,6 +116,7 @@ def stream_text(
   seeds: Sequence[int] | None = None,
   num_top: int = 0,
   steps_per_piece: int = 1,
+  cache_dtype: Any = None,
 ) -> Iterator[TextPiece]:
   """Yield text while it grows.
 
@@ -130,6 +131,7 @@ def stream_text(
     seeds: one per row.
     num_top: how many of the most probable tokens come with each token.
     steps_per_piece: decoding steps between two pieces of a row.
+    cache_dtype: of keys and values; the model's by default, int8 to quantise them.
 
   Raises:
     ValueError: as `decode.generate`, or a stop string is empty; at the call.
@@ -140,7 +142,7 @@ def stream_text(
   requests = make_requests(
     model.config, prompts, sampling, [*eos_ids, *stop_ids], seeds, tokenizer.bos_id)
   cancelled: set[int] = set()
-  pieces = decode.run(model, variables, requests, steps_per_piece, num_top, cancelled)
+  pieces = decode.run(model, variables, requests, steps_per_piece, num_top, cancelled, cache_dtype)
   decoders = [TextDecoder(tokenizer, stop) for _ in requests]
   return _texts(pieces, decoders, cancelled)
 
@@ -156,11 +158,12 @@ def complete(
   seeds: Sequence[int] | None = None,
   num_top: int = 0,
   echo: bool = False,
+  cache_dtype: Any = None,
 ) -> list[Completion]:
   """Continue prompts; arguments and errors as `stream_text`.
 
   Args:
-    model: see there, like all that follow but the last.
+    model: see there, like all that follow but `echo`.
     variables: see there.
     tokenizer: see there.
     prompts: see there.
@@ -170,12 +173,13 @@ def complete(
     seeds: see there.
     num_top: see there.
     echo: whether results begin with the prompt, scored like the rest.
+    cache_dtype: see there.
   """
   steps = STEPS_PER_LOOK if stop else model.config.max_length
   empty = Completion('', [], [], [], 'length')
   results = [empty] * len(prompts)
   for piece in stream_text(model, variables, tokenizer, prompts, sampling, stop, stop_ids, seeds,
-                           num_top, steps):
+                           num_top, steps, cache_dtype):
     old = results[piece.row]
     results[piece.row] = Completion(
       old.text + piece.text, old.tokens + piece.tokens, [*old.logprobs, *piece.logprobs],
