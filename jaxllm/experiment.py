@@ -61,6 +61,31 @@ class TrainingConfig(Config):
   """Steps between two records in metrics.jsonl."""
 
 
+class ScoringConfig(Config):
+  """Tasks that the model does while it is trained, to see what it can do."""
+
+  tasks: tuple[AnyTask, ...] | None = None
+  """Which, each kind once; None: the experiment's own task, where its data have such a split."""
+  split: str = 'validation'
+  """The split of their data that they are done on."""
+  max_examples: int | None = pydantic.Field(default=200, gt=0)
+  """Examples of each, always the same, chosen by hash; None takes all."""
+  every_steps: int = pydantic.Field(default=500, gt=0)
+  """Steps between two times; they are also done after the last step."""
+  batch_size: int = pydantic.Field(default=8, gt=0)
+  """Rows of one call of the model."""
+
+
+class BestConfig(Config):
+  """What tells the best checkpoint, which is kept, and is the one that `jaxllm.load` takes."""
+
+  metric: str = 'validation/loss'
+  """'validation/NAME' or 'task/KIND/NAME', as in metrics.jsonl. Losses, perplexities, bits per byte
+  and calibration errors should be small, everything else large."""
+  patience: int | None = pydantic.Field(default=None, gt=0)
+  """The run ends after this many measurements in a row without a better one; None: never."""
+
+
 class FinetuneConfig(Config):
   """What of a model is trained; the defaults train all of it."""
 
@@ -107,6 +132,18 @@ class Experiment(Config):
   mesh: MeshConfig = MeshConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
   evaluation: EvaluationConfig = EvaluationConfig()
+  scoring: ScoringConfig = ScoringConfig()
+  best: BestConfig | None = None
+  """Keep the best checkpoint besides the newest ones, and perhaps stop early; None: the newest is
+  the best."""
+
+  @property
+  def scored_tasks(self) -> tuple[AnyTask, ...]:
+    """The tasks of `scoring`."""
+    if self.scoring.tasks is not None:
+      return self.scoring.tasks
+    own = self.task is not None and self.scoring.split in self.task.data.splits
+    return (self.task,) if own and self.task is not None else ()
 
   @property
   def decoder(self) -> DecoderConfig:
@@ -121,7 +158,7 @@ class Experiment(Config):
 
   @pydantic.model_validator(mode='after')
   def _check(self) -> 'Experiment':
-    for check in (_check_sources, _check_start, _check_training):
+    for check in (_check_sources, _check_start, _check_training, _check_best):
       check(self)
     return self
 
@@ -169,6 +206,21 @@ def _check_training(experiment: Experiment) -> None:
     raise ValueError(
       f'schedule.warmup_steps={experiment.schedule.warmup_steps} leaves no step after the warmup '
       f'of training.num_steps={training.num_steps}'
+    )
+
+
+def _check_best(experiment: Experiment) -> None:
+  kinds = [task.kind for task in experiment.scored_tasks]
+  if len(set(kinds)) < len(kinds):
+    raise ValueError(f'scoring.tasks: {", ".join(kinds)}: each kind may stand once')
+  if experiment.best is None:
+    return
+  group, *rest = experiment.best.metric.split('/')
+  if not (group == 'validation' and len(rest) == 1
+          or group == 'task' and len(rest) == 2 and rest[0] in kinds):
+    raise ValueError(
+      f"best.metric={experiment.best.metric!r}: 'validation/NAME' or 'task/KIND/NAME' with a task "
+      f'that is scored (kinds: {", ".join(kinds) or "none"})'
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from jaxllm import config, sharding
 from jaxllm.experiment import Experiment
-from jaxllm.training import state, step
+from jaxllm.training import finetune, state, step
 
 EXPERIMENTS = pathlib.Path(__file__).parent.parent / 'experiments'
 
@@ -33,9 +33,12 @@ def describe(leaf):
 
 
 @pytest.mark.parametrize(('location', 'topology'), variants())
-def test_experiment_loads_and_its_step_fits_its_mesh(location, topology):
+def test_experiment_loads_and_its_step_fits_its_mesh(location, topology, tmp_path):
   experiment = config.load(f'{EXPERIMENTS}/{location}')
   assert Experiment.from_json(experiment.to_json()) == experiment
+  if experiment.model is None and not pathlib.Path(experiment.init_from).exists():
+    pytest.skip(f'{experiment.init_from} is not installed')
+  experiment = finetune.resolve(experiment.replace(records_dir=str(tmp_path)))
 
   mesh = mesh_of(experiment, topology)
   tx = state.make_optimizer(experiment)

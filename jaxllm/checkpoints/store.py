@@ -3,8 +3,8 @@
 A directory holds one subdirectory per step, with the items `state` (arrays, see `tree`) and
 `bundle` (see `bundle`); it counts only once its commit marker is written, last.
 
-- Writing: `open_store`, `save`, `check`, `wait`, `close`.
-- Reading a run's own state: `latest_step`, `restore`.
+- Writing: `open_store`, `save`, `save_best`, `check`, `wait`, `close`.
+- Reading a run's own state: `latest_step`, `best_step`, `restore`.
 - Reading a model from a path: `find_step`, `read_bundle`, `restore_params`.
 """
 
@@ -21,8 +21,8 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 from orbax.checkpoint import options as ocp_options
 
+from jaxllm.checkpoints import best, tree
 from jaxllm.checkpoints import bundle as bundle_lib
-from jaxllm.checkpoints import tree
 from jaxllm.checkpoints.bundle import Bundle
 from jaxllm.config import Config
 
@@ -56,11 +56,13 @@ class Store:
     directory: where the steps lie.
     manager: Orbax's manager of it.
     pending: the step being written, if any.
+    kept: steps that are never deleted: the best one.
   """
 
   directory: epath.Path
   manager: ocp.CheckpointManager
   pending: int | None = None
+  kept: set[int] = dataclasses.field(default_factory=set)
 
 
 def open_store(directory: str | os.PathLike[str], config: CheckpointConfig) -> Store:
@@ -81,7 +83,8 @@ def open_store(directory: str | os.PathLike[str], config: CheckpointConfig) -> S
       f'cannot write checkpoints to {path}: {error.strerror or error}; choose another directory, '
       'or make this one writable'
     ) from error
-  keep = [policies.LatestN(config.keep_last)]
+  kept = {step for step in [best_step(path)] if step is not None}
+  keep: list[Any] = [policies.LatestN(config.keep_last), best.Kept(kept)]
   if config.keep_every is not None:
     keep.append(policies.EveryNSteps(config.keep_every))
   manager = ocp.CheckpointManager(
@@ -93,7 +96,7 @@ def open_store(directory: str | os.PathLike[str], config: CheckpointConfig) -> S
       atomicity_options=ocp_options.AtomicityOptions(mode=ocp_options.AtomicityMode.COMMIT_FILE),
     ),
   )
-  return Store(path, manager)
+  return Store(path, manager, kept=kept)
 
 
 def save(store: Store, step: int, state: Any, bundle: Bundle) -> bool:
@@ -126,6 +129,43 @@ def save(store: Store, step: int, state: Any, bundle: Bundle) -> bool:
   except Exception as error:
     raise _failed(store, error) from error
   return True
+
+
+def save_best(
+  store: Store, step: int, state: Any, bundle: Bundle, facts: Mapping[str, Any]
+) -> None:
+  """Save the best state so far, and mark it so: it is kept, and what `find_step` finds.
+
+  Returns once it is on disk; until then the best one before is kept too.
+
+  Args:
+    store: from `open_store`.
+    step: its number.
+    state: as in `save`.
+    bundle: as in `save`.
+    facts: JSON-able, what it is the best by.
+
+  Raises:
+    CheckpointError: as in `save`.
+  """
+  store.kept.add(step)
+  save(store, step, state, bundle)
+  wait(store)
+  if jax.process_index() == 0:
+    best.write(store.directory, step, facts)
+  store.kept.intersection_update({step})
+
+
+def forget_best(store: Store) -> None:
+  """Mark no step as the best any more."""
+  (store.directory / best.FILE).unlink(missing_ok=True)
+  store.kept.clear()
+
+
+def best_step(directory: str | os.PathLike[str]) -> int | None:
+  """Return the step that is marked as the best of a checkpoint directory, if it is there."""
+  step = best.read(_absolute(directory))
+  return step if step in committed_steps(directory) else None
 
 
 def check(store: Store) -> None:
@@ -214,7 +254,7 @@ def restore(store: Store, abstract_state: Any, step: int | None = None) -> Any:
 
 
 def find_step(path: str | os.PathLike[str]) -> epath.Path:
-  """Return the directory of the newest complete step under a path.
+  """Return the directory of the best complete step under a path, of the newest where none is best.
 
   Args:
     path: a workdir, its `checkpoints` directory, or one step.
@@ -222,13 +262,15 @@ def find_step(path: str | os.PathLike[str]) -> epath.Path:
   Raises:
     ValueError: there is none.
   """
+  logging.getLogger('absl').addFilter(_not_from_orbax)
   given = _absolute(path)
   if (given / STATE).is_dir() and (given / COMMIT_MARKER).exists():
     return given
   for directory in (given / DIRECTORY, given):
     steps = committed_steps(directory)
     if steps:
-      return directory / str(steps[-1])
+      marked = best_step(directory)
+      return directory / str(steps[-1] if marked is None else marked)
   reason = 'does not exist' if not given.exists() else 'holds no complete checkpoint'
   raise ValueError(
     f'{given} {reason}; give a workdir, its {DIRECTORY}/ directory, or one step of that'

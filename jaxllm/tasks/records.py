@@ -60,6 +60,13 @@ class RecordsConfig(Config):
   limit: int | None = pydantic.Field(default=None, gt=0)
   """Most records per split, chosen by hash, in their order; None takes all."""
 
+  @property
+  def splits(self) -> set[str]:
+    """Names of the splits."""
+    named = {source.split for source in self.sources}
+    shared = {name for name, share in self.fractions if share} if None in named else set()
+    return {name for name in named if name} | shared
+
   @pydantic.model_validator(mode='after')
   def _check(self) -> 'RecordsConfig':
     if not self.sources:
@@ -92,9 +99,7 @@ def load(config: RecordsConfig, split: str, required: Sequence[str] = ()) -> lis
       (undivided if source.split is None else rows).extend(named)
   rows += _part(undivided, config, split)
   if not rows:
-    names = {source.split for source in config.sources if source.split}
-    names |= {name for name, _ in config.fractions}
-    raise ValueError(f'split {split!r} has no records; splits: {", ".join(sorted(names))}')
+    raise ValueError(f'split {split!r} has no records; splits: {", ".join(sorted(config.splits))}')
   if config.limit is not None and len(rows) > config.limit:
     ranked = sorted(range(len(rows)), key=lambda i: _digest(rows[i], config.seed))
     rows = [rows[i] for i in sorted(ranked[: config.limit])]

@@ -6,7 +6,7 @@ whether they are the same.
 
 import hashlib
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -75,14 +75,17 @@ def _documents(experiment: Experiment) -> Dataset:
 
 
 def _task(experiment: Experiment) -> Dataset:
-  if experiment.tokenizer is None or experiment.tokenizer.trained:
-    raise ValueError(f'config.tokenizer={experiment.tokenizer}: a task trains no tokenizer; give '
-                     'its files, or leave it out to take that of config.init_from')
-  tokenizer = tokenizers.train_or_load(experiment.tokenizer, [])
+  task: Any = experiment.task
+  if experiment.tokenizer is None:
+    raise ValueError('config.tokenizer=None: it is read from config.init_from when training starts')
+  examples = {
+    name: predict.examples(task, name)
+    for name in ('train', 'validation') if name == 'train' or name in task.data.splits
+  }
+  tokenizer = tokenizers.train_or_load(experiment.tokenizer, _texts(examples['train']))
   rows, splits = {}, {}
-  for name in _splits(experiment.task):
-    examples = predict.examples(experiment.task, name)
-    rows[name], splits[name] = completion_rows(experiment, examples, tokenizer)
+  for name, some in examples.items():
+    rows[name], splits[name] = completion_rows(experiment, some, tokenizer)
   digest = hashlib.sha256(tokenizer.fingerprint.encode())
   for name, array in rows.items():
     digest.update(f'{name}\0{array.dtype}\0'.encode() + array.tobytes())
@@ -102,12 +105,8 @@ def _task(experiment: Experiment) -> Dataset:
   return Dataset(manifest, tokenizer, make_batches)
 
 
-def _splits(task: Any) -> list[str]:
-  """Return 'train', and 'validation' where the task's data have it."""
-  named = {source.split for source in task.data.sources}
-  if None in named:
-    named |= {name for name, share in task.data.fractions if share}
-  return ['train', *(['validation'] if 'validation' in named else [])]
+def _texts(examples: Sequence[Example]) -> Iterator[str]:
+  return (part.text for example in examples for part in example.segments if not part.control)
 
 
 def completion_rows(

@@ -5,7 +5,6 @@ is measured apart.
 """
 
 import contextlib
-import json
 import os
 import pathlib
 import time
@@ -19,6 +18,8 @@ from jax.sharding import Mesh
 from jaxllm.experiment import Experiment
 from jaxllm.models import decoder
 from jaxllm.training import metrics
+
+_TOLD = {'loss': 'held-out loss', 'perplexity': 'perplexity', 'bits_per_byte': 'bits per byte'}
 
 
 class Journal:
@@ -93,12 +94,14 @@ class Journal:
       self._reset()
 
   def scores(self, step: int, scores: Mapping[str, float]) -> None:
-    """Write validation scores down."""
-    self._writer.write(step, {f'validation/{name}': value for name, value in scores.items()})
-    self._progress.message(
-      f'step {step:,}: held-out loss {scores["loss"]:.4f}, perplexity {scores["perplexity"]:.2f}, '
-      f'{scores["bits_per_byte"]:.4f} bits per byte'
-    )
+    """Write down what was measured: 'validation/NAME' and 'task/KIND/NAME'."""
+    self._writer.write(step, scores)
+    held_out = [f'{text} {scores[f"validation/{name}"]:.4f}' for name, text in _TOLD.items()
+                if f'validation/{name}' in scores]
+    tasks = [f'{name.removeprefix("task/")} {value:.4g}' for name, value in scores.items()
+             if name.startswith('task/')]
+    for told in filter(None, (held_out, tasks)):
+      self._progress.message(f'step {step:,}: {", ".join(told)}')
 
   def _write(self, step: int, scalars: Mapping[str, float], seconds: float | None) -> None:
     record: dict[str, Any] = {f'train/{name}': value for name, value in scalars.items()}
@@ -147,13 +150,9 @@ def open_journal(
 def elapsed_seconds(path: str | os.PathLike[str], step: int) -> float:
   """Return how long a run had taken up to `step`, over all its starts, from its metrics."""
   seconds = 0.0
-  file = pathlib.Path(path) / 'metrics.jsonl'
-  if file.exists():
-    for line in file.read_text(encoding='utf-8').splitlines():
-      with contextlib.suppress(ValueError):  # A line torn by a crash.
-        record = json.loads(line)
-        if record['step'] <= step:
-          seconds = record.get('train/elapsed_seconds', seconds)
+  for record in metrics.read(pathlib.Path(path) / 'metrics.jsonl'):
+    if record['step'] <= step:
+      seconds = record.get('train/elapsed_seconds', seconds)
   return seconds
 
 

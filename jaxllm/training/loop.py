@@ -14,7 +14,7 @@ import pathlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -23,19 +23,21 @@ from absl import logging
 from jax.sharding import Mesh
 
 from jaxllm import loading, sharding
+from jaxllm.adapters import lora
 from jaxllm.checkpoints import fingerprint
 from jaxllm.checkpoints import store as store_lib
 from jaxllm.checkpoints.bundle import Bundle
 from jaxllm.data import batches as batches_lib
 from jaxllm.data import tokenizers
-from jaxllm.evaluation import perplexity
 from jaxllm.experiment import Experiment
 from jaxllm.models import decoder
 from jaxllm.training import dataset as dataset_lib
-from jaxllm.training import finetune, journal, report, workdir
+from jaxllm.training import finetune, journal, report, scoring, selection, workdir
 from jaxllm.training import state as state_lib
 from jaxllm.training import step as step_lib
 from jaxllm.training.dataset import Dataset
+from jaxllm.training.scoring import Measurement
+from jaxllm.training.selection import Selection
 from jaxllm.training.state import TrainState
 
 
@@ -100,15 +102,16 @@ def train(
 def _run(run: _Run) -> dict[str, Any]:
   num_steps = run.experiment.training.num_steps
   latest = store_lib.latest_step(run.store) or 0
-  if latest >= num_steps:
+  selected = _restore_selection(run, latest)
+  if latest >= num_steps or selected.exhausted:
     written = run.path / 'summary.json'
     if written.exists() and (summary := json.loads(written.read_text()))['step'] == latest:
       logging.info('The run in %s is complete: %d steps.', run.path, latest)
       return summary
     return _finish(run, latest, _frozen(run))
   state, bundle = _initial_state(run, latest)
-  step, frozen = _loop(run, state, bundle)
-  if step < num_steps:
+  step, frozen, selected = _loop(run, state, bundle, selected)
+  if step < num_steps and not selected.exhausted:
     logging.info('Stopped at step %d of %d and saved; the same command goes on.', step, num_steps)
     return {'step': step, 'num_steps': num_steps, 'complete': False}
   return _finish(run, step, frozen)
@@ -188,17 +191,31 @@ def _frozen(run: _Run) -> Any:
   return state_lib.freeze(experiment, run.mesh, base)
 
 
+def _restore_selection(run: _Run, latest: int) -> Selection:
+  """Return what was measured before, and forget a mark that another config has left."""
+  selected = selection.restore(run.experiment.best, run.path, latest)
+  if selected.best is None or selected.best[0] != store_lib.best_step(run.store.directory):
+    store_lib.forget_best(run.store)
+  return selected
+
+
 def _restore(run: _Run, step: int) -> TrainState:
   abstract = state_lib.abstract_state(run.experiment, run.tx, run.mesh)
   return store_lib.restore(run.store, abstract.replace(frozen={}), step)
 
 
-def _loop(run: _Run, state: TrainState, bundle: Bundle) -> tuple[int, Any]:
-  """Take steps until the end or a signal; return how many have been taken, and what is frozen."""
+def _loop(
+  run: _Run, state: TrainState, bundle: Bundle, selected: Selection
+) -> tuple[int, Any, Selection]:
+  """Take steps until the end, a signal, or the end of patience.
+
+  Returns:
+    How many steps have been taken in all, what is frozen, and what was measured.
+  """
   experiment = run.experiment
   first, last = int(state.step), experiment.training.num_steps
   train_step = step_lib.make_train_step(experiment, run.tx, run.mesh)
-  evaluate = _make_evaluate(run, experiment.evaluation.max_batches)
+  measurements = scoring.make_measurements(experiment, run.dataset, run.mesh)
   batch_sharding = sharding.batch_sharding(run.mesh, experiment.mesh)
   batches = run.dataset.make_batches(
     'train', experiment.training.batch_size, experiment.data.shuffle, None
@@ -214,22 +231,38 @@ def _loop(run: _Run, state: TrainState, bundle: Bundle) -> tuple[int, Any]:
       _record(run, log, step, waiting)
       step, waiting = step + 1, metrics
       store_lib.check(run.store)
-      evaluating = _due(step, experiment.evaluation.every_steps, last)
+      measuring = [one for one in measurements if _due(step, one.every_steps, last)]
       saving = _due(step, experiment.checkpoint.every_steps, last)
       stop = _should_stop(stopping, run.store, step)
-      if evaluating or saving or stop:
+      if measuring or saving or stop:
         _record(run, log, step, waiting)
         waiting = None
       with log.pause():
-        if evaluating and evaluate is not None:
-          log.scores(step, evaluate(state_lib.evaluation_variables(experiment, state)))
+        if measuring:
+          selected = _measure(run, log, measuring, state, bundle, selected, step)
+          stop = stop or selected.exhausted
         if saving or stop:
           store_lib.save(run.store, step, state.replace(frozen={}), bundle)
           saved = step
       if stop:
         break
     store_lib.wait(run.store)
-  return saved, state.frozen
+  return saved, state.frozen, selected
+
+
+def _measure(
+  run: _Run, log: journal.Journal, measuring: Sequence[Measurement], state: TrainState,
+  bundle: Bundle, selected: Selection, step: int,
+) -> Selection:
+  """Measure what is due, write it down, and keep the state where it is the best so far."""
+  variables = state_lib.evaluation_variables(run.experiment, state)
+  scores = scoring.take(measuring, variables)
+  log.scores(step, scores)
+  selected = selection.add(selected, step, scores)
+  if selected.config and selected.best and selected.best[0] == step:
+    facts = {'metric': selected.config.metric, 'value': selected.best[1]}
+    store_lib.save_best(run.store, step, state.replace(frozen={}), bundle, facts)
+  return selected
 
 
 def _due(step: int, every: int, last: int) -> bool:
@@ -254,32 +287,6 @@ def _record(
       'config.optimizer.learning_rate, lengthen config.schedule.warmup_steps, or look at the data '
       f'of these steps'
     )
-
-
-def _make_evaluate(
-  run: _Run, max_batches: int | None
-) -> Callable[[Any], dict[str, float]] | None:
-  """Return `variables -> scores` over the validation records, or None where none are held out."""
-  experiment = run.experiment
-  held_out = run.dataset.manifest.validation
-  if held_out is None:
-    return None
-  batches = run.dataset.make_batches(
-    'validation', experiment.evaluation.batch_size or experiment.training.batch_size, False, 1
-  )
-  count = min(batches.num_batches, max_batches or batches.num_batches)
-  eval_step = perplexity.make_eval_step(
-    experiment.decoder, experiment.objective, run.mesh, experiment.mesh
-  )
-  batch_sharding = sharding.batch_sharding(run.mesh, experiment.mesh)
-
-  def evaluate(variables: Any) -> dict[str, float]:
-    return perplexity.evaluate(
-      eval_step, variables, batches_lib.prefetch(batches, 0, count), batch_sharding,
-      held_out.bytes_per_token,
-    )
-
-  return evaluate
 
 
 @contextlib.contextmanager
@@ -322,10 +329,16 @@ def _finish(run: _Run, step: int, frozen: Any) -> dict[str, Any]:
     'train_tokens': step * experiment.training.batch_size * experiment.data.context_length,
     'seconds': journal.elapsed_seconds(run.path, step),
   }
-  evaluate = _make_evaluate(run, max_batches=None)
-  if evaluate is not None:
-    state = _restore(run, step).replace(frozen=frozen)
-    summary['validation'] = evaluate(state_lib.evaluation_variables(experiment, state))
+  if experiment.finetune.lora is not None:
+    shapes, _ = finetune.abstract(experiment)
+    summary['trained_parameters'] = lora.parameter_count(shapes)
+  best = store_lib.best_step(run.store.directory)
+  if best is not None:
+    summary['best_step'] = best
+  validate = scoring.make_validation(experiment, run.dataset, run.mesh, max_batches=None)
+  if validate is not None:
+    state = _restore(run, step if best is None else best).replace(frozen=frozen)
+    summary['validation'] = validate(state_lib.evaluation_variables(experiment, state))
   if jax.process_index() == 0:
     _write_samples(experiment, run.path)
     workdir.write_json(run.path / 'summary.json', summary)

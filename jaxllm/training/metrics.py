@@ -1,6 +1,6 @@
 """What a run tells while it lasts: metrics.jsonl, TensorBoard, a progress bar, and utilisation.
 
-- `open_writer` -> `MetricsWriter`: one record per call, on disk at once; survives a resume.
+- `open_writer` -> `MetricsWriter`: one record per call, on disk at once; survives a resume. `read`.
 - `Progress`: a bar on a terminal, plain lines elsewhere.
 - `device_peak_flops`, `mfu`, `device_memory_bytes`: how well the devices are used.
 """
@@ -146,6 +146,15 @@ def open_writer(workdir: str | os.PathLike[str], step: int = 0) -> MetricsWriter
     filename_suffix=f'.{time.time_ns()}',
   )
   return MetricsWriter(path.open('a', encoding='utf-8'), tensorboard)
+
+
+def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+  """Return the records of a metrics.jsonl, without a line torn by a crash; none where it is not."""
+  try:
+    lines = pathlib.Path(path).read_text(encoding='utf-8', errors='replace').splitlines()
+  except FileNotFoundError:
+    return []
+  return [json.loads(line) for line in lines if _step_of(line) < math.inf]
 
 
 def _drop_later(path: pathlib.Path, step: int) -> None:

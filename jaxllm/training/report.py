@@ -57,6 +57,7 @@ def _describe(path: pathlib.Path) -> dict[str, Any]:
     'tiles': _tiles(result),
     'loss_chart': _loss_chart(train, validation),
     'charts': _small_charts(train),
+    'task_charts': _task_charts(records),
     'samples': [_sample(s) for s in _read_lines(path / 'samples.jsonl')],
     'speed': _speed(train, environment),
     'data': _data(data),
@@ -156,6 +157,18 @@ def _small_charts(train: Sequence[Record]) -> list[dict[str, Any]]:
     line = charts.series(train, name, '', 'raw' if noisy else 'train')
     lines = [line, charts.smooth(line, '', 'train')] if noisy else [line]
     drawn.append(charts.chart(title, lines, charts.compact, num_ticks=(4, 5), log=log))
+  return [chart for chart in drawn if chart]
+
+
+def _task_charts(records: Sequence[Record]) -> list[dict[str, Any]]:
+  """Draw every score of every task, in the order of metrics.jsonl."""
+  names = dict.fromkeys(name for r in records for name in r if name.startswith('task/'))
+  drawn = []
+  for name in names:
+    _, kind, metric = name.split('/', 2)
+    line = charts.series(records, name, '', 'validation', points=True)
+    title = f'{kind}: {metric}'.replace('_', ' ')
+    drawn.append(charts.chart(title, [line], '{:.4g}'.format, num_ticks=(4, 5)))
   return [chart for chart in drawn if chart]
 
 

@@ -1,0 +1,149 @@
+"""What is measured of a model while it is trained: its held-out loss, and how it does tasks."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from jaxllm import sharding
+from jaxllm.data import batches as batches_lib
+from jaxllm.evaluation import perplexity, scores
+from jaxllm.experiment import Experiment
+from jaxllm.interop import chat as chat_templates
+from jaxllm.models import decoder
+from jaxllm.models.decoder import Decoder
+from jaxllm.tasks import TASKS, predict
+from jaxllm.tasks.base import Example
+from jaxllm.tasks.predict import Speaker
+from jaxllm.training.dataset import Dataset
+
+Scores = dict[str, float]
+Measure = Callable[[Any], Scores]
+
+
+class Measurement(NamedTuple):
+  """One kind of measurement.
+
+  Attributes:
+    group: what its names begin with, 'validation' or 'task'.
+    every_steps: steps between two of them.
+    measure: variables -> scores.
+  """
+
+  group: str
+  every_steps: int
+  measure: Measure
+
+
+def make_measurements(
+  experiment: Experiment, dataset: Dataset, mesh: Mesh
+) -> tuple[Measurement, ...]:
+  """Return all that is measured during a run.
+
+  Raises:
+    ValueError: as in `make_tasks`, or what tells the best checkpoint is not measured.
+    ImportError: as in `make_tasks`.
+  """
+  validate = make_validation(experiment, dataset, mesh, experiment.evaluation.max_batches)
+  do_tasks = make_tasks(experiment, dataset)
+  found = (('validation', experiment.evaluation.every_steps, validate),
+           ('task', experiment.scoring.every_steps, do_tasks))
+  taken = tuple(Measurement(group, every, measure) for group, every, measure in found if measure)
+  best = experiment.best
+  if best is not None and best.metric.partition('/')[0] not in [one.group for one in taken]:
+    raise ValueError(f'config.best.metric={best.metric!r}: no validation records are held out to '
+                     'measure it on')
+  return taken
+
+
+def take(measurements: Iterable[Measurement], variables: Any) -> Scores:
+  """Measure; names are 'validation/NAME' and 'task/KIND/NAME'."""
+  return {
+    f'{one.group}/{name}': value for one in measurements
+    for name, value in one.measure(variables).items()
+  }
+
+
+def make_validation(
+  experiment: Experiment, dataset: Dataset, mesh: Mesh, max_batches: int | None
+) -> Measure | None:
+  """Return `variables -> scores` over the validation records, or None where none are held out.
+
+  Args:
+    experiment: the run.
+    dataset: its records.
+    mesh: its devices.
+    max_batches: how many batches at most; None takes all.
+  """
+  held_out = dataset.manifest.validation
+  if held_out is None:
+    return None
+  batches = dataset.make_batches(
+    'validation', experiment.evaluation.batch_size or experiment.training.batch_size, False, 1
+  )
+  count = min(batches.num_batches, max_batches or batches.num_batches)
+  eval_step = perplexity.make_eval_step(
+    experiment.decoder, experiment.objective, mesh, experiment.mesh
+  )
+  batch_sharding = sharding.batch_sharding(mesh, experiment.mesh)
+
+  def validate(variables: Any) -> Scores:
+    return perplexity.evaluate(
+      eval_step, variables, batches_lib.prefetch(batches, 0, count), batch_sharding,
+      held_out.bytes_per_token,
+    )
+
+  return validate
+
+
+def make_tasks(experiment: Experiment, dataset: Dataset) -> Measure | None:
+  """Return `variables -> scores` of the tasks, named 'KIND/METRIC', or None where there are none.
+
+  Raises:
+    ValueError: the data of a task cannot be read, or the run has several processes.
+    ImportError: what a score needs is not installed.
+  """
+  config = experiment.scoring
+  if not experiment.scored_tasks:
+    return None
+  if jax.process_count() > 1:
+    raise ValueError('config.scoring.tasks are done by one process alone; set them to ()')
+  examples: list[tuple[Any, list[Example]]] = []
+  for task in experiment.scored_tasks:
+    chosen = task.data.limit if config.max_examples is None else config.max_examples
+    subset = task.replace(data=task.data.replace(limit=chosen))
+    examples.append((task, predict.examples(subset, config.split)))
+    _check_installed(task)
+  speaker = Speaker(
+    # As `loading` uses it: plain attention, no recomputation.
+    Decoder(experiment.decoder.replace(attention='xla', remat='none')), None, dataset.tokenizer,
+    chat_templates.special_tokens(dataset.tokenizer), experiment.data.add_bos, config.batch_size,
+  )
+
+  def measure(variables: Any) -> Scores:
+    if any(TASKS[task.kind].kind == 'generate' for task, _ in examples):
+      variables = decoder.unstack(variables)
+    found: Scores = {}
+    for task, some in examples:
+      predictions = predict.predict(task, some, speaker._replace(variables=variables))
+      values = score(task, some, predictions)
+      found |= {f'{task.kind}/{name}': value for name, value in values.items()}
+    return found
+
+  return measure
+
+
+def score(task: Any, examples: list[Example], predictions: list[Any]) -> Scores:
+  """Return all scores of a task by name."""
+  found: Scores = {}
+  for name, of in TASKS[task.kind].metrics.items():
+    found |= scores.score(name, [of(p) for p in predictions], [e.reference for e in examples])
+  return found
+
+
+def _check_installed(task: Any) -> None:
+  """Score an empty answer now rather than after the first steps."""
+  if TASKS[task.kind].kind == 'generate':
+    for name in TASKS[task.kind].metrics:
+      scores.rows(name, ['a'], ['a'])

@@ -1,0 +1,76 @@
+"""The best checkpoint of a run, and when to stop looking for a better one.
+
+All is read from metrics.jsonl, so that a resumed run decides as one that was never stopped.
+"""
+
+import math
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from jaxllm.experiment import BestConfig
+from jaxllm.training import metrics
+
+SMALLER_IS_BETTER = ('loss', 'perplexity', 'bits_per_byte', 'ece')
+
+
+class Selection(NamedTuple):
+  """What has been measured so far.
+
+  Attributes:
+    config: what tells the best; None: nothing is selected.
+    history: (step, value) pairs, as they came.
+  """
+
+  config: BestConfig | None
+  history: tuple[tuple[int, float], ...] = ()
+
+  @property
+  def best(self) -> tuple[int, float] | None:
+    """(step, value) of the best measurement, the first of equals; None: there is none."""
+    if self.config is None or not self.history:
+      return None
+    sign = 1 if self.config.metric.rpartition('/')[2] in SMALLER_IS_BETTER else -1
+    return min(self.history, key=lambda pair: sign * pair[1])
+
+  @property
+  def exhausted(self) -> bool:
+    """Whether the run's patience is at an end."""
+    if self.config is None or self.config.patience is None or self.best is None:
+      return False
+    since = [step for step, _ in self.history if step > self.best[0]]
+    return len(since) >= self.config.patience
+
+
+def add(selection: Selection, step: int, scores: Mapping[str, float]) -> Selection:
+  """Return the selection after the scores of a step, which may lack the metric.
+
+  Raises:
+    ValueError: there are scores of the kind that the metric belongs to, but not the metric.
+  """
+  if selection.config is None:
+    return selection
+  metric = selection.config.metric
+  if metric in scores:
+    if not math.isfinite(scores[metric]):
+      return selection
+    return selection._replace(history=(*selection.history, (step, scores[metric])))
+  group = metric.rpartition('/')[0]
+  known = [name for name in scores if name.rpartition('/')[0] == group]
+  if known:
+    raise ValueError(f'config.best.metric={metric!r} is not measured; one of {", ".join(known)}')
+  return selection
+
+
+def restore(
+  config: BestConfig | None, workdir: str | os.PathLike[str], step: int
+) -> Selection:
+  """Return the selection of a run that continues after `step` steps."""
+  if config is None:
+    return Selection(None)
+  records = metrics.read(pathlib.Path(workdir) / 'metrics.jsonl')
+  return Selection(config, tuple(
+    (record['step'], record[config.metric]) for record in records
+    if record['step'] <= step and record.get(config.metric) is not None
+  ))

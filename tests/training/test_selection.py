@@ -1,0 +1,107 @@
+"""Laws of measuring while training: the best checkpoint is kept and used, and patience ends."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from jaxllm import loading
+from jaxllm.checkpoints import store
+from jaxllm.checkpoints.store import CheckpointConfig
+from jaxllm.config import ConfigError
+from jaxllm.experiment import BestConfig, ScoringConfig, TrainingConfig
+from jaxllm.tasks import predict
+from jaxllm.tasks.predict import Speaker
+from jaxllm.training import loop, report, scoring, selection
+from jaxllm.training.selection import Selection
+from tests.training import test_finetune, tiny_run
+from tests.training.test_finetune import lines, train
+
+ACCURACY = BestConfig(metric='task/sentiment/accuracy', patience=2)
+
+
+def test_the_best_is_the_first_extreme_and_patience_counts_since_then():
+  chosen = Selection(ACCURACY)
+  for step, value in ((1, 0.5), (2, 0.75), (3, 0.75), (4, float('nan'))):
+    chosen = selection.add(chosen, step, {'task/sentiment/accuracy': value, 'validation/loss': 1})
+  assert chosen.best == (2, 0.75) and not chosen.exhausted
+  chosen = selection.add(chosen, 5, {'task/sentiment/accuracy': 0.7})
+  assert chosen.exhausted
+  loss = Selection(BestConfig(metric='validation/loss'), ((1, 2.0), (2, 1.0), (3, 1.5)))
+  assert loss.best == (2, 1.0) and not loss.exhausted
+  assert selection.add(chosen, 6, {'validation/loss': 1.0}) == chosen
+  with pytest.raises(ValueError, match='accuracy.* is not measured; one of task/sentiment/f1'):
+    selection.add(chosen, 6, {'task/sentiment/f1': 1.0})
+
+
+@pytest.fixture(scope='module')
+def stopped(tmp_path_factory):
+  """A run that is told that it gets worse from step 4 on, and has patience for two of those."""
+  directory = tmp_path_factory.mktemp('selection')
+  train(tiny_run.experiment(directory, training__num_steps=3, evaluation__prompts=()),
+        directory / 'base')
+  config = test_finetune.experiment(
+    directory, best=BestConfig(metric='task/sentiment/accuracy', patience=2),
+    training=TrainingConfig(num_steps=20, batch_size=8, spike=None),
+    scoring=ScoringConfig(every_steps=2, max_examples=4),
+    checkpoint=CheckpointConfig(every_steps=3, keep_last=1),
+  )
+  accuracies = iter([0.1, 0.2, 0.2, 0.1])
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(scoring, 'score', lambda *_: {'accuracy': next(accuracies)})
+    summary = train(config, directory / 'run')
+  return directory, config, summary
+
+
+def test_patience_ends_the_run_and_the_best_checkpoint_is_kept(stopped):
+  directory, config, summary = stopped
+  assert lines(directory / 'run', 'task/sentiment/accuracy') == [0.1, 0.2, 0.2, 0.1]
+  assert summary['complete'] and (summary['step'], summary['best_step']) == (8, 4)
+  assert store.committed_steps(directory / 'run' / 'checkpoints') == [4, 8]
+  marked = json.loads((directory / 'run' / 'checkpoints' / 'best.json').read_text())
+  assert marked == {'step': 4, 'metric': 'task/sentiment/accuracy', 'value': 0.2}
+  best, at_four, last = (
+    loading.load(directory / 'run' / path).variables['params']
+    for path in ('', 'checkpoints/4', 'checkpoints/8')
+  )
+  jax.tree.map(np.testing.assert_array_equal, best, at_four)
+  kernels = [params['layers']['attention']['query']['kernel'] for params in (best, last)]
+  assert np.abs(kernels[0] - kernels[1]).max() > 0
+  page = report.write_report(directory / 'run').read_text()
+  assert 'sentiment: accuracy' in page
+  again = train(config, directory / 'run')
+  assert again == summary
+
+
+def test_more_patience_goes_on_where_the_run_ended(stopped):
+  directory, config, _ = stopped
+  longer = config.replace(best=ACCURACY.replace(patience=3))
+  accuracies = iter([0.3, 0.1, 0.1, 0.1])
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(scoring, 'score', lambda *_: {'accuracy': next(accuracies)})
+    summary = train(longer, directory / 'run')
+  assert (summary['step'], summary['best_step']) == (16, 10)
+  assert store.committed_steps(directory / 'run' / 'checkpoints') == [10, 16]
+
+
+def test_scores_are_those_of_the_model_on_the_same_examples(stopped):
+  directory, config, _ = stopped
+  config = loop.finetune.resolve(config.replace(scoring=ScoringConfig(max_examples=None)))
+  dataset = loop.dataset_lib.open_dataset(config)
+  model = loading.load(directory / 'base')
+  found = scoring.make_tasks(config, dataset)(model.variables)
+  examples = predict.examples(config.task, 'validation')
+  speaker = Speaker(loop.scoring.Decoder(model.config), model.variables, model.tokenizer,
+                    add_bos=model.add_bos)
+  predictions = predict.predict(config.task, examples, speaker)
+  right = [p['label'] == e.reference for p, e in zip(predictions, examples, strict=True)]
+  assert len(examples) == 8 and found['sentiment/accuracy'] == np.mean(right)
+  assert 0 <= found['sentiment/ece'] <= 1
+
+
+@pytest.mark.parametrize('metric', ['loss', 'task/translation/bleu', 'task/sentiment'])
+def test_a_metric_that_is_not_measured_is_refused(stopped, metric):
+  _, config, _ = stopped
+  with pytest.raises(ConfigError, match='best.metric'):
+    config.replace(best=BestConfig(metric=metric))
