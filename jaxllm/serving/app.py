@@ -252,8 +252,9 @@ def _alive(engine: Engine, status: str, error: type[ClosedError]) -> Handler:
       engine.submit([])
     except QueueFullError:
       pass
-    except error:
-      raise unavailable('the engine takes no requests any more', 'closed') from None
+    except ClosedError as caught:
+      if isinstance(caught, error):
+        raise unavailable('the engine takes no requests any more', 'closed') from None
     await send_json(send, {'status': status})
 
   return handle

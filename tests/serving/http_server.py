@@ -30,6 +30,8 @@ TEMPLATE = (
 SPECIAL = ['<|endoftext|>', '<|im_start|>', '<|im_end|>']
 END, TURN, TURN_END = 256, 257, 258
 NAME = 'tiny'
+# To make one takes a moment.
+CLIENT = httpx.Client(timeout=30)
 
 
 def tokenizer():
@@ -58,9 +60,9 @@ def tiny_model(max_length=512):
   return LoadedModel(config, variables, tokenizer(), add_bos=False, stop_ids=(END,))
 
 
-def make_engine(model, **changes):
-  return Engine(model, EngineConfig(**{'num_slots': 4, 'max_queue': 32, 'prefill_chunk': 64}
-                                    | changes))
+def make_engine(model):
+  """Return an engine; the first of a process compiles its programs."""
+  return Engine(model, EngineConfig(num_slots=4, max_queue=32, prefill_chunk=64))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +76,8 @@ class Server:
   def post(self, path, content, **headers):
     """Send JSON, or bytes as they are."""
     body = content if isinstance(content, bytes) else json.dumps(content).encode()
-    return httpx.post(f'{self.url}{path}', content=body, timeout=30,
-                      headers={'content-type': 'application/json', **headers})
+    return CLIENT.post(f'{self.url}{path}', content=body,
+                       headers={'content-type': 'application/json', **headers})
 
   def complete(self, **fields):
     return self.post('/v1/completions', {'model': NAME, 'prompt': 'ab', 'max_tokens': 4} | fields)
@@ -85,7 +87,7 @@ class Server:
       'model': NAME, 'messages': [{'role': 'user', 'content': 'hi'}], 'max_tokens': 4} | fields)
 
   def get(self, path, **headers):
-    return httpx.get(f'{self.url}{path}', headers=headers, timeout=30)
+    return CLIENT.get(f'{self.url}{path}', headers=headers)
 
   def wait_until_idle(self, seconds=5.0):
     """Return once no slot is in use and nothing waits."""
@@ -100,7 +102,7 @@ class Server:
 
 @contextlib.contextmanager
 def running(model, engine, keys=(), hosts=('127.0.0.1', 'localhost', '::1'), **limits):
-  """Serve a model while the context lasts; the engine is closed with it only if it is its own."""
+  """Serve a model while the context lasts; the engine stays open."""
   bounds = LimitsConfig(**limits)
   service = Service(model, engine, NAME, bounds)
   app = make_app(service, Keys(keys), hosts)

@@ -15,10 +15,10 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel
 
 from jaxllm.generation import scoring
-from jaxllm.generation.sampling import SamplingConfig
-from jaxllm.generation.text import complete, text_of
+from jaxllm.generation.text import text_of
 from jaxllm.interop import chat as templates
 from jaxllm.models.decoder import Decoder
+from jaxllm.serving.responses import Names
 
 PROMPT, HELLO = 'To be', [{'role': 'user', 'content': 'Hello'}]
 TEXT = {'model': NAME, 'prompt': PROMPT, 'max_tokens': 12, 'seed': 3}
@@ -169,17 +169,18 @@ def test_the_async_client(server):
 
 def test_answers_are_the_models(client):
   model, _ = shared()
-  sampling = SamplingConfig(max_new_tokens=12, temperature=0.7, top_p=0.9)
-  want, = complete(Decoder(model.config), model.unstacked, model.tokenizer,
-                   [model.encode_prompt(PROMPT)], sampling, ['e'], [END], [3], 2)
+  ids = {Names(model.tokenizer).name(token): token for token in range(259)}
   got = client.completions.create(
-    **TEXT, temperature=0.7, top_p=0.9, stop='e', logprobs=2).choices[0]
-  assert (got.text, got.finish_reason) == (want.text, want.finish_reason)
-  np.testing.assert_allclose(got.logprobs.token_logprobs, want.logprobs, atol=1e-4)
-  # The alternatives, and the token itself where it is none of them.
-  for top, wanted, token in zip(got.logprobs.top_logprobs, want.top, want.tokens, strict=True):
-    assert len(top) == len({*(i for i, _ in wanted), token})
-    np.testing.assert_allclose(list(top.values())[:2], [p for _, p in wanted], atol=1e-4)
+    **TEXT | {'max_tokens': 11}, temperature=0, logprobs=2).choices[0]
+  drawn = [ids[name] for name in got.logprobs.tokens]
+  assert got.text == text_of(model.tokenizer, drawn) and len(drawn) == 11
+  prompt = model.encode_prompt(PROMPT)
+  want, = scoring.score(Decoder(model.config), model.unstacked, [prompt + drawn], 2)
+  assert all(want.is_greedy[len(prompt):])
+  np.testing.assert_allclose(got.logprobs.token_logprobs, want.logprobs[len(prompt):], atol=1e-4)
+  for top, wanted in zip(got.logprobs.top_logprobs, want.top[len(prompt):], strict=True):
+    assert [ids[name] for name in top] == [token for token, _ in wanted]
+    np.testing.assert_allclose([*top.values()], [p for _, p in wanted], atol=1e-4)
 
 
 def test_an_echoed_prompt_is_scored_as_the_model_scores_it(client):
@@ -187,7 +188,7 @@ def test_an_echoed_prompt_is_scored_as_the_model_scores_it(client):
   ids = [*'né to'.encode(), TURN, *b'x']
   answer = client.completions.create(model=NAME, prompt=ids, echo=True, logprobs=1, max_tokens=1)
   choice = answer.choices[0]
-  want, = scoring.score(Decoder(model.config), model.unstacked, [ids], 1)
+  want, = scoring.score(Decoder(model.config), model.unstacked, [ids], 2)
   # lm-eval counts on one more token than the prompt has.
   assert len(choice.logprobs.tokens) == len(choice.logprobs.token_logprobs) == len(ids) + 1
   assert choice.logprobs.token_logprobs[0] is None and choice.logprobs.top_logprobs[0] is None
