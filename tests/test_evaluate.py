@@ -9,9 +9,14 @@ import jax
 import pytest
 
 from jaxllm.data import tokenizers
+from jaxllm.data.records import DataConfig
 from jaxllm.data.tokenizers import TokenizerConfig
+from jaxllm.experiment import Experiment, TrainingConfig
 from jaxllm.interop import native
 from jaxllm.models import decoder
+from jaxllm.optim.schedules import ScheduleConfig
+from jaxllm.tasks.classification import Sentiment
+from jaxllm.tasks.records import RecordsConfig, RecordSource
 from jaxllm.training import loop
 from tests.training import tiny_run as tiny
 
@@ -33,16 +38,36 @@ for command in json.loads(sys.argv[1]):
 """
 
 
+def tune(base, name):
+  """Fine-tune the run a little, on a task whose held-out reviews are those it was trained on."""
+  source = base / 'own.jsonl'
+  rows = [{'text': f'{word} {i} ' + ' '.join('abcdefghijklmn'), 'label': label} for i in range(10)
+          for word, label in (('bad', 'negative'), ('good', 'positive'))]
+  source.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  records = RecordsConfig(sources=(
+    RecordSource(location=str(source), split='train'),
+    RecordSource(location=str(source), split='validation'),
+  ))
+  task = Sentiment(data=records, prompt='{text}:', labels=(('negative', 'n'), ('positive', 'p')))
+  experiment = Experiment(
+    name=name, records_dir=str(base / 'records'), init_from=str(base / 'run'),
+    data=DataConfig(context_length=32), task=task,
+    training=TrainingConfig(num_steps=2, batch_size=8), schedule=ScheduleConfig(warmup_steps=1),
+  )
+  loop.train(experiment, base / name, jax.devices()[:1])
+
+
 @pytest.fixture(scope='module')
 def outputs(tmp_path_factory):
   """Return what each command printed, and the folder of their files."""
   base = tmp_path_factory.mktemp('evaluate')
   run, foreign = base / 'run', base / 'foreign'
-  loop.train(tiny.experiment(base), run, jax.devices()[:1])
+  loop.train(tiny.experiment(base, evaluation__prompts=()), run, jax.devices()[:1])
   tokenizer = tokenizers.train_or_load(TokenizerConfig(kind='bytes'), [])
   native.save(foreign, tiny.MODEL, decoder.init(tiny.MODEL, jax.random.key(9)), tokenizer.files(),
               {})
   (base / 'reviews.tsv').write_text('text\tlabel\n' + 'good\tpositive\nbad\tnegative\n' * 4)
+  tune(base, 'tuned')
   text = next((base / 'corpus').glob('*.txt'))
   commands = [
     [f'--model={run}', f'--output={base}/held_out.json'],
@@ -51,6 +76,7 @@ def outputs(tmp_path_factory):
     [f'--model={run}', f'--baseline={foreign}', f'--text={text}', '--tasks=sentiment',
      f'--data={base}/reviews.tsv', '--limit=6', f'--output={base}/both.json'],
     [f'--model={run}', f'--baseline={foreign}'],
+    [f'--model={base}/tuned', '--split=validation', f'--output={base}/tuned.json'],
   ]
   done = subprocess.run(
     [sys.executable, '-c', SCRIPT, json.dumps(commands)], capture_output=True, text=True,
@@ -83,7 +109,7 @@ def test_any_model_is_measured_on_a_text(outputs):
 
 
 def test_a_task_and_a_text_with_a_baseline(outputs):
-  base, (_, _, _, printed, _, _) = outputs
+  base, (_, _, _, printed, *_) = outputs
   assert 'sentiment' in printed and 'accuracy' in printed and 'difference' in printed
   results = json.loads((base / 'both.json').read_text())['tasks']
   sentiment = results['sentiment']
@@ -98,3 +124,11 @@ def test_a_task_and_a_text_with_a_baseline(outputs):
   text, = (result for name, result in results.items() if name.endswith('.txt'))
   # The run was trained on texts like this one, and the other was not trained.
   assert text['scores']['bits_per_byte']['comparison']['difference'] < 0
+
+
+def test_a_fine_tuned_run_is_scored_on_its_own_task(outputs):
+  base, (*_, printed, _) = outputs
+  sentiment = json.loads((base / 'tuned.json').read_text())['tasks']['sentiment']
+  assert sentiment['config']['prompt'] == '{text}:' and sentiment['examples'] == 20
+  assert sentiment['contamination']['overlapping'] == sentiment['contamination']['texts'] == 20
+  assert 'sentiment: 20 of 20 texts share a run of 13 words' in printed
