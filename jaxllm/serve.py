@@ -42,18 +42,18 @@ def main(_) -> None:  # noqa: D103
     from jaxllm.serving import connections, limits
   except ImportError:
     raise app.UsageError("the server needs more packages: pip install 'jaxllm[serve]'") from None
-  from jaxllm import loading
-  from jaxllm.adapters import quantization
-  from jaxllm.serving import app as http
-  from jaxllm.serving.engine import Engine, EngineConfig
-  from jaxllm.serving.service import Service
-
   bounds = limits.LimitsConfig.from_json(LIMITS.value)
   keys = limits.read_keys(API_KEYS_FILE.value)
   local = HOST.value in limits.LOOPBACK
   if not (local or keys or ANONYMOUS.value):
     raise ValueError(f'--host={HOST.value}: without API keys everyone who reaches this address '
                      'could use the model; give --api_keys_file or JAXLLM_API_KEYS, or --anonymous')
+  from jaxllm import loading
+  from jaxllm.adapters import quantization
+  from jaxllm.serving import app as http
+  from jaxllm.serving.engine import Engine, EngineConfig
+  from jaxllm.serving.service import Service
+
   logging.basicConfig(level=logging.INFO, format='%(asctime)s %(message)s')
   model = loading.load(MODEL.value)
   if QUANTIZE.value:

@@ -103,7 +103,7 @@ def _generate(service: Service, make_plan: Callable[[bytes], Plan]) -> Handler:
 async def _whole(service: Service, plan: Plan, tickets: Sequence[Ticket], send: Send,
                  started: float) -> None:
   deltas: list[list[Delta]] = [[Delta(index)] for index in range(len(tickets))]
-  choices = _choices(service, plan)
+  choices = _choices(plan)
   async with _answering(service):
     async with contextlib.aclosing(gather(tickets, service.metrics, started)) as pieces:
       async for row, piece in pieces:
@@ -116,7 +116,7 @@ async def _whole(service: Service, plan: Plan, tickets: Sequence[Ticket], send: 
 async def _stream(service: Service, plan: Plan, tickets: Sequence[Ticket], send: Send,
                   started: float) -> None:
   """Send server-sent events; an error after the first is an event too, the last one."""
-  choices, begun = _choices(service, plan), set[int]()
+  choices, begun = _choices(plan), set[int]()
 
   async def event(content: Any) -> None:
     text = content if isinstance(content, str) else _json(content)
@@ -145,8 +145,8 @@ async def _stream(service: Service, plan: Plan, tickets: Sequence[Ticket], send:
   await send({'type': 'http.response.body', 'body': b'', 'more_body': False})
 
 
-def _choices(service: Service, plan: Plan) -> list[Choice]:
-  return [Choice(service.tokenizer, index, echo, plan.answer.scored)
+def _choices(plan: Plan) -> list[Choice]:
+  return [Choice(plan.answer.names, index, echo, plan.answer.scored)
           for index, echo in enumerate(plan.echoes)]
 
 

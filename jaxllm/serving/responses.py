@@ -28,7 +28,7 @@ class Names:
     self._special = {token: text for text, token in templates.special_tokens(tokenizer).items()}
 
   def bytes_of(self, token: int) -> list[int] | None:
-    """Return the bytes of a token; None: it has none."""
+    """Return the bytes of a token; None: it has none, as one that only the model knows."""
     return list(self._bytes[token]) if token < len(self._bytes) and self._bytes[token] else None
 
   def name(self, token: int) -> str:
@@ -73,15 +73,14 @@ class Choice:
   """Turn the pieces of one row into deltas.
 
   Args of the constructor:
-    tokenizer: of the model.
+    names: of tokens.
     index: number of the choice.
     echo: the text of the prompt, where the choice begins with it.
     scored: whether log-probabilities are wanted; of the prompt too, where it is echoed.
   """
 
-  def __init__(self, tokenizer: Tokenizer, index: int, echo: str | None, scored: bool):
-    self._index, self._echo, self._scored = index, echo, scored
-    self._id_bytes = tokenizer.id_bytes
+  def __init__(self, names: Names, index: int, echo: str | None, scored: bool):
+    self._names, self._index, self._echo, self._scored = names, index, echo, scored
     self._utf8 = codecs.getincrementaldecoder('utf-8')(errors='replace')
     self._offset = 0
     self._begun = False
@@ -118,7 +117,7 @@ class Choice:
     result = []
     for place, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
       result.append(Scored(token, logprob, top[place] if top else [], self._offset))
-      self._offset += len(self._utf8.decode(self._id_bytes[token]))
+      self._offset += len(self._utf8.decode(bytes(self._names.bytes_of(token) or ())))
     return result
 
 

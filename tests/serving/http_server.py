@@ -14,6 +14,7 @@ import tokenizers
 import uvicorn
 
 from jaxllm.data import tokenizers as tokenizer_lib
+from jaxllm.interop import huggingface_writer
 from jaxllm.loading import LoadedModel
 from jaxllm.models import decoder
 from jaxllm.models.decoder import DecoderConfig
@@ -58,6 +59,12 @@ def tiny_model(max_length=512):
     max_length=max_length, initializer=InitializerConfig(stddev=None))
   variables = decoder.init(config, jax.random.key(2))
   return LoadedModel(config, variables, tokenizer(), add_bos=False, stop_ids=(END,))
+
+
+def save(model, directory):
+  """Write a model as a directory that the program can load."""
+  huggingface_writer.save(directory, model.config, model.variables, model.tokenizer.files(),
+                          model_type='llama')
 
 
 def make_engine(model):

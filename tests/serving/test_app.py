@@ -4,12 +4,19 @@ import asyncio
 import base64
 import json
 import math
+import os
+import signal
+import socket
 import struct
+import subprocess
+import sys
+import time
 
+import httpx
 import numpy as np
 import openai
 import pytest
-from http_server import END, NAME, TEMPLATE, TURN, TURN_END, running, shared
+from http_server import END, NAME, TEMPLATE, TURN, TURN_END, running, save, shared, tiny_model
 from openai.types import Completion, CreateEmbeddingResponse, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel
@@ -357,3 +364,43 @@ def test_metrics(server, client):
   for name in ('queue_rows', 'slots_busy', 'batch_fill_ratio', 'cache_fill_ratio'):
     assert after[f'jaxllm_{name}'] == 0
   assert after['jaxllm_slots'] == 4 and not math.isnan(sum(after.values()))
+
+
+def test_the_program_serves_and_drains(tmp_path):
+  save(tiny_model(), tmp_path / 'small')
+  key = 'key-of-this-test'
+  with socket.create_server(('127.0.0.1', 0)) as taken:
+    port = taken.getsockname()[1]
+  program = [sys.executable, '-m', 'jaxllm.serve', f'--model={tmp_path}/small']
+  open_to_all = subprocess.run([*program, '--host=0.0.0.0'], capture_output=True, text=True,
+                               check=False)
+  assert open_to_all.returncode == 1 and '--api_keys_file' in open_to_all.stderr
+  log = tmp_path / 'log'
+  with log.open('w') as output, subprocess.Popen(
+      [*program, f'--port={port}', '--num_slots=1', '--context_length=300'], stderr=output,
+      env={**os.environ, 'JAXLLM_API_KEYS': key}) as process:
+    url = f'http://127.0.0.1:{port}'
+    wait_for(url, process, log)
+    assert httpx.get(f'{url}/v1/models').status_code == 401
+    body = {'model': 'small', 'prompt': 'a', 'stream': True, 'max_tokens': 250, 'n': 3}
+    with httpx.stream('POST', f'{url}/v1/completions', json=body, timeout=30,
+                      headers={'authorization': f'Bearer {key}'}) as stream:
+      process.send_signal(signal.SIGTERM)
+      parts = [line for line in stream.iter_lines() if line]
+    assert parts[-1] == 'data: [DONE]' and len(parts) > 8
+    assert process.wait(20) == 0
+  said = log.read_text()
+  assert 'POST /v1/completions 200' in said
+  assert key not in said and str(tmp_path) not in said and 'Traceback' not in said
+
+
+def wait_for(url, process, log, seconds=60):
+  """Return once a server answers."""
+  end = time.monotonic() + seconds
+  while True:
+    try:
+      assert httpx.get(f'{url}/ready').status_code == 200
+      return
+    except httpx.ConnectError:
+      assert process.poll() is None and time.monotonic() < end, log.read_text()
+      time.sleep(0.1)
