@@ -170,7 +170,7 @@ def _held_out(model) -> dict[str, float]:
   manifest = records.prepare(experiment.data, experiment.tokenizer, directory)
   mesh = sharding.make_mesh(experiment.mesh)
   eval_step = perplexity.make_eval_step(
-    model.config, experiment.objective, mesh, experiment.mesh
+    model.config, experiment.next_token, mesh, experiment.mesh
   )
   held_out = batches.make_batches(
     directory, split, BATCH_SIZE.value, seed=0, shuffle=False, num_epochs=1

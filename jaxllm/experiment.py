@@ -1,6 +1,7 @@
 """One run, described whole: the configs of all rooms, and the checks that span rooms."""
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import pydantic
 
@@ -13,7 +14,11 @@ from jaxllm.data.records import DataConfig
 from jaxllm.data.tokenizers import TokenizerConfig
 from jaxllm.evaluation.perplexity import EvaluationConfig
 from jaxllm.models.decoder import DecoderConfig
+from jaxllm.objectives import preference
+from jaxllm.objectives.classification import ClassifierConfig
+from jaxllm.objectives.distillation import DistillationConfig
 from jaxllm.objectives.next_token import ObjectiveConfig
+from jaxllm.objectives.preference import Dpo, Ipo, Orpo, SimPo
 from jaxllm.optim.optimizers import OptimizerConfig
 from jaxllm.optim.schedules import ScheduleConfig
 from jaxllm.sharding import MeshConfig
@@ -21,16 +26,35 @@ from jaxllm.tasks.chat import Chat
 from jaxllm.tasks.classification import Classification, Sentiment
 from jaxllm.tasks.language_modeling import LanguageModeling
 from jaxllm.tasks.multiple_choice import MultipleChoice
+from jaxllm.tasks.preference import Preference
 from jaxllm.tasks.question_answering import ExtractiveQuestionAnswering, QuestionAnswering
 from jaxllm.tasks.summarization import Summarization
 from jaxllm.tasks.translation import Translation
 
 AnyTask = Annotated[
   Translation | Summarization | Sentiment | Classification | QuestionAnswering
-  | ExtractiveQuestionAnswering | MultipleChoice | LanguageModeling | Chat,
+  | ExtractiveQuestionAnswering | MultipleChoice | Preference | LanguageModeling | Chat,
   pydantic.Field(discriminator='kind'),
 ]
 """The config of any task, by its `kind`."""
+
+
+class Distillation(DistillationConfig):
+  """Learn the distributions of another model."""
+
+  kind: Literal['distillation'] = 'distillation'
+  """'distillation'."""
+  teacher: str
+  """The other model, anything that `jaxllm.load` takes, with the same tokenizer."""
+  teacher_model: DecoderConfig | None = None
+  """Its decoder; None: as `teacher` says."""
+
+
+AnyObjective = Annotated[
+  ObjectiveConfig | Dpo | Ipo | Orpo | SimPo | ClassifierConfig | Distillation,
+  pydantic.Field(discriminator='kind'),
+]
+"""What is minimised, by its `kind`."""
 
 
 class SpikeConfig(Config):
@@ -126,7 +150,10 @@ class Experiment(Config):
   """Train to do a task, on its records and on the answers alone; None trains on `data.sources`."""
   finetune: FinetuneConfig = FinetuneConfig()
   training: TrainingConfig
-  objective: ObjectiveConfig = ObjectiveConfig()
+  objective: AnyObjective = ObjectiveConfig()
+  """What is minimised: the loss of the next tokens, of answers where there is a task; of
+  'preference' pairs ('dpo', 'ipo', 'orpo', 'simpo'); of a 'classifier' on top of the model; or the
+  divergence from a teacher ('distillation')."""
   optimizer: OptimizerConfig = OptimizerConfig()
   schedule: ScheduleConfig = ScheduleConfig()
   mesh: MeshConfig = MeshConfig()
@@ -136,6 +163,22 @@ class Experiment(Config):
   best: BestConfig | None = None
   """Keep the best checkpoint besides the newest ones, and perhaps stop early; None: the newest is
   the best."""
+
+  @pydantic.field_validator('objective', mode='before')
+  @classmethod
+  def _default_kind(cls, value: Any) -> Any:
+    """Read what was written when there was one objective."""
+    return {'kind': 'next_token', **value} if isinstance(value, Mapping) else value
+
+  @property
+  def next_token(self) -> ObjectiveConfig:
+    """How next tokens are measured: by `objective`, where that is about them."""
+    return self.objective if isinstance(self.objective, ObjectiveConfig) else ObjectiveConfig()
+
+  @property
+  def classifier(self) -> ClassifierConfig | None:
+    """The head that is trained on top of the model, if there is one."""
+    return self.objective if isinstance(self.objective, ClassifierConfig) else None
 
   @property
   def scored_tasks(self) -> tuple[AnyTask, ...]:
@@ -158,7 +201,8 @@ class Experiment(Config):
 
   @pydantic.model_validator(mode='after')
   def _check(self) -> 'Experiment':
-    for check in (_check_sources, _check_start, _check_training, _check_best):
+    for check in (_check_sources, _check_start, _check_training, _check_objective,
+                  _check_best):
       check(self)
     return self
 
@@ -207,6 +251,20 @@ def _check_training(experiment: Experiment) -> None:
       f'schedule.warmup_steps={experiment.schedule.warmup_steps} leaves no step after the warmup '
       f'of training.num_steps={training.num_steps}'
     )
+
+
+def _check_objective(experiment: Experiment) -> None:
+  objective, task = experiment.objective, experiment.task
+  if objective.kind in preference.PREFERENCES and (task is None or task.kind != 'preference'):
+    raise ValueError(f'objective.kind={objective.kind!r} and task={task and task.kind!r}: it needs '
+                     "a task of the kind 'preference'")
+  if objective.kind in preference.NEED_REFERENCE and experiment.init_from is None:
+    raise ValueError(f'objective.kind={objective.kind!r} compares with init_from, which is None')
+  if isinstance(objective, ClassifierConfig):
+    labels = task.labels if isinstance(task, Classification) else ()
+    if objective.num_classes != len(labels):
+      raise ValueError(f'objective.num_classes={objective.num_classes}: the task has '
+                       f'{len(labels)} labels; a classifier needs a task with labels')
 
 
 def _check_best(experiment: Experiment) -> None:

@@ -23,9 +23,13 @@ from jaxllm.generation.sampling import SamplingConfig
 from jaxllm.interop import native, sources, tokenizer_files
 from jaxllm.models import decoder
 from jaxllm.models.decoder import Decoder, DecoderConfig
+from jaxllm.objectives import classification
+from jaxllm.objectives.classification import ClassifierConfig
 
 # The entry of a bundle's manifest with the fingerprint of what adapters were trained beside.
 BASE = 'base_fingerprint'
+# Where a classifier lies among the parameters.
+HEAD = 'classifier'
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -102,9 +106,8 @@ def load(path: str | os.PathLike[str]) -> LoadedModel:
   if experiment and experiment.finetune.lora:
     params = _merged(step, bundle, experiment)
   else:
-    shapes, _ = decoder.abstract(config)
     # A converted model may be stored in bfloat16; a run's parameters are float32.
-    params, _ = store.restore_params(step, shapes['params'] if experiment else None)
+    params, _ = store.restore_params(step, _shapes(experiment) if experiment else None)
   return _loaded(config, {'params': params}, dict(bundle.tokenizer_files), experiment)
 
 
@@ -144,6 +147,19 @@ def _described(bundle: Bundle) -> tuple[DecoderConfig, Experiment | None]:
   return config.replace(attention='xla', remat='none'), experiment
 
 
+def _shapes(experiment: Experiment) -> Any:
+  """Return the shapes of the parameters of a run without adapters."""
+  shapes, _ = decoder.abstract(experiment.decoder)
+  if isinstance(experiment.objective, ClassifierConfig):
+    return {**shapes['params'], HEAD: _head_shapes(experiment, experiment.objective)}
+  return shapes['params']
+
+
+def _head_shapes(experiment: Experiment, config: ClassifierConfig) -> Any:
+  return jax.eval_shape(
+    lambda key: classification.init(config, experiment.decoder, key), jax.random.key(0))
+
+
 def _merged(step: os.PathLike[str], bundle: Bundle, experiment: Experiment) -> Any:
   """Return the parameters of the model that the run began with, its adapters added.
 
@@ -161,7 +177,9 @@ def _merged(step: os.PathLike[str], bundle: Bundle, experiment: Experiment) -> A
   # The adapters were trained beside what quantisation had left.
   if experiment.finetune.base is not None:
     base = dequantize_tree(quantize({'params': base}, experiment.finetune.base))['params']
-  return lora.merge(base, adapters)
+  head = {name: adapters.pop(name) for name in [HEAD] if name in adapters}
+  base = {name: params for name, params in base.items() if name != HEAD}
+  return {**lora.merge(base, adapters), **head}
 
 
 def check_base(experiment: Experiment, bundle: Bundle, base: Any) -> None:

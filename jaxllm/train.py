@@ -42,8 +42,9 @@ def main(_) -> None:  # noqa: D103
   print(f'{summary["step"]:,} steps, {summary["parameters"]:,} parameters')
   if 'validation' in summary:
     scores = summary['validation']
-    print(f'held-out loss {scores["loss"]:.4f}, perplexity {scores["perplexity"]:.2f}, '
-          f'{scores["bits_per_byte"]:.4f} bits per byte')
+    told = {'loss': 'held-out loss', 'perplexity': 'perplexity', 'bits_per_byte': 'bits per byte',
+            'accuracy': 'accuracy'}
+    print(', '.join(f'{text} {scores[name]:.4f}' for name, text in told.items() if name in scores))
   samples = pathlib.Path(WORKDIR.value) / 'samples.jsonl'
   if samples.exists():
     import json

@@ -49,8 +49,8 @@ def distillation_loss(
     dropout_key: the student's; None turns dropout off.
 
   Returns:
-    The float32 sums of weighted loss and of weights, and {'cross_entropy_sum', 'divergence_sum'}
-    (at the temperature, in nats).
+    The float32 sums of weighted loss and of weights, and {'cross_entropy_sum', 'correct_sum',
+    'divergence_sum'} (at the temperature, in nats).
 
   Raises:
     ValueError: the vocabularies differ.
@@ -77,6 +77,7 @@ def distillation_loss(
   weights_BT = batch['weights']
   aux = {
     'cross_entropy_sum': -jnp.sum(weights_BT * target_BT),
+    'correct_sum': jnp.sum(weights_BT * (target_BT >= log_probs_BTV.max(axis=-1))),
     'divergence_sum': jnp.sum(weights_BT * divergence_BT),
   }
   return jnp.sum(weights_BT * loss_BT), weights_BT.sum(), aux

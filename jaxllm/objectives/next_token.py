@@ -1,7 +1,7 @@
 """Next-token cross-entropy, plain or in chunks that never hold the logits of the whole batch."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,8 @@ Sums = dict[str, jax.Array]
 class ObjectiveConfig(Config):
   """What is added to the cross-entropy, and how much of the logits exists at once."""
 
+  kind: Literal['next_token'] = 'next_token'
+  """'next_token'."""
   label_smoothing: float = pydantic.Field(0.0, ge=0, lt=1)
   """Share of the target probability that is spread evenly over the whole vocabulary."""
   z_loss: float = pydantic.Field(0.0, ge=0)

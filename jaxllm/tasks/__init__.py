@@ -7,6 +7,7 @@ from jaxllm.tasks import (
   classification,
   language_modeling,
   multiple_choice,
+  preference,
   question_answering,
   summarization,
   translation,
@@ -21,6 +22,7 @@ TASKS: Mapping[str, Task] = {
   'question_answering': question_answering.TASK,
   'extractive_question_answering': question_answering.EXTRACTIVE,
   'multiple_choice': multiple_choice.TASK,
+  'preference': preference.TASK,
   'language_modeling': language_modeling.TASK,
   'chat': chat.TASK,
 }

@@ -7,7 +7,7 @@ import numpy as np
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.objectives import completion
 from jaxllm.objectives.completion import Tokens, Truncation
-from jaxllm.tasks.base import Example, Segment
+from jaxllm.tasks.base import Example, Segment, prompt_of
 
 
 def encode(
@@ -91,3 +91,37 @@ def training_records(
   cut = training_sequences(examples, tokenizer, context_length, truncation, special_ids, add_bos)
   kept = [tokens for tokens in cut if tokens is not None]
   return completion.pack(kept, context_length, tokenizer.vocab_size, together)
+
+
+def prompts(
+  examples: Sequence[Example],
+  tokenizer: Tokenizer,
+  context_length: int,
+  truncation: Truncation = 'start',
+  add_bos: bool = True,
+) -> list[Tokens | None]:
+  """Tokenize and cut prompts alone, for a classifier that reads them.
+
+  Args:
+    examples: of a task with labels.
+    tokenizer: text to ids.
+    context_length: T; no prompt is longer.
+    truncation: what is done to one that is: its start is cut, BOS excepted, or its end, or it is
+      left out ('drop'), or refused ('error').
+    add_bos: as in `encode`.
+
+  Returns:
+    One sequence per example, without weights; None where it is left out.
+
+  Raises:
+    ValueError: a prompt is too long and `truncation` is 'error'.
+  """
+  found: list[Tokens | None] = []
+  for example in examples:
+    ids = encode(prompt_of(example.segments), tokenizer, None, add_bos).ids
+    # `truncate` keeps what has weight: the end, or the beginning.
+    weights = [0.0] * (len(ids) - 1) + [1.0] if truncation == 'start' else [1.0] * len(ids)
+    # Batches read all but the last token of a row.
+    cut = completion.truncate(Tokens(ids, weights), context_length - 1, truncation)
+    found.append(cut and Tokens(cut.ids, [0.0] * len(cut.ids)))
+  return found

@@ -11,6 +11,7 @@ None of these packages is imported; their files are read where they are installe
 - stdlib: functions of Python's standard library with the first line of their docstrings. It is
   code summarisation, and it changes with the Python version.
 - stdlib-choices: the same with three first lines of other functions to choose among.
+- stdlib-preferences: the same with one of these, as the answer that is not wanted.
 - python-help: the help topics of Python, the standard library's only prose.
 - chatterbot-corpus: questions and answers written for a chat bot: trivia, small talk, technical
   support. There is no text to find an answer in, and some answers are jokes.
@@ -151,6 +152,12 @@ def _stdlib_choices(part: str | None) -> Iterator[Row]:
            'answer': choices.index(row['summary'])}
 
 
+def _stdlib_preferences(part: str | None) -> Iterator[Row]:
+  for row in _stdlib_choices(part):
+    choices, answer = row['choices'], row['answer']
+    yield {'prompt': row['question'], 'chosen': choices[answer], 'rejected': choices[answer - 1]}
+
+
 def _python_help(part: str | None) -> Iterator[Row]:
   from pydoc_data import topics
 
@@ -190,6 +197,7 @@ PACKAGES: Mapping[str, Callable[[str | None], Iterator[Row]]] = {
   'gettext': _gettext,
   'stdlib': _stdlib,
   'stdlib-choices': _stdlib_choices,
+  'stdlib-preferences': _stdlib_preferences,
   'python-help': _python_help,
   'chatterbot-corpus': _chatterbot,
 }

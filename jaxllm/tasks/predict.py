@@ -11,9 +11,10 @@ from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.generation import decode
 from jaxllm.generation.sampling import SamplingConfig
 from jaxllm.models.decoder import Decoder
-from jaxllm.objectives import completion, likelihood
+from jaxllm.objectives import classification, completion, likelihood
+from jaxllm.objectives.classification import ClassifierConfig
 from jaxllm.objectives.completion import Tokens
-from jaxllm.tasks import TASKS
+from jaxllm.tasks import TASKS, encoding
 from jaxllm.tasks.base import Answer, Example, Prediction, Segment, TaskConfig, prompt_of
 from jaxllm.tasks.encoding import encode
 from jaxllm.tasks.records import load
@@ -34,6 +35,8 @@ class Speaker(NamedTuple):
     add_bos: whether the model wants BOS.
     batch_size: rows of one call.
     stop_ids: tokens that end an answer, besides EOS.
+    classifier: the head at params/classifier, where the model has one; tasks with as many labels
+      are done by it.
   """
 
   model: Decoder
@@ -43,6 +46,7 @@ class Speaker(NamedTuple):
   add_bos: bool = True
   batch_size: int = 8
   stop_ids: tuple[int, ...] = ()
+  classifier: ClassifierConfig | None = None
 
 
 def examples(config: Any, split: str) -> list[Example]:
@@ -69,9 +73,11 @@ def predict(config: Any, examples: Sequence[Example], speaker: Speaker) -> list[
     One prediction per example, in order.
   """
   task = TASKS[config.kind]
-  answers = {'generate': _generate, 'choose': _choose, 'measure': _measure}[task.kind](
-    config, examples, speaker
-  )
+  answer = {'generate': _generate, 'choose': _choose, 'measure': _measure}[task.kind]
+  head = speaker.classifier
+  if head is not None and len(getattr(config, 'labels', ())) == head.num_classes:
+    answer = _classify
+  answers = answer(config, examples, speaker)
   return [
     task.read(config, example, answer) for example, answer in zip(examples, answers, strict=True)
   ]
@@ -208,6 +214,31 @@ def _choose(config: TaskConfig, examples: Sequence[Example], speaker: Speaker) -
     )
     for first, second in zip(plain, neutral, strict=True)
   ]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _class_logits(head: ClassifierConfig, model: Decoder, variables: Any, batch: Any) -> jax.Array:
+  return classification.class_logits(head, model, variables, batch)
+
+
+def _classify(config: TaskConfig, examples: Sequence[Example], speaker: Speaker) -> list[Answer]:
+  """Answer with the log-probabilities of the classes; each prompt is read once."""
+  head: Any = speaker.classifier
+  context_length = speaker.model.config.max_length
+  prompts = encoding.prompts(examples, speaker.tokenizer, context_length, 'start', speaker.add_bos)
+  answers: list[Answer] = [Answer()] * len(examples)
+  order = sorted(range(len(prompts)), key=lambda i: len(prompts[i] or ''))
+  for start in range(0, len(order), speaker.batch_size):
+    rows = order[start : start + speaker.batch_size]
+    texts = [prompts[i] or Tokens([0], [0]) for i in rows]
+    texts += [Tokens([], [])] * (speaker.batch_size - len(rows))
+    length = min(_bucket(max(len(text.ids) for text in texts)), context_length)
+    records = completion.pack(texts, length, speaker.model.config.vocab_size, together=False)
+    logits_BC = _class_logits(
+      head, speaker.model, speaker.variables, completion.batch_arrays(records))
+    for i, log_probs_C in zip(rows, jax.nn.log_softmax(logits_BC).tolist(), strict=False):
+      answers[i] = Answer(log_likelihoods=tuple(log_probs_C))
+  return answers
 
 
 def _measure(config: TaskConfig, examples: Sequence[Example], speaker: Speaker) -> list[Answer]:

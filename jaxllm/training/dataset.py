@@ -19,11 +19,9 @@ from jaxllm.data.batches import Batches
 from jaxllm.data.records import Manifest, Split
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.experiment import Experiment
-from jaxllm.interop import chat as chat_templates
-from jaxllm.objectives import completion
 from jaxllm.tasks import predict
 from jaxllm.tasks.base import Example
-from jaxllm.tasks.encoding import training_sequences
+from jaxllm.training import rows
 
 
 class Dataset(NamedTuple):
@@ -83,12 +81,16 @@ def _task(experiment: Experiment) -> Dataset:
     for name in ('train', 'validation') if name == 'train' or name in task.data.splits
   }
   tokenizer = tokenizers.train_or_load(experiment.tokenizer, _texts(examples['train']))
-  rows, splits = {}, {}
+  arrays, splits = {}, {}
   for name, some in examples.items():
-    rows[name], splits[name] = completion_rows(experiment, some, tokenizer)
+    arrays[name], num_examples = rows.make(experiment, some, tokenizer)
+    splits[name] = _count(experiment, arrays[name], num_examples, tokenizer)
   digest = hashlib.sha256(tokenizer.fingerprint.encode())
-  for name, array in rows.items():
-    digest.update(f'{name}\0{array.dtype}\0'.encode() + array.tobytes())
+  for name, array in arrays.items():
+    digest.update(f'{name}\0{array.dtype}\0'.encode())
+    for field in array.dtype.names or ():
+      if field != rows.REFERENCE:  # Computed from the rest, and not to the last bit everywhere.
+        digest.update(array[field].tobytes())
   manifest = Manifest(
     version=records.VERSION, fingerprint=digest.hexdigest(), data=experiment.data,
     tokenizer=experiment.tokenizer, tokenizer_fingerprint=tokenizer.fingerprint,
@@ -98,7 +100,7 @@ def _task(experiment: Experiment) -> Dataset:
 
   def make_batches(split: str, batch_size: int, shuffle: bool, num_epochs: int | None) -> Batches:
     return batches_lib.from_records(
-      rows[split], completion.batch_arrays, tokenizer.vocab_size, batch_size, experiment.seed,
+      arrays[split], rows.decode(experiment), tokenizer.vocab_size, batch_size, experiment.seed,
       jax.process_index(), jax.process_count(), shuffle, num_epochs,
     )
 
@@ -109,31 +111,23 @@ def _texts(examples: Sequence[Example]) -> Iterator[str]:
   return (part.text for example in examples for part in example.segments if not part.control)
 
 
-def completion_rows(
-  experiment: Experiment, examples: Sequence[Example], tokenizer: Tokenizer
-) -> tuple[np.ndarray, Split]:
-  """Pack examples whole, several to a record, and count what the records hold."""
-  task: Any = experiment.task
-  sequences = training_sequences(
-    examples, tokenizer, experiment.data.context_length, task.truncation,
-    chat_templates.special_tokens(tokenizer), experiment.data.add_bos,
-  )
-  kept = [tokens for tokens in sequences if tokens is not None]
-  rows = completion.pack(kept, experiment.data.context_length, tokenizer.vocab_size)
-  return rows, _count(rows, len(kept), tokenizer)
-
-
-def _count(rows: np.ndarray, num_examples: int, tokenizer: Tokenizer) -> Split:
-  """Describe packed examples as `data.records` describes documents."""
-  batch = completion.batch_arrays(rows)
+def _count(
+  experiment: Experiment, array: np.ndarray, num_examples: int, tokenizer: Tokenizer
+) -> Split:
+  """Describe the rows of examples as `data.records` describes documents."""
+  batch = rows.decode(experiment)(array)
   bytes_V = np.array([len(content) for content in tokenizer.id_bytes])
-  real = rows['segment_ids'] > 0
+  read, targets = (
+    [batch[f'{prefix}{name}'][batch[f'{prefix}{weights}'] > 0] for prefix in ('', 'rejected_')
+     if f'{prefix}{name}' in batch]
+    for name, weights in (('tokens', 'segment_ids'), ('targets', 'weights'))
+  )
   return Split(
     documents=num_examples,
-    records=len(rows),
-    tokens=int(real.sum()),
-    target_tokens=int((batch['weights'] > 0).sum()),
-    text_bytes=int(bytes_V[rows['tokens'][real]].sum()),
-    target_bytes=int(bytes_V[batch['targets'][batch['weights'] > 0]].sum()),
-    shards=(len(rows),),
+    records=len(array),
+    tokens=sum(map(len, read)),
+    target_tokens=sum(map(len, targets)),
+    text_bytes=sum(int(bytes_V[ids].sum()) for ids in read),
+    target_bytes=sum(int(bytes_V[ids].sum()) for ids in targets),
+    shards=(len(array),),
   )

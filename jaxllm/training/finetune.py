@@ -22,28 +22,35 @@ from jaxllm.adapters import rules
 from jaxllm.adapters.quantization import QuantizationConfig, quantize
 from jaxllm.data import tokenizers
 from jaxllm.data.tokenizers import TokenizerConfig
-from jaxllm.experiment import Experiment
+from jaxllm.experiment import Distillation, Experiment
 from jaxllm.models import decoder
+from jaxllm.models.decoder import DecoderConfig
 from jaxllm.models.linear import is_quantized
+from jaxllm.objectives import classification
+from jaxllm.objectives.classification import ClassifierConfig
 from jaxllm.optim import optimizers
 
 Tree = dict[str, Any]
 
-BASE = 'base'
+BASE, TEACHER, HEAD = 'base', 'teacher', 'classifier'
 
 
 def resolve(experiment: Experiment) -> Experiment:
-  """Return the experiment with the model and the tokenizer that it leaves to `init_from`.
+  """Return the experiment with what it leaves to `init_from` and to a teacher.
 
   The tokenizer's files are written beside the run's records.
 
   Raises:
     ValueError: there is no such model, or the rest of the config does not fit it.
   """
-  if experiment.init_from is None or (experiment.model and experiment.tokenizer):
-    return experiment
-  found = loading.describe(experiment.init_from)
   changes: dict[str, Any] = {}
+  objective = experiment.objective
+  if isinstance(objective, Distillation) and objective.teacher_model is None:
+    teacher = loading.describe(objective.teacher).config
+    changes['objective'] = objective.replace(teacher_model=teacher)
+  if experiment.init_from is None or (experiment.model and experiment.tokenizer):
+    return experiment.replace(**changes)
+  found = loading.describe(experiment.init_from)
   if experiment.model is None:
     changes['model'] = found.config
   if experiment.tokenizer is None:
@@ -55,35 +62,71 @@ def resolve(experiment: Experiment) -> Experiment:
 
 def abstract(experiment: Experiment) -> tuple[Tree, Tree]:
   """Return the shapes and the logical axes of what is trained."""
-  shapes, axes = decoder.abstract(experiment.decoder)
-  if experiment.finetune.lora is None:
-    return shapes['params'], axes['params']
-  return lora_lib.abstract(experiment.finetune.lora, shapes['params'], axes['params'])
+  full, full_axes = decoder.abstract(experiment.decoder)
+  shapes, axes = full['params'], full_axes['params']
+  if experiment.finetune.lora is not None:
+    shapes, axes = lora_lib.abstract(experiment.finetune.lora, shapes, axes)
+  if isinstance(experiment.objective, ClassifierConfig):
+    head = jax.eval_shape(
+      functools.partial(_init_head, experiment, experiment.objective), jax.random.key(0))
+    shapes, axes = {**shapes, HEAD: head}, {**axes, HEAD: classification.AXES}
+  return shapes, axes
 
 
-def init(experiment: Experiment, key: jax.Array) -> Tree:
-  """Return what is trained as it begins where no model gives it; pure."""
-  if experiment.finetune.lora is None:
-    return decoder.init(experiment.decoder, key)['params']
-  shapes, _ = decoder.abstract(experiment.decoder)
-  return lora_lib.init(experiment.finetune.lora, shapes['params'], key)
+def init(experiment: Experiment, key: jax.Array, base: Any = None) -> Tree:
+  """Return what is trained as it begins; pure.
+
+  Args:
+    experiment: the run.
+    key: for what is drawn.
+    base: parameters of `init_from`, where they are trained themselves.
+  """
+  if experiment.finetune.lora is not None:
+    shapes, _ = decoder.abstract(experiment.decoder)
+    params = lora_lib.init(experiment.finetune.lora, shapes['params'], key)
+  else:
+    params = decoder.init(experiment.decoder, key)['params'] if base is None else base
+  if isinstance(experiment.objective, ClassifierConfig):
+    params = {HEAD: _init_head(experiment, experiment.objective, key), **params}
+  return params
 
 
 def abstract_frozen(experiment: Experiment) -> tuple[Tree, Tree]:
   """Return the shapes and the logical axes of what is not trained; empty where there is none."""
-  if experiment.finetune.lora is None:
-    return {}, {}
-  shapes, axes = decoder.abstract(experiment.decoder)
-  base = jax.eval_shape(functools.partial(freeze, experiment), shapes['params'])
-  return base, {BASE: _quantized_axes(axes['params'], base[BASE])}
+  shapes: Tree = {}
+  axes: Tree = {}
+  full, full_axes = decoder.abstract(experiment.decoder)
+  if experiment.finetune.lora is not None:
+    base = jax.eval_shape(functools.partial(freeze, experiment), full['params'])[BASE]
+    shapes[BASE], axes[BASE] = base, _quantized_axes(full_axes['params'], base)
+  if isinstance(experiment.objective, Distillation):
+    teacher, teacher_axes = decoder.abstract(teacher_config(experiment.objective))
+    shapes[TEACHER], axes[TEACHER] = teacher['params'], teacher_axes['params']
+  return shapes, axes
 
 
-def freeze(experiment: Experiment, params: Any) -> Tree:
-  """Return what is kept of a model's parameters beside the adapters; pure."""
-  if experiment.finetune.lora is None:
-    return {}
-  config: QuantizationConfig | None = experiment.finetune.base
-  return {BASE: params if config is None else quantize({'params': params}, config)['params']}
+def freeze(experiment: Experiment, params: Any, teacher: Any = None) -> Tree:
+  """Return what is kept and not trained; pure.
+
+  Args:
+    experiment: the run.
+    params: of `init_from`.
+    teacher: parameters of the teacher, where there is one.
+  """
+  frozen = {} if teacher is None else {TEACHER: teacher}
+  if experiment.finetune.lora is not None:
+    config: QuantizationConfig | None = experiment.finetune.base
+    quantized = params if config is None else quantize({'params': params}, config)['params']
+    frozen[BASE] = quantized
+  return frozen
+
+
+def teacher_config(objective: Distillation) -> DecoderConfig:
+  """Return the decoder of a teacher, once it is known."""
+  if objective.teacher_model is None:
+    raise ValueError('config.objective.teacher_model=None: it is read from the teacher when '
+                     'training starts')
+  return objective.teacher_model
 
 
 def variables(
@@ -106,9 +149,22 @@ def variables(
     )
   if config.lora is None:
     return {'params': params}
+  head = {name: tree for name, tree in params.items() if name == HEAD}
+  adapters = {name: tree for name, tree in params.items() if name != HEAD}
   if key is not None:
-    params = lora_lib.drop(params, config.lora.dropout_rate, key)
-  return {'params': frozen[BASE], 'lora': params}
+    adapters = lora_lib.drop(adapters, config.lora.dropout_rate, key)
+  return {'params': {**frozen[BASE], **head}, 'lora': adapters}
+
+
+def trained_count(experiment: Experiment) -> int:
+  """Return how many numbers are trained; the adapters' scales are constants."""
+  paths = jax.tree_util.tree_leaves_with_path(abstract(experiment)[0])
+  factors = jax.tree.leaves(rules.factors(experiment.finetune.rules, abstract(experiment)[0]))
+  constant = experiment.finetune.lora is not None
+  return sum(
+    leaf.size for (path, leaf), factor in zip(paths, factors, strict=True)
+    if factor and not (constant and path[-1].key == 'scale')
+  )
 
 
 def make_optimizer(
@@ -125,9 +181,13 @@ def make_optimizer(
   config, (shapes, _) = experiment.optimizer, abstract(experiment)
   unset = type(config).model_fields['decay_names'].default
   if experiment.finetune.lora is not None and config.decay_names == unset:
-    config = config.replace(decay_names=('a', 'b'))
+    config = config.replace(decay_names=('a', 'b', *(['kernel'] if HEAD in shapes else [])))
   tx = optimizers.make_optimizer(config, schedule, shapes)
   return rules.apply_rules(experiment.finetune.rules, tx, shapes)
+
+
+def _init_head(experiment: Experiment, config: ClassifierConfig, key: jax.Array) -> Tree:
+  return classification.init(config, experiment.decoder, jax.random.fold_in(key, 1))
 
 
 def _write_tokenizer(files: Mapping[str, bytes], directory: pathlib.Path) -> TokenizerConfig:

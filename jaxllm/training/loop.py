@@ -23,13 +23,12 @@ from absl import logging
 from jax.sharding import Mesh
 
 from jaxllm import loading, sharding
-from jaxllm.adapters import lora
 from jaxllm.checkpoints import fingerprint
 from jaxllm.checkpoints import store as store_lib
 from jaxllm.checkpoints.bundle import Bundle
 from jaxllm.data import batches as batches_lib
 from jaxllm.data import tokenizers
-from jaxllm.experiment import Experiment
+from jaxllm.experiment import Distillation, Experiment
 from jaxllm.models import decoder
 from jaxllm.training import dataset as dataset_lib
 from jaxllm.training import finetune, journal, report, scoring, selection, workdir
@@ -177,18 +176,29 @@ def _initial_state(run: _Run, latest: int) -> tuple[TrainState, Bundle]:
     files = {**loading.describe(experiment.init_from).files, **files}
     if experiment.finetune.lora is not None:
       manifest[loading.BASE] = fingerprint.of(base)
-  state = state_lib.create_state(experiment, run.tx, run.mesh, base)
+  state = state_lib.create_state(experiment, run.tx, run.mesh, base, _teacher(run))
   return state, Bundle(experiment.to_json(), files, manifest)
 
 
 def _frozen(run: _Run) -> Any:
   """Return `TrainState.frozen` of a run that has a checkpoint, which does not hold it."""
-  experiment = run.experiment
-  if experiment.finetune.lora is None:
-    return {}
-  base = loading.load(experiment.init_from or '').variables['params']
-  loading.check_base(experiment, store_lib.read_bundle(run.path), base)
-  return state_lib.freeze(experiment, run.mesh, base)
+  experiment, base = run.experiment, None
+  if experiment.finetune.lora is not None:
+    base = loading.load(experiment.init_from or '').variables['params']
+    loading.check_base(experiment, store_lib.read_bundle(run.path), base)
+  return state_lib.freeze(experiment, run.mesh, base, _teacher(run))
+
+
+def _teacher(run: _Run) -> Any:
+  """Return the parameters of the teacher; None where there is none."""
+  objective = run.experiment.objective
+  if not isinstance(objective, Distillation):
+    return None
+  teacher = loading.load(objective.teacher)
+  if not tokenizers.same_vocabulary(teacher.tokenizer, run.dataset.tokenizer):
+    raise ValueError(f'config.objective.teacher={objective.teacher} has another tokenizer than the '
+                     'run; both must have the same')
+  return teacher.variables['params']
 
 
 def _restore_selection(run: _Run, latest: int) -> Selection:
@@ -330,8 +340,7 @@ def _finish(run: _Run, step: int, frozen: Any) -> dict[str, Any]:
     'seconds': journal.elapsed_seconds(run.path, step),
   }
   if experiment.finetune.lora is not None:
-    shapes, _ = finetune.abstract(experiment)
-    summary['trained_parameters'] = lora.parameter_count(shapes)
+    summary['trained_parameters'] = finetune.trained_count(experiment)
   best = store_lib.best_step(run.store.directory)
   if best is not None:
     summary['best_step'] = best

@@ -7,7 +7,7 @@ import jax
 
 from jaxllm.experiment import Experiment
 from jaxllm.models.decoder import Decoder
-from jaxllm.objectives import next_token
+from jaxllm.objectives import classification, distillation, next_token, preference
 from jaxllm.training import finetune
 
 Batch = Mapping[str, jax.Array]
@@ -20,16 +20,71 @@ def make_loss(experiment: Experiment) -> Loss:
 
   Returns:
     A function of what is trained, what is frozen, a batch, and the key of dropout (None: none). It
-    gives float32 scalars: `loss_sum`, `weight_sum`, `cross_entropy_sum`, `correct_sum` and others
-    of the objective.
+    gives float32 scalars: `loss_sum`, `weight_sum` (tokens, or examples where a whole answer is
+    judged), `cross_entropy_sum` (the loss itself where it is none), `correct_sum` and others of the
+    objective.
   """
-  model = Decoder(experiment.decoder)
+  sums = make_sums(experiment)
 
   def loss(params: Any, frozen: Any, batch: Batch, key: jax.Array | None) -> Sums:
-    variables = finetune.variables(experiment, params, frozen, key)
-    loss_sum, weight_sum, aux = next_token.next_token_loss(
-      experiment.objective, model, variables, dict(batch), dropout_key=key
-    )
-    return aux | {'loss_sum': loss_sum, 'weight_sum': weight_sum}
+    return sums(finetune.variables(experiment, params, frozen, key), frozen, batch, key)
 
   return loss
+
+
+def make_sums(experiment: Experiment) -> Loss:
+  """Return the same as a function of the model's variables, in the place of what is trained."""
+  of = OBJECTIVES[experiment.objective.kind]
+
+  def sums(variables: Any, frozen: Any, batch: Batch, key: jax.Array | None) -> Sums:
+    loss_sum, weight_sum, aux = of(experiment, variables, frozen, batch, key)
+    return {'cross_entropy_sum': loss_sum, **aux, 'loss_sum': loss_sum, 'weight_sum': weight_sum}
+
+  return sums
+
+
+def _next_token(
+  experiment: Experiment, variables: Any, frozen: Any, batch: Batch, key: jax.Array | None
+) -> Any:
+  return next_token.next_token_loss(
+    experiment.next_token, Decoder(experiment.decoder), variables, dict(batch), key
+  )
+
+
+def _preference(
+  experiment: Experiment, variables: Any, frozen: Any, batch: Batch, key: jax.Array | None
+) -> Any:
+  config: Any = experiment.objective
+  # Without its adapters the model is the reference; else the batch has what the reference says.
+  reference = {'params': variables['params']} if 'lora' in variables else None
+  return preference.preference_loss(
+    config, Decoder(experiment.decoder), variables, batch, reference, key
+  )
+
+
+def _classifier(
+  experiment: Experiment, variables: Any, frozen: Any, batch: Batch, key: jax.Array | None
+) -> Any:
+  config: Any = experiment.objective
+  return classification.classification_loss(
+    config, Decoder(experiment.decoder), variables, batch, key
+  )
+
+
+def _distillation(
+  experiment: Experiment, variables: Any, frozen: Any, batch: Batch, key: jax.Array | None
+) -> Any:
+  config: Any = experiment.objective
+  return distillation.distillation_loss(
+    config, Decoder(experiment.decoder), variables, batch,
+    Decoder(finetune.teacher_config(config)), {'params': frozen[finetune.TEACHER]}, key,
+  )
+
+
+OBJECTIVES: Mapping[str, Callable[..., Any]] = {
+  'next_token': _next_token,
+  **dict.fromkeys(preference.PREFERENCES, _preference),
+  'classifier': _classifier,
+  'distillation': _distillation,
+}
+"""`kind` of the objective -> (experiment, variables, frozen, batch, key) -> (sum, count, aux)."""

@@ -1,5 +1,6 @@
 """What is measured of a model while it is trained: its held-out loss, and how it does tasks."""
 
+import collections
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -16,7 +17,11 @@ from jaxllm.models.decoder import Decoder
 from jaxllm.tasks import TASKS, predict
 from jaxllm.tasks.base import Example
 from jaxllm.tasks.predict import Speaker
+from jaxllm.training import losses
 from jaxllm.training.dataset import Dataset
+
+# Their loss is one of tokens; that of others is one of examples.
+TOKEN_OBJECTIVES = ('next_token', 'distillation')
 
 Scores = dict[str, float]
 Measure = Callable[[Any], Scores]
@@ -83,16 +88,30 @@ def make_validation(
     'validation', experiment.evaluation.batch_size or experiment.training.batch_size, False, 1
   )
   count = min(batches.num_batches, max_batches or batches.num_batches)
-  eval_step = perplexity.make_eval_step(
-    experiment.decoder, experiment.objective, mesh, experiment.mesh
-  )
   batch_sharding = sharding.batch_sharding(mesh, experiment.mesh)
-
-  def validate(variables: Any) -> Scores:
-    return perplexity.evaluate(
+  if experiment.objective.kind in TOKEN_OBJECTIVES:
+    eval_step = perplexity.make_eval_step(
+      experiment.decoder, experiment.next_token, mesh, experiment.mesh
+    )
+    return lambda variables: perplexity.evaluate(
       eval_step, variables, batches_lib.prefetch(batches, 0, count), batch_sharding,
       held_out.bytes_per_token,
     )
+  sums = losses.make_sums(experiment)
+
+  @jax.jit
+  def example_step(variables: Any, batch: Any) -> Any:
+    with sharding.activate(mesh, experiment.mesh):
+      return sums(variables, {}, batch, None)
+
+  def validate(variables: Any) -> Scores:
+    totals: collections.Counter[str] = collections.Counter()
+    for batch in batches_lib.prefetch(batches, 0, count):
+      found = example_step(variables, sharding.put_batch(batch, batch_sharding))
+      totals.update({name: float(value) for name, value in found.items()})
+    return {'loss': totals['cross_entropy_sum'] / totals['weight_sum'],
+            'accuracy': totals['correct_sum'] / totals['weight_sum'],
+            'examples': totals['weight_sum']}
 
   return validate
 
@@ -119,6 +138,7 @@ def make_tasks(experiment: Experiment, dataset: Dataset) -> Measure | None:
     # As `loading` uses it: plain attention, no recomputation.
     Decoder(experiment.decoder.replace(attention='xla', remat='none')), None, dataset.tokenizer,
     chat_templates.special_tokens(dataset.tokenizer), experiment.data.add_bos, config.batch_size,
+    classifier=experiment.classifier,
   )
 
   def measure(variables: Any) -> Scores:

@@ -56,17 +56,17 @@ def make_optimizer(experiment: Experiment) -> optax.GradientTransformation:
 
 
 def init_state(
-  experiment: Experiment, tx: optax.GradientTransformation, params: Any | None = None
+  experiment: Experiment, tx: optax.GradientTransformation, base: Any | None = None
 ) -> TrainState:
   """Return the state before the first step, nothing frozen in it; pure, to be jitted.
 
   Args:
     experiment: the run.
     tx: from `make_optimizer`.
-    params: what is trained, as it begins, float32; drawn from the run's seed where None.
+    base: parameters of `init_from`, float32, where they are trained themselves; what is not given
+      is drawn from the run's seed.
   """
-  if params is None:
-    params = finetune.init(experiment, jax.random.key(experiment.seed))
+  params = finetune.init(experiment, jax.random.key(experiment.seed), base)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
@@ -107,7 +107,8 @@ def abstract_state(
 
 
 def create_state(
-  experiment: Experiment, tx: optax.GradientTransformation, mesh: Mesh, base: Any | None = None
+  experiment: Experiment, tx: optax.GradientTransformation, mesh: Mesh, base: Any | None = None,
+  teacher: Any | None = None,
 ) -> TrainState:
   """Return the state before the first step, each leaf where it belongs.
 
@@ -116,6 +117,7 @@ def create_state(
     tx: from `make_optimizer`.
     mesh: from `sharding.make_mesh`.
     base: parameters of `init_from`; None: there is none.
+    teacher: parameters of the teacher; None: there is none.
 
   Raises:
     ValueError: `base` has not the parameters of `config.model`; the message lists the paths.
@@ -124,34 +126,33 @@ def create_state(
   trained = None if experiment.finetune.lora else placed
   abstract = abstract_state(experiment, tx, mesh).replace(frozen={})
   start = jax.jit(
-    lambda params: init_state(experiment, tx, params),
+    lambda base: init_state(experiment, tx, base),
     out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract), donate_argnums=0,
   )
-  return start(trained).replace(frozen=freeze(experiment, mesh, placed))
+  return start(trained).replace(frozen=freeze(experiment, mesh, placed, teacher))
 
 
-def freeze(experiment: Experiment, mesh: Mesh, base: Any) -> Any:
-  """Return `TrainState.frozen`, each leaf where it belongs.
-
-  Args:
-    experiment: the run.
-    mesh: from `sharding.make_mesh`.
-    base: parameters of `init_from`, anywhere.
-
-  Raises:
-    ValueError: as in `create_state`.
-  """
+def freeze(experiment: Experiment, mesh: Mesh, base: Any, teacher: Any | None = None) -> Any:
+  """Return `TrainState.frozen`, each leaf where it belongs; arguments as in `create_state`."""
   shapes, axes = finetune.abstract_frozen(experiment)
   if not shapes:
     return {}
+  where = sharding.shardings(axes, shapes, mesh, experiment.mesh)
+  # Where there are no adapters, the base is what is trained, and no longer here.
+  base = None if experiment.finetune.lora is None else _fitting(experiment, base, mesh)
+  if teacher is not None:
+    teacher = jax.device_put(teacher, where[finetune.TEACHER])
   return jax.jit(
-    lambda base: finetune.freeze(experiment, base),
-    out_shardings=sharding.shardings(axes, shapes, mesh, experiment.mesh),
-  )(_fitting(experiment, base, mesh))
+    lambda base, teacher: finetune.freeze(experiment, base, teacher), out_shardings=where
+  )(base, teacher)
 
 
 def _fitting(experiment: Experiment, base: Any, mesh: Mesh) -> Any:
-  """Place the parameters of a whole model; a ValueError where they are not config.model's."""
+  """Place the parameters of a whole model; a ValueError where they are not config.model's.
+
+  A classifier of its own is left out.
+  """
+  base = {name: params for name, params in base.items() if name != finetune.HEAD}
   shapes, axes = decoder.abstract(experiment.decoder)
   placed = _placed(shapes['params'], axes['params'], experiment, mesh)
   wanted, given = tree.flatten(placed), tree.flatten(base)

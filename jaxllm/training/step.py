@@ -10,17 +10,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from jaxllm import sharding
 from jaxllm.experiment import Experiment, SpikeConfig
 from jaxllm.objectives import next_token
-from jaxllm.training import losses
+from jaxllm.training import losses, rows
 from jaxllm.training import state as train_state
 from jaxllm.training.state import TrainState
 
 Batch = Mapping[str, jax.Array]
+# What only some objectives have, besides what every step tells.
+TOLD = ('margin', 'divergence')
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
 
@@ -34,9 +37,10 @@ def make_train_step(experiment: Experiment, tx: optax.GradientTransformation, me
 
   Returns:
     A function of the state and a batch of (B, T) arrays (`tokens`, `targets`, `weights`,
-    `segment_ids`, `positions`). The metrics are float32 scalars: `loss` (nats per token),
-    `objective` (what was minimised), `accuracy`, `tokens`, `grad_norm`, `param_norm`,
-    `learning_rate`, `applied` (1 or 0), `skipped`, `skipped_in_a_row`.
+    `segment_ids`, `positions`; see `rows` for those of other objectives). The metrics are float32
+    scalars: `loss` (nats per token), `objective` (what was minimised), `accuracy`, `tokens` (what
+    has weight; examples, where a whole answer is judged), `grad_norm`, `param_norm`,
+    `learning_rate`, `applied` (1 or 0), `skipped`, `skipped_in_a_row`, and `TOLD`.
   """
   abstract = train_state.abstract_state(experiment, tx, mesh)
   state_sharding = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -56,14 +60,12 @@ def make_train_step(experiment: Experiment, tx: optax.GradientTransformation, me
 
 def abstract_batch(experiment: Experiment, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
   """Return the shapes, dtypes and shardings of a training batch without allocating."""
-  shape = experiment.training.batch_size, experiment.data.context_length
   where = sharding.batch_sharding(mesh, experiment.mesh)
-  dtypes = {
-    'tokens': jnp.int32, 'targets': jnp.int32, 'weights': jnp.float32, 'segment_ids': jnp.int32,
-    'positions': jnp.int32,
-  }
+  empty = rows.decode(experiment)(np.zeros(0, rows.dtype(experiment)))
   return {
-    name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, dtype in dtypes.items()
+    name: jax.ShapeDtypeStruct(
+      (experiment.training.batch_size, array.shape[1]), array.dtype, sharding=where)
+    for name, array in empty.items()
   }
 
 
@@ -96,7 +98,8 @@ def make_pure_step(experiment: Experiment, tx: optax.GradientTransformation) -> 
       'applied': applied.astype(jnp.float32),
       'skipped': new_state.skipped.astype(jnp.float32),
       'skipped_in_a_row': new_state.skipped_in_a_row.astype(jnp.float32),
-    }
+    } | {name: next_token.average(sums[f'{name}_sum'], count) for name in TOLD
+         if f'{name}_sum' in sums}
 
   return pure_step
 

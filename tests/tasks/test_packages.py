@@ -112,7 +112,9 @@ def test_defaults_have_the_fields_of_their_task(kind):
   task = TASKS[kind]
   config = task.config()
   text = config.to_json().replace('package:stdlib"', 'package:stdlib/email"')
-  config = type(config).from_json(text.replace('-choices"', '-choices/email"'))  # Some of it.
+  for name in ('-choices', '-preferences'):
+    text = text.replace(f'{name}"', f'{name}/email"')  # Some of it.
+  config = type(config).from_json(text)
   try:
     found = records.load(config.data, 'test', task.fields)
   except ValueError as error:

@@ -162,10 +162,8 @@ def test_packed_equals_unpacked(base):
   assert len(packed['tokens']) < len(alone['tokens'])
   loss = losses.make_loss(config)
   params = loading.load(base / 'base').variables['params']
-  (first, grads), (second, expected) = (
-    jax.jit(jax.value_and_grad(lambda p, batch: loss(p, {}, batch, None)['loss_sum']))(params, batch)
-    for batch in (packed, alone)
-  )
+  both = jax.jit(jax.value_and_grad(lambda p, batch: loss(p, {}, batch, None)['loss_sum']))
+  (first, grads), (second, expected) = (both(params, batch) for batch in (packed, alone))
   np.testing.assert_allclose(first, second, rtol=1e-5)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), grads, expected)
 

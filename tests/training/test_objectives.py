@@ -1,0 +1,133 @@
+"""Laws of runs with other objectives: pairs, a classifier, a teacher."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from jaxllm import loading
+from jaxllm.checkpoints import store
+from jaxllm.config import ConfigError
+from jaxllm.experiment import Distillation, Experiment, FinetuneConfig, TrainingConfig
+from jaxllm.objectives.classification import ClassifierConfig
+from jaxllm.objectives.preference import Dpo, Orpo
+from jaxllm.optim.optimizers import OptimizerConfig
+from jaxllm.tasks import predict
+from jaxllm.tasks.predict import Speaker
+from jaxllm.tasks.preference import Preference
+from jaxllm.tasks.records import RecordsConfig, RecordSource
+from jaxllm.training import dataset, loop, losses, rows
+from tests.training import test_finetune, tiny_run
+from tests.training.test_finetune import LORA, lines, train
+
+FULL = FinetuneConfig()
+
+
+@pytest.fixture(scope='module')
+def base(tmp_path_factory):
+  """A directory with a base model and with pairs of answers."""
+  directory = tmp_path_factory.mktemp('objectives')
+  train(tiny_run.experiment(directory, training__num_steps=3, evaluation__prompts=()),
+        directory / 'base')
+  pairs = [{'prompt': f'{i}', 'chosen': 'yes', 'rejected': 'no, never'} for i in range(40)]
+  (directory / 'pairs.jsonl').write_text('\n'.join(map(json.dumps, pairs)))
+  return directory
+
+
+def preferring(directory, objective, finetune):
+  data = RecordsConfig(sources=(RecordSource(location=str(directory / 'pairs.jsonl')),))
+  return test_finetune.experiment(
+    directory, objective=objective, finetune=finetune,
+    task=Preference(data=data, prompt='{prompt}:', target='{answer}'),
+    optimizer=OptimizerConfig(learning_rate=0.01, weight_decay=0.0),
+  )
+
+
+@pytest.mark.parametrize('finetune', [LORA, FULL], ids=['adapters', 'full'])
+def test_preferences_begin_at_the_reference_and_leave_it(base, finetune):
+  path = base / f'dpo_{finetune.lora is None}'
+  train(preferring(base, Dpo(), finetune), path)
+  losses = lines(path, 'train/loss')
+  assert losses[0] == pytest.approx(math.log(2), rel=1e-5) and losses[-1] < losses[0]
+  assert lines(path, 'train/margin')[-1] > lines(path, 'train/margin')[0] == pytest.approx(0)
+  assert lines(path, 'validation/accuracy')[-1] == 1
+  # The task counts how often the chosen answer is the likelier one.
+  assert 0 <= lines(path, 'task/preference/accuracy')[-1] <= 1
+
+
+def test_the_reference_is_the_same_with_adapters_off_and_computed_before(base):
+  configs = [loop.finetune.resolve(preferring(base, Dpo(), f)) for f in (LORA, FULL)]
+  batches = [dataset.open_dataset(c).make_batches('train', 8, True, None) for c in configs]
+  start = loading.load(base / 'base').variables
+  other = jax.tree.map(lambda leaf: leaf + 0.02, start['params'])  # What is trained by now.
+  before = losses.make_sums(configs[1])({'params': other}, {}, batches[1].batch_at(0), None)
+  first, second = batches[0].batch_at(0), batches[1].batch_at(0)
+  assert set(second) - set(first) == {rows.REFERENCE}
+  now = losses.preference.preference_loss(
+    Dpo(), losses.Decoder(configs[0].decoder), {'params': other}, first, start)[0]
+  np.testing.assert_allclose(before['loss_sum'], now, rtol=1e-5)
+
+
+def test_both_answers_lose_the_same_part_of_a_long_prompt(base):
+  config = loop.finetune.resolve(preferring(base, Orpo(), FULL))
+  config = config.replace(data=config.data.replace(context_length=12))
+  record = {'prompt': 'abcdefghijklmnop', 'chosen': 'yes', 'rejected': 'no, never'}
+  examples = [predict.TASKS['preference'].example(config.task, record)]
+  made, count = rows.make(config, examples, dataset.open_dataset(config).tokenizer)
+  assert count == 1
+  texts = [bytes(t for t in made[name]['tokens'][0] if t and t < 256).decode()
+           for name in ('chosen', 'rejected')]
+  assert texts == ['p:yes', 'p:no, never']  # 13 tokens with BOS and EOS.
+
+
+@pytest.mark.parametrize('finetune', [LORA, FULL], ids=['adapters', 'full'])
+def test_a_classifier_learns_and_is_loaded_with_its_head(base, finetune):
+  path = base / f'classifier_{finetune.lora is None}'
+  config = test_finetune.experiment(
+    base, finetune=finetune, objective=ClassifierConfig(num_classes=2),
+    training=TrainingConfig(num_steps=25, batch_size=16, log_every_steps=1, spike=None),
+    optimizer=OptimizerConfig(learning_rate=0.02, weight_decay=0.0),
+  )
+  summary = train(config, path)
+  first, *_, last = lines(path, 'train/loss')
+  assert last < 0.3 * first
+  assert summary['validation']['accuracy'] == lines(path, 'task/sentiment/accuracy')[-1] == 1.0
+  model = loading.load(path)
+  assert model.variables['params']['classifier']['kernel'].shape == (16, 2)
+  examples = predict.examples(config.task, 'test')
+  speaker = Speaker(losses.Decoder(model.config), model.variables, model.tokenizer,
+                    add_bos=model.add_bos, classifier=model.experiment.classifier)
+  found = predict.predict(config.task, examples, speaker)
+  assert [p['label'] for p in found] == [e.reference for e in examples]
+  alone = predict.predict(config.task, examples[:1], speaker)[0]
+  assert alone['score'] == pytest.approx(found[0]['score'], rel=1e-5)
+
+
+def test_a_student_comes_nearer_to_its_teacher(base):
+  fast = {'optimizer': OptimizerConfig(learning_rate=0.02), 'training': TrainingConfig(
+    num_steps=20, batch_size=8, log_every_steps=1, spike=None)}
+  train(test_finetune.experiment(base, finetune=FULL, **fast), base / 'teacher')
+  objective = Distillation(teacher=str(base / 'teacher'))
+  config = test_finetune.experiment(
+    base, init_from=None, model=tiny_run.MODEL.replace(num_layers=1), finetune=FULL,
+    tokenizer=tiny_run.TokenizerConfig(kind='bytes'), objective=objective, **fast,
+  )
+  train(config, base / 'student')
+  divergences = lines(base / 'student', 'train/divergence')
+  assert 0 < divergences[-1] < 0.5 * divergences[0]
+  model = loading.load(base / 'student')
+  assert model.experiment.objective.teacher_model == loading.load(base / 'teacher').config
+  assert not any(path.startswith('frozen') for path in store._stored_leaves(
+    store.find_step(base / 'student')))
+
+
+def test_objectives_refuse_what_they_cannot_use(base):
+  with pytest.raises(ConfigError, match="'dpo' and task='sentiment': it needs a task of the kind"):
+    test_finetune.experiment(base, objective=Dpo())
+  with pytest.raises(ConfigError, match='num_classes=3: the task has 2 labels'):
+    test_finetune.experiment(base, objective=ClassifierConfig(num_classes=3))
+  old = json.loads(test_finetune.experiment(base).to_json())
+  del old['objective']['kind']
+  assert Experiment(**old) == test_finetune.experiment(base)
