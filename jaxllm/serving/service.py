@@ -142,16 +142,14 @@ class Service:
   def tokenize(self, body: bytes) -> list[int]:
     """Return the tokens of the body of a tokenize request.
 
-    A text that is the spelling of one special token, and nothing else, is that token: so a client
-    learns the ids of the tokens that `tokenizer_info` names.
+    Unlike in prompts and messages, spelled special tokens become tokens: so a client learns their
+    ids, and can render a chat template by itself.
     """
     model, text, add_special = protocol.tokenize(fields.parse(body))
     self.check_model(model)
-    if text in self._special and not add_special:
-      return [self._special[text]]
+    begin = self._model.encode_prompt('') if add_special else []
     try:
-      encode = self._model.encode_prompt if add_special else self.tokenizer.encode
-      return encode(text)
+      return begin + templates.encode_with_special(self.tokenizer, text)
     except ValueError:
       raise invalid('prompt', 'the tokenizer cannot express the text') from None
 

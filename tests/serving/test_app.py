@@ -286,7 +286,7 @@ def test_tokens(server):
   def post(path, **content):
     return server.post(path, content).json()
 
-  assert post('/tokenize', prompt='a<|im_end|>')['tokens'] == [*b'a<|im_end|>']
+  assert post('/tokenize', prompt='a<|im_end|><|')['tokens'] == [*b'a', TURN_END, *b'<|']
   assert post('/tokenize', prompt='é', add_special_tokens=False) == {
     'tokens': [0xC3, 0xA9], 'count': 2}
   assert post('/detokenize', tokens=[*'né'.encode(), TURN]) == {'prompt': 'né'}
