@@ -154,7 +154,9 @@ def same_vocabulary(first: Tokenizer, second: Tokenizer) -> bool:
   """Return whether both give a text the same ids; which of them begin and end it may differ."""
   def vocabulary(tokenizer: Tokenizer) -> dict[str, bytes]:
     files = tokenizer.files()
-    return {name: files[name] for name in (*BUILDERS, 'merges.txt') if name in files}
+    # A directory may hold the same tokenizer twice; the first file is the one that is read.
+    read = next(name for name in BUILDERS if name in files)
+    return {name: files[name] for name in (read, 'merges.txt') if name in files}
 
   return vocabulary(first) == vocabulary(second)
 

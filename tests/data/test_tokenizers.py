@@ -332,3 +332,10 @@ def test_half_a_surrogate_pair_is_a_value_error(all_kinds, kind):
   for call in (all_kinds[kind].encode, lambda text: all_kinds[kind].encode_batch(['b', text])):
     with pytest.raises(ValueError, match='surrogates'):
       call('a\ud800')
+
+
+def test_the_file_that_is_read_says_whether_vocabularies_are_the_same(all_kinds):
+  json_files, model_files = (all_kinds[kind].files() for kind in ('json', 'sentencepiece'))
+  both = tokenizers.from_files({**model_files, **json_files})
+  assert tokenizers.same_vocabulary(both, all_kinds['json'])
+  assert not tokenizers.same_vocabulary(both, all_kinds['sentencepiece'])
