@@ -71,13 +71,13 @@ def main(_) -> None:  # noqa: D103
 
 def _task(model, baseline, task, split: str) -> dict[str, Any]:
   """Return what a model and a baseline say to the examples of a task, and how it is scored."""
-  from jaxllm import pipelines
+  from jaxllm import loading, pipelines
   from jaxllm.evaluation import contamination, tables
   from jaxllm.tasks import TASKS as KINDS
   from jaxllm.tasks import predict, suite
 
   kind = KINDS[task.kind]
-  examples = predict.examples(task, split)
+  examples = loading.task_examples(task, split, model.tokenizer)
   found = predict.predict(task, examples, pipelines.speaker(model, BATCH_SIZE.value))
   theirs = None
   if baseline is not None:

@@ -20,14 +20,19 @@ from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.experiment import Experiment
 from jaxllm.generation import text
 from jaxllm.generation.sampling import SamplingConfig
+from jaxllm.interop import chat as templates
 from jaxllm.interop import native, sources, tokenizer_files
 from jaxllm.models import decoder
 from jaxllm.models.decoder import Decoder, DecoderConfig
 from jaxllm.objectives import classification
 from jaxllm.objectives.classification import ClassifierConfig
+from jaxllm.tasks import chat, predict
+from jaxllm.tasks.base import Example
 
 # The entry of a bundle's manifest with the fingerprint of what adapters were trained beside.
 BASE = 'base_fingerprint'
+# How many conversations are rendered by one process, which has a limit of time.
+_CONVERSATIONS = 256
 # Where a classifier lies among the parameters.
 HEAD = 'classifier'
 
@@ -191,6 +196,38 @@ def check_base(experiment: Experiment, bundle: Bundle, base: Any) -> None:
       f'{experiment.init_from!r} is not the model that these adapters were trained beside: its '
       f'parameters have the fingerprint {found}, not {expected}; put the original back'
     )
+
+
+def task_examples(task: Any, split: str, tokenizer: Tokenizer) -> list[Example]:
+  """Return the examples of a split of a task's data.
+
+  Args:
+    task: the config of any task; a chat without a template takes the model's.
+    split: of its data.
+    tokenizer: of the model, with its chat template.
+
+  Raises:
+    ValueError: the data cannot be read, or the model has no template, or one that does not only
+      append.
+  """
+  if not isinstance(task, chat.Chat) or task.template is not None:
+    return predict.examples(task, split)
+  template = tokenizer_files.chat_template(tokenizer.files())
+  if template is None:
+    raise ValueError('task.template=None: the model has no chat template of its own; name one')
+  special = templates.special_tokens(tokenizer)
+  eos_token = next((text for text, i in special.items() if i == tokenizer.eos_id), '')
+
+  def render(conversations: Sequence[Sequence[chat.Message]], open_turn: bool) -> list[str]:
+    found: list[str] = []
+    for start in range(0, len(conversations), _CONVERSATIONS):
+      part = conversations[start : start + _CONVERSATIONS]
+      # BOS is the task's own: a template that writes it would have it twice.
+      found += templates.render(template, part, open_turn, bos_token='', eos_token=eos_token)
+    return found
+
+  records = predict.load(task.data, split, ('messages',))
+  return chat.examples(records, render, tuple(special))
 
 
 def generate(

@@ -71,6 +71,7 @@ def speaker(model: LoadedModel, batch_size: int = BATCH_SIZE) -> Speaker:
   return Speaker(
     Decoder(model.config), model.unstacked, model.tokenizer,
     templates.special_tokens(model.tokenizer), model.add_bos, batch_size, model.stop_ids,
+    model.experiment.classifier if model.experiment else None,
   )
 
 

@@ -70,8 +70,8 @@ class Chat(TaskConfig):
     sources=(RecordSource(location='package:chatterbot-corpus/english'),), group='question'
   )
   """Records with `messages`: a list of {'role', 'content'}."""
-  template: ChatTemplate = ChatTemplate()
-  """How they become text."""
+  template: ChatTemplate | None = ChatTemplate()
+  """How they become text; None: by the model's own template."""
   max_new_tokens: int = pydantic.Field(default=256, gt=0)
   """Most tokens of an answer."""
   stop: str | None = None
@@ -79,7 +79,14 @@ class Chat(TaskConfig):
 
 
 def example(config: Chat, record: Record) -> Example:
-  """Return the example of a record."""
+  """Return the example of a record.
+
+  Raises:
+    ValueError: the template is the model's own; see `examples`.
+  """
+  if config.template is None:
+    raise ValueError("template=None: what a chat says is known only together with a model's own "
+                     'template; see tasks.chat.examples')
   return examples([record], config.template.render, config.template.controls)[0]
 
 

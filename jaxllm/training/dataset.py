@@ -6,13 +6,14 @@ whether they are the same.
 
 import hashlib
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jaxllm import loading
 from jaxllm.data import batches as batches_lib
 from jaxllm.data import records, tokenizers
 from jaxllm.data.batches import Batches
@@ -20,7 +21,6 @@ from jaxllm.data.records import Manifest, Split
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.experiment import Experiment
 from jaxllm.tasks import predict
-from jaxllm.tasks.base import Example
 from jaxllm.training import rows
 
 
@@ -76,14 +76,11 @@ def _task(experiment: Experiment) -> Dataset:
   task: Any = experiment.task
   if experiment.tokenizer is None:
     raise ValueError('config.tokenizer=None: it is read from config.init_from when training starts')
-  examples = {
-    name: predict.examples(task, name)
-    for name in ('train', 'validation') if name == 'train' or name in task.data.splits
-  }
-  tokenizer = tokenizers.train_or_load(experiment.tokenizer, _texts(examples['train']))
+  tokenizer = tokenizers.train_or_load(experiment.tokenizer, _texts(task))
   arrays, splits = {}, {}
-  for name, some in examples.items():
-    arrays[name], num_examples = rows.make(experiment, some, tokenizer)
+  for name in ('train', *(['validation'] if 'validation' in task.data.splits else [])):
+    examples = loading.task_examples(task, name, tokenizer)
+    arrays[name], num_examples = rows.make(experiment, examples, tokenizer)
     splits[name] = _count(experiment, arrays[name], num_examples, tokenizer)
   digest = hashlib.sha256(tokenizer.fingerprint.encode())
   for name, array in arrays.items():
@@ -107,8 +104,10 @@ def _task(experiment: Experiment) -> Dataset:
   return Dataset(manifest, tokenizer, make_batches)
 
 
-def _texts(examples: Sequence[Example]) -> Iterator[str]:
-  return (part.text for example in examples for part in example.segments if not part.control)
+def _texts(task: Any) -> Iterator[str]:
+  """Yield the texts that a tokenizer is trained on, where it is."""
+  for example in predict.examples(task, 'train'):
+    yield from (part.text for part in example.segments if not part.control)
 
 
 def _count(

@@ -16,8 +16,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from jaxllm.experiment import Experiment
-from jaxllm.models import decoder
-from jaxllm.training import metrics
+from jaxllm.training import losses, metrics
 
 _TOLD = {'loss': 'held-out loss', 'perplexity': 'perplexity', 'bits_per_byte': 'bits per byte'}
 
@@ -32,11 +31,7 @@ class Journal:
     training, device = experiment.training, mesh.devices.flat[0]
     self._every = training.log_every_steps
     self._last_step = training.num_steps
-    self._positions_per_step = training.batch_size * experiment.data.context_length
-    self._flops_per_step = (
-      3 * self._positions_per_step
-      * decoder.flops_per_token(experiment.decoder, experiment.data.context_length)
-    )
+    self._flops_per_step = losses.flops_per_step(experiment)
     self._num_devices = mesh.size
     self._peak_flops = metrics.device_peak_flops(device.device_kind, experiment.decoder.dtype)
     self._writer, self._progress = writer, progress

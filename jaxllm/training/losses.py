@@ -5,7 +5,8 @@ from typing import Any
 
 import jax
 
-from jaxllm.experiment import Experiment
+from jaxllm.experiment import Distillation, Experiment
+from jaxllm.models import decoder
 from jaxllm.models.decoder import Decoder
 from jaxllm.objectives import classification, distillation, next_token, preference
 from jaxllm.training import finetune
@@ -41,6 +42,25 @@ def make_sums(experiment: Experiment) -> Loss:
     return {'cross_entropy_sum': loss_sum, **aux, 'loss_sum': loss_sum, 'weight_sum': weight_sum}
 
   return sums
+
+
+def flops_per_step(experiment: Experiment) -> float:
+  """Return the floating-point operations of matrix products in a step, recomputation left out.
+
+  A forward pass and twice as much backward; once as much where only adapters, small beside the
+  model, are trained. A reference and a teacher only go forward.
+  """
+  length, objective = experiment.data.context_length, experiment.objective
+  positions = experiment.training.batch_size * length
+  if objective.kind in preference.PREFERENCES:
+    positions *= 2
+  passes = 3 if experiment.finetune.lora is None else 2
+  if objective.kind in preference.NEED_REFERENCE and experiment.finetune.lora is not None:
+    passes += 1
+  total = passes * positions * decoder.flops_per_token(experiment.decoder, length)
+  if isinstance(objective, Distillation):
+    total += positions * decoder.flops_per_token(finetune.teacher_config(objective), length)
+  return total
 
 
 def _next_token(

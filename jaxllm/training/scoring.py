@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from jaxllm import sharding
+from jaxllm import loading, sharding
 from jaxllm.data import batches as batches_lib
 from jaxllm.evaluation import perplexity, scores
 from jaxllm.experiment import Experiment
@@ -132,7 +132,7 @@ def make_tasks(experiment: Experiment, dataset: Dataset) -> Measure | None:
   for task in experiment.scored_tasks:
     chosen = task.data.limit if config.max_examples is None else config.max_examples
     subset = task.replace(data=task.data.replace(limit=chosen))
-    examples.append((task, predict.examples(subset, config.split)))
+    examples.append((task, loading.task_examples(subset, config.split, dataset.tokenizer)))
     _check_installed(task)
   speaker = Speaker(
     # As `loading` uses it: plain attention, no recomputation.

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers as library
 
 from jaxllm import loading, sharding
 from jaxllm.adapters import lora as lora_lib
@@ -15,13 +16,16 @@ from jaxllm.adapters.quantization import QuantizationConfig, dequantize_tree, qu
 from jaxllm.adapters.rules import PathRule
 from jaxllm.checkpoints import store
 from jaxllm.config import ConfigError
+from jaxllm.data import tokenizers
 from jaxllm.data.records import DataConfig
 from jaxllm.evaluation.perplexity import EvaluationConfig
 from jaxllm.experiment import Experiment, FinetuneConfig, TrainingConfig
+from jaxllm.interop import tokenizer_export
 from jaxllm.models.decoder import Decoder
 from jaxllm.objectives import completion
 from jaxllm.optim.schedules import ScheduleConfig
 from jaxllm.tasks import predict
+from jaxllm.tasks.chat import Chat
 from jaxllm.tasks.classification import Sentiment
 from jaxllm.tasks.encoding import training_records
 from jaxllm.tasks.records import RecordsConfig, RecordSource
@@ -208,6 +212,36 @@ def test_rules_freeze_and_must_match(base):
   nothing = FinetuneConfig(rules=(PathRule(pattern='layers/attn/.*'),))
   with pytest.raises(ValueError, match="rule 'layers/attn/.*' matches no parameter"):
     train(experiment(base, finetune=nothing), base / 'refused')
+
+
+def test_chat_data_take_the_template_of_the_model(tmp_path):
+  signs = sorted(library.pre_tokenizers.ByteLevel.alphabet())
+  vocab = {sign: i for i, sign in enumerate(signs)} | {'<|a|>': 256, '<|z|>': 257}
+  template = ('{% for m in messages %}<|a|>{{ m.role[0] }}:{{ m.content }}<|z|>{% endfor %}'
+              '{% if add_generation_prompt %}<|a|>a:{% endif %}')
+  tokenizer = tokenizers.from_files({
+    'tokenizer.json': tokenizer_export.byte_level_bpe(vocab, [], special=['<|a|>', '<|z|>']),
+    'chat_template.jinja': template.encode(),
+  })
+  turns = [('user', '<|z|>'), ('assistant', 'yes'), ('user', 'so'), ('assistant', 'no')]
+  messages = [{'role': role, 'content': content} for role, content in turns]
+  (tmp_path / 'chats.jsonl').write_text(json.dumps({'messages': messages}))
+  task = Chat(template=None, data=RecordsConfig(
+    sources=(RecordSource(location=str(tmp_path / 'chats.jsonl'), split='train'),)))
+  rows = training_records(
+    loading.task_examples(task, 'train', tokenizer), tokenizer, 40,
+    special_ids={'<|a|>': 256, '<|z|>': 257}, add_bos=False)
+  batch = completion.batch_arrays(rows)
+  said = [(int(target), float(weight)) for target, weight in zip(
+    batch['targets'][0], batch['weights'][0], strict=True)]
+  plain = tokenizer.encode
+  heard = [*plain('u:<|z|>'), 257, 256, *plain('a:')]
+  assert said[: len(heard)] == [(i, 0) for i in heard]
+  learnt = [(i, 1) for i in (*plain('yes'), 257)]
+  assert said[len(heard) :][: len(learnt)] == learnt
+  assert sum(weight for _, weight in said) == len(plain('yes')) + len(plain('no')) + 2
+  with pytest.raises(ValueError, match='no chat template of its own'):
+    loading.task_examples(task, 'train', tokenizers.from_files({'bytes.txt': b''}))
 
 
 @pytest.mark.parametrize(('changes', 'message'), [
