@@ -335,7 +335,7 @@ def test_half_a_surrogate_pair_is_a_value_error(all_kinds, kind):
 
 
 def test_the_file_that_is_read_says_whether_vocabularies_are_the_same(all_kinds):
-  json_files, model_files = (all_kinds[kind].files() for kind in ('json', 'sentencepiece'))
+  json_files, model_files = (all_kinds[kind].files() for kind in ('json', 'sentencepiece-bpe'))
   both = tokenizers.from_files({**model_files, **json_files})
   assert tokenizers.same_vocabulary(both, all_kinds['json'])
-  assert not tokenizers.same_vocabulary(both, all_kinds['sentencepiece'])
+  assert not tokenizers.same_vocabulary(both, all_kinds['sentencepiece-bpe'])
