@@ -76,7 +76,7 @@ class Journal:
       self._reset()
       return
     self._steps += 1
-    self._tokens += scalars['tokens']
+    self._tokens += scalars['tokens_read']
     if not scalars['applied']:
       self._progress.message(
         f'step {step}: not applied (loss {scalars["loss"]:.4g}, gradient norm '

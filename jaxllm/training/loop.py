@@ -140,7 +140,7 @@ def _open_dataset(experiment: Experiment, directory: pathlib.Path) -> Dataset:
   dataset = dataset_lib.open_dataset(experiment)
   now = dataset.manifest.fingerprint
   written = directory / 'data.json'
-  if written.exists():
+  if written.exists() and workdir.has_begun(directory):
     before = json.loads(written.read_text(encoding='utf-8'))['fingerprint']
     if before != now:
       raise ValueError(

@@ -39,8 +39,9 @@ def make_train_step(experiment: Experiment, tx: optax.GradientTransformation, me
     A function of the state and a batch of (B, T) arrays (`tokens`, `targets`, `weights`,
     `segment_ids`, `positions`; see `rows` for those of other objectives). The metrics are float32
     scalars: `loss` (nats per token), `objective` (what was minimised), `accuracy`, `tokens` (what
-    has weight; examples, where a whole answer is judged), `grad_norm`, `param_norm`,
-    `learning_rate`, `applied` (1 or 0), `skipped`, `skipped_in_a_row`, and `TOLD`.
+    has weight; examples, where a whole answer is judged), `tokens_read` (prompts included),
+    `grad_norm`, `param_norm`, `learning_rate`, `applied` (1 or 0), `skipped`, `skipped_in_a_row`,
+    and `TOLD`.
   """
   abstract = train_state.abstract_state(experiment, tx, mesh)
   state_sharding = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -91,6 +92,9 @@ def make_pure_step(experiment: Experiment, tx: optax.GradientTransformation) -> 
       'objective': next_token.average(sums['loss_sum'], count),
       'accuracy': next_token.average(sums['correct_sum'], count),
       'tokens': sums['weight_sum'],
+      'tokens_read': sum(
+        jnp.sum(array > 0, dtype=jnp.float32) for name, array in batch.items()
+        if name.endswith('segment_ids')),
       'grad_norm': grad_norm,
       'param_norm': optax.global_norm(new_state.params),
       # The optimizer counts the steps that it applied.

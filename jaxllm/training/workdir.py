@@ -43,7 +43,7 @@ def open_workdir(experiment: Experiment, workdir: str | os.PathLike[str]) -> pat
       f'--workdir={path}: cannot write there ({error.strerror}); choose another directory'
     ) from error
   written = path / 'config.json'
-  if written.exists():
+  if written.exists() and has_begun(path):
     try:
       check_same_run(read_config(path), experiment, path)
     except ValueError:
@@ -52,6 +52,11 @@ def open_workdir(experiment: Experiment, workdir: str | os.PathLike[str]) -> pat
   os.replace(path / 'config.json.new', written)
   write_json(path / 'environment.json', environment())
   return path
+
+
+def has_begun(path: pathlib.Path) -> bool:
+  """Return whether there is anything to lose; until then a wrong config can be put right."""
+  return (path / 'metrics.jsonl').exists() or any((path / 'checkpoints').glob('*'))
 
 
 def read_config(workdir: str | os.PathLike[str]) -> Experiment:
