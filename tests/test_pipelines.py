@@ -28,6 +28,8 @@ TEXTS = ['a' * 20, 'some longer text', 'x']
 class Run:
   """Stands for the experiment of a run that was fine-tuned on a task."""
 
+  classifier = None
+
   def __init__(self, task):
     self.task = task
 
