@@ -141,6 +141,13 @@ def test_what_does_not_fit_is_refused_before_any_step(tmp_path, changes, message
   assert not (tmp_path / 'run' / 'metrics.jsonl').exists()
 
 
+def test_a_refused_config_can_be_put_right_in_the_same_workdir(tmp_path):
+  with pytest.raises(ValueError, match='vocab_size'):
+    loop.train(tiny.experiment(tmp_path, model__vocab_size=100), tmp_path / 'run')
+  right = tiny.experiment(tmp_path, training__num_steps=3, evaluation__prompts=())
+  assert train(right, tmp_path / 'run')['step'] == 3
+
+
 def test_changed_text_is_refused(tmp_path):
   experiment = tiny.experiment(tmp_path, training__num_steps=3, evaluation__prompts=())
   train(experiment, tmp_path / 'run')
