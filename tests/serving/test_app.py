@@ -22,10 +22,10 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel
 
 from jaxllm.generation import scoring
-from jaxllm.generation.text import text_of
+from jaxllm.generation.text import TextPiece, text_of
 from jaxllm.interop import chat as templates
 from jaxllm.models.decoder import Decoder
-from jaxllm.serving.responses import Names
+from jaxllm.serving.responses import Choice, Names
 
 PROMPT, HELLO = 'To be', [{'role': 'user', 'content': 'Hello'}]
 TEXT = {'model': NAME, 'prompt': PROMPT, 'max_tokens': 12, 'seed': 3}
@@ -143,6 +143,7 @@ def test_streamed_chats_equal_whole_ones(client, options):
   for choice in whole.choices:
     parts = streamed[choice.index]
     assert [part.delta.role for part in parts] == ['assistant'] + [None] * (len(parts) - 1)
+    assert parts[0].delta.content is not None
     assert ''.join(part.delta.content or '' for part in parts) == choice.message.content
     assert parts[-1].finish_reason == choice.finish_reason
     if 'logprobs' in options:
@@ -207,6 +208,14 @@ def test_an_echoed_prompt_is_scored_as_the_model_scores_it(client):
   assert choice.logprobs.tokens[1:3] == ['bytes:\\xc3', 'bytes:\\xa9']
   assert choice.logprobs.text_offset == [0, 1, 1, 2, 3, 4, 5, 5, 6]
   assert answer.usage.prompt_tokens == len(ids) and answer.usage.completion_tokens == 1
+
+
+def test_offsets_of_a_prompt_that_a_tokenizer_puts_a_space_before():
+  choice = Choice(Names(shared()[0].tokenizer), 0, 'ab', scored=True)
+  prompt = choice.take(TextPiece(0, ' ab', [*b' ab'], [None, -1.0, -1.0], [], None))
+  drawn = choice.take(TextPiece(0, 'c', [*b'c'], [-1.0], [], 'length'))
+  assert (prompt.text, drawn.text) == ('ab', 'c') and choice.num_tokens == 1
+  assert [item.offset for item in (*prompt.scored, *drawn.scored)] == [0, 0, 1, 2]
 
 
 def test_a_scored_prompt_has_one_token_more_even_where_the_text_would_end(client):

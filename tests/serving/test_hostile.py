@@ -120,6 +120,10 @@ def test_large_bodies_are_not_read(server):
   answer = CLIENT.post(f'{server.url}/v1/completions', content=parts(),
                        headers={'content-type': 'application/json'})
   refused(answer, 413)
+  with Raw(server) as raw:
+    # What is announced is enough.
+    raw.send(HEAD + b'connection: close\r\ncontent-length: 1000000000\r\n\r\n')
+    refused(raw.answer(), 413)
   served(server)
 
 
@@ -247,20 +251,19 @@ def test_a_thousand_requests_at_once(server):
 
 
 def test_a_full_queue_and_too_much_concurrency_are_told(server):
-  model, engine = shared()
   stream = {'model': NAME, 'prompt': 'a', 'stream': True, 'n': 36, **LONG}
   with CLIENT.stream('POST', f'{server.url}/v1/completions', json=stream) as held:
     assert held.status_code == 200
     assert refused(server.complete(), 429)['type'] == 'rate_limit_error'
-    with running(model, engine, max_concurrency=1) as other, httpx.Client() as client:
-      request = client.build_request('POST', f'{other.url}/v1/completions', json=stream | {'n': 1})
-      other.service.active += 1
-      answer = client.send(request)
-      other.service.active -= 1
-      assert refused(answer, 429)['code'] == 'rate_limit_exceeded'
     assert server.get('/ready').status_code == 200
   server.wait_until_idle()
-  served(server)
+  with running(*shared(), max_concurrency=1) as other:
+    served(other)
+    with other.service.admitted():
+      answer = other.complete()
+      assert refused(answer, 429)['code'] == 'rate_limit_exceeded'
+      assert answer.headers['retry-after'] == '1'
+    served(other)
 
 
 def test_limits_of_one_request():
