@@ -108,8 +108,18 @@ class Server:
 
 
 @contextlib.contextmanager
-def running(model, engine, keys=(), hosts=('127.0.0.1', 'localhost', '::1'), **limits):
-  """Serve a model while the context lasts; the engine stays open."""
+def running(model, engine, keys=(), hosts=('127.0.0.1', 'localhost', '::1'), send_bytes=None,
+            **limits):
+  """Serve a model while the context lasts; the engine stays open.
+
+  Args:
+    model: what the engine generates with.
+    engine: from `make_engine`.
+    keys: API keys.
+    hosts: names that the server goes by.
+    send_bytes: what the system may keep of what a client does not take.
+    **limits: fields of `LimitsConfig`.
+  """
   bounds = LimitsConfig(**limits)
   service = Service(model, engine, NAME, bounds)
   app = make_app(service, Keys(keys), hosts)
@@ -117,6 +127,8 @@ def running(model, engine, keys=(), hosts=('127.0.0.1', 'localhost', '::1'), **l
     app, host='127.0.0.1', log_level='warning', **connections.settings(bounds)))
   with socket.create_server(('127.0.0.1', 0)) as listener:
     port = listener.getsockname()[1]
+    if send_bytes is not None:
+      listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_bytes)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     while not server.started:

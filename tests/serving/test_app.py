@@ -125,6 +125,7 @@ def test_streamed_completions_equal_whole_ones(client, options):
 
 @pytest.mark.parametrize('options', [
   {}, {'n': 2}, {'stop': 'e'}, {'logprobs': True}, {'logprobs': True, 'top_logprobs': 20},
+  {'logit_bias': {str(TURN_END): 100}},
   {'max_tokens': None, 'max_completion_tokens': 5}, {'response_format': {'type': 'json_object'}},
   {'messages': [{'role': 'developer', 'content': 'Be brief.'},
                 {'role': 'user', 'content': [{'type': 'text', 'text': 'Hello'}]}]},

@@ -203,15 +203,20 @@ def test_a_drip_after_the_answer_is_closed_too(server, monkeypatch):
   served(server)
 
 
-def test_a_client_that_takes_nothing_loses_its_slot(server):
-  body = json.dumps({'model': NAME, 'prompt': 'a', 'stream': True, 'n': 8, 'logprobs': 5,
-                     'max_tokens': 480, 'logit_bias': {'256': -100}}).encode()
-  with Raw(server) as raw:
-    raw.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-    raw.send(HEAD + b'content-length: %d\r\n\r\n' % len(body) + body)
+def test_a_client_that_takes_nothing_loses_its_slot():
+  body = json.dumps({'model': NAME, 'prompt': 'a', 'stream': True, 'n': 4, 'logprobs': 5,
+                     **LONG}).encode()
+  with (running(*shared(), send_seconds=0.3, send_bytes=4096) as server,
+        socket.socket() as idle):
+    idle.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    idle.connect(('127.0.0.1', server.port))
+    idle.sendall(HEAD + b'content-length: %d\r\n\r\n' % len(body) + body)
+    end = time.monotonic() + 2
+    while not server.service.active and time.monotonic() < end:
+      time.sleep(0.002)
     served(server)
     server.wait_until_idle(15)
-  served(server)
+    served(server)
 
 
 @pytest.mark.parametrize('stream', [True, False])
