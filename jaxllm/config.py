@@ -11,6 +11,7 @@ import difflib
 import importlib.util
 import json
 import logging
+import os
 import pathlib
 import sys
 import types
@@ -20,6 +21,8 @@ from typing import Annotated, Any, Self
 
 import pydantic
 from absl import app, flags
+
+COMPILATION_CACHE = '~/.cache/jaxllm/compiled'
 
 
 class ConfigError(ValueError):
@@ -199,7 +202,12 @@ def run_program(main: Callable[[Sequence[str]], None]) -> None:
 
   ValueError and OSError are what jaxllm raises for input that it refuses, ImportError for an extra
   that is not installed. `--verbosity=1` shows where they were raised.
+
+  Compiled programs are kept in ~/.cache/jaxllm/compiled, or where JAX_COMPILATION_CACHE_DIR says;
+  empty: nowhere. JAX reads that when it is imported, which is for `main` to do.
   """
+  os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', os.path.expanduser(COMPILATION_CACHE))
+  os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
   # Its INFO tells of every accelerator that is not there.
   logging.getLogger('jax').setLevel(logging.WARNING)
 

@@ -6,17 +6,12 @@ The same command goes on where an interrupted run stopped. `--config.a.b=value` 
 import pathlib
 import sys
 
-import jax
 from absl import flags, logging
 
 from jaxllm import config
 
 CONFIG = config.define_flag()
 WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run.', required=True)
-CACHE = flags.DEFINE_string(
-  'compilation_cache', '~/.cache/jaxllm/compiled',
-  'Directory that keeps compiled programs between runs; empty: none.',
-)
 DISTRIBUTED = flags.DEFINE_bool(
   'distributed', False, 'Connect the processes of a TPU pod or a multi-host GPU job first.'
 )
@@ -24,10 +19,9 @@ DISTRIBUTED = flags.DEFINE_bool(
 
 def main(_) -> None:  # noqa: D103
   logging.set_stderrthreshold('info')
-  if CACHE.value:
-    jax.config.update('jax_compilation_cache_dir', str(pathlib.Path(CACHE.value).expanduser()))
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
   if DISTRIBUTED.value:
+    import jax
+
     jax.distributed.initialize()
   experiment = config.from_flags(CONFIG.value)
   from jaxllm.checkpoints import store
