@@ -42,7 +42,7 @@ def main(_) -> None:  # noqa: D103
     from jaxllm.serving import connections, limits
   except ImportError:
     raise app.UsageError("the server needs more packages: pip install 'jaxllm[serve]'") from None
-  bounds = limits.LimitsConfig.from_json(LIMITS.value)
+  bounds = connections.fitting(limits.LimitsConfig.from_json(LIMITS.value))
   keys = limits.read_keys(API_KEYS_FILE.value)
   local = HOST.value in limits.LOOPBACK
   if not (local or keys or ANONYMOUS.value):

@@ -6,6 +6,7 @@ answer, and answers in plain text where a request is no HTTP.
 
 import asyncio
 import http
+import resource
 import sys
 from typing import Any, Literal
 
@@ -20,6 +21,9 @@ Phase = Literal['headers', 'body']
 LINGER_SECONDS = 5.0
 # How long a connection may wait for its next request.
 KEEP_SECONDS = 30
+# Connections that are taken in at a time, and open files beside those of counted connections.
+BACKLOG = 1024
+SPARE_FILES = BACKLOG + 256
 
 
 class LimitedProtocol(H11Protocol):
@@ -140,11 +144,25 @@ class LimitedProtocol(H11Protocol):
       self._look_again()
 
 
+def fitting(limits: LimitsConfig) -> LimitsConfig:
+  """Let the process open a file for every connection; return limits that it can keep.
+
+  Where files run out, asyncio logs and tries again as fast as it can.
+  """
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  wanted = limits.max_connections + SPARE_FILES
+  if soft == resource.RLIM_INFINITY or soft >= wanted:
+    return limits
+  soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+  resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+  return limits.replace(max_connections=max(soft - SPARE_FILES, soft // 4))
+
+
 def settings(limits: LimitsConfig) -> dict[str, Any]:
   """Return the arguments of `uvicorn.Config` that go with these limits."""
   return {
     'http': type('Limited', (LimitedProtocol,), {'limits': limits}),
-    'ws': 'none', 'lifespan': 'off', 'loop': 'asyncio',
+    'backlog': BACKLOG, 'ws': 'none', 'lifespan': 'off', 'loop': 'asyncio',
     'h11_max_incomplete_event_size': limits.max_header_bytes, 'timeout_keep_alive': KEEP_SECONDS,
     'timeout_graceful_shutdown': limits.drain_seconds,
     # The guard logs requests, without what a client wrote into their paths.

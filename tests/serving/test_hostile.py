@@ -5,6 +5,7 @@ import concurrent.futures
 import dataclasses
 import json
 import logging
+import resource
 import socket
 import time
 
@@ -13,7 +14,9 @@ import numpy as np
 import pytest
 from http_server import CLIENT, NAME, make_engine, running, shared
 
+from jaxllm.serving import connections
 from jaxllm.serving.engine import ClosedError, FailedError
+from jaxllm.serving.limits import LimitsConfig
 
 SECRET = 'my-very-secret-text'
 LONG = {'max_tokens': 480, 'logit_bias': {'256': -100}}
@@ -286,6 +289,18 @@ def test_limits_of_one_request():
       served(server)
     time.sleep(0.05)
     assert httpx.get(f'{server.url}/health').status_code == 200
+
+
+def test_there_is_a_file_for_every_connection(monkeypatch):
+  given = []
+  monkeypatch.setattr(resource, 'setrlimit', lambda _, limit: given.append(limit))
+  limits, spare = LimitsConfig(max_connections=1000), connections.SPARE_FILES
+  for soft, hard, most in ((10**6, 10**6, 1000), (1024, 10**6, 1000), (1024, 2000, 2000 - spare),
+                           (1024, resource.RLIM_INFINITY, 1000), (256, 512, 128)):
+    monkeypatch.setattr(resource, 'getrlimit', lambda _, limit=(soft, hard): limit)
+    assert connections.fitting(limits).max_connections == most
+  assert given == [(1000 + spare, 10**6), (2000, 2000), (1000 + spare, resource.RLIM_INFINITY),
+                   (512, 512)]
 
 
 class Stalled:
