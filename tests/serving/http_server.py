@@ -96,7 +96,7 @@ class Server:
   def get(self, path, **headers):
     return CLIENT.get(f'{self.url}{path}', headers=headers)
 
-  def wait_until_idle(self, seconds=5.0):
+  def wait_until_idle(self, seconds=20.0):
     """Return once no slot is in use and nothing waits."""
     end = time.monotonic() + seconds
     while True:

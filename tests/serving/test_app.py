@@ -389,28 +389,34 @@ def test_the_program_serves_and_drains(tmp_path):
   with log.open('w') as output, subprocess.Popen(
       [*program, f'--port={port}', '--num_slots=1', '--context_length=300'], stderr=output,
       env={**os.environ, 'JAXLLM_API_KEYS': key}) as process:
-    url = f'http://127.0.0.1:{port}'
-    wait_for(url, process, log)
-    assert httpx.get(f'{url}/v1/models').status_code == 401
-    body = {'model': 'small', 'prompt': 'a', 'stream': True, 'max_tokens': 250, 'n': 3}
-    with httpx.stream('POST', f'{url}/v1/completions', json=body, timeout=30,
-                      headers={'authorization': f'Bearer {key}'}) as stream:
-      process.send_signal(signal.SIGTERM)
-      parts = [line for line in stream.iter_lines() if line]
-    assert parts[-1] == 'data: [DONE]' and len(parts) > 8
-    assert process.wait(20) == 0
+    try:
+      serve_and_drain(f'http://127.0.0.1:{port}', process, log, key)
+    finally:
+      process.kill()
   said = log.read_text()
   assert 'POST /v1/completions 200' in said
   assert key not in said and str(tmp_path) not in said and 'Traceback' not in said
 
 
-def wait_for(url, process, log, seconds=60):
+def serve_and_drain(url, process, log, key):
+  wait_for(url, process, log)
+  assert httpx.get(f'{url}/v1/models').status_code == 401
+  body = {'model': 'small', 'prompt': 'a', 'stream': True, 'max_tokens': 250, 'n': 3}
+  with httpx.stream('POST', f'{url}/v1/completions', json=body, timeout=30,
+                    headers={'authorization': f'Bearer {key}'}) as stream:
+    process.send_signal(signal.SIGTERM)
+    parts = [line for line in stream.iter_lines() if line]
+  assert parts[-1] == 'data: [DONE]' and len(parts) > 8
+  assert process.wait(20) == 0
+
+
+def wait_for(url, process, log, seconds=120):
   """Return once a server answers."""
   end = time.monotonic() + seconds
   while True:
     try:
       assert httpx.get(f'{url}/ready').status_code == 200
       return
-    except httpx.ConnectError:
+    except httpx.TransportError:
       assert process.poll() is None and time.monotonic() < end, log.read_text()
       time.sleep(0.1)

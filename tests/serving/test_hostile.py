@@ -191,14 +191,14 @@ def test_slow_headers_and_bodies_are_closed(server):
     refused(silent.answer(), 408)
     refused(dripping.answer(), 408)
     refused(pausing.answer(), 408)
-  assert time.monotonic() - started < 3
+  assert time.monotonic() - started < 8
 
 
 def test_a_drip_after_the_answer_is_closed_too(server, monkeypatch):
   monkeypatch.setattr('jaxllm.serving.connections.LINGER_SECONDS', 0.2)
   with Raw(server) as raw:
     raw.send(HEAD + b'content-length: 200000\r\n\r\n')
-    end = time.monotonic() + 5
+    end = time.monotonic() + 20
     with pytest.raises(OSError):
       while time.monotonic() < end:
         raw.send(b' ')
@@ -214,11 +214,11 @@ def test_a_client_that_takes_nothing_loses_its_slot():
     idle.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     idle.connect(('127.0.0.1', server.port))
     idle.sendall(HEAD + b'content-length: %d\r\n\r\n' % len(body) + body)
-    end = time.monotonic() + 2
+    end = time.monotonic() + 20
     while not server.service.active and time.monotonic() < end:
       time.sleep(0.002)
     served(server)
-    server.wait_until_idle(15)
+    server.wait_until_idle()
     served(server)
 
 
