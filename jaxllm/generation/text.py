@@ -84,7 +84,9 @@ class TextDecoder:
 
   def push(self, token: int) -> str:
     """Return the text that is certain after this token."""
-    return self._give(self._utf8.decode(self._id_bytes[token]), final=False)
+    # A model may have more ids than its tokenizer; they say nothing.
+    known = token < len(self._id_bytes)
+    return self._give(self._utf8.decode(self._id_bytes[token] if known else b''), final=False)
 
   def finish(self) -> str:
     """Return what was held back, when no token follows."""
