@@ -50,7 +50,9 @@ demo-tasks: .venv/tasks
 	done
 
 test: .venv/dev
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m 'not parity and not browser'
+	# Many tests compile the same programs.
+	JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.venv/compiled JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.05 \
+	  $(BIN)/python -m pytest -n auto --maxprocesses 4 -m 'not parity and not browser'
 
 test-parity: .venv/parity
 	$(BIN)/python -m pytest -m parity
