@@ -44,6 +44,8 @@ demo: .venv/demo
 	$(BIN)/python -m jaxllm.train --config=experiments/quickstart.py --workdir=runs/quickstart
 
 demo-tasks: .venv/tasks
+	# Sentiment begins with a model that has read other reviews.
+	$(BIN)/python -m jaxllm.train --config=experiments/sentiment.py:pretrain --workdir=runs/sentiment_base
 	for task in $(TASKS); do \
 	  $(BIN)/python -m jaxllm.train --config=experiments/$$task.py --workdir=runs/$$task && \
 	  $(BIN)/python -m jaxllm.evaluate --model=runs/$$task || exit 1; \
