@@ -5,7 +5,8 @@ Command:  python -m jaxllm.train --config=experiments/shakespeare_char.py:PATH/i
 Hardware: 2 CPU cores
 Time:     see README.md, "Figures"
 Data:     tinyshakespeare, 1.1 MB of text, at a path that you give; the first 90% train
-Expected: validation loss 1.62 nats per character by Muon, chosen by that loss. By AdamW with nanoGPT's settings,
+Expected: validation loss 1.62 nats per character by Muon, chosen by that loss. By AdamW with
+          nanoGPT's settings,
             --config.optimizer='{"name": "adamw", "learning_rate": 1e-3, "beta2": 0.99}'
           1.88 (nanoGPT itself: 1.886)
 Reference: github.com/karpathy/nanoGPT, config/train_shakespeare_char.py and its README
@@ -29,7 +30,7 @@ def get_config(path: str = 'input.txt') -> Experiment:
     model=PRESETS['gpt2_124m'].replace(
       vocab_size=512, num_layers=4, num_heads=4, embed_dim=128, mlp_dim=512, max_length=64,
       biases=(), dropout_rate=0.0,
-      scan_layers=False,  # A third faster on a CPU (one short run each way).
+      scan_layers=False,  # A third faster on a CPU, in one try.
     ),
     data=DataConfig(
       sources=(SourceConfig(location=path, slice=(0.0, 0.9)),),
