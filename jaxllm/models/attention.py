@@ -22,6 +22,8 @@ from jaxllm.models.splash import splash_attention
 
 # Finite, so that a row without any visible key gives no NaN, forward or backward.
 MASKED = -1e30
+# Slots of a cache that are read at a time.
+BLOCK = 256
 
 
 @flax.struct.dataclass
@@ -32,11 +34,13 @@ class View:
     mask_BTS: True where the key is visible; B may be 1. None: left to a fused kernel.
     rotation: (cos_BTP, sin_BTP), or None where nothing is rotated; B may be 1.
     segment_ids_BT: int32, or None: one segment; only read where there is no mask.
+    num_slots: int32 scalar, slots of a cache that are filled in any row; nothing beyond is read.
   """
 
   mask_BTS: jax.Array | None  # noqa: N815
   rotation: tuple[jax.Array, jax.Array] | None
   segment_ids_BT: jax.Array | None = None  # noqa: N815
+  num_slots: jax.Array | None = None
 
 
 def sequence_mask(
@@ -116,6 +120,65 @@ def attend(
   return mixed_BKTGH.swapaxes(1, 2).reshape(batch, length, num_heads, dim)
 
 
+def attend_cache(
+  query_BTNH: jax.Array, cache: kv_cache.KVCache, layer: int | jax.Array, view: View, scale: float,
+  cap: float | None = None,
+) -> jax.Array:
+  """Do the same with one layer of a cache, block by block, as far as any row is filled.
+
+  How many blocks are read never changes a row: what lies beyond its own tokens adds exactly 0.
+
+  Args:
+    query_BTNH: queries.
+    cache: with their keys and values in it.
+    layer: which one.
+    view: what the queries see.
+    scale: as in `attend`.
+    cap: as in `attend`.
+
+  Reference:
+    Milakov, Gimelshein, "Online normalizer calculation for softmax", arXiv 1805.02867, algorithm 3.
+  """
+  assert view.mask_BTS is not None and view.num_slots is not None
+  mask_BTS, num_slots = view.mask_BTS, view.mask_BTS.shape[2]
+  # A GPU would wait for the host before every block.
+  if num_slots <= BLOCK or sharding.platform() == 'gpu':
+    return attend(query_BTNH, *kv_cache.read(cache, layer), mask_BTS, scale, cap)
+  dtype = query_BTNH.dtype
+  batch, length, num_heads, dim = query_BTNH.shape
+  num_kv_heads = cache.keys[0].shape[-3]
+  query_BTKGH = (query_BTNH * scale).astype(dtype).reshape(batch, length, num_kv_heads, -1, dim)
+  shape_BKTGH = query_BTKGH.swapaxes(1, 2).shape
+  query_BKRH = query_BTKGH.swapaxes(1, 2).reshape(batch, num_kv_heads, -1, dim)
+
+  def add(carry):
+    block, top_BKTG1, total_BKTG1, mixed_BKTGH = carry
+    # The last block overlaps the one before it where the slots are no multiple.
+    start = jnp.minimum(block * BLOCK, num_slots - BLOCK)
+    key_BKSH, value_BKSH = kv_cache.read(cache, layer, start, BLOCK)
+    logits_BKRS = jnp.einsum(
+      'BKRH,BKSH->BKRS', query_BKRH, key_BKSH.astype(dtype), preferred_element_type=jnp.float32)
+    logits_BKTGS = softcap(logits_BKRS, cap).reshape(*shape_BKTGH[:-1], BLOCK)
+    is_new_S = start + jnp.arange(BLOCK) >= block * BLOCK
+    seen_BTS = jax.lax.dynamic_slice_in_dim(mask_BTS, start, BLOCK, 2) & is_new_S[None, None]
+    logits_BKTGS += jnp.where(seen_BTS, 0, MASKED)[:, None, :, None]
+    new_BKTG1 = jnp.maximum(top_BKTG1, logits_BKTGS.max(axis=-1, keepdims=True))
+    weights_BKTGS = jnp.exp(logits_BKTGS - new_BKTG1)
+    keep_BKTG1 = jnp.exp(top_BKTG1 - new_BKTG1)
+    added_BKRH = jnp.einsum(
+      'BKRS,BKSH->BKRH', weights_BKTGS.astype(dtype).reshape(logits_BKRS.shape),
+      value_BKSH.astype(dtype), preferred_element_type=jnp.float32)
+    return (block + 1, new_BKTG1, total_BKTG1 * keep_BKTG1 + weights_BKTGS.sum(-1, keepdims=True),
+            mixed_BKTGH * keep_BKTG1 + added_BKRH.reshape(shape_BKTGH))
+
+  zeros_BKTG1 = jnp.zeros((*shape_BKTGH[:-1], 1), jnp.float32)
+  start = jnp.int32(0), zeros_BKTG1 + 2 * MASKED, zeros_BKTG1, jnp.zeros(shape_BKTGH, jnp.float32)
+  _, _, total_BKTG1, mixed_BKTGH = jax.lax.while_loop(
+    lambda carry: carry[0] * BLOCK < view.num_slots, add, start)
+  mixed_BTKGH = (mixed_BKTGH / total_BKTG1).astype(dtype).swapaxes(1, 2)
+  return mixed_BTKGH.reshape(batch, length, num_heads, dim)
+
+
 def cudnn_attention(
   query_BTNH: jax.Array,
   key_BTKH: jax.Array,
@@ -186,11 +249,13 @@ class Attention(nn.Module):
     query = sharding.constrain(query, 'batch', 'length', 'heads', 'head_dim')
     if view.mask_BTS is None:
       mixed_BTNH = self._fused(query, key, value, view.segment_ids_BT)
+    elif cache is not None and slots_BT is not None:
+      key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+      cache = kv_cache.write(cache, layer, slots_BT, key, value)
+      mixed_BTNH = attend_cache(
+        query, cache, layer, view, config.query_scale, config.attention_softcap)
     else:
       key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
-      if cache is not None and slots_BT is not None:
-        cache = kv_cache.write(cache, layer, slots_BT, key, value)
-        key, value = kv_cache.read(cache, layer)
       dropout = nn.Dropout(config.attention_dropout_rate, deterministic=deterministic)
       mixed_BTNH = attend(
         query, key, value, view.mask_BTS, config.query_scale, config.attention_softcap, dropout

@@ -94,12 +94,18 @@ def write(
   )
 
 
-def read(cache: KVCache, layer: int | jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Return one layer's keys and values, (B, K, S, H) each."""
-  keys, values = cache.keys[layer], cache.values[layer]
+def read(
+  cache: KVCache, layer: int | jax.Array, start: int | jax.Array = 0, count: int | None = None
+) -> tuple[jax.Array, jax.Array]:
+  """Return one layer's keys and values, (B, K, S, H) each; those of some slots where given."""
+
+  def cut(leaves: jax.Array | tuple[jax.Array, ...]) -> jax.Array:
+    leaf = leaves[layer]
+    return leaf if count is None else jax.lax.dynamic_slice_in_dim(leaf, start, count, 2)
+
   if cache.key_scales is None or cache.value_scales is None:
-    return keys, values
-  return keys * cache.key_scales[layer], values * cache.value_scales[layer]
+    return cut(cache.keys), cut(cache.values)
+  return cut(cache.keys) * cut(cache.key_scales), cut(cache.values) * cut(cache.value_scales)
 
 
 def _to_int8(new_BKTH: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -185,7 +185,8 @@ class Decoder(nn.Module):
     slots_BT = jnp.where(offsets_1T < counts_B[:, None], positions_BT, num_slots)
     lengths_B = cache.lengths_B + counts_B
     views = self._views(
-      functools.partial(attention.slot_mask, positions_BT, num_slots), positions_BT, lengths_B
+      functools.partial(attention.slot_mask, positions_BT, num_slots), positions_BT, lengths_B,
+      num_slots=jnp.max(lengths_B, where=counts_B > 0, initial=1),
     )
     x_BTD = self._embed(tokens_BT, positions_BT, True)
     x_BTD, written = self._run(x_BTD, views, True, cache, slots_BT)
@@ -208,6 +209,7 @@ class Decoder(nn.Module):
     positions_BT: jax.Array,
     length_B: jax.Array,
     segment_ids_BT: jax.Array | None = None,
+    num_slots: jax.Array | None = None,
   ) -> dict[str, View]:
     """Return what each kind of layer sees; `mask` makes the mask of a window."""
     config = self.config
@@ -220,7 +222,7 @@ class Decoder(nn.Module):
         if kind == 'global_nope':
           cos, sin = jnp.ones_like(cos), jnp.zeros_like(sin)
         rotation = cos, sin
-      views[kind] = View(mask(config.window_of(kind)), rotation, segment_ids_BT)
+      views[kind] = View(mask(config.window_of(kind)), rotation, segment_ids_BT, num_slots)
     return views
 
   def _run(
