@@ -203,10 +203,9 @@ def _chat_format(
   jinja, own = tokenizer_files.chat_template(tokenizer.files()), own_task(model)
   tuned = own is not None and own.kind == 'chat'
   if not tuned and jinja is not None:
-    # No answer holds a token that the template writes around messages.
-    ends = [token for text, token in special.items() if text in jinja]
     return (
-      lambda messages: templates.encode(tokenizer, jinja, messages), (), (*model.stop_ids, *ends)
+      lambda messages: templates.encode(tokenizer, jinja, messages), (),
+      (*model.stop_ids, *templates.turn_ends(special)),
     )
   template = own.template if tuned else chat_task.PLAIN
 

@@ -136,9 +136,7 @@ def _chat(tokenizer, model, variables, sampling) -> None:
   template = tokenizer_files.chat_template(tokenizer.files())
   if template is None:
     raise app.UsageError(f'--chat: {MODEL.value} has no chat template; use --prompt')
-  # What ends a turn in the usual templates, where it is not the tokenizer's EOS.
-  special = templates.special_tokens(tokenizer)
-  ends = [special[name] for name in _TURN_ENDS if name in special]
+  ends = templates.turn_ends(templates.special_tokens(tokenizer))
 
   def encode(messages) -> list[int]:
     return templates.encode(tokenizer, template, messages)
@@ -149,9 +147,6 @@ def _chat(tokenizer, model, variables, sampling) -> None:
   write(f'{chat.HELP}\n')
   chat.converse(model, variables, tokenizer, encode, sampling, _lines(), write, SYSTEM.value,
                 STOP.value, ends)
-
-
-_TURN_ENDS = ('<|im_end|>', '<|eot_id|>', '<end_of_turn>', '<|end|>', '<|endoftext|>', '</s>')
 
 
 def _lines() -> Iterator[str]:

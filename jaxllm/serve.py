@@ -59,6 +59,8 @@ def main(_) -> None:  # noqa: D103
   if QUANTIZE.value:
     kind = quantization.QuantizationConfig.from_json(json.dumps({'kind': QUANTIZE.value}))
     model = dataclasses.replace(model, variables=quantization.quantize(model.variables, kind))
+  # The stacked ones are not needed any more.
+  model = dataclasses.replace(model, variables=model.unstacked)
   engine = Engine(model, EngineConfig(
     num_slots=NUM_SLOTS.value, context_length=CONTEXT_LENGTH.value, max_queue=MAX_QUEUE.value,
     cache_dtype=CACHE_DTYPE.value))

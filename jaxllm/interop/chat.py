@@ -16,6 +16,10 @@ from typing import Any
 
 from jaxllm.data.tokenizers import Tokenizer
 
+# What ends a turn in the usual templates.
+_TURN_ENDS = (
+  '<|im_end|>', '<|eot_id|>', '<end_of_turn>', '<|end|>', '<|endoftext|>', '</s>', '<|return|>'
+)
 CPU_SECONDS, MEMORY_BYTES, MAX_CHARACTERS = 5, 512_000_000, 10_000_000
 MAX_TEMPLATE_CHARACTERS = 1_000_000
 
@@ -145,6 +149,11 @@ def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
     return {piece: i for i, (piece, kind) in enumerate(zip(model.pieces, model.kinds, strict=True))
             if kind == sentencepiece_model.CONTROL}
   return {}
+
+
+def turn_ends(special: Mapping[str, int]) -> tuple[int, ...]:
+  """Return which of the special tokens end the assistant's turn; it need not be EOS."""
+  return tuple(special[text] for text in _TURN_ENDS if text in special)
 
 
 # As a file it would put its own directory, with modules of common names, on the path.

@@ -28,8 +28,6 @@ from jaxllm.serving.metrics import Metrics
 from jaxllm.serving.protocol import Generation, Prompt
 from jaxllm.serving.responses import Answer, Names
 
-# What ends a turn in the usual templates, where it is not the tokenizer's EOS.
-TURN_ENDS = ('<|im_end|>', '<|eot_id|>', '<end_of_turn>', '<|end|>', '<|endoftext|>', '</s>')
 THREADS = 4
 T = TypeVar('T')
 
@@ -249,8 +247,8 @@ class Service:
       min_new_tokens=int(score_prompt and length == 1))
     seed = (secrets.randbelow(MAX_SEED + 1) if generation.seed is None
             else (generation.seed + choice) % (MAX_SEED + 1))
-    ends = [self._special[name] for name in TURN_ENDS if name in self._special] if is_chat else []
-    return Job(prompt, sampling, seed, generation.stop, tuple(ends), generation.num_top or 0,
+    ends = templates.turn_ends(self._special) if is_chat else ()
+    return Job(prompt, sampling, seed, generation.stop, ends, generation.num_top or 0,
                score_prompt, self._constraint(generation))
 
   def _constraint(self, generation: Generation) -> Constraint | None:
