@@ -6,6 +6,7 @@
 - `--text=FILE` scores any model on a text of any kind that training reads: loss and perplexity per
   token, and bits per byte, which tokenizers do not change.
 - `--baseline=OTHER` scores another model on the same examples, with a paired significance test.
+- `--quantize=int8` scores the model with smaller weights, beside itself as it is: what they cost.
 """
 
 import json
@@ -21,6 +22,8 @@ MODEL = flags.DEFINE_string(
   'model', None, 'A workdir, a checkpoint, a Hugging Face directory or a .gguf file.', required=True
 )
 BASELINE = flags.DEFINE_string('baseline', None, 'Another model, to be compared with.')
+QUANTIZE = flags.DEFINE_enum(
+  'quantize', None, ['int8', 'int4'], 'Store the weights smaller; the baseline is then the model.')
 TASKS = flags.DEFINE_string('tasks', None, 'Kinds of tasks, or a .json file of their configs.')
 DATA = flags.DEFINE_string(
   'data', None, 'Records of the task: a file, package:NAME, tfds:NAME?split= or hf:NAME?split=.'
@@ -44,16 +47,20 @@ def main(_) -> None:  # noqa: D103
   from jaxllm.tasks import suite
 
   model = loading.load(MODEL.value)
+  baseline = loading.load(BASELINE.value) if BASELINE.value else None
+  if QUANTIZE.value:
+    model, baseline = model.quantized(QUANTIZE.value), baseline or model
   own = pipelines.own_task(model)
   if not (TASKS.value or TEXT.value or own):
     if BASELINE.value:
       raise ValueError(f'--baseline={BASELINE.value}: say on what, by --tasks or --text')
     scores = _held_out(model)
+    whole = _held_out(baseline) if baseline else {}
     for name, value in scores.items():
-      print(f'{name:>14}  {value:,.4f}')
-    _write(scores)
+      beside = f'  ({whole[name]:,.4f} unless {QUANTIZE.value})' if whole else ''
+      print(f'{name:>14}  {value:,.4f}{beside}')
+    _write({**scores, 'baseline': whole} if whole else scores)
     return
-  baseline = loading.load(BASELINE.value) if BASELINE.value else None
   split = SPLIT.value or 'test'
   names = TASKS.value or ('' if TEXT.value else own.kind)
   selected = suite.select(names, split, own, DATA.value, LIMIT.value) if names else {}
@@ -66,7 +73,8 @@ def main(_) -> None:  # noqa: D103
       print(f'{name}: {overlap["overlapping"]} of {overlap["texts"]} texts share a run of '
             f'{overlap["ngram_words"]} words (or are whole) with the training records')
     result['scores'] = tables.as_json(result.pop('lines'))
-  _write({'model': MODEL.value, 'baseline': BASELINE.value, 'tasks': results})
+  _write({'model': MODEL.value, 'quantize': QUANTIZE.value, 'baseline': BASELINE.value,
+          'tasks': results})
 
 
 def _task(model, baseline, task, split: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.adapters import lora
-from jaxllm.adapters.quantization import dequantize_tree, quantize
+from jaxllm.adapters.quantization import QuantizationConfig, dequantize_tree, quantize
 from jaxllm.checkpoints import fingerprint, store
 from jaxllm.checkpoints.bundle import Bundle
 from jaxllm.data import tokenizers
@@ -89,6 +89,11 @@ class LoadedModel:
   def unstacked(self) -> Any:
     """The variables with one tree per layer, which decodes faster; made once."""
     return decoder.unstack(self.variables)
+
+  def quantized(self, kind: str) -> 'LoadedModel':
+    """Return the model with 'int8' or 'int4' weights: see `adapters.quantization`."""
+    smaller = quantize(self.variables, QuantizationConfig.model_validate({'kind': kind}))
+    return dataclasses.replace(self, variables=smaller)
 
 
 def load(path: str | os.PathLike[str]) -> LoadedModel:

@@ -5,7 +5,6 @@
 gives the same continuation in fewer passes of the model.
 """
 
-import json
 import sys
 from collections.abc import Iterator
 
@@ -40,17 +39,14 @@ SEED = flags.DEFINE_integer('seed', 0, 'The same seed gives the same text.')
 
 def main(_) -> None:  # noqa: D103
   from jaxllm import loading
-  from jaxllm.adapters import quantization
   from jaxllm.generation.sampling import SamplingConfig
   from jaxllm.models import decoder
 
   _check_flags()
   loaded = loading.load(MODEL.value)
-  model = decoder.Decoder(loaded.config)
-  variables = loaded.unstacked
   if QUANTIZE.value:
-    kind = quantization.QuantizationConfig.from_json(json.dumps({'kind': QUANTIZE.value}))
-    variables = quantization.quantize(variables, kind)
+    loaded = loaded.quantized(QUANTIZE.value)
+  model, variables = decoder.Decoder(loaded.config), loaded.unstacked
   sampling = SamplingConfig(
     max_new_tokens=MAX_NEW_TOKENS.value, temperature=TEMPERATURE.value, top_k=TOP_K.value,
     top_p=TOP_P.value, min_p=MIN_P.value, typical_p=TYPICAL_P.value, seed=SEED.value,

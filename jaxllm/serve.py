@@ -4,7 +4,6 @@ API keys are read from `--api_keys_file` (one per line) and JAXLLM_API_KEYS (com
 """
 
 import dataclasses
-import json
 import logging
 import pathlib
 import signal
@@ -49,7 +48,6 @@ def main(_) -> None:  # noqa: D103
     raise ValueError(f'--host={HOST.value}: without API keys everyone who reaches this address '
                      'could use the model; give --api_keys_file or JAXLLM_API_KEYS, or --anonymous')
   from jaxllm import loading
-  from jaxllm.adapters import quantization
   from jaxllm.serving import app as http
   from jaxllm.serving.engine import Engine, EngineConfig
   from jaxllm.serving.service import Service
@@ -57,8 +55,7 @@ def main(_) -> None:  # noqa: D103
   logging.basicConfig(level=logging.INFO, format='%(asctime)s %(message)s')
   model = loading.load(MODEL.value)
   if QUANTIZE.value:
-    kind = quantization.QuantizationConfig.from_json(json.dumps({'kind': QUANTIZE.value}))
-    model = dataclasses.replace(model, variables=quantization.quantize(model.variables, kind))
+    model = model.quantized(QUANTIZE.value)
   # The stacked ones are not needed any more.
   model = dataclasses.replace(model, variables=model.unstacked)
   engine = Engine(model, EngineConfig(

@@ -77,6 +77,8 @@ def outputs(tmp_path_factory):
      f'--data={base}/reviews.tsv', '--limit=6', f'--output={base}/both.json'],
     [f'--model={run}', f'--baseline={foreign}'],
     [f'--model={base}/tuned', '--split=validation', f'--output={base}/tuned.json'],
+    [f'--model={run}', '--quantize=int8', f'--output={base}/held_out_int8.json'],
+    [f'--model={run}', '--quantize=int4', f'--text={text}', f'--output={base}/int4.json'],
   ]
   done = subprocess.run(
     [sys.executable, '-c', SCRIPT, json.dumps(commands)], capture_output=True, text=True,
@@ -127,8 +129,21 @@ def test_a_task_and_a_text_with_a_baseline(outputs):
 
 
 def test_a_fine_tuned_run_is_scored_on_its_own_task(outputs):
-  base, (*_, printed, _) = outputs
+  base, (*_, printed, _, _, _) = outputs
   sentiment = json.loads((base / 'tuned.json').read_text())['tasks']['sentiment']
   assert sentiment['config']['prompt'] == '{text}:' and sentiment['examples'] == 20
   assert sentiment['contamination']['overlapping'] == sentiment['contamination']['texts'] == 20
   assert 'sentiment: 20 of 20 texts share a run of 13 words' in printed
+
+
+def test_what_smaller_weights_cost_is_said(outputs):
+  base, (*_, printed, compared, _) = outputs
+  scores, whole = (json.loads((base / name).read_text())
+                   for name in ('held_out_int8.json', 'held_out.json'))
+  assert scores.pop('baseline') == pytest.approx(whole)
+  assert scores['loss'] != whole['loss'] and scores == pytest.approx(whole, rel=0.02)
+  assert f'{scores["loss"]:.4f}  ({whole["loss"]:.4f} unless int8)' in printed
+  results = json.loads((base / 'int4.json').read_text())
+  text, = results['tasks'].values()
+  assert results['quantize'] == 'int4' and 'difference' in compared
+  assert 0 < abs(text['scores']['loss']['comparison']['difference']) < 0.2

@@ -53,8 +53,8 @@ SENTIMENT = {
   'group': 'text',
 }
 TRANSLATION = {'sources': [
-  {'columns': [['source', f'{{data}}/multi30k/{name}.en'], ['target', f'{{data}}/multi30k/{name}.de']],
-   'split': split}
+  {'columns': [[field, f'{{data}}/multi30k/{name}.{language}']
+               for field, language in (('source', 'en'), ('target', 'de'))], 'split': split}
   for name, split in (('train', 'train'), ('val', 'test'))
 ]}
 ANSWERS = {
