@@ -1,7 +1,10 @@
-"""Training tokens/s of jaxllm against transformers' GPT2LMHeadModel in PyTorch, in one run.
+"""Training tokens/s of jaxllm against transformers in PyTorch, in one run.
 
-  make bench-train        (installs the extra `parity`: torch and transformers)
-  python experiments/benchmarks/train_throughput.py [--rounds=3] [--sizes=small,124m]
+  make bench              (installs the extra `parity`: torch, transformers, peft)
+  python experiments/benchmarks/train_throughput.py [--rounds=3] [--sizes=small,124m,lora]
+
+The sizes are those of a GPT-2, against `GPT2LMHeadModel`, all of which is trained; `lora` are
+adapters of rank 8 to every linear map of the layers of a SmolLM2-135M, against `peft`.
 
 Every measurement is a process of its own, which takes a few steps to warm up and then times some;
 the candidates take turns, so that a machine whose speed drifts treats them alike. The table holds
@@ -19,7 +22,7 @@ import time
 from absl import app, flags
 
 ROUNDS = flags.DEFINE_integer('rounds', 3, 'Times that each candidate is measured.')
-SIZES = flags.DEFINE_list('sizes', ['small', '124m'], 'small, 124m, 355m.')
+SIZES = flags.DEFINE_list('sizes', ['small', '124m'], 'small, 124m, 355m, lora.')
 CANDIDATES = flags.DEFINE_list('candidates', None, 'A part of the candidates, by name.')
 OUTPUT = flags.DEFINE_string('output', 'runs/train_throughput.json', 'Where the JSON goes.')
 WORKER = flags.DEFINE_string('worker', None, 'Internal: size/candidate to measure here.')
@@ -30,6 +33,7 @@ SHAPES = {
   'small': (6, 384, 6, 256, 16, 4096),
   '124m': (12, 768, 12, 256, 4, 50257),
   '355m': (24, 1024, 16, 256, 4, 50257),
+  'lora': (30, 576, 9, 128, 4, 49152),
 }
 NAMES = (
   'jaxllm float32', 'jaxllm float32 unrolled', 'jaxllm bfloat16',
@@ -43,7 +47,7 @@ def main(_) -> None:
     size, name = WORKER.value.split('/')
     library, *_ = name.split()
     measure = measure_jaxllm if library == 'jaxllm' else measure_torch
-    print('RESULT ' + json.dumps(measure(SHAPES[size], name)))
+    print('RESULT ' + json.dumps(measure(size, name)))
     return
   results = {}
   for size in SIZES.value:
@@ -119,27 +123,33 @@ def timed(step, tokens_per_step: int) -> dict:
   }
 
 
-def measure_jaxllm(shape: tuple, name: str) -> dict:
+def measure_jaxllm(size: str, name: str) -> dict:
   import jax
   import numpy as np
 
   from jaxllm import sharding
+  from jaxllm.adapters.lora import LoraConfig
   from jaxllm.data.documents import SourceConfig
   from jaxllm.data.records import DataConfig
   from jaxllm.data.tokenizers import TokenizerConfig
-  from jaxllm.experiment import Experiment, TrainingConfig
+  from jaxllm.experiment import Experiment, FinetuneConfig, TrainingConfig
+  from jaxllm.models import decoder
   from jaxllm.models.families import PRESETS
   from jaxllm.training import state, step
 
-  layers, width, heads, context, batch, vocabulary = shape
+  layers, width, heads, context, batch, vocabulary = SHAPES[size]
+  if size == 'lora':
+    model = PRESETS['smollm2_135m']
+  else:
+    model = PRESETS['gpt2_124m'].replace(
+      num_layers=layers, embed_dim=width, num_heads=heads, mlp_dim=4 * width, max_length=context,
+      vocab_size=vocabulary, dropout_rate=0.0)
   experiment = Experiment(
     name='train_throughput',
-    model=PRESETS['gpt2_124m'].replace(
-      num_layers=layers, embed_dim=width, num_heads=heads, mlp_dim=4 * width,
-      max_length=context, vocab_size=vocabulary, dropout_rate=0.0,
-      dtype='bfloat16' if 'bfloat16' in name else 'float32',
-      scan_layers='unrolled' not in name,
-    ),
+    model=model.replace(
+      dtype='bfloat16' if 'bfloat16' in name else 'float32', scan_layers='unrolled' not in name),
+    init_from='unused' if size == 'lora' else None,
+    finetune=FinetuneConfig(lora=LoraConfig(rank=8, alpha=16.0) if size == 'lora' else None),
     data=DataConfig(sources=(SourceConfig(location='unused'),), context_length=context),
     tokenizer=TokenizerConfig(kind='bytes'),
     training=TrainingConfig(num_steps=1000, batch_size=batch),
@@ -147,7 +157,11 @@ def measure_jaxllm(shape: tuple, name: str) -> dict:
   mesh = sharding.make_mesh(experiment.mesh)
   tx = state.make_optimizer(experiment)
   train_step = step.make_train_step(experiment, tx, mesh)
-  holder = [state.create_state(experiment, tx, mesh)]
+  base = None
+  if size == 'lora':
+    base = decoder.init(experiment.decoder, jax.random.key(0))['params']
+  holder = [state.create_state(experiment, tx, mesh, base)]
+  del base
   ids = np.random.default_rng(0).integers(0, vocabulary, (batch, context + 1), dtype=np.int32)
   host_batch = {
     'tokens': ids[:, :-1],
@@ -169,18 +183,15 @@ def measure_jaxllm(shape: tuple, name: str) -> dict:
   return result
 
 
-def measure_torch(shape: tuple, name: str) -> dict:
+def measure_torch(size: str, name: str) -> dict:
   import torch
-  import transformers
 
-  layers, width, heads, context, batch, vocabulary = shape
+  _, _, _, context, batch, vocabulary = SHAPES[size]
   device = 'cuda' if torch.cuda.is_available() else 'cpu'
   torch.manual_seed(0)
-  model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-    n_layer=layers, n_embd=width, n_head=heads, n_positions=context, vocab_size=vocabulary,
-    resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
-  )).to(device).train()
-  optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+  model = (torch_adapters() if size == 'lora' else torch_gpt2(size)).to(device).train()
+  trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+  optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
   forward = torch.compile(model) if 'compiled' in name else model
   ids = torch.randint(0, vocabulary, (batch, context + 1), device=device)
   tokens, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
@@ -192,7 +203,7 @@ def measure_torch(shape: tuple, name: str) -> dict:
       logits.float().view(-1, vocabulary), targets.view(-1)
     )
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    torch.nn.utils.clip_grad_norm_(trained, 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return float(loss)
@@ -201,6 +212,29 @@ def measure_torch(shape: tuple, name: str) -> dict:
   if device == 'cuda':
     result['peak_memory_gb'] = torch.cuda.max_memory_allocated() / 1e9
   return result
+
+
+def torch_gpt2(size: str):
+  import transformers
+
+  layers, width, heads, context, _, vocabulary = SHAPES[size]
+  return transformers.GPT2LMHeadModel(transformers.GPT2Config(
+    n_layer=layers, n_embd=width, n_head=heads, n_positions=context, vocab_size=vocabulary,
+    resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
+  ))
+
+
+def torch_adapters():
+  import peft
+  import transformers
+
+  layers, width, heads, _, _, vocabulary = SHAPES['lora']
+  model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+    num_hidden_layers=layers, hidden_size=width, num_attention_heads=heads, num_key_value_heads=3,
+    intermediate_size=1536, vocab_size=vocabulary, tie_word_embeddings=True, use_cache=False,
+  ))
+  return peft.get_peft_model(model, peft.LoraConfig(
+    r=8, lora_alpha=16, target_modules='all-linear', task_type='CAUSAL_LM'))
 
 
 if __name__ == '__main__':

@@ -116,8 +116,9 @@ def create_state(
     experiment: the run.
     tx: from `make_optimizer`.
     mesh: from `sharding.make_mesh`.
-    base: parameters of `init_from`; None: there is none.
-    teacher: parameters of the teacher; None: there is none.
+    base: parameters of `init_from`, which become part of the state and are the caller's no longer;
+      None: there is none.
+    teacher: parameters of the teacher, likewise.
 
   Raises:
     ValueError: `base` has not the parameters of `config.model`; the message lists the paths.
@@ -142,6 +143,9 @@ def freeze(experiment: Experiment, mesh: Mesh, base: Any, teacher: Any | None = 
   base = None if experiment.finetune.lora is None else _fitting(experiment, base, mesh)
   if teacher is not None:
     teacher = jax.device_put(teacher, where[finetune.TEACHER])
+  if experiment.finetune.base is None:
+    # Nothing to compute, so nothing is copied.
+    return finetune.freeze(experiment, base, teacher)
   return jax.jit(
     lambda base, teacher: finetune.freeze(experiment, base, teacher), out_shardings=where
   )(base, teacher)
