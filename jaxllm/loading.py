@@ -31,8 +31,6 @@ from jaxllm.tasks.base import Example
 
 # The entry of a bundle's manifest with the fingerprint of what adapters were trained beside.
 BASE = 'base_fingerprint'
-# How many conversations are rendered by one process, which has a limit of time.
-_CONVERSATIONS = 256
 # Where a classifier lies among the parameters.
 HEAD = 'classifier'
 
@@ -224,12 +222,9 @@ def task_examples(task: Any, split: str, tokenizer: Tokenizer) -> list[Example]:
   eos_token = next((text for text, i in special.items() if i == tokenizer.eos_id), '')
 
   def render(conversations: Sequence[Sequence[chat.Message]], open_turn: bool) -> list[str]:
-    found: list[str] = []
-    for start in range(0, len(conversations), _CONVERSATIONS):
-      part = conversations[start : start + _CONVERSATIONS]
-      # BOS is the task's own: a template that writes it would have it twice.
-      found += templates.render(template, part, open_turn, bos_token='', eos_token=eos_token)
-    return found
+    # BOS is the task's own: a template that writes it would have it twice.
+    return templates.render(
+      template, conversations, open_turn, bos_token='', eos_token=eos_token)
 
   records = predict.load(task.data, split, ('messages',))
   return chat.examples(records, render, tuple(special))

@@ -4,7 +4,8 @@
     translate(['A dog runs.'], source='en', target='de')     # [{'translation_text': ...}]
 
 A model that was fine-tuned on a task answers in the form that it was trained on, any other by the
-default prompt of the task. `PIPELINES` lists the tasks.
+default prompt of the task, or where it has a chat template by the task's request. `PIPELINES` lists
+the tasks.
 """
 
 import os
@@ -67,11 +68,23 @@ def pipeline(
 
 
 def speaker(model: LoadedModel, batch_size: int = BATCH_SIZE) -> Speaker:
-  """Return a loaded model as what answers the prompts of tasks."""
+  """Return a loaded model as what answers the prompts of tasks.
+
+  A chat model that was not fine-tuned here is asked through its template.
+  """
+  special = templates.special_tokens(model.tokenizer)
+  template = tokenizer_files.chat_template(model.tokenizer.files())
+  is_chat = own_task(model) is None and template is not None
+
+  def ask(requests: Sequence[str]) -> list[list[int]]:
+    chats = [[{'role': 'user', 'content': request}] for request in requests]
+    return templates.encode_all(model.tokenizer, template or '', chats)
+
+  ends = templates.turn_ends(special) if is_chat else ()
   return Speaker(
-    Decoder(model.config), model.unstacked, model.tokenizer,
-    templates.special_tokens(model.tokenizer), model.add_bos, batch_size, model.stop_ids,
-    model.experiment.classifier if model.experiment else None,
+    Decoder(model.config), model.unstacked, model.tokenizer, special, model.add_bos, batch_size,
+    (*model.stop_ids, *ends), model.experiment.classifier if model.experiment else None,
+    ask if is_chat else None,
   )
 
 
@@ -223,6 +236,8 @@ def _config(model: LoadedModel, fields: Mapping[str, Any], *kinds: str) -> Any:
   """Return the model's own config of one of the kinds, or the default of the first, changed."""
   own = own_task(model)
   config = own if own is not None and own.kind in kinds else TASKS[kinds[0]].config()
+  if 'prompt' in fields and hasattr(config, 'request'):
+    fields = {'request': None, **fields}
   return config.replace(**fields)
 
 

@@ -171,3 +171,30 @@ def test_what_is_asked_wrongly_is_said(model):
     jaxllm.pipeline('translation', model, max_tokens=3)
   with pytest.raises(ValueError, match='input 1 is 3'):
     jaxllm.pipeline('summarization', model)(['a', 3])
+
+
+class ChatBytes:
+  """The bytes tokenizer of a model with a chat template."""
+
+  def __getattr__(self, name):
+    return getattr(BYTES, name)
+
+  def files(self):
+    template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
+    return {**BYTES.files(), 'chat_template.jinja': template.encode()}
+
+
+def test_a_chat_model_is_asked_by_its_template_unless_it_was_tuned(model):
+  chat = LoadedModel(model.config, model.variables, ChatBytes())
+  asked = jaxllm.pipeline('translation', chat, max_new_tokens=5)('Hi {there}', target='fr')
+  request = '<user>Translate from English to French: {source}<assistant>'
+  assert asked == jaxllm.pipeline(
+    'translation', model, prompt=request, max_new_tokens=5)('Hi {there}', target='fr')
+  # A prompt of one's own, and the form of a fine-tuned run, take the place of the template.
+  prompted = jaxllm.pipeline('translation', model, prompt='{source}=', max_new_tokens=5)('Hi')
+  assert prompted != jaxllm.pipeline('translation', chat, max_new_tokens=5)('Hi')
+  assert prompted == jaxllm.pipeline(
+    'translation', chat, prompt='{source}=', max_new_tokens=5)('Hi')
+  task = Translation(prompt='{source}=', request='{source}', max_new_tokens=5)
+  run = LoadedModel(model.config, model.variables, ChatBytes(), Run(task))
+  assert prompted == jaxllm.pipeline('translation', run)('Hi')

@@ -20,6 +20,8 @@ from jaxllm.data.tokenizers import Tokenizer
 _TURN_ENDS = (
   '<|im_end|>', '<|eot_id|>', '<end_of_turn>', '<|end|>', '<|endoftext|>', '</s>', '<|return|>'
 )
+# How many conversations are rendered by one process, which has a limit of time.
+_AT_ONCE = 256
 CPU_SECONDS, MEMORY_BYTES, MAX_CHARACTERS = 5, 512_000_000, 10_000_000
 MAX_TEMPLATE_CHARACTERS = 1_000_000
 
@@ -38,7 +40,7 @@ def render(
 
   Args:
     template: Jinja, as in tokenizer_config.json.
-    conversations: each a list of messages {'role': ..., 'content': ...}; rendered in one process.
+    conversations: each a list of messages {'role': ..., 'content': ...}.
     add_generation_prompt: whether the text ends where the assistant begins.
     cpu_seconds: how long the template may compute.
     memory_bytes: how much the process may take, Python itself included.
@@ -50,6 +52,10 @@ def render(
   Raises:
     TemplateError: the template is damaged, refuses the conversation, or exceeds the limits.
   """
+  if len(conversations) > _AT_ONCE:
+    parts = (conversations[i : i + _AT_ONCE] for i in range(0, len(conversations), _AT_ONCE))
+    return [text for part in parts for text in render(
+      template, part, add_generation_prompt, cpu_seconds, memory_bytes, **variables)]
   if len(template) > MAX_TEMPLATE_CHARACTERS:
     raise TemplateError(f'chat template: longer than {MAX_TEMPLATE_CHARACTERS} characters')
   request = json.dumps({
@@ -83,15 +89,23 @@ def encode(
   tokenizer: Tokenizer, template: str, messages: Sequence[Message],
   add_generation_prompt: bool = True, **variables: Any,
 ) -> list[int]:
-  """Return the token ids of a conversation.
+  """Return the token ids of a conversation; see `encode_all`."""
+  return encode_all(tokenizer, template, [messages], add_generation_prompt, **variables)[0]
+
+
+def encode_all(
+  tokenizer: Tokenizer, template: str, conversations: Sequence[Sequence[Message]],
+  add_generation_prompt: bool = True, **variables: Any,
+) -> list[list[int]]:
+  """Return the token ids of conversations.
 
   Special tokens that the template writes become tokens; those that a message spells stay text.
 
   Args:
     tokenizer: of the model.
     template: its chat template.
-    messages: the conversation.
-    add_generation_prompt: whether it ends where the assistant begins.
+    conversations: each a list of messages.
+    add_generation_prompt: whether they end where the assistant begins.
     **variables: what else the template may use.
 
   Raises:
@@ -106,12 +120,15 @@ def encode(
   hidden: list[str] = []
   if special:
     spelled = _any_of(special)
-    messages = [_hide(message, spelled, stand_in, hidden) for message in messages]
-  (text,) = render(template, [messages], add_generation_prompt, **variables)
+    conversations = [[_hide(message, spelled, stand_in, hidden) for message in messages]
+                     for messages in conversations]
   put_back = re.compile(re.escape(stand_in) + r'(\d+);')
-  return encode_with_special(
-    tokenizer, text, lambda plain: put_back.sub(lambda match: hidden[int(match[1])], plain)
-  )
+
+  def restore(plain: str) -> str:
+    return put_back.sub(lambda match: hidden[int(match[1])], plain)
+
+  texts = render(template, conversations, add_generation_prompt, **variables)
+  return [encode_with_special(tokenizer, text, restore) for text in texts]
 
 
 def encode_with_special(

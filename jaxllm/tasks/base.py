@@ -48,6 +48,7 @@ class Example(NamedTuple):
     choices: the continuations to compare; empty where an answer is generated.
     neutral: segments of a prompt that says nothing, after which the prior of the choices is
       measured; None where it is not.
+    request: what a chat model is asked instead of the prompt; None: nothing.
   """
 
   segments: tuple[Segment, ...]
@@ -55,6 +56,7 @@ class Example(NamedTuple):
   record: Record
   choices: tuple[str, ...] = ()
   neutral: tuple[Segment, ...] | None = None
+  request: str | None = None
 
 
 def prompt_of(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
@@ -107,10 +109,19 @@ class CompletionConfig(TaskConfig):
   target: str
   """The answer that is trained on. White space before it belongs here, where tokenizers keep it
   with the word that follows."""
+  request: str | None = None
+  """What the user says to a chat model that was not fine-tuned, in place of the prompt; None, as
+  where a prompt alone is given: it gets the prompt."""
+
+  @pydantic.model_validator(mode='before')
+  @classmethod
+  def _prompt_alone(cls, values: Any) -> Any:
+    alone = isinstance(values, Mapping) and 'prompt' in values and 'request' not in values
+    return {**values, 'request': None} if alone else values
 
   @pydantic.model_validator(mode='after')
   def _check_templates(self) -> 'CompletionConfig':
-    placeholders(self.prompt), placeholders(self.target)
+    placeholders(self.prompt), placeholders(self.target), placeholders(self.request or '')
     if self.prompt != self.prompt.rstrip():
       raise ValueError(f'prompt={self.prompt!r} ends with white space; begin the target with it')
     return self
@@ -176,6 +187,11 @@ def completion(config: CompletionConfig, record: Record) -> tuple[Segment, ...]:
     Segment(fill(config.target, record), 1.0),
     EOS,
   )
+
+
+def request(config: CompletionConfig, record: Record) -> str | None:
+  """Return what a chat model is asked about a record; None: nothing but the prompt."""
+  return None if config.request is None else fill(config.request, record)
 
 
 def probabilities(log_likelihoods: Sequence[float] | np.ndarray) -> np.ndarray:

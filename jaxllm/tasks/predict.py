@@ -1,7 +1,7 @@
 """A model does a task: prompts go in, answers come out and are read back as predictions."""
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -35,6 +35,8 @@ class Speaker(NamedTuple):
     add_bos: whether the model wants BOS.
     batch_size: rows of one call.
     stop_ids: tokens that end an answer, besides EOS.
+    ask: requests of a user -> the prompts of a chat in which they are answered; None: the model
+      gets the prompts of the task.
     classifier: the head at params/classifier, where the model has one; tasks with as many labels
       are done by it.
   """
@@ -47,6 +49,7 @@ class Speaker(NamedTuple):
   batch_size: int = 8
   stop_ids: tuple[int, ...] = ()
   classifier: ClassifierConfig | None = None
+  ask: Callable[[Sequence[str]], list[list[int]]] | None = None
 
 
 def examples(config: Any, split: str) -> list[Example]:
@@ -137,10 +140,12 @@ def _bucket(length: int) -> int:
 
 def _generate(config: TaskConfig, examples: Sequence[Example], speaker: Speaker) -> list[Answer]:
   room = max(speaker.model.config.max_length - config.max_new_tokens, 1)
-  prompts = []
-  for example in examples:
-    ids = list(_encode(speaker, prompt_of(example.segments)).ids)
-    prompts.append(ids[:1] + ids[len(ids) - room + 1 :] if len(ids) > room else ids)
+  requests = [example.request for example in examples if example.request is not None]
+  if speaker.ask is not None and len(requests) == len(examples):
+    prompts = speaker.ask(requests)
+  else:
+    prompts = [list(_encode(speaker, prompt_of(example.segments)).ids) for example in examples]
+  prompts = [ids[:1] + ids[len(ids) - room + 1 :] if len(ids) > room else ids for ids in prompts]
   order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
   answers: list[Answer] = [Answer()] * len(prompts)
   for start in range(0, len(order), speaker.batch_size):

@@ -16,6 +16,7 @@ from jaxllm.tasks.base import (
   Record,
   Task,
   completion,
+  request,
 )
 from jaxllm.tasks.records import RecordsConfig, RecordSource
 
@@ -40,6 +41,10 @@ class QuestionAnswering(CompletionConfig):
   """The same for a record without context."""
   target: str = ' {answer}'
   """The answer; {answer} stands for the first accepted text."""
+  request: str | None = '{context}\n\nAnswer in a few words of the text: {question}'
+  """What a chat model is asked."""
+  request_without_context: str | None = 'Answer in one sentence: {question}'
+  """The same for a record without context."""
   unanswerable: str = 'unanswerable'
   """What the model says where there is no answer."""
 
@@ -56,11 +61,13 @@ class ExtractiveQuestionAnswering(QuestionAnswering):
 def example(config: QuestionAnswering, record: Record) -> Example:
   """Return the example of a record; without `answers` it can only be answered."""
   if not record.get('context'):
-    config = config.replace(prompt=config.prompt_without_context)
+    config = config.replace(
+      prompt=config.prompt_without_context, request=config.request_without_context)
   answers = record.get('answers')
   answers = [answers] if isinstance(answers, str) else answers
   first = answers[0] if answers else config.unanswerable
-  return Example(completion(config, {**record, 'answer': first}), answers, record)
+  return Example(completion(config, {**record, 'answer': first}), answers, record,
+                 request=request(config, record))
 
 
 def read(config: QuestionAnswering, example: Example, answer: Answer) -> Prediction:

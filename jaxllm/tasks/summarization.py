@@ -13,6 +13,7 @@ from jaxllm.tasks.base import (
   Record,
   Task,
   completion,
+  request,
 )
 from jaxllm.tasks.records import RecordsConfig, RecordSource
 
@@ -34,13 +35,16 @@ class Summarization(CompletionConfig):
   """Text before the answer."""
   target: str = ' {summary}'
   """The answer."""
+  request: str | None = '{document}\n\nSummarize this in one or two sentences.'
+  """What a chat model is asked."""
   max_new_tokens: int = pydantic.Field(default=128, gt=0)
   """Most tokens of a summary."""
 
 
 def example(config: Summarization, record: Record) -> Example:
   """Return the example of a record; without a `summary` it can only be answered."""
-  return Example(completion(config, {'summary': '', **record}), record.get('summary'), record)
+  return Example(completion(config, {'summary': '', **record}), record.get('summary'), record,
+                 request=request(config, record))
 
 
 def read(config: Summarization, example: Example, answer: Answer) -> Prediction:

@@ -14,6 +14,7 @@ from jaxllm.tasks.base import (
   Record,
   Task,
   completion,
+  request,
 )
 from jaxllm.tasks.records import RecordsConfig, RecordSource
 
@@ -49,6 +50,8 @@ class Translation(CompletionConfig):
   """Text before the answer."""
   target: str = ' {target}'
   """The answer."""
+  request: str | None = 'Translate from {source_language} to {target_language}: {source}'
+  """What a chat model is asked."""
   max_new_tokens: int = pydantic.Field(default=128, gt=0)
   """Most tokens of a translation."""
 
@@ -61,7 +64,8 @@ def example(config: Translation, record: Record) -> Example:
     if (name := str(record.get(field, getattr(config, field))))
   }
   filled = {'target': '', **record, **languages}
-  return Example(completion(config, filled), record.get('target'), record)
+  return Example(completion(config, filled), record.get('target'), record,
+                 request=request(config, filled))
 
 
 def read(config: Translation, example: Example, answer: Answer) -> Prediction:
