@@ -12,7 +12,8 @@ Batch = Mapping[str, jax.Array]
 
 
 def sequence_log_probs(
-  model: Decoder, variables: Any, batch: Batch, dropout_key: jax.Array | None = None
+  model: Decoder, variables: Any, batch: Batch, dropout_key: jax.Array | None = None,
+  max_targets: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Sum the log-probabilities of each row's weighted targets.
 
@@ -21,18 +22,26 @@ def sequence_log_probs(
     variables: of the model.
     batch: tokens, targets, weights, segment_ids and positions, each (B, T).
     dropout_key: None turns dropout off.
+    max_targets: K, no row has more weighted targets, and logits are computed for no more; None: T.
 
   Returns:
     (log_probs_B in nats, counts_B: sums of the weights), float32.
   """
-  logits_BTV: Any = model.apply(
+  hidden_BTD: Any = model.apply(
     variables, batch['tokens'], batch['segment_ids'], batch['positions'],
     deterministic=dropout_key is None,
-    rngs=None if dropout_key is None else {'dropout': dropout_key},
+    rngs=None if dropout_key is None else {'dropout': dropout_key}, method='hidden',
   )
-  target_BT = jnp.take_along_axis(logits_BTV, batch['targets'][..., None], axis=-1)[..., 0]
+  weights_BT, targets_BT = batch['weights'], batch['targets']
+  counts_B = jnp.sum(weights_BT, axis=1)
+  if max_targets is not None and max_targets < weights_BT.shape[1]:
+    _, places_BK = jax.lax.top_k((weights_BT != 0).astype(jnp.int32), max_targets)
+    hidden_BTD = jnp.take_along_axis(hidden_BTD, places_BK[..., None], axis=1)
+    weights_BT, targets_BT = (
+      jnp.take_along_axis(array_BT, places_BK, axis=1) for array_BT in (weights_BT, targets_BT))
+  logits_BTV: Any = model.apply(variables, hidden_BTD, method='logits')
+  target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
   log_probs_BT = target_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
-  weights_BT = batch['weights']
   # A target that cannot be (a padding id) has infinite loss, and 0 * inf is NaN.
   log_probs_BT = jnp.where(weights_BT == 0, 0, log_probs_BT)
-  return jnp.sum(weights_BT * log_probs_BT, axis=1), jnp.sum(weights_BT, axis=1)
+  return jnp.sum(weights_BT * log_probs_BT, axis=1), counts_B

@@ -105,7 +105,11 @@ def log_likelihoods(speaker: Speaker, sequences: Sequence[Tokens]) -> list[float
     records = completion.pack(
       [fitting[i] for i in rows] + padding, length, speaker.model.config.vocab_size, together=False
     )
-    log_probs_B, _ = _log_probs(speaker.model, speaker.variables, completion.batch_arrays(records))
+    # Logits are many: those of choices alone, in few sizes.
+    targets = max(sum(map(bool, fitting[i].weights)) for i in rows)
+    log_probs_B, _ = _log_probs(
+      speaker.model, speaker.variables, completion.batch_arrays(records),
+      1 << max(targets - 1, 0).bit_length())
     result[rows] = np.asarray(log_probs_B, np.float64)[: len(rows)]
   return result.tolist()
 
@@ -128,9 +132,11 @@ def windows(tokens: Tokens, context_length: int, stride: int) -> Iterator[Tokens
     done = stop
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _log_probs(model: Decoder, variables: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
-  return likelihood.sequence_log_probs(model, variables, batch)
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _log_probs(
+  model: Decoder, variables: Any, batch: Any, max_targets: int
+) -> tuple[jax.Array, jax.Array]:
+  return likelihood.sequence_log_probs(model, variables, batch, max_targets=max_targets)
 
 
 def _bucket(length: int) -> int:
