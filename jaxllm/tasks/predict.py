@@ -1,11 +1,12 @@
 """A model does a task: prompts go in, answers come out and are read back as predictions."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import tqdm
 
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.generation import decode
@@ -98,7 +99,7 @@ def log_likelihoods(speaker: Speaker, sequences: Sequence[Tokens]) -> list[float
   result = np.zeros(len(fitting))
   # Rows of about the same length share a batch.
   order = sorted(range(len(fitting)), key=lambda i: -len(fitting[i].ids))
-  for start in range(0, len(order), speaker.batch_size):
+  for start in _batches(len(order), speaker.batch_size):
     rows = order[start : start + speaker.batch_size]
     length = min(_bucket(len(fitting[rows[0]].ids) - 1), context_length)
     padding = [Tokens([], [])] * (speaker.batch_size - len(rows))
@@ -139,6 +140,12 @@ def _log_probs(
   return likelihood.sequence_log_probs(model, variables, batch, max_targets=max_targets)
 
 
+def _batches(count: int, batch_size: int) -> Iterable[int]:
+  """Return where batches begin; at a terminal a bar shows how far a long work has come."""
+  starts = range(0, count, batch_size)
+  return tqdm.tqdm(starts, unit='batch', leave=False, delay=3, disable=None)
+
+
 def _bucket(length: int) -> int:
   """Return the next power of two, so that few lengths are ever compiled."""
   return max(_LEAST_LENGTH, 1 << max(length - 1, 0).bit_length())
@@ -154,7 +161,7 @@ def _generate(config: TaskConfig, examples: Sequence[Example], speaker: Speaker)
   prompts = [ids[:1] + ids[len(ids) - room + 1 :] if len(ids) > room else ids for ids in prompts]
   order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
   answers: list[Answer] = [Answer()] * len(prompts)
-  for start in range(0, len(order), speaker.batch_size):
+  for start in _batches(len(order), speaker.batch_size):
     rows = order[start : start + speaker.batch_size]
     # A last, smaller batch is filled up, which is cheaper than compiling for its size.
     padding = rows[:1] * (speaker.batch_size - len(rows)) if start else []
@@ -239,7 +246,7 @@ def _classify(config: TaskConfig, examples: Sequence[Example], speaker: Speaker)
   prompts = encoding.prompts(examples, speaker.tokenizer, context_length, 'start', speaker.add_bos)
   answers: list[Answer] = [Answer()] * len(examples)
   order = sorted(range(len(prompts)), key=lambda i: len(prompts[i] or ''))
-  for start in range(0, len(order), speaker.batch_size):
+  for start in _batches(len(order), speaker.batch_size):
     rows = order[start : start + speaker.batch_size]
     texts = [prompts[i] or Tokens([0], [0]) for i in rows]
     texts += [Tokens([], [])] * (speaker.batch_size - len(rows))
