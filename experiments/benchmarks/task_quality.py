@@ -65,7 +65,17 @@ DIALOGUES = {
   'sources': [{'location': '{data}/dialogsum/dialogsum.dev.jsonl'}],
   'fields': [['document', 'dialogue']], 'fractions': [['train', 0.8], ['test', 0.2]],
 }
-BYTES = {'init_from': None, 'tokenizer': {'kind': 'bytes'}}
+# A model of its own for a data set, and a vocabulary learnt from it.
+SCRATCH = {
+  'init_from': None,
+  'tokenizer': {'vocab_size': 8192},
+  'model': {
+    'vocab_size': 8192, 'embed_dim': 320, 'num_layers': 6, 'num_heads': 5, 'mlp_dim': 864,
+    'max_length': 128, 'tied_head': True, 'dropout_rate': 0.1, 'scan_layers': False,
+  },
+  'data.context_length': 128,
+  'optimizer': {'name': 'muon', 'learning_rate': 0.01},
+}
 
 ALL = {
   'sentiment_lora': Run(
@@ -81,12 +91,17 @@ ALL = {
   ),
   'answers_lora': Run(
     'question_answering.py:smollm2', ANSWERS,
-    {'training.num_steps': 240, 'data.context_length': 512, 'training.batch_size': 1},
+    {'training.num_steps': 200, 'data.context_length': 512, 'training.batch_size': 1},
     zero_shot=True,
   ),
   'sentiment_full': Run(
     'sentiment.py:smollm2', SENTIMENT,
-    {'training.num_steps': 150, 'finetune.lora': None, 'optimizer.learning_rate': 5e-5},
+    {'training.num_steps': 120, 'finetune.lora': None, 'optimizer.learning_rate': 5e-5},
+  ),
+  'sentiment_scratch': Run('sentiment.py', SENTIMENT, {'training.num_steps': 400, **SCRATCH}),
+  'translation_scratch': Run(
+    'translation.py', TRANSLATION, {'training.num_steps': 700, 'training.batch_size': 16,
+                                    **SCRATCH}, limit=200,
   ),
 }
 
