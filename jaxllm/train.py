@@ -33,7 +33,9 @@ def main(_) -> None:  # noqa: D103
     sys.exit(f'error: {error}')
   if not summary['complete']:
     return
-  print(f'{summary["step"]:,} steps, {summary["parameters"]:,} parameters')
+  trained = summary.get('trained_parameters')
+  print(f'{summary["step"]:,} steps, {summary["parameters"]:,} parameters'
+        + (f', {trained:,} of adapters trained' if trained else ''))
   if 'validation' in summary:
     scores = summary['validation']
     told = {'loss': 'held-out loss', 'perplexity': 'perplexity', 'bits_per_byte': 'bits per byte',

@@ -142,11 +142,20 @@ def result(name: str, run: Run) -> dict[str, Any]:
     'commands': {'train': train, 'evaluate': evaluate},
     'seconds': seconds,
     'steps': run.fields['training.num_steps'],
+    'state_mb': state_mb(folder / 'run'),
     'examples': task['examples'],
     'scores': task['scores'],
   }
   path.write_text(json.dumps(found, indent=2) + '\n')
   return found
+
+
+def state_mb(workdir: pathlib.Path) -> float:
+  """Return the size of the newest checkpoint: what is trained, with the optimizer's state."""
+  steps = [path for path in (workdir / 'checkpoints').iterdir() if path.name.isdigit()]
+  newest = max(steps, key=lambda path: int(path.name))
+  size = sum(path.stat().st_size for path in newest.rglob('*') if path.is_file())
+  return round(size / 1e6, 1)
 
 
 def flag(value: Any) -> str:
@@ -174,12 +183,16 @@ def program(folder: pathlib.Path, name: str, arguments: list[str]) -> float:
 
 
 def print_table(results: dict[str, Any]) -> None:
-  """Print every score of every run."""
+  """Print every score of every run, with its interval and, where asked for, SmolLM2's own."""
   for name, found in results.items():
-    minutes = {key: round(value / 60, 1) for key, value in found['seconds'].items()}
-    print(f'\n{name}: {found["steps"]} steps in {minutes["train"]} minutes; '
-          f'{found["examples"]} test records in {minutes["evaluate"]}')
-    print(json.dumps(found['scores'], indent=1))
+    train, evaluate = (found['seconds'][part] / 60 for part in ('train', 'evaluate'))
+    print(f'\n{name}: {found["steps"]} steps in {train:.1f} minutes, a state of '
+          f'{found["state_mb"]} MB; {found["examples"]} test records in {evaluate:.1f} minutes')
+    for metric, score in found['scores'].items():
+      line = f'{metric:>16} {score["value"]:8.4f} [{score["low"]:.4f}, {score["high"]:.4f}]'
+      if score.get('comparison'):
+        line += f'  zero-shot {score["baseline"]:.4f}, p = {score["comparison"]["p_value"]:.3f}'
+      print(line)
 
 
 if __name__ == '__main__':
