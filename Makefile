@@ -6,7 +6,7 @@ export JAX_PLATFORMS ?= cpu
 # Names of `experiments/` files.
 TASKS := sentiment translation summarization question_answering
 
-.PHONY: demo demo-tasks test test-parity lint bench notebooks
+.PHONY: demo demo-tasks test test-parity test-browser lint bench bench-serve notebooks
 
 .venv/base: setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -59,6 +59,10 @@ test: .venv/dev
 test-parity: .venv/parity
 	$(BIN)/python -m pytest -m parity
 
+test-browser: .venv/dev
+	# Skipped where there is no Chromium.
+	$(BIN)/python -m pytest -m browser
+
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -67,6 +71,9 @@ bench: .venv/parity
 	$(BIN)/python experiments/benchmarks/train_throughput.py
 	$(BIN)/python experiments/benchmarks/decode_throughput.py
 	$(BIN)/python experiments/benchmarks/load_time.py
+
+bench-serve: .venv/parity
+	$(BIN)/python experiments/benchmarks/serve_load.py
 
 notebooks: .venv/notebooks .venv/demo
 	rm -rf colab/runs

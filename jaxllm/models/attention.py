@@ -23,7 +23,7 @@ from jaxllm.models.splash import splash_attention
 # Finite, so that a row without any visible key gives no NaN, forward or backward.
 MASKED = -1e30
 # Slots of a cache that are read at a time.
-BLOCK = 256
+BLOCK = 128
 
 
 @flax.struct.dataclass
