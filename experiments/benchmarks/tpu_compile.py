@@ -109,7 +109,7 @@ def compile_step(location: str) -> dict:
   context = experiment.data.context_length
   tokens = experiment.training.batch_size * context / len(devices)
   peak = metrics.device_peak_flops(devices[0].device_kind, 'bfloat16')
-  compute = 3 * decoder.flops_per_token(experiment.model, context) * tokens / peak
+  compute = 3 * experiment.model.flops_per_token(context) * tokens / peak
   exchanged = collectives(compiled.as_text())
   exchange = sum(size for _, size in exchanged.values()) / (link_gb * 1e9)
   whole = replicated(before.params, compiled.input_shardings[0][0].params, mesh)

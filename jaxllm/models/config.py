@@ -128,6 +128,26 @@ class DecoderConfig(Config):
     """The kind of each of the L layers."""
     return tuple(self.layer_pattern[i % len(self.layer_pattern)] for i in range(self.num_layers))
 
+  def flops_per_token(self, context_length: int) -> float:
+    """Return the floating-point operations of matrix products per token of a forward pass.
+
+    A multiply-add counts as two. Attention counts what a causal (and windowed) mask leaves visible,
+    averaged over the positions of a full context; a training step takes three times as much.
+
+    Args:
+      context_length: T, tokens per sequence.
+    """
+    heads_dim = self.num_heads * self.head_size
+    attention_weights = 2 * self.embed_dim * (heads_dim + self.kv_heads * self.head_size)
+    mlp_weights = (3 if self.gated else 2) * self.embed_dim * self.mlp_dim
+    weights = self.num_layers * (attention_weights + mlp_weights)
+    weights += self.embed_dim * self.vocab_size
+    visible = 0.0
+    for kind in self.layer_kinds:
+      window = min(self.window_of(kind) or context_length, context_length)
+      visible += window - window * (window - 1) / (2 * context_length)
+    return 2.0 * weights + 4.0 * heads_dim * visible
+
   def window_of(self, kind: LayerKind) -> int | None:
     """Return how many tokens a layer of `kind` sees, itself included; None: all before it."""
     return self.window if kind == 'local' else None

@@ -1,9 +1,9 @@
 """One decoder-only transformer: embed -> blocks -> norm -> logits; cache in, cache out.
 
 `Decoder` is the module, used purely: `Decoder(config).apply(variables, tokens_BT)`. `init`,
-`abstract` and `unstack` make and reshape its variables; `parameter_count` and `flops_per_token`
-say what it costs. The parameters of all blocks are stored stacked on axis 0 and run by a scan or
-unrolled; both call the same pure `Block` on one layer's slice, and so agree exactly.
+`abstract` and `unstack` make and reshape its variables. The parameters of all blocks are stored
+stacked on axis 0 and run by a scan or unrolled; both call the same pure `Block` on one layer's
+slice, and so agree exactly.
 """
 
 import dataclasses
@@ -32,8 +32,8 @@ from jaxllm.models.positions import (
 from jaxllm.sharding import constrain
 
 __all__ = [
-  'Decoder', 'DecoderConfig', 'KVCache', 'abstract', 'flops_per_token', 'init', 'init_cache',
-  'parameter_count', 'unstack',
+  'Decoder', 'DecoderConfig', 'KVCache', 'abstract', 'init', 'init_cache', 'parameter_count',
+  'unstack',
 ]
 
 REMAT_POLICIES: Mapping[str, Callable[..., Any]] = {
@@ -323,28 +323,6 @@ def parameter_count(config: DecoderConfig) -> int:
     shapes, axes,
   )
   return sum(jax.tree.leaves(counts))
-
-
-def flops_per_token(config: DecoderConfig, context_length: int) -> float:
-  """Return the floating-point operations of matrix products per token of a forward pass.
-
-  A multiply-add counts as two. Attention counts what a causal (and windowed) mask leaves visible,
-  averaged over the positions of a full context; a training step takes three times as much.
-
-  Args:
-    config: sizes.
-    context_length: T, tokens per sequence.
-  """
-  heads_dim = config.num_heads * config.head_size
-  attention_weights = 2 * config.embed_dim * (heads_dim + config.kv_heads * config.head_size)
-  mlp_weights = (3 if config.gated else 2) * config.embed_dim * config.mlp_dim
-  weights = config.num_layers * (attention_weights + mlp_weights)
-  weights += config.embed_dim * config.vocab_size
-  visible = 0.0
-  for kind in config.layer_kinds:
-    window = min(config.window_of(kind) or context_length, context_length)
-    visible += window - window * (window - 1) / (2 * context_length)
-  return 2.0 * weights + 4.0 * heads_dim * visible
 
 
 def _norm(config: DecoderConfig, name: str | None = None) -> Norm:

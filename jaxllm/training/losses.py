@@ -6,7 +6,6 @@ from typing import Any
 import jax
 
 from jaxllm.experiment import Distillation, Experiment
-from jaxllm.models import decoder
 from jaxllm.models.decoder import Decoder
 from jaxllm.objectives import classification, distillation, next_token, preference
 from jaxllm.training import finetune
@@ -57,9 +56,9 @@ def flops_per_step(experiment: Experiment) -> float:
   passes = 3 if experiment.finetune.lora is None else 2
   if objective.kind in preference.NEED_REFERENCE and experiment.finetune.lora is not None:
     passes += 1
-  total = passes * positions * decoder.flops_per_token(experiment.decoder, length)
+  total = passes * positions * experiment.decoder.flops_per_token(length)
   if isinstance(objective, Distillation):
-    total += positions * decoder.flops_per_token(finetune.teacher_config(objective), length)
+    total += positions * finetune.teacher_config(objective).flops_per_token(length)
   return total
 
 

@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from jaxllm import sharding
-from jaxllm.models.decoder import abstract, flops_per_token, init, parameter_count
+from jaxllm.models.decoder import abstract, init, parameter_count
 from jaxllm.models.families import FAMILIES, PRESETS
 
 # From the released weights.
@@ -94,6 +94,6 @@ def test_parameter_count_ignores_the_padding():
 def test_flops_count_weights_twice_and_visible_keys():
   weights = 3 * (4 * 16 * 16 + 3 * 16 * 24) + 16 * 50
   seen = 3 * (1 + 2 + 3 + 4) / 4
-  assert flops_per_token(tiny.BASE, 4) == 2 * weights + 4 * 16 * seen
+  assert tiny.BASE.flops_per_token(4) == 2 * weights + 4 * 16 * seen
   local = tiny.BASE.replace(layer_pattern=('local',), window=2)
-  assert flops_per_token(local, 4) == 2 * weights + 4 * 16 * 3 * (1 + 2 + 2 + 2) / 4
+  assert local.flops_per_token(4) == 2 * weights + 4 * 16 * 3 * (1 + 2 + 2 + 2) / 4
