@@ -86,7 +86,8 @@ ALL = {
   ),
   'summarization_lora': Run(
     'summarization.py:smollm2', DIALOGUES,
-    {'training.num_steps': 100, 'data.context_length': 512, 'training.batch_size': 2},
+    {'training.num_steps': 100, 'data.context_length': 512, 'training.batch_size': 2,
+     'task.max_new_tokens': 96},
     zero_shot=True,
   ),
   'answers_lora': Run(
@@ -100,8 +101,9 @@ ALL = {
   ),
   'sentiment_scratch': Run('sentiment.py', SENTIMENT, {'training.num_steps': 400, **SCRATCH}),
   'translation_scratch': Run(
-    'translation.py', TRANSLATION, {'training.num_steps': 500, 'training.batch_size': 16,
-                                    **SCRATCH}, limit=200,
+    'translation.py', TRANSLATION,
+    {'training.num_steps': 500, 'training.batch_size': 16, 'task.max_new_tokens': 64, **SCRATCH},
+    limit=200,
   ),
 }
 

@@ -198,7 +198,7 @@ class Linear(nn.Module):
     a: Any = self.get_variable('lora', 'a')
     b: Any = self.get_variable('lora', 'b')
     scale = jax.lax.stop_gradient(self.get_variable('lora', 'scale', 1.0))
-    return dense(dense(x, a, len(self.inputs), self.dtype), b, 1, self.dtype) * scale
+    return dense(dense(x, a, len(self.inputs), self.dtype) * scale, b, 1, self.dtype)
 
 
 class Embed(nn.Module):
