@@ -45,7 +45,7 @@ class LoadedModel:
     tokenizer: text to ids and back.
     experiment: the run that made it, where jaxllm trained it.
     add_bos: whether prompts begin with BOS, as the training documents did.
-    stop_ids: tokens that end a continuation.
+    stop_ids: tokens that end a continuation, EOS among them.
   """
 
   config: DecoderConfig
@@ -266,8 +266,8 @@ def _loaded(
 ) -> LoadedModel:
   tokenizer = tokenizers.from_files(files)
   stop_ids = tokenizer_files.stop_ids(files)
-  if not stop_ids and tokenizer.eos_id is not None:
-    stop_ids = (tokenizer.eos_id,)
+  if tokenizer.eos_id is not None:
+    stop_ids = tuple(dict.fromkeys((*stop_ids, tokenizer.eos_id)))
   add_bos = experiment.data.add_bos if experiment else tokenizer_files.add_bos(files)
   return LoadedModel(config, variables, tokenizer, experiment, add_bos, stop_ids)
 

@@ -53,7 +53,7 @@ def main(_) -> None:  # noqa: D103
     repetition_penalty=REPETITION_PENALTY.value, no_repeat_ngram=NO_REPEAT_NGRAM.value,
   )
   if CHAT.value:
-    _chat(loaded.tokenizer, model, variables, sampling)
+    _chat(loaded, model, variables, sampling)
   elif NUM_BEAMS.value > 1:
     _search(loaded, model, variables, sampling)
   elif NUM_DRAFTED.value or DRAFT.value:
@@ -73,6 +73,15 @@ def _check_flags() -> None:
     raise ValueError(f'--cache_dtype={CACHE_DTYPE.value} works without {chosen[0]} only')
   if STOP.value and chosen and not CHAT.value:
     raise ValueError(f'--stop works without {chosen[0]} only')
+  useless = {'--chat': ('prompt', 'num_samples'),
+             '--num_beams': ('temperature', 'top_k', 'top_p', 'min_p', 'typical_p', 'seed')}
+  needed = {'system': '--chat', 'length_penalty': '--num_beams'}
+  for name in useless.get(chosen[0] if chosen else '', ()):
+    if flags.FLAGS[name].present:
+      raise ValueError(f'--{name} works without {chosen[0]} only')
+  for name, way in needed.items():
+    if flags.FLAGS[name].present and way not in chosen:
+      raise ValueError(f'--{name} works with {way} only')
 
 
 def _sample(loaded, model, variables, sampling) -> None:
@@ -124,15 +133,16 @@ def _show(texts: list[str]) -> None:
     print(shown)
 
 
-def _chat(tokenizer, model, variables, sampling) -> None:
+def _chat(loaded, model, variables, sampling) -> None:
   from jaxllm.generation import chat
   from jaxllm.interop import chat as templates
   from jaxllm.interop import tokenizer_files
 
+  tokenizer = loaded.tokenizer
   template = tokenizer_files.chat_template(tokenizer.files())
   if template is None:
     raise app.UsageError(f'--chat: {MODEL.value} has no chat template; use --prompt')
-  ends = templates.turn_ends(templates.special_tokens(tokenizer))
+  ends = (*loaded.stop_ids, *templates.turn_ends(templates.special_tokens(tokenizer)))
 
   def encode(messages) -> list[int]:
     return templates.encode(tokenizer, template, messages)

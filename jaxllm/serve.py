@@ -4,6 +4,7 @@ API keys are read from `--api_keys_file` (one per line) and JAXLLM_API_KEYS (com
 """
 
 import dataclasses
+import functools
 import logging
 import pathlib
 import signal
@@ -64,14 +65,14 @@ def main(_) -> None:  # noqa: D103
   name = NAME.value or pathlib.Path(MODEL.value).resolve().name.removesuffix('.gguf')
   service = Service(model, engine, name, bounds)
   hosts = (*limits.LOOPBACK, *ALLOWED_HOSTS.value) if local else None
-  server = uvicorn.Server(uvicorn.Config(
-    http.make_app(service, keys, hosts), HOST.value, PORT.value,
-    **connections.settings(bounds)))
+  server = connections.Server(
+    uvicorn.Config(http.make_app(service, keys, hosts), HOST.value, PORT.value,
+                   **connections.settings(bounds)),
+    functools.partial(engine.close, bounds.drain_seconds))
   # uvicorn drains on either, then raises it again, to end what is ended already.
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, signal.SIG_IGN)
   server.run()
-  engine.close(bounds.drain_seconds)
   service.close()
 
 

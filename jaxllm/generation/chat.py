@@ -91,10 +91,14 @@ def converse(
         write(f'({error})\n')
         continue
       parts = []
-      for piece in stream_text(model, variables, tokenizer, [ids], sampling, stop, stop_ids,
-                               [next(seeds) % (MAX_SEED + 1)]):
-        parts.append(piece.text)
-        write(piece.text)
-      write('\n')
+      try:
+        for piece in stream_text(model, variables, tokenizer, [ids], sampling, stop, stop_ids,
+                                 [next(seeds) % (MAX_SEED + 1)]):
+          parts.append(piece.text)
+          write(piece.text)
+        write('\n')
+      except KeyboardInterrupt:
+        # What was said so far is the answer.
+        write(' (interrupted)\n')
       messages = [*kept, {'role': 'assistant', 'content': ''.join(parts)}]
   return messages

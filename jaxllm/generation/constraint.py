@@ -215,12 +215,14 @@ class Masks:
     self.start = start
     self.eos_ids = vocabulary.eos_ids
     self._vocabulary = vocabulary
+    self._size = vocabulary.vocab_size
+    # Packed, eight tokens to a byte: vocabularies are large.
     self._masks: dict[tuple[Stack, ...], np.ndarray] = {}
 
   def mask(self, stacks: tuple[Stack, ...]) -> np.ndarray:
-    """Return bool (vocab_size,), read-only: the tokens that may follow any of these; kept."""
-    found = self._masks.get(stacks)
-    if found is None:
+    """Return bool (vocab_size,): the tokens that may follow any of these; kept."""
+    packed = self._masks.get(stacks)
+    if packed is None:
       if len(self._masks) >= _MAX_MASKS:
         self._masks.clear()
       groups = _groups(stacks)
@@ -228,9 +230,9 @@ class Masks:
         found = self._mask(stacks)
       else:
         found = np.logical_or.reduce([self.mask(group) for group in groups])
-      found.flags.writeable = False
-      self._masks[stacks] = found
-    return found
+      self._masks[stacks] = np.packbits(found)
+      return found
+    return np.unpackbits(packed, count=self._size).astype(bool)
 
   def after(self, stacks: tuple[Stack, ...], token: int) -> tuple[Stack, ...]:
     """Return the states after a token; none where no state takes it."""

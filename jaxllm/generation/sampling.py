@@ -178,8 +178,9 @@ def _biases(
   """Put biases and bad words of all rows into one table, in sizes that are powers of two."""
   tables: list[dict[tuple[int, ...], float]] = []
   for config, stops in zip(configs, stop_ids, strict=True):
-    table: dict[tuple[int, ...], float] = {(token,): bias for token, bias in config.logit_bias}
-    for sequence, bias in config.sequence_bias:
+    table: dict[tuple[int, ...], float] = {}
+    single = (((token,), bias) for token, bias in config.logit_bias)
+    for sequence, bias in (*single, *config.sequence_bias):
       table[sequence] = table.get(sequence, 0.0) + bias
     table |= {word: -np.inf for word in config.bad_words
               if not (len(word) == 1 and word[0] in stops)}

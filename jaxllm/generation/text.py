@@ -189,6 +189,8 @@ def complete(
     )
   if not echo:
     return results
+  bos_id = tokenizer.bos_id
+  prompts = [prompt or ([] if bos_id is None else [bos_id]) for prompt in prompts]
   scores = scoring.score(model, variables, prompts, num_top)
   return [
     dataclasses.replace(

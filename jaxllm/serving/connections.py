@@ -8,9 +8,11 @@ import asyncio
 import http
 import resource
 import sys
+from collections.abc import Callable
 from typing import Any, Literal
 
 import h11
+import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from jaxllm.serving.errors import ApiError
@@ -24,6 +26,8 @@ KEEP_SECONDS = 30
 # Connections that are taken in at a time, and open files beside those of counted connections.
 BACKLOG = 1024
 SPARE_FILES = BACKLOG + 256
+# How long clients may take in that their answers were ended.
+FAREWELL_SECONDS = 15
 
 
 class LimitedProtocol(H11Protocol):
@@ -144,6 +148,23 @@ class LimitedProtocol(H11Protocol):
       self._look_again()
 
 
+class Server(uvicorn.Server):
+  """A server that, told to stop, also has `end` called in a thread, and waits for it.
+
+  What `end` ends is told to clients as an error, where uvicorn would break their answers off.
+  """
+
+  def __init__(self, config: uvicorn.Config, end: Callable[[], None]):
+    super().__init__(config)
+    self._end_answers = end
+
+  async def shutdown(self, sockets: Any = None) -> None:
+    """Take no more requests, and return when those that were taken are answered or ended."""
+    ending = asyncio.create_task(asyncio.to_thread(self._end_answers))
+    await super().shutdown(sockets)
+    await ending
+
+
 def fitting(limits: LimitsConfig) -> LimitsConfig:
   """Let the process open a file for every connection; return limits that it can keep.
 
@@ -164,7 +185,7 @@ def settings(limits: LimitsConfig) -> dict[str, Any]:
     'http': type('Limited', (LimitedProtocol,), {'limits': limits}),
     'backlog': BACKLOG, 'ws': 'none', 'lifespan': 'off', 'loop': 'asyncio',
     'h11_max_incomplete_event_size': limits.max_header_bytes, 'timeout_keep_alive': KEEP_SECONDS,
-    'timeout_graceful_shutdown': limits.drain_seconds,
+    'timeout_graceful_shutdown': limits.drain_seconds + FAREWELL_SECONDS,
     # The guard logs requests, without what a client wrote into their paths.
     'access_log': False, 'log_config': None, 'server_header': False, 'proxy_headers': False,
   }

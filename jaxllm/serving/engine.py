@@ -10,6 +10,7 @@ import concurrent.futures
 import dataclasses
 import logging
 import threading
+import traceback
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -234,7 +235,9 @@ class Engine:
         self._read()
         self._decode()
     except Exception as error:
-      logging.exception('the engine failed')
+      # Not the message, which may repeat a prompt.
+      logging.error('the engine failed: %s\n%s', type(error).__name__,
+                    ''.join(traceback.format_tb(error.__traceback__)))
       with self._changed:
         self._failure = error
     finally:

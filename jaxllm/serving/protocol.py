@@ -336,7 +336,7 @@ _UNSUPPORTED = {
   'safety_identifier': _LEAVE_OUT,
 }
 _UNSUPPORTED_COMPLETION = {
-  'best_of': Unsupported('use n, and choose among the choices by their logprobs'),
+  'best_of': Unsupported('use n, and choose among the choices by their logprobs', (1,)),
   'suffix': Unsupported('text is only continued; leave it out'),
   'messages': Unsupported('send a conversation to /v1/chat/completions'),
   'max_completion_tokens': Unsupported('here it is max_tokens'),
@@ -346,7 +346,7 @@ _NO_TOOLS = Unsupported('there are no tools; leave it out', ([],))
 _UNSUPPORTED_CHAT = {
   'tools': _NO_TOOLS,
   'tool_choice': Unsupported('there are no tools; leave it out', ('none',)),
-  'parallel_tool_calls': _NO_TOOLS,
+  'parallel_tool_calls': Unsupported('there are no tools; leave it out', (True, False)),
   'functions': _NO_TOOLS,
   'function_call': Unsupported('there are no tools; leave it out', ('none',)),
   'audio': Unsupported('text is all there is; leave it out'),

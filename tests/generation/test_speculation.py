@@ -1,5 +1,7 @@
 """Speculation changes nothing but the number of passes: token for token, drawn or greedy."""
 
+import collections
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,13 +68,17 @@ def test_lookup_in_literals():
 
 
 def test_distribution_of_drawn_tokens():
-  rows = 256
+  rows = 1024
   config = SamplingConfig(temperature=1.0, max_new_tokens=2)
   got, _ = speculation.generate(
     MODEL, VARIABLES, [[1, 2, 1, 2]] * rows, config, SpeculationConfig(num_drafted=2))
-  logits = MODEL.apply(VARIABLES, jnp.array([[1, 2, 1, 2]]))[0, -1, :23]
+  # The first token comes before any draft; the second is drafted wherever the pair was seen.
+  first, _ = collections.Counter(result.tokens[0] for result in got).most_common(1)[0]
+  logits = MODEL.apply(VARIABLES, jnp.array([[1, 2, 1, 2, first]]))[0, -1, :23]
   p = np.asarray(jax.nn.softmax(logits), np.float64)
-  counts = np.bincount([result.tokens[0] for result in got], minlength=23)
+  second = [result.tokens[1] for result in got if result.tokens[0] == first]
+  rows = len(second)
+  counts = np.bincount(second, minlength=23)
   often = p * rows >= 5
   chi_square = ((counts - p * rows) ** 2 / (p * rows))[often].sum()
   assert chi_square < often.sum() + 5 * np.sqrt(2 * often.sum())

@@ -7,6 +7,7 @@ import json
 import socket
 import threading
 import time
+from collections.abc import Callable
 
 import httpx
 import jax
@@ -79,6 +80,7 @@ class Server:
   url: str
   port: int
   service: Service
+  stop: Callable[[], None]
 
   def post(self, path, content, **headers):
     """Send JSON, or bytes as they are."""
@@ -109,7 +111,7 @@ class Server:
 
 @contextlib.contextmanager
 def running(model, engine, keys=(), hosts=('127.0.0.1', 'localhost', '::1'), send_bytes=None,
-            **limits):
+            make=uvicorn.Server, **limits):
   """Serve a model while the context lasts; the engine stays open.
 
   Args:
@@ -118,12 +120,13 @@ def running(model, engine, keys=(), hosts=('127.0.0.1', 'localhost', '::1'), sen
     keys: API keys.
     hosts: names that the server goes by.
     send_bytes: what the system may keep of what a client does not take.
+    make: makes the server of its config.
     **limits: fields of `LimitsConfig`.
   """
   bounds = LimitsConfig(**limits)
   service = Service(model, engine, NAME, bounds)
   app = make_app(service, Keys(keys), hosts)
-  server = uvicorn.Server(uvicorn.Config(
+  server = make(uvicorn.Config(
     app, host='127.0.0.1', log_level='warning', **connections.settings(bounds)))
   with socket.create_server(('127.0.0.1', 0)) as listener:
     port = listener.getsockname()[1]
@@ -135,7 +138,8 @@ def running(model, engine, keys=(), hosts=('127.0.0.1', 'localhost', '::1'), sen
       assert thread.is_alive()
       time.sleep(0.005)
     try:
-      yield Server(f'http://127.0.0.1:{port}', port, service)
+      yield Server(f'http://127.0.0.1:{port}', port, service,
+                   functools.partial(setattr, server, 'should_exit', True))
     finally:
       server.should_exit = True
       thread.join(10)

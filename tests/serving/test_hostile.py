@@ -2,7 +2,9 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import resource
@@ -12,7 +14,7 @@ import time
 import httpx
 import numpy as np
 import pytest
-from http_server import CLIENT, NAME, make_engine, running, shared
+from http_server import CLIENT, NAME, make_engine, running, shared, tiny_model
 
 from jaxllm.serving import connections
 from jaxllm.serving.engine import ClosedError, FailedError
@@ -240,13 +242,16 @@ def test_a_disconnect_frees_the_slots(server, stream):
 
 
 def test_a_thousand_requests_at_once(server):
-  with concurrent.futures.ThreadPoolExecutor(50) as pool, httpx.Client(
-      limits=httpx.Limits(max_connections=200), timeout=60) as client:
-    def ask(seed):
-      return client.post(f'{server.url}/v1/completions', json={
-        'model': NAME, 'prompt': 'a', 'max_tokens': 2, 'seed': seed % 4})
-
-    answers = list(pool.map(ask, range(1000)))
+  _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+  with contextlib.ExitStack() as stack:
+    open_ones = []
+    for seed in range(1000):
+      body = json.dumps({'model': NAME, 'prompt': 'a', 'max_tokens': 2, 'seed': seed % 4}).encode()
+      raw = stack.enter_context(Raw(server))
+      raw.send(HEAD + b'connection: close\r\ncontent-length: %d\r\n\r\n' % len(body) + body)
+      open_ones.append(raw)
+    answers = [raw.answer() for raw in open_ones]
   texts = {}
   for seed, answer in enumerate(answers):
     if answer.status_code == 200:
@@ -272,6 +277,30 @@ def test_a_full_queue_and_too_much_concurrency_are_told(server):
       assert refused(answer, 429)['code'] == 'rate_limit_exceeded'
       assert answer.headers['retry-after'] == '1'
     served(other)
+
+
+@pytest.mark.parametrize('stream', [True, False])
+def test_what_the_drain_leaves_unfinished_ends_with_an_error(stream):
+  model = tiny_model()
+  engine = make_engine(model)
+  end = functools.partial(engine.close, 0.2)
+  with running(model, engine, make=functools.partial(connections.Server, end=end)) as server:
+    asked = {'model': NAME, 'prompt': 'a', 'stream': stream, 'n': 12, **LONG}
+    with CLIENT.stream('POST', f'{server.url}/v1/completions', json=asked) if stream else (
+        concurrent.futures.ThreadPoolExecutor()) as held:
+      if stream:
+        lines = held.iter_lines()
+        next(lines)
+        server.stop()
+        *_, last = filter(None, lines)
+        error = json.loads(last.removeprefix('data: '))['error']
+      else:
+        waiting = held.submit(server.post, '/v1/completions', asked)
+        while not engine.statistics().busy_slots:
+          time.sleep(0.002)
+        server.stop()
+        error = refused(waiting.result(), 503)
+    assert error['code'] == 'closed'
 
 
 def test_limits_of_one_request():

@@ -118,7 +118,7 @@ def test_refusals_name_the_field(read, name, value):
   ('prompt', [-1]), ('prompt', [300]), ('prompt', [1, True]), ('prompt', [1.0]), ('prompt', {}),
   ('prompt', ['a', [1]]), ('prompt', [[1], 'a']), ('prompt', [[1], [301]]), ('prompt', 5),
   ('prompt', ['a'] * 5), ('prompt', [None]), ('prompt', '\udc00'), ('logprobs', 6),
-  ('logprobs', True), ('echo', 1), ('best_of', 1), ('suffix', 'x'), ('messages', []),
+  ('logprobs', True), ('echo', 1), ('best_of', 2), ('suffix', 'x'), ('messages', []),
   ('max_completion_tokens', 5), ('top_logprobs', 1), ('tools', []),
 ])
 def test_refusals_of_completions(name, value):
@@ -142,7 +142,7 @@ def user(content, **more):
   ('logprobs', 1), ('top_logprobs', 1), ('tools', [{}]), ('tool_choice', 'auto'),
   ('functions', [{}]), ('function_call', 'auto'), ('audio', {}), ('modalities', ['audio']),
   ('prediction', {}), ('reasoning_effort', 'low'), ('verbosity', 'low'),
-  ('web_search_options', {}), ('prompt', 'x'), ('echo', True), ('parallel_tool_calls', True),
+  ('web_search_options', {}), ('prompt', 'x'), ('echo', True), ('parallel_tool_calls', 1),
 ])
 def test_refusals_of_chats(name, value):
   assert refusal(chat, **{name: value}).param.startswith(name)
