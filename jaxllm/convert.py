@@ -2,7 +2,8 @@
 
 Both ways: from a Hugging Face directory, a name of its hub or a GGUF file to a checkpoint of
 jaxllm, and from any of these to a Hugging Face directory or to exported programs. Each result holds
-`conversion_report.json`, its proof.
+`conversion_report.json`, its proof. `--format=peft` writes the adapters alone of a run that has
+some.
 """
 
 from absl import flags
@@ -15,7 +16,7 @@ SOURCE = flags.DEFINE_string(
 )
 TARGET = flags.DEFINE_string('target', None, 'The new directory.', required=True)
 FORMAT = flags.DEFINE_enum(
-  'format', 'jaxllm', ['jaxllm', 'huggingface', 'exported'], 'What to write.'
+  'format', 'jaxllm', ['jaxllm', 'huggingface', 'exported', 'peft'], 'What to write.'
 )
 DTYPE = flags.DEFINE_enum(
   'dtype', None, ['float32', 'bfloat16'], 'Of the written parameters; by default as they are.'
@@ -32,6 +33,9 @@ BUCKETS = flags.DEFINE_list(
 def main(_) -> None:  # noqa: D103
   from jaxllm.interop import conversion, sources
 
+  if FORMAT.value == 'peft':
+    _write_adapters()
+    return
   buckets = [int(length) for length in BUCKETS.value]
   conversion.check_target(TARGET.value, FORMAT.value)
   if sources.is_foreign(SOURCE.value):
@@ -53,6 +57,23 @@ def main(_) -> None:  # noqa: D103
     print(f'largest difference of logits {proof["max_abs_error"]:.2e} (bound '
           f'{proof["bound"]:.2e}), KL {proof["kl_divergence"]:.1e}, top-1 agreement '
           f'{100 * proof["top1_agreement"]:.0f}%')
+
+
+def _write_adapters() -> None:
+  """Write the adapters of a run as PEFT does."""
+  from jaxllm import loading
+  from jaxllm.adapters import peft
+  from jaxllm.interop import conversion, sources
+
+  target = conversion.check_target(TARGET.value, 'jaxllm')
+  experiment, adapters = loading.adapters(SOURCE.value)
+  base = experiment.init_from or ''
+  if not sources.is_foreign(base):
+    raise ValueError(f'--source={SOURCE.value} has adapters to {base!r}, a model of jaxllm, which '
+                     'PEFT cannot read: convert the whole run with --format=huggingface')
+  form = sources.open_model(base).form
+  peft.save(target, adapters, form, experiment.decoder, base)
+  print(f'{target}: adapters to {base}')
 
 
 if __name__ == '__main__':

@@ -62,6 +62,7 @@ def main(_) -> None:  # noqa: D103
     _write({**scores, 'baseline': whole} if whole else scores)
     return
   split = SPLIT.value or 'test'
+  _check_flags(own)
   names = TASKS.value or ('' if TEXT.value else own.kind)
   selected = suite.select(names, split, own, DATA.value, LIMIT.value) if names else {}
   results = {name: _task(model, baseline, task, split) for name, task in selected.items()}
@@ -77,6 +78,16 @@ def main(_) -> None:  # noqa: D103
           'tasks': results})
 
 
+def _check_flags(own: Any) -> None:
+  """Refuse flags that nothing would read."""
+  has_task = bool(TASKS.value or (own and not TEXT.value))
+  for flag, read, what in ((DATA, has_task, '--tasks'), (LIMIT, has_task, '--tasks'),
+                           (SPLIT, has_task, '--tasks'), (STRIDE, bool(TEXT.value), '--text'),
+                           (CONTEXT_LENGTH, bool(TEXT.value), '--text')):
+    if flag.value is not None and not read:
+      raise ValueError(f'--{flag.name}={flag.value} is for {what}, which was not given')
+
+
 def _task(model, baseline, task, split: str) -> dict[str, Any]:
   """Return what a model and a baseline say to the examples of a task, and how it is scored."""
   from jaxllm import loading, pipelines
@@ -90,7 +101,9 @@ def _task(model, baseline, task, split: str) -> dict[str, Any]:
   theirs = None
   if baseline is not None:
     own = suite.in_format_of(task, pipelines.own_task(baseline))
-    asked = [kind.example(own, example.record) for example in examples]
+    # Chats may be told by the template of the model.
+    asked = (loading.task_examples(own, split, baseline.tokenizer) if task.kind == 'chat' else
+             [kind.example(own, example.record) for example in examples])
     theirs = predict.predict(own, asked, pipelines.speaker(baseline, BATCH_SIZE.value))
   references = [example.reference for example in examples]
   records = [example.record for example in examples]
@@ -144,24 +157,35 @@ def _predictions(records, references, found, theirs: Sequence[Any] | None) -> li
 
 def _contamination(model, texts: Sequence[str]) -> dict[str, Any] | None:
   """Return how many texts stand in the training records; None where these cannot be read."""
+  from jaxllm.evaluation import contamination
+
+  try:
+    training = _training_texts(model)
+    if training is None:
+      return None
+    return contamination.summary(contamination.overlaps(texts, training))
+  except (OSError, ValueError, ImportError) as error:
+    print(f'contamination is not checked: the training records cannot be read: {error}')
+    return None
+
+
+def _training_texts(model) -> Iterable[str] | None:
+  """Return what a run was trained on; None where that is not known."""
   from jaxllm import pipelines
   from jaxllm.data import records
   from jaxllm.evaluation import contamination
   from jaxllm.tasks import records as task_records
 
-  training: Iterable[str]
   if own := pipelines.own_task(model):
-    training = map(contamination.longest_text, task_records.load(own.data, 'train'))
-  elif model.experiment:
-    directory = pathlib.Path(model.experiment.records_dir) / model.experiment.name
-    if not (directory / 'manifest.json').is_file():
-      return None
-    if records.load_manifest(directory).data != model.experiment.data:
-      return None
-    training = contamination.record_texts(directory, model.tokenizer)
-  else:
+    return map(contamination.longest_text, task_records.load(own.data, 'train'))
+  if not model.experiment:
     return None
-  return contamination.summary(contamination.overlaps(texts, training))
+  directory = pathlib.Path(model.experiment.records_dir) / model.experiment.name
+  if not (directory / 'manifest.json').is_file():
+    return None
+  if records.load_manifest(directory).data != model.experiment.data:
+    return None
+  return contamination.record_texts(directory, model.tokenizer)
 
 
 def _held_out(model) -> dict[str, float]:

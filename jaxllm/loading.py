@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.adapters import lora
+from jaxllm.adapters import lora, peft
 from jaxllm.adapters.quantization import QuantizationConfig, dequantize_tree, quantize
 from jaxllm.checkpoints import fingerprint, store
 from jaxllm.checkpoints.bundle import Bundle
@@ -99,12 +99,15 @@ def load(path: str | os.PathLike[str]) -> LoadedModel:
 
   Args:
     path: a workdir, its `checkpoints` directory, one checkpoint in it, a Hugging Face directory, a
-      `.gguf` file, or a name of the Hugging Face hub.
+      `.gguf` file, a name of the Hugging Face hub, or a directory of adapters that PEFT wrote,
+      which are added to the model that it names.
 
   Raises:
     ValueError: there is no model at that path, or its files do not fit together.
     checkpoints.store.CheckpointError: the files are damaged.
   """
+  if (base := peft.base_model(path)) is not None:
+    return _with_adapters(path, base)
   if sources.is_foreign(path):
     loaded = sources.load(path)
     return _loaded(loaded.config, loaded.variables, loaded.files)
@@ -168,6 +171,16 @@ def _head_shapes(experiment: Experiment, config: ClassifierConfig) -> Any:
     lambda key: classification.init(config, experiment.decoder, key), jax.random.key(0))
 
 
+def _with_adapters(directory: str | os.PathLike[str], base: str) -> LoadedModel:
+  if not sources.is_foreign(base):
+    raise ValueError(f'{directory} has adapters to {base!r}, which is no Hugging Face or GGUF '
+                     'model')
+  model = load(base)
+  adapters, _ = peft.load(directory, sources.open_model(base).form, model.config)
+  return dataclasses.replace(
+    model, variables={'params': lora.merge(model.variables['params'], adapters)})
+
+
 def _merged(step: os.PathLike[str], bundle: Bundle, experiment: Experiment) -> Any:
   """Return the parameters of the model that the run began with, its adapters added.
 
@@ -188,6 +201,23 @@ def _merged(step: os.PathLike[str], bundle: Bundle, experiment: Experiment) -> A
   head = {name: adapters.pop(name) for name in [HEAD] if name in adapters}
   base = {name: params for name, params in base.items() if name != HEAD}
   return {**lora.merge(base, adapters), **head}
+
+
+def adapters(path: str | os.PathLike[str]) -> tuple[Experiment, dict[str, Any]]:
+  """Return a run and the adapters that it trained, alone.
+
+  Raises:
+    ValueError: it has none, or a trained head besides.
+  """
+  step = store.find_step(pathlib.Path(path).expanduser())
+  _, experiment = _described(store.read_bundle(step))
+  if experiment is None or experiment.finetune.lora is None:
+    raise ValueError(f'{path} has no adapters: it was not trained with config.finetune.lora')
+  found, _ = store.restore_params(step)
+  if HEAD in found:
+    raise ValueError(f'{path} has a trained head besides its adapters; only both together are the '
+                     'model')
+  return experiment, found
 
 
 def check_base(experiment: Experiment, bundle: Bundle, base: Any) -> None:

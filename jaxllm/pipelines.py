@@ -84,7 +84,7 @@ def speaker(model: LoadedModel, batch_size: int = BATCH_SIZE) -> Speaker:
   return Speaker(
     Decoder(model.config), model.unstacked, model.tokenizer, special, model.add_bos, batch_size,
     (*model.stop_ids, *ends), model.experiment.classifier if model.experiment else None,
-    ask if is_chat else None,
+    ask if is_chat else None, tuple(getattr(own_task(model), 'labels', ())),
   )
 
 
@@ -102,6 +102,12 @@ def _translation(model: LoadedModel, batch_size: int, fields: Mapping[str, Any])
     """Translate from a language into another; None: those of the config."""
     named = {'source_language': source, 'target_language': target}
     languages = {name: language for name, language in named.items() if language}
+    template = config.prompt + ('' if own_task(model) else config.request or '')
+    for name, language in languages.items():
+      if language != getattr(config, name) and f'{{{name}}}' not in template:
+        raise ValueError(f'{name}={language!r}: this model always translates from '
+                         f'{config.source_language!r} into {config.target_language!r}, since its '
+                         f'prompt has no {{{name}}}')
     records = [{'source': text, **languages} for text in _several(texts)]
     return _answer(model, batch_size, config, records)
 
@@ -214,7 +220,7 @@ def _chat_format(
   """
   tokenizer, special = model.tokenizer, templates.special_tokens(model.tokenizer)
   jinja, own = tokenizer_files.chat_template(tokenizer.files()), own_task(model)
-  tuned = own is not None and own.kind == 'chat'
+  tuned = own is not None and own.kind == 'chat' and own.template is not None
   if not tuned and jinja is not None:
     return (
       lambda messages: templates.encode(tokenizer, jinja, messages), (),
@@ -236,8 +242,11 @@ def _config(model: LoadedModel, fields: Mapping[str, Any], *kinds: str) -> Any:
   """Return the model's own config of one of the kinds, or the default of the first, changed."""
   own = own_task(model)
   config = own if own is not None and own.kind in kinds else TASKS[kinds[0]].config()
-  if 'prompt' in fields and hasattr(config, 'request'):
-    fields = {'request': None, **fields}
+  # A prompt of one's own takes the place of the request.
+  for prompt, request in (('prompt', 'request'),
+                          ('prompt_without_context', 'request_without_context')):
+    if prompt in fields and hasattr(config, request):
+      fields = {request: None, **fields}
   return config.replace(**fields)
 
 

@@ -79,6 +79,7 @@ def outputs(tmp_path_factory):
     [f'--model={base}/tuned', '--split=validation', f'--output={base}/tuned.json'],
     [f'--model={run}', '--quantize=int8', f'--output={base}/held_out_int8.json'],
     [f'--model={run}', '--quantize=int4', f'--text={text}', f'--output={base}/int4.json'],
+    [f'--model={foreign}', f'--text={text}', '--limit=3'],
   ]
   done = subprocess.run(
     [sys.executable, '-c', SCRIPT, json.dumps(commands)], capture_output=True, text=True,
@@ -129,7 +130,7 @@ def test_a_task_and_a_text_with_a_baseline(outputs):
 
 
 def test_a_fine_tuned_run_is_scored_on_its_own_task(outputs):
-  base, (*_, printed, _, _, _) = outputs
+  base, (*_, printed, _, _, _, _) = outputs
   sentiment = json.loads((base / 'tuned.json').read_text())['tasks']['sentiment']
   assert sentiment['config']['prompt'] == '{text}:' and sentiment['examples'] == 20
   assert sentiment['contamination']['overlapping'] == sentiment['contamination']['texts'] == 20
@@ -137,7 +138,7 @@ def test_a_fine_tuned_run_is_scored_on_its_own_task(outputs):
 
 
 def test_what_smaller_weights_cost_is_said(outputs):
-  base, (*_, printed, compared, _) = outputs
+  base, (*_, printed, compared, _, _) = outputs
   scores, whole = (json.loads((base / name).read_text())
                    for name in ('held_out_int8.json', 'held_out.json'))
   assert scores.pop('baseline') == pytest.approx(whole)
@@ -146,4 +147,5 @@ def test_what_smaller_weights_cost_is_said(outputs):
   results = json.loads((base / 'int4.json').read_text())
   text, = results['tasks'].values()
   assert results['quantize'] == 'int4' and 'difference' in compared
+  assert outputs[1][8].startswith('error: --limit=3 is for --tasks')
   assert 0 < abs(text['scores']['loss']['comparison']['difference']) < 0.2

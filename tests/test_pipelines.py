@@ -187,7 +187,7 @@ class ChatBytes:
 def test_a_chat_model_is_asked_by_its_template_unless_it_was_tuned(model):
   chat = LoadedModel(model.config, model.variables, ChatBytes())
   asked = jaxllm.pipeline('translation', chat, max_new_tokens=5)('Hi {there}', target='fr')
-  request = '<user>Translate from English to French: {source}<assistant>'
+  request = '<user>Translate from {source_language} to {target_language}: {source}<assistant>'
   assert asked == jaxllm.pipeline(
     'translation', model, prompt=request, max_new_tokens=5)('Hi {there}', target='fr')
   # A prompt of one's own, and the form of a fine-tuned run, take the place of the template.
@@ -198,3 +198,10 @@ def test_a_chat_model_is_asked_by_its_template_unless_it_was_tuned(model):
   task = Translation(prompt='{source}=', request='{source}', max_new_tokens=5)
   run = LoadedModel(model.config, model.variables, ChatBytes(), Run(task))
   assert prompted == jaxllm.pipeline('translation', run)('Hi')
+
+
+def test_a_language_that_the_prompt_does_not_name_is_refused(model):
+  translate = jaxllm.pipeline('translation', tuned(model, Translation(prompt='{source}=')))
+  assert len(translate('Hi', source='en', target='de')) == 1
+  with pytest.raises(ValueError, match="target_language='fr': this model always translates"):
+    translate('Hi', target='fr')

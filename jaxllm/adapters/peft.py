@@ -95,6 +95,12 @@ def load(
   )
 
 
+def base_model(directory: str | os.PathLike[str]) -> str | None:
+  """Return the model that an adapter directory names; None: it is none, or names none."""
+  path = pathlib.Path(directory).expanduser() / CONFIG_FILE
+  return _read_config(path).get('base_model_name_or_path') if path.is_file() else None
+
+
 def save(
   directory: str | os.PathLike[str],
   lora: dict[str, Any],

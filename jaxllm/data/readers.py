@@ -158,8 +158,8 @@ def read_jsonl(path: pathlib.Path, errors: str) -> Iterator[tuple[str, dict[str,
 def read_csv(path: pathlib.Path, errors: str) -> Iterator[tuple[str, dict[str, Any]]]:
   """Yield ('line N', fields) of a file whose first row names the columns; .tsv is cut at tabs."""
   csv.field_size_limit(2**31 - 1)  # The default refuses texts over 128 kB.
-  reader = csv.reader(
-    _decoded_lines(path, errors), strict=True, delimiter='\t' if path.suffix == '.tsv' else ',')
+  delimiter = '\t' if path.suffix.lower() == '.tsv' else ','
+  reader = csv.reader(_decoded_lines(path, errors), strict=True, delimiter=delimiter)
   names: list[str] | None = None
   try:
     for values in reader:

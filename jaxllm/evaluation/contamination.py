@@ -71,8 +71,16 @@ def summary(found: Sequence[Overlap]) -> dict[str, Any]:
 
 
 def longest_text(record: Mapping[str, Any]) -> str:
-  """Return the longest text among the fields of a record: what it is about."""
-  return max((value for value in record.values() if isinstance(value, str)), key=len, default='')
+  """Return the longest text among the fields of a record, lists joined: what it is about."""
+  return max(map(_text, record.values()), key=len, default='')
+
+
+def _text(value: Any) -> str:
+  if isinstance(value, Mapping):
+    value = list(value.values())
+  if isinstance(value, list | tuple):
+    return ' '.join(filter(None, map(_text, value)))
+  return value if isinstance(value, str) else ''
 
 
 def record_texts(directory: str | os.PathLike[str], tokenizer: Tokenizer) -> Iterator[str]:

@@ -77,6 +77,7 @@ class Answer(NamedTuple):
     num_tokens: tokens of each of these continuations.
     neutral_log_likelihoods: of each choice after the neutral prompt, where the example has one.
     score: geometric mean of the generated tokens' probabilities.
+    unpredicted_bytes: of a measured text whose first token nothing precedes, the size of that.
   """
 
   text: str = ''
@@ -84,6 +85,7 @@ class Answer(NamedTuple):
   num_tokens: tuple[int, ...] = ()
   neutral_log_likelihoods: tuple[float, ...] = ()
   score: float = 1.0
+  unpredicted_bytes: int = 0
 
 
 class TaskConfig(Config):
@@ -92,7 +94,7 @@ class TaskConfig(Config):
   data: RecordsConfig
   """Where the records come from."""
   max_new_tokens: int = pydantic.Field(default=64, gt=0)
-  """Most tokens of a generated answer."""
+  """Most tokens of a generated answer; half of the context at most."""
   stop: str | None = '\n'
   """A generated answer ends before this text, once it has begun; None: only with the end-of-text
   token."""

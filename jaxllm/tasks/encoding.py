@@ -32,15 +32,27 @@ def encode(
   known = {'bos': bos_id, 'eos': tokenizer.eos_id, **(special_ids or {})}
   ids: list[int] = []
   weights: list[float] = []
+  continues = False
   for segment in segments:
     if segment.control and segment.text in known:
       special = known[segment.text]
       new = [] if special is None else [special]
+      continues = False
     else:
-      new = tokenizer.encode(segment.text)
+      new = _continued(segment.text, tokenizer) if continues else tokenizer.encode(segment.text)
+      continues = True
     ids += new
     weights += [segment.weight] * len(new)
   return Tokens(ids, weights)
+
+
+def _continued(text: str, tokenizer: Tokenizer) -> list[int]:
+  """Tokenize text that follows other text: without the space that some put before all text."""
+  border = '\n'
+  before = tokenizer.encode(border)
+  if b''.join(tokenizer.id_bytes[token] for token in before) == border.encode():
+    return tokenizer.encode(text)
+  return tokenizer.encode(border + text)[len(before) :]
 
 
 def training_sequences(

@@ -30,7 +30,7 @@ def read(config: LanguageModeling, example: Example, answer: Answer) -> Predicti
     'log_likelihood': sum(answer.log_likelihoods),
     'tokens': sum(answer.num_tokens),
     'bytes': sum(len(segment.text.encode()) for segment in example.segments
-                 if segment.weight and not segment.control),
+                 if segment.weight and not segment.control) - answer.unpredicted_bytes,
   }
 
 

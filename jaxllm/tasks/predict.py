@@ -1,7 +1,7 @@
 """A model does a task: prompts go in, answers come out and are read back as predictions."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ from jaxllm.generation.sampling import SamplingConfig
 from jaxllm.models.decoder import Decoder
 from jaxllm.objectives import classification, completion, likelihood
 from jaxllm.objectives.classification import ClassifierConfig
-from jaxllm.objectives.completion import Tokens
+from jaxllm.objectives.completion import Tokens, Truncation
 from jaxllm.tasks import TASKS, encoding
 from jaxllm.tasks.base import Answer, Example, Prediction, Segment, TaskConfig, prompt_of
 from jaxllm.tasks.encoding import encode
@@ -38,8 +38,8 @@ class Speaker(NamedTuple):
     stop_ids: tokens that end an answer, besides EOS.
     ask: requests of a user -> the prompts of a chat in which they are answered; None: the model
       gets the prompts of the task.
-    classifier: the head at params/classifier, where the model has one; tasks with as many labels
-      are done by it.
+    classifier: the head at params/classifier, where the model has one; tasks with the labels that
+      it was trained on are done by it.
   """
 
   model: Decoder
@@ -51,6 +51,7 @@ class Speaker(NamedTuple):
   stop_ids: tuple[int, ...] = ()
   classifier: ClassifierConfig | None = None
   ask: Callable[[Sequence[str]], list[list[int]]] | None = None
+  labels: tuple[Any, ...] = ()
 
 
 def examples(config: Any, split: str) -> list[Example]:
@@ -79,7 +80,7 @@ def predict(config: Any, examples: Sequence[Example], speaker: Speaker) -> list[
   task = TASKS[config.kind]
   answer = {'generate': _generate, 'choose': _choose, 'measure': _measure}[task.kind]
   head = speaker.classifier
-  if head is not None and len(getattr(config, 'labels', ())) == head.num_classes:
+  if head is not None and speaker.labels and getattr(config, 'labels', None) == speaker.labels:
     answer = _classify
   answers = answer(config, examples, speaker)
   return [
@@ -152,29 +153,43 @@ def _bucket(length: int) -> int:
 
 
 def _generate(config: TaskConfig, examples: Sequence[Example], speaker: Speaker) -> list[Answer]:
-  room = max(speaker.model.config.max_length - config.max_new_tokens, 1)
+  context_length = speaker.model.config.max_length
+  # In a short context prompt and answer have a half each.
+  max_new_tokens = min(config.max_new_tokens, max(context_length // 2, 1))
+  room = max(context_length - max_new_tokens, 1)
   requests = [example.request for example in examples if example.request is not None]
   if speaker.ask is not None and len(requests) == len(examples):
     prompts = speaker.ask(requests)
   else:
     prompts = [list(_encode(speaker, prompt_of(example.segments)).ids) for example in examples]
-  prompts = [ids[:1] + ids[len(ids) - room + 1 :] if len(ids) > room else ids for ids in prompts]
+  begins = {speaker.tokenizer.bos_id, *(speaker.special_ids or {}).values()}
+  prompts = [_cut(ids, room, begins) for ids in prompts]
   order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
   answers: list[Answer] = [Answer()] * len(prompts)
   for start in _batches(len(order), speaker.batch_size):
     rows = order[start : start + speaker.batch_size]
     # A last, smaller batch is filled up, which is cheaper than compiling for its size.
     padding = rows[:1] * (speaker.batch_size - len(rows)) if start else []
-    found = _answer(config, speaker, [prompts[i] for i in rows + padding])
+    found = _answer(
+      config.stop, max_new_tokens, speaker, [prompts[i] for i in rows + padding])
     for i, answer in zip(rows, found, strict=False):
       answers[i] = answer
   return answers
 
 
-def _answer(config: TaskConfig, speaker: Speaker, prompts: Sequence[list[int]]) -> list[Answer]:
+def _cut(ids: list[int], room: int, begins: Container[int | None]) -> list[int]:
+  """Drop what is too much of the beginning, but not the token that begins a text."""
+  if len(ids) <= room:
+    return ids
+  return ids[:1] + ids[len(ids) - room + 1 :] if ids[0] in begins else ids[-room:]
+
+
+def _answer(
+  stop: str | None, max_new_tokens: int, speaker: Speaker, prompts: Sequence[list[int]]
+) -> list[Answer]:
   """Continue prompts until all answers are complete."""
   tokenizer = speaker.tokenizer
-  sampling = SamplingConfig(temperature=0.0, max_new_tokens=config.max_new_tokens)
+  sampling = SamplingConfig(temperature=0.0, max_new_tokens=max_new_tokens)
   eos_ids = (*speaker.stop_ids, *([] if tokenizer.eos_id is None else [tokenizer.eos_id]))
   tokens: list[list[int]] = [[] for _ in prompts]
   logprobs: list[list[float]] = [[] for _ in prompts]
@@ -185,16 +200,16 @@ def _answer(config: TaskConfig, speaker: Speaker, prompts: Sequence[list[int]]) 
   ):
     tokens[piece.row] += piece.tokens
     logprobs[piece.row] += piece.logprobs
-    _, complete = _until(config.stop, tokenizer.decode(tokens[piece.row]))
+    _, complete = _until(stop, tokenizer.decode(tokens[piece.row]))
     if complete or piece.finish_reason:
       open_rows.discard(piece.row)
     if not open_rows:
       break
   answers = []
   for ids, values in zip(tokens, logprobs, strict=True):
-    text, _ = _until(config.stop, tokenizer.decode(ids))
+    text, _ = _until(stop, tokenizer.decode(ids))
     # What came after the stop text is no part of the answer, nor of its score.
-    used = next((i for i in range(len(ids)) if _until(config.stop, tokenizer.decode(ids[:i]))[1]),
+    used = next((i for i in range(len(ids)) if _until(stop, tokenizer.decode(ids[:i]))[1]),
                 len(ids))
     answers.append(Answer(text=text, score=float(np.exp(np.mean(values[:used] or [0.0])))))
   return answers
@@ -243,7 +258,9 @@ def _classify(config: TaskConfig, examples: Sequence[Example], speaker: Speaker)
   """Answer with the log-probabilities of the classes; each prompt is read once."""
   head: Any = speaker.classifier
   context_length = speaker.model.config.max_length
-  prompts = encoding.prompts(examples, speaker.tokenizer, context_length, 'start', speaker.add_bos)
+  # Every text gets an answer, also where it would not be trained on.
+  policy: Truncation = 'end' if config.truncation == 'end' else 'start'
+  prompts = encoding.prompts(examples, speaker.tokenizer, context_length, policy, speaker.add_bos)
   answers: list[Answer] = [Answer()] * len(examples)
   order = sorted(range(len(prompts)), key=lambda i: len(prompts[i] or ''))
   for start in _batches(len(order), speaker.batch_size):
@@ -261,17 +278,17 @@ def _classify(config: TaskConfig, examples: Sequence[Example], speaker: Speaker)
 
 def _measure(config: TaskConfig, examples: Sequence[Example], speaker: Speaker) -> list[Answer]:
   context_length = speaker.model.config.max_length
-  parts = [
-    list(windows(_encode(speaker, example.segments), context_length, context_length // 2 or 1))
-    for example in examples
-  ]
+  encoded = [_encode(speaker, example.segments) for example in examples]
+  parts = [list(windows(one, context_length, context_length // 2 or 1)) for one in encoded]
   found = iter(log_likelihoods(speaker, [part for group in parts for part in group]))
   return [
     Answer(
       log_likelihoods=tuple(next(found) for _ in group),
       num_tokens=tuple(sum(map(bool, part.weights[1:])) for part in group),
+      # Without BOS nothing predicts the first token.
+      unpredicted_bytes=len(speaker.tokenizer.id_bytes[one.ids[0]]) if any(one.weights[:1]) else 0,
     )
-    for group in parts
+    for one, group in zip(encoded, parts, strict=True)
   ]
 
 

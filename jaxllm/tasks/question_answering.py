@@ -5,8 +5,11 @@ A question may have no answer; the model then says so, and the prediction's answ
 
 import collections
 import re
+from collections.abc import Mapping
 from operator import itemgetter
-from typing import Literal
+from typing import Any, Literal
+
+import pydantic
 
 from jaxllm.tasks.base import (
   Answer,
@@ -45,6 +48,14 @@ class QuestionAnswering(CompletionConfig):
   """What a chat model is asked."""
   request_without_context: str | None = 'Answer in one sentence: {question}'
   """The same for a record without context."""
+
+  @pydantic.model_validator(mode='before')
+  @classmethod
+  def _prompt_without_context_alone(cls, values: Any) -> Any:
+    one, other = 'prompt_without_context', 'request_without_context'
+    alone = isinstance(values, Mapping) and one in values and other not in values
+    return {**values, other: None} if alone else values
+
   unanswerable: str = 'unanswerable'
   """What the model says where there is no answer."""
 

@@ -52,6 +52,8 @@ def test_what_a_record_is_about_is_its_longest_text():
   assert longest_text({'label': 'positive', 'text': 'A longer text.', 'id': 12345678901234567}) == (
     'A longer text.')
   assert longest_text({'id': 1}) == ''
+  said = [{'role': 'user', 'content': 'What is it?'}, {'role': 'assistant', 'content': 'A cat.'}]
+  assert longest_text({'messages': said}) == 'user What is it? assistant A cat.'
 
 
 def test_training_texts_come_back_from_records(tmp_path):

@@ -12,6 +12,7 @@ from jaxllm.generation.sampling import SamplingConfig
 from jaxllm.models import decoder
 from jaxllm.models.decoder import Decoder, DecoderConfig
 from jaxllm.models.linear import InitializerConfig
+from jaxllm.objectives.classification import ClassifierConfig
 from jaxllm.objectives.completion import Tokens
 from jaxllm.tasks import TASKS
 from jaxllm.tasks import predict as predict_lib
@@ -19,6 +20,7 @@ from jaxllm.tasks.classification import Sentiment
 from jaxllm.tasks.language_modeling import LanguageModeling
 from jaxllm.tasks.multiple_choice import MultipleChoice
 from jaxllm.tasks.predict import Speaker, predict
+from jaxllm.tasks.summarization import Summarization
 from jaxllm.tasks.translation import Translation
 
 BYTES = tokenizers.train_or_load(TokenizerConfig(kind='bytes'), [])
@@ -109,11 +111,10 @@ def test_answers_end_at_the_stop_text(stop, text, expected):
 
 
 def test_the_score_is_that_of_the_answer_alone(speaker):
-  config = Translation(max_new_tokens=12, stop=None)
   prompt = [BYTES.bos_id, *b'hello']
-  whole, = predict_lib._answer(config, speaker, [prompt])
+  whole, = predict_lib._answer(None, 12, speaker, [prompt])
   stop = whole.text[3]
-  cut, = predict_lib._answer(config.replace(stop=stop), speaker, [prompt])
+  cut, = predict_lib._answer(stop, 12, speaker, [prompt])
   assert whole.text.startswith(cut.text) and stop not in cut.text
   sampling = SamplingConfig(temperature=0.0, max_new_tokens=12)
   found, = decode.generate(speaker.model, speaker.variables, [prompt], sampling, [BYTES.eos_id])
@@ -156,3 +157,22 @@ def test_examples_are_read_from_the_data_of_the_task(tmp_path):
     data={'sources': [{'location': str(path), 'split': 'test'}]})
   example, = predict_lib.examples(config, 'test')
   assert example.reference == 's'
+
+
+def test_a_short_context_is_shared_by_prompt_and_answer(speaker):
+  length = speaker.model.config.max_length
+  config = Summarization(max_new_tokens=10 * length, stop=None)
+  texts = ['a' * 2 * length + end for end in ('x', 'yz')]
+  rows = [{'document': text} for text in texts]
+  first, second = predict(config, _examples(config, rows), speaker)
+  # What is said depends on the end of the prompt, of which half a context is left.
+  assert first != second
+  assert all(len(one['summary_text'].encode()) <= 3 * length for one in (first, second))
+
+
+def test_a_head_answers_only_for_its_own_labels(speaker):
+  other = ('a', 'b'), ('c', 'd')
+  head = speaker._replace(classifier=ClassifierConfig(num_classes=2), labels=other)
+  config = Sentiment(prompt='R: {text}\nS:')
+  rows = _examples(config, [{'text': 'good', 'label': 'positive'}])
+  assert predict(config, rows, head) == predict(config, rows, speaker)

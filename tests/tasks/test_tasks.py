@@ -3,9 +3,11 @@
 import math
 
 import pytest
+import tokenizers as library
 
+from jaxllm.data import tokenizers
 from jaxllm.evaluation import scores
-from jaxllm.tasks import TASKS, base, question_answering
+from jaxllm.tasks import TASKS, base, encoding, question_answering
 from jaxllm.tasks.base import Answer, Segment
 from jaxllm.tasks.classification import CHINESE, Classification, Sentiment
 from jaxllm.tasks.language_modeling import LanguageModeling
@@ -190,3 +192,18 @@ def test_language_modeling():
 def test_bad_input_is_named(build, message):
   with pytest.raises(ValueError, match=message):
     build()
+
+
+def test_text_after_text_begins_without_the_space_that_tokenizers_add():
+  inner = library.Tokenizer(library.models.BPE(
+    vocab={'▁': 0, 'a': 1, 'b': 2, '▁a': 3, '<0x0A>': 4, '▁b': 5, '<s>': 6},
+    merges=[('▁', 'a'), ('▁', 'b')], byte_fallback=True))
+  inner.pre_tokenizer = library.pre_tokenizers.Metaspace(prepend_scheme='first')
+  inner.decoder = library.decoders.Sequence([
+    library.decoders.Replace('▁', ' '), library.decoders.ByteFallback(), library.decoders.Fuse()])
+  inner.add_special_tokens(['<s>'])
+  tokenizer = tokenizers.from_files({
+    'tokenizer.json': inner.to_str().encode(), 'tokenizer_config.json': b'{"bos_token": "<s>"}'})
+  segments = [BOS, Segment('a'), Segment('b', 1.0), Segment(' a', 1.0), BOS, Segment('b')]
+  found = encoding.encode(segments, tokenizer)
+  assert found.ids == [6, 3, 2, 3, 6, 5] and list(found.weights) == [0, 0, 1, 1, 0, 0]

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +34,7 @@ from jaxllm.tasks.records import RecordsConfig, RecordSource
 from jaxllm.training import dataset, loop, losses
 from jaxllm.training import state as state_lib
 from jaxllm.training import step as step_lib
+from tests.interop import small
 from tests.training import tiny_run as tiny
 
 LORA = FinetuneConfig(lora=LoraConfig(rank=2, targets=('layers/attention/(query|value)',)))
@@ -251,3 +254,24 @@ def test_chat_data_take_the_template_of_the_model(tmp_path):
 def test_what_cannot_be_is_refused(base, changes, message):
   with pytest.raises(ConfigError, match=message):
     experiment(base, **changes)
+
+
+def test_adapters_go_to_peft_and_come_back(tmp_path):
+  config, _ = small.save(tmp_path / 'base')
+  tuned = experiment(tmp_path, FinetuneConfig(lora=LoraConfig(rank=2)))
+  loop.train(tuned, tmp_path / 'run', jax.devices()[:1])
+  converted = subprocess.run(
+    [sys.executable, '-m', 'jaxllm.convert', f'--source={tmp_path}/run',
+     f'--target={tmp_path}/adapter', '--format=peft'],
+    capture_output=True, text=True, check=False)
+  assert converted.returncode == 0, converted.stderr
+  assert {path.name for path in (tmp_path / 'adapter').iterdir()} == {
+    'adapter_config.json', 'adapter_model.safetensors'}
+  ids = np.arange(40) % config.vocab_size
+  run, back, base = (loading.load(tmp_path / name).logits(ids)
+                     for name in ('run', 'adapter', 'base'))
+  np.testing.assert_allclose(back, run, atol=1e-5)
+  assert np.abs(back - base).max() > 1e-3
+  with pytest.raises(ValueError, match='has no adapters'):
+    loop.train(experiment(tmp_path, FinetuneConfig()), tmp_path / 'whole', jax.devices()[:1])
+    loading.adapters(tmp_path / 'whole')
