@@ -92,17 +92,17 @@ ALL = {
   ),
   'answers_lora': Run(
     'question_answering.py:smollm2', ANSWERS,
-    {'training.num_steps': 200, 'data.context_length': 512, 'training.batch_size': 1},
+    {'training.num_steps': 150, 'data.context_length': 512, 'training.batch_size': 1},
     zero_shot=True,
   ),
   'sentiment_full': Run(
     'sentiment.py:smollm2', SENTIMENT,
-    {'training.num_steps': 120, 'finetune.lora': None, 'optimizer.learning_rate': 5e-5},
+    {'training.num_steps': 100, 'finetune.lora': None, 'optimizer.learning_rate': 5e-5},
   ),
-  'sentiment_scratch': Run('sentiment.py', SENTIMENT, {'training.num_steps': 400, **SCRATCH}),
+  'sentiment_scratch': Run('sentiment.py', SENTIMENT, {'training.num_steps': 300, **SCRATCH}),
   'translation_scratch': Run(
     'translation.py', TRANSLATION,
-    {'training.num_steps': 500, 'training.batch_size': 16, 'task.max_new_tokens': 64, **SCRATCH},
+    {'training.num_steps': 400, 'training.batch_size': 16, 'task.max_new_tokens': 64, **SCRATCH},
     limit=200,
   ),
 }
