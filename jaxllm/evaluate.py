@@ -73,6 +73,8 @@ def main(_) -> None:  # noqa: D103
     if overlap := result.get('contamination'):
       print(f'{name}: {overlap["overlapping"]} of {overlap["texts"]} texts share a run of '
             f'{overlap["ngram_words"]} words (or are whole) with the training records')
+    if confusion := result.get('confusion'):
+      print(f'{name}:\n{tables.render_confusion(confusion)}')
     result['scores'] = tables.as_json(result.pop('lines'))
   _write({'model': MODEL.value, 'quantize': QUANTIZE.value, 'baseline': BASELINE.value,
           'tasks': results})
@@ -112,9 +114,20 @@ def _task(model, baseline, task, split: str) -> dict[str, Any]:
     'split': split,
     'examples': len(examples),
     'lines': tables.score(kind.metrics, found, references, theirs),
+    'confusion': _confusion(task, found, references),
     'contamination': _contamination(model, list(map(contamination.longest_text, records))),
     'predictions': _predictions(records, references, found, theirs),
   }
+
+
+def _confusion(task, found, references) -> dict[str, Any] | None:
+  """Return which labels are taken for which; None where there are no labels."""
+  from jaxllm.evaluation import scores
+
+  labels = [label for label, _ in getattr(task, 'labels', ())]
+  said = [prediction.get('label') for prediction in found]
+  counts = scores.confusion_matrix(said, references, labels).tolist()
+  return {'labels': labels, 'counts': counts} if labels else None
 
 
 def _text(model, baseline, path: str) -> dict[str, Any]:

@@ -89,6 +89,15 @@ def render(tables: Mapping[str, Sequence[Line]], counts: Mapping[str, int]) -> s
   )
 
 
+def render_confusion(confusion: Mapping[str, Any]) -> str:
+  """Return a confusion matrix, {'labels', 'counts'}, as text; a row is what is true."""
+  labels, counts = confusion['labels'], confusion['counts']
+  rows = [['true \\ said', *labels],
+          *([label, *map(str, row)] for label, row in zip(labels, counts, strict=True))]
+  width = max(len(cell) for row in rows for cell in row)
+  return '\n'.join('  '.join(cell.rjust(width) for cell in row) for row in rows)
+
+
 def as_json(lines: Sequence[Line]) -> dict[str, Any]:
   """Return the lines of a task as JSON-able values by the names of the numbers."""
   return {
