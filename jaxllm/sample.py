@@ -34,6 +34,9 @@ TYPICAL_P = flags.DEFINE_float('typical_p', 1.0, 'Draw from tokens of expected s
 REPETITION_PENALTY = flags.DEFINE_float('repetition_penalty', 1.0, 'Above 1 avoids repetition.')
 NO_REPEAT_NGRAM = flags.DEFINE_integer('no_repeat_ngram', 0, 'No so many tokens come twice.')
 NUM_SAMPLES = flags.DEFINE_integer('num_samples', 1, 'Continuations of each prompt.', 1)
+SAMPLING = flags.DEFINE_string(
+  'sampling', '{}', 'Other rules, as JSON: {"min_new_tokens": 5, "presence_penalty": 0.5}; see '
+  'SamplingConfig.')
 SEED = flags.DEFINE_integer('seed', 0, 'The same seed gives the same text.')
 
 
@@ -47,11 +50,12 @@ def main(_) -> None:  # noqa: D103
   if QUANTIZE.value:
     loaded = loaded.quantized(QUANTIZE.value)
   model, variables = decoder.Decoder(loaded.config), loaded.unstacked
-  sampling = SamplingConfig(
-    max_new_tokens=MAX_NEW_TOKENS.value, temperature=TEMPERATURE.value, top_k=TOP_K.value,
-    top_p=TOP_P.value, min_p=MIN_P.value, typical_p=TYPICAL_P.value, seed=SEED.value,
-    repetition_penalty=REPETITION_PENALTY.value, no_repeat_ngram=NO_REPEAT_NGRAM.value,
-  )
+  others = SamplingConfig.from_json(SAMPLING.value)
+  own = (MAX_NEW_TOKENS, TEMPERATURE, TOP_K, TOP_P, MIN_P, TYPICAL_P, SEED, REPETITION_PENALTY,
+         NO_REPEAT_NGRAM)
+  if twice := sorted({flag.name for flag in own} & others.model_fields_set):
+    raise ValueError(f'--sampling: {", ".join(twice)} has a flag of its own')
+  sampling = others.replace(**{flag.name: flag.value for flag in own})
   if CHAT.value:
     _chat(loaded, model, variables, sampling)
   elif NUM_BEAMS.value > 1:
