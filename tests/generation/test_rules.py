@@ -135,6 +135,32 @@ def test_decoding_with_rules():
   assert decode.compilation_count() == count
 
 
+# One value of every rule that shapes a draw.
+EVERY = {
+  'top_k': 4, 'top_p': 0.6, 'min_p': 0.1, 'typical_p': 0.7, 'repetition_penalty': 1.4,
+  'presence_penalty': 0.8, 'frequency_penalty': 0.6, 'no_repeat_ngram': 1,
+  'bad_words': ((3,), (4, 5)), 'logit_bias': ((6, 2.0), (6, 1.0)),
+  'sequence_bias': (((7, 8), 3.0),),
+  'min_new_tokens': 5, 'forced_bos_id': 9, 'forced_eos_id': 10,
+}
+
+
+def test_every_rule_alone_is_that_rule_among_the_others():
+  biases = {'bad_words', 'logit_bias', 'sequence_bias'}
+  assert set(EVERY) | {'temperature', 'biases'} == set(RULES) | {'temperature'} | biases
+  configs = [PLAIN.replace(**{name: value}) for name, value in EVERY.items()]
+  prompts = [[1 + i, 5, 4, 5][: 1 + i % 4] for i in range(len(configs))]
+  seeds = [3] * len(configs)
+  together = decode.generate(MODEL, VARIABLES, prompts, configs, eos_ids=[11], seeds=seeds)
+  plain = decode.generate(MODEL, VARIABLES, prompts, PLAIN, eos_ids=[11], seeds=seeds)
+  for row, config in enumerate(configs):
+    alone, = decode.generate(MODEL, VARIABLES, [prompts[row]], [config], eos_ids=[11], seeds=[3])
+    assert alone.tokens == together[row].tokens
+  # Most rules show in so short a text.
+  changed = sum(a.tokens != b.tokens for a, b in zip(together, plain, strict=True))
+  assert changed >= len(configs) // 2
+
+
 @pytest.mark.parametrize('fields, message', [
   ({'repetition_penalty': 0.0}, 'repetition_penalty'), ({'typical_p': 0.0}, 'typical_p'),
   ({'bad_words': ((),)}, 'bad_words'), ({'logit_bias': ((1, float('nan')),)}, 'logit_bias'),
