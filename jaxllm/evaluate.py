@@ -51,6 +51,7 @@ def main(_) -> None:  # noqa: D103
   if QUANTIZE.value:
     model, baseline = model.quantized(QUANTIZE.value), baseline or model
   own = pipelines.own_task(model)
+  _check_flags(own)
   if not (TASKS.value or TEXT.value or own):
     if BASELINE.value:
       raise ValueError(f'--baseline={BASELINE.value}: say on what, by --tasks or --text')
@@ -62,7 +63,6 @@ def main(_) -> None:  # noqa: D103
     _write({**scores, 'baseline': whole} if whole else scores)
     return
   split = SPLIT.value or 'test'
-  _check_flags(own)
   names = TASKS.value or ('' if TEXT.value else own.kind)
   selected = suite.select(names, split, own, DATA.value, LIMIT.value) if names else {}
   results = {name: _task(model, baseline, task, split) for name, task in selected.items()}
@@ -82,10 +82,11 @@ def main(_) -> None:  # noqa: D103
 
 def _check_flags(own: Any) -> None:
   """Refuse flags that nothing would read."""
-  has_task = bool(TASKS.value or (own and not TEXT.value))
+  has_text = bool(TEXT.value)
+  has_task = bool(TASKS.value or (own and not has_text))
   for flag, read, what in ((DATA, has_task, '--tasks'), (LIMIT, has_task, '--tasks'),
-                           (SPLIT, has_task, '--tasks'), (STRIDE, bool(TEXT.value), '--text'),
-                           (CONTEXT_LENGTH, bool(TEXT.value), '--text')):
+                           (SPLIT, has_task or not has_text, '--tasks'),
+                           (STRIDE, has_text, '--text'), (CONTEXT_LENGTH, has_text, '--text')):
     if flag.value is not None and not read:
       raise ValueError(f'--{flag.name}={flag.value} is for {what}, which was not given')
 

@@ -59,7 +59,7 @@ def visible_files(root: pathlib.Path, pattern: str = '**/*') -> list[File]:
   return [File(name, root / name) for name in names if not f'/{name}'.count('/.')]
 
 
-def library_files() -> list[File]:
+def stdlib_files() -> list[File]:
   """List the sources of Python's own library, tests excepted."""
   root = pathlib.Path(sysconfig.get_paths()['stdlib'])
   skipped = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__'}
@@ -70,9 +70,9 @@ def library_files() -> list[File]:
   ]
 
 
-def library_rows(text_field: str) -> Iterator[Row]:
+def stdlib_rows(text_field: str) -> Iterator[Row]:
   """Yield each source file of Python's library, and each topic of its help as a text of its own."""
-  for file in library_files():
+  for file in stdlib_files():
     with tokenize.open(file.path) as source:
       text = source.read()
     texts = [text]

@@ -169,8 +169,8 @@ def _file_rows(source: SourceConfig, path: pathlib.Path, format_: str | None) ->
     yield Row(str(path), place, fields)
 
 
-def _library_rows(source: SourceConfig) -> Iterator[Row]:
-  pieces = readers.part(lambda: catalogs.library_rows(source.text_field), source.slice, _one)
+def _stdlib_rows(source: SourceConfig) -> Iterator[Row]:
+  pieces = readers.part(lambda: catalogs.stdlib_rows(source.text_field), source.slice, _one)
   return (row for row, _ in pieces)
 
 
@@ -182,7 +182,7 @@ _PATH = _Scheme(_path_files, _path_rows)
 
 SCHEMES = {
   'package': _Scheme(lambda source: catalogs.package_files(_rest(source))[0], _package_rows),
-  'stdlib': _Scheme(lambda _: catalogs.library_files(), _library_rows),
+  'stdlib': _Scheme(lambda _: catalogs.stdlib_files(), _stdlib_rows),
   'tfds': _Scheme(lambda source: catalogs.tfds_files(_rest(source)),
                   lambda source: catalogs.tfds_rows(_rest(source), source.slice)),
 }
