@@ -8,7 +8,7 @@ import importlib.resources
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from starlette.routing import Route, Router
@@ -175,18 +175,21 @@ async def _while_connected(receive: Receive, work: Coroutine[Any, Any, None]) ->
   async def gone() -> None:
     while (await receive())['type'] != 'http.disconnect':
       pass
+    task.cancel()
 
-  working, watching = asyncio.create_task(work), asyncio.create_task(gone())
+  # In the task of the request, so that nothing lies between the last bytes of an answer and the end
+  # of the request: who then asks again is not refused for what was answered.
+  task = cast(asyncio.Task[None], asyncio.current_task())
+  watching = asyncio.create_task(gone())
   try:
-    await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
-    if not working.done():
-      raise Disconnected
+    await work
+  except asyncio.CancelledError:
+    if not watching.done():
+      raise
+    task.uncancel()
+    raise Disconnected from None
   finally:
-    # Cancelling what is done changes nothing.
-    for task in (working, watching):
-      task.cancel()
-    await asyncio.gather(working, watching, return_exceptions=True)
-  working.result()
+    watching.cancel()
 
 
 def _embed(service: Service) -> Handler:

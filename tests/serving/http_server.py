@@ -68,6 +68,14 @@ def save(model, directory):
                           model_type='llama')
 
 
+def wait_until(condition, seconds=20.0):
+  """Return once a condition holds; the server works in threads of its own."""
+  end = time.monotonic() + seconds
+  while not condition():
+    assert time.monotonic() < end, 'it does not come true'
+    time.sleep(0.002)
+
+
 def make_engine(model):
   """Return an engine; the first of a process compiles its programs."""
   return Engine(model, EngineConfig(num_slots=4, max_queue=32, prefill_chunk=64))
@@ -100,13 +108,11 @@ class Server:
 
   def wait_until_idle(self, seconds=20.0):
     """Return once no slot is in use and nothing waits."""
-    end = time.monotonic() + seconds
-    while True:
+    def idle():
       now = self.service.engine.statistics()
-      if not (now.busy_slots or now.queued or self.service.active):
-        return
-      assert time.monotonic() < end, now
-      time.sleep(0.01)
+      return not (now.busy_slots or now.queued or self.service.active)
+
+    wait_until(idle, seconds)
 
 
 @contextlib.contextmanager

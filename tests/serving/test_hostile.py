@@ -14,7 +14,7 @@ import time
 import httpx
 import numpy as np
 import pytest
-from http_server import CLIENT, NAME, make_engine, running, shared, tiny_model
+from http_server import CLIENT, NAME, make_engine, running, shared, tiny_model, wait_until
 
 from jaxllm.serving import connections
 from jaxllm.serving.engine import ClosedError, FailedError
@@ -216,9 +216,7 @@ def test_a_client_that_takes_nothing_loses_its_slot():
     idle.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     idle.connect(('127.0.0.1', server.port))
     idle.sendall(HEAD + b'content-length: %d\r\n\r\n' % len(body) + body)
-    end = time.monotonic() + 20
-    while not server.service.active and time.monotonic() < end:
-      time.sleep(0.002)
+    wait_until(lambda: server.service.active)
     served(server)
     server.wait_until_idle()
     served(server)
@@ -234,8 +232,7 @@ def test_a_disconnect_frees_the_slots(server, stream):
     if stream:
       assert raw.socket.recv(10).startswith(b'HTTP/1.1 2')
     else:
-      while not engine.statistics().busy_slots:
-        time.sleep(0.002)
+      wait_until(lambda: engine.statistics().busy_slots)
   server.wait_until_idle()
   assert engine.statistics().finished['cancelled'] > before
   served(server)
@@ -271,12 +268,21 @@ def test_a_full_queue_and_too_much_concurrency_are_told(server):
     assert server.get('/ready').status_code == 200
   server.wait_until_idle()
   with running(*shared(), max_concurrency=1) as other:
-    served(other)
+    other.wait_until_idle()
     with other.service.admitted():
       answer = other.complete()
       assert refused(answer, 429)['code'] == 'rate_limit_exceeded'
       assert answer.headers['retry-after'] == '1'
     served(other)
+
+
+def test_requests_one_after_another_are_never_too_many():
+  with running(*shared(), max_concurrency=1) as server, httpx.Client() as other:
+    for path, field in (('/v1/completions', 'prompt'), ('/v1/embeddings', 'input'),
+                        ('/tokenize', 'prompt')) * 100:
+      for client in (CLIENT, other):
+        answer = client.post(server.url + path, json={'model': NAME, field: 'ab'})
+        assert answer.status_code == 200, answer.text
 
 
 @pytest.mark.parametrize('stream', [True, False])
@@ -296,8 +302,7 @@ def test_what_the_drain_leaves_unfinished_ends_with_an_error(stream):
         error = json.loads(last.removeprefix('data: '))['error']
       else:
         waiting = held.submit(server.post, '/v1/completions', asked)
-        while not engine.statistics().busy_slots:
-          time.sleep(0.002)
+        wait_until(lambda: engine.statistics().busy_slots)
         server.stop()
         error = refused(waiting.result(), 503)
     assert error['code'] == 'closed'
@@ -382,7 +387,8 @@ def test_failures_of_the_engine(error, status, caplog):
       # In a stream it is the last event.
       lines = server.complete(stream=True).text.strip().split('\n\n')
       assert json.loads(lines[-1].removeprefix('data: '))['error']['type'] == 'server_error'
-      assert '[DONE]' not in lines[-1] and engine.cancelled == 2
+      assert '[DONE]' not in lines[-1]
+      wait_until(lambda: engine.cancelled == 2)
   assert SECRET not in caplog.text
   assert 'POST /v1/completions' in caplog.text
 
