@@ -11,7 +11,7 @@ from jaxllm.models.linear import PARTS, dense, dequantize
 @pytest.mark.parametrize('lead', [(), (1,), (1, 1), (2, 1), (1, 3), (8,)])
 @pytest.mark.parametrize('inputs', [(64,), (4, 16), (2 * PARTS + 1,)])
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-@pytest.mark.parametrize('kind', [None, 'int8'])
+@pytest.mark.parametrize('kind', [None, 'int8', 'int4'])
 def test_dense_is_the_contraction(lead, inputs, dtype, kind):
   rng = np.random.default_rng(len(lead) + inputs[0])
   x = jnp.asarray(rng.normal(size=(*lead, *inputs)), dtype)
@@ -19,7 +19,7 @@ def test_dense_is_the_contraction(lead, inputs, dtype, kind):
   if kind is not None:
     name = 'query' if len(inputs) == 1 else 'out'
     tree = {'params': {name: {'kernel': kernel}}}
-    kernel = quantize(tree, QuantizationConfig(kind=kind))['params'][name]['kernel']
+    kernel = quantize(tree, QuantizationConfig(kind=kind, group_size=16))['params'][name]['kernel']
     full = dequantize(kernel, jnp.float32)
   got = dense(x, kernel, len(inputs), dtype)
   want = np.tensordot(np.asarray(x, np.float64), np.asarray(full, np.float64), len(inputs))
