@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,8 +26,9 @@ from jaxllm.models import decoder
 from jaxllm.models.decoder import Decoder, DecoderConfig
 from jaxllm.objectives import classification
 from jaxllm.objectives.classification import ClassifierConfig
-from jaxllm.tasks import chat, predict
-from jaxllm.tasks.base import Example
+from jaxllm.tasks import chat, encoding, predict
+from jaxllm.tasks.base import BOS, Example, prompt_of
+from jaxllm.tasks.chat import ChatTemplate
 
 # The entry of a bundle's manifest with the fingerprint of what adapters were trained beside.
 BASE = 'base_fingerprint'
@@ -88,10 +89,59 @@ class LoadedModel:
     """The variables with one tree per layer, which decodes faster; made once."""
     return decoder.unstack(self.variables)
 
+  @functools.cached_property
+  def chat_format(self) -> 'ChatFormat | None':
+    """How to talk to the model; None: it has no chat template.
+
+    That is the template of the chat that it was fine-tuned on, or else the tokenizer's.
+    """
+    if (own := _own_template(self.experiment)) is not None:
+      return chat_format(self, own)
+    jinja = tokenizer_files.chat_template(self.tokenizer.files())
+    if jinja is None:
+      return None
+    ends = templates.turn_ends(templates.special_tokens(self.tokenizer))
+    return ChatFormat(
+      functools.partial(templates.encode, self.tokenizer, jinja), (), (*self.stop_ids, *ends))
+
   def quantized(self, kind: str) -> 'LoadedModel':
     """Return the model with 'int8' or 'int4' weights: see `adapters.quantization`."""
     smaller = quantize(self.variables, QuantizationConfig.model_validate({'kind': kind}))
     return dataclasses.replace(self, variables=smaller)
+
+
+class ChatFormat(NamedTuple):
+  """How a conversation goes.
+
+  Attributes:
+    encode: messages {'role', 'content'} to token ids, up to where the assistant begins.
+    stop: texts that end the assistant's turn.
+    stop_ids: tokens that do.
+  """
+
+  encode: Callable[[Sequence[chat.Message]], list[int]]
+  stop: tuple[str, ...]
+  stop_ids: tuple[int, ...]
+
+
+def chat_format(model: LoadedModel, template: ChatTemplate) -> ChatFormat:
+  """Return the format of a model that is talked to by a template that is not its own."""
+  special = templates.special_tokens(model.tokenizer)
+
+  def encode(messages: Sequence[chat.Message]) -> list[int]:
+    answered = [*messages, {'role': 'assistant', 'content': '.'}]
+    found, = chat.segments([answered], template.render, template.controls)
+    prompt = prompt_of((BOS, *found))
+    return list(encoding.encode(prompt, model.tokenizer, special, model.add_bos).ids)
+
+  ids = [special[text] for text in template.controls if text in special]
+  return ChatFormat(
+    encode, (template.suffix.rstrip() or template.suffix,), (*model.stop_ids, *ids))
+
+
+def _own_template(experiment: Experiment | None) -> ChatTemplate | None:
+  task = experiment.task if experiment else None
+  return task.template if isinstance(task, chat.Chat) else None
 
 
 def load(path: str | os.PathLike[str]) -> LoadedModel:
@@ -294,11 +344,13 @@ def _loaded(
   config: DecoderConfig, variables: Any, files: dict[str, bytes],
   experiment: Experiment | None = None,
 ) -> LoadedModel:
+  add_bos = experiment.data.add_bos if experiment else tokenizer_files.add_bos(files)
+  if (own := _own_template(experiment)) is not None:
+    files = {**files, tokenizer_files.CHAT: own.jinja(add_bos).encode()}
   tokenizer = tokenizers.from_files(files)
   stop_ids = tokenizer_files.stop_ids(files)
   if tokenizer.eos_id is not None:
     stop_ids = tuple(dict.fromkeys((*stop_ids, tokenizer.eos_id)))
-  add_bos = experiment.data.add_bos if experiment else tokenizer_files.add_bos(files)
   return LoadedModel(config, variables, tokenizer, experiment, add_bos, stop_ids)
 
 

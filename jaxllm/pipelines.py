@@ -20,10 +20,9 @@ from jaxllm.interop import chat as templates
 from jaxllm.interop import tokenizer_files
 from jaxllm.loading import LoadedModel
 from jaxllm.models.decoder import Decoder
-from jaxllm.tasks import TASKS, encoding, predict
-from jaxllm.tasks import chat as chat_task
-from jaxllm.tasks.base import BOS, Prediction, Record, prompt_of
-from jaxllm.tasks.chat import Message
+from jaxllm.tasks import TASKS, predict
+from jaxllm.tasks.base import Prediction, Record
+from jaxllm.tasks.chat import PLAIN
 from jaxllm.tasks.predict import Speaker
 from jaxllm.tasks.question_answering import ExtractiveQuestionAnswering, QuestionAnswering
 
@@ -183,7 +182,7 @@ def _text_generation(model: LoadedModel, batch_size: int, fields: Mapping[str, A
 
 
 def _chat(model: LoadedModel, batch_size: int, fields: Mapping[str, Any]) -> Pipeline:
-  encode, ends, stop_ids = _chat_format(model)
+  encode, ends, stop_ids = model.chat_format or loading.chat_format(model, PLAIN)
   sampling, stop = _sampling(fields)
   room = max(model.config.max_length - sampling.max_new_tokens, model.config.max_length // 2)
 
@@ -208,34 +207,6 @@ def _chat(model: LoadedModel, batch_size: int, fields: Mapping[str, Any]) -> Pip
     return results[0] if single else results
 
   return reply
-
-
-def _chat_format(
-  model: LoadedModel
-) -> tuple[Callable[[Sequence[Message]], list[int]], tuple[str, ...], tuple[int, ...]]:
-  """Return how conversations become tokens, and the texts and tokens that end an answer.
-
-  That is the template of the chat that the model was fine-tuned on, or else the tokenizer's, or
-  else plain text.
-  """
-  tokenizer, special = model.tokenizer, templates.special_tokens(model.tokenizer)
-  jinja, own = tokenizer_files.chat_template(tokenizer.files()), own_task(model)
-  tuned = own is not None and own.kind == 'chat' and own.template is not None
-  if not tuned and jinja is not None:
-    return (
-      lambda messages: templates.encode(tokenizer, jinja, messages), (),
-      (*model.stop_ids, *templates.turn_ends(special)),
-    )
-  template = own.template if tuned else chat_task.PLAIN
-
-  def encode(messages: Sequence[Message]) -> list[int]:
-    answered = [*messages, {'role': 'assistant', 'content': '.'}]
-    found, = chat_task.segments([answered], template.render, template.controls)
-    prompt = prompt_of((BOS, *found))
-    return list(encoding.encode(prompt, tokenizer, special, model.add_bos).ids)
-
-  ids = [special[text] for text in template.controls if text in special]
-  return encode, (template.suffix.rstrip() or template.suffix,), (*model.stop_ids, *ids)
 
 
 def _config(model: LoadedModel, fields: Mapping[str, Any], *kinds: str) -> Any:

@@ -139,24 +139,17 @@ def _show(texts: list[str]) -> None:
 
 def _chat(loaded, model, variables, sampling) -> None:
   from jaxllm.generation import chat
-  from jaxllm.interop import chat as templates
-  from jaxllm.interop import tokenizer_files
 
-  tokenizer = loaded.tokenizer
-  template = tokenizer_files.chat_template(tokenizer.files())
-  if template is None:
+  if loaded.chat_format is None:
     raise app.UsageError(f'--chat: {MODEL.value} has no chat template; use --prompt')
-  ends = (*loaded.stop_ids, *templates.turn_ends(templates.special_tokens(tokenizer)))
-
-  def encode(messages) -> list[int]:
-    return templates.encode(tokenizer, template, messages)
+  encode, stop, stop_ids = loaded.chat_format
 
   def write(text: str) -> None:
     print(text, end='', flush=True)
 
   write(f'{chat.HELP}\n')
-  chat.converse(model, variables, tokenizer, encode, sampling, _lines(), write, SYSTEM.value,
-                STOP.value, ends)
+  chat.converse(model, variables, loaded.tokenizer, encode, sampling, _lines(), write, SYSTEM.value,
+                (*STOP.value, *stop), stop_ids)
 
 
 def _lines() -> Iterator[str]:

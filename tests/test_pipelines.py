@@ -4,14 +4,14 @@ import jax
 import pytest
 
 import jaxllm
-from jaxllm import pipelines
+from jaxllm import loading, pipelines
 from jaxllm.data import tokenizers
 from jaxllm.data.tokenizers import TokenizerConfig
 from jaxllm.loading import LoadedModel
 from jaxllm.models import decoder
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.models.linear import InitializerConfig
-from jaxllm.tasks.chat import Chat, ChatTemplate
+from jaxllm.tasks.chat import PLAIN, Chat, ChatTemplate
 from jaxllm.tasks.classification import Classification
 from jaxllm.tasks.question_answering import QuestionAnswering
 from jaxllm.tasks.records import RecordsConfig, RecordSource
@@ -157,10 +157,10 @@ def test_a_fine_tuned_model_answers_in_its_own_form(model):
 
 def test_a_chat_follows_the_template_of_the_run(model):
   template = ChatTemplate(prefix='<{role}>', suffix='</>', controls=())
-  encode, ends, _ = pipelines._chat_format(tuned(model, Chat(template=template)))
+  encode, ends, _ = tuned(model, Chat(template=template)).chat_format
   messages = [{'role': 'user', 'content': 'Hi'}]
   assert encode(messages) == [BYTES.bos_id, *b'<user>Hi</><assistant>'] and ends == ('</>',)
-  encode, ends, _ = pipelines._chat_format(model)
+  encode, ends, _ = loading.chat_format(model, PLAIN)
   assert encode(messages) == [BYTES.bos_id, *b'User:\nHi\n\nAssistant:\n'] and ends == ('\n\n',)
 
 

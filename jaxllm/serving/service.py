@@ -72,7 +72,6 @@ class Service:
     self._model, self.tokenizer = model, model.tokenizer
     self._context_length = context_length
     self._vocab_size = min(model.config.vocab_size, model.tokenizer.vocab_size)
-    self._template = tokenizer_files.chat_template(model.tokenizer.files())
     self._special = templates.special_tokens(model.tokenizer)
     self._names = Names(model.tokenizer)
     self._pool = concurrent.futures.ThreadPoolExecutor(THREADS, 'jaxllm-tokens')
@@ -119,12 +118,12 @@ class Service:
     """Plan the answer to the body of a chat completion; raises as `completion`."""
     request = protocol.chat(fields.parse(body), self.limits, self._vocab_size)
     self.check_model(request.generation.model)
-    if self._template is None:
+    if self._model.chat_format is None:
       raise invalid('messages', 'this model has no chat template; send a text to /v1/completions',
                     'no_chat_template')
     messages = [dataclasses.asdict(message) for message in request.messages]
     try:
-      ids = templates.encode(self.tokenizer, self._template, messages)
+      ids = self._model.chat_format.encode(messages)
     except templates.TemplateError as error:
       raise invalid('messages', str(error)[:200], 'chat_template') from None
     except ValueError:
@@ -166,7 +165,7 @@ class Service:
       'tokenizer_class': 'jaxllm', 'vocab_size': self._vocab_size,
       'model_max_length': self._context_length, 'add_bos_token': self._model.add_bos,
       **{name: named.get(value) if value is not None else None for name, value in ids.items()},
-      'chat_template': self._template,
+      'chat_template': tokenizer_files.chat_template(self.tokenizer.files()),
     }
 
   def submit(self, plan: Plan) -> list[Ticket]:
@@ -247,8 +246,9 @@ class Service:
       min_new_tokens=int(score_prompt and length == 1))
     seed = (secrets.randbelow(MAX_SEED + 1) if generation.seed is None
             else (generation.seed + choice) % (MAX_SEED + 1))
-    ends = templates.turn_ends(self._special) if is_chat else ()
-    return Job(prompt, sampling, seed, generation.stop, ends, generation.num_top or 0,
+    turn = self._model.chat_format if is_chat else None
+    stop = (*generation.stop, *(turn.stop if turn else ()))
+    return Job(prompt, sampling, seed, stop, turn.stop_ids if turn else (), generation.num_top or 0,
                score_prompt, self._constraint(generation))
 
   def _constraint(self, generation: Generation) -> Constraint | None:

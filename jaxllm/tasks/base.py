@@ -61,7 +61,9 @@ class Example(NamedTuple):
 
 def prompt_of(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
   """Return the segments before the last run of weighted ones: what a model is given."""
-  end = len(segments)
+  end = max((i for i, segment in enumerate(segments, 1) if segment.weight), default=0)
+  if not end:
+    return segments
   while end and segments[end - 1].weight:
     end -= 1
   return segments[:end]

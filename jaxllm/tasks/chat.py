@@ -46,9 +46,32 @@ class ChatTemplate(Config):
     texts = (''.join(map(self._turn, [*messages, *end])) for messages in conversations)
     return [text.rpartition(_STAND_IN)[0] if open_turn else text for text in texts]
 
+  def jinja(self, with_bos: bool) -> str:
+    """Return the same as the chat templates of Hugging Face, which are programs.
+
+    Args:
+      with_bos: whether the texts begin with BOS.
+    """
+    role = "m['role']"
+    if self.names:
+      pairs = ', '.join(f'{_quoted(name)}: {_quoted(spelled)}' for name, spelled in self.names)
+      role = f"{{{pairs}}}.get({role}, {role})"
+    prefix = f' ~ {role} ~ '.join(map(_quoted, self.prefix.split('{role}')))
+    opened, = self.render([[]], open_turn=True)
+    return (
+      ('{{ bos_token }}' if with_bos else '') + '{% for m in messages %}'
+      f"{{{{ {prefix} ~ m['content'] ~ {_quoted(self.suffix)} }}}}" '{% endfor %}'
+      f'{{% if add_generation_prompt %}}{{{{ {_quoted(opened)} }}}}{{% endif %}}')
+
   def _turn(self, message: Message) -> str:
     role = dict(self.names).get(message['role']) or message['role']
     return self.prefix.replace('{role}', role) + message['content'] + self.suffix
+
+
+def _quoted(text: str) -> str:
+  """Return a literal of Jinja."""
+  escaped = text.encode('unicode_escape').decode().replace("'", "\\'")
+  return f"'{escaped}'"
 
 
 PLAIN = ChatTemplate(

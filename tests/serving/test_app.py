@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import dataclasses
 import json
 import math
 import os
@@ -11,12 +12,24 @@ import struct
 import subprocess
 import sys
 import time
+import types
 
 import httpx
 import numpy as np
 import openai
 import pytest
-from http_server import END, NAME, TEMPLATE, TURN, TURN_END, running, save, shared, tiny_model
+from http_server import (
+  END,
+  NAME,
+  TEMPLATE,
+  TURN,
+  TURN_END,
+  make_engine,
+  running,
+  save,
+  shared,
+  tiny_model,
+)
 from openai.types import Completion, CreateEmbeddingResponse, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel
@@ -26,6 +39,7 @@ from jaxllm.generation.text import TextPiece, text_of
 from jaxllm.interop import chat as templates
 from jaxllm.models.decoder import Decoder
 from jaxllm.serving.responses import Choice, Names
+from jaxllm.tasks.chat import Chat, ChatTemplate
 
 PROMPT, HELLO = 'To be', [{'role': 'user', 'content': 'Hello'}]
 TEXT = {'model': NAME, 'prompt': PROMPT, 'max_tokens': 12, 'seed': 3}
@@ -256,6 +270,23 @@ def test_chats_end_with_the_turn_and_go_through_the_template(client):
   # In a completion it is a token like another.
   other = client.completions.create(**TEXT, logit_bias={str(TURN_END): 100})
   assert other.usage.completion_tokens == 12
+
+
+def test_a_run_tuned_on_chats_is_served_by_their_template():
+  template = ChatTemplate(prefix='[{role}]', suffix='a', controls=())
+  run = types.SimpleNamespace(task=Chat(template=template), data=None)
+  model = dataclasses.replace(tiny_model(), experiment=run)
+  engine = make_engine(model)
+  with running(model, engine) as server, openai.OpenAI(
+      base_url=f'{server.url}/v1', api_key='x') as client:
+    # 'b' follows twelve times; an 'a' ends the turn.
+    for bias, want, reason in (('b', 'b' * 12, 'length'), ('a', '', 'stop')):
+      answer = client.chat.completions.create(
+        **CHAT | {'messages': [{'role': 'user', 'content': 'Hi'}]},
+        logit_bias={str(ord(bias)): 100})
+      assert answer.usage.prompt_tokens == len('[user]Hia[assistant]')
+      assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (want, reason)
+  engine.close(10)
 
 
 def test_json(client):

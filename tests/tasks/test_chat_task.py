@@ -7,6 +7,7 @@ import pytest
 
 from jaxllm.data import tokenizers
 from jaxllm.data.tokenizers import TokenizerConfig
+from jaxllm.interop import chat as model_chat
 from jaxllm.tasks import chat
 from jaxllm.tasks.base import EOS, Segment
 from jaxllm.tasks.chat import PLAIN, Chat, ChatTemplate
@@ -94,8 +95,6 @@ def test_several_conversations_are_rendered_together():
 
 
 def test_a_models_own_jinja_template():
-  from jaxllm.interop import chat as model_chat
-
   template = (
     '{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n'
     '{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}')
@@ -104,6 +103,22 @@ def test_a_models_own_jinja_template():
   found, = chat.examples([{'messages': messages}], render, tuple(IDS))
   plain = chat.example(Chat(), {'messages': _messages(('user', 'a'), ('assistant', 'b'))})
   assert found.segments == plain.segments
+
+
+@pytest.mark.parametrize('template', [
+  ChatTemplate(), PLAIN,
+  ChatTemplate(prefix="'{{ {role} }}'\\n{% x %}{role}: ", suffix='\t"é😀"\n',
+               names=(("a'b", '\\c'),)),
+], ids=['chatml', 'plain', 'hostile'])
+@pytest.mark.parametrize('open_turn', [False, True])
+def test_a_template_in_jinja_writes_the_same(template, open_turn):
+  conversations = [[], _messages(('user', '{{ 1 }}')), _messages(
+    ("a'b", ' x\n'), ('assistant', ''), ('system', '{role}'))]
+  for with_bos in (False, True):
+    found = model_chat.render(
+      template.jinja(with_bos), conversations, open_turn, bos_token='<s>')
+    begin = '<s>' if with_bos else ''
+    assert found == [begin + text for text in template.render(conversations, open_turn)]
 
 
 @pytest.mark.parametrize('message', [{'role': 'user'}, {'role': 'user', 'content': None}])

@@ -22,12 +22,12 @@ from jaxllm.data import tokenizers
 from jaxllm.data.records import DataConfig
 from jaxllm.evaluation.perplexity import EvaluationConfig
 from jaxllm.experiment import Experiment, FinetuneConfig, TrainingConfig
-from jaxllm.interop import tokenizer_export
+from jaxllm.interop import huggingface_writer, tokenizer_export
 from jaxllm.models.decoder import Decoder
 from jaxllm.objectives import completion
 from jaxllm.optim.schedules import ScheduleConfig
-from jaxllm.tasks import predict
-from jaxllm.tasks.chat import Chat
+from jaxllm.tasks import chat, encoding, predict
+from jaxllm.tasks.chat import Chat, ChatTemplate
 from jaxllm.tasks.classification import Sentiment
 from jaxllm.tasks.encoding import training_records
 from jaxllm.tasks.records import RecordsConfig, RecordSource
@@ -245,6 +245,33 @@ def test_chat_data_take_the_template_of_the_model(tmp_path):
   assert sum(weight for _, weight in said) == len(plain('yes')) + len(plain('no')) + 2
   with pytest.raises(ValueError, match='no chat template of its own'):
     loading.task_examples(task, 'train', tokenizers.from_files({'bytes.txt': b''}))
+
+
+def test_a_run_is_talked_to_as_it_was_trained(base, tmp_path):
+  several = [[{'role': 'user', 'content': f'Is it {i}?'}, {'role': 'assistant', 'content': 'Yes'}]
+             for i in range(80)]
+  said, chats = several[0], tmp_path / 'chats.jsonl'
+  chats.write_text('\n'.join(json.dumps({'messages': messages}) for messages in several))
+  template = ChatTemplate(prefix='[{role}]', suffix='[end]\n', controls=())
+  task = Chat(template=template, data=RecordsConfig(sources=(RecordSource(location=str(chats)),)))
+  train(experiment(base, task=task, name='talks', finetune=FinetuneConfig()), base / 'talks')
+  model = loading.load(base / 'talks')
+  encode, stop, _ = model.chat_format
+  example, = chat.examples([{'messages': said}], template.render)
+  trained = encoding.encode(example.segments, model.tokenizer, add_bos=model.add_bos).ids
+  asked = encode(said[:1])
+  assert trained[: len(asked)] == asked and stop == ('[end]',)
+  # Whoever loads or serves the model elsewhere renders the same.
+  exported = base / 'exported'
+  huggingface_writer.save(exported, model.config, model.variables, model.tokenizer.files(),
+                          add_bos=model.add_bos, model_type='llama')
+  elsewhere = loading.load(exported)
+  assert elsewhere.chat_format.encode(said[:1]) == asked
+  # Trained on, as the model's own template.
+  again = task.replace(template=None)
+  found = loading.task_examples(again, 'train', elsewhere.tokenizer)[0]
+  assert ''.join(segment.text for segment in found.segments[1:]) == template.render(
+    [found.record['messages']])[0]
 
 
 @pytest.mark.parametrize(('changes', 'message'), [
