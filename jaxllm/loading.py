@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -100,9 +101,16 @@ class LoadedModel:
     jinja = tokenizer_files.chat_template(self.tokenizer.files())
     if jinja is None:
       return None
+    # What was trained here began with BOS, whether or not the template writes it.
+    bos_id = self.tokenizer.bos_id
+    begin = [bos_id] if self.experiment and self.add_bos and bos_id is not None else []
+
+    def encode(messages: Sequence[chat.Message]) -> list[int]:
+      ids = templates.encode(self.tokenizer, jinja, messages)
+      return ids if ids[: len(begin)] == begin else [*begin, *ids]
+
     ends = templates.turn_ends(templates.special_tokens(self.tokenizer))
-    return ChatFormat(
-      functools.partial(templates.encode, self.tokenizer, jinja), (), (*self.stop_ids, *ends))
+    return ChatFormat(encode, (), (*self.stop_ids, *ends))
 
   def quantized(self, kind: str) -> 'LoadedModel':
     """Return the model with 'int8' or 'int4' weights: see `adapters.quantization`."""
@@ -125,23 +133,34 @@ class ChatFormat(NamedTuple):
 
 
 def chat_format(model: LoadedModel, template: ChatTemplate) -> ChatFormat:
-  """Return the format of a model that is talked to by a template that is not its own."""
+  """Return the format of a model that is talked to by this template, which need not be its own."""
   special = templates.special_tokens(model.tokenizer)
 
   def encode(messages: Sequence[chat.Message]) -> list[int]:
     answered = [*messages, {'role': 'assistant', 'content': '.'}]
-    found, = chat.segments([answered], template.render, template.controls)
-    prompt = prompt_of((BOS, *found))
+    # Each by itself: a template writes it as it would among others.
+    turns = chat.segments([[message] for message in answered], template.render, template.controls)
+    prompt = prompt_of((BOS, *itertools.chain(*turns)))
     return list(encoding.encode(prompt, model.tokenizer, special, model.add_bos).ids)
 
+  end = template.suffix.rstrip() or template.suffix
   ids = [special[text] for text in template.controls if text in special]
-  return ChatFormat(
-    encode, (template.suffix.rstrip() or template.suffix,), (*model.stop_ids, *ids))
+  return ChatFormat(encode, (end,) if end else (), (*model.stop_ids, *ids))
 
 
 def _own_template(experiment: Experiment | None) -> ChatTemplate | None:
   task = experiment.task if experiment else None
   return task.template if isinstance(task, chat.Chat) else None
+
+
+def _with_own_template(
+  files: Mapping[str, bytes], experiment: Experiment | None
+) -> dict[str, bytes]:
+  """Return the files of a model, with the template of the chats that a run was trained on."""
+  own = _own_template(experiment)
+  if own is None or experiment is None:
+    return dict(files)
+  return {**files, tokenizer_files.CHAT: own.jinja(experiment.data.add_bos).encode()}
 
 
 def load(path: str | os.PathLike[str]) -> LoadedModel:
@@ -193,7 +212,7 @@ def describe(path: str | os.PathLike[str]) -> Description:
     return Description(source.config, source.files, tokenizer_files.add_bos(source.files))
   bundle = store.read_bundle(pathlib.Path(path).expanduser())
   config, experiment = _described(bundle)
-  files = bundle.tokenizer_files
+  files = _with_own_template(bundle.tokenizer_files, experiment)
   add_bos = experiment.data.add_bos if experiment else tokenizer_files.add_bos(files)
   return Description(config, files, add_bos)
 
@@ -345,8 +364,7 @@ def _loaded(
   experiment: Experiment | None = None,
 ) -> LoadedModel:
   add_bos = experiment.data.add_bos if experiment else tokenizer_files.add_bos(files)
-  if (own := _own_template(experiment)) is not None:
-    files = {**files, tokenizer_files.CHAT: own.jinja(add_bos).encode()}
+  files = _with_own_template(files, experiment)
   tokenizer = tokenizers.from_files(files)
   stop_ids = tokenizer_files.stop_ids(files)
   if tokenizer.eos_id is not None:

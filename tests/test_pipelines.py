@@ -160,6 +160,11 @@ def test_a_chat_follows_the_template_of_the_run(model):
   encode, ends, _ = tuned(model, Chat(template=template)).chat_format
   messages = [{'role': 'user', 'content': 'Hi'}]
   assert encode(messages) == [BYTES.bos_id, *b'<user>Hi</><assistant>'] and ends == ('</>',)
+  silent = tuned(model, Chat(template=template.replace(suffix=''))).chat_format
+  assert silent.encode(messages) == [BYTES.bos_id, *b'<user>Hi<assistant>'] and silent.stop == ()
+  # By the tokenizer's own template, with the BOS that it was trained with.
+  by_own = LoadedModel(model.config, model.variables, ChatBytes(), Run(Chat(template=None)))
+  assert by_own.chat_format.encode(messages) == [BYTES.bos_id, *b'<user>Hi<assistant>']
   encode, ends, _ = loading.chat_format(model, PLAIN)
   assert encode(messages) == [BYTES.bos_id, *b'User:\nHi\n\nAssistant:\n'] and ends == ('\n\n',)
 

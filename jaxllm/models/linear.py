@@ -120,66 +120,60 @@ def _one_row(x_I: jax.Array, kernel_IO: jax.Array) -> jax.Array:
 def _dense_quantized(
   x: jax.Array, kernel: Quantized, num_in: int, dtype: DTypeLike
 ) -> jax.Array:
-  lead = x.shape[: x.ndim - num_in]
-  # Before it is reshaped, and twice: XLA would copy the kernel.
-  x, kernel = _together(x, dict(kernel))
+  # A kernel that is reshaped before it is tied, and after that again, would be copied.
+  scale = kernel['scale']
   if 'int4' in kernel:
-    out = kernel['int4'].shape[num_in:]
-    inputs = math.prod(x.shape[len(lead):])
-    return _in_parts(
-      x.reshape(-1, inputs), kernel,
-      lambda part: dequantize(part, dtype).reshape(-1, math.prod(out)), dtype,
-    ).reshape(*lead, *out)
-  levels, scale = kernel['int8'], kernel['scale']
-  out, inputs = levels.shape[num_in:], math.prod(levels.shape[:num_in])
-  x_RI, levels_IO = x.reshape(-1, inputs), levels.reshape(inputs, -1)
-  if _is_cpu_row(x_RI, TERMS):
-    y_RO = _one_row_of_levels(x_RI[0], levels_IO)
+    x, packed = _together(x, kernel['int4'])
+    return _in_parts(x, {'int4': packed, 'scale': scale}, num_in,
+                     lambda part: dequantize(part, dtype), dtype)
+  x, levels = _together(x, kernel['int8'])
+  lead, out = x.shape[: x.ndim - num_in], levels.shape[num_in:]
+  inputs = math.prod(levels.shape[:num_in])
+  if math.prod(lead) == 1 and inputs % TERMS == 0 and platform() == 'cpu':
+    y = _one_row_of_levels(x.reshape(-1), levels.reshape(inputs, -1)).reshape(*lead, *out)
   else:
-    y_RO = _in_parts(x_RI, levels_IO, lambda part: part.astype(dtype), dtype)
-  return y_RO.reshape(*lead, *out) * scale.reshape(*[1] * len(lead), *out)
+    y = _in_parts(x, levels, num_in, lambda part: part.astype(dtype), dtype)
+  return y * scale.reshape(*[1] * len(lead), *out)
 
 
-def _together(x: jax.Array, kernel: Any) -> Any:
+def _together(x: jax.Array, stored: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Tie a kernel to an activation: else a decoding loop keeps a float32 copy of it, made before."""
-  return jax.lax.optimization_barrier((x, kernel))
-
-
-def _is_cpu_row(x_RI: jax.Array, divisor: int) -> bool:
-  single = x_RI.shape[0] == 1 and x_RI.shape[1] % divisor == 0
-  return single and platform() == 'cpu'
+  return jax.lax.optimization_barrier((x, stored))
 
 
 def _in_parts(
-  x_RI: jax.Array, stored: Any, read: Callable[[Any], jax.Array], dtype: DTypeLike
+  x: jax.Array, stored: Any, num_in: int, read: Callable[[Any], jax.Array], dtype: DTypeLike
 ) -> jax.Array:
-  """Multiply with a kernel that is stored smaller, part after part on CPU.
+  """Do as `dense` with a kernel that is stored smaller, part after part on CPU.
 
   Its backend would first write out all kernels of a model as float32: memory that the small ones
   were to save, and the time to fault it in. A part is still in the cache when it is multiplied: for
   8 to 64 rows that takes 0.5 to 0.9 of the time of a float32 kernel.
 
   Args:
-    x_RI: activations.
-    stored: arrays with the inputs, or groups of them, as first axis.
-    read: makes kernels (inputs, O) of stretches of them.
+    x: activations (..., in...).
+    stored: arrays whose first axis is that of the inputs, or of groups of them.
+    num_in: how many axes are contracted.
+    read: makes a kernel (in..., out...) of stretches of the arrays.
     dtype: of the operands.
   """
   lengths = [leaf.shape[0] for leaf in jax.tree.leaves(stored)]
   parts = next((n for n in (2, 3) if all(length % n == 0 for length in lengths)), 1)
   if platform() != 'cpu' or parts == 1:
-    return dense(x_RI, read(stored), 1, dtype)
-  x_PRJ = x_RI.astype(dtype).reshape(x_RI.shape[0], parts, -1).swapaxes(0, 1)
+    return dense(x, read(stored), num_in, dtype)
+  kernel = jax.eval_shape(read, stored)
+  lead, out, rows = x.shape[: x.ndim - num_in], kernel.shape[num_in:], math.prod(x.shape[:-num_in])
+  x_PRJ = x.astype(dtype).reshape(rows, parts, -1).swapaxes(0, 1)
   split = jax.tree.map(lambda leaf: leaf.reshape(parts, -1, *leaf.shape[1:]), stored)
 
   # A gradient reads the parts again.
   @jax.checkpoint
   def add(y_RO, part):
     x_RJ, stretch = part
-    return y_RO + _matmul(x_RJ, read(stretch), dtype), None
+    return y_RO + _matmul(x_RJ, read(stretch).reshape(x_RJ.shape[1], -1), dtype), None
 
-  shape = jax.eval_shape(read, stored).shape
-  return jax.lax.scan(add, jnp.zeros((x_RI.shape[0], shape[1])), (x_PRJ, split))[0]
+  y_RO, _ = jax.lax.scan(add, jnp.zeros((rows, math.prod(out))), (x_PRJ, split))
+  return y_RO.reshape(*lead, *out)
 
 
 def _one_row_of_levels(x_I: jax.Array, levels_IO: jax.Array) -> jax.Array:
@@ -299,7 +293,7 @@ class Embed(nn.Module):
       return _matmul(x, self.embedding.T, self.dtype)
     levels_VD, scale_V1 = self.embedding['int8'], self.embedding['scale']
     x_RD, levels_VD = _together(x.reshape(-1, self.embed_dim), levels_VD)
-    if _is_cpu_row(x_RD, LANES):
+    if len(x_RD) == 1 and self.embed_dim % LANES == 0 and platform() == 'cpu':
       y_RV = _one_row_of_levels_transposed(x_RD[0], levels_VD)
     elif platform() == 'cpu' and self.num_rows % ROW_PARTS == 0:
       levels_PCD = levels_VD.reshape(ROW_PARTS, -1, self.embed_dim)

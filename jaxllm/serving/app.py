@@ -184,7 +184,7 @@ async def _while_connected(receive: Receive, work: Coroutine[Any, Any, None]) ->
   try:
     await work
   except asyncio.CancelledError:
-    if not watching.done():
+    if not watching.done() or watching.exception():
       raise
     task.uncancel()
     raise Disconnected from None

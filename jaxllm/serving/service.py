@@ -247,9 +247,10 @@ class Service:
     seed = (secrets.randbelow(MAX_SEED + 1) if generation.seed is None
             else (generation.seed + choice) % (MAX_SEED + 1))
     turn = self._model.chat_format if is_chat else None
-    stop = (*generation.stop, *(turn.stop if turn else ()))
-    return Job(prompt, sampling, seed, stop, turn.stop_ids if turn else (), generation.num_top or 0,
-               score_prompt, self._constraint(generation))
+    # What is bound to a form ends when that is complete, not where a text happens to stand.
+    ends = turn.stop if turn and generation.form is None else ()
+    return Job(prompt, sampling, seed, (*generation.stop, *ends), turn.stop_ids if turn else (),
+               generation.num_top or 0, score_prompt, self._constraint(generation))
 
   def _constraint(self, generation: Generation) -> Constraint | None:
     form = generation.form

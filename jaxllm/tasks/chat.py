@@ -55,7 +55,7 @@ class ChatTemplate(Config):
     role = "m['role']"
     if self.names:
       pairs = ', '.join(f'{_quoted(name)}: {_quoted(spelled)}' for name, spelled in self.names)
-      role = f"{{{pairs}}}.get({role}, {role})"
+      role = f"({{{pairs}}}.get({role}) or {role})"
     prefix = f' ~ {role} ~ '.join(map(_quoted, self.prefix.split('{role}')))
     opened, = self.render([[]], open_turn=True)
     return (

@@ -112,9 +112,10 @@ def test_int8_caches(unstacked):
   assert sum(len(piece.tokens) for piece in pieces) == 5
 
 
-def test_gradients_pass_through_to_what_is_not_quantised():
+@pytest.mark.parametrize('config', KINDS, ids=lambda config: config.kind)
+def test_gradients_pass_through_to_what_is_not_quantised(config):
   model, variables = make()
-  small = quantize(variables, QuantizationConfig())
+  small = quantize(variables, config)
   rounded = dequantize_tree(small)
 
   def loss(scale, tree):

@@ -286,6 +286,15 @@ def test_a_run_tuned_on_chats_is_served_by_their_template():
         logit_bias={str(ord(bias)): 100})
       assert answer.usage.prompt_tokens == len('[user]Hia[assistant]')
       assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (want, reason)
+    # Too long for the context, and not for the memory.
+    many = server.chat(messages=[{'role': 'user', 'content': ''}] * 20_000)
+    assert many.json()['error']['code'] == 'context_length_exceeded'
+    # What is bound to a form may hold what ends a turn.
+    formed = client.chat.completions.create(
+      **CHAT | {'max_tokens': 40}, logit_bias={str(ord('a')): 5},
+      response_format={'type': 'json_schema', 'json_schema': {'name': 'x', 'schema': {
+        'enum': ['banana']}}})
+    assert json.loads(formed.choices[0].message.content) == 'banana'
   engine.close(10)
 
 

@@ -108,7 +108,7 @@ def test_a_models_own_jinja_template():
 @pytest.mark.parametrize('template', [
   ChatTemplate(), PLAIN,
   ChatTemplate(prefix="'{{ {role} }}'\\n{% x %}{role}: ", suffix='\t"é😀"\n',
-               names=(("a'b", '\\c'),)),
+               names=(("a'b", '\\c'), ('system', ''))),
 ], ids=['chatml', 'plain', 'hostile'])
 @pytest.mark.parametrize('open_turn', [False, True])
 def test_a_template_in_jinja_writes_the_same(template, open_turn):

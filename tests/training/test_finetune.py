@@ -269,9 +269,11 @@ def test_a_run_is_talked_to_as_it_was_trained(base, tmp_path):
   assert elsewhere.chat_format.encode(said[:1]) == asked
   # Trained on, as the model's own template.
   again = task.replace(template=None)
-  found = loading.task_examples(again, 'train', elsewhere.tokenizer)[0]
-  assert ''.join(segment.text for segment in found.segments[1:]) == template.render(
-    [found.record['messages']])[0]
+  for tokenizer in (elsewhere.tokenizer,
+                    tokenizers.from_files(loading.describe(base / 'talks').files)):
+    found = loading.task_examples(again, 'train', tokenizer)[0]
+    assert ''.join(segment.text for segment in found.segments[1:]) == template.render(
+      [found.record['messages']])[0]
 
 
 @pytest.mark.parametrize(('changes', 'message'), [
