@@ -52,9 +52,8 @@ demo-tasks: .venv/tasks
 	done
 
 test: .venv/dev
-	# Many tests compile the same programs.
-	JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.venv/compiled JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.05 \
-	  $(BIN)/python -m pytest -n auto --maxprocesses 4 -m 'not parity and not browser'
+	# Without a compilation cache: programs of several devices that come from it can deadlock on CPU.
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m 'not parity and not browser'
 
 test-parity: .venv/parity
 	$(BIN)/python -m pytest -m parity
