@@ -87,7 +87,8 @@ def dense(
     return _dense_quantized(x, kernel, num_in, dtype)
   lead, out = x.shape[: x.ndim - num_in], kernel.shape[num_in:]
   inputs = math.prod(kernel.shape[:num_in])
-  if math.prod(lead) == 1 and inputs % PARTS == 0 and _is_cpu_float32(dtype):
+  single = math.prod(lead) == 1 and inputs % PARTS == 0
+  if single and platform() == 'cpu' and jnp.dtype(dtype) == jnp.float32:
     return _one_row(x.reshape(-1), kernel.reshape(inputs, -1)).reshape(*lead, *out)
   rows = lead if num_parts('length') > 1 else (-1,)
   y = jnp.matmul(
@@ -100,10 +101,6 @@ def dense(
 
 def _matmul(x: jax.Array, kernel: jax.Array, dtype: DTypeLike) -> jax.Array:
   return jnp.matmul(x.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32)
-
-
-def _is_cpu_float32(dtype: DTypeLike) -> bool:
-  return platform() == 'cpu' and jnp.dtype(dtype) == jnp.float32
 
 
 def _one_row(x_I: jax.Array, kernel_IO: jax.Array) -> jax.Array:
@@ -162,7 +159,8 @@ def _in_parts(
   if platform() != 'cpu' or parts == 1:
     return dense(x, read(stored), num_in, dtype)
   kernel = jax.eval_shape(read, stored)
-  lead, out, rows = x.shape[: x.ndim - num_in], kernel.shape[num_in:], math.prod(x.shape[:-num_in])
+  lead, out = x.shape[: x.ndim - num_in], kernel.shape[num_in:]
+  rows = math.prod(lead)
   x_PRJ = x.astype(dtype).reshape(rows, parts, -1).swapaxes(0, 1)
   split = jax.tree.map(lambda leaf: leaf.reshape(parts, -1, *leaf.shape[1:]), stored)
 

@@ -3,6 +3,7 @@
 `Row` is what all rows have in common, `Generation` continues a prompt, `Embedding` only reads.
 """
 
+import abc
 import concurrent.futures
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from jaxllm.serving.batch import Batch, Chunk
 from jaxllm.serving.tickets import Ticket
 
 
-class Row:
+class Row(abc.ABC):
   """A request that waits, or has a slot.
 
   Args of the constructor:
@@ -32,16 +33,17 @@ class Row:
     self.started = False
 
   @property
+  @abc.abstractmethod
   def is_cancelled(self) -> bool:
     """Whether nobody waits for it any more."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def after_chunk(self, batch: Batch, chunk: Chunk) -> None:
     """Use a piece of the prompt that has been read."""
 
+  @abc.abstractmethod
   def fail(self, error: Exception | None) -> None:
     """Tell whoever waits that nothing more comes; None: because it was cancelled."""
-    raise NotImplementedError
 
 
 class Generation(Row):
