@@ -109,7 +109,7 @@ class LoadedModel:
       ids = templates.encode(self.tokenizer, jinja, messages)
       return ids if ids[: len(begin)] == begin else [*begin, *ids]
 
-    ends = templates.turn_ends(templates.special_tokens(self.tokenizer))
+    ends = templates.turn_ends(self.tokenizer.special_tokens)
     return ChatFormat(encode, (), (*self.stop_ids, *ends))
 
   def quantized(self, kind: str) -> 'LoadedModel':
@@ -134,7 +134,7 @@ class ChatFormat(NamedTuple):
 
 def chat_format(model: LoadedModel, template: ChatTemplate) -> ChatFormat:
   """Return the format of a model that is talked to by this template, which need not be its own."""
-  special = templates.special_tokens(model.tokenizer)
+  special = model.tokenizer.special_tokens
 
   def encode(messages: Sequence[chat.Message]) -> list[int]:
     answered = [*messages, {'role': 'assistant', 'content': '.'}]
@@ -317,7 +317,7 @@ def task_examples(task: Any, split: str, tokenizer: Tokenizer) -> list[Example]:
   template = tokenizer_files.chat_template(tokenizer.files())
   if template is None:
     raise ValueError('task.template=None: the model has no chat template of its own; name one')
-  special = templates.special_tokens(tokenizer)
+  special = tokenizer.special_tokens
   eos_token = next((text for text, i in special.items() if i == tokenizer.eos_id), '')
 
   def render(conversations: Sequence[Sequence[chat.Message]], open_turn: bool) -> list[str]:

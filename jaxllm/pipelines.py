@@ -71,7 +71,7 @@ def speaker(model: LoadedModel, batch_size: int = BATCH_SIZE) -> Speaker:
 
   A chat model that was not fine-tuned here is asked through its template.
   """
-  special = templates.special_tokens(model.tokenizer)
+  special = model.tokenizer.special_tokens
   template = tokenizer_files.chat_template(model.tokenizer.files())
   is_chat = own_task(model) is None and template is not None
 

@@ -31,6 +31,8 @@ class Tokenizer:
   bos_id: int | None
   eos_id: int | None
   pad_id: int
+  special_tokens: Mapping[str, int] = dataclasses.field(repr=False)
+  """Text -> id of the tokens that plain text never gives."""
   _encode: Callable[[str], list[int]] = dataclasses.field(repr=False)
   _encode_batch: Callable[[Sequence[str]], list[list[int]]] = dataclasses.field(repr=False)
   _decode: Callable[[Sequence[int]], str] = dataclasses.field(repr=False)
@@ -91,7 +93,7 @@ def from_bytes(files: Files) -> Tokenizer:
   def encode(text: str) -> list[int]:
     return list(text.encode())
 
-  return Tokenizer(id_bytes, 256, 256, 256, encode, lambda texts: [*map(encode, texts)],
+  return Tokenizer(id_bytes, 256, 256, 256, {}, encode, lambda texts: [*map(encode, texts)],
                    functools.partial(_join_bytes, id_bytes), files)
 
 
@@ -131,7 +133,9 @@ def from_sentencepiece(files: Files) -> Tokenizer:
   decode = processor.decode if prefixed else functools.partial(_join_bytes, id_bytes)
   bos, eos, pad = (i if i >= 0 else None for i in (
     processor.bos_id(), processor.eos_id(), processor.pad_id()))
-  return Tokenizer(id_bytes, bos, eos, _first(pad, eos, 0), encode,
+  special = {processor.id_to_piece(i): i for i in range(processor.vocab_size())
+             if processor.is_control(i)}
+  return Tokenizer(id_bytes, bos, eos, _first(pad, eos, 0), special, encode,
                    functools.partial(_map_threads, encode), decode, files)
 
 
@@ -219,8 +223,10 @@ def _from_library(inner: Any, named: Mapping[str, Any], files: Files) -> Tokeniz
     return _no_panic(inner.decode, ids, skip_special_tokens=True)
 
   eos = special('eos_token')
+  added = {token.content: i for i, token in inner.get_added_tokens_decoder().items()
+           if token.special}
   return Tokenizer(_library_bytes(inner, vocab, size), special('bos_token'), eos,
-                   _first(special('pad_token'), eos, 0), encode, encode_batch, decode, files)
+                   _first(special('pad_token'), eos, 0), added, encode, encode_batch, decode, files)
 
 
 def _no_panic(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -111,7 +111,7 @@ def encode_all(
   Raises:
     TemplateError: as `render`.
   """
-  special = special_tokens(tokenizer)
+  special = tokenizer.special_tokens
   ids = {value: token for token, value in special.items()}
   for name, value in (('bos_token', tokenizer.bos_id), ('eos_token', tokenizer.eos_id)):
     variables.setdefault(name, '' if value is None else ids.get(value, ''))
@@ -143,7 +143,7 @@ def encode_with_special(
     text: for example '<|im_start|>user: Hello!<|im_end|>'.
     restore: changes each stretch between special tokens before it is encoded.
   """
-  special = special_tokens(tokenizer)
+  special = tokenizer.special_tokens
   result, at = [], 0
   for part in _any_of(special).finditer(text) if special else ():
     plain = restore(text[at : part.start()])
@@ -151,21 +151,6 @@ def encode_with_special(
     at = part.end()
   last = restore(text[at:])
   return result + (tokenizer.encode(last) if last else [])
-
-
-def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
-  """Return the tokens of a tokenizer that plain text never gives, by their text."""
-  files = tokenizer.files()
-  if 'tokenizer.json' in files:
-    added = json.loads(files['tokenizer.json']).get('added_tokens') or []
-    return {token['content']: token['id'] for token in added if token.get('special')}
-  if 'tokenizer.model' in files:
-    from jaxllm.interop import sentencepiece_model
-
-    model = sentencepiece_model.parse(files['tokenizer.model'])
-    return {piece: i for i, (piece, kind) in enumerate(zip(model.pieces, model.kinds, strict=True))
-            if kind == sentencepiece_model.CONTROL}
-  return {}
 
 
 def turn_ends(special: Mapping[str, int]) -> tuple[int, ...]:

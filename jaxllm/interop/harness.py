@@ -138,7 +138,7 @@ def _chat_text(
   template = tokenizer_files.chat_template(tokenizer.files())
   if template is None:
     raise ValueError('apply_chat_template: the model has no chat template')
-  names = {token: text for text, token in chat.special_tokens(tokenizer).items()}
+  names = {token: text for text, token in tokenizer.special_tokens.items()}
   special: dict[str, Any] = {f'{name}_token': '' if token is None else names.get(token, '')
                              for name, token in (('bos', tokenizer.bos_id),
                                                  ('eos', tokenizer.eos_id))}

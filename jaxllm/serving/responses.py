@@ -14,7 +14,6 @@ from typing import Any
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.generation.decode import FinishReason, Top
 from jaxllm.generation.text import TextPiece
-from jaxllm.interop import chat as templates
 
 # What stands for the logarithm of 0, which JSON does not have.
 LEAST_LOGPROB = -9999.0
@@ -25,7 +24,7 @@ class Names:
 
   def __init__(self, tokenizer: Tokenizer):
     self._bytes = tokenizer.id_bytes
-    self._special = {token: text for text, token in templates.special_tokens(tokenizer).items()}
+    self._special = {token: text for text, token in tokenizer.special_tokens.items()}
 
   def bytes_of(self, token: int) -> list[int] | None:
     """Return the bytes of a token; None: it has none, as one that only the model knows."""

@@ -72,7 +72,7 @@ class Service:
     self._model, self.tokenizer = model, model.tokenizer
     self._context_length = context_length
     self._vocab_size = min(model.config.vocab_size, model.tokenizer.vocab_size)
-    self._special = templates.special_tokens(model.tokenizer)
+    self._special = model.tokenizer.special_tokens
     self._names = Names(model.tokenizer)
     self._pool = concurrent.futures.ThreadPoolExecutor(THREADS, 'jaxllm-tokens')
     self._constraints_lock = threading.Lock()

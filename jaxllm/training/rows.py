@@ -15,7 +15,6 @@ import numpy as np
 from jaxllm import loading
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.experiment import Experiment
-from jaxllm.interop import chat as chat_templates
 from jaxllm.models.decoder import Decoder
 from jaxllm.objectives import completion, likelihood, preference
 from jaxllm.tasks import encoding
@@ -72,7 +71,7 @@ def _make_tokens(
   task: Any = experiment.task
   sequences = encoding.training_sequences(
     examples, tokenizer, experiment.data.context_length, task.truncation,
-    chat_templates.special_tokens(tokenizer), experiment.data.add_bos,
+    tokenizer.special_tokens, experiment.data.add_bos,
   )
   kept = [tokens for tokens in sequences if tokens is not None]
   rows = completion.pack(kept, experiment.data.context_length, tokenizer.vocab_size)
@@ -97,7 +96,7 @@ def _make_pairs(
   experiment: Experiment, examples: Sequence[Example], tokenizer: Tokenizer
 ) -> tuple[np.ndarray, int]:
   task: Any = experiment.task
-  special, add_bos = chat_templates.special_tokens(tokenizer), experiment.data.add_bos
+  special, add_bos = tokenizer.special_tokens, experiment.data.add_bos
   pairs = []
   for example in examples:
     both = [encoding.encode(one.segments, tokenizer, special, add_bos)

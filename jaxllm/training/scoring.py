@@ -11,7 +11,6 @@ from jaxllm import loading, sharding
 from jaxllm.data import batches as batches_lib
 from jaxllm.evaluation import perplexity, scores
 from jaxllm.experiment import Experiment
-from jaxllm.interop import chat as chat_templates
 from jaxllm.models import decoder
 from jaxllm.models.decoder import Decoder
 from jaxllm.tasks import TASKS, predict
@@ -137,7 +136,7 @@ def make_tasks(experiment: Experiment, dataset: Dataset) -> Measure | None:
   speaker = Speaker(
     # As `loading` uses it: plain attention, no recomputation.
     Decoder(experiment.decoder.replace(attention='xla', remat='none')), None, dataset.tokenizer,
-    chat_templates.special_tokens(dataset.tokenizer), experiment.data.add_bos, config.batch_size,
+    dataset.tokenizer.special_tokens, experiment.data.add_bos, config.batch_size,
     classifier=experiment.classifier,
   )
 

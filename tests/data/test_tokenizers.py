@@ -339,3 +339,11 @@ def test_the_file_that_is_read_says_whether_vocabularies_are_the_same(all_kinds)
   both = tokenizers.from_files({**model_files, **json_files})
   assert tokenizers.same_vocabulary(both, all_kinds['json'])
   assert not tokenizers.same_vocabulary(both, all_kinds['sentencepiece-bpe'])
+
+
+def test_special_tokens_are_known_without_a_look_into_the_files(all_kinds, monkeypatch):
+  monkeypatch.setattr(json, 'loads', None)
+  assert all_kinds['json'].special_tokens == {'<|endoftext|>': 0, '<s>': 1}
+  assert all_kinds['sentencepiece-bpe'].special_tokens == {'<pad>': 0, '<s>': 1, '</s>': 2}
+  assert all_kinds['gpt2'].special_tokens == {'<|endoftext|>': 260}
+  assert all_kinds['bytes'].special_tokens == {}
