@@ -1,6 +1,6 @@
-"""Convert a model: `python -m jaxllm.convert --source=gpt2 --target=runs/gpt2 --format=jaxllm`.
+"""Convert a model: `python -m jaxllm.convert --source=hf:gpt2 --target=runs/gpt2 --format=jaxllm`.
 
-Both ways: from a Hugging Face directory, a name of its hub or a GGUF file to a checkpoint of
+Both ways: from a Hugging Face directory, `hf:NAME` of its hub or a GGUF file to a checkpoint of
 jaxllm, and from any of these to a Hugging Face directory or to exported programs. Each result holds
 `conversion_report.json`, its proof. `--format=peft` writes the adapters alone of a run that has
 some.
@@ -11,7 +11,7 @@ from absl import flags
 from jaxllm import config
 
 SOURCE = flags.DEFINE_string(
-  'source', None, 'A workdir, a Hugging Face directory, a .gguf file, or a name of the hub.',
+  'source', None, 'A workdir, a Hugging Face directory, a .gguf file, or hf:NAME of the hub.',
   required=True,
 )
 TARGET = flags.DEFINE_string('target', None, 'The new directory.', required=True)
@@ -67,12 +67,12 @@ def _write_adapters() -> None:
 
   target = conversion.check_target(TARGET.value, 'jaxllm')
   experiment, adapters = loading.adapters(SOURCE.value)
-  base = experiment.init_from or ''
+  base = sources.named(experiment.init_from or '')
   if not sources.is_foreign(base):
     raise ValueError(f'--source={SOURCE.value} has adapters to {base!r}, a model of jaxllm, which '
                      'PEFT cannot read: convert the whole run with --format=huggingface')
   form = sources.open_model(base).form
-  peft.save(target, adapters, form, experiment.decoder, base)
+  peft.save(target, adapters, form, experiment.decoder, base.removeprefix(sources.HUB))
   print(f'{target}: adapters to {base}')
 
 

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import itertools
 import os
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -168,7 +167,7 @@ def load(path: str | os.PathLike[str]) -> LoadedModel:
 
   Args:
     path: a workdir, its `checkpoints` directory, one checkpoint in it, a Hugging Face directory, a
-      `.gguf` file, a name of the Hugging Face hub, or a directory of adapters that PEFT wrote,
+      `.gguf` file, `hf:NAME` of the Hugging Face hub, or a directory of adapters that PEFT wrote,
       which are added to the model that it names.
 
   Raises:
@@ -176,11 +175,11 @@ def load(path: str | os.PathLike[str]) -> LoadedModel:
     checkpoints.store.CheckpointError: the files are damaged.
   """
   if (base := peft.base_model(path)) is not None:
-    return _with_adapters(path, base)
+    return _with_adapters(path, sources.named(base))
   if sources.is_foreign(path):
     loaded = sources.load(path)
     return _loaded(loaded.config, loaded.variables, loaded.files)
-  step = store.find_step(pathlib.Path(path).expanduser())
+  step = store.find_step(path)
   bundle = store.read_bundle(step)
   config, experiment = _described(bundle)
   if experiment and experiment.finetune.lora:
@@ -210,7 +209,7 @@ def describe(path: str | os.PathLike[str]) -> Description:
   if sources.is_foreign(path):
     source = sources.open_model(path)
     return Description(source.config, source.files, tokenizer_files.add_bos(source.files))
-  bundle = store.read_bundle(pathlib.Path(path).expanduser())
+  bundle = store.read_bundle(path)
   config, experiment = _described(bundle)
   files = _with_own_template(bundle.tokenizer_files, experiment)
   add_bos = experiment.data.add_bos if experiment else tokenizer_files.add_bos(files)
@@ -256,7 +255,7 @@ def _merged(step: os.PathLike[str], bundle: Bundle, experiment: Experiment) -> A
   Raises:
     ValueError: that model is gone, or another one lies there.
   """
-  where = experiment.init_from or ''
+  where = sources.named(experiment.init_from or '')
   try:
     base = load(where).variables['params']
   except (OSError, ValueError) as error:
@@ -278,7 +277,7 @@ def adapters(path: str | os.PathLike[str]) -> tuple[Experiment, dict[str, Any]]:
   Raises:
     ValueError: it has none, or a trained head besides.
   """
-  step = store.find_step(pathlib.Path(path).expanduser())
+  step = store.find_step(path)
   _, experiment = _described(store.read_bundle(step))
   if experiment is None or experiment.finetune.lora is None:
     raise ValueError(f'{path} has no adapters: it was not trained with config.finetune.lora')

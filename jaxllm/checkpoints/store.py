@@ -25,6 +25,7 @@ from jaxllm.checkpoints import best, tree
 from jaxllm.checkpoints import bundle as bundle_lib
 from jaxllm.checkpoints.bundle import Bundle
 from jaxllm.config import Config
+from jaxllm.mistakes import no_such_path
 
 COMMIT_MARKER = 'commit_success.txt'
 DIRECTORY = 'checkpoints'
@@ -271,10 +272,10 @@ def find_step(path: str | os.PathLike[str]) -> epath.Path:
     if steps:
       marked = best_step(directory)
       return directory / str(steps[-1] if marked is None else marked)
-  reason = 'does not exist' if not given.exists() else 'holds no complete checkpoint'
-  raise ValueError(
-    f'{given} {reason}; give a workdir, its {DIRECTORY}/ directory, or one step of that'
-  )
+  if not given.exists():
+    raise ValueError(f'{no_such_path(path)} (a model of the Hugging Face hub is hf:NAME)')
+  raise ValueError(f'{given} holds no complete checkpoint; give a workdir, its {DIRECTORY}/ '
+                   'directory, or one step of that')
 
 
 def read_bundle(path: str | os.PathLike[str]) -> Bundle:

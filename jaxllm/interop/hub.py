@@ -31,15 +31,17 @@ def fetch(name: str, revision: str | None = None) -> pathlib.Path:
     ValueError: the name is malformed, there is no such model, or no network and no local copy.
   """
   if not is_name(name):
-    raise ValueError(f'{name!r} is no path, and no name of a model on the Hugging Face hub')
+    raise ValueError(f'hf:{name} is no name of a model on the Hugging Face hub: it is written '
+                     'hf:MODEL or hf:ORGANISATION/MODEL')
   hub = _library()
+  logging.info('Asking the Hugging Face hub for %s.', name)
   try:
     commit = hub.HfApi().model_info(name, revision=revision).sha
     directory = hub.snapshot_download(name, revision=commit, allow_patterns=list(PATTERNS))
   except Exception as error:
     # Many classes of several libraries say that there is no network, no model or no permission.
     return _cached(hub, name, revision, error)
-  logging.info('%s is at commit %s; give it as revision to get the same again', name, commit)
+  logging.info('%s is at commit %s; give it as revision to get the same again.', name, commit)
   return pathlib.Path(directory)
 
 
@@ -52,11 +54,11 @@ def _cached(hub: Any, name: str, revision: str | None, reason: Exception) -> pat
   except Exception:
     text = ' '.join(str(reason).split())[:300]
     raise ValueError(
-      f'{name!r} is no local path, and cannot be fetched from the Hugging Face hub: '
+      f'hf:{name} cannot be fetched from the Hugging Face hub: '
       f'{type(reason).__name__}: {text}\nWithout a network, give the path of a directory with '
       'config.json and model.safetensors, or of a .gguf file.'
     ) from reason
-  logging.warning('%s cannot be looked up; the local copy is used', name)
+  logging.warning('%s cannot be looked up; the local copy is used.', name)
   return pathlib.Path(directory)
 
 

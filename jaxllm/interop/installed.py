@@ -24,7 +24,7 @@ MODELS: Mapping[str, Package] = {
 
 
 def find(name: str) -> str:
-  """Return what `jaxllm.load` takes: the file of a package, or the hub's name without it.
+  """Return what `jaxllm.load` takes: the file of a package, or `hf:NAME` of the hub without it.
 
   The package is not imported.
 
@@ -40,4 +40,4 @@ def find(name: str) -> str:
   for folder in (spec and spec.submodule_search_locations) or ():
     for path in sorted(pathlib.Path(folder).rglob('*.gguf')):
       return str(path)
-  return MODELS[name].hub
+  return f'hf:{MODELS[name].hub}'

@@ -8,13 +8,17 @@ import jax
 from jaxllm.interop import gguf, hub, huggingface
 from jaxllm.interop.huggingface import Loaded
 from jaxllm.interop.weights import Source
+from jaxllm.mistakes import no_such_path
 from jaxllm.sharding import MeshConfig
+
+HUB = 'hf:'
+"""What a name of the Hugging Face hub begins with; everything else is a path, and stays here."""
 
 
 def is_foreign(path: str | os.PathLike[str]) -> bool:
-  """Return whether a path or name is a model from outside: of Hugging Face or GGUF, local or not.
+  """Return whether a path or `hf:NAME` is a model from outside: of Hugging Face or GGUF.
 
-  What exists is judged by what it holds; a name that does not exist may be one of the hub.
+  A path is judged by what it holds.
   """
   local = pathlib.Path(path).expanduser()
   if local.is_file():
@@ -26,7 +30,13 @@ def is_foreign(path: str | os.PathLike[str]) -> bool:
     except ValueError:
       # Damaged, but Hugging Face's: opening it will say how.
       return any(local.glob('*.safetensors'))
-  return hub.is_name(str(path))
+  return str(path).startswith(HUB)
+
+
+def named(reference: str) -> str:
+  """Return what to load for a model that a file names, where hub names have no `hf:`."""
+  local = pathlib.Path(reference).expanduser().exists()
+  return HUB + reference if hub.is_name(reference) and not local else reference
 
 
 def open_model(
@@ -35,7 +45,7 @@ def open_model(
   """Check everything about a model from outside but its numbers; nothing is allocated.
 
   Args:
-    path: a Hugging Face directory, a GGUF file, or a name of the hub.
+    path: a Hugging Face directory, a GGUF file, or `hf:NAME` of the hub.
     revision: of a name of the hub; None: the newest commit.
     ignore_auto_map: read a model whose config.json names code, which is not run.
 
@@ -43,10 +53,15 @@ def open_model(
     ValueError: there is no such model, or it is damaged, hostile or not supported.
   """
   local = pathlib.Path(path).expanduser()
+  if str(path).startswith(HUB):
+    local = hub.fetch(str(path).removeprefix(HUB), revision)
+  elif revision is not None:
+    raise ValueError(f'revision={revision!r} is for {HUB}NAME of the hub; {str(path)!r} is '
+                     'a path')
+  elif not local.exists():
+    raise ValueError(no_such_path(path))
   if local.is_file():
     return gguf.open_model(local)
-  if not local.is_dir():
-    local = hub.fetch(str(path), revision)
   return huggingface.open_model(local, ignore_auto_map)
 
 

@@ -197,7 +197,7 @@ def test_params_alone_from_any_path(tmp_path, ema):
 
 
 def test_path_without_checkpoint(tmp_path):
-  with pytest.raises(ValueError, match='does not exist'):
+  with pytest.raises(ValueError, match='no such file or directory'):
     store_lib.find_step(tmp_path / 'nothing')
   (tmp_path / 'checkpoints' / '4' / 'state').mkdir(parents=True)
   for path in (tmp_path, tmp_path / 'checkpoints', tmp_path / 'checkpoints' / '4'):

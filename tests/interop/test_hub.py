@@ -4,6 +4,7 @@ import types
 
 import pytest
 
+from jaxllm import loading
 from jaxllm.interop import hub, sources
 
 
@@ -42,8 +43,8 @@ def test_without_a_network(monkeypatch):
   monkeypatch.setattr(hub, '_library', lambda: Hub(online=False, cached='/models/cached'))
   assert str(hub.fetch('gpt2')) == '/models/cached'
   monkeypatch.setattr(hub, '_library', lambda: Hub(online=False))
-  with pytest.raises(ValueError, match="(?s)'gpt2' is no local path.*no route.*give the path"):
-    sources.load('gpt2')
+  with pytest.raises(ValueError, match='(?s)hf:gpt2 cannot be fetched.*no route.*give the path'):
+    sources.load('hf:gpt2')
 
 
 @pytest.mark.parametrize('name', ['../gpt2', '/abs/path', 'a/b/c', 'org/../x', '', 'a b', './x',
@@ -51,7 +52,35 @@ def test_without_a_network(monkeypatch):
 def test_what_is_no_name(name):
   assert not hub.is_name(name)
   with pytest.raises(ValueError, match='no name of a model'):
-    hub.fetch(name)
+    sources.open_model(f'hf:{name}')
+
+
+@pytest.mark.parametrize('path', ['gpt2', 'org/model', 'runs/quickstrat', './x', 'x.gguf', '~/x'])
+def test_a_path_never_leaves_the_machine(path, monkeypatch, tmp_path):
+  """Whatever is not written hf:NAME is a path: the hub is not asked, and the nearest is named."""
+  monkeypatch.setattr(hub, '_library', lambda: pytest.fail('the hub was asked'))
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'runs' / 'quickstart').mkdir(parents=True)
+  near = "did you mean 'runs/quickstart'" if 'quick' in path else 'no such file or directory'
+  for ask in (loading.load, loading.describe, sources.open_model, sources.load):
+    with pytest.raises(ValueError, match='no such file or directory') as error:
+      ask(path)
+    assert repr(path) in str(error.value) and near in str(error.value)
+  with pytest.raises(ValueError, match='hf:NAME'):
+    loading.load(path)
+
+
+def test_a_revision_is_of_the_hub(tmp_path):
+  with pytest.raises(ValueError, match='revision'):
+    sources.open_model(tmp_path, revision='main')
+
+
+def test_a_name_in_a_file_is_of_the_hub_unless_it_lies_here(tmp_path, monkeypatch):
+  """PEFT and older runs write hub names without hf:."""
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'org' / 'here').mkdir(parents=True)
+  assert sources.named('org/model') == 'hf:org/model' and sources.named('org/here') == 'org/here'
+  assert sources.named('hf:org/model') == 'hf:org/model' and sources.named('/a/b') == '/a/b'
 
 
 def test_what_exists_is_judged_by_what_it_holds(tmp_path):
@@ -62,4 +91,4 @@ def test_what_exists_is_judged_by_what_it_holds(tmp_path):
   assert sources.is_foreign(tmp_path)
   (tmp_path / 'x.gguf').write_bytes(b'')
   assert sources.is_foreign(tmp_path / 'x.gguf')
-  assert sources.is_foreign('gpt2') and not sources.is_foreign('/nothing/here')
+  assert sources.is_foreign('hf:gpt2') and not sources.is_foreign('/nothing/here')

@@ -12,12 +12,12 @@ def test_the_file_of_the_package_or_the_name_of_the_hub(tmp_path, monkeypatch):
   package = installed.Package('jaxllm_model_for_a_test', 'owner/name')
   monkeypatch.setattr(installed, 'MODELS', {'small': package})
   monkeypatch.setattr(sys, 'path', [str(tmp_path), *sys.path])
-  assert installed.find('small') == 'owner/name'
+  assert installed.find('small') == 'hf:owner/name'
   folder = tmp_path / package.module
   (folder / 'weights').mkdir(parents=True)
   (folder / '__init__.py').write_text('raise RuntimeError')
   importlib.invalidate_caches()
-  assert installed.find('small') == 'owner/name'
+  assert installed.find('small') == 'hf:owner/name'
   (folder / 'weights' / 'a.gguf').touch()
   assert installed.find('small') == str(folder / 'weights' / 'a.gguf')
 
