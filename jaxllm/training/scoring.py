@@ -11,6 +11,7 @@ from jaxllm import loading, sharding
 from jaxllm.data import batches as batches_lib
 from jaxllm.evaluation import perplexity, scores
 from jaxllm.experiment import Experiment
+from jaxllm.interop import tokenizer_files
 from jaxllm.models import decoder
 from jaxllm.models.decoder import Decoder
 from jaxllm.tasks import TASKS, predict
@@ -137,7 +138,8 @@ def make_tasks(experiment: Experiment, dataset: Dataset) -> Measure | None:
     # As `loading` uses it: plain attention, no recomputation.
     Decoder(experiment.decoder.replace(attention='xla', remat='none')), None, dataset.tokenizer,
     dataset.tokenizer.special_tokens, experiment.data.add_bos, config.batch_size,
-    classifier=experiment.classifier,
+    tokenizer_files.stop_ids(dataset.tokenizer.files()), experiment.classifier,
+    labels=getattr(experiment.task, 'labels', ()),
   )
 
   def measure(variables: Any) -> Scores:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxllm import loading
+from jaxllm import loading, pipelines
 from jaxllm.checkpoints import store
 from jaxllm.config import ConfigError
 from jaxllm.experiment import Distillation, Experiment, FinetuneConfig, TrainingConfig
@@ -15,10 +15,9 @@ from jaxllm.objectives.classification import ClassifierConfig
 from jaxllm.objectives.preference import Dpo, Orpo
 from jaxllm.optim.optimizers import OptimizerConfig
 from jaxllm.tasks import predict
-from jaxllm.tasks.predict import Speaker
 from jaxllm.tasks.preference import Preference
 from jaxllm.tasks.records import RecordsConfig, RecordSource
-from jaxllm.training import dataset, loop, losses, rows
+from jaxllm.training import dataset, loop, losses, rows, scoring
 from tests.training import test_finetune, tiny_run
 from tests.training.test_finetune import LORA, lines, train
 
@@ -96,9 +95,13 @@ def test_a_classifier_learns_and_is_loaded_with_its_head(base, finetune):
   assert summary['validation']['accuracy'] == lines(path, 'task/sentiment/accuracy')[-1] == 1.0
   model = loading.load(path)
   assert model.variables['params']['classifier']['kernel'].shape == (16, 2)
+  speaker = pipelines.speaker(model)
+  # The score of a run is that of its checkpoint, which the head decides.
+  held_out = predict.examples(config.task, 'validation')
+  scored = scoring.score(config.task, held_out, predict.predict(config.task, held_out, speaker))
+  assert {name: lines(path, f'task/sentiment/{name}')[-1] for name in scored} == pytest.approx(
+    scored, rel=1e-5)
   examples = predict.examples(config.task, 'test')
-  speaker = Speaker(losses.Decoder(model.config), model.variables, model.tokenizer,
-                    add_bos=model.add_bos, classifier=model.experiment.classifier)
   found = predict.predict(config.task, examples, speaker)
   assert [p['label'] for p in found] == [e.reference for e in examples]
   alone = predict.predict(config.task, examples[:1], speaker)[0]
