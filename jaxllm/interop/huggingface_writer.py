@@ -23,6 +23,7 @@ from jaxllm.interop.layout import Slot
 from jaxllm.models.config import DecoderConfig
 from jaxllm.models.families import HUGGINGFACE
 from jaxllm.models.families.huggingface import Format, pattern
+from jaxllm.models.positions import DynamicScaling, YarnScaling
 
 SHARD_BYTES = 5_000_000_000
 # A mixture of experts, and a family that we read the text model of.
@@ -130,8 +131,14 @@ def _lost(form: Format, config: DecoderConfig) -> list[str]:
 def normal(config: DecoderConfig) -> DecoderConfig:
   """Return the same model with every default spelled out, and as it would be run by default."""
   fields = DecoderConfig.model_fields
+  scaling = getattr(config.positions, 'scaling', None)
+  # A context shorter than its scaling reaches has no words of its own.
+  reach = 0
+  if isinstance(scaling, YarnScaling | DynamicScaling):
+    reach = int(scaling.original_length * scaling.factor)
   local = config.local_positions
   return config.replace(
+    max_length=max(config.max_length, reach),
     num_kv_heads=config.kv_heads,
     head_dim=config.head_size,
     attention_scale=config.query_scale,

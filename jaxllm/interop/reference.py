@@ -266,7 +266,10 @@ def _turns(
       start, stop = math.floor(start), math.ceil(stop)
     start, stop = max(start, 0), min(stop, dim - 1)
     slow_P = np.clip((np.arange(dim // 2) - start) / max(stop - start, 0.001), 0, 1)
-    factor = rope.get('attention_factor') or 0.1 * math.log(by) + 1
+    by = by or longest / trained
+    growth, whole = 0.1 * math.log(by), rope.get('mscale_all_dim')
+    above, below = (rope['mscale'], whole) if rope.get('mscale') and whole else (1, 0)
+    factor = rope.get('attention_factor') or (above * growth + 1) / (below * growth + 1)
     return turns_P / by * slow_P + turns_P * (1 - slow_P), factor
   if kind in ('longrope', 'su'):
     divisors = rope['long_factor' if length > trained else 'short_factor']

@@ -138,11 +138,15 @@ def _decode3(keys: Keys) -> DecoderConfig:
   if fields['window']:
     base = number(ropes.get('sliding_attention') or {}, 'rope_theta', local_base)
     local = RotaryPositions(base=base)
+  positions = rotary(keys, base=1_000_000.0, rope=everywhere)
+  if isinstance(positions.scaling, LinearScaling):
+    # Published as the length that the scaling reaches.
+    fields['max_length'] = size(keys, 'max_position_embeddings')
   return rms_decoder(
     keys, **_common(keys), **fields,
     query_key_norm='head',
     logit_softcap=_softcap(keys, 'final_logit_softcapping', None),
-    positions=rotary(keys, base=1_000_000.0, rope=everywhere),
+    positions=positions,
     local_positions=local,
   )
 
@@ -174,10 +178,10 @@ def _encode2(config: DecoderConfig) -> dict[str, Any]:
 def _encode3(config: DecoderConfig) -> dict[str, Any]:
   keys = _encode2(config)
   local = config.local_positions or RotaryPositions()
-  return keys | {
-    'rope_local_base_freq': local.base,
-    'rope_scaling': scaling_keys(config, getattr(config.positions, 'scaling', None)),
-  }
+  scaling = getattr(config.positions, 'scaling', None)
+  if isinstance(scaling, LinearScaling):
+    keys['max_position_embeddings'] = config.max_length
+  return keys | {'rope_local_base_freq': local.base, 'rope_scaling': scaling_keys(config, scaling)}
 
 
 _SANDWICH = {

@@ -190,7 +190,7 @@ def rotary(
     ValueError: a scaling that we do not have.
   """
   if rope is None:
-    rope = keys.get('rope_scaling') or keys.get('rope_parameters') or {}
+    rope = _rope(keys)
   if not isinstance(rope, Mapping):
     raise ValueError(f'config.json: rope_scaling={rope!r}; an object is needed')
   kind = rope.get('rope_type', rope.get('type', 'default'))
@@ -244,6 +244,39 @@ def scaling_keys(config: DecoderConfig, scaling: Scaling | None) -> dict[str, An
   return keys
 
 
+def context_length(keys: Keys, positions: RotaryPositions) -> int:
+  """Return the longest context: a scaling reaches `factor` times further than the training did.
+
+  Where `max_position_embeddings` already is the longer one, config.json names the length of the
+  training beside it.
+  """
+  longest, scaling = size(keys, 'max_position_embeddings'), positions.scaling
+  if not isinstance(scaling, LinearScaling | DynamicScaling | YarnScaling):
+    return longest
+  if isinstance(scaling, LinearScaling):
+    trained = _length(keys, _rope(keys))
+  else:
+    trained = scaling.original_length
+  return max(longest, size({'context length': int(trained * scaling.factor)}, 'context length'))
+
+
+def context_keys(config: DecoderConfig) -> dict[str, int]:
+  """Return the keys that `context_length` reads."""
+  scaling, longest = getattr(config.positions, 'scaling', None), config.max_length
+  if isinstance(scaling, DynamicScaling):
+    longest = scaling.original_length
+  if not isinstance(scaling, LinearScaling):
+    return {'max_position_embeddings': longest}
+  trained = longest / scaling.factor
+  if trained.is_integer():
+    return {'max_position_embeddings': int(trained)}
+  return {'max_position_embeddings': longest, 'original_max_position_embeddings': int(trained)}
+
+
+def _rope(keys: Keys) -> Any:
+  return keys.get('rope_scaling') or keys.get('rope_parameters') or {}
+
+
 def rms_decoder(keys: Keys, partial: bool = False, **fields: Any) -> DecoderConfig:
   """Translate the keys that the families with RMSNorm and a gated MLP share.
 
@@ -258,9 +291,6 @@ def rms_decoder(keys: Keys, partial: bool = False, **fields: Any) -> DecoderConf
   if positions.fraction != 1 and not partial:
     raise ValueError(f'config.json: partial_rotary_factor={positions.fraction} is not supported '
                      'for this model_type')
-  longest = size(keys, 'max_position_embeddings')
-  if isinstance(positions.scaling, DynamicScaling):
-    longest = int(longest * positions.scaling.factor)
   shared = {
     'vocab_size': size(keys, 'vocab_size'),
     'embed_dim': width,
@@ -269,7 +299,7 @@ def rms_decoder(keys: Keys, partial: bool = False, **fields: Any) -> DecoderConf
     'num_kv_heads': size(keys, 'num_key_value_heads', heads),
     'head_dim': size(keys, 'head_dim', max(1, width // heads)),
     'mlp_dim': size(keys, 'intermediate_size'),
-    'max_length': longest,
+    'max_length': context_length(keys, positions),
     'positions': positions,
     'norm': NormConfig(kind='rmsnorm', epsilon=number(keys, 'rms_norm_eps', 1e-6)),
     'activation': None if 'activation' in fields else activation(keys, 'hidden_act', 'silu'),
@@ -281,10 +311,6 @@ def rms_decoder(keys: Keys, partial: bool = False, **fields: Any) -> DecoderConf
 
 def rms_config(config: DecoderConfig, **keys: Any) -> dict[str, Any]:
   """Return the keys that `rms_decoder` reads; `keys` replaces and adds some."""
-  scaling = getattr(config.positions, 'scaling', None)
-  longest = config.max_length
-  if isinstance(scaling, DynamicScaling):
-    longest = scaling.original_length
   return {
     'vocab_size': config.vocab_size,
     'hidden_size': config.embed_dim,
@@ -294,7 +320,7 @@ def rms_config(config: DecoderConfig, **keys: Any) -> dict[str, Any]:
     'num_key_value_heads': config.kv_heads,
     'head_dim': config.head_size,
     'hidden_act': ACTIVATION_NAMES[config.activation],
-    'max_position_embeddings': longest,
+    **context_keys(config),
     'rms_norm_eps': config.norm.epsilon,
     'initializer_range': config.initializer.stddev or 0.02,
     'attention_dropout': config.attention_dropout_rate,

@@ -14,6 +14,8 @@ from jaxllm.models.families.huggingface import (
   Format,
   Keys,
   activation,
+  context_keys,
+  context_length,
   flag,
   number,
   rotary,
@@ -55,17 +57,18 @@ PRESETS = {
 
 def _decode(keys: Keys) -> DecoderConfig:
   biases = ('qkv', 'attention_out') if flag(keys, 'attention_bias', True) else ()
+  positions = rotary(
+    keys, base=number(keys, 'rotary_emb_base', 10_000.0),
+    fraction=number(keys, 'rotary_pct', 0.25),
+  )
   return DecoderConfig(
     vocab_size=size(keys, 'vocab_size'),
     embed_dim=size(keys, 'hidden_size'),
     num_layers=size(keys, 'num_hidden_layers', limit=MAX_LAYERS),
     num_heads=size(keys, 'num_attention_heads'),
     mlp_dim=size(keys, 'intermediate_size'),
-    max_length=size(keys, 'max_position_embeddings'),
-    positions=rotary(
-      keys, base=number(keys, 'rotary_emb_base', 10_000.0),
-      fraction=number(keys, 'rotary_pct', 0.25),
-    ),
+    max_length=context_length(keys, positions),
+    positions=positions,
     norm=NormConfig(kind='layernorm', epsilon=number(keys, 'layer_norm_eps', 1e-5), bias=True),
     residual='parallel' if flag(keys, 'use_parallel_residual', True) else 'sequential',
     activation=activation(keys, 'hidden_act', 'gelu'),
@@ -84,7 +87,7 @@ def _encode(config: DecoderConfig) -> dict[str, Any]:
     'num_attention_heads': config.num_heads,
     'intermediate_size': config.mlp_dim,
     'hidden_act': ACTIVATION_NAMES[config.activation],
-    'max_position_embeddings': config.max_length,
+    **context_keys(config),
     'initializer_range': config.initializer.stddev or 0.02,
     'layer_norm_eps': config.norm.epsilon,
     'attention_dropout': config.attention_dropout_rate,
