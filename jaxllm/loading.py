@@ -97,15 +97,15 @@ class LoadedModel:
     """
     if (own := _own_template(self.experiment)) is not None:
       return chat_format(self, own)
-    jinja = tokenizer_files.chat_template(self.tokenizer.files())
-    if jinja is None:
+    jinja = tokenizer_files.chat_templates(self.tokenizer.files())
+    if not jinja:
       return None
     # What was trained here began with BOS, whether or not the template writes it.
     bos_id = self.tokenizer.bos_id
     begin = [bos_id] if self.experiment and self.add_bos and bos_id is not None else []
 
-    def encode(messages: Sequence[chat.Message]) -> list[int]:
-      ids = templates.encode(self.tokenizer, jinja, messages)
+    def encode(messages: Sequence[chat.Message], **variables: Any) -> list[int]:
+      ids = templates.encode(self.tokenizer, jinja, messages, **variables)
       return ids if ids[: len(begin)] == begin else [*begin, *ids]
 
     ends = templates.turn_ends(self.tokenizer.special_tokens)
@@ -121,12 +121,13 @@ class ChatFormat(NamedTuple):
   """How a conversation goes.
 
   Attributes:
-    encode: messages {'role', 'content'} to token ids, up to where the assistant begins.
+    encode: messages {'role', 'content'} to token ids, up to where the assistant begins; for a
+      model's own template also `add_generation_prompt`, `tools`, `documents` and its variables.
     stop: texts that end the assistant's turn.
     stop_ids: tokens that do.
   """
 
-  encode: Callable[[Sequence[chat.Message]], list[int]]
+  encode: Callable[..., list[int]]
   stop: tuple[str, ...]
   stop_ids: tuple[int, ...]
 
@@ -135,7 +136,9 @@ def chat_format(model: LoadedModel, template: ChatTemplate) -> ChatFormat:
   """Return the format of a model that is talked to by this template, which need not be its own."""
   special = model.tokenizer.special_tokens
 
-  def encode(messages: Sequence[chat.Message]) -> list[int]:
+  def encode(messages: Sequence[chat.Message], **variables: Any) -> list[int]:
+    if variables.get('tools') or variables.get('documents'):
+      raise templates.TemplateError("the model's chat template knows neither tools nor documents")
     answered = [*messages, {'role': 'assistant', 'content': '.'}]
     # Each by itself: a template writes it as it would among others.
     turns = chat.segments([[message] for message in answered], template.render, template.controls)

@@ -5,6 +5,7 @@ Jinja's sandbox, with limits of CPU time and memory. What messages say is plain 
 writes '<|im_end|>' does not end the turn.
 """
 
+import functools
 import json
 import pathlib
 import re
@@ -26,6 +27,7 @@ CPU_SECONDS, MEMORY_BYTES, MAX_CHARACTERS = 5, 512_000_000, 10_000_000
 MAX_TEMPLATE_CHARACTERS = 1_000_000
 
 Message = Mapping[str, Any]
+Templates = str | Mapping[str, str]
 
 
 class TemplateError(ValueError):
@@ -34,17 +36,21 @@ class TemplateError(ValueError):
 
 def render(
   template: str, conversations: Sequence[Sequence[Message]], add_generation_prompt: bool = True,
+  tools: Sequence[Any] | None = None, documents: Sequence[Any] | None = None, *,
   cpu_seconds: int = CPU_SECONDS, memory_bytes: int = MEMORY_BYTES, **variables: Any,
 ) -> list[str]:
-  """Render conversations by a chat template.
+  """Render conversations by a chat template, as `transformers` does.
 
   Args:
     template: Jinja, as in tokenizer_config.json.
-    conversations: each a list of messages {'role': ..., 'content': ...}.
+    conversations: each a list of messages {'role': ..., 'content': ...}; a key whose value is None
+      is left out.
     add_generation_prompt: whether the text ends where the assistant begins.
+    tools: JSON schemas of functions; a template tells None from [].
+    documents: {'title', 'text'} each.
     cpu_seconds: how long the template may compute.
     memory_bytes: how much the process may take, Python itself included.
-    **variables: what else the template may use: `bos_token`, `tools`, ...
+    **variables: other variables of the template: `bos_token`, `enable_thinking`, ...
 
   Returns:
     One text per conversation.
@@ -55,13 +61,15 @@ def render(
   if len(conversations) > _AT_ONCE:
     parts = (conversations[i : i + _AT_ONCE] for i in range(0, len(conversations), _AT_ONCE))
     return [text for part in parts for text in render(
-      template, part, add_generation_prompt, cpu_seconds, memory_bytes, **variables)]
+      template, part, add_generation_prompt, tools, documents, cpu_seconds=cpu_seconds,
+      memory_bytes=memory_bytes, **variables)]
   if len(template) > MAX_TEMPLATE_CHARACTERS:
     raise TemplateError(f'chat template: longer than {MAX_TEMPLATE_CHARACTERS} characters')
   request = json.dumps({
     'template': template,
     'variables': [
-      {**variables, 'messages': list(messages), 'add_generation_prompt': add_generation_prompt}
+      {**variables, 'messages': list(map(_plain, messages)), 'tools': tools,
+       'documents': documents, 'add_generation_prompt': add_generation_prompt}
       for messages in conversations
     ],
     'cpu_seconds': cpu_seconds, 'memory_bytes': memory_bytes, 'max_characters': MAX_CHARACTERS,
@@ -86,49 +94,89 @@ def render(
 
 
 def encode(
-  tokenizer: Tokenizer, template: str, messages: Sequence[Message],
-  add_generation_prompt: bool = True, **variables: Any,
+  tokenizer: Tokenizer, template: Templates, messages: Sequence[Message],
+  add_generation_prompt: bool = True, tools: Sequence[Any] | None = None,
+  documents: Sequence[Any] | None = None, **variables: Any,
 ) -> list[int]:
   """Return the token ids of a conversation; see `encode_all`."""
-  return encode_all(tokenizer, template, [messages], add_generation_prompt, **variables)[0]
+  return encode_all(
+    tokenizer, template, [messages], add_generation_prompt, tools, documents, **variables)[0]
 
 
 def encode_all(
-  tokenizer: Tokenizer, template: str, conversations: Sequence[Sequence[Message]],
-  add_generation_prompt: bool = True, **variables: Any,
+  tokenizer: Tokenizer, template: Templates, conversations: Sequence[Sequence[Message]],
+  add_generation_prompt: bool = True, tools: Sequence[Any] | None = None,
+  documents: Sequence[Any] | None = None, **variables: Any,
 ) -> list[list[int]]:
   """Return the token ids of conversations.
 
-  Special tokens that the template writes become tokens; those that a message spells stay text.
+  Special tokens that the template writes become tokens; those that a message, a tool, a document
+  or a variable spells stay text.
 
   Args:
     tokenizer: of the model.
-    template: its chat template.
+    template: its chat template, or several by name: 'tool_use' is for tools, 'default' for the
+      rest.
     conversations: each a list of messages.
     add_generation_prompt: whether they end where the assistant begins.
-    **variables: what else the template may use.
+    tools: as in `render`.
+    documents: as in `render`.
+    **variables: other variables of the template; the tokenizer's special tokens have their names.
 
   Raises:
-    TemplateError: as `render`.
+    TemplateError: as `render`, or none of the templates is the default.
   """
   special = tokenizer.special_tokens
-  ids = {value: token for token, value in special.items()}
-  for name, value in (('bos_token', tokenizer.bos_id), ('eos_token', tokenizer.eos_id)):
-    variables.setdefault(name, '' if value is None else ids.get(value, ''))
   # Stands in messages for what spells a special token, and is put back once the text is cut.
   stand_in = f'\ue000{secrets.token_hex(8)}\ue001'
   hidden: list[str] = []
+  given: Any = {'conversations': conversations, 'tools': tools, 'documents': documents,
+                'variables': variables}
   if special:
-    spelled = _any_of(special)
-    conversations = [[_hide(message, spelled, stand_in, hidden) for message in messages]
-                     for messages in conversations]
+    given = _hide(given, _any_of(special), stand_in, hidden)
   put_back = re.compile(re.escape(stand_in) + r'(\d+);')
 
   def restore(plain: str) -> str:
     return put_back.sub(lambda match: hidden[int(match[1])], plain)
 
-  texts = render(template, conversations, add_generation_prompt, **variables)
+  texts = render(
+    chosen(template, tools), given['conversations'], add_generation_prompt, given['tools'],
+    given['documents'], **{**special_names(tokenizer), **given['variables']})
   return [encode_with_special(tokenizer, text, restore) for text in texts]
+
+
+def chosen(template: Templates, tools: Sequence[Any] | None = None) -> str:
+  """Return which of a model's templates is for a conversation with or without tools.
+
+  Raises:
+    TemplateError: none of them is the default.
+  """
+  if isinstance(template, str):
+    return template
+  name = 'tool_use' if tools is not None and 'tool_use' in template else 'default'
+  if name not in template:
+    raise TemplateError(f'chat template: of the templates {", ".join(sorted(template))} none is '
+                        'the default')
+  return template[name]
+
+
+@functools.lru_cache(maxsize=8)
+def special_names(tokenizer: Tokenizer) -> Mapping[str, str]:
+  """Return the special tokens by the names that templates know: {'bos_token': '<s>', ...}."""
+  files = tokenizer.files()
+  said: dict[str, Any] = {}
+  for name in ('special_tokens_map.json', 'tokenizer_config.json'):
+    keys = json.loads(files.get(name, b'{}'))
+    groups = (keys.get('extra_special_tokens'), keys.get('model_specific_special_tokens'))
+    said |= {key: value for key, value in keys.items() if key.endswith('_token')}
+    for group in groups:
+      said |= group if isinstance(group, dict) else {}
+  texts = {i: text for text, i in tokenizer.special_tokens.items()}
+  for name, i in (('bos_token', tokenizer.bos_id), ('eos_token', tokenizer.eos_id)):
+    said[name] = said.get(name) or (None if i is None else texts.get(i))
+  named = {key: value.get('content') if isinstance(value, dict) else value
+           for key, value in said.items()}
+  return {key: value for key, value in named.items() if isinstance(value, str)}
 
 
 def encode_with_special(
@@ -162,6 +210,16 @@ def turn_ends(special: Mapping[str, int]) -> tuple[int, ...]:
 _START = 'import runpy, sys; runpy.run_path(sys.argv[1], run_name="__main__")'
 
 
+def _plain(message: Message) -> Message:
+  """Return a message without empty keys, its reasoning under the names that templates read."""
+  kept = {key: value for key, value in message.items() if value is not None}
+  names = ('reasoning_content', 'thinking', 'reasoning')
+  reasoning = next((kept[name] for name in names if name in kept), None)
+  if reasoning is None:
+    return kept
+  return {'thinking': reasoning, **kept, 'reasoning_content': reasoning}
+
+
 def _any_of(special: Mapping[str, int]) -> re.Pattern[str]:
   return re.compile('|'.join(sorted(map(re.escape, special), key=len, reverse=True)))
 
@@ -175,7 +233,8 @@ def _hide(value: Any, spelled: re.Pattern[str], stand_in: str, hidden: list[str]
 
     return spelled.sub(replace, value)
   if isinstance(value, Mapping):
-    return {key: _hide(item, spelled, stand_in, hidden) for key, item in value.items()}
+    return {_hide(key, spelled, stand_in, hidden): _hide(item, spelled, stand_in, hidden)
+            for key, item in value.items()}
   if isinstance(value, list | tuple):
     return [_hide(item, spelled, stand_in, hidden) for item in value]
   return value

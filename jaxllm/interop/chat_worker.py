@@ -65,11 +65,12 @@ def _render(jinja2, request) -> list[str]:
   environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
     trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
   )
-  environment.filters['tojson'] = lambda value, indent=None: json.dumps(
-    value, ensure_ascii=False, indent=indent
-  )
+  # Jinja's own filter escapes what HTML reserves.
+  environment.filters['tojson'] = (
+    lambda value, ensure_ascii=False, indent=None, separators=None, sort_keys=False: json.dumps(
+      value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys))
   environment.globals['raise_exception'] = raise_exception
-  environment.globals['strftime_now'] = lambda form: datetime.datetime.now().strftime(form)
+  environment.globals['strftime_now'] = lambda format: datetime.datetime.now().strftime(format)
   template = environment.from_string(request['template'])
   return [template.render(**variables) for variables in request['variables']]
 

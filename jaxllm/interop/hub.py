@@ -9,7 +9,7 @@ from jaxllm.interop import tokenizer_files
 
 # Of a repository only this is fetched: no pickles, no code, no second copy of the weights.
 PATTERNS = ('config.json', 'model*.safetensors', 'model.safetensors.index.json',
-            *tokenizer_files.FILE_NAMES)
+            tokenizer_files.MORE_CHATS, *tokenizer_files.FILE_NAMES)
 
 _NAME = re.compile(r'[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?')
 

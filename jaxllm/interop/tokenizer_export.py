@@ -59,10 +59,8 @@ def huggingface_files(
   names = _special_tokens(made['tokenizer.json'], ids)
   settings = json.loads(made.get('tokenizer_config.json', b'{}'))
   settings.pop('auto_map', None)
-  template = tokenizer_files.chat_template(made)
-  if template is not None:
-    settings['chat_template'] = template
-    made.pop(tokenizer_files.CHAT, None)
+  if tokenizer_files.CHAT in made:
+    settings['chat_template'] = made.pop(tokenizer_files.CHAT).decode()
   defaults = {
     'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False,
     'model_max_length': config.max_length, 'add_bos_token': add_bos,

@@ -11,6 +11,7 @@ from jaxllm.interop.tensorfile import parse_json
 # What travels with a model besides the tokenizer itself.
 GENERATION, CHAT = 'generation_config.json', 'chat_template.jinja'
 FILE_NAMES = (*tokenizers.FILE_NAMES, 'added_tokens.json', GENERATION)
+MORE_CHATS = 'additional_chat_templates/*.jinja'
 _RENAMED = {'encoder.json': 'vocab.json', 'vocab.bpe': 'merges.txt'}
 SPECIAL_IDS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
 MAX_BYTES = 200_000_000
@@ -31,6 +32,14 @@ def read(directory: pathlib.Path) -> dict[str, bytes]:
       if path.stat().st_size > MAX_BYTES:
         raise ValueError(f'{path}: larger than {MAX_BYTES} bytes')
       files[ours] = path.read_bytes()
+  named = {path.stem: path.read_bytes() for path in sorted(directory.glob(MORE_CHATS))}
+  if named:
+    named |= {'default': files.pop(CHAT)} if CHAT in files else {}
+    where = 'tokenizer_config.json'
+    settings = parse_json(files.get(where, b'{}'), f'{directory}/{where}')
+    settings['chat_template'] = [{'name': name, 'template': template.decode('utf-8')}
+                                 for name, template in named.items()]
+    files[where] = json.dumps(settings).encode()
   return files
 
 
@@ -118,15 +127,21 @@ def add_bos(files: Mapping[str, bytes]) -> bool:
   return any('SpecialToken' in first for first in firsts)
 
 
-def chat_template(files: Mapping[str, bytes]) -> str | None:
-  """Return the chat template: of its own file, or in tokenizer_config.json; None: there is none."""
+def chat_templates(files: Mapping[str, bytes]) -> dict[str, str]:
+  """Return the chat templates by name: of their own file, or those in tokenizer_config.json."""
   if CHAT in files:
-    return files[CHAT].decode('utf-8')
-  template = json.loads(files.get('tokenizer_config.json', b'{}')).get('chat_template')
-  if isinstance(template, list):
-    named = {item.get('name'): item.get('template') for item in template if isinstance(item, dict)}
-    template = named.get('default')
-  return template if isinstance(template, str) else None
+    return {'default': files[CHAT].decode('utf-8')}
+  said = json.loads(files.get('tokenizer_config.json', b'{}')).get('chat_template')
+  if isinstance(said, str):
+    return {'default': said}
+  items = [item for item in said if isinstance(item, dict)] if isinstance(said, list) else []
+  return {item['name']: item['template'] for item in items
+          if isinstance(item.get('name'), str) and isinstance(item.get('template'), str)}
+
+
+def chat_template(files: Mapping[str, bytes]) -> str | None:
+  """Return the default chat template; None: there is none."""
+  return chat_templates(files).get('default')
 
 
 def _ids_in_tokenizer(content: Mapping[str, Any], where: str) -> dict[str, Any]:

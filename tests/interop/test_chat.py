@@ -1,11 +1,12 @@
 """Chat templates: rendered in a sandbox with limits; messages stay plain text."""
 
+import json
 import time
 
 import pytest
 
 from jaxllm.data import tokenizers
-from jaxllm.interop import chat, tokenizer_export
+from jaxllm.interop import chat, tokenizer_export, tokenizer_files
 
 TEMPLATE = (
   '{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content | trim }}<|end|>{% endfor %}'
@@ -56,6 +57,47 @@ def test_several_conversations_in_one_process():
   texts = chat.render('{{ messages | length }}{{ bos_token }}',
                       [conversation('a'), conversation('a', 'b')], bos_token='<s>')
   assert texts == ['1<s>', '2<s>']
+
+
+@pytest.mark.parametrize(('template', 'given', 'expected'), [
+  ('{{ tools is none }} {{ documents is none }} {{ x is defined }}', {}, 'True True False'),
+  ('{{ tools | length }}{{ documents[0].text }}', {'tools': [], 'documents': [{'text': 'd'}]},
+   '0d'),
+  ('{{ enable_thinking }}', {'enable_thinking': False}, 'False'),
+  ('{{ messages[0] | tojson(ensure_ascii=True) }}', {},
+   '{"role": "user", "content": "H\\u00e9 <b>"}'),
+  ('{{ messages[0] | tojson(separators=(",", ":"), sort_keys=true) }}', {},
+   '{"content":"Hé <b>","role":"user"}'),
+  ('{{ messages[1] | tojson(indent=1) }}', {},
+   '{\n "thinking": "t",\n "role": "assistant",\n "reasoning_content": "t"\n}'),
+  ('{{ strftime_now(format="%Y") | length }}', {}, '4'),
+  ('a\n  {% if true %}\nb\n  {% endif %}\n', {}, 'a\nb\n'),
+])
+def test_the_context_is_that_of_transformers(template, given, expected):
+  messages = [*conversation('Hé <b>'),
+              {'role': 'assistant', 'content': None, 'reasoning_content': 't'}]
+  assert chat.render(template, [messages], **given) == [expected]
+
+
+def test_special_tokens_have_their_names():
+  files = {
+    'bytes.txt': b'',
+    'special_tokens_map.json': b'{"unk_token": "<unk>", "eos_token": "<old>"}',
+    'tokenizer_config.json': b'''{"eos_token": {"content": "</s>"}, "pad_token": null,
+      "image_token": "<i>", "add_bos_token": true, "extra_special_tokens": {"boi": "<b>"}}''',
+  }
+  assert chat.special_names(tokenizers.from_files(files)) == {
+    'unk_token': '<unk>', 'eos_token': '</s>', 'image_token': '<i>', 'boi': '<b>'}
+
+
+def test_tools_have_a_template_of_their_own(tokenizer):
+  named = {'default': 'plain', 'tool_use': '{{ tools[0].name }}'}
+  assert chat.encode(tokenizer, named, conversation('a')) == tokenizer.encode('plain')
+  found = chat.encode(tokenizer, named, conversation('a'), tools=[{'name': 'f<|end|>'}])
+  assert found == tokenizer.encode('f<|end|>')
+  assert chat.encode(tokenizer, {'default': 'plain'}, [], tools=[]) == tokenizer.encode('plain')
+  with pytest.raises(chat.TemplateError, match='of the templates tool_use none is the default'):
+    chat.encode(tokenizer, {'tool_use': ''}, conversation('a'))
 
 
 def test_what_templates_of_models_use():
@@ -113,3 +155,70 @@ def test_templates_that_write_too_much():
 def test_a_template_beyond_all_measure():
   with pytest.raises(chat.TemplateError, match='longer than 1000000'):
     chat.render(' ' * 1_000_001, [conversation('a')])
+
+
+CONTEXTS = [
+  '{{ tools is none }}{{ documents is none }}{{ tools is defined }}{{ nothing is defined }}',
+  '{{ bos_token }}|{{ eos_token }}|{{ unk_token }}|{{ pad_token is defined }}|{{ sep_token }}|'
+  '{{ image_token }}|{{ boi }}|{{ mask_token is none }}',
+  '{{ messages | tojson }}{{ messages | tojson(indent=2) }}{{ messages | tojson(true) }}',
+  '{{ messages | tojson(sort_keys=true, separators=(",", ":"), ensure_ascii=true) }}',
+  '{% for m in messages %}\n  {%- if loop.index == 2 %}{% break %}{% endif %}\n'
+  '  {% generation %}\n  {{ m.content }}\n  {% endgeneration %}\n{% endfor %}\n',
+  '{% set x = namespace(a=1) %}{% set x.a = 2 %}{{ x.a }}{{ dict(a=1).a }}{{ strftime_now("%Y") }}',
+  '{% for m in messages %}{{ m.content is defined }}{{ m.reasoning_content }}{{ m.thinking }}'
+  '{% if m.content is not string %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}'
+  '{% endfor %}{{ nothing }}{{ add_generation_prompt }}{{ messages[0].nothing is none }}',
+  '{{ messages[0].nothing.more }}',
+  '{{ raise_exception("no") }}',
+]
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize('template', CONTEXTS)
+def test_context_parity(tmp_path, template):
+  import transformers
+
+  files = {
+    'tokenizer.json': tokenizer_export.byte_level_bpe(
+      {sign: i for i, sign in enumerate(tokenizer_export._byte_signs().values())}, [],
+      special=['<s>', '</s>', '<unk>', '<i>', '<b>']),
+    'tokenizer_config.json': json.dumps({
+      'bos_token': '<s>', 'eos_token': {'__type': 'AddedToken', 'content': '</s>'},
+      'unk_token': '<unk>', 'image_token': '<i>', 'extra_special_tokens': {'boi': '<b>'},
+      'tokenizer_class': 'PreTrainedTokenizerFast', 'add_bos_token': False,
+      'chat_template': template}).encode(),
+  }
+  for name, content in files.items():
+    (tmp_path / name).write_bytes(content)
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  ours = tokenizers.from_files(files)
+  messages = [
+    {'role': 'user', 'content': 'Hé <b>"\''},
+    {'role': 'assistant', 'content': None, 'reasoning': 'r'},
+    {'role': 'user', 'content': [{'type': 'text', 'text': 'x'}], 'name': None}]
+  for prompt in (False, True):
+    try:
+      expected = theirs.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=prompt)
+    except Exception as error:
+      with pytest.raises(chat.TemplateError, match=str(error)[:20]):
+        chat.encode(ours, template, messages, prompt)
+    else:
+      found = chat.render(template, [messages], prompt, **chat.special_names(ours))
+      assert found == [expected]
+
+
+@pytest.mark.parity
+def test_named_templates_parity(tmp_path, tokenizer):
+  import transformers
+
+  files = tokenizer.files()
+  (tmp_path / 'tokenizer.json').write_bytes(files['tokenizer.json'])
+  named = {'default': 'plain', 'tool_use': 'tools {{ tools | tojson }}'}
+  theirs = transformers.PreTrainedTokenizerFast(
+    tokenizer_file=str(tmp_path / 'tokenizer.json'), chat_template=named)
+  for legacy in (False, True):
+    place = tmp_path / str(legacy)
+    theirs.save_pretrained(place, save_jinja_files=not legacy)
+    assert tokenizer_files.chat_templates(tokenizer_files.read(place)) == named
