@@ -47,7 +47,8 @@ class Run(NamedTuple):
 
 SENTIMENT = {
   'sources': [
-    {'location': f'{{data}}/rt-polarity/rt-polarity.{file}', 'constants': [['label', label]]}
+    {'location': f'{{data}}/rt-polarity/rt-polarity.{file}', 'format': 'text',
+     'constants': [['label', label]]}
     for file, label in (('pos', 'positive'), ('neg', 'negative'))
   ],
   'group': 'text',

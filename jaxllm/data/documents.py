@@ -5,19 +5,34 @@
 - `SCHEMES` lists the kinds of location; everything else is a path.
 """
 
+import codecs
 import dataclasses
 import glob
-import itertools
+import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import pydantic
 
 from jaxllm.config import Config
 from jaxllm.data import catalogs, readers
 from jaxllm.data.catalogs import package_available as package_available
+from jaxllm.data.files import TextFile, ending
 from jaxllm.data.readers import File, Row
+
+
+def _known_encoding(name: str) -> str:
+  try:
+    codecs.lookup(name).incrementaldecoder().decode(b'').encode()  # type: ignore[misc]
+  except (LookupError, TypeError, AttributeError):
+    raise ValueError("expected the name of a text encoding, such as 'utf-8', 'gb18030' or "
+                     "'cp1252'") from None
+  return name
+
+
+Encoding = Annotated[str, pydantic.AfterValidator(_known_encoding)]
+"""The encoding of files, by its name in Python."""
 
 
 class SourceConfig(Config):
@@ -26,17 +41,22 @@ class SourceConfig(Config):
   location: str
   """A file, directory or glob, 'package:NAME' for texts inside an installed package, 'stdlib' for
   Python's own library, or 'tfds:NAME[/CONFIG][:VERSION][?split=train&data_dir=...]'."""
-  format: Literal['text', 'markdown', 'jsonl', 'csv', 'parquet'] | None = None
-  """How files are read; None goes by their suffix, and takes unknown suffixes for text. 'markdown'
-  is text without its emphasis, heading and line break marks."""
+  format: Literal['text', 'markdown', 'jsonl', 'json', 'csv', 'tsv', 'parquet'] | None = None
+  """How files are read; None goes by their names, and refuses unknown endings. 'markdown' is text
+  without its emphasis, heading and line break marks; 'csv' has quotation marks, in 'tsv' they are
+  text. Files packed as .gz, .bz2, .xz or .zst are unpacked as they are read."""
   text_field: str = 'text'
   """The field of a row that holds the text."""
   separator: str | None = None
   """Splits a text file into documents; None makes each file one document, held in memory whole."""
   slice: tuple[float, float] = (0.0, 1.0)
   """The part of each file to use, as fractions of its characters (text) or of its rows."""
+  encoding: Encoding = 'utf-8'
+  """The encoding of the files, by its name in Python, such as 'gb18030', 'cp1252' or 'utf-16'."""
   encoding_errors: Literal['strict', 'replace'] = 'strict'
-  """Whether invalid UTF-8 is an error or becomes U+FFFD."""
+  """Whether bytes that are invalid in this encoding are an error or become U+FFFD."""
+  column_names: tuple[str, ...] = ()
+  """Names of the columns of a CSV or TSV; () where its first row names them."""
 
   @pydantic.model_validator(mode='after')
   def _check(self) -> 'SourceConfig':
@@ -45,6 +65,8 @@ class SourceConfig(Config):
       raise ValueError(f'slice={self.slice}: expected 0 <= start < stop <= 1')
     if self.separator == '':
       raise ValueError("separator='': expected None or some text")
+    if len(set(self.column_names)) < len(self.column_names):
+      raise ValueError(f'column_names={self.column_names}: a name stands twice')
     return self
 
 
@@ -72,13 +94,23 @@ def documents(source: SourceConfig) -> Iterator[Document]:
     name, index = row.source, index + 1 if row.source == name else 0
     text = row.fields.pop(source.text_field, None)
     if not isinstance(text, str):
-      found = 'missing or null' if text is None else type(text).__name__
-      others = ', '.join(map(repr, row.fields)) or 'none'
-      raise ValueError(f'{row.source}, {row.place}: field {source.text_field!r} is {found}, '
-                       f'expected text; other fields, for text_field: {others}')
+      raise ValueError(_no_text(source, row, text))
     if not text.isascii():
       _check_unicode(text, f'{row.source}, {row.place}, field {source.text_field!r}')
     yield Document(text, row.source, index, row.fields)
+
+
+def _no_text(source: SourceConfig, row: Row, value: Any) -> str:
+  found = 'missing or null' if value is None else type(value).__name__
+  others = ', '.join(map(repr, row.fields)) or 'none'
+  message = (f'{row.source}, {row.place}: field {source.text_field!r} is {found}, expected text; '
+             f'other fields, for text_field: {others}')
+  format_ = source.format or readers.ENDINGS.get(ending(pathlib.Path(row.source)))
+  if value is None and not source.column_names and format_ in ('csv', 'tsv'):
+    message += ('. The first row of the file was taken for the names of its columns; if it is '
+                f'data, name them: column_names=({source.text_field!r}, ...) for this source, or '
+                'in a new first row')
+  return message
 
 
 def _check_unicode(text: str, where: str) -> None:
@@ -128,20 +160,23 @@ def _rest(source: SourceConfig) -> str:
 
 
 def _path_files(source: SourceConfig) -> list[File]:
-  location = pathlib.Path(source.location)
+  location = pathlib.Path(source.location).expanduser()
   if location.is_file():
-    return [File(location.name, location)]
-  if location.is_dir():
+    found = [File(location.name, location)]
+  elif location.is_dir():
     found = catalogs.visible_files(location)
   elif glob.has_magic(source.location):
-    fixed = itertools.takewhile(lambda name: not glob.has_magic(name), location.parts)
-    root = pathlib.Path(*fixed)
-    paths = map(pathlib.Path, glob.glob(source.location, recursive=True))
+    # Brackets in the name of a directory that exists are part of it.
+    root = next(parent for parent in location.parents if parent.is_dir())
+    pattern = os.path.join(glob.escape(str(root)), location.relative_to(root))
+    paths = map(pathlib.Path, glob.glob(pattern, recursive=True))
     found = sorted(File(p.relative_to(root).as_posix(), p) for p in paths if p.is_file())
   else:
     raise ValueError(f'no such file: {source.location!r} (a source of config.data)')
   if not found:
     raise ValueError(f'no files in {source.location!r} (a source of config.data)')
+  for file in found if source.format is None else ():
+    readers.format_of(file.path)
   return found
 
 
@@ -157,14 +192,15 @@ def _package_rows(source: SourceConfig) -> Iterator[Row]:
 
 
 def _file_rows(source: SourceConfig, path: pathlib.Path, format_: str | None) -> Iterator[Row]:
-  format_ = format_ or readers.SUFFIXES.get(path.suffix.lower(), 'text')
-  errors = source.encoding_errors
+  format_ = format_ or readers.format_of(path)
+  file = TextFile(path, source.encoding, source.encoding_errors)
   if format_ in readers.TEXTS:
-    texts = readers.TEXTS[format_](path, errors, source.separator, source.slice)
+    texts = readers.TEXTS[format_](file, source.separator, source.slice)
     items = ((f'text {i}', {source.text_field: text}) for i, text in enumerate(texts, 1))
   else:
     read = readers.ROWS[format_]
-    items = (item for item, _ in readers.part(lambda: read(path, errors), source.slice, _one))
+    pieces = readers.part(lambda: read(file, source.column_names), source.slice, _one)
+    items = (item for item, _ in pieces)
   for place, fields in items:
     yield Row(str(path), place, fields)
 

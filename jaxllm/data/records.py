@@ -257,8 +257,12 @@ def _fingerprint(
 ) -> str:
   """Hash what decides the records: settings and contents, not where files lie."""
   def without_paths(source: SourceConfig) -> dict[str, Any]:
-    return source.model_dump(mode='json', exclude=set() if documents.has_scheme(source)
-                             else {'location'})
+    # Records from before a field existed stay valid while it has its default.
+    fields = source.model_dump(mode='json')
+    skipped = {name for name in ('encoding', 'column_names')
+               if getattr(source, name) == SourceConfig.model_fields[name].default}
+    skipped |= set() if documents.has_scheme(source) else {'location'}
+    return {name: value for name, value in fields.items() if name not in skipped}
 
   facts = {
     'version': VERSION,

@@ -8,13 +8,14 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import pydantic
 
 from jaxllm.config import Config
-from jaxllm.data import documents
-from jaxllm.data.documents import SourceConfig
+from jaxllm.data import documents, files, readers
+from jaxllm.data.documents import Encoding, SourceConfig
+from jaxllm.data.files import TextFile
 from jaxllm.tasks import packages
 
 Row = dict[str, Any]
@@ -25,9 +26,13 @@ class RecordSource(Config):
   """Where rows come from."""
 
   location: str | None = None
-  """A file (.jsonl, .json, also SQuAD's, .csv, .tsv, .parquet; of any other each line is a row with
-  the field 'text'), 'package:NAME[/PART]' for one of `tasks.packages`,
-  'tfds:NAME[/CONFIG][:VERSION]?split=SPLIT' or 'hf:NAME[:CONFIG]?split=SPLIT'."""
+  """A file (.jsonl, .json, also SQuAD's, .csv, .tsv, .parquet; of .txt and its like each line is a
+  row with the field 'text'; all also as .gz, .bz2, .xz or .zst), 'package:NAME[/PART]' for one of
+  `tasks.packages`, 'tfds:NAME[/CONFIG][:VERSION]?split=SPLIT' or 'hf:NAME[:CONFIG]?split=SPLIT'."""
+  format: Literal['text', 'jsonl', 'json', 'csv', 'tsv', 'parquet'] | None = None
+  """How a file is read; None goes by its name, and refuses unknown endings."""
+  encoding: Encoding = 'utf-8'
+  """The encoding of files, by its name in Python."""
   columns: tuple[Pair, ...] = ()
   """Instead of a location: (field, text file) pairs; line i of every file makes row i."""
   split: str | None = None
@@ -156,34 +161,27 @@ def _look_up(row: Mapping[str, Any], path: str) -> Any:
 
 def _read(source: RecordSource) -> Iterator[Mapping[str, Any]]:
   if source.location is None:
-    return _aligned(source.columns)
+    return _aligned(source)
   kind, _, rest = source.location.partition(':')
   if kind in LIBRARIES and rest:
     return LIBRARIES[kind](rest)
   path = pathlib.Path(source.location)
   if not path.is_file():
     raise ValueError(f'data.sources: no file {source.location!r}')
-  return FORMATS.get(path.suffix.lower(), _lines)(path)
+  file, format_ = TextFile(path, source.encoding), source.format or readers.format_of(path)
+  if format_ == 'json':
+    return _json(file)
+  if format_ == 'text':
+    return ({'text': text} for line in files.lines(file) if (text := line.strip()))
+  return (fields for _, fields in readers.ROWS[format_](file, ()))
 
 
-def _rows(path: pathlib.Path) -> Iterator[Row]:
-  return (row.fields for row in documents.rows(SourceConfig(location=str(path))))
-
-
-def _lines(path: pathlib.Path) -> Iterator[Row]:
-  source = SourceConfig(location=str(path), format='text', separator='\n')
-  for row in documents.rows(source):
-    if text := row.fields['text'].strip():
-      yield {'text': text}
-
-
-def _aligned(columns: Sequence[Pair]) -> Iterator[Row]:
-  lines = {}
+def _aligned(source: RecordSource) -> Iterator[Row]:
+  lines, columns = {}, source.columns
   for field, name in columns:
     if not pathlib.Path(name).is_file():
       raise ValueError(f'data.sources: no file {name!r}')
-    row, = documents.rows(SourceConfig(location=name, format='text'))
-    lines[field] = row.fields['text'].removesuffix('\n').split('\n')
+    lines[field] = list(files.lines(TextFile(pathlib.Path(name), source.encoding)))
   counts = {name: len(lines[field]) for field, name in columns}
   if len(set(counts.values())) > 1:
     raise ValueError(f'data.sources: columns need equally many lines, but there are {counts}')
@@ -191,11 +189,11 @@ def _aligned(columns: Sequence[Pair]) -> Iterator[Row]:
     yield {field: value.strip() for field, value in zip(lines, values, strict=True)}
 
 
-def _json(path: pathlib.Path) -> Iterator[Row]:
-  row, = documents.rows(SourceConfig(location=str(path), format='text'))
+def _json(file: TextFile) -> Iterator[Row]:
+  path = file.path
   try:
-    content = json.loads(row.fields['text'])
-  except (ValueError, RecursionError) as error:
+    content = json.loads(files.whole(file, files.blocks(file)))
+  except (json.JSONDecodeError, RecursionError) as error:
     raise ValueError(f'{path}: not JSON: {error}') from None
   if isinstance(content, dict):
     content = content.get('data')
@@ -256,16 +254,6 @@ def _hugging_face(rest: str) -> Iterator[Mapping[str, Any]]:
     raise ValueError(f'hf:{rest}: say which split, as in hf:{rest}?split=train')
   return iter(datasets.load_dataset(name, config_name or None, split=split))
 
-
-FORMATS: Mapping[str, Callable[[pathlib.Path], Iterator[Row]]] = {
-  '.jsonl': _rows,
-  '.ndjson': _rows,
-  '.json': _json,
-  '.csv': _rows,
-  '.tsv': _rows,
-  '.parquet': _rows,
-}
-"""Suffix of a file -> function from its path to rows."""
 
 LIBRARIES: Mapping[str, Callable[[str], Iterator[Mapping[str, Any]]]] = {
   'package': _package,

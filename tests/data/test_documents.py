@@ -10,6 +10,7 @@ import pytest
 
 from jaxllm.config import ConfigError
 from jaxllm.data import catalogs, readers
+from jaxllm.data import files as files_lib
 from jaxllm.data.documents import SourceConfig, documents, files, package_available, rows
 
 
@@ -52,7 +53,7 @@ def test_each_call_starts_anew(tmp_path):
 @pytest.mark.parametrize('content, text', [
   (b'\xef\xbb\xbfmark', 'mark'),
   (b'a\r\nb\rc\n', 'a\nb\nc\n'),
-  (b'nul\x00 \t tab', 'nul\x00 \t tab'),
+  (b'bell\x07 \t \x0c tab', 'bell\x07 \t \x0c tab'),
   ('Grüße 你好 😀 \u2028'.encode(), 'Grüße 你好 😀 \u2028'),
   (b'', ''),
 ])
@@ -64,7 +65,7 @@ def test_text_is_read_as_documented(tmp_path, content, text):
 def test_blocks_never_show(tmp_path, monkeypatch, block_bytes):
   text = 'é😀\r\nab<|end|>你\r\n<|end|>\ufeffx'
   path = _write(tmp_path / 'a.txt', '\ufeff' + text)
-  monkeypatch.setattr(readers, '_BLOCK_BYTES', block_bytes)
+  monkeypatch.setattr(files_lib, '_BLOCK_BYTES', block_bytes)
   assert _texts(path) == [text.replace('\r\n', '\n')]
   assert _texts(path, separator='<|end|>') == ['é😀\nab', '你\n', '\ufeffx']
   assert _texts(path, slice=(0.5, 1.0)) == [text.replace('\r\n', '\n')[11:]]
@@ -72,7 +73,7 @@ def test_blocks_never_show(tmp_path, monkeypatch, block_bytes):
 
 def test_invalid_utf8_names_file_and_byte(tmp_path, monkeypatch):
   path = _write(tmp_path / 'bad.txt', 'é'.encode() * 50 + b'\xff' + b'x' * 50)
-  monkeypatch.setattr(readers, '_BLOCK_BYTES', 7)
+  monkeypatch.setattr(files_lib, '_BLOCK_BYTES', 7)
   with pytest.raises(ValueError, match=r'bad\.txt: byte 100 \(0xff\) is not UTF-8'):
     _texts(path)
   assert _texts(path, encoding_errors='replace') == ['é' * 50 + '\ufffd' + 'x' * 50]
@@ -105,6 +106,8 @@ def _table(path, rows_):
   from pyarrow import parquet
   if path.suffix == '.jsonl':
     _write(path, '\n\n'.join(map(json.dumps, rows_)) + '\n')
+  elif path.suffix == '.json':
+    _write(path, json.dumps(rows_, indent=1))
   elif path.suffix == '.parquet':
     parquet.write_table(pyarrow.Table.from_pylist(rows_), path)
   else:
@@ -116,17 +119,18 @@ def _table(path, rows_):
   return path
 
 
-@pytest.mark.parametrize('suffix', ['.jsonl', '.csv', '.tsv', '.parquet'])
+@pytest.mark.parametrize('suffix', ['.jsonl', '.json', '.csv', '.tsv', '.parquet'])
 def test_tables_give_text_and_the_other_fields(tmp_path, suffix):
   path = _table(tmp_path / f'a{suffix}', ROWS)
-  found = list(documents(SourceConfig(location=str(path))))
+  format_ = 'csv' if suffix == '.tsv' else None
+  found = list(documents(SourceConfig(location=str(path), format=format_)))
   assert [d.text for d in found] == [row['text'] for row in ROWS]
   assert [d.metadata for d in found] == [{'label': 'a'}, {'label': 'b'}]
-  assert [row.fields for row in rows(SourceConfig(location=str(path)))] == ROWS
-  assert _texts(path, text_field='label') == ['a', 'b']
-  place = {'.jsonl': 'line 1', '.parquet': 'row 1'}.get(suffix, 'line 3')
+  assert [row.fields for row in rows(SourceConfig(location=str(path), format=format_))] == ROWS
+  assert _texts(path, text_field='label', format=format_) == ['a', 'b']
+  place = {'.jsonl': 'line 1', '.json': 'item 1', '.parquet': 'row 1'}.get(suffix, 'line 3')
   with pytest.raises(ValueError, match=rf"{place}.*'body' is missing.*'text', 'label'"):
-    _texts(path, text_field='body')
+    _texts(path, text_field='body', format=format_)
 
 
 def test_csv_takes_long_fields(tmp_path):
@@ -142,6 +146,16 @@ def test_csv_takes_long_fields(tmp_path):
   ('a.jsonl', '{"text": "\\ud800"}\n', "line 1, field 'text': character 0 is half of a surrogate"),
   ('a.csv', 'text,n\na\n', 'line 2: 1 columns, but the first row names 2'),
   ('a.csv', 'text\n"open\n', 'not CSV'),
+  ('a.csv', 'text,n,text\na,b,c\n', "line 1: the first row names two columns 'text'"),
+  ('a.csv', 'fine film,1\nbad film,0\n', r"other fields, .* 'fine film', '1'\. .*column_names"),
+  ('a.tsv', 'fine film\t1\nbad film\t0\n', r"other fields, .* 'fine film', '1'\. .*column_names"),
+  ('a.tsv', 'text\tn\n"a\tb"\tc\n', 'line 2: 3 columns, but the first row names 2'),
+  ('a.jsonl', '{"text": "a", "text": "b"}\n', "line 1: .*the key 'text' stands twice"),
+  ('a.jsonl', '[\n{"text": "a"}]\n', "line 1: .* set format='json'"),
+  ('a.json', '[{"text": "a"} {"text": "b"}]', "item 1: not JSON: ',' or ']' expected"),
+  ('a.json', '[{"text": "a"}', "item 1: not JSON: ',' or ']' expected"),
+  ('a.json', '[{"text": "a"}] x', 'something follows the array'),
+  ('a.json', '[{"text": "a"}, 3]', 'item 2: expected a JSON object, got int'),
   ('a.parquet', 'PAR1 no', 'not readable as Parquet'),
 ])
 def test_damaged_tables_are_named(tmp_path, name, content, message):

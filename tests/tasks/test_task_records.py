@@ -1,5 +1,6 @@
 """Records: every format reads, splits are exact, disjoint and independent of order."""
 
+import gzip
 import json
 import random
 
@@ -56,6 +57,28 @@ def test_aligned_columns(tmp_path):
   _file(tmp_path, 'x.de', 'ä\nö\nü')
   with pytest.raises(ValueError, match='equally many lines'):
     records.load(_config(RecordSource(columns=columns, split='test')), 'test')
+
+
+def test_lines_end_at_line_feeds_alone(tmp_path):
+  odd = 'one\u2028still\x85one\x0b\x0c\x1cof\rit'
+  path = tmp_path / 'x.en.gz'
+  path.write_bytes(gzip.compress(f'{odd}\r\ntwo\n'.encode('utf-16')))
+  columns = (('source', str(path)), ('target', _file(tmp_path, 'x.de', '1\n2\n')))
+  (tmp_path / 'x.de').write_bytes('1\n2\n'.encode('utf-16'))
+  source = RecordSource(columns=columns, encoding='utf-16', split='test')
+  assert records.load(_config(source), 'test') == [
+    {'source': odd, 'target': '1'}, {'source': 'two', 'target': '2'}]
+  source = RecordSource(location=str(path), format='text', encoding='utf-16', split='test')
+  assert records.load(_config(source), 'test') == [{'text': odd}, {'text': 'two'}]
+
+
+@pytest.mark.parametrize('name', ['x.en', 'x.pdf', 'x.docx', 'x.zip'])
+def test_unknown_endings_are_refused_unless_called_text(tmp_path, name):
+  path = _file(tmp_path, name, 'a line\n')
+  with pytest.raises(ValueError, match="set format='text'"):
+    records.load(_config(RecordSource(location=path, split='test')), 'test')
+  source = RecordSource(location=path, format='text', split='test')
+  assert records.load(_config(source), 'test') == [{'text': 'a line'}]
 
 
 def test_squad(tmp_path):

@@ -1,0 +1,169 @@
+r"""Files as characters: decompressed, decoded, in blocks or lines. All of it streams.
+
+- `blocks`, `lines` and `whole` give the characters of a file; a line ends at \n alone.
+- `ending` is what the format of a file goes by, `COMPRESSIONS` what is read through.
+"""
+
+import bz2
+import codecs
+import contextlib
+import gzip
+import io
+import lzma
+import pathlib
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+_BLOCK_BYTES = 1 << 20
+
+# Characters of a line or text that a compressed file may hold, so that none of a few kB fills the
+# memory.
+MAX_UNPACKED = 1 << 28
+
+
+class TextFile(NamedTuple):
+  """A file and how its bytes become characters."""
+
+  path: pathlib.Path
+  encoding: str = 'utf-8'
+  errors: str = 'strict'
+
+
+def _zstd(file: Any) -> Any:
+  import pyarrow
+  return pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode='r'), 'zstd')
+
+
+# A file's first bytes tell it, not its name: browsers and mirrors unpack or pack without renaming.
+COMPRESSIONS: dict[str, tuple[bytes, Callable[[Any], Any]]] = {
+  '.gz': (b'\x1f\x8b', lambda file: gzip.GzipFile(fileobj=file)),
+  '.bz2': (b'BZh', bz2.BZ2File),
+  '.xz': (b'\xfd7zXZ\0', lzma.LZMAFile),
+  '.zst': (b'\x28\xb5\x2f\xfd', _zstd),
+}
+"""Ending -> (first bytes, opener)."""
+
+_NOT_TEXT = {b'%PDF-': 'PDF', b'PK\x03\x04': 'zip archive or office document', b'{\\rtf': 'RTF'}
+_MARKS = {codecs.BOM_UTF16_LE: 'utf-16', codecs.BOM_UTF16_BE: 'utf-16'}
+
+
+def ending(path: pathlib.Path) -> str:
+  """Return the last ending of a file's name in small letters, compression and numbers apart."""
+  endings = [part.lower() for part in path.suffixes]
+  while endings and (endings[-1] in COMPRESSIONS or endings[-1][1:].isdigit()):
+    endings.pop()
+  return endings[-1] if endings else ''
+
+
+@contextlib.contextmanager
+def open_bytes(path: pathlib.Path) -> Iterator[Any]:
+  """Open a file for reading, unpacked where it is compressed.
+
+  Raises:
+    ValueError: the compressed data are damaged or cut off.
+  """
+  with path.open('rb') as file:
+    opener = _opener(file)
+    try:
+      yield opener(file) if opener else file
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+      if opener is None:
+        raise
+      raise ValueError(f'{path}: the compressed data are damaged: {error}') from None
+
+
+def _opener(file: Any) -> Callable[[Any], Any] | None:
+  start = file.read(6)
+  file.seek(0)
+  return next((open_ for mark, open_ in COMPRESSIONS.values() if start.startswith(mark)), None)
+
+
+def blocks(file: TextFile) -> Iterator[str]:
+  """Yield the characters of a file in blocks, without a byte order mark.
+
+  Raises:
+    ValueError: the file is no text in its encoding; the message holds the offset and the fix.
+  """
+  decoder = codecs.getincrementaldecoder(file.encoding)(file.errors)
+  offset, first, block = 0, True, b' '
+  with open_bytes(file.path) as stream:
+    while block:
+      block = stream.read(_BLOCK_BYTES)
+      if not offset:
+        _check_kind(file, block)
+      start = offset - len(decoder.getstate()[0])
+      try:
+        text = decoder.decode(block, final=not block)
+      except UnicodeError as error:
+        raise ValueError(_undecodable(file, start, error)) from None
+      if '\0' in text:
+        raise ValueError(f'{file.path}: holds NUL characters, so it is no text in {file.encoding}; '
+                         "if it is UTF-16, set encoding='utf-16' for this source")
+      offset += len(block)
+      if text:
+        yield text.removeprefix('\ufeff') if first else text
+        first = False
+
+
+def _check_kind(file: TextFile, block: bytes) -> None:
+  for mark, kind in _NOT_TEXT.items():
+    if block.startswith(mark):
+      raise ValueError(f'{file.path}: is no text but a {kind}; take its text out of it first')
+  for mark, encoding in _MARKS.items():
+    if block.startswith(mark) and codecs.lookup(file.encoding).name == 'utf-8':
+      raise ValueError(f'{file.path}: begins with the mark of UTF-16, so it is not UTF-8; set '
+                       f'encoding={encoding!r} for this source')
+
+
+def _undecodable(file: TextFile, start: int, error: UnicodeError) -> str:
+  where = str(error)
+  if isinstance(error, UnicodeDecodeError):
+    where = f'byte {start + error.start} (0x{error.object[error.start]:02x})'
+  name = {'utf-8': 'UTF-8'}.get(codecs.lookup(file.encoding).name, file.encoding)
+  return (f"{file.path}: {where} is not {name}; name the file's own encoding for this source, as "
+          "in encoding='gb18030' (Chinese), 'shift_jis' (Japanese) or 'cp1252' (Western European)")
+
+
+def lines(file: TextFile) -> Iterator[str]:
+  r"""Yield the lines of a file without their \n.
+
+  They end at \n alone: U+2028, form feeds and lone CR, which others take for the end of a line,
+  stay inside.
+  """
+  return split(file, blocks(file), '\n')
+
+
+def split(file: TextFile, pieces: Iterable[str], separator: str) -> Iterator[str]:
+  """Yield the texts between separators; what follows the last one only where it is not empty."""
+  held: list[str] = []
+  size, tail = 0, ''
+  for piece in pieces:
+    if separator in tail + piece:
+      *complete, rest = ''.join([*held, piece]).split(separator)
+      yield from complete
+      held, size, piece = [], 0, rest
+    held.append(piece)
+    size += len(piece)
+    _check_size(file, size)
+    tail = (tail + piece)[-(len(separator) - 1):] if separator[1:] else ''
+  if rest := ''.join(held):
+    yield rest
+
+
+def whole(file: TextFile, pieces: Iterable[str]) -> str:
+  """Return all pieces as one text."""
+  text = io.StringIO()
+  for piece in pieces:
+    text.write(piece)
+    _check_size(file, text.tell())
+  return text.getvalue()
+
+
+def _check_size(file: TextFile, size: int) -> None:
+  if size <= MAX_UNPACKED:
+    return
+  with file.path.open('rb') as raw:
+    if _opener(raw):
+      raise ValueError(f'{file.path}: a line or text of more than {MAX_UNPACKED:,} characters in a '
+                       'compressed file; unpack it first, or set a separator for this source')
