@@ -3,6 +3,8 @@
 import runpy
 import sys
 
+from jaxllm import mistakes
+
 PROGRAMS = {
   'prepare': 'clean and tokenise text into packed records',
   'train': 'train a model from a config; the same command resumes',
@@ -22,7 +24,9 @@ def main() -> None:
     if wanted in ('--help', '-h', 'help'):
       print(usage)
       sys.exit(0)
-    sys.exit(f'jaxllm: no program {wanted!r}; there are\n{usage}')
+    near = mistakes.hint(wanted, PROGRAMS)
+    print(f'error: there is no program {wanted!r}{near}\n{usage}', file=sys.stderr)
+    sys.exit(2)
   program = f'jaxllm.{sys.argv[1]}'
   sys.argv = [program, *sys.argv[2:]]
   runpy.run_module(program, run_name='__main__', alter_sys=True)

@@ -7,13 +7,16 @@ differs, `define_flag`, `from_flags` and `run_program` wire a config to absl fla
 """
 
 import ast
-import difflib
+import contextlib
 import importlib.util
+import inspect
 import json
 import logging
 import os
 import pathlib
+import pkgutil
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +25,11 @@ from typing import Annotated, Any, Self
 import pydantic
 from absl import app, flags
 
+from jaxllm import mistakes
+
 COMPILATION_CACHE = '~/.cache/jaxllm/compiled'
+# What the config.json of a run holds. It lies above this file, and is imported when one is read.
+_SAVED = 'jaxllm.experiment:Experiment'
 
 
 class ConfigError(ValueError):
@@ -119,21 +126,31 @@ def load(location: str) -> Any:
   """Execute `get_config()` of an experiment file and return its config.
 
   Args:
-    location: `path/to/file.py` or `path/to/file.py:variant`; the variant is passed to
-      `get_config(variant)`. A `.json` file is only for `Config.from_json`.
+    location: `path/to/file.py` or `path/to/file.py:variant`, whose variant is passed to
+      `get_config(variant)`; or a run or its config.json, whose experiment is repeated.
 
   Raises:
-    ConfigError: the file is missing, has no `get_config`, or refuses the variant.
+    ConfigError: the file is missing, fails (with its line), has no `get_config`, or refuses the
+      variant.
   """
   name, _, variant = location.partition(':')
+  if pathlib.Path(location).is_dir() or location.endswith('.json'):
+    return _load_saved(pathlib.Path(location))
   module = load_module(name)
   if not hasattr(module, 'get_config'):
     raise ConfigError(f'--config: {name!r} defines no get_config()')
   variants = getattr(module, 'VARIANTS', {variant: None})
   if variant and variant not in variants:
-    raise ConfigError(f'--config: {name!r} has no variant {variant!r}; '
-                      f'one of {", ".join(variants)}')
-  config = module.get_config(variant) if variant else module.get_config()
+    raise ConfigError(f'--config: {name!r} has no variant {variant!r}; one of '
+                      f'{", ".join(variants)}{mistakes.hint(variant, variants)}')
+  given = [variant] if variant else []
+  try:
+    inspect.signature(module.get_config).bind(*given)
+  except TypeError:
+    fault = f'takes no variant, but {variant!r} is given' if variant else 'needs a variant'
+    raise ConfigError(f'--config: get_config() of {name!r} {fault}') from None
+  with _blamed_on(name):
+    config = module.get_config(*given)
   if not isinstance(config, Config):
     raise ConfigError(f'--config: get_config() of {name!r} returned {type(config).__name__}, '
                       'expected a jaxllm config')
@@ -144,19 +161,46 @@ def load_module(name: str) -> types.ModuleType:
   """Execute an experiment file; its dict `VARIANTS`, where it has one, lists its variants.
 
   Raises:
-    ConfigError: there is no such Python file.
+    ConfigError: there is no such Python file, or it fails; the message has its line.
   """
   path = pathlib.Path(name)
-  if not path.is_file():
-    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob('*.py')], 1)
-    hint = f'; did you mean {path.parent / near[0]}?' if near else ''
-    raise ConfigError(f'--config: no file {name!r}{hint}')
+  if not path.exists():
+    raise ConfigError(f'--config: {mistakes.no_such_path(name)}')
   spec = importlib.util.spec_from_file_location(f'jaxllm_experiment_{path.stem}', path)
-  if spec is None or spec.loader is None:
-    raise ConfigError(f'--config: {name!r} is not a Python file')
+  if spec is None or spec.loader is None or not path.is_file():
+    raise ConfigError(f'--config: {name!r} is neither a Python file nor a run')
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  with _blamed_on(name):
+    spec.loader.exec_module(module)
   return module
+
+
+@contextlib.contextmanager
+def _blamed_on(name: str) -> Iterator[None]:
+  """Turn an error inside a user's file into a sentence that names the line."""
+  try:
+    yield
+  except Exception as error:
+    lines = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    said, kind = str(error), f'{type(error).__name__}: '
+    if isinstance(error, SyntaxError):
+      lines, said = [(error.filename or os.path.abspath(name), error.lineno)], error.msg
+    own = [line for path, line in lines if path == os.path.abspath(name)]
+    if not own:
+      raise
+    where = f'{name}, line {own[-1]}' if own[-1] else name
+    raise ConfigError(f'{where}: {"" if isinstance(error, ConfigError) else kind}{said}') from error
+
+
+def _load_saved(path: pathlib.Path) -> Any:
+  """Return the experiment of a run that is there, from its directory or its config.json."""
+  written = path / 'config.json' if path.is_dir() else path
+  if not written.exists():
+    raise ConfigError(f'--config: {mistakes.no_such_path(written)}')
+  try:
+    return pkgutil.resolve_name(_SAVED).from_json(written.read_text(encoding='utf-8'))
+  except (ConfigError, UnicodeError) as error:
+    raise ConfigError(f'--config: {written} is no config of a run: {error}') from error
 
 
 def define_flag(name: str = 'config', required: bool = True) -> flags.FlagHolder:
@@ -174,34 +218,41 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 
   With `--help` the fields of the given config are listed after the flags.
   """
-  kept, overrides = [], {}
-  arguments = iter(argv)
+  kept, overrides = [argv[0]], {}
+  arguments = iter(flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False))
   for argument in arguments:
     if argument == '--':
       kept += [argument, *arguments]
       break
     body = argument.lstrip('-')
-    if not argument.startswith('-') or not body.startswith('config.'):
+    if not argument.startswith('-') or not body.startswith('config.') or (
+        'config' not in flags.FLAGS):
       kept.append(argument)
       continue
     path, has_value, value = body.removeprefix('config.').partition('=')
     if not has_value:
-      value = next(arguments, None)  # type: ignore[assignment]
-      if value is None:
+      value = next(arguments, '--')
+      if value.startswith('--'):
         raise flags.Error(f'--config.{path}: a value is missing')
     overrides[path] = value
   _OVERRIDES.clear()
   _OVERRIDES.update(overrides)
   if {'--help', '-help', '--helpfull', '-h'} & set(kept):
     _print_help(kept)
-  return flags.FLAGS(kept)
+  try:
+    return flags.FLAGS(kept)
+  except flags.UnrecognizedFlagError as error:
+    location = _location(kept)
+    near = _same_field(error.flagname, load(location)) if location else ''
+    raise flags.Error(
+      f'--{error.flagname}: there is no such flag{near}') if near else error from None
 
 
-def run_program(main: Callable[[Sequence[str]], None]) -> None:
-  """Run an absl main; what the user got wrong is printed as a sentence, not as a traceback.
+def run_program(main: Callable[[Sequence[str]], Any]) -> None:
+  """Run an absl main; what the user got wrong is one sentence and exit code 2, not a traceback.
 
-  ValueError and OSError are what jaxllm raises for input that it refuses, ImportError for an extra
-  that is not installed. `--verbosity=1` shows where they were raised.
+  `mistakes.sentence` tells which exceptions these are; `--verbosity=1` shows where they were
+  raised. Everything else is a fault of ours, and keeps its traceback.
 
   Compiled programs are kept in ~/.cache/jaxllm/compiled, or where JAX_COMPILATION_CACHE_DIR says;
   empty: nowhere. JAX reads that when it is imported, which is for `main` to do.
@@ -211,17 +262,21 @@ def run_program(main: Callable[[Sequence[str]], None]) -> None:
   # Its INFO tells of every accelerator that is not there.
   logging.getLogger('jax').setLevel(logging.WARNING)
 
-  def guarded(argv: Sequence[str]) -> None:
+  def guarded(argv: Sequence[str]) -> Any:
     if len(argv) > 1:
-      sys.exit(f'error: unexpected argument {argv[1]!r}; flags are written --name=value')
-    try:
-      main(argv)
-    except (ValueError, OSError, ImportError) as error:
-      if flags.FLAGS.verbosity > 0:
-        raise
-      sys.exit(f'error: {error}')
+      raise flags.Error(f'unexpected argument {argv[1]!r}; flags are written --name=value')
+    return main(argv)
 
-  app.run(guarded, flags_parser=parse_flags)
+  try:
+    app.run(guarded, flags_parser=parse_flags)
+  except KeyboardInterrupt:
+    sys.exit(130)
+  except Exception as error:
+    text = mistakes.sentence(error)
+    if text is None or (flags.FLAGS['verbosity'].value or 0) > 0:
+      raise
+    print(f'error: {text}', file=sys.stderr)
+    sys.exit(2)
 
 
 def from_flags(location: str) -> Any:
@@ -235,13 +290,24 @@ _OVERRIDES: dict[str, str] = {}
 
 
 def _print_help(argv: Sequence[str]) -> None:
-  location = next((a.partition('=')[2] for a in argv if a.startswith('--config=')), None)
+  location = _location(argv)
   print(flags.FLAGS.main_module_help())
   if location:
     print(f'Fields of {location}:\n{describe(from_flags(location))}')
   else:
     print('Add --config=FILE.py to list the fields of that config.')
   sys.exit(0)
+
+
+def _location(argv: Sequence[str]) -> str | None:
+  return next((a.partition('=')[2] for a in argv if a.startswith('--config=')), None)
+
+
+def _same_field(name: str, config: Config) -> str:
+  """Return '; did you mean ...?' with all fields whose own name is the last part of `name`."""
+  last = name.replace('-', '_').split('.')[-1]
+  paths = [f'--config.{path}' for path, _, field in _fields(config) if field == last]
+  return f'; did you mean {" or ".join(paths)}?' if paths else ''
 
 
 def _override(config: Any, changes: Sequence[tuple[str, list[str], Any]]) -> Any:
@@ -267,9 +333,9 @@ def _override(config: Any, changes: Sequence[tuple[str, list[str], Any]]) -> Any
 def _check_field(config: Config, path: str, key: str, depth: int) -> None:
   fields = type(config).model_fields
   if key not in fields:
-    near = difflib.get_close_matches(key, fields, 1, cutoff=0.4)
     parents = path.split('.')[: path.count('.') - depth]
-    hint = f'; did you mean config.{".".join([*parents, near[0]])}?' if near else ''
+    same = '' if parents or depth else _same_field(key, config)
+    hint = same or mistakes.hint(key, fields, '.'.join(['config', *parents, '']), 0.4)
     raise ConfigError(
       f'config.{path}: {type(config).__name__} has no field {key!r}{hint} '
       f'(fields: {", ".join(fields)})'
@@ -334,21 +400,24 @@ def _fields(config: Config, path: str = '') -> Iterator[tuple[str, Config, str]]
 
 
 def _readable(cls: type[Config], error: pydantic.ValidationError) -> str:
-  lines = []
-  for problem in error.errors():
+  lines, misspelt = [], set()
+  # Unknown fields first: a field that one of them was meant to be is not missing besides.
+  for problem in sorted(error.errors(), key=lambda problem: problem['type'] != 'extra_forbidden'):
     # Union members add their own labels to the location; only real fields are worth naming.
     where = '.'.join(str(part) for part in problem['loc'])
     message = problem['msg'].removeprefix('Value error, ')
     if problem['type'] == 'extra_forbidden':
       name = str(problem['loc'][-1])
       owner = _owner(cls, problem['loc'][:-1])
-      near = difflib.get_close_matches(name, owner.model_fields, 1, cutoff=0.4)
-      hint = f'; did you mean {near[0]!r}?' if near else ''
+      hint = mistakes.hint(name, owner.model_fields, cutoff=0.4)
+      misspelt.add(hint)
       lines.append(f'{cls.__name__}.{where}: no such field{hint} '
                    f'(fields: {", ".join(owner.model_fields)})')
     elif problem['type'] == 'value_error' and not where:
       lines.append(f'{cls.__name__}: {message}')
     elif problem['type'] == 'missing':
+      if f'; did you mean {problem["loc"][-1]!r}?' in misspelt:
+        continue
       lines.append(f'{cls.__name__}.{where}: a value is required')
     else:
       lines.append(f'{cls.__name__}.{where}={problem["input"]!r}: {message}')

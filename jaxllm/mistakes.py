@@ -1,14 +1,27 @@
-"""What a user is told: the nearest name to a misspelt one."""
+"""What a user is told: the nearest name to a misspelt one, and the sentence of an exception.
+
+`sentence` knows the exceptions that say what a user got wrong. For any other it returns None: it is
+a fault of ours, and its traceback is what a report needs.
+"""
 
 import difflib
+import importlib.metadata
 import os
 import pathlib
+import re
+import traceback
 from collections.abc import Iterable
 
+from absl import flags
 
-def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
-  """Return the name that another one was meant to be; None: none is near."""
-  return next(iter(difflib.get_close_matches(name, list(names), 1, cutoff)), None)
+_PACKAGE = os.path.join(os.path.dirname(__file__), '')
+_BACKENDS = f'{os.sep}jax{os.sep}_src{os.sep}xla_bridge.py'
+
+
+def hint(name: str, names: Iterable[str], before: str = '', cutoff: float = 0.6) -> str:
+  """Return '; did you mean NAME?' with the nearest name and what stands before it; '': none is."""
+  near = difflib.get_close_matches(name, list(names), 1, cutoff)
+  return f'; did you mean {before + near[0] if before else repr(near[0])}?' if near else ''
 
 
 def no_such_path(path: str | os.PathLike[str]) -> str:
@@ -19,8 +32,65 @@ def no_such_path(path: str | os.PathLike[str]) -> str:
   while not parent.is_dir() and parent != parent.parent:
     given, parent = parent, parent.parent
   try:
-    near = nearest(given.name, sorted(os.listdir(parent)))
+    names = sorted(os.listdir(parent))
   except OSError:
-    near = None
-  return f'no such file or directory: {text!r}' + (
-    f'; did you mean {str(parent / near)!r}?' if near else '')
+    names = []
+  before = str(parent / 'x')[:-1]
+  return f'no such file or directory: {text!r}{hint(given.name, names, before)}'
+
+
+def sentence(error: BaseException) -> str | None:
+  """Return what an exception says about a user's input or machine; None: it is a fault of ours.
+
+  These are refusals (ValueErrors from a `raise` of jaxllm, and its own classes), subclasses of
+  ValueError, which tell of texts that are no JSON or no UTF-8 and the like, bad flags, what the
+  system refuses (OSError), packages that are not installed, and accelerators that do not start.
+  """
+  frames = traceback.extract_tb(error.__traceback__)
+  where, line = (frames[-1].filename, frames[-1].line or '') if frames else ('', '')
+  if isinstance(error, flags.Error):
+    return _flag_sentence(error)
+  if where.endswith(_BACKENDS) and isinstance(error, RuntimeError | AssertionError):
+    return (f'JAX_PLATFORMS={os.environ.get("JAX_PLATFORMS", "")}: JAX cannot start this backend '
+            f'here{f" ({error})" if str(error) else ""}; install what it needs (the extra cuda or '
+            'tpu of jaxllm), or set JAX_PLATFORMS=cpu')
+  if isinstance(error, ImportError):
+    return _import_sentence(error)
+  if isinstance(error, OSError) and error.filename and error.strerror:
+    return f'{error.filename}: {error.strerror}'
+  refused = where.startswith(_PACKAGE) and line.startswith('raise')
+  said = isinstance(error, OSError) or type(error).__module__.startswith('jaxllm.') or (
+    isinstance(error, ValueError) and (refused or type(error) is not ValueError))
+  return (str(error) or type(error).__name__) if said else None
+
+
+def _flag_sentence(error: flags.Error) -> str:
+  """Return an error of absl's flags with the flag as it is typed, and the nearest one."""
+  if isinstance(error, flags.UnrecognizedFlagError):
+    near = hint(error.flagname.replace('-', '_'), flags.FLAGS, '--') or '; --help lists them'
+    return f'--{error.flagname}: there is no such flag{near}'
+  text = str(error)
+  if missing := re.match(r'flag --(\w+)=None: Flag --\w+ must have a value other than None', text):
+    return f'--{missing[1]}=... is missing: {flags.FLAGS[missing[1]].help}'
+  if missing := re.match(r'Missing value for flag (\S+)', text):
+    return f'{missing[1]}: a value is missing'
+  for pattern, said in ((r'invalid literal for int\(\).*', 'a whole number is needed'),
+                        (r'could not convert string to float.*', 'a number is needed'),
+                        (r"\('Non-boolean argument.*", 'true or false is needed'),
+                        (r'^flag |^ERROR:: ', '')):
+    text = re.sub(pattern, said, text)
+  return text
+
+
+def _import_sentence(error: ImportError) -> str | None:
+  """Return which package is missing and how to get it; None where a module of ours is."""
+  if error.name is None:
+    return str(error)
+  name = error.name.partition('.')[0]
+  if name == 'jaxllm':
+    return None
+  needs = [re.fullmatch(r"([\w.-]+).*?(?:extra == ['\"](.*)['\"])?", line)
+           for line in importlib.metadata.requires('jaxllm') or ()]
+  extras = [need[2] for need in needs if need and need[1].replace('-', '_') == name]
+  wanted = f"'jaxllm[{extras[0]}]'" if extras and extras[0] else name
+  return f'the package {name} is not installed: pip install {wanted}'

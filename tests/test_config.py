@@ -121,7 +121,7 @@ def test_flags_choose_variant_and_override_fields(tmp_path):
 
 def test_flags_errors_read_as_sentences(tmp_path):
   missing = _program(tmp_path, '--config=missing.py')
-  assert missing.startswith('error:') and 'no file' in missing and 'Traceback' not in missing
+  assert missing.startswith('error:') and 'no such file' in missing and 'Traceback' not in missing
   unknown = _program(tmp_path, '--config=e.py', '--config.siz=5')
   assert "no field 'siz'; did you mean config.size" in unknown
   help_text = _program(tmp_path, '--config=e.py', '--help')

@@ -186,5 +186,5 @@ def test_the_program(foreign, tmp_path):
   params, _ = store.restore_params(tmp_path / 'ours')
   assert np.dtype(params['embed']['embedding'].dtype).name == 'bfloat16'
   done = convert('--source=/nothing/here', f'--target={tmp_path}/new')
-  assert 'no such file or directory: \'/nothing/here\'' in done.stderr
+  assert done.returncode == 2 and "no such file or directory: '/nothing/here'" in done.stderr
   assert 'Traceback' not in done.stderr

@@ -61,7 +61,7 @@ def test_a_path_never_leaves_the_machine(path, monkeypatch, tmp_path):
   monkeypatch.setattr(hub, '_library', lambda: pytest.fail('the hub was asked'))
   monkeypatch.chdir(tmp_path)
   (tmp_path / 'runs' / 'quickstart').mkdir(parents=True)
-  near = "did you mean 'runs/quickstart'" if 'quick' in path else 'no such file or directory'
+  near = 'did you mean runs/quickstart?' if 'quick' in path else 'no such file or directory'
   for ask in (loading.load, loading.describe, sources.open_model, sources.load):
     with pytest.raises(ValueError, match='no such file or directory') as error:
       ask(path)

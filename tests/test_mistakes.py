@@ -1,0 +1,163 @@
+"""What a user gets wrong, over all programs: one sentence, what was meant, exit code 2.
+
+`CASES` are command lines; each program runs inside this process (`tests.programs`), up to the first
+thing that is wrong, which for all of these comes before data, weights and compilation.
+"""
+
+import importlib
+import os
+import pathlib
+
+import pytest
+
+from jaxllm import config, mistakes
+from tests import programs
+
+ROOT = pathlib.Path(__file__).parent.parent
+QUICKSTART = f'--config={ROOT}/experiments/quickstart.py'
+RUN = (QUICKSTART, '--workdir=w')
+
+FILES = {
+  'plain': 'x',
+  'syntax.py': 'def get_config():\n  return (\n',
+  'name.py': 'import os\n\n\ndef get_config():\n  return Experimnt()\n',
+  'nothing.py': 'x = 1\n',
+  'field.py': 'from jaxllm.experiment import TrainingConfig\n\ndef get_config():\n'
+              '  return TrainingConfig(num_step=3, batch_size=1)\n',
+  'module.py': 'x = 1\nimport not_installed_anywhere\n',
+  'helper.py': 'def divide():\n  return 1 / 0\n',
+  'deep.py': 'import sys\nsys.path.insert(0, ".")\nimport helper\n\ndef get_config():\n'
+             '  return helper.divide()\n',
+  'dict.py': 'def get_config():\n  return {}\n',
+  'variant.py': 'def get_config(variant):\n  return {"a": 1}[variant]\n',
+  'binary.py': '\0',
+  'flags.txt': '--config.training.num_step=3\n',
+  'broken/config.json': '{"name": "x", "trainng": {}, "data": {"context_length": 8}}',
+}
+
+CASES = [
+  (('train',), '--config=... is missing: Experiment file'),
+  (('train', QUICKSTART), '--workdir=... is missing: Directory'),
+  (('train', *RUN, '--confg=x'), '--confg: there is no such flag; did you mean --config?'),
+  (('train', *RUN, '--num_steps=5'), 'did you mean --config.training.num_steps?'),
+  (('train', *RUN, '--training.num-steps=5'), 'did you mean --config.training.num_steps?'),
+  (('train', *RUN, '--noconfig.model.scan_layers'), 'did you mean --config.model.scan_layers?'),
+  (('train', *RUN, '--config.batch_sise=5'), 'has no field'),
+  (('train', *RUN, '--config.num_steps=5'), 'did you mean --config.training.num_steps?'),
+  (('train', *RUN, '--config.training.num_step=5'), 'did you mean config.training.num_steps?'),
+  (('train', *RUN, '--flagfile=flags.txt'), 'did you mean config.training.num_steps?'),
+  (('train', *RUN, '--flagfile=nowhere.txt'), "No such file or directory: 'nowhere.txt'"),
+  (('train', *RUN, '--config.training.num_steps=many'), 'config.training.num_steps=many'),
+  (('train', *RUN, '--config.training.num_steps'), 'num_steps: a value is missing'),
+  (('train', *RUN, '--config.seed', '--config.name=x'), '--config.seed: a value is missing'),
+  (('train', *RUN, 'quickstart'), "unexpected argument 'quickstart'"),
+  (('train', '--config=missing.py', '--workdir=w'), "no such file or directory: 'missing.py'"),
+  (('train', '--config=synta.py', '--workdir=w'), "did you mean 'syntax.py'?"),
+  (('train', '--config=plain', '--workdir=w'), 'neither a Python file nor a run'),
+  (('train', '--config=syntax.py', '--workdir=w'), 'syntax.py, line 2: SyntaxError:'),
+  (('train', '--config=name.py', '--workdir=w'), "name.py, line 5: NameError: name 'Experimnt'"),
+  (('train', '--config=nothing.py', '--workdir=w'), 'defines no get_config()'),
+  (('train', '--config=field.py', '--workdir=w'),
+   "field.py, line 4: TrainingConfig.num_step: no such field; did you mean 'num_steps'?"),
+  (('train', '--config=module.py', '--workdir=w'), 'module.py, line 2: ModuleNotFoundError'),
+  (('train', '--config=deep.py', '--workdir=w'), 'deep.py, line 6: ZeroDivisionError'),
+  (('train', '--config=dict.py', '--workdir=w'), 'returned dict, expected a jaxllm config'),
+  (('train', '--config=variant.py:b', '--workdir=w'), "variant.py, line 2: KeyError: 'b'"),
+  (('train', '--config=variant.py', '--workdir=w'), "'variant.py' needs a variant"),
+  (('train', '--config=binary.py', '--workdir=w'), 'binary.py: SyntaxError'),
+  (('train', '--config=broken', '--workdir=w'), "trainng: no such field; did you mean 'training'?"),
+  (('train', '--config=.', '--workdir=w'), "no such file or directory: 'config.json'"),
+  (('train', f'{QUICKSTART}:big', '--workdir=w'), "takes no variant, but 'big' is given"),
+  (('train', f'--config={ROOT}/experiments/gpt3.py:124m', '--workdir=w'),
+   "175b; did you mean '125m'?"),
+  (('prepare',), '--config=... is missing'),
+  (('prepare', QUICKSTART, '--config.data.source=x'), 'did you mean config.data.sources?'),
+  (('sample',), '--model=... is missing: A workdir'),
+  (('sample', '--modle=x'), 'did you mean --model?'),
+  (('sample', '--model=x', '--max-new-tokens=5'), 'did you mean --max_new_tokens?'),
+  (('sample', '--model=x', '--config.seed=1'), '--config.seed: there is no such flag'),
+  (('sample', '--model'), '--model: a value is missing'),
+  (('sample', '--model=nowhere'), "no such file or directory: 'nowhere'"),
+  (('sample', '--model=plai'), "did you mean 'plain'?"),
+  (('sample', '--model=x', '--temperature=hot'), '--temperature=hot: a number is needed'),
+  (('sample', '--model=x', '--chat=perhaps'), '--chat=perhaps: true or false is needed'),
+  (('sample', '--model=x', '--quantize=int5'), '--quantize=int5: value should be one of'),
+  (('evaluate', '--model=x', '--task=sentiment'), 'did you mean --tasks?'),
+  (('evaluate', '--model=x', '--limit=0'), '--limit=0'),
+  (('serve', '--model=x', '--port=99999'), '--port=99999'),
+  (('serve', '--model=x', '--port=web'), '--port=web: a whole number is needed'),
+  (('convert', '--source=x'), '--target=... is missing'),
+  (('convert', '--source=x', '--target=y', '--format=hf'), '--format=hf'),
+]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+  for name, text in FILES.items():
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(text)
+  monkeypatch.chdir(tmp_path)
+  return tmp_path
+
+
+@pytest.mark.parametrize('command, said', CASES, ids=range(len(CASES)))
+def test_one_sentence_and_exit_code_2(folder, command, said):
+  code, out, err = programs.run(*command)
+  assert (code, out) == (2, '') and said in err
+  assert err.startswith('error: ') and err.count('\n') == 1 and 'Traceback' not in err
+  assert not (folder / 'w').exists()
+
+
+def test_what_is_a_fault_of_ours_keeps_its_traceback(monkeypatch):
+  """Refusals of ours and of the system are sentences; a bug is raised as it is."""
+  sample = programs.load('sample')
+  package = pathlib.Path(mistakes.__file__).parent
+
+  def raised(text, where):
+    """Return what is raised by a line of code that lies in a file."""
+    try:
+      exec(compile(text, str(where), 'exec'), {})
+    except Exception as error:
+      return error
+
+  assert mistakes.sentence(raised('int("x")', package / 'loading.py')) is None
+  for text in ('{}["x"]', 'None.x', '1 / 0', 'import jaxllm.nothing_there', 'assert False'):
+    assert mistakes.sentence(raised(text, package / 'loading.py')) is None, text
+  assert mistakes.sentence(raised('open("/nowhere")', 'x.py')) == (
+    '/nowhere: No such file or directory')
+  assert 'codec' in mistakes.sentence(raised(r'b"\xff".decode()', 'x.py'))
+  assert mistakes.sentence(raised('import uvicorn.not_there', 'x.py')).endswith(
+    "pip install 'jaxllm[serve]'")
+  with pytest.raises(KeyError):
+    monkeypatch.setattr(sample, 'main', lambda _: {}['x'])
+    programs.run_loaded(sample, '--model=x')
+  assert config.ConfigError('x').__class__.__module__ == 'jaxllm.config'
+
+
+def test_a_backend_that_does_not_start(monkeypatch):
+  from jax._src import xla_bridge
+
+  monkeypatch.setenv('JAX_PLATFORMS', 'cuda')
+  for body in ('assert False', 'raise RuntimeError("no device")'):
+    try:
+      exec(compile(body, xla_bridge.__file__, 'exec'), {})
+    except Exception as error:
+      said = mistakes.sentence(error)
+    assert said.startswith('JAX_PLATFORMS=cuda: JAX cannot start') and 'JAX_PLATFORMS=cpu' in said
+
+
+def test_the_name_of_a_program(monkeypatch, capsys):
+  main = importlib.import_module('jaxllm.__main__')
+  monkeypatch.setattr('sys.argv', ['jaxllm', 'trian'])
+  with pytest.raises(SystemExit) as stopped:
+    main.main()
+  said = capsys.readouterr().err
+  assert stopped.value.code == 2 and "no program 'trian'; did you mean 'train'?" in said
+
+
+def test_what_may_not_be_read(folder):
+  if os.geteuid() == 0:
+    pytest.skip('root may read everything')
+  (folder / 'name.py').chmod(0)
+  code, _, err = programs.run('train', '--config=name.py', '--workdir=w')
+  assert code == 2 and 'name.py: Permission denied' in err
