@@ -181,6 +181,12 @@ class Experiment(Config):
     return self.objective if isinstance(self.objective, ClassifierConfig) else None
 
   @property
+  def reads_base(self) -> bool:
+    """Whether every step depends on `init_from`, not only the first."""
+    return (self.finetune.lora is not None
+            or self.objective.kind in preference.NEED_REFERENCE)
+
+  @property
   def scored_tasks(self) -> tuple[AnyTask, ...]:
     """The tasks of `scoring`."""
     if self.scoring.tasks is not None:
@@ -282,5 +288,6 @@ def _check_best(experiment: Experiment) -> None:
     )
 
 
-# What must not change between two runs into one workdir: the parameters' shape and the records.
-FIXED_FIELDS = ('model', 'data', 'tokenizer', 'finetune', 'seed')
+# What must not change between two runs into one workdir: the parameters' shape, and which records a
+# step reads: those from step * batch_size on.
+FIXED_FIELDS = ('model', 'data', 'tokenizer', 'finetune', 'seed', 'training.batch_size')

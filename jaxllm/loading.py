@@ -30,8 +30,9 @@ from jaxllm.tasks import chat, encoding, predict
 from jaxllm.tasks.base import BOS, Example, prompt_of
 from jaxllm.tasks.chat import ChatTemplate
 
-# The entry of a bundle's manifest with the fingerprint of what adapters were trained beside.
-BASE = 'base_fingerprint'
+# Entries of a bundle's manifest: fingerprints of the model that adapters are added to or pairs
+# compared with, and of a teacher.
+BASE, TEACHER = 'base_fingerprint', 'teacher_fingerprint'
 # Where a classifier lies among the parameters.
 HEAD = 'classifier'
 
@@ -264,7 +265,7 @@ def _merged(step: os.PathLike[str], bundle: Bundle, experiment: Experiment) -> A
   except (OSError, ValueError) as error:
     raise ValueError(f'{step} holds adapters to {where!r}, which cannot be loaded: {error}') from (
       error)
-  check_base(experiment, bundle, base)
+  check_model('init_from', where, base, bundle.manifest[BASE])
   adapters, _ = store.restore_params(step)
   # The adapters were trained beside what quantisation had left.
   if experiment.finetune.base is not None:
@@ -291,15 +292,19 @@ def adapters(path: str | os.PathLike[str]) -> tuple[Experiment, dict[str, Any]]:
   return experiment, found
 
 
-def check_base(experiment: Experiment, bundle: Bundle, base: Any) -> None:
-  """Raise a ValueError where `base` is not what a run with adapters was trained beside."""
-  expected = bundle.manifest[BASE]
-  found = fingerprint.of(base)
-  if found != expected:
+def check_model(field: str, path: str, params: Any, expected: str | None) -> str:
+  """Return the fingerprint of a model that a run depends on after its first step.
+
+  Raises:
+    ValueError: it is not the expected one; the message names the field of the config.
+  """
+  found = fingerprint.of(params)
+  if expected not in (None, found):
     raise ValueError(
-      f'{experiment.init_from!r} is not the model that these adapters were trained beside: its '
-      f'parameters have the fingerprint {found}, not {expected}; put the original back'
+      f'config.{field}={path!r} is not the model that the run began with: its parameters have the '
+      f'fingerprint {found}, not {expected}; put the original back'
     )
+  return found
 
 
 def task_examples(task: Any, split: str, tokenizer: Tokenizer) -> list[Example]:

@@ -152,15 +152,18 @@ def save_best(
   store.kept.add(step)
   save(store, step, state, bundle)
   wait(store)
+  mark_best(store, step, facts)
+
+
+def mark_best(store: Store, step: int | None, facts: Mapping[str, Any]) -> None:
+  """Mark a step as the best, or none where it is None or not there; facts as in `save_best`."""
+  store.kept.intersection_update({step})
+  if step is None or step not in committed_steps(store.directory):
+    (store.directory / best.FILE).unlink(missing_ok=True)
+    return
+  store.kept.add(step)
   if jax.process_index() == 0:
     best.write(store.directory, step, facts)
-  store.kept.intersection_update({step})
-
-
-def forget_best(store: Store) -> None:
-  """Mark no step as the best any more."""
-  (store.directory / best.FILE).unlink(missing_ok=True)
-  store.kept.clear()
 
 
 def best_step(directory: str | os.PathLike[str]) -> int | None:

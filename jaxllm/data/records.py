@@ -193,6 +193,16 @@ def prepare(
   return manifest
 
 
+def fingerprint(
+  data: DataConfig, tokenizer: TokenizerConfig | None, directory: str | os.PathLike[str]
+) -> str:
+  """Return the fingerprint that `prepare` would give now; arguments and errors as there."""
+  if tokenizer is None:
+    raise ValueError('tokenizer=None: preparing documents needs one')
+  hashes = storage.read_json(pathlib.Path(directory) / _HASHES)
+  return _fingerprint(data, tokenizer, _survey(data, hashes))
+
+
 def load_manifest(directory: str | os.PathLike[str]) -> Manifest:
   """Read the manifest of a prepared directory.
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from absl import logging
 from jax.experimental import multihost_utils
 
 from jaxllm import loading
@@ -38,13 +39,18 @@ class Dataset(NamedTuple):
   make_batches: Callable[[str, int, bool, int | None], Batches]
 
 
-def open_dataset(experiment: Experiment) -> Dataset:
+def open_dataset(experiment: Experiment, begun: str | None = None) -> Dataset:
   """Prepare the records of a run, or find that they are there.
 
+  Args:
+    experiment: the run.
+    begun: fingerprint of the records that it has begun with. Where these are there, sources that
+      cannot be read any more do not matter, and changed ones do not replace them.
+
   Raises:
-    ValueError: the data cannot be read, or does not fit the model.
+    ValueError: the data cannot be read, has changed, or does not fit the model.
   """
-  dataset = _documents(experiment) if experiment.task is None else _task(experiment)
+  dataset = _documents(experiment, begun) if experiment.task is None else _task(experiment)
   vocab_size = dataset.manifest.vocab_size
   if vocab_size > experiment.decoder.vocab_size:
     raise ValueError(
@@ -54,10 +60,34 @@ def open_dataset(experiment: Experiment) -> Dataset:
   return dataset
 
 
-def _documents(experiment: Experiment) -> Dataset:
+def find_records(experiment: Experiment, fingerprint: str | None) -> Manifest | None:
+  """Return the manifest of prepared documents where it has this fingerprint, else None."""
+  try:
+    manifest = records.load_manifest(pathlib.Path(experiment.records_dir) / experiment.name)
+  except ValueError:
+    return None
+  return manifest if manifest.fingerprint == fingerprint else None
+
+
+def _prepare(experiment: Experiment, directory: pathlib.Path, begun: str | None) -> None:
+  if find_records(experiment, begun) is not None:
+    try:
+      now = records.fingerprint(experiment.data, experiment.tokenizer, directory)
+    except (OSError, ValueError, ImportError) as error:
+      logging.warning('A source cannot be read any more (%s); the records in %s suffice.',
+                      error, directory)
+      return
+    if now != begun:
+      raise ValueError(f'config.data: a source has changed since {directory} was prepared; the '
+                       'run was trained on other records: choose another --workdir, and another '
+                       'config.name')
+  records.prepare(experiment.data, experiment.tokenizer, directory)
+
+
+def _documents(experiment: Experiment, begun: str | None) -> Dataset:
   directory = pathlib.Path(experiment.records_dir) / experiment.name
   if jax.process_index() == 0:
-    records.prepare(experiment.data, experiment.tokenizer, directory)
+    _prepare(experiment, directory, begun)
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices('records are prepared')
 

@@ -23,21 +23,22 @@ from absl import logging
 from jax.sharding import Mesh
 
 from jaxllm import loading, sharding
-from jaxllm.checkpoints import fingerprint
 from jaxllm.checkpoints import store as store_lib
 from jaxllm.checkpoints.bundle import Bundle
 from jaxllm.data import batches as batches_lib
 from jaxllm.data import tokenizers
-from jaxllm.experiment import Distillation, Experiment
+from jaxllm.experiment import Experiment
 from jaxllm.models import decoder
 from jaxllm.training import dataset as dataset_lib
-from jaxllm.training import finetune, journal, report, scoring, selection, workdir
+from jaxllm.training import finetune, journal, report, resume, scoring, selection, workdir
 from jaxllm.training import state as state_lib
 from jaxllm.training import step as step_lib
 from jaxllm.training.dataset import Dataset
 from jaxllm.training.scoring import Measurement
 from jaxllm.training.selection import Selection
 from jaxllm.training.state import TrainState
+
+DATA = 'data.json'
 
 
 class TrainingStopped(RuntimeError):
@@ -101,19 +102,39 @@ def train(
 def _run(run: _Run) -> dict[str, Any]:
   num_steps = run.experiment.training.num_steps
   latest = store_lib.latest_step(run.store) or 0
-  selected = _restore_selection(run, latest)
+  selected = selection.restore(run.experiment.best, run.path, latest)
   if latest >= num_steps or selected.exhausted:
     written = run.path / 'summary.json'
     if written.exists() and (summary := json.loads(written.read_text()))['step'] == latest:
       logging.info('The run in %s is complete: %d steps.', run.path, latest)
       return summary
-    return _finish(run, latest, _frozen(run))
+    others = resume.load_others(
+      run.experiment, run.dataset.tokenizer, _bundle(run, latest).manifest, True)
+    frozen = others.freeze(run.experiment, run.mesh)
+    _accept(run, latest, selected)
+    return _finish(run, latest, frozen)
+  measurements = scoring.make_measurements(run.experiment, run.dataset, run.mesh)
   state, bundle = _initial_state(run, latest)
-  step, frozen, selected = _loop(run, state, bundle, selected)
+  _accept(run, latest, selected)
+  step, frozen, selected = _loop(run, state, bundle, selected, measurements)
   if step < num_steps and not selected.exhausted:
     logging.info('Stopped at step %d of %d and saved; the same command goes on.', step, num_steps)
     return {'step': step, 'num_steps': num_steps, 'complete': False}
   return _finish(run, step, frozen)
+
+
+def _accept(run: _Run, step: int, selected: Selection) -> None:
+  """Describe the run in its directory, once nothing is left that could refuse it."""
+  rates = [float(state_lib.make_schedule(one)(step)) for one in (
+    workdir.begun_as(run.path) or run.experiment, run.experiment)]
+  if rates[0] != rates[1]:
+    logging.info('Learning rate at step %d: %.4g, was to be %.4g.', step, rates[1], rates[0])
+  workdir.accept(run.experiment, run.path)
+  if jax.process_index() == 0:
+    workdir.write_json(run.path / DATA, run.dataset.manifest.model_dump(mode='json'))
+    tokenizers.save(run.dataset.tokenizer, run.path / 'tokenizer')
+  best = selected.best
+  store_lib.mark_best(run.store, best and best[0], selected.facts)
 
 
 def _check_batch(experiment: Experiment, mesh: Mesh) -> None:
@@ -137,20 +158,20 @@ def _check_batch(experiment: Experiment, mesh: Mesh) -> None:
 
 def _open_dataset(experiment: Experiment, directory: pathlib.Path) -> Dataset:
   """Prepare the records, once, and check that they are the ones this run began with."""
-  dataset = dataset_lib.open_dataset(experiment)
+  begun = workdir.has_begun(directory) and (directory / DATA).exists()
+  before = json.loads((directory / DATA).read_text())['fingerprint'] if begun else None
+  dataset = dataset_lib.open_dataset(experiment, before)
   now = dataset.manifest.fingerprint
-  written = directory / 'data.json'
-  if written.exists() and workdir.has_begun(directory):
-    before = json.loads(written.read_text(encoding='utf-8'))['fingerprint']
-    if before != now:
-      raise ValueError(
-        f'--workdir={directory} was trained on other records (fingerprint {before[:12]}, now '
-        f'{now[:12]}): a source has changed; choose another --workdir'
-      )
-  if jax.process_index() == 0:
-    workdir.write_json(written, dataset.manifest.model_dump(mode='json'))
-    tokenizers.save(dataset.tokenizer, directory / 'tokenizer')
+  if before not in (None, now):
+    raise ValueError(
+      f'--workdir={directory} was trained on other records (fingerprint {before[:12]}, now '
+      f'{now[:12]}): a source has changed, or the task; choose another --workdir'
+    )
   return dataset
+
+
+def _bundle(run: _Run, step: int) -> Bundle:
+  return store_lib.read_bundle(run.store.directory / str(step))
 
 
 def _initial_state(run: _Run, latest: int) -> tuple[TrainState, Bundle]:
@@ -158,55 +179,18 @@ def _initial_state(run: _Run, latest: int) -> tuple[TrainState, Bundle]:
   experiment = run.experiment
   if latest:
     logging.info('Going on from step %d.', latest)
-    bundle = store_lib.read_bundle(run.path / store_lib.DIRECTORY / str(latest))
-    frozen = _frozen(run)
-    state = _restore(run, latest).replace(frozen=frozen)
-    return state, dataclasses.replace(bundle, config_json=experiment.to_json())
+    resume.check_state(experiment, run.path)
+    bundle = _bundle(run, latest)
+    others = resume.load_others(experiment, run.dataset.tokenizer, bundle.manifest, True)
+    state = _restore(run, latest).replace(frozen=others.freeze(experiment, run.mesh))
+    return state, Bundle(experiment.to_json(), bundle.tokenizer_files, others.manifest)
   files, manifest = run.dataset.tokenizer.files(), run.dataset.manifest.model_dump(mode='json')
-  base = None
+  others = resume.load_others(experiment, run.dataset.tokenizer, manifest, False)
   if experiment.init_from is not None:
-    model = loading.load(experiment.init_from)
-    if not tokenizers.same_vocabulary(model.tokenizer, run.dataset.tokenizer):
-      raise ValueError(
-        f'config.init_from={experiment.init_from} was trained with another tokenizer than '
-        'config.tokenizer gives; point config.tokenizer at its files, or leave it out'
-      )
-    base = model.variables['params']
     # With what says how to use the model, such as its chat template.
     files = {**loading.describe(experiment.init_from).files, **files}
-    if experiment.finetune.lora is not None:
-      manifest[loading.BASE] = fingerprint.of(base)
-  state = state_lib.create_state(experiment, run.tx, run.mesh, base, _teacher(run))
-  return state, Bundle(experiment.to_json(), files, manifest)
-
-
-def _frozen(run: _Run) -> Any:
-  """Return `TrainState.frozen` of a run that has a checkpoint, which does not hold it."""
-  experiment, base = run.experiment, None
-  if experiment.finetune.lora is not None:
-    base = loading.load(experiment.init_from or '').variables['params']
-    loading.check_base(experiment, store_lib.read_bundle(run.path), base)
-  return state_lib.freeze(experiment, run.mesh, base, _teacher(run))
-
-
-def _teacher(run: _Run) -> Any:
-  """Return the parameters of the teacher; None where there is none."""
-  objective = run.experiment.objective
-  if not isinstance(objective, Distillation):
-    return None
-  teacher = loading.load(objective.teacher)
-  if not tokenizers.same_vocabulary(teacher.tokenizer, run.dataset.tokenizer):
-    raise ValueError(f'config.objective.teacher={objective.teacher} has another tokenizer than the '
-                     'run; both must have the same')
-  return teacher.variables['params']
-
-
-def _restore_selection(run: _Run, latest: int) -> Selection:
-  """Return what was measured before, and forget a mark that another config has left."""
-  selected = selection.restore(run.experiment.best, run.path, latest)
-  if selected.best is None or selected.best[0] != store_lib.best_step(run.store.directory):
-    store_lib.forget_best(run.store)
-  return selected
+  state = state_lib.create_state(experiment, run.tx, run.mesh, others.base, others.teacher)
+  return state, Bundle(experiment.to_json(), files, others.manifest)
 
 
 def _restore(run: _Run, step: int) -> TrainState:
@@ -215,7 +199,8 @@ def _restore(run: _Run, step: int) -> TrainState:
 
 
 def _loop(
-  run: _Run, state: TrainState, bundle: Bundle, selected: Selection
+  run: _Run, state: TrainState, bundle: Bundle, selected: Selection,
+  measurements: Sequence[Measurement],
 ) -> tuple[int, Any, Selection]:
   """Take steps until the end, a signal, or the end of patience.
 
@@ -225,7 +210,6 @@ def _loop(
   experiment = run.experiment
   first, last = int(state.step), experiment.training.num_steps
   train_step = step_lib.make_train_step(experiment, run.tx, run.mesh)
-  measurements = scoring.make_measurements(experiment, run.dataset, run.mesh)
   batch_sharding = sharding.batch_sharding(run.mesh, experiment.mesh)
   batches = run.dataset.make_batches(
     'train', experiment.training.batch_size, experiment.data.shuffle, None
@@ -270,8 +254,7 @@ def _measure(
   log.scores(step, scores)
   selected = selection.add(selected, step, scores)
   if selected.config and selected.best and selected.best[0] == step:
-    facts = {'metric': selected.config.metric, 'value': selected.best[1]}
-    store_lib.save_best(run.store, step, state.replace(frozen={}), bundle, facts)
+    store_lib.save_best(run.store, step, state.replace(frozen={}), bundle, selected.facts)
   return selected
 
 
@@ -330,13 +313,13 @@ def _should_stop(event: threading.Event, store: store_lib.Store, step: int) -> b
 
 def _finish(run: _Run, step: int, frozen: Any) -> dict[str, Any]:
   """Prove the run from its checkpoint alone: scores on all held-out text, samples, the report."""
-  experiment = run.experiment
+  experiment, data = run.experiment, run.dataset.manifest.train
   summary: dict[str, Any] = {
     'step': step,
     'num_steps': experiment.training.num_steps,
     'complete': True,
     'parameters': decoder.parameter_count(experiment.decoder),
-    'train_tokens': step * experiment.training.batch_size * experiment.data.context_length,
+    'train_tokens': round(step * experiment.training.batch_size * data.tokens / data.records),
     'seconds': journal.elapsed_seconds(run.path, step),
   }
   if experiment.finetune.lora is not None:

@@ -7,7 +7,7 @@ import math
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxllm.experiment import BestConfig
 from jaxllm.training import metrics
@@ -33,6 +33,13 @@ class Selection(NamedTuple):
       return None
     sign = 1 if self.config.metric.rpartition('/')[2] in SMALLER_IS_BETTER else -1
     return min(self.history, key=lambda pair: sign * pair[1])
+
+  @property
+  def facts(self) -> dict[str, Any]:
+    """The metric and value of the best measurement; empty where there is none."""
+    if self.config is None or self.best is None:
+      return {}
+    return {'metric': self.config.metric, 'value': self.best[1]}
 
   @property
   def exhausted(self) -> bool:

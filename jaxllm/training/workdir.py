@@ -5,11 +5,14 @@ import json
 import os
 import pathlib
 import platform
+import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+from absl import logging
 
 from jaxllm import config as config_lib
 from jaxllm.experiment import FIXED_FIELDS, Experiment
@@ -18,10 +21,10 @@ PACKAGES = ('jaxllm', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'gra
 
 
 def open_workdir(experiment: Experiment, workdir: str | os.PathLike[str]) -> pathlib.Path:
-  """Create the directory of a run, or check that the run in it is the same one.
+  """Create the directory of a run, or check that the run in it can go on as this experiment.
 
-  Writes `config.json` and `environment.json`. Model, data, tokenizer and seed may not change
-  between two runs into one directory; the rest (steps, learning rate, devices, ...) may.
+  What decides the model and the records of each step may not change between two runs into one
+  directory; the rest (steps, learning rate, devices, ...) may.
 
   Args:
     experiment: the run.
@@ -35,23 +38,37 @@ def open_workdir(experiment: Experiment, workdir: str | os.PathLike[str]) -> pat
       the message lists the fields that differ.
   """
   path = pathlib.Path(workdir)
+  probe = path / f'.writable-{jax.process_index()}'
   try:
     path.mkdir(parents=True, exist_ok=True)
-    write_text(path / 'config.json.new', experiment.to_json())
+    probe.write_text('')
+    probe.unlink()
   except OSError as error:
     raise ValueError(
       f'--workdir={path}: cannot write there ({error.strerror}); choose another directory'
     ) from error
-  written = path / 'config.json'
-  if written.exists() and has_begun(path):
-    try:
-      check_same_run(read_config(path), experiment, path)
-    except ValueError:
-      (path / 'config.json.new').unlink(missing_ok=True)
-      raise
-  os.replace(path / 'config.json.new', written)
-  write_json(path / 'environment.json', environment())
+  if (old := begun_as(path)) is not None:
+    check_same_run(old, experiment, path)
   return path
+
+
+def accept(experiment: Experiment, path: pathlib.Path) -> None:
+  """Write `config.json` and `environment.json` once nothing is left that could refuse a run.
+
+  Where the run goes on with another config, the log says what has changed.
+  """
+  if jax.process_index() != 0:
+    return
+  if (old := begun_as(path)) is not None:
+    for field, before, after in config_lib.diff(old, experiment):
+      logging.info('Changed since the run began: config.%s: %r -> %r', field, before, after)
+  write_text(path / 'config.json', experiment.to_json())
+  write_json(path / 'environment.json', environment())
+
+
+def begun_as(path: pathlib.Path) -> Experiment | None:
+  """Return the config of the run that has begun in a directory; None: none has."""
+  return read_config(path) if has_begun(path) and (path / 'config.json').exists() else None
 
 
 def has_begun(path: pathlib.Path) -> bool:
@@ -73,22 +90,33 @@ def read_config(workdir: str | os.PathLike[str]) -> Experiment:
 
 
 def check_same_run(old: Experiment, new: Experiment, workdir: pathlib.Path) -> None:
-  """Raise a ValueError with a table of fields where two experiments cannot share a directory."""
-  changed = [
-    row for row in config_lib.diff(old, new) if row[0].split('.')[0] in FIXED_FIELDS
-    and row[0] not in RUN_DEPENDENT
-  ]
-  if changed:
-    rows = '\n'.join(f'  {path}: {before!r} -> {after!r}' for path, before, after in changed)
-    raise ValueError(
-      f'--workdir={workdir} holds a run with another config:\n{rows}\n'
-      'Choose another --workdir, or give these fields their old values.'
-    )
+  """Raise a ValueError that names the fields where two experiments cannot share a directory."""
+  refuse(workdir, [
+    row for row in config_lib.diff(old, new)
+    if any(f'{row[0]}.'.startswith(f'{field}.') for field in FIXED_FIELDS)
+    and not _RUN_DEPENDENT.fullmatch(row[0])
+  ], 'decides the model or the records of each step')
 
 
-# Fields of the model that change how it runs, not what it is.
-RUN_DEPENDENT = ('model.scan_layers', 'model.remat', 'model.attention', 'model.dtype',
-                 'model.dropout_rate')
+def refuse(workdir: pathlib.Path, changed: Sequence[tuple[str, Any, Any]], reason: str) -> None:
+  """Raise a ValueError that names changed fields, from `config.diff`, unless there are none."""
+  if not changed:
+    return
+  rows = '\n'.join(f'  config.{path}: {before!r} -> {after!r}' for path, before, after in changed)
+  one = len(changed) == 1
+  raise ValueError(
+    f'--workdir={workdir} holds a run with another config, and what is changed {reason}:\n{rows}\n'
+    f'Give {"it its" if one else "these fields their"} old value{"" if one else "s"}, or choose '
+    'another --workdir.'
+  )
+
+
+# Fields that change how a model runs, not what it is, and where files lie: what the files hold is
+# part of the fingerprint of the records.
+_RUN_DEPENDENT = re.compile(
+  r'model\.(scan_layers|remat|attention|dtype|dropout_rate)'
+  r'|data\.(sources|validation)\.\d+\.location|tokenizer\.path'
+)
 
 
 def environment() -> dict[str, Any]:

@@ -196,7 +196,7 @@ def test_adapters_refuse_another_base_or_none(base, tmp_path):
     loading.load(tmp_path / 'tuned')
   train(tiny.experiment(base, seed=1, training__num_steps=3, evaluation__prompts=()),
         tmp_path / 'base')
-  with pytest.raises(ValueError, match='is not the model that these adapters were trained beside'):
+  with pytest.raises(ValueError, match='config.init_from=.* is not the model that the'):
     loading.load(tmp_path / 'tuned')
 
 

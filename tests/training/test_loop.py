@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import pytest
 
 from jaxllm import loading
 from jaxllm.checkpoints import store
-from jaxllm.training import loop, workdir
+from jaxllm.config import override
+from jaxllm.training import dataset, loop, state, workdir
 from tests.training import tiny_run as tiny
 
 ONE = slice(0, 1)
@@ -108,16 +110,80 @@ def test_a_second_call_says_that_the_run_is_complete(whole, caplog):
   assert (base / 'run' / 'metrics.jsonl').read_bytes() == before
 
 
-def test_a_workdir_refuses_another_model_with_the_fields_that_differ(whole):
+def contents(path):
+  """Return all that describes a run, and would be a lie where a call was refused."""
+  names = ('config.json', 'environment.json', 'data.json', 'checkpoints/best.json')
+  return {name: (path / name).read_bytes() for name in names if (path / name).exists()}
+
+
+@pytest.mark.parametrize('field, value, told', [
+  ('model.num_layers', 3, 'config.model.num_layers: 2 -> 3'),
+  ('training.batch_size', 16, 'config.training.batch_size: 8 -> 16'),
+  ('seed', 1, 'config.seed: 0 -> 1'),
+  ('data.shuffle', False, 'config.data.shuffle: True -> False'),
+  ('training.ema_decay', None, 'config.training.ema_decay: 0.9 -> None'),
+  ('optimizer.name', 'lion', "config.optimizer.name: 'adamw' -> 'lion'"),
+  ('optimizer.clip_norm', None, 'config.optimizer.clip_norm: 1.0 -> None'),
+  ('optimizer.momentum_dtype', 'bfloat16', "momentum_dtype: None -> 'bfloat16'"),
+])
+def test_what_a_run_cannot_change_is_refused_by_field(whole, field, value, told):
   base, _ = whole
-  config = (base / 'run' / 'config.json').read_bytes()
-  other = tiny.experiment(base, model__num_layers=3, training__ema_decay=0.9)
-  with pytest.raises(ValueError, match=r'model.num_layers: 2 -> 3'):
+  before = contents(base / 'run')
+  changes = {'training.num_steps': 20, 'optimizer.weight_decay': 0.0, 'training.ema_decay': 0.9}
+  other = override(tiny.experiment(base), {**changes, field: value})
+  with pytest.raises(ValueError) as error:
     train(other, base / 'run')
-  assert (base / 'run' / 'config.json').read_bytes() == config
-  longer = tiny.experiment(base, training__num_steps=9, training__ema_decay=0.9)
-  assert train(longer, base / 'run')['step'] == 9
-  assert workdir.read_config(base / 'run') == longer
+  assert told in str(error.value) and str(error.value).count('->') == 1
+  assert contents(base / 'run') == before
+
+
+def test_what_a_run_changes_is_told_and_a_complete_call_changes_nothing(whole, caplog):
+  base, _ = whole
+  shutil.copytree(base / 'run', base / 'longer')
+  before = contents(base / 'longer')
+  changes = {'training__ema_decay': 0.9, 'evaluation__prompts': (), 'optimizer__clip_norm': 0.5}
+  train(tiny.experiment(base, **changes), base / 'longer')
+  assert contents(base / 'longer') == before
+  longer = tiny.experiment(base, training__num_steps=9, training__microbatches=2, **changes)
+  with caplog.at_level('INFO', logger='absl'):
+    assert train(longer, base / 'longer')['step'] == 9
+  assert workdir.read_config(base / 'longer') == longer
+  told = [r.getMessage() for r in caplog.records]
+  assert 'Changed since the run began: config.training.num_steps: 8 -> 9' in told
+  assert 'Changed since the run began: config.optimizer.clip_norm: 1.0 -> 0.5' in told
+  rates = [float(state.make_schedule(tiny.experiment(base, training__num_steps=n))(8))
+           for n in (9, 8)]
+  assert f'Learning rate at step 8: {rates[0]:.4g}, was to be {rates[1]:.4g}.' in told
+  assert not [text for text in told if 'model' in text or 'batch_size' in text]
+
+
+def test_tokens_are_counted_as_they_are_in_the_records(whole):
+  base, summary = whole
+  train_split = json.loads((base / 'run' / 'data.json').read_text())['train']
+  assert summary['train_tokens'] == round(
+    8 * 8 * train_split['tokens'] / train_split['records'])
+
+
+def test_a_killed_run_marks_the_best_checkpoint_that_it_had_not_marked_yet(tmp_path):
+  experiment = tiny.experiment(
+    tmp_path, training__num_steps=4, evaluation__every_steps=2, evaluation__prompts=(),
+    best={'metric': 'validation/loss'})
+
+  class Kill(Exception):
+    pass
+
+  def kill(*_):
+    raise Kill
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(store.best, 'write', kill)
+    with pytest.raises(Kill):
+      train(experiment, tmp_path / 'run')
+  assert store.best_step(tmp_path / 'run' / 'checkpoints') is None
+  # Nothing that comes is better, so that only what is there can be marked.
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop.scoring, 'take', lambda *_: {'validation/loss': 1e9})
+    assert train(experiment, tmp_path / 'run')['best_step'] == 2
 
 
 def test_skipped_steps_stop_the_run_with_a_message(tmp_path):
@@ -152,8 +218,29 @@ def test_changed_text_is_refused(tmp_path):
   experiment = tiny.experiment(tmp_path, training__num_steps=3, evaluation__prompts=())
   train(experiment, tmp_path / 'run')
   (tmp_path / 'corpus' / '000.txt').write_text('Another text altogether. ' * 40)
+  records = sorted((tmp_path / 'records').rglob('*'))
   with pytest.raises(ValueError, match='trained on other records'):
     train(experiment, tmp_path / 'run')
+  assert sorted((tmp_path / 'records').rglob('*')) == records
+
+
+def test_a_run_goes_on_from_its_records_when_its_corpus_is_gone_or_moved(tmp_path):
+  experiment = tiny.experiment(tmp_path)
+  begun = dataset.open_dataset(experiment).manifest.fingerprint
+  (tmp_path / 'corpus').rename(tmp_path / 'moved')
+  moved = override(experiment, {'data.sources': [{'location': str(tmp_path / 'moved')}]})
+  workdir.check_same_run(experiment, moved, tmp_path)
+  assert dataset.open_dataset(moved, begun).manifest.fingerprint == begun
+  found = dataset.open_dataset(experiment, begun)
+  assert found.manifest.fingerprint == begun
+  assert found.make_batches('train', 2, True, None).batch_at(0)['tokens'].shape == (2, 32)
+  # Another run needs the text, and a run without records too.
+  for other in (None, 'another'):
+    with pytest.raises(ValueError, match='corpus'):
+      dataset.open_dataset(experiment, other)
+  shutil.rmtree(tmp_path / 'records')
+  with pytest.raises(ValueError, match='corpus'):
+    dataset.open_dataset(experiment, begun)
 
 
 def test_an_unwritable_workdir_is_refused(tmp_path):

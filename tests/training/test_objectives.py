@@ -1,5 +1,6 @@
 """Laws of runs with other objectives: pairs, a classifier, a teacher."""
 
+import dataclasses
 import json
 import math
 
@@ -17,7 +18,7 @@ from jaxllm.optim.optimizers import OptimizerConfig
 from jaxllm.tasks import predict
 from jaxllm.tasks.preference import Preference
 from jaxllm.tasks.records import RecordsConfig, RecordSource
-from jaxllm.training import dataset, loop, losses, rows, scoring
+from jaxllm.training import dataset, loop, losses, resume, rows, scoring
 from tests.training import test_finetune, tiny_run
 from tests.training.test_finetune import LORA, lines, train
 
@@ -124,6 +125,27 @@ def test_a_student_comes_nearer_to_its_teacher(base):
   assert model.experiment.objective.teacher_model == loading.load(base / 'teacher').config
   assert not any(path.startswith('frozen') for path in store._stored_leaves(
     store.find_step(base / 'student')))
+
+
+@pytest.mark.parametrize('kind', ['reference', 'teacher'])
+def test_the_models_that_a_loss_compares_with_cannot_be_exchanged(base, monkeypatch, kind):
+  model = loading.load(base / 'base')
+  if kind == 'reference':
+    field, config = 'init_from', preferring(base, Dpo(), FULL)
+  else:
+    field, config = 'objective.teacher', test_finetune.experiment(
+      base, finetune=FULL, objective=Distillation(teacher=str(base / 'base')))
+  first = resume.load_others(config, model.tokenizer, {}, False)
+  again = resume.load_others(config, model.tokenizer, first.manifest, True)
+  assert again.manifest == first.manifest and len(first.manifest) == 1
+  params = {**model.variables['params'], 'final_norm': {'scale': np.full(16, 1.001, np.float32)}}
+  other = dataclasses.replace(model, variables={'params': params})
+  monkeypatch.setattr(loading, 'load', lambda _: other)
+  with pytest.raises(ValueError, match=f'config.{field}=.* is not the model that the run began'):
+    resume.load_others(config, model.tokenizer, first.manifest, True)
+  # What is only begun with may go.
+  plain = test_finetune.experiment(base, finetune=FULL)
+  assert resume.load_others(plain, model.tokenizer, {}, True) == (None, None, {})
 
 
 def test_objectives_refuse_what_they_cannot_use(base):
