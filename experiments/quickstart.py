@@ -49,6 +49,7 @@ def get_config() -> Experiment:
     schedule=ScheduleConfig(warmup_steps=30, final_fraction=0.05),
     checkpoint=CheckpointConfig(every_steps=250),
     evaluation=EvaluationConfig(
-      every_steps=100, max_batches=24, prompts=PROMPTS[location], prompt_tokens=100
+      every_steps=100, max_batches=24, prompts=PROMPTS[location], prompt_tokens=100,
+      temperature=0.8, top_p=0.95,
     ),
   )

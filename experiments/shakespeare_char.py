@@ -46,6 +46,7 @@ def get_config(path: str = 'input.txt') -> Experiment:
     schedule=ScheduleConfig(warmup_steps=100, final_fraction=0.1),
     checkpoint=CheckpointConfig(every_steps=1000),
     evaluation=EvaluationConfig(
-      every_steps=250, max_batches=20, batch_size=96, prompts=('\n', 'KING:'), prompt_tokens=300
+      every_steps=250, max_batches=20, batch_size=96, prompts=('\n', 'KING:'), prompt_tokens=300,
+      temperature=0.8, top_p=0.95,
     ),
   )

@@ -10,7 +10,16 @@ loaded when they are first used, so that importing the package costs nothing.
 """
 
 import importlib
-from typing import Any
+import importlib.metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+  from jaxllm.experiment import Experiment, TrainingConfig
+  from jaxllm.loading import LoadedModel, generate, load
+  from jaxllm.models.families import PRESETS
+  from jaxllm.pipelines import pipeline
+
+  __version__: str
 
 # public name -> module that defines it
 _PUBLIC = {
@@ -23,10 +32,12 @@ _PUBLIC = {
   'PRESETS': 'jaxllm.models.families',
 }
 
-__all__ = list(_PUBLIC)  # noqa: PLE0604
+__all__ = ['PRESETS', 'Experiment', 'LoadedModel', 'TrainingConfig', 'generate', 'load', 'pipeline']
 
 
 def __getattr__(name: str) -> Any:
+  if name == '__version__':
+    return importlib.metadata.version('jaxllm')
   if name not in _PUBLIC:
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}; it has '
                          f'{", ".join(_PUBLIC)}')
@@ -36,4 +47,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-  return sorted([*globals(), *_PUBLIC])
+  return sorted([*_PUBLIC, '__version__', *(name for name in globals() if name.startswith('__'))])

@@ -5,7 +5,7 @@ import functools
 import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +56,12 @@ class LoadedModel:
   experiment: Experiment | None = None
   add_bos: bool = True
   stop_ids: tuple[int, ...] = ()
+
+  def __repr__(self) -> str:
+    name = f' {self.experiment.name}' if self.experiment else ''
+    return (f'<LoadedModel{name}: {decoder.parameter_count(self.config):,} parameters, '
+            f'{self.config.num_layers} layers, {self.config.vocab_size:,} tokens, context '
+            f'{self.config.max_length:,}>')
 
   def hidden(self, ids: Sequence[int]) -> np.ndarray:
     """Return the final hidden states, (T, D), of token ids."""
@@ -166,18 +172,20 @@ def _with_own_template(
   return {**files, tokenizer_files.CHAT: own.jinja(experiment.data.add_bos).encode()}
 
 
-def load(path: str | os.PathLike[str]) -> LoadedModel:
+def load(path: LoadedModel | str | os.PathLike[str]) -> LoadedModel:
   """Load a model with its tokenizer.
 
   Args:
     path: a workdir, its `checkpoints` directory, one checkpoint in it, a Hugging Face directory, a
       `.gguf` file, `hf:NAME` of the Hugging Face hub, or a directory of adapters that PEFT wrote,
-      which are added to the model that it names.
+      which are added to the model that it names. A loaded model is returned as it is.
 
   Raises:
     ValueError: there is no model at that path, or its files do not fit together.
     checkpoints.store.CheckpointError: the files are damaged.
   """
+  if isinstance(path, LoadedModel):
+    return path
   if (base := peft.base_model(path)) is not None:
     return _with_adapters(path, sources.named(base))
   if sources.is_foreign(path):
@@ -336,14 +344,28 @@ def task_examples(task: Any, split: str, tokenizer: Tokenizer) -> list[Example]:
   return chat.examples(records, render, tuple(special))
 
 
+@overload
 def generate(
-  model: LoadedModel, prompts: str | Sequence[str], seeds: Sequence[int] | None = None,
+  model: LoadedModel | str | os.PathLike[str], prompts: str, seeds: Sequence[int] | None = None,
   stop: Sequence[str] = (), **sampling: Any,
-) -> Any:
+) -> str: ...
+
+
+@overload
+def generate(
+  model: LoadedModel | str | os.PathLike[str], prompts: Sequence[str],
+  seeds: Sequence[int] | None = None, stop: Sequence[str] = (), **sampling: Any,
+) -> list[str]: ...
+
+
+def generate(
+  model: LoadedModel | str | os.PathLike[str], prompts: str | Sequence[str],
+  seeds: Sequence[int] | None = None, stop: Sequence[str] = (), **sampling: Any,
+) -> str | list[str]:
   """Continue prompts.
 
   Args:
-    model: from `load`.
+    model: from `load`, or what it takes; load once where you generate often.
     prompts: one text or several; several are decoded as one batch.
     seeds: one per prompt.
     stop: texts that end a continuation, and are no part of it.
@@ -356,10 +378,12 @@ def generate(
   Raises:
     ValueError: a sampling field is not accepted, or a prompt is longer than the context.
   """
+  config = SamplingConfig(**sampling)
+  model = load(model)
   texts = [prompts] if isinstance(prompts, str) else list(prompts)
   completions = text.complete(
     Decoder(model.config), model.unstacked, model.tokenizer,
-    [model.encode_prompt(prompt) for prompt in texts], SamplingConfig(**sampling), stop,
+    [model.encode_prompt(prompt) for prompt in texts], config, stop,
     model.stop_ids, seeds,
   )
   continued = [completion.text for completion in completions]

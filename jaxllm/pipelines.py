@@ -8,6 +8,8 @@ default prompt of the task, or where it has a chat template by the task's reques
 the tasks.
 """
 
+import functools
+import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -46,7 +48,8 @@ def pipeline(
       text-generation(prompts, return_full_text=True) -> [{'generated_text'}]
       chat(messages)                                -> [{'generated_text': messages}]
 
-  Lists of questions, prompts and conversations give lists of these results.
+  Lists of questions, prompts and conversations give lists of these results. A call may change the
+  fields below for itself: `continue_text('To be', max_new_tokens=5)`.
 
   Args:
     task: one of `PIPELINES`.
@@ -62,8 +65,18 @@ def pipeline(
     raise ValueError(f'task={task!r}: one of {", ".join(PIPELINES)}')
   if batch_size < 1:
     raise ValueError(f'batch_size={batch_size}: at least 1')
-  loaded = model if isinstance(model, LoadedModel) else loading.load(model)
-  return PIPELINES[task](loaded, batch_size, fields)
+  loaded = loading.load(model)
+  own = PIPELINES[task](loaded, batch_size, fields)
+  named = inspect.signature(own).parameters
+
+  @functools.wraps(own)
+  def run(*inputs: Any, **options: Any) -> Any:
+    changes = {name: value for name, value in options.items() if name not in named}
+    asked = {name: value for name, value in options.items() if name in named}
+    chosen = PIPELINES[task](loaded, batch_size, {**fields, **changes}) if changes else own
+    return chosen(*inputs, **asked)
+
+  return run
 
 
 def speaker(model: LoadedModel, batch_size: int = BATCH_SIZE) -> Speaker:

@@ -25,19 +25,22 @@ DRAFT = flags.DEFINE_string('draft', None, 'A smaller model with the same vocabu
 STOP = flags.DEFINE_multi_string('stop', [], 'A text that ends a continuation; may be repeated.')
 NUM_BEAMS = flags.DEFINE_integer('num_beams', 1, 'Beams of a beam search; 1: draw.', 1)
 LENGTH_PENALTY = flags.DEFINE_float('length_penalty', 1.0, 'Above 0 favours long beams.')
-MAX_NEW_TOKENS = flags.DEFINE_integer('max_new_tokens', 128, 'Tokens to add, at most.')
-TEMPERATURE = flags.DEFINE_float('temperature', 0.8, 'Randomness; 0 takes the likeliest token.')
-TOP_K = flags.DEFINE_integer('top_k', 0, 'Draw from this many likeliest tokens; 0: from all.')
-TOP_P = flags.DEFINE_float('top_p', 0.95, 'Draw from the likeliest tokens of this mass.')
-MIN_P = flags.DEFINE_float('min_p', 0.0, "Draw from tokens of at least this share of the best's.")
-TYPICAL_P = flags.DEFINE_float('typical_p', 1.0, 'Draw from tokens of expected surprise.')
-REPETITION_PENALTY = flags.DEFINE_float('repetition_penalty', 1.0, 'Above 1 avoids repetition.')
-NO_REPEAT_NGRAM = flags.DEFINE_integer('no_repeat_ngram', 0, 'No so many tokens come twice.')
+# Their defaults are those of SamplingConfig.
+MAX_NEW_TOKENS = flags.DEFINE_integer('max_new_tokens', None, 'Tokens to add, at most; 128.', 1)
+TEMPERATURE = flags.DEFINE_float(
+  'temperature', None, 'Randomness; 0 takes the likeliest token; by default 1.', 0)
+TOP_K = flags.DEFINE_integer('top_k', None, 'Draw from this many likeliest tokens; 0: from all.', 0)
+TOP_P = flags.DEFINE_float('top_p', None, 'Draw from the likeliest tokens of this mass.', 0, 1)
+MIN_P = flags.DEFINE_float(
+  'min_p', None, "Draw from tokens of at least this share of the best's.", 0, 1)
+TYPICAL_P = flags.DEFINE_float('typical_p', None, 'Draw from tokens of expected surprise.', 0, 1)
+REPETITION_PENALTY = flags.DEFINE_float('repetition_penalty', None, 'Above 1 avoids repetition.', 0)
+NO_REPEAT_NGRAM = flags.DEFINE_integer('no_repeat_ngram', None, 'No so many tokens come twice.', 0)
+SEED = flags.DEFINE_integer('seed', None, 'The same seed gives the same text; 0.', 0)
 NUM_SAMPLES = flags.DEFINE_integer('num_samples', 1, 'Continuations of each prompt.', 1)
 SAMPLING = flags.DEFINE_string(
   'sampling', '{}', 'Other rules, as JSON: {"min_new_tokens": 5, "presence_penalty": 0.5}; see '
   'SamplingConfig.')
-SEED = flags.DEFINE_integer('seed', 0, 'The same seed gives the same text.')
 
 
 def main(_) -> None:  # noqa: D103
@@ -46,16 +49,16 @@ def main(_) -> None:  # noqa: D103
   from jaxllm.models import decoder
 
   _check_flags()
-  loaded = loading.load(MODEL.value)
-  if QUANTIZE.value:
-    loaded = loaded.quantized(QUANTIZE.value)
-  model, variables = decoder.Decoder(loaded.config), loaded.unstacked
   others = SamplingConfig.from_json(SAMPLING.value)
   own = (MAX_NEW_TOKENS, TEMPERATURE, TOP_K, TOP_P, MIN_P, TYPICAL_P, SEED, REPETITION_PENALTY,
          NO_REPEAT_NGRAM)
   if twice := sorted({flag.name for flag in own} & others.model_fields_set):
     raise ValueError(f'--sampling: {", ".join(twice)} has a flag of its own')
-  sampling = others.replace(**{flag.name: flag.value for flag in own})
+  sampling = others.replace(**{flag.name: flag.value for flag in own if flag.value is not None})
+  loaded = loading.load(MODEL.value)
+  if QUANTIZE.value:
+    loaded = loaded.quantized(QUANTIZE.value)
+  model, variables = decoder.Decoder(loaded.config), loaded.unstacked
   if CHAT.value:
     _chat(loaded, model, variables, sampling)
   elif NUM_BEAMS.value > 1:

@@ -112,6 +112,18 @@ def test_prompts_continue_in_full_or_not(model):
   assert whole['generated_text'] == 'abc' + new['generated_text'] != 'abc'
 
 
+def test_a_call_may_change_the_fields_for_itself(model):
+  generate = jaxllm.pipeline('text-generation', model, max_new_tokens=5, temperature=0.0)
+  short = jaxllm.pipeline('text-generation', model, max_new_tokens=2, temperature=0.0)
+  assert generate('abc', max_new_tokens=2, return_full_text=True) == short('abc')
+  assert generate('abc') != short('abc')
+  with pytest.raises(ValueError, match="did you mean 'max_new_tokens'"):
+    generate('abc', max_tokens=2)
+  translate = jaxllm.pipeline('translation', model)
+  assert translate('ab', max_new_tokens=1) == (
+    jaxllm.pipeline('translation', model, max_new_tokens=1)('ab'))
+
+
 def test_chats_in_a_batch_equal_one_at_a_time(model):
   reply = jaxllm.pipeline('chat', model, batch_size=2, max_new_tokens=6)
   chats = [

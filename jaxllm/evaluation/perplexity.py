@@ -31,9 +31,9 @@ class EvaluationConfig(Config):
   """Prompts that the finished run continues, for samples.jsonl and the report."""
   prompt_tokens: int = pydantic.Field(default=128, gt=0)
   """Tokens generated for each prompt."""
-  temperature: float = pydantic.Field(default=0.8, ge=0)
+  temperature: float = pydantic.Field(default=1.0, ge=0)
   """Temperature of these samples; 0 is greedy."""
-  top_p: float = pydantic.Field(default=0.95, gt=0, le=1)
+  top_p: float = pydantic.Field(default=1.0, gt=0, le=1)
   """Share of the probability mass that these samples are drawn from."""
 
 

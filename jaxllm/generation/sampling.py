@@ -30,7 +30,8 @@ class SamplingConfig(Config):
   max_new_tokens: int = pydantic.Field(default=128, gt=0)
   """Tokens after which a row ends; it ends earlier where the context of the model is full."""
   temperature: float = pydantic.Field(default=1.0, ge=0)
-  """Logits are divided by this; 0 always takes the most probable token."""
+  """Logits are divided by this; 0 always takes the most probable token. The default, everywhere:
+  1, the distribution that the model has learned."""
   top_k: int = pydantic.Field(default=0, ge=0)
   """Draw from this many most probable tokens only (equals of the last one included); 0: all."""
   top_p: float = pydantic.Field(default=1.0, gt=0, le=1)

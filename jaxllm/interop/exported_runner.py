@@ -87,7 +87,7 @@ def grow(cache: dict[str, Any], axis: int, size: int) -> dict[str, Any]:
 
 
 def generate(
-  artefact: dict[str, Any], ids: list[int], max_new_tokens: int, temperature: float = 0.0,
+  artefact: dict[str, Any], ids: list[int], max_new_tokens: int, temperature: float = 1.0,
   top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, seed: int = 0,
 ) -> list[int]:
   """Continue token ids until a stop token, `max_new_tokens`, or the largest bucket is full."""
@@ -132,7 +132,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--prompt', required=True)
   parser.add_argument('--max_new_tokens', type=int, default=64)
-  for name, default in (('temperature', 0.0), ('top_p', 1.0), ('min_p', 0.0)):
+  for name, default in (('temperature', 1.0), ('top_p', 1.0), ('min_p', 0.0)):
     parser.add_argument(f'--{name}', type=float, default=default)
   for name in ('top_k', 'seed'):
     parser.add_argument(f'--{name}', type=int, default=0)

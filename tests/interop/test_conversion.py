@@ -141,14 +141,15 @@ def test_exported_programs_need_no_code_of_ours_and_give_the_same_tokens(artefac
   manifest = json.loads((path / 'manifest.json').read_text())
   assert manifest['buckets'] == [16, 32] and manifest['platforms'] == ['cpu', 'cuda', 'tpu']
   requests = [
-    {'ids': [3, 1, 4, 1, 5], 'max_new_tokens': 40},
+    {'ids': [3, 1, 4, 1, 5], 'max_new_tokens': 40, 'temperature': 0.0},
+    {'ids': [2, 7], 'max_new_tokens': 12},
     {'ids': list(range(20)), 'max_new_tokens': 9, 'temperature': 0.7, 'top_p': 0.9, 'seed': 7},
     {'ids': [9], 'max_new_tokens': 12, 'temperature': 1.3, 'top_k': 5, 'min_p': 0.01, 'seed': 3},
   ]
   done = subprocess.run([sys.executable, '-c', RUN, str(path), json.dumps(requests)],
                         capture_output=True, text=True, check=True, cwd=path.parent)
   prompts = [request.pop('ids') for request in requests]
-  sampling = [SamplingConfig(**{'temperature': 0.0} | request) for request in requests]
+  sampling = [SamplingConfig(**request) for request in requests]
   expected = decode.generate(Decoder(config), unstack(variables), prompts, sampling, (256,))
   assert json.loads(done.stdout) == [generation.tokens for generation in expected]
 

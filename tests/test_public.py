@@ -1,0 +1,93 @@
+"""The public face: small, typed, and one default of everything."""
+
+import ast
+import importlib.metadata
+import inspect
+import pathlib
+
+import jax
+import pytest
+
+import jaxllm
+from jaxllm import config
+from jaxllm.data import tokenizers
+from jaxllm.data.tokenizers import TokenizerConfig
+from jaxllm.evaluation.perplexity import EvaluationConfig
+from jaxllm.generation.sampling import SamplingConfig
+from jaxllm.interop import exported_runner, native
+from jaxllm.models import decoder
+from tests import programs
+from tests.training import tiny_run as tiny
+
+
+@pytest.fixture(scope='module')
+def path(tmp_path_factory):
+  path = tmp_path_factory.mktemp('public') / 'model'
+  tokenizer = tokenizers.train_or_load(TokenizerConfig(kind='bytes'), [])
+  native.save(path, tiny.MODEL, decoder.init(tiny.MODEL, jax.random.key(0)), tokenizer.files(), {})
+  return path
+
+
+def test_a_model_says_what_it_is_in_a_line(path):
+  model = jaxllm.load(path)
+  count = decoder.parameter_count(tiny.MODEL)
+  assert repr(model).startswith(f'<LoadedModel: {count:,} parameters') and len(repr(model)) < 100
+  assert len(repr(model.tokenizer)) < 100
+
+
+def test_what_takes_a_path_takes_a_model_and_the_other_way_round(path):
+  model = jaxllm.load(path)
+  assert jaxllm.load(model) is model
+  found = jaxllm.generate(str(path), 'ab', max_new_tokens=3, temperature=0.0)
+  assert found == jaxllm.generate(model, 'ab', max_new_tokens=3, temperature=0.0)
+  with pytest.raises(ValueError, match='did you mean .*/model\?'):
+    jaxllm.generate(path.with_name('modell'), 'ab')
+
+
+def test_what_the_package_has():
+  public = [name for name in dir(jaxllm) if not name.startswith('__')]
+  assert public == sorted(jaxllm.__all__)
+  assert jaxllm.__version__ == importlib.metadata.version('jaxllm')
+  assert '__version__' in dir(jaxllm)
+  with pytest.raises(AttributeError, match='it has load'):
+    jaxllm.lod  # noqa: B018
+
+
+def test_type_checkers_see_what_is_imported_lazily():
+  tree = ast.parse(pathlib.Path(jaxllm.__file__).read_text())
+  guarded = next(node for node in tree.body if isinstance(node, ast.If))
+  seen = {alias.name: line.module for line in guarded.body if isinstance(line, ast.ImportFrom)
+          for alias in line.names}
+  assert guarded.test.id == 'TYPE_CHECKING' and seen == jaxllm._PUBLIC
+  assert set(jaxllm.__all__) == set(seen)
+
+
+def test_a_run_is_a_config(tmp_path):
+  """--config=RUN and --config=RUN/config.json repeat the run, and take overrides."""
+  experiment = tiny.experiment(tmp_path)
+  (tmp_path / 'run').mkdir()
+  (tmp_path / 'run' / 'config.json').write_text(experiment.to_json())
+  for location in (tmp_path / 'run', tmp_path / 'run' / 'config.json'):
+    assert config.load(str(location)) == experiment
+  changed = config.override(config.load(str(tmp_path / 'run')), {'training.num_steps': '99'})
+  assert changed.training.num_steps == 99 and changed.model == experiment.model
+  with pytest.raises(config.ConfigError, match='no such file'):
+    config.load(str(tmp_path))
+
+
+def test_one_default_of_sampling_everywhere():
+  """The terminal, the server, the report of a run, exported programs: all as SamplingConfig."""
+  from jaxllm.serving import limits, protocol
+
+  sampling = SamplingConfig()
+  served = protocol._sampling_fields(limits.LimitsConfig(), 100)
+  assert (sampling.temperature, sampling.top_p) == (1.0, 1.0)
+  runner = inspect.signature(exported_runner.generate).parameters
+  for name in ('temperature', 'top_p', 'top_k', 'min_p'):
+    assert runner[name].default == getattr(sampling, name)
+    assert getattr(EvaluationConfig(), name, getattr(sampling, name)) == getattr(sampling, name)
+    assert served[name].default == getattr(sampling, name)
+  sample = programs.load('sample')
+  given = [sample.MAX_NEW_TOKENS, sample.TEMPERATURE, sample.TOP_K, sample.TOP_P, sample.MIN_P,
+           sample.TYPICAL_P, sample.REPETITION_PENALTY, sample.NO_REPEAT_NGRAM, sample.SEED]
+  assert all(flag.default is None and hasattr(sampling, flag.name) for flag in given)
