@@ -4,16 +4,19 @@
 - `from_files`, `save` and `load` rebuild it; `BUILDERS` tells the kinds apart by their files.
 """
 
+import collections
 import hashlib
 import io
+import itertools
 import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 import pydantic
+from absl import logging
 
 from jaxllm.config import Config
 from jaxllm.data import storage, tokenizer_kinds
@@ -40,6 +43,9 @@ _WANTED: dict[str, tuple[tuple[str, ...], ...]] = {
   'json': (('tokenizer.json',),),
 }
 
+# SentencePiece's signs for a space and for what is unknown.
+_SIGNS = re.compile(f'[{tokenizer_kinds.MARK}\u2585]')
+_OTHER_PIECES = 4 + 256  # Special tokens and bytes.
 _CHUNK = re.compile(r'(?s).{1,3999}\n|.{1,4000}')
 
 
@@ -52,7 +58,8 @@ class TokenizerConfig(Config):
   path: str | None = None
   """The tokenizer's file, or the directory that holds its files; None trains on the corpus."""
   vocab_size: int | None = pydantic.Field(default=None, gt=0)
-  """Size of the vocabulary to train; None takes all characters (model_type 'char' only)."""
+  """Size of the vocabulary to train, at most: a small corpus gives fewer pieces. None takes all
+  characters (model_type 'char' only)."""
   model_type: Literal['bpe', 'unigram', 'char'] = 'bpe'
   """How SentencePiece builds its pieces."""
   byte_fallback: bool = True
@@ -184,55 +191,93 @@ def load(directory: str | os.PathLike[str]) -> Tokenizer:
 
 
 def _train(config: TokenizerConfig, texts: Iterable[str]) -> bytes:
-  """Train SentencePiece so that nothing of a text is lost."""
-  import sentencepiece
+  """Train SentencePiece so that nothing of a text is lost.
 
-  writer = io.BytesIO()
+  A corpus that gives fewer pieces than asked for gives all that it has. Of more characters than
+  the vocabulary has room for, the rarest are left to their bytes: characters then take two thirds
+  of the pieces, which left the fewest tokens of Chinese text at 2,048 and 4,096.
+  """
   sample = _sample(_chunks(texts), config.sample_bytes)
   if not sample:
     raise ValueError('there is no text to train the tokenizer on (config.data.sources)')
-  try:
-    sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=iter(sample),
-      model_writer=writer,
-      vocab_size=config.vocab_size or 1_000_000,
-      use_all_vocab=config.vocab_size is None,
-      model_type=config.model_type,
-      byte_fallback=config.byte_fallback,
-      # A character model has all characters; others leave the rarest 0.05% to their bytes.
-      character_coverage=0.9995 if config.byte_fallback and config.model_type != 'char' else 1.0,
-      max_sentence_length=4 * 4000,  # In bytes; longer ones would be skipped.
-      normalization_rule_name='identity',
-      remove_extra_whitespaces=False,
-      add_dummy_prefix=False,
-      allow_whitespace_only_pieces=True,
-      split_digits=True,
-      pad_id=0, bos_id=1, eos_id=2, unk_id=3,
-      num_threads=4,  # Part of the result, therefore not the machine's.
-      minloglevel=2,
-    )
-  except RuntimeError as error:
-    raise ValueError(_explained(config, str(error))) from None
+  size = config.vocab_size
+  for _ in range(3):  # Once for each remedy.
+    try:
+      return _fit(config, sample, size)
+    except RuntimeError as error:
+      message = str(error)
+    room = (size or 0) - _OTHER_PIECES
+    if largest := re.search(r'value <= (\d+)', message):
+      size = int(largest[1])
+      logging.warning('config.tokenizer.vocab_size=%s: this corpus gives %s pieces, and the '
+                      'tokenizer has no more', config.vocab_size, size)
+    elif 'required_chars' in message and _has_bytes(config) and room > 0:
+      sample = _without_rare(sample, room * 2 // 3)
+    else:
+      break
+  raise ValueError(_explained(config, message))
+
+
+def _has_bytes(config: TokenizerConfig) -> bool:
+  """Return whether rare characters are left to their bytes: a character model has all."""
+  return config.byte_fallback and config.model_type != 'char'
+
+
+def _fit(config: TokenizerConfig, sample: Sequence[str], vocab_size: int | None) -> bytes:
+  import sentencepiece
+
+  writer = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(sample),
+    model_writer=writer,
+    vocab_size=vocab_size or 1_000_000,
+    use_all_vocab=vocab_size is None,
+    model_type=config.model_type,
+    byte_fallback=config.byte_fallback,
+    character_coverage=0.9995 if _has_bytes(config) else 1.0,
+    max_sentence_length=4 * 4000,  # In bytes; longer ones would be skipped.
+    normalization_rule_name='identity',
+    remove_extra_whitespaces=False,
+    add_dummy_prefix=False,
+    allow_whitespace_only_pieces=True,
+    split_digits=True,
+    pad_id=0, bos_id=1, eos_id=2, unk_id=3,
+    num_threads=4,  # Part of the result, therefore not the machine's.
+    minloglevel=2,
+  )
   model = writer.getvalue()
   size = from_files({'tokenizer.model': model}).vocab_size
-  if config.vocab_size not in (None, size):
-    raise ValueError(_explained(config, f'set it to a value <= {size}'))
+  if vocab_size not in (None, size):
+    raise RuntimeError(f'set it to a value <= {size}')
   return model
+
+
+def _without_rare(sample: Sequence[str], count: int) -> list[str]:
+  """Cut the most frequent `count` characters' stretches out of a sample."""
+  common = collections.Counter(itertools.chain.from_iterable(sample)).most_common(count)
+  stretches = re.compile('[' + re.escape(''.join(character for character, _ in common)) + ']+')
+  return [stretch for text in sample for stretch in stretches.findall(text)]
 
 
 def _explained(config: TokenizerConfig, message: str) -> str:
   field = f'config.tokenizer.vocab_size={config.vocab_size}'
-  if largest := re.search(r'value <= (\d+)', message):
-    return f'{field} is too large for this corpus: it gives at most {largest[1]} pieces'
   if smallest := re.search(r'required_chars\. \d+ vs (\d+)', message):
-    return f'{field} is too small: bytes and characters of this corpus take {smallest[1]} pieces'
+    advice = f'raise it to at least {smallest[1]}, and config.model.vocab_size with it'
+    if not _has_bytes(config):
+      advice += (", or leave rare characters to their bytes (config.tokenizer.model_type='bpe' and "
+                 'config.tokenizer.byte_fallback=True)')
+    return f'{field} is too small for the characters of this corpus and their bytes: {advice}'
   return f'{field}: SentencePiece could not be trained: {message}'
 
 
 def _chunks(texts: Iterable[str]) -> Iterator[str]:
-  """Cut texts into sentences of SentencePiece, which keep their newlines inside."""
+  """Cut texts into sentences of SentencePiece, which keep their newlines inside.
+
+  It would skip a sentence with one of its own signs, so these stand between sentences; encoding
+  gives them by their bytes.
+  """
   for text in texts:
-    for stretch in text.split(tokenizer_kinds.MARK):
+    for stretch in _SIGNS.split(text):
       for match in _CHUNK.finditer(stretch):
         yield match.group()
 
