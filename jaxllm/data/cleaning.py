@@ -42,14 +42,25 @@ def strip_html(text: str) -> str:
   if not ('<' in text or '&' in text):
     return text
   parser = _TextParser()
-  parser.feed(text)
+  # The parser would look for the end of each tag in vain, in time that grows with the square.
+  last = text.rfind('>') + 1
+  parser.feed(text[:last] + text[last:].replace('<', '&lt;'))
   parser.close()
-  return re.sub(r'\n\s*\n\s*', '\n\n', ''.join(parser.pieces)).strip()
+  runs = [''.join(pieces) for pieces in parser.runs]
+  runs[::2] = [re.sub(r'\n\s*\n\s*', '\n\n', run) for run in runs[::2]]
+  runs[1::2] = [run.removeprefix('\n').rstrip('\n') for run in runs[1::2]]
+  runs[0] = runs[0].lstrip()
+  runs[-1] = runs[-1].rstrip()
+  return ''.join(runs)
 
 
 def drop_control_characters(text: str) -> str:
-  """Drop control characters except tab and newline (CRLF becomes newline), and U+FEFF."""
-  return _CONTROL.sub('', text.replace('\r\n', '\n'))
+  """Drop control characters except tab and newline, and U+FEFF, without joining words.
+
+  Those that end a line or page (CR, CRLF, vertical tab, form feed, U+0085 and the separators from
+  U+001C to U+001E) become a newline, any others between two words a space.
+  """
+  return _CONTROL.sub('', _BETWEEN_WORDS.sub(' ', _LINE_END.sub('\n', text)))
 
 
 def compose(text: str) -> str:
@@ -72,11 +83,14 @@ STEPS: dict[str, Callable[[str], str]] = {
   'whitespace': join_whitespace,
 }
 
-_CONTROL = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]')
+_LINE_END = re.compile('\r\n|[\r\x0b\x0c\x1c-\x1e\x85]')
+_CONTROL = re.compile('[\x00-\x08\x0e-\x1b\x1f\x7f-\x9f\ufeff]+')
+_BETWEEN_WORDS = re.compile(rf'(?<=\S)(?<!{_CONTROL.pattern[:-1]}){_CONTROL.pattern}(?=\S)')
 
 _BLOCKS = frozenset(
-  'address article aside blockquote br dd div dl dt fieldset figcaption figure footer form h1 h2 '
-  'h3 h4 h5 h6 header hr li main nav ol p pre section table td th tr ul'.split())
+  'address article aside blockquote body br caption dd details dialog div dl dt fieldset '
+  'figcaption figure footer form h1 h2 h3 h4 h5 h6 header hr legend li main nav ol optgroup option '
+  'p pre section summary table td th tr ul'.split())
 _HIDDEN = frozenset(('script', 'style', 'template', 'noscript', 'title'))
 
 
@@ -85,19 +99,35 @@ class _TextParser(html.parser.HTMLParser):
 
   def __init__(self):
     super().__init__(convert_charrefs=True)
-    self.pieces: list[str] = []
+    self.runs: list[list[str]] = [[]]
+    """Pieces of text, outside and inside of <pre> by turns."""
     self._hidden = 0
+
+  def handle_startendtag(self, tag, attrs):
+    self._break(tag)
 
   def handle_starttag(self, tag, attrs):
     self._hidden += tag in _HIDDEN
-    if tag in _BLOCKS:
-      self.pieces.append('\n')
+    self._break(tag)
+    if tag == 'pre' and len(self.runs) % 2:
+      self.runs.append([])
 
   def handle_endtag(self, tag):
     self._hidden = max(0, self._hidden - (tag in _HIDDEN))
-    if tag in _BLOCKS:
-      self.pieces.append('\n')
+    if tag == 'pre' and not len(self.runs) % 2:
+      self.runs.append([])
+    self._break(tag)
 
   def handle_data(self, data):
     if not self._hidden:
-      self.pieces.append(data)
+      self.runs[-1].append(data)
+
+  def parse_marked_section(self, i, report=1):
+    try:
+      return super().parse_marked_section(i, report)
+    except AssertionError:  # The standard parser's answer to '<![' before what is no name.
+      return self.parse_bogus_comment(i, report)
+
+  def _break(self, tag):
+    if tag in _BLOCKS:
+      self.runs[-1].append('\n')
