@@ -1,34 +1,43 @@
 """Which tokens may come next, so that the text is JSON, or JSON of a schema.
 
 - `Constraint` is what a decoder asks before it draws, one per row.
-- `Vocabulary` is the tree of all tokens' bytes, built once per tokenizer.
-- `JsonConstraints` makes the constraints of a tokenizer; masks are kept by state, across rows.
+- `JsonConstraints` makes the constraints of a tokenizer; compiled schemas are kept.
+- `Brake` ends what would be valid and go on for ever: digits and nesting.
 
-The mask holds exactly the tokens after which the text can still become such a document. In a free
-string most tokens can come, whatever lies around the string: those are found once per vocabulary,
-and only the tokens that end the string are followed in each state.
+llguidance computes the masks. A new schema is first compiled in a process with limits of time and
+memory (`constraint_worker`), and only then here. Documents are narrower than their schema: objects
+have their properties in the order of the schema, white space is a space or a new line with up to 32
+spaces, and only characters that must be escaped are.
 """
 
 import collections
-import dataclasses
 import json
+import pathlib
+import re
+import subprocess
+import sys
+import threading
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-from jaxllm.generation import json_grammar
-from jaxllm.generation.json_grammar import KeyFrame, Stack, TextFrame
-from jaxllm.generation.json_schema import any_object, compile_schema
-from jaxllm.generation.json_strings import QUOTE, lex
+from jaxllm.generation import json_schema
+
+CPU_SECONDS, MEMORY_BYTES = 2, 400_000_000
+"""What compiling a schema may take; Python itself takes about 100 MB of address space."""
+CACHE_BYTES = 256_000_000
+"""Memory of the compiled schemas that are kept, as their compilation took it."""
+MAX_DEPTH, MAX_DIGITS, MAX_EXPONENT = 32, 32, 2
 
 # What every JSON document can be spelled with; all other characters can be escaped.
 _NEEDED = b'"\\{}[]:,-.+0123456789abcdeflnrstu'
-# Open alternatives of anyOf that are followed at the same time; further ones are dropped.
-_MAX_STACKS = 32
-_MAX_SCANS = 256
-_MAX_MASKS = 256
-_MAX_SCHEMAS = 32
+_OPTIONS = {'whitespace_pattern': r' |\n {0,32}', 'json_allowed_escapes': 'nrbtf\\"'}
+_MAX_LEXER_STATES = 30_000  # Up to 2 kB each, in every row.
+
+
+class ConstraintError(ValueError):
+  """A constraint cannot be followed any further; the message may be told to its client."""
 
 
 class Constraint(Protocol):
@@ -41,31 +50,8 @@ class Constraint(Protocol):
     """Take the token that was drawn."""
 
 
-@dataclasses.dataclass(eq=False, slots=True)
-class _Node:
-  """A beginning that tokens share: the ids of those that end here, and what follows by byte."""
-
-  ids: list[int] = dataclasses.field(default_factory=list)
-  children: 'dict[int, _Node]' = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Scan:
-  """What tokens do in a free string.
-
-  Attributes:
-    ids: tokens that stay inside.
-    begun: characters that each of them begins.
-    exits: nodes right after a quote that ends the string, and the text up to it.
-  """
-
-  ids: np.ndarray
-  begun: np.ndarray
-  exits: list[tuple[_Node, str]]
-
-
 class Vocabulary:
-  """The bytes of all tokens, as a tree.
+  """The bytes of all tokens, as llguidance and the brake need them.
 
   Args of the constructor:
     id_bytes: of each id; tokens without bytes never come.
@@ -76,66 +62,38 @@ class Vocabulary:
     ValueError: an id is out of range, or the vocabulary cannot spell JSON.
   """
 
+  is_tokenizer_wrapper, bos_token_id, special_token_ids = True, None, ()
+
   def __init__(
     self, id_bytes: Sequence[bytes], eos_ids: Sequence[int], vocab_size: int | None = None
   ):
-    self.vocab_size = len(id_bytes) if vocab_size is None else vocab_size
-    if self.vocab_size < len(id_bytes):
+    self.size = len(id_bytes) if vocab_size is None else vocab_size
+    if self.size < len(id_bytes):
       raise ValueError(f'vocab_size={vocab_size} is below the {len(id_bytes)} ids of the tokenizer')
-    if not eos_ids or not all(0 <= token < self.vocab_size for token in eos_ids):
-      raise ValueError(f'eos_ids={[*eos_ids]}: give at least one id below {self.vocab_size}, so '
-                       'that the text can end')
-    self.eos_ids = tuple(eos_ids)
-    self.id_bytes = [b'' if token in self.eos_ids else text for token, text in enumerate(id_bytes)]
-    single = {text[0] for text in self.id_bytes if len(text) == 1}
+    if not eos_ids or not all(0 <= token < self.size for token in eos_ids):
+      raise ValueError(f'eos_ids={[*eos_ids]}: give at least one id below {self.size}, so that the '
+                       'text can end')
+    single = {text[0] for text in id_bytes if len(text) == 1}
     if missing := bytes(byte for byte in _NEEDED if byte not in single):
       raise ValueError('the vocabulary cannot spell every JSON document: it has no token for '
                        f'{", ".join(missing.decode())}')
     # A character may be begun only where every continuation of it is a token.
-    self.splits_characters = all(byte in single for byte in range(0x80, 0xC0))
-    self.root = _Node()
-    for token, text in enumerate(self.id_bytes):
-      node = self.root
-      for byte in text:
-        following = node.children.get(byte)
-        if following is None:
-          following = node.children[byte] = _Node()
-        node = following
-      if text:
-        node.ids.append(token)
-    self._scans: dict[bytes, _Scan] = {}
-    self.scan(b'')
+    splits = all(byte in single for byte in range(0x80, 0xC0))
+    tokens = [bytes(text) if splits or _is_whole(text) else b'' for text in id_bytes]
+    tokens += [b''] * (self.size - len(tokens))
+    for token in eos_ids:
+      tokens[token] = b''
+    self.tokens, self.eos_token_id = tokens, eos_ids[0]
+    self.brakes = [np.array([*map(count, tokens)], np.int8) for count in (
+      _leading_digits, lambda text: b'[' in text or b'{' in text,
+      lambda text: re.search(rb'".*[\[{]', text, re.DOTALL) is not None)]
+    import llguidance
 
-  def scan(self, pending: bytes) -> _Scan:
-    """Return what tokens do in a string with these bytes of a character under way; kept."""
-    found = self._scans.get(pending)
-    if found is None:
-      if len(self._scans) >= _MAX_SCANS:
-        self._scans = {b'': self._scans[b'']}
-      found = self._scans[pending] = self._scan(pending)
-    return found
+    self.compiled = llguidance.LLTokenizer(self, eos_token=[*eos_ids])  # type: ignore[arg-type]
 
-  def _scan(self, pending: bytes) -> _Scan:
-    ids: list[int] = []
-    begun: list[int] = []
-    exits: list[tuple[_Node, str]] = []
-    todo = [(self.root, pending, '')]
-    while todo:
-      node, before, text = todo.pop()
-      for byte, child in node.children.items():
-        if byte == QUOTE and not before:
-          exits.append((child, text))
-        elif read := lex(before, byte):
-          after, char = read
-          todo.append((child, after, text + char))
-          if child.ids and self.may_end(after):
-            ids += child.ids
-            begun += [len(text + char) + bool(after) - bool(pending)] * len(child.ids)
-    return _Scan(np.asarray(ids, np.int64), np.asarray(begun, np.int64), exits)
-
-  def may_end(self, pending: bytes) -> bool:
-    """Return whether a token may end with these bytes of a character under way."""
-    return self.splits_characters or not pending or pending[0] < 0x80
+  def __call__(self, text: str) -> list[int]:
+    """Never called, for grammars are compiled with `no_forcing`."""
+    raise NotImplementedError
 
 
 class JsonConstraints:
@@ -145,48 +103,58 @@ class JsonConstraints:
     self, id_bytes: Sequence[bytes], eos_ids: Sequence[int], vocab_size: int | None = None
   ):
     self._vocabulary = Vocabulary(id_bytes, eos_ids, vocab_size)
-    self._object = Masks(self._vocabulary, json_grammar.start(any_object()))
-    self._schemas: collections.OrderedDict[str, Masks] = collections.OrderedDict()
+    self._lock = threading.Lock()
+    self._kept: collections.OrderedDict[str, tuple[Any, int]] = collections.OrderedDict()
 
   def any_object(self) -> 'JsonConstraint':
     """Return a constraint to JSON objects."""
-    return JsonConstraint(self._object)
+    return self.schema({'type': 'object'})
 
   def schema(self, schema: Any) -> 'JsonConstraint':
-    """Return a constraint to the documents of a JSON Schema (see `json_schema`).
+    """Return a constraint to the documents of a JSON Schema.
 
     Raises:
-      ValueError: the schema is not supported, or nothing satisfies it.
+      ValueError: the schema is not supported, takes too much to compile, or nothing satisfies it.
     """
-    try:
-      key = json.dumps(schema)
-    except RecursionError:
-      raise ValueError('schema: nested too deeply; use $defs') from None
-    masks = self._schemas.pop(key, None)
-    if masks is None:
-      masks = Masks(self._vocabulary, json_grammar.start(compile_schema(schema)))
-    self._schemas[key] = masks
-    while len(self._schemas) > _MAX_SCHEMAS:
-      self._schemas.popitem(last=False)
-    return JsonConstraint(masks)
+    text = json.dumps(json_schema.prepare(schema) | {'x-guidance': _OPTIONS})
+    with self._lock:
+      kept = self._kept.pop(text, None)
+    if kept is None:
+      grammar = json.dumps({'grammars': [
+        {'lark_grammar': f'%llguidance {{"no_forcing": true}}\nstart: %json {text}'}]})
+      memory_bytes = _try_in_process(grammar)
+      kept = _compile(self._vocabulary, grammar), memory_bytes
+    with self._lock:
+      self._kept[text] = kept
+      while len(self._kept) > 1 and sum(size for _, size in self._kept.values()) > CACHE_BYTES:
+        self._kept.popitem(last=False)
+    return JsonConstraint(self._vocabulary, kept[0].deep_copy())
 
 
 class JsonConstraint:
   """A `Constraint` to JSON; begins at the start of a document."""
 
-  def __init__(self, masks: 'Masks'):
-    self._masks = masks
-    self._stacks: tuple[Stack, ...] = (masks.start,)
-    self._ended = False
+  def __init__(self, vocabulary: Vocabulary, matcher: Any):
+    self._vocabulary, self._matcher = vocabulary, matcher
+    self._brake = Brake(vocabulary)
 
   @property
   def complete(self) -> bool:
     """Whether the text is a whole document."""
-    return any(map(json_grammar.is_complete, self._stacks))
+    return self._matcher.is_accepting()
 
   def allowed(self) -> np.ndarray:
-    """Return bool (vocab_size,), read-only: the tokens that may come next; EOS after the end."""
-    return self._masks.mask(((),) if self._ended else self._stacks)
+    """Return bool (vocab_size,): the tokens that may come next; EOS after the end.
+
+    Raises:
+      ConstraintError: the schema has become too costly to follow, or the vocabulary cannot go on.
+    """
+    bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+    mask = np.unpackbits(bits, count=self._vocabulary.size, bitorder='little').view(bool)
+    if self._matcher.is_error() or not mask.any():
+      raise ConstraintError('schema: it cannot be followed from here by the tokens of this model, '
+                            'or not at a bearable cost; simplify its patterns')
+    return self._brake.apply(mask)
 
   def advance(self, token: int) -> None:
     """Take the token that was drawn.
@@ -194,102 +162,94 @@ class JsonConstraint:
     Raises:
       ValueError: the token was not allowed.
     """
-    if token in self._masks.eos_ids and (self._ended or self.complete):
-      self._ended = True
-      return
-    stacks = () if self._ended else self._masks.after(self._stacks, token)
-    if not stacks:
+    if not self._matcher.consume_token(token):
       raise ValueError(f'token={token} is not allowed here; draw among allowed()')
-    self._stacks = stacks
+    self._brake.advance(self._vocabulary.tokens[token])
 
 
-class Masks:
-  """The masks of a vocabulary in the states of one grammar.
+class Brake:
+  """Takes out tokens that make a number or a nesting longer than documents need.
 
-  Args of the constructor:
-    vocabulary: the tokens.
-    start: the state that a text begins in.
+  A number has up to 32 digits and its exponent 2, containers are nested up to 32 deep, unless the
+  schema asks for more.
   """
 
-  def __init__(self, vocabulary: Vocabulary, start: Stack):
-    self.start = start
-    self.eos_ids = vocabulary.eos_ids
-    self._vocabulary = vocabulary
-    self._size = vocabulary.vocab_size
-    # Packed, eight tokens to a byte: vocabularies are large.
-    self._masks: dict[tuple[Stack, ...], np.ndarray] = {}
+  def __init__(self, vocabulary: Vocabulary):
+    self._digits_V, self._opens_V, self._opens_later_V = vocabulary.brakes
+    self._in_string = self._escaped = False
+    self._depth = self._digits = 0
 
-  def mask(self, stacks: tuple[Stack, ...]) -> np.ndarray:
-    """Return bool (vocab_size,): the tokens that may follow any of these; kept."""
-    packed = self._masks.get(stacks)
-    if packed is None:
-      if len(self._masks) >= _MAX_MASKS:
-        self._masks.clear()
-      groups = _groups(stacks)
-      if len(groups) == 1:
-        found = self._mask(stacks)
-      else:
-        found = np.logical_or.reduce([self.mask(group) for group in groups])
-      self._masks[stacks] = np.packbits(found)
-      return found
-    return np.unpackbits(packed, count=self._size).astype(bool)
+  def advance(self, text: bytes) -> None:
+    """Follow the text."""
+    for byte in text:
+      if self._in_string:
+        self._in_string = self._escaped or byte != 0x22
+        self._escaped = byte == 0x5C and not self._escaped
+        continue
+      self._in_string = byte == 0x22
+      self._depth += (byte in b'[{') - (byte in b']}')
+      if byte in b'0123456789':
+        self._digits += 1
+      elif byte in b'eE' and self._digits:
+        self._digits = MAX_DIGITS - MAX_EXPONENT
+      elif byte not in b'.+-':
+        self._digits = 0
 
-  def after(self, stacks: tuple[Stack, ...], token: int) -> tuple[Stack, ...]:
-    """Return the states after a token; none where no state takes it."""
-    text = self._vocabulary.id_bytes[token] if 0 <= token < len(self._vocabulary.id_bytes) else b''
-    found: list[Stack] = []
-    for following in _groups(stacks) if text else ():
-      for byte in text:
-        following = _step(following, byte)
-      found += following if self._may_end(following) else ()
-    return tuple(dict.fromkeys(found))[:_MAX_STACKS]
-
-  def _mask(self, group: tuple[Stack, ...]) -> np.ndarray:
-    mask = np.zeros(self._vocabulary.vocab_size, bool)
-    mask[list(self.eos_ids)] = any(map(json_grammar.is_complete, group))
-    todo: list[tuple[_Node, tuple[Stack, ...]]] = []
-    if _is_free(group[0]):
-      frame, rest = group[0]  # type: ignore[misc]
-      scan, left = self._vocabulary.scan(frame.pending), frame.left
-      mask[scan.ids if left is None else scan.ids[scan.begun <= left]] = True
-      todo += [(node, stacks) for node, text in scan.exits
-               if (stacks := tuple(frame.close(text, rest)))]
-      for node, _ in todo:
-        mask[node.ids] = True
-    else:
-      todo.append((self._vocabulary.root, group))
-    while todo:
-      node, stacks = todo.pop()
-      for byte, child in node.children.items():
-        if following := _step(stacks, byte):
-          if child.ids and self._may_end(following):
-            mask[child.ids] = True
-          if child.children:
-            todo.append((child, following))
-    return mask
-
-  def _may_end(self, stacks: tuple[Stack, ...]) -> bool:
-    """Return whether a token may end in one of these states, which lie after the same bytes."""
-    frame = stacks[0][0] if stacks and stacks[0] else None
-    inside = isinstance(frame, TextFrame | KeyFrame)
-    return not inside or self._vocabulary.may_end(frame.pending)  # type: ignore[union-attr]
+  def apply(self, mask_V: np.ndarray) -> np.ndarray:
+    """Return the mask without them; the mask itself where nothing would be left."""
+    braked_V = mask_V
+    if not self._in_string:
+      braked_V = mask_V & (self._digits_V <= max(MAX_DIGITS - self._digits, 0))
+    if self._depth >= MAX_DEPTH:
+      braked_V = braked_V & ~(self._opens_later_V if self._in_string else self._opens_V).view(bool)
+    return braked_V if braked_V.any() else mask_V
 
 
-def _is_free(stack: Stack) -> bool:
-  frame = stack[0] if stack else None
-  return isinstance(frame, TextFrame | KeyFrame) and frame.free
+def _leading_digits(text: bytes) -> int:
+  """Return how many digits a token adds to a number; too many for a long exponent."""
+  if re.search(rb'[eE][+-]?\d{%d}' % (MAX_EXPONENT + 1), text):
+    return MAX_DIGITS + 1
+  return min(len(re.match(rb'\d*', text)[0]), MAX_DIGITS + 1)  # type: ignore[index]
 
 
-def _groups(stacks: tuple[Stack, ...]) -> list[tuple[Stack, ...]]:
-  """Return what is followed together: each stack in a free string alone, all others at once."""
-  alone = [(stack,) for stack in stacks if _is_free(stack)]
-  others = tuple(stack for stack in stacks if not _is_free(stack))
-  return [*alone, others] if others else [*alone]
+def _is_whole(text: bytes) -> bool:
+  try:
+    text.decode()
+  except UnicodeDecodeError:
+    return False
+  return True
 
 
-def _step(stacks: tuple[Stack, ...], byte: int) -> tuple[Stack, ...]:
-  if len(stacks) == 1:
-    found = json_grammar.step(stacks[0], byte)
-    return tuple(found) if len(found) < 2 else tuple(dict.fromkeys(found))[:_MAX_STACKS]
-  found = [after for stack in stacks for after in json_grammar.step(stack, byte)]
-  return tuple(dict.fromkeys(found))[:_MAX_STACKS]
+def _try_in_process(grammar: str) -> int:
+  """Compile a grammar in another process, and return the bytes of memory that it took."""
+  request = json.dumps({'grammar': grammar, 'cpu_seconds': CPU_SECONDS,
+                        'memory_bytes': MEMORY_BYTES})
+  worker = pathlib.Path(__file__).with_name('constraint_worker.py')
+  try:
+    done = subprocess.run([sys.executable, '-I', str(worker)], input=request.encode(),
+                          capture_output=True, check=False, timeout=20 * CPU_SECONDS, env={})
+    answer = json.loads(done.stdout)
+  except (subprocess.TimeoutExpired, ValueError):
+    raise ValueError(f'schema: to compile it takes more than {CPU_SECONDS} s or {MEMORY_BYTES} '
+                     'bytes of memory; make it simpler') from None
+  if answer['error']:
+    raise ValueError(f'schema: {_reason(answer["error"])}')
+  return answer['memory_bytes']
+
+
+def _compile(vocabulary: Vocabulary, grammar: str) -> Any:
+  import llguidance
+
+  limits = llguidance.LLParserLimits(max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False)
+  matcher = llguidance.LLMatcher(vocabulary.compiled, grammar, log_level=0, limits=limits)
+  if matcher.is_error() or not any(matcher.compute_bitmask()) or matcher.is_error():
+    raise ValueError(f'schema: {_reason(matcher.get_error()) or "no document satisfies it"}')
+  return matcher
+
+
+def _reason(error: str) -> str:
+  """Return what llguidance says of a schema, as one sentence."""
+  text = re.sub(r'^(at \d+\(\d+\): )?failed to \w+ (JSON schema|"%json"): ', '', error)
+  text = ' '.join(re.split(r'\s+1 \| %llg|\n\n', text)[0].split())
+  text = re.sub(r'Unimplemented keys: \[(.*)\]', r'not supported: \1; leave it out', text)
+  return text.partition('. Enable')[0][:200]

@@ -13,9 +13,10 @@ from typing import Any, cast
 import numpy as np
 from starlette.routing import Route, Router
 
+from jaxllm.generation.constraint import ConstraintError
 from jaxllm.serving import responses
 from jaxllm.serving.engine import ClosedError, Engine, FailedError, QueueFullError, Ticket
-from jaxllm.serving.errors import ApiError, unavailable
+from jaxllm.serving.errors import ApiError, invalid, unavailable
 from jaxllm.serving.limits import (
   Disconnected,
   Guard,
@@ -163,6 +164,8 @@ async def _answering(service: Service) -> AsyncIterator[None]:
                       'request_timeout', again=False) from None
   except ClosedError:
     raise unavailable('the server stopped before the answer was complete', 'closed') from None
+  except ConstraintError as error:
+    raise invalid('response_format', str(error)) from None
 
 
 async def _while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import pydantic
 
 from jaxllm.config import Config
+from jaxllm.generation.constraint import ConstraintError
 from jaxllm.generation.requests import Request, make_requests
 from jaxllm.generation.sampling import SamplingConfig
 from jaxllm.generation.text import TextPiece
@@ -360,9 +361,11 @@ class Engine:
     return min(asked, self.context_length + 1)
 
   def _fail_one(self, row: Row, error: Exception) -> None:
-    """End one row whose constraint or text failed; its message may hold text, so it is not told."""
-    failure = RuntimeError(f'this request failed on the server: {type(error).__name__}')
-    failure.__cause__ = error
+    """End one row whose constraint or text failed; only a `ConstraintError` is told as it is."""
+    failure: Exception = error
+    if not isinstance(error, ConstraintError):
+      failure = RuntimeError(f'this request failed on the server: {type(error).__name__}')
+      failure.__cause__ = error
     self._release(row, 'error')
     row.fail(failure)
 

@@ -8,14 +8,13 @@ import dataclasses
 import difflib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxllm.serving.errors import invalid
 
 Check = Callable[[str, Any], Any]
 REQUIRED: Any = object()
-MAX_DEPTH = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,17 +199,6 @@ def obj(name: str, value: Any) -> dict[str, Any]:
   if not isinstance(value, dict):
     raise invalid(name, f'{shown(value)} is not an object')
   return value
-
-
-def shallow(name: str, value: Any) -> Any:
-  """Return a value that is nested at most `MAX_DEPTH` deep."""
-  level: Sequence[Any] = [value]
-  for _ in range(MAX_DEPTH):
-    level = [child for item in level if isinstance(item, dict | list)
-             for child in (item.values() if isinstance(item, dict) else item)]
-    if not level:
-      return value
-  raise invalid(name, f'nested deeper than {MAX_DEPTH} levels')
 
 
 def _same(value: Any, neutral: Any) -> bool:

@@ -274,15 +274,13 @@ def _response_format(name: str, value: Any) -> Form | None:
   values = fields.read(value, table, where=name)
   if kind != 'json_schema':
     return 'json_object' if kind == 'json_object' else None
-  at = f'{name}.json_schema'
-  schema = fields.read(values['json_schema'], {
+  return fields.read(values['json_schema'], {
     'name': Field(fields.text(64), REQUIRED),
     'description': Field(fields.text()),
     # The mask follows the schema either way.
     'strict': Field(fields.boolean),
     'schema': Field(fields.obj, REQUIRED),
-  }, where=at)['schema']
-  return fields.shallow(f'{at}.schema', schema)
+  }, where=f'{name}.json_schema')['schema']
 
 
 def _stream_options(name: str, value: Any) -> bool:

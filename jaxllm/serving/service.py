@@ -28,7 +28,8 @@ from jaxllm.serving.metrics import Metrics
 from jaxllm.serving.protocol import Generation, Prompt
 from jaxllm.serving.responses import Answer, Names
 
-THREADS = 4
+THREADS, SCHEMA_THREADS = 4, 2
+_JSON = '{"a": [-1.5, true]}'
 T = TypeVar('T')
 
 
@@ -75,6 +76,8 @@ class Service:
     self._special = model.tokenizer.special_tokens
     self._names = Names(model.tokenizer)
     self._pool = concurrent.futures.ThreadPoolExecutor(THREADS, 'jaxllm-tokens')
+    # What may compile a schema, which can take seconds, keeps nobody else waiting.
+    self._schema_pool = concurrent.futures.ThreadPoolExecutor(SCHEMA_THREADS, 'jaxllm-schemas')
     self._constraints_lock = threading.Lock()
     self._constraints: JsonConstraints | None = None
 
@@ -93,13 +96,15 @@ class Service:
     finally:
       self.active -= 1
 
-  async def in_thread(self, work: Callable[..., T], *args: Any) -> T:
-    """Return what `work` returns, computed off the event loop."""
-    return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
+  async def in_thread(self, work: Callable[[bytes], T], body: bytes) -> T:
+    """Return what `work` makes of a body, computed off the event loop."""
+    pool = self._schema_pool if b'json_' in body else self._pool
+    return await asyncio.get_running_loop().run_in_executor(pool, work, body)
 
   def close(self) -> None:
     """Let the threads go."""
-    self._pool.shutdown(wait=False, cancel_futures=True)
+    for pool in (self._pool, self._schema_pool):
+      pool.shutdown(wait=False, cancel_futures=True)
 
   def completion(self, body: bytes) -> Plan:
     """Plan the answer to the body of a completion.
@@ -258,20 +263,26 @@ class Service:
       return None
     with self._constraints_lock:
       if self._constraints is None:
-        eos_id = self.tokenizer.eos_id
-        eos_ids = {*self._model.stop_ids, *([] if eos_id is None else [eos_id])}
-        try:
-          self._constraints = JsonConstraints(
-            self.tokenizer.id_bytes, sorted(eos_ids), self._model.config.vocab_size)
-        except ValueError:
-          raise invalid('response_format', 'the vocabulary of this model cannot spell JSON; leave '
-                                           'it out') from None
-      try:
-        if isinstance(form, Mapping):
-          return self._constraints.schema(form)
-        return self._constraints.any_object()
-      except ValueError as error:
-        raise invalid('response_format.json_schema.schema', str(error)[:300]) from None
+        self._constraints = self._make_constraints()
+    try:
+      return (self._constraints.schema(form) if isinstance(form, Mapping)
+              else self._constraints.any_object())
+    except ValueError as error:
+      raise invalid('response_format.json_schema.schema', str(error)[:300]) from None
+
+  def _make_constraints(self) -> JsonConstraints:
+    tokenizer = self.tokenizer
+    eos_ids = {*self._model.stop_ids, *([] if tokenizer.eos_id is None else [tokenizer.eos_id])}
+    try:
+      # Of some tokenizers the text of ids is not that of the bytes of each.
+      ids = tokenizer.encode(_JSON)
+      joined = b''.join(tokenizer.id_bytes[token] for token in ids).decode(errors='replace')
+      if not joined.strip() == text_of(tokenizer, ids).strip() == _JSON:
+        raise ValueError
+      return JsonConstraints(tokenizer.id_bytes, sorted(eos_ids), self._model.config.vocab_size)
+    except ValueError:
+      raise invalid('response_format', 'the vocabulary of this model cannot spell JSON; leave it '
+                                       'out') from None
 
 
 @contextlib.contextmanager

@@ -74,6 +74,7 @@ class Ticket:
     Raises:
       FailedError: the engine failed.
       ClosedError: the engine was closed before the row ended.
+      ConstraintError: no token continues the form that the row is bound to.
       RuntimeError: the row failed, and no other.
     """
     loop, arrived = asyncio.get_running_loop(), asyncio.Event()

@@ -9,6 +9,7 @@ import json
 import logging
 import resource
 import socket
+import threading
 import time
 
 import httpx
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from http_server import CLIENT, NAME, make_engine, running, shared, tiny_model, wait_until
 
+from jaxllm.generation import constraint
 from jaxllm.serving import connections
 from jaxllm.serving.engine import ClosedError, FailedError
 from jaxllm.serving.limits import LimitsConfig
@@ -111,6 +113,42 @@ def test_special_tokens_in_content_change_nothing_but_the_text(server):
   assert answer.status_code == 200
   plain = server.chat(messages=[{'role': 'user', 'content': 'x' * len(text)}])
   assert answer.json()['usage']['prompt_tokens'] == plain.json()['usage']['prompt_tokens']
+
+
+def test_schemas_that_compile_slowly_keep_nobody_waiting(server, monkeypatch):
+  begun, go_on = threading.Semaphore(0), threading.Event()
+
+  def compile_slowly(grammar):
+    begun.release()
+    assert go_on.wait(20)
+    raise ValueError('schema: too slow')
+
+  monkeypatch.setattr(constraint, '_try_in_process', compile_slowly)
+  form = {'type': 'json_schema', 'json_schema': {'name': 'a', 'schema': {'const': 'slow'}}}
+  with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    slow = [pool.submit(server.complete, response_format=form) for _ in range(8)]
+    assert begun.acquire(timeout=20)
+    try:
+      served(server)
+      assert server.chat().status_code == 200
+      assert not any(future.done() for future in slow)
+    finally:
+      go_on.set()
+    for future in slow:
+      refused(future.result(), 400, 'response_format.json_schema.schema')
+
+
+def test_a_form_that_cannot_be_followed_is_told(server, monkeypatch):
+  monkeypatch.setattr(constraint.Brake, 'apply', lambda self, mask: 1 / 0)
+  refused(server.complete(response_format={'type': 'json_object'}), 500)
+
+  def dead_end(self, mask):
+    raise constraint.ConstraintError('schema: a dead end')
+
+  monkeypatch.setattr(constraint.Brake, 'apply', dead_end)
+  error = refused(server.complete(response_format={'type': 'json_object'}), 400, 'response_format')
+  assert 'a dead end' in error['message']
+  served(server)
 
 
 def test_large_bodies_are_not_read(server):

@@ -175,11 +175,6 @@ def test_response_formats():
   schema = {'type': 'object', 'properties': {}}
   form = {'type': 'json_schema', 'json_schema': {'name': 'a', 'strict': True, 'schema': schema}}
   assert chat(response_format=form).generation.form == schema
-  deep = {}
-  for _ in range(100):
-    deep = {'items': deep}
-  form['json_schema']['schema'] = deep
-  assert 'deeper' in refusal(chat, response_format=form).message
 
 
 def test_embeddings_and_tokens():
