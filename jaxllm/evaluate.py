@@ -10,6 +10,7 @@
 """
 
 import json
+import math
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -186,44 +187,53 @@ def _contamination(model, texts: Sequence[str]) -> dict[str, Any] | None:
 def _training_texts(model) -> Iterable[str] | None:
   """Return what a run was trained on; None where that is not known."""
   from jaxllm import pipelines
-  from jaxllm.data import records
   from jaxllm.evaluation import contamination
   from jaxllm.tasks import records as task_records
 
   if own := pipelines.own_task(model):
     return map(contamination.longest_text, task_records.load(own.data, 'train'))
-  if not model.experiment:
+  if not model.experiment or _records(model) is None:
     return None
   directory = pathlib.Path(model.experiment.records_dir) / model.experiment.name
-  if not (directory / 'manifest.json').is_file():
-    return None
-  if records.load_manifest(directory).data != model.experiment.data:
-    return None
   return contamination.record_texts(directory, model.tokenizer)
+
+
+def _records(model) -> Any:
+  """Return the manifest of the records that a run was trained on, if they still lie there."""
+  from jaxllm.checkpoints import store
+  from jaxllm.training import dataset
+
+  return dataset.find_records(
+    model.experiment, store.read_bundle(MODEL.value).manifest.get('fingerprint'))
 
 
 def _held_out(model) -> dict[str, float]:
   """Return the scores of a run on its held-out records."""
+  import jax
+
   from jaxllm import sharding
   from jaxllm.data import batches, records
   from jaxllm.evaluation import perplexity
+  from jaxllm.sharding import MeshConfig
 
   experiment, split = model.experiment, SPLIT.value or 'validation'
   if experiment is None:
     raise ValueError(f'--model={MODEL.value} was not trained here, so it has no held-out records: '
                      'give --text=FILE or --tasks=NAME,...')
   directory = pathlib.Path(experiment.records_dir) / experiment.name
-  manifest = records.prepare(experiment.data, experiment.tokenizer, directory)
-  mesh = sharding.make_mesh(experiment.mesh)
-  eval_step = perplexity.make_eval_step(
-    model.config, experiment.next_token, mesh, experiment.mesh
-  )
+  manifest = _records(model) or records.prepare(experiment.data, experiment.tokenizer, directory)
+  # Of the mesh that it was trained on nothing is needed but the rules.
+  devices = jax.devices()[: math.gcd(BATCH_SIZE.value, jax.device_count())]
+  mesh_config = MeshConfig(rules=experiment.mesh.rules)
+  mesh = sharding.make_mesh(mesh_config, devices)
+  eval_step = perplexity.make_eval_step(model.config, experiment.next_token, mesh, mesh_config)
   held_out = batches.make_batches(
     directory, split, BATCH_SIZE.value, seed=0, shuffle=False, num_epochs=1
   )
   return perplexity.evaluate(
-    eval_step, model.variables, batches.prefetch(held_out, 0, held_out.num_batches),
-    sharding.batch_sharding(mesh, experiment.mesh), manifest.split(split).bytes_per_token,
+    eval_step, jax.device_put(model.variables, sharding.replicated(mesh)),
+    batches.prefetch(held_out, 0, held_out.num_batches),
+    sharding.batch_sharding(mesh, mesh_config), manifest.split(split).bytes_per_token,
   )
 
 

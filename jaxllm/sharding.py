@@ -184,6 +184,19 @@ def batch_sharding(mesh: Mesh, config: MeshConfig) -> NamedSharding:
   return NamedSharding(mesh, partition_spec(('batch', 'length'), config.rules))
 
 
+def batch_shardings(batch: Mapping[str, Any], sharding: NamedSharding) -> dict[str, NamedSharding]:
+  """Return the sharding of each array of a batch.
+
+  Args:
+    batch: name -> (B, T) array or shape; what holds one thing per row (labels) is narrower, and
+      split by rows alone.
+    sharding: from `batch_sharding`.
+  """
+  length = max(array.shape[1] for array in batch.values())
+  rows = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1]))
+  return {name: sharding if array.shape[1] == length else rows for name, array in batch.items()}
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   """Return the sharding that keeps a whole copy on every device."""
   return NamedSharding(mesh, PartitionSpec())
@@ -200,7 +213,8 @@ def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[
     name -> (global rows, T) array, split over the mesh.
   """
   return {
-    name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()
+    name: jax.make_array_from_process_local_data(where, batch[name])
+    for name, where in batch_shardings(batch, sharding).items()
   }
 
 

@@ -9,6 +9,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import signal
@@ -138,20 +139,20 @@ def _accept(run: _Run, step: int, selected: Selection) -> None:
 
 
 def _check_batch(experiment: Experiment, mesh: Mesh) -> None:
-  """Check before any array exists that rows divide over devices, microbatches and processes."""
-  axes = dict(experiment.mesh.rules)['batch']
-  parts = 1
-  for axis in axes:
-    parts *= mesh.shape[axis]
+  """Check before any array exists that batches divide over devices, microbatches and processes."""
   training, evaluation = experiment.training, experiment.evaluation
-  rows = {
-    'training.batch_size / training.microbatches': training.batch_size // training.microbatches,
-    'evaluation.batch_size': evaluation.batch_size or training.batch_size,
-  }
-  for name, size in rows.items():
+  sizes = (
+    ('training.batch_size / training.microbatches', 'batch', 'rows',
+     training.batch_size // training.microbatches),
+    ('evaluation.batch_size', 'batch', 'rows', evaluation.batch_size or training.batch_size),
+    ('data.context_length', 'length', 'tokens', experiment.data.context_length),
+  )
+  for name, axis, what, size in sizes:
+    axes = dict(experiment.mesh.rules)[axis]
+    parts = math.prod(mesh.shape[axis] for axis in axes)
     if size % parts:
       raise ValueError(
-        f'config.{name} is {size} rows, which do not divide over {parts} devices (mesh axes '
+        f'config.{name} is {size} {what}, which do not divide over {parts} devices (mesh axes '
         f'{", ".join(axes)}); make it a multiple of {parts}'
       )
 

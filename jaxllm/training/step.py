@@ -54,18 +54,18 @@ def make_train_step(experiment: Experiment, tx: optax.GradientTransformation, me
   return jax.jit(
     train_step,
     donate_argnums=0,
-    in_shardings=(state_sharding, sharding.batch_sharding(mesh, experiment.mesh)),
+    in_shardings=(state_sharding, None),  # A batch lies where `sharding.put_batch` has put it.
     out_shardings=(state_sharding, sharding.replicated(mesh)),
   )
 
 
 def abstract_batch(experiment: Experiment, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
   """Return the shapes, dtypes and shardings of a training batch without allocating."""
-  where = sharding.batch_sharding(mesh, experiment.mesh)
   empty = rows.decode(experiment)(np.zeros(0, rows.dtype(experiment)))
+  where = sharding.batch_shardings(empty, sharding.batch_sharding(mesh, experiment.mesh))
   return {
     name: jax.ShapeDtypeStruct(
-      (experiment.training.batch_size, array.shape[1]), array.dtype, sharding=where)
+      (experiment.training.batch_size, array.shape[1]), array.dtype, sharding=where[name])
     for name, array in empty.items()
   }
 
@@ -134,7 +134,8 @@ def accumulate_gradients(
     return grad_fn(state.params, batch, key)
 
   # Part i takes rows i, i + M, ...: every device keeps its own rows in every part.
-  parts = jax.tree.map(lambda x: _split_rows(x, microbatches), dict(batch))
+  length = max(x.shape[1] for x in batch.values())
+  parts = {name: _split_rows(x, microbatches, x.shape[1] == length) for name, x in batch.items()}
 
   def add(carry: Any, inputs: Any) -> tuple[Any, None]:
     part, index = inputs
@@ -151,10 +152,10 @@ def accumulate_gradients(
   return total
 
 
-def _split_rows(x_BT: jax.Array, parts: int) -> jax.Array:
+def _split_rows(x_BT: jax.Array, parts: int, per_token: bool) -> jax.Array:
   rows, length = x_BT.shape
   x = x_BT.reshape(rows // parts, parts, length).swapaxes(0, 1)
-  return sharding.constrain(x, None, 'batch', 'length')
+  return sharding.constrain(x, None, 'batch', 'length' if per_token else None)
 
 
 def _is_spike(config: SpikeConfig | None, state: TrainState, loss: jax.Array) -> jax.Array:

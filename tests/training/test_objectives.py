@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxllm import loading, pipelines
+from jaxllm import loading, pipelines, sharding
 from jaxllm.checkpoints import store
 from jaxllm.config import ConfigError
 from jaxllm.experiment import Distillation, Experiment, FinetuneConfig, TrainingConfig
@@ -18,7 +18,7 @@ from jaxllm.optim.optimizers import OptimizerConfig
 from jaxllm.tasks import predict
 from jaxllm.tasks.preference import Preference
 from jaxllm.tasks.records import RecordsConfig, RecordSource
-from jaxllm.training import dataset, loop, losses, resume, rows, scoring
+from jaxllm.training import dataset, loop, losses, resume, rows, scoring, state, step
 from tests.training import test_finetune, tiny_run
 from tests.training.test_finetune import LORA, lines, train
 
@@ -125,6 +125,33 @@ def test_a_student_comes_nearer_to_its_teacher(base):
   assert model.experiment.objective.teacher_model == loading.load(base / 'teacher').config
   assert not any(path.startswith('frozen') for path in store._stored_leaves(
     store.find_step(base / 'student')))
+
+
+@pytest.mark.parametrize('objective', [ClassifierConfig(num_classes=2), Dpo()])
+def test_what_is_one_per_row_is_not_split_with_the_sequence(base, objective):
+  """The loss on four devices that split the sequence is that of one; so far the step compiles."""
+  if objective.kind == 'classifier':
+    config = test_finetune.experiment(base, finetune=FULL, objective=objective)
+  else:
+    config = preferring(base, objective, FULL)
+  config = loop.finetune.resolve(config.replace(
+    mesh={'data': 2, 'context': 4}, training=TrainingConfig(num_steps=2, batch_size=8,
+                                                            microbatches=2)))
+  mesh, tx = sharding.make_mesh(config.mesh), state.make_optimizer(config)
+  one = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+  step.make_train_step(config, tx, mesh).lower(
+    state.abstract_state(config, tx, mesh), step.abstract_batch(config, mesh))
+  batch = dataset.open_dataset(config).make_batches('train', 8, True, None).batch_at(0)
+  params = jax.jit(lambda key: loop.finetune.init(config, key))(jax.random.key(0))
+  found = []
+  for devices in (mesh, one):
+    def loss(params, batch, devices=devices):
+      with sharding.activate(devices, config.mesh):
+        return losses.make_sums(config)({'params': params}, {}, batch, None)['loss_sum']
+
+    placed = sharding.put_batch(batch, sharding.batch_sharding(devices, config.mesh))
+    found.append(jax.jit(loss)(jax.device_put(params, sharding.replicated(devices)), placed))
+  assert float(found[0]) == pytest.approx(float(found[1]), rel=1e-5)
 
 
 @pytest.mark.parametrize('kind', ['reference', 'teacher'])
