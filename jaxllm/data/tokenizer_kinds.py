@@ -12,7 +12,8 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jaxllm.data import parallel
+from jaxllm.data import parallel, tokenizer_parts
+from jaxllm.data.tokenizer_parts import Part
 
 Files = Mapping[str, bytes]
 
@@ -37,6 +38,8 @@ class Tokenizer:
   _encode_batch: Callable[[Sequence[str]], list[list[int]]] = dataclasses.field(repr=False)
   _decode: Callable[[Sequence[int]], str] = dataclasses.field(repr=False)
   _files: Files = dataclasses.field(repr=False)
+  library: Any = dataclasses.field(repr=False, default=None)
+  """The tokenizer of the tokenizers library that does the work; None: another library does."""
 
   @property
   def vocab_size(self) -> int:
@@ -49,11 +52,49 @@ class Tokenizer:
     Raises:
       ValueError: the vocabulary cannot express the text, or the tokenizer fails on it.
     """
-    return self._encode(_valid(text))
+    return self._never_special(text, self._encode(_valid(text)))
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     """Return `encode` of each text, on all cores."""
-    return self._encode_batch([_valid(text) for text in texts])
+    found = self._encode_batch([_valid(text) for text in texts])
+    return [*map(self._never_special, texts, found)]
+
+  def _never_special(self, text: str, ids: list[int]) -> list[int]:
+    # A unigram model gives a piece that text spells, be it a special token.
+    return ids if self._special_ids.isdisjoint(ids) else self.encode_parts([text])
+
+  @functools.cached_property
+  def _special_ids(self) -> frozenset[int]:
+    return frozenset(self.special_tokens.values())
+
+  def encode_parts(self, parts: Sequence[Part]) -> list[int]:
+    """Return the ids of one text in which tokens stand at given places.
+
+    Args:
+      parts: text, and ids of special tokens. Text never gives a special token, whatever it spells.
+
+    Raises:
+      ValueError: as `encode`.
+    """
+    parts = tokenizer_parts.joined([_valid(p) if isinstance(p, str) else p for p in parts])
+    if self.library is not None:
+      return _no_panic(self._encode_parts, parts)
+    ids: list[int] = []
+    for i, part in enumerate(parts):
+      ids += [part] if isinstance(part, int) else (self._within if i else self).encode(part)
+    return ids
+
+  @functools.cached_property
+  def _encode_parts(self) -> Callable[[Sequence[Part]], list[int]]:
+    return tokenizer_parts.encoder(self.library, self.special_tokens)
+
+  @functools.cached_property
+  def _within(self) -> 'Tokenizer':
+    """The tokenizer of text that does not begin a text: SentencePiece adds no space before it."""
+    content = self._files.get('tokenizer.model')
+    # Protobuf merges what stands twice; this says normalizer_spec.add_dummy_prefix = false.
+    return self if content is None else from_sentencepiece(
+      {'tokenizer.model': content + b'\x1a\x02\x18\x00'})
 
   def decode(self, ids: Sequence[int]) -> str:
     """Return the text of ids: nothing for special tokens, U+FFFD for bytes that are not UTF-8.
@@ -226,7 +267,8 @@ def _from_library(inner: Any, named: Mapping[str, Any], files: Files) -> Tokeniz
   added = {token.content: i for i, token in inner.get_added_tokens_decoder().items()
            if token.special}
   return Tokenizer(_library_bytes(inner, vocab, size), special('bos_token'), eos,
-                   _first(special('pad_token'), eos, 0), added, encode, encode_batch, decode, files)
+                   _first(special('pad_token'), eos, 0), added, encode, encode_batch, decode, files,
+                   inner)
 
 
 def _no_panic(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

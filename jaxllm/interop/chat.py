@@ -12,9 +12,10 @@ import re
 import secrets
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxllm.data.tokenizer_parts import Part
 from jaxllm.data.tokenizers import Tokenizer
 
 # What ends a turn in the usual templates.
@@ -24,6 +25,9 @@ _TURN_ENDS = (
 # How many conversations are rendered by one process, which has a limit of time.
 _AT_ONCE = 256
 CPU_SECONDS, MEMORY_BYTES, MAX_CHARACTERS = 5, 512_000_000, 10_000_000
+# The last plane of Unicode, for private use, and how JSON in ASCII writes its characters.
+_PRIVATE = 0x100000
+_STAND_IN = re.compile('[\U00100000-\U0010fffd]' r'|\\udb[c-f][0-9a-f]\\ud[c-f][0-9a-f]{2}')
 MAX_TEMPLATE_CHARACTERS = 1_000_000
 
 Message = Mapping[str, Any]
@@ -127,22 +131,24 @@ def encode_all(
     TemplateError: as `render`, or none of the templates is the default.
   """
   special = tokenizer.special_tokens
-  # Stands in messages for what spells a special token, and is put back once the text is cut.
-  stand_in = f'\ue000{secrets.token_hex(8)}\ue001'
-  hidden: list[str] = []
-  given: Any = {'conversations': conversations, 'tools': tools, 'documents': documents,
-                'variables': variables}
-  if special:
-    given = _hide(given, _any_of(special), stand_in, hidden)
-  put_back = re.compile(re.escape(stand_in) + r'(\d+);')
-
-  def restore(plain: str) -> str:
-    return put_back.sub(lambda match: hidden[int(match[1])], plain)
-
+  # One character stands for each special token that is not the template's, so that no template can
+  # take it apart; it is put back in what is plain text.
+  first = _PRIVATE + secrets.randbelow(0xFFFE - len(special))
+  stand_ins = {text: chr(first + i) for i, text in enumerate(special)}
+  given = _hide(
+    {'conversations': conversations, 'tools': tools, 'documents': documents,
+     'variables': variables}, _any_of(special), stand_ins)
   texts = render(
     chosen(template, tools), given['conversations'], add_generation_prompt, given['tools'],
     given['documents'], **{**special_names(tokenizer), **given['variables']})
-  return [encode_with_special(tokenizer, text, restore) for text in texts]
+  hidden = {char: text for text, char in stand_ins.items()}
+
+  def put_back(match: re.Match[str]) -> str:
+    return hidden.get(json.loads(f'"{match[0]}"'), match[0])
+
+  parts = ([_STAND_IN.sub(put_back, part) if isinstance(part, str) else part
+            for part in _parts(text, special)] for text in texts)
+  return [tokenizer.encode_parts(some) for some in parts]
 
 
 def chosen(template: Templates, tools: Sequence[Any] | None = None) -> str:
@@ -179,26 +185,12 @@ def special_names(tokenizer: Tokenizer) -> Mapping[str, str]:
   return {key: value for key, value in named.items() if isinstance(value, str)}
 
 
-def encode_with_special(
-  tokenizer: Tokenizer, text: str, restore: Callable[[str], str] = lambda plain: plain
-) -> list[int]:
+def encode_with_special(tokenizer: Tokenizer, text: str) -> list[int]:
   """Return the ids of a text in which special tokens are spelled: they become tokens.
 
   Only for text that can be trusted; `Tokenizer.encode` leaves them plain text.
-
-  Args:
-    tokenizer: of the model.
-    text: for example '<|im_start|>user: Hello!<|im_end|>'.
-    restore: changes each stretch between special tokens before it is encoded.
   """
-  special = tokenizer.special_tokens
-  result, at = [], 0
-  for part in _any_of(special).finditer(text) if special else ():
-    plain = restore(text[at : part.start()])
-    result += [*(tokenizer.encode(plain) if plain else []), special[part[0]]]
-    at = part.end()
-  last = restore(text[at:])
-  return result + (tokenizer.encode(last) if last else [])
+  return tokenizer.encode_parts(_parts(text, tokenizer.special_tokens))
 
 
 def turn_ends(special: Mapping[str, int]) -> tuple[int, ...]:
@@ -221,20 +213,23 @@ def _plain(message: Message) -> Message:
 
 
 def _any_of(special: Mapping[str, int]) -> re.Pattern[str]:
-  return re.compile('|'.join(sorted(map(re.escape, special), key=len, reverse=True)))
+  longest_first = sorted(special, key=len, reverse=True)
+  return re.compile('|'.join(map(re.escape, longest_first)) or '(?!)')
 
 
-def _hide(value: Any, spelled: re.Pattern[str], stand_in: str, hidden: list[str]) -> Any:
-  """Replace what spells a special token, in all texts of a message."""
+def _hide(value: Any, spelled: re.Pattern[str], stand_ins: Mapping[str, str]) -> Any:
+  """Replace what spells a special token, in all texts and names of a value."""
   if isinstance(value, str):
-    def replace(match: re.Match[str]) -> str:
-      hidden.append(match[0])
-      return f'{stand_in}{len(hidden) - 1};'
-
-    return spelled.sub(replace, value)
+    return spelled.sub(lambda match: stand_ins[match[0]], value)
   if isinstance(value, Mapping):
-    return {_hide(key, spelled, stand_in, hidden): _hide(item, spelled, stand_in, hidden)
+    return {_hide(key, spelled, stand_ins): _hide(item, spelled, stand_ins)
             for key, item in value.items()}
   if isinstance(value, list | tuple):
-    return [_hide(item, spelled, stand_in, hidden) for item in value]
+    return [_hide(item, spelled, stand_ins) for item in value]
   return value
+
+
+def _parts(text: str, special: Mapping[str, int]) -> list[Part]:
+  """Cut a text into the special tokens that it spells and what is between them."""
+  pieces = re.split(f'({_any_of(special).pattern})', text)
+  return [special[piece] if i % 2 else piece for i, piece in enumerate(pieces)]
