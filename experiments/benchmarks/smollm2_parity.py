@@ -60,11 +60,11 @@ def continue_ours(path: pathlib.Path, count: int):
   from jaxllm.data import tokenizers
   from jaxllm.generation import decode
   from jaxllm.generation.sampling import SamplingConfig
-  from jaxllm.interop import chat, gguf, tokenizer_files
+  from jaxllm.interop import chat, sources, tokenizer_files
   from jaxllm.models.decoder import Decoder, unstack
 
   begin = time.perf_counter()
-  loaded = gguf.load(path)
+  loaded = sources.load(path)
   print(f'loaded in {time.perf_counter() - begin:.1f} s')
   tokenizer = tokenizers.from_files(loaded.files)
   template = tokenizer_files.chat_template(loaded.files)

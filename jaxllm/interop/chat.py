@@ -20,7 +20,9 @@ from jaxllm.data.tokenizers import Tokenizer
 
 # What ends a turn in the usual templates.
 _TURN_ENDS = (
-  '<|im_end|>', '<|eot_id|>', '<end_of_turn>', '<|end|>', '<|endoftext|>', '</s>', '<|return|>'
+  '<|im_end|>', '<|eot_id|>', '<|eom_id|>', '<end_of_turn>', '<turn|>', '<|end|>', '<|return|>',
+  '<|call|>', '<|endoftext|>', '<|end_of_text|>', '<end_of_utterance>', '</s>', '<eos>', '<EOT>',
+  '_<EOT>', '[EOT]', '[EOS]', '[e~[', '<\uff5cend\u2581of\u2581sentence\uff5c>',
 )
 # How many conversations are rendered by one process, which has a limit of time.
 _AT_ONCE = 256
@@ -195,7 +197,9 @@ def encode_with_special(tokenizer: Tokenizer, text: str) -> list[int]:
 
 def turn_ends(special: Mapping[str, int]) -> tuple[int, ...]:
   """Return which of the special tokens end the assistant's turn; it need not be EOS."""
-  return tuple(special[text] for text in _TURN_ENDS if text in special)
+  # Where there are two more ends, this one is between the parts of a turn.
+  between = ['<|end|>'] if {'<|return|>', '<|call|>'} <= special.keys() else []
+  return tuple(special[text] for text in _TURN_ENDS if text in special and text not in between)
 
 
 # As a file it would put its own directory, with modules of common names, on the path.

@@ -11,6 +11,7 @@ import dataclasses
 import math
 import mmap
 import pathlib
+import re
 import struct
 from collections.abc import Mapping
 from typing import Any
@@ -23,6 +24,8 @@ _STRING, _ARRAY = 8, 9
 
 MAX_KEYS, MAX_TENSORS, MAX_ELEMENTS = 10_000, 100_000, 2**40
 MAX_METADATA_BYTES = 1_000_000_000
+# The name of one of several files of a model.
+_PART = re.compile(r'(.*)-\d{5}-of-(\d{5})\.gguf')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,12 +74,51 @@ def library() -> Any:
   return gguf
 
 
-def read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-  """Return the metadata and the tensors of a file.
+def find(directory: pathlib.Path) -> pathlib.Path:
+  """Return the GGUF file of a directory, the first one of a model in several.
 
   Raises:
-    ValueError: it is damaged, cut off, something else, or of a type that cannot be read.
+    ValueError: there are several models.
   """
+  found = {_PART.sub(r'\1', path.name): path for path in sorted(directory.glob('*.gguf'))[::-1]}
+  if len(found) != 1:
+    raise ValueError(f'{directory} holds {len(found)} GGUF models; name the file of one: '
+                     f'{", ".join(sorted(path.name for path in found.values()))}')
+  return next(iter(found.values()))
+
+
+def read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+  """Return the metadata and the tensors of a file, and of those that go on with its model.
+
+  Raises:
+    ValueError: one is missing, damaged, cut off, something else, or of a type that cannot be read.
+  """
+  metadata, tensors = _read_file(path)
+  count = metadata.get('split.count', 1)
+  if not isinstance(count, int) or count <= 1:
+    return metadata, tensors
+  named = _PART.fullmatch(path.name)
+  if named is None or int(named[2]) != count:
+    raise ValueError(f'{path} is one of {count} files of a model (split.count); their names have '
+                     f'to end with -00001-of-{count:05}.gguf, and so on')
+  paths = [path.with_name(f'{named[1]}-{i + 1:05}-of-{count:05}.gguf') for i in range(count)]
+  if missing := [part.name for part in paths if not part.is_file()]:
+    raise ValueError(f'{path} is one of {count} files of a model; fetch the missing ones too: '
+                     f'{", ".join(missing[:5])}')
+  read = [_read_file(part) for part in paths]
+  for i, (part, (content, _)) in enumerate(zip(paths, read, strict=True)):
+    if (content.get('split.no'), content.get('split.count')) != (i, count):
+      raise ValueError(f'{part}: split.no={content.get("split.no")} and split.count='
+                       f'{content.get("split.count")} do not fit its name')
+  tensors = {name: tensor for _, found in read for name, tensor in found.items()}
+  expected = read[0][0].get('split.tensors.count', len(tensors))
+  if len(tensors) != sum(len(found) for _, found in read) or len(tensors) != expected:
+    raise ValueError(f'{paths[0]}: {count} files hold {len(tensors)} different tensors, but '
+                     f'split.tensors.count is {expected}; they are not of one model')
+  return read[0][0], tensors
+
+
+def _read_file(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
   if not path.is_file():
     raise ValueError(f'{path} is not a file')
   with path.open('rb') as file:

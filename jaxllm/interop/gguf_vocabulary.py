@@ -3,14 +3,15 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxllm.interop import sentencepiece_model, tokenizer_export
+from absl import logging
+
+from jaxllm.data.tokenizer_kinds import MARK
+from jaxllm.interop import chat, gguf_pre_tokenizers, sentencepiece_model, tokenizer_export
 from jaxllm.interop.sentencepiece_model import CONTROL, UNKNOWN, USER_DEFINED
 from jaxllm.interop.tokenizer_export import json_bytes
 from jaxllm.interop.tokenizer_files import GENERATION
 
 _KEY = 'tokenizer.ggml.'
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
 
 
 def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
@@ -26,35 +27,63 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
     raise ValueError(f'{_KEY}model {kind!r} is not supported (supported: {", ".join(_KINDS)})')
   if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
     raise ValueError(f'{_KEY}tokens is no list of strings')
+  # llama.cpp's name for what has none.
+  tokens = [token or f'[EMPTY_{i}]' for i, token in enumerate(tokens)]
   if len(set(tokens)) != len(tokens):
     twice = next(token for token in tokens if tokens.count(token) > 1)
     raise ValueError(f'{_KEY}tokens: {twice!r} stands twice')
   files = _KINDS[kind](metadata, tokens)
   ids = _special_ids(metadata, len(tokens))
   settings = {name.removesuffix('_id'): tokens[value] for name, value in ids.items()}
-  add_bos = metadata.get(_KEY + 'add_bos_token', kind == 'llama')
-  settings |= {'tokenizer_class': 'PreTrainedTokenizerFast', 'add_bos_token': bool(add_bos),
+  settings |= {'tokenizer_class': 'PreTrainedTokenizerFast', 'add_bos_token': _adds_bos(metadata),
                'clean_up_tokenization_spaces': False}
   template = metadata.get('tokenizer.chat_template')
   if isinstance(template, str):
     settings['chat_template'] = template
   files['tokenizer_config.json'] = json_bytes(settings)
-  files[GENERATION] = json_bytes(
-    {name: value for name, value in ids.items() if name != 'unk_token_id'}
-  )
+  generation: dict[str, Any] = {name: i for name, i in ids.items() if name != 'unk_token_id'}
+  ends = [*([ids['eos_token_id']] if 'eos_token_id' in ids else []), *_ends(metadata, tokens)]
+  if ends := list(dict.fromkeys(ends)):
+    generation['eos_token_id'] = ends if len(ends) > 1 else ends[0]
+  files[GENERATION] = json_bytes(generation)
   return files
 
 
 def _special_ids(metadata: Mapping[str, Any], count: int) -> dict[str, int]:
+  # What llama.cpp takes for granted of SentencePiece models.
+  usual = {'bos': 1, 'eos': 2} if metadata.get(_KEY + 'model') == 'llama' else {}
   ids = {}
   for theirs, ours in (('bos', 'bos'), ('eos', 'eos'), ('padding', 'pad'), ('unknown', 'unk')):
-    value = metadata.get(f'{_KEY}{theirs}_token_id')
-    if value is None:
-      continue
-    if not isinstance(value, int) or not 0 <= value < count:
-      raise ValueError(f'{_KEY}{theirs}_token_id={value!r}, but there are {count} tokens')
-    ids[f'{ours}_token_id'] = value
+    value = metadata.get(f'{_KEY}{theirs}_token_id', usual.get(theirs))
+    if value is not None:
+      ids[f'{ours}_token_id'] = _id(f'{theirs}_token_id', value, count)
   return ids
+
+
+def _id(name: str, value: Any, count: int) -> int:
+  if not isinstance(value, int) or not 0 <= value < count:
+    raise ValueError(f'{_KEY}{name}={value!r}, but there are {count} tokens')
+  return value
+
+
+def _ends(metadata: Mapping[str, Any], tokens: list[str]) -> list[int]:
+  """Return the tokens besides EOS that end a generation: named by a key, or known by their text."""
+  named = ('eot_token_id', 'eom_token_id', 'fim_pad_token_id', 'fim_rep_token_id',
+           'fim_sep_token_id')
+  ids = [_id(name, metadata[_KEY + name], len(tokens)) for name in named if _KEY + name in metadata]
+  ids += [_id('eos_token_ids', i, len(tokens)) for i in metadata.get(_KEY + 'eos_token_ids', [])]
+  kinds = _list(metadata, 'token_type', len(tokens), sentencepiece_model.NORMAL)
+  # Struck-out text ends in HTML with what elsewhere ends a text.
+  known = {token: i for i, token in enumerate(tokens)
+           if (token, kinds[i]) != ('</s>', sentencepiece_model.NORMAL)}
+  return [*ids, *chat.turn_ends(known)]
+
+
+def _adds_bos(metadata: Mapping[str, Any]) -> bool:
+  """Return whether prompts begin with BOS, by llama.cpp's defaults."""
+  usual = (metadata.get(_KEY + 'model') == 'llama'
+           or metadata.get(_KEY + 'pre') in gguf_pre_tokenizers.WITH_BOS)
+  return bool(metadata.get(_KEY + 'add_bos_token', usual))
 
 
 def _list(metadata: Mapping[str, Any], name: str, count: int, default: Any) -> list[Any]:
@@ -68,8 +97,14 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str, 
   """'llama': pieces with scores, merged as SentencePiece's BPE does."""
   ids = _special_ids(metadata, len(tokens))
   kinds = _list(metadata, 'token_type', len(tokens), sentencepiece_model.NORMAL)
+  # llama.cpp finds these in text as it is, SentencePiece in text whose spaces are marked.
+  pieces = [token.replace(' ', MARK) if kind == USER_DEFINED else token
+            for token, kind in zip(tokens, kinds, strict=True)]
+  if len(set(pieces)) != len(pieces):
+    twice = next(piece for piece in pieces if pieces.count(piece) > 1)
+    raise ValueError(f'{_KEY}tokens: {twice!r} stands twice, with spaces and with their sign')
   model = sentencepiece_model.Model(
-    tokens, _list(metadata, 'scores', len(tokens), 0.0), kinds,
+    pieces, _list(metadata, 'scores', len(tokens), 0.0), kinds,
     byte_fallback=sentencepiece_model.BYTE in kinds,
     dummy_prefix=bool(metadata.get(_KEY + 'add_space_prefix', True)),
     bos_id=ids.get('bos_token_id', -1), eos_id=ids.get('eos_token_id', -1),
@@ -81,11 +116,10 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str, 
 
 def _byte_level(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str, bytes]:
   """'gpt2': byte-level BPE, with text cut as `tokenizer.ggml.pre` says."""
-  import tokenizers as library
-
   pre = metadata.get(_KEY + 'pre', 'default')
-  if pre not in _CUTS:
-    raise ValueError(f'{_KEY}pre {pre!r} is not supported (supported: {", ".join(_CUTS)})')
+  if pre == 'default':
+    logging.warning('%spre does not say how text is cut; it is as for GPT-2', _KEY)
+  pre_tokenizer, normalizer = gguf_pre_tokenizers.build(pre)
   lines = metadata.get(_KEY + 'merges')
   if not isinstance(lines, list):
     raise ValueError(f'{_KEY}merges is missing')
@@ -98,43 +132,18 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str, byt
     merges.append((first, second))
   kinds = _list(metadata, 'token_type', len(tokens), sentencepiece_model.NORMAL)
   ids = _special_ids(metadata, len(tokens))
-  with_bos = metadata.get(_KEY + 'add_bos_token') and 'bos_token_id' in ids
+  with_bos = _adds_bos(metadata) and 'bos_token_id' in ids
   content = tokenizer_export.byte_level_bpe(
     vocab, merges,
     special=[token for token, kind in zip(tokens, kinds, strict=True) if kind == CONTROL],
     words=[token for token, kind in zip(tokens, kinds, strict=True) if kind == USER_DEFINED],
-    pre_tokenizer=library.pre_tokenizers.Sequence(_CUTS[pre](library)),
-    normalizer=library.normalizers.NFC() if pre == 'qwen2' else None,
-    ignore_merges=pre == 'llama-bpe',
+    pre_tokenizer=pre_tokenizer, normalizer=normalizer,
+    ignore_merges=pre in gguf_pre_tokenizers.WHOLE,
     first=tokens[ids['bos_token_id']] if with_bos else None,
   )
   return {'tokenizer.json': content}
 
 
-def _gpt2(library: Any) -> list[Any]:
-  return [library.pre_tokenizers.ByteLevel(add_prefix_space=False)]
-
-
-def _single_digits(library: Any) -> list[Any]:
-  return [library.pre_tokenizers.Digits(individual_digits=True), *_gpt2(library)]
-
-
-def _pattern(numbers: str) -> Callable[[Any], list[Any]]:
-  def cuts(library: Any) -> list[Any]:
-    pattern = library.Regex(_WORDS + numbers + _REST)
-    return [library.pre_tokenizers.Split(pattern, 'isolated'),
-            library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-  return cuts
-
-
-# How text is cut before merging, by `tokenizer.ggml.pre`.
-_CUTS: dict[str, Callable[[Any], list[Any]]] = {
-  'default': _gpt2,
-  'gpt-2': _gpt2,
-  'smollm': _single_digits,
-  'llama-bpe': _pattern(r'\p{N}{1,3}'),
-  'qwen2': _pattern(r'\p{N}'),
-}
 _KINDS: dict[str, Callable[[Mapping[str, Any], list[str]], dict[str, bytes]]] = {
   'gpt2': _byte_level,
   'llama': _sentencepiece,

@@ -85,7 +85,7 @@ def open_model(directory: str | os.PathLike[str], ignore_auto_map: bool = False)
   path = pathlib.Path(directory).expanduser()
   if not path.is_dir():
     raise ValueError(f'{path} is not a directory')
-  keys = _Reading(read_config(path, ignore_auto_map))
+  keys = Reading(read_config(path, ignore_auto_map))
   form = find_format(keys, path)
   try:
     config = form.decode(keys)
@@ -155,7 +155,7 @@ def find_format(keys: Mapping[str, Any], where: object) -> Format:
   return HUGGINGFACE[model_type]
 
 
-class _Reading(collections.abc.Mapping):
+class Reading(collections.abc.Mapping):
   """A mapping that remembers which of its keys were asked for."""
 
   def __init__(self, data: dict[str, Any]):

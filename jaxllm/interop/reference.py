@@ -364,29 +364,44 @@ def _from_metadata(keys: Keys, get: Get, length: int) -> _Spec:
     neighbours=kind == 'llama', embed_factor=width**0.5 if gemma else 1.0,
   )
   if kind in ('gemma2', 'gemma3'):
-    every = 2 if kind == 'gemma2' else 6
-    spec.window = value('attention.sliding_window', 4096)
-    spec.local = lambda layer: (layer + 1) % every != 0
+    every = value('attention.sliding_window_pattern', 2 if kind == 'gemma2' else 6)
+    spec.window = value('attention.sliding_window', 4096 if kind == 'gemma2' else 0)
+    if isinstance(every, list):
+      spec.local = lambda layer: spec.window and every[layer]
+    else:
+      spec.local = lambda layer: spec.window and layer % every < every - 1
     spec.softcap = value('attn_logit_softcapping', 50.0) if kind == 'gemma2' else None
-    spec.final_softcap = value('final_logit_softcapping', 30.0) if kind == 'gemma2' else None
+    cap = value('final_logit_softcapping', 30.0 if kind == 'gemma2' else 0)
+    spec.final_softcap = cap or None
     # The 27B models divide by the square root of width / heads, not of the head dimension.
     wide = (kind, spec.depth) in (('gemma2', 46), ('gemma3', 62))
     spec.scale = (width / heads if wide else head_dim) ** -0.5
   base = value('rope.freq_base', 1e6 if kind == 'gemma3' else 1e4)
   dim = value('rope.dimension_count', head_dim)
-  scaling = {'type': value('rope.scaling.type'), 'factor': value('rope.scaling.factor')}
-  if scaling['type'] == 'yarn':
-    scaling['original_max_position_embeddings'] = value('rope.scaling.original_context_length')
-  turns_P, factor = _turns({}, scaling, base, dim, value('context_length'), length)
-  try:
-    turns_P = turns_P / _f32(get('rope_freqs.weight'))
-  except KeyError:
-    pass
-  spec.turns = turns_P, factor
+  spec.turns = _llama_cpp_turns(value, get, base, dim, length)
   if kind == 'gemma3':
-    spec.local_turns = _turns({}, {}, 1e4, dim, 0, length)
+    local_base = value('rope.freq_base_swa', 1e4)
+    spec.local_turns = _turns({}, {}, local_base, dim, 0, length)
   try:
     get('output.weight')
   except KeyError:
     spec.tied = True
   return spec
+
+
+def _llama_cpp_turns(
+  value: Callable[..., Any], get: Get, base: float, dim: int, length: int
+) -> tuple[np.ndarray, float]:
+  """Return `_turns` of the metadata of a GGUF file."""
+  kind = value('rope.scaling.type', 'linear')
+  by = value('rope.scaling.factor') or value('rope.scale_linear') or 1.0
+  longest, rope = value('context_length'), {'type': kind, 'factor': by}
+  rope['original_max_position_embeddings'] = value('rope.scaling.original_context_length')
+  rope['beta_fast'] = value('rope.scaling.yarn_beta_fast')
+  rope['beta_slow'] = value('rope.scaling.yarn_beta_slow')
+  turns_P, factor = _turns({}, rope, base, dim, longest, length)
+  try:
+    turns_P = turns_P / _f32(get('rope_freqs.weight'))
+  except KeyError:
+    pass
+  return turns_P, factor * value('rope.scaling.attn_factor', 1.0)

@@ -5,7 +5,7 @@ import pathlib
 
 import jax
 
-from jaxllm.interop import gguf, hub, huggingface
+from jaxllm.interop import gguf, gguf_file, hub, huggingface
 from jaxllm.interop.huggingface import Loaded
 from jaxllm.interop.weights import Source
 from jaxllm.mistakes import no_such_path
@@ -28,8 +28,8 @@ def is_foreign(path: str | os.PathLike[str]) -> bool:
     try:
       return 'model_type' in huggingface.read_keys(local)
     except ValueError:
-      # Damaged, but Hugging Face's: opening it will say how.
-      return any(local.glob('*.safetensors'))
+      # Of GGUF, or damaged, but Hugging Face's: opening it will say how.
+      return any(local.glob('*.safetensors')) or any(local.glob('*.gguf'))
   return str(path).startswith(HUB)
 
 
@@ -45,7 +45,8 @@ def open_model(
   """Check everything about a model from outside but its numbers; nothing is allocated.
 
   Args:
-    path: a Hugging Face directory, a GGUF file, or `hf:NAME` of the hub.
+    path: a Hugging Face directory, a GGUF file (any one, where a model has several) or a directory
+      of it, or `hf:NAME` of the hub.
     revision: of a name of the hub; None: the newest commit.
     ignore_auto_map: read a model whose config.json names code, which is not run.
 
@@ -60,6 +61,8 @@ def open_model(
                      'a path')
   elif not local.exists():
     raise ValueError(no_such_path(path))
+  if local.is_dir() and any(local.glob('*.gguf')) and not any(local.glob('*.safetensors')):
+    local = gguf_file.find(local)
   if local.is_file():
     return gguf.open_model(local)
   return huggingface.open_model(local, ignore_auto_map)

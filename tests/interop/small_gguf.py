@@ -39,8 +39,12 @@ def interleave(array, heads):
   return halves.swapaxes(1, 2).reshape(array.shape)
 
 
-def write(path, directory, kind, quantization='F32', vocabulary=None):
-  """Write a GGUF file of a small model; its Hugging Face directory is left in `directory`."""
+def write(path, directory, kind, quantization='F32', vocabulary=None, extra=None, parts_of=0):
+  """Write a GGUF file of a small model; its Hugging Face directory is left in `directory`.
+
+  `extra` maps further keys of the architecture to their values; `parts_of` tensors go into each of
+  several files.
+  """
   import gguf
 
   architecture = ARCHITECTURES[kind]
@@ -49,7 +53,7 @@ def write(path, directory, kind, quantization='F32', vocabulary=None):
   huggingface_writer.save(directory, made, small.variables(made), small.files(),
                           model_type=architecture.model_type)
   source = huggingface.open_model(directory)
-  writer = gguf.GGUFWriter(path, kind)
+  writer = gguf.GGUFWriter(path, kind, split_max_tensors=parts_of)
   for theirs, ours in KEYS.items():
     value = source.keys.get(theirs)
     if isinstance(value, float):
@@ -60,6 +64,9 @@ def write(path, directory, kind, quantization='F32', vocabulary=None):
   if scaling:
     writer.add_string(f'{kind}.rope.scaling.type', scaling['rope_type'])
     writer.add_float32(f'{kind}.rope.scaling.factor', scaling['factor'])
+  for name, value in (extra or {}).items():
+    add = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}[type(value)]
+    add(f'{kind}.{name}', value)
   (vocabulary or byte_vocabulary)(writer)
   names = {theirs: ours for ours, theirs in _names(architecture, made.num_layers).items()}
   for name, tensor in source.tensors.items():
