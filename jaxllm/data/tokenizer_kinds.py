@@ -1,7 +1,7 @@
 """The kinds of tokenizers, each built from the bytes of its files.
 
 - `Tokenizer` is what all kinds share.
-- `from_bytes`, `from_sentencepiece`, `from_vocab_and_merges`, `from_tokenizer_json` build one.
+- `from_bytes`, `from_sentencepiece`, `from_library` build one.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jaxllm.data import parallel, tokenizer_parts
+from jaxllm.data import parallel, tokenizer_classes, tokenizer_parts
 from jaxllm.data.tokenizer_parts import Part
 
 Files = Mapping[str, bytes]
@@ -195,52 +195,13 @@ def _piece_bytes(processor: Any, i: int) -> bytes:
   return piece.replace(MARK, ' ').encode()
 
 
-def from_vocab_and_merges(files: Files) -> Tokenizer:
-  """Build GPT-2's byte-level BPE from `vocab.json` and `merges.txt`."""
-  import tokenizers
+def from_library(files: Files) -> Tokenizer:
+  """Build a tokenizer from `tokenizer.json`, or from `vocab.json` and `merges.txt`.
 
-  try:
-    vocab = json.loads(files['vocab.json'])
-    lines = files['merges.txt'].decode().replace('\r\n', '\n').split('\n')
-    merges: Any = [tuple(line.split(' ')) for line in lines
-                   if line and not line.startswith('#version')]
-    model = tokenizers.models.BPE(vocab=vocab, merges=merges)
-  except Exception as error:  # The library raises bare Exception.
-    raise ValueError(f'vocab.json and merges.txt: not a byte-level BPE: {error}') from None
-  missing = set(_BYTE_SIGNS) - set(vocab)
-  if missing:
-    raise ValueError(f'vocab.json: {len(missing)} of the 256 bytes have no id of their own')
-  inner = tokenizers.Tokenizer(model)
-  inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-  inner.decoder = tokenizers.decoders.ByteLevel()
-  end = '<|endoftext|>'
-  if end in vocab:
-    inner.add_special_tokens([end])
-  return _from_library(inner, {'bos_token': end, 'eos_token': end}, files)
-
-
-def from_tokenizer_json(files: Files) -> Tokenizer:
-  """Build a tokenizer from `tokenizer.json`.
-
-  BOS, EOS and padding are the tokens that `special_tokens_map.json` or `tokenizer_config.json`
-  names, if they are there.
+  BOS, EOS and padding are the tokens that `tokenizer_config.json` or `special_tokens_map.json`
+  names, if they are there, or those of its class.
   """
-  import tokenizers
-
-  try:
-    inner = tokenizers.Tokenizer.from_str(files['tokenizer.json'].decode())
-  except Exception as error:  # The library raises bare Exception.
-    raise ValueError(f'tokenizer.json: {error}') from None
-  named: dict[str, Any] = {}
-  for name in ('tokenizer_config.json', 'special_tokens_map.json'):
-    try:
-      named.update(json.loads(files.get(name, b'{}')).items())
-    except (ValueError, AttributeError) as error:
-      raise ValueError(f'{name}: not a JSON object: {error}') from None
-  return _from_library(inner, named, files)
-
-
-def _from_library(inner: Any, named: Mapping[str, Any], files: Files) -> Tokenizer:
+  inner, named = _inner(files)
   inner.encode_special_tokens = True  # Text that spells a special token stays text.
   inner.no_truncation()
   inner.no_padding()
@@ -250,8 +211,7 @@ def _from_library(inner: Any, named: Mapping[str, Any], files: Files) -> Tokeniz
     raise ValueError(f'tokenizer.json: {len(vocab)} tokens, but the highest id is {size - 1}')
 
   def special(name: str) -> int | None:
-    token = named.get(name)
-    return vocab.get(token['content'] if isinstance(token, dict) else token)
+    return vocab.get(tokenizer_classes.text_of(named.get(name)))
 
   def encode(text: str) -> list[int]:
     return _no_panic(inner.encode, text, add_special_tokens=False).ids
@@ -269,6 +229,36 @@ def _from_library(inner: Any, named: Mapping[str, Any], files: Files) -> Tokeniz
   return Tokenizer(_library_bytes(inner, vocab, size), special('bos_token'), eos,
                    _first(special('pad_token'), eos, 0), added, encode, encode_batch, decode, files,
                    inner)
+
+
+def _inner(files: Files) -> tuple[Any, Mapping[str, Any]]:
+  """Return (the tokenizer of the tokenizers library, its settings) that files describe.
+
+  Raises:
+    ValueError: a file is damaged, or the class of the tokenizer is not known.
+  """
+  import tokenizers
+
+  named = tokenizer_classes.settings(files)
+  if 'tokenizer.json' in files:
+    try:
+      inner = tokenizers.Tokenizer.from_str(files['tokenizer.json'].decode())
+    except Exception as error:  # The library raises bare Exception.
+      raise ValueError(f'tokenizer.json: {error}') from None
+    tokenizer_classes.add_tokens(inner, files, named)
+    return inner, named
+  try:
+    vocab = json.loads(files['vocab.json'])
+    lines = files['merges.txt'].decode().replace('\r\n', '\n').split('\n')
+    merges: Any = [tuple(line.split(' ')) for line in lines
+                   if line and not line.startswith('#version')]
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=merges))
+  except Exception as error:  # The library raises bare Exception.
+    raise ValueError(f'vocab.json and merges.txt: not a byte-level BPE: {error}') from None
+  missing = set(_BYTE_SIGNS) - set(vocab)
+  if missing:
+    raise ValueError(f'vocab.json: {len(missing)} of the 256 bytes have no id of their own')
+  return inner, tokenizer_classes.build(inner, files, named)
 
 
 def _no_panic(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -13,27 +13,27 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import pydantic
 from absl import logging
 
 from jaxllm.config import Config
-from jaxllm.data import storage, tokenizer_kinds
+from jaxllm.data import storage, tokenizer_classes, tokenizer_kinds
 from jaxllm.data.tokenizer_kinds import Files
 from jaxllm.data.tokenizer_kinds import Tokenizer as Tokenizer
 
 BUILDERS: dict[str, Callable[[Files], Tokenizer]] = {
-  'tokenizer.json': tokenizer_kinds.from_tokenizer_json,
+  'tokenizer.json': tokenizer_kinds.from_library,
   'tokenizer.model': tokenizer_kinds.from_sentencepiece,
-  'vocab.json': tokenizer_kinds.from_vocab_and_merges,
+  'vocab.json': tokenizer_kinds.from_library,
   'bytes.txt': tokenizer_kinds.from_bytes,
 }
 
 # The names that belong to a tokenizer among all files of a model directory.
 FILE_NAMES = (
   *BUILDERS, 'merges.txt', 'tokenizer_config.json', 'special_tokens_map.json',
-  'chat_template.jinja',
+  'added_tokens.json', 'chat_template.jinja',
 )
 
 # What each kind needs: our name of a file first, then others that it goes by.
@@ -140,8 +140,9 @@ def read_files(config: TokenizerConfig) -> dict[str, bytes]:
       files[name] = (folder / name).read_bytes()
   chosen = {name: token for name in ('bos_token', 'eos_token') if (token := getattr(config, name))}
   if chosen:
-    known = json.loads(files.get('special_tokens_map.json', b'{}'))
-    files['special_tokens_map.json'] = json.dumps(known | chosen).encode()
+    known = tokenizer_classes.settings(files)
+    files['tokenizer_config.json'] = json.dumps(known | chosen).encode()
+    files.pop('special_tokens_map.json', None)
   return files
 
 
@@ -159,11 +160,15 @@ def from_files(files: Files) -> Tokenizer:
 
 def same_vocabulary(first: Tokenizer, second: Tokenizer) -> bool:
   """Return whether both give a text the same ids; which of them begin and end it may differ."""
-  def vocabulary(tokenizer: Tokenizer) -> dict[str, bytes]:
+  def vocabulary(tokenizer: Tokenizer) -> list[Any]:
     files = tokenizer.files()
     # A directory may hold the same tokenizer twice; the first file is the one that is read.
     read = next(name for name in BUILDERS if name in files)
-    return {name: files[name] for name in (read, 'merges.txt') if name in files}
+    said = tokenizer_classes.settings(files)
+    words = {i: token.content for i, token in tokenizer_classes.listed(files, said).items()
+             if not token.special}
+    named = tokenizer_classes.class_of(said) if read == 'vocab.json' else None
+    return [read, files[read], files.get('merges.txt'), named, words]
 
   return vocabulary(first) == vocabulary(second)
 

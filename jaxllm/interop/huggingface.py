@@ -15,7 +15,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxllm.interop import layout, reference, tensorfile, tokenizer_files, weights
+from jaxllm.interop import (
+  layout,
+  reference,
+  tensorfile,
+  tokenizer_directory,
+  tokenizer_files,
+  weights,
+)
 from jaxllm.interop.weights import Source
 from jaxllm.models.config import DecoderConfig
 from jaxllm.models.families import HUGGINGFACE
@@ -100,15 +107,14 @@ def open_model(directory: str | os.PathLike[str], ignore_auto_map: bool = False)
   if match.head is not None:
     ignored[match.head] = 'equal to the embedding, to which it is tied'
     _check_tied(form, tensors, weights.stored(found[match.head]))
-  files = tokenizer_files.read(path)
-  _check_files(files, keys.data, config, path, ignore_auto_map)
+  files = _checked_files(path, keys.data, config, ignore_auto_map)
 
   def logits(ids: list[int], dtype: np.dtype) -> np.ndarray:
     return reference.logits(keys.data, lambda name: tensors[name].array().astype(dtype), ids)
 
   unread = tuple(sorted(set(keys.data) - keys.read))
   return Source(str(path), form, config, keys.data, tuple(slots), tensors, ignored, unread,
-                tokenizer_files.complete(files, keys.data), logits)
+                files, logits)
 
 
 def read_keys(directory: pathlib.Path) -> dict[str, Any]:
@@ -195,14 +201,14 @@ def _check_tied(
                      f'{embedding.name}; set tie_word_embeddings to false')
 
 
-def _check_files(
-  files: Mapping[str, bytes], keys: Mapping[str, Any], config: DecoderConfig, path: pathlib.Path,
-  ignore_auto_map: bool,
-) -> None:
-  tokenizer_files.check(files, config.vocab_size, path)
+def _checked_files(
+  path: pathlib.Path, keys: Mapping[str, Any], config: DecoderConfig, ignore_auto_map: bool
+) -> dict[str, bytes]:
+  files = tokenizer_files.check(tokenizer_files.read(path), config.vocab_size, path)
   if 'tokenizer_config.json' in files:
     _refuse_code(json.loads(files['tokenizer_config.json']), path / 'tokenizer_config.json',
                  ignore_auto_map)
   for what, value in tokenizer_files.special_ids(keys, 'config.json').items():
     if not isinstance(value, int) or not 0 <= value < config.vocab_size:
       raise ValueError(f'{path}: {what}={value!r}, but the model has {config.vocab_size} tokens')
+  return tokenizer_directory.complete(files, keys, config.vocab_size)

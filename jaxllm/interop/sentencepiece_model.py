@@ -48,6 +48,10 @@ class Model:
   pad_id: int = -1
   unk_id: int = 0
 
+  def of_kind(self, *kinds: int) -> list[str]:
+    """Return the pieces of these kinds."""
+    return [piece for piece, kind in zip(self.pieces, self.kinds, strict=True) if kind in kinds]
+
 
 def parse(content: bytes) -> Model:
   """Read a model file.

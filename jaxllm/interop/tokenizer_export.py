@@ -4,9 +4,11 @@ A `tokenizer.json` is passed on; of SentencePiece models, GPT-2 vocabularies and
 and checked to give the same ids as the original.
 """
 
+import dataclasses
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from jaxllm.data import tokenizers
 from jaxllm.data.tokenizers import Tokenizer
@@ -15,7 +17,12 @@ from jaxllm.models.config import DecoderConfig
 
 Files = Mapping[str, bytes]
 
+Prefix = Literal['sentencepiece', 'always', 'first', 'never']
+
 _MARK = '\u2581'
+# Kinds of pieces that no text gives.
+_NEVER = (sentencepiece_model.CONTROL, sentencepiece_model.UNKNOWN, sentencepiece_model.UNUSED,
+          sentencepiece_model.BYTE)
 END = '<|endoftext|>'
 # Text of many kinds, on which a tokenizer made anew must agree with its original.
 _PROBES = (
@@ -48,10 +55,13 @@ def huggingface_files(
                      f'{config.vocab_size}')
   made = dict(files)
   add_bos = tokenizer_files.add_bos(files) if add_bos is None else add_bos
-  if 'tokenizer.json' not in made:
+  if tokenizer.library is not None:
+    if not _has_all(files.get('tokenizer.json', b'{}'), tokenizer.library):
+      made['tokenizer.json'] = tokenizer.library.to_str().encode()
+  elif 'tokenizer.json' not in made:
     kind = next(name for name in _MAKERS if name in files)
     content = _MAKERS[kind](files)
-    _check_equal(tokenizer, tokenizers.from_files({'tokenizer.json': content}))
+    check_equal(tokenizer, tokenizers.from_files({'tokenizer.json': content}), pieces(files))
     made['tokenizer.json'] = _with_bos(content, tokenizer.bos_id) if add_bos else content
     made.pop('bytes.txt', None)
   ids = {'bos_token_id': tokenizer.bos_id, 'eos_token_id': tokenizer.eos_id,
@@ -79,52 +89,78 @@ def json_bytes(value: Any) -> bytes:
   return (json.dumps(value, indent=2, ensure_ascii=False) + '\n').encode()
 
 
-def from_sentencepiece(files: Files) -> bytes:
+def from_sentencepiece(
+  content: bytes, prefix: Prefix = 'sentencepiece', renamed: Mapping[int, str] | None = None
+) -> bytes:
   """Make a tokenizer.json of a SentencePiece model.
 
   Two rare texts differ from the original: a literal U+2581 becomes a space; and in a unigram model
   that gives '<' by its byte, a text that spells '<s>' gives that token.
+
+  Args:
+    content: of tokenizer.model.
+    prefix: where a model that puts a space before a text puts it. 'sentencepiece': before every
+      stretch between special tokens; 'always': only before those without a space of their own;
+      'first': only before such a beginning of a text; 'never'.
+    renamed: id -> text of pieces that have another name now.
   """
   import tokenizers as library
 
-  model = sentencepiece_model.parse(files['tokenizer.model'])
-  unknown = model.pieces[model.unk_id]
-  if model.algorithm == sentencepiece_model.UNIGRAM:
-    # Pieces that text never gives, such as '<s>', must not win where a text spells them.
-    scores = [score if kind in (sentencepiece_model.NORMAL, sentencepiece_model.USER_DEFINED)
-              else -1e4 for score, kind in zip(model.scores, model.kinds, strict=True)]
-    inner: Any = library.models.Unigram(
-      list(zip(model.pieces, scores, strict=True)), model.unk_id, model.byte_fallback
-    )
-  else:
-    vocab = {piece: i for i, piece in enumerate(model.pieces)}
-    inner = library.models.BPE(
-      vocab, _merges(model, vocab), unk_token=unknown, fuse_unk=True,
-      byte_fallback=model.byte_fallback,
-    )
-  made = library.Tokenizer(inner)
+  model = sentencepiece_model.parse(content)
+  renamed = renamed or {}
+  model = dataclasses.replace(
+    model, pieces=[renamed.get(i, piece) for i, piece in enumerate(model.pieces)])
+  made = library.Tokenizer(_inner(model))
+  prefix = prefix if model.dummy_prefix else 'never'
   normalizers: list[Any] = []
   if model.charsmap:
     normalizers.append(library.normalizers.Precompiled(model.charsmap))
   if model.squeeze:
-    normalizers += [library.normalizers.Strip(),
+    normalizers += [library.normalizers.Replace(library.Regex(r'\A +| +\z'), ''),
                     library.normalizers.Replace(library.Regex(' {2,}'), ' ')]
-  if model.dummy_prefix:
+  if prefix == 'sentencepiece':
     normalizers.append(library.normalizers.Prepend(_MARK))
   made.normalizer = library.normalizers.Sequence(
     [*normalizers, library.normalizers.Replace(' ', _MARK)]
   )
+  cuts: list[Any] = []
+  if prefix in ('always', 'first'):
+    cuts.append(library.pre_tokenizers.Metaspace(_MARK, prepend_scheme=prefix, split=False))
+  words = model.of_kind(sentencepiece_model.USER_DEFINED)
+  if words and model.algorithm != sentencepiece_model.UNIGRAM:
+    # A stretch between two of them that spells a piece which no text gives is kept from it.
+    never = _any_of([piece[:-1] for piece in model.of_kind(*_NEVER)])
+    patterns = (_any_of([word for word in words if ' ' not in word]), rf'\A(?:{never})(?=.\z)')
+    cuts += [library.pre_tokenizers.Split(library.Regex(pattern), 'isolated')
+             for pattern in patterns]
+  if cuts:
+    made.pre_tokenizer = library.pre_tokenizers.Sequence(cuts)
   decoders: list[Any] = [library.decoders.Replace(_MARK, ' '), library.decoders.ByteFallback(),
               library.decoders.Fuse()]
-  if model.dummy_prefix:
+  if prefix != 'never':
     decoders.append(library.decoders.Strip(' ', 1, 0))
   made.decoder = library.decoders.Sequence(decoders)
-  kinds = dict(zip(model.pieces, model.kinds, strict=True))
-  special = (sentencepiece_model.CONTROL, sentencepiece_model.UNKNOWN)
-  made.add_special_tokens([piece for piece, kind in kinds.items() if kind in special])
-  made.add_tokens([piece for piece, kind in kinds.items()
-                   if kind == sentencepiece_model.USER_DEFINED])
+  made.add_special_tokens(
+    model.of_kind(sentencepiece_model.CONTROL, sentencepiece_model.UNKNOWN))
   return made.to_str().encode()
+
+
+def _inner(model: sentencepiece_model.Model) -> Any:
+  """Return the model of the tokenizers library that has the pieces of SentencePiece's."""
+  import tokenizers as library
+
+  words = model.of_kind(sentencepiece_model.USER_DEFINED)
+  if model.algorithm == sentencepiece_model.UNIGRAM:
+    # A text that spells '<s>' must not give that piece. SentencePiece scores with -0.1 what always
+    # is a piece.
+    fixed = {sentencepiece_model.USER_DEFINED: -0.1} | dict.fromkeys(_NEVER, -1e4)
+    scored = [(piece, fixed.get(kind, score)) for piece, score, kind in zip(
+      model.pieces, model.scores, model.kinds, strict=True)]
+    return library.models.Unigram(scored, model.unk_id, model.byte_fallback)
+  vocab = {piece: i for i, piece in enumerate(model.pieces)}
+  return library.models.BPE(
+    vocab, _merges(model, vocab), unk_token=model.pieces[model.unk_id], fuse_unk=True,
+    byte_fallback=model.byte_fallback, ignore_merges=bool(words))
 
 
 def byte_level_bpe(
@@ -166,14 +202,6 @@ def byte_level_bpe(
   return made.to_str().encode()
 
 
-def _from_vocab_and_merges(files: Files) -> bytes:
-  vocab = json.loads(files['vocab.json'])
-  lines = files['merges.txt'].decode().splitlines()
-  merges = [(first, second) for line in lines if line and not line.startswith('#version')
-            for first, second in [line.split(' ')]]
-  return byte_level_bpe(vocab, merges, special=[END] if END in vocab else [])
-
-
 def _from_bytes(files: Files) -> bytes:
   import tokenizers as library
 
@@ -184,10 +212,14 @@ def _from_bytes(files: Files) -> bytes:
 
 
 _MAKERS: dict[str, Callable[[Files], bytes]] = {
-  'tokenizer.model': from_sentencepiece,
-  'vocab.json': _from_vocab_and_merges,
+  'tokenizer.model': lambda files: from_sentencepiece(files['tokenizer.model']),
   'bytes.txt': _from_bytes,
 }
+
+
+def _any_of(texts: Sequence[str]) -> str:
+  """Return a pattern of any of the texts, the longest first."""
+  return '|'.join(re.escape(text) for text in sorted(texts, key=len, reverse=True))
 
 
 def _byte_signs() -> dict[int, str]:
@@ -204,17 +236,50 @@ def _byte_signs() -> dict[int, str]:
 def _merges(model: sentencepiece_model.Model, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
   """Return the merges of a BPE model: every pair of pieces that makes a piece, best piece first."""
   found = []
-  for piece, score, kind in zip(model.pieces, model.scores, model.kinds, strict=True):
-    if kind != sentencepiece_model.NORMAL:
+  normal = set(model.of_kind(sentencepiece_model.NORMAL))
+  for piece, score in zip(model.pieces, model.scores, strict=True):
+    if piece not in normal:
       continue
     pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
     found += [(-score, vocab[first], vocab[second], first, second)
-              for first, second in pairs if first in vocab and second in vocab]
+              for first, second in pairs if first in normal and second in normal]
   return [(first, second) for *_, first, second in sorted(found)]
 
 
-def _check_equal(original: Tokenizer, made: Tokenizer) -> None:
-  for text in _PROBES:
+def _has_all(content: bytes, inner: Any) -> bool:
+  """Whether a tokenizer.json has all added tokens of a tokenizer."""
+  listed = {token['id']: token for token in json.loads(content).get('added_tokens') or ()}
+  added = {i: {'id': i, **token.__getstate__()}
+           for i, token in inner.get_added_tokens_decoder().items()}
+  return bool(json.loads(content)) and listed == added
+
+
+def pieces(files: Files) -> Sequence[str]:
+  """Return the pieces of a SentencePiece model that text always or never gives."""
+  if 'tokenizer.model' not in files:
+    return ()
+  model = sentencepiece_model.parse(files['tokenizer.model'])
+  kinds = [sentencepiece_model.USER_DEFINED]
+  if model.algorithm != sentencepiece_model.UNIGRAM:
+    kinds += [sentencepiece_model.CONTROL, sentencepiece_model.BYTE]
+  return [piece.replace(_MARK, ' ') for piece in model.of_kind(*kinds)]
+
+
+def check_equal(original: Tokenizer, made: Tokenizer, words: Sequence[str] = ()) -> None:
+  """Check that two tokenizers give the same ids.
+
+  Args:
+    original: is right.
+    made: is checked.
+    words: are tried alone, within text, beside spaces and beside each other.
+
+  Raises:
+    ValueError: they do not; the message says on which text.
+  """
+  around = [form.format(piece, other) for piece, other in zip(
+    words, [*words[1:], *words[:1]], strict=True)
+            for form in ('{}', 'a{}b', ' {} ', 'a {} b', '{0}{0}', '{}{}')]
+  for text in (*_PROBES, *around):
     try:
       expected = original.encode(text)
     except ValueError:

@@ -1,16 +1,18 @@
 """The files beside the weights: which are read, and what may not be in them."""
 
 import json
+import logging
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from jaxllm.data import tokenizers
+from jaxllm.data import tokenizer_classes, tokenizers
 from jaxllm.interop.tensorfile import parse_json
 
 # What travels with a model besides the tokenizer itself.
 GENERATION, CHAT = 'generation_config.json', 'chat_template.jinja'
-FILE_NAMES = (*tokenizers.FILE_NAMES, 'added_tokens.json', GENERATION)
+CONFIG = 'tokenizer_config.json'
+FILE_NAMES = (*tokenizers.FILE_NAMES, GENERATION)
 MORE_CHATS = 'additional_chat_templates/*.jinja'
 _RENAMED = {'encoder.json': 'vocab.json', 'vocab.bpe': 'merges.txt'}
 SPECIAL_IDS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
@@ -35,7 +37,7 @@ def read(directory: pathlib.Path) -> dict[str, bytes]:
   named = {path.stem: path.read_bytes() for path in sorted(directory.glob(MORE_CHATS))}
   if named:
     named |= {'default': files.pop(CHAT)} if CHAT in files else {}
-    where = 'tokenizer_config.json'
+    where = CONFIG
     settings = parse_json(files.get(where, b'{}'), f'{directory}/{where}')
     settings['chat_template'] = [{'name': name, 'template': template.decode('utf-8')}
                                  for name, template in named.items()]
@@ -43,30 +45,12 @@ def read(directory: pathlib.Path) -> dict[str, bytes]:
   return files
 
 
-def complete(files: Mapping[str, bytes], keys: Mapping[str, Any]) -> dict[str, bytes]:
-  """Return the files with what only config.json says: the ids that begin and end a text.
-
-  Older directories have no generation_config.json, and leave the special tokens of a family to the
-  class that `transformers` has for it.
-  """
-  ids = {name: keys[name] for name in SPECIAL_IDS if keys.get(name) not in (None, -1)}
-  completed = dict(files)
-  if ids and GENERATION not in files:
-    completed[GENERATION] = json.dumps(ids).encode()
-  named = json.loads(files.get('tokenizer_config.json', b'{}'))
-  if 'tokenizer.json' in files and 'special_tokens_map.json' not in files:
-    content = json.loads(files['tokenizer.json'])
-    tokens = {token['id']: token['content'] for token in content.get('added_tokens') or []}
-    names = {name.removesuffix('_id'): tokens[value] for name, value in ids.items()
-             if isinstance(value, int) and value in tokens}
-    names = {name: token for name, token in names.items() if named.get(name) is None}
-    if names:
-      completed['special_tokens_map.json'] = json.dumps(names).encode()
-  return completed
-
-
-def check(files: Mapping[str, bytes], vocab_size: int, where: object) -> None:
+def check(files: Mapping[str, bytes], vocab_size: int, where: object) -> dict[str, bytes]:
   """Check that every id that the files speak of is in the model's vocabulary.
+
+  Returns:
+    The files, without special tokens past the rows of the model that nothing uses: a tokenizer may
+    have one for what this model does not do, as Gemma 3's for images.
 
   Raises:
     ValueError: an id is not, or a file is damaged, or wants its own code to be run.
@@ -75,19 +59,65 @@ def check(files: Mapping[str, bytes], vocab_size: int, where: object) -> None:
     name: parse_json(content, f'{where}/{name}')
     for name, content in files.items() if name.endswith('.json')
   }
-  ids: dict[str, Any] = {}
   for name, content in objects.items():
     if not isinstance(content, dict):
       raise ValueError(f'{where}/{name}: {type(content).__name__}, an object is needed')
+  _ids_in_tokenizer(objects.get('tokenizer.json') or {}, f'{where}/tokenizer.json')
+  kept = dict(files)
+  if past := _unused(files, objects.get('tokenizer.json') or {}, vocab_size):
+    logging.warning('%s: the model has %d tokens; the special tokens past them are left out: %s',
+                    where, vocab_size, past)
+    for name in set(objects) & {'tokenizer.json', CONFIG, 'special_tokens_map.json',
+                                'added_tokens.json'}:
+      model = objects[name].get('model')
+      pieces = model.get('vocab') if isinstance(model, dict) else None
+      objects[name] = _without(objects[name], past, pieces if isinstance(pieces, list) else None)
+      kept[name] = json.dumps(objects[name], ensure_ascii=False).encode()
+  ids: dict[str, Any] = {}
+  for name, content in objects.items():
     if name in ('vocab.json', 'added_tokens.json'):
       ids |= {f'{name}: {token!r}': i for token, i in content.items()}
     if name == GENERATION:
       ids |= special_ids(content, name)
   ids |= _ids_in_tokenizer(objects.get('tokenizer.json') or {}, f'{where}/tokenizer.json')
+  listed = tokenizer_classes.listed(kept, tokenizer_classes.settings(kept))
+  ids |= {f'added token {token.content!r}': i for i, token in listed.items()}
   for what, value in ids.items():
     if not isinstance(value, int) or not 0 <= value < vocab_size:
       raise ValueError(f'{where}: {what} has id {value!r}, but the model has {vocab_size} tokens '
                        f'(ids 0 to {vocab_size - 1}); the tokenizer belongs to another model')
+  return kept
+
+
+def _unused(files: Mapping[str, bytes], content: Mapping[str, Any], vocab_size: int
+            ) -> dict[str, int]:
+  """Return the special tokens past the rows of the model that neither begin nor end a text."""
+  settings = tokenizer_classes.settings(files)
+  used = [json.dumps(content.get('post_processor'), ensure_ascii=False), *(
+    tokenizer_classes.text_of(settings.get(name)) or '' for name in ('bos_token', 'eos_token'))]
+  past = {token.content: i for i, token in tokenizer_classes.listed(files, settings).items()
+          if i >= vocab_size and token.special}
+  past |= {token['content']: token['id'] for token in content.get('added_tokens') or ()
+           if token.get('special') and isinstance(token.get('id'), int)
+           and token['id'] >= vocab_size and isinstance(token.get('content'), str)}
+  return {text: i for text, i in past.items() if not any(text in one for one in used)}
+
+
+def _without(value: Any, texts: Mapping[str, int], whole: Any = None) -> Any:
+  """Remove tokens from a JSON value: entries under their text, and items that are or hold it.
+
+  `whole` is a part that stays as it is.
+  """
+  def is_token(item: Any) -> bool:
+    text = tokenizer_classes.text_of(item)
+    return isinstance(text, str) and text in texts
+
+  if isinstance(value, dict):
+    return {key: _without(item, texts, whole) for key, item in value.items()
+            if key not in texts and not is_token(item)}
+  if isinstance(value, list) and value is not whole:
+    return [_without(item, texts, whole) for item in value if not is_token(item)]
+  return value
 
 
 def special_ids(keys: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -390,3 +390,12 @@ def test_special_tokens_are_known_without_a_look_into_the_files(all_kinds, monke
   assert all_kinds['sentencepiece-bpe'].special_tokens == {'<pad>': 0, '<s>': 1, '</s>': 2}
   assert all_kinds['gpt2'].special_tokens == {'<|endoftext|>': 260}
   assert all_kinds['bytes'].special_tokens == {}
+
+
+def test_another_class_is_another_vocabulary(all_kinds):
+  def of(**said):
+    said_file = {'tokenizer_config.json': json.dumps(said).encode()}
+    return tokenizers.from_files(_gpt2_files() | said_file)
+
+  assert tokenizers.same_vocabulary(all_kinds['gpt2'], of(tokenizer_class='GPT2TokenizerFast'))
+  assert not tokenizers.same_vocabulary(all_kinds['gpt2'], of(tokenizer_class='Qwen2Tokenizer'))

@@ -1,10 +1,12 @@
 """Tokenizers that we write are to transformers what they are to us."""
 
+import json
 import logging
 import warnings
 
 import pytest
 import small
+from test_tokenizer_directory import ADDED, END, MAP, QWEN, opened, settings, vocab_and_merges
 from test_tokenizer_files import PROBES, TEXT
 
 from jaxllm.data import tokenizers
@@ -49,3 +51,56 @@ def test_a_written_tokenizer(kind, add_bos, tmp_path, caplog):
   expected = theirs.apply_chat_template(messages, return_dict=False)
   assert chat.encode(ours, TEMPLATE, messages, add_generation_prompt=False) == expected
   assert tokenizer_files.add_bos(tokenizer_files.read(tmp_path / 'model')) == add_bos
+
+
+WORDS = [*PROBES, '12(a 345', "it's IT'S\n\n  x", ' lead', 'trail ', 'e\u0301', f'a{END} b',
+         f'{END}b', '<s>a</s> b']
+MORE = {'320': {'content': END, 'special': True, 'normalized': False},
+        '321': {'content': 'fox', 'special': False, 'normalized': False}}
+
+
+@pytest.mark.parametrize('model_type, files', [
+  ('qwen2', QWEN),
+  ('qwen3', settings(tokenizer_class='Qwen2Tokenizer') | ADDED | MAP),
+  ('qwen2', {}),
+  ('gpt2', {}),
+  ('gpt2', settings(tokenizer_class='GPT2Tokenizer', add_prefix_space=True, eos_token=END) | ADDED),
+  ('gpt2', settings(tokenizer_class='RobertaTokenizer')),
+  ('gpt_neox', settings(tokenizer_class='GPTNeoXTokenizer')),
+  *[(model_type, settings(**said, add_bos_token=True, eos_token=END, added_tokens_decoder=MORE))
+    for model_type, said in (
+      ('llama', {}), ('llama', {'tokenizer_class': 'LlamaTokenizer'}),
+      ('llama', {'tokenizer_class': 'LlamaTokenizer', 'legacy': True}),
+      ('llama', {'tokenizer_class': 'LlamaTokenizer', 'add_prefix_space': False}),
+      ('mistral', {'tokenizer_class': 'LlamaTokenizer'}),
+      ('phi3', {'tokenizer_class': 'LlamaTokenizer', 'legacy': False}))],
+])
+def test_a_directory_without_a_tokenizer_json(model_type, files, tmp_path):
+  import io
+
+  import sentencepiece
+  import transformers
+
+  if 'add_bos_token' in str(files):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter(TEXT.split('\n')), model_writer=model, vocab_size=320,
+      model_type='bpe', byte_fallback=True, normalization_rule_name='identity',
+      remove_extra_whitespaces=False, minloglevel=2)
+    files = {'tokenizer.model': model.getvalue(), **files}
+  else:
+    files = {**vocab_and_merges(), **files}
+  for name, content in files.items():
+    (tmp_path / name).write_bytes(content)
+  (tmp_path / 'config.json').write_text(json.dumps({'model_type': model_type, 'vocab_size': 330}))
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  ours, kept = opened(tokenizer_files.read(tmp_path), model_type, 330)
+  assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
+  assert tokenizer_files.add_bos(kept) == (theirs('a').input_ids[:1] == [theirs.bos_token_id])
+  assert ours.special_tokens == {
+    token.content: i for i, token in theirs.added_tokens_decoder.items() if token.special}
+  ours.library.encode_special_tokens = False
+  for text in WORDS:
+    expected = theirs(text, add_special_tokens=False).input_ids
+    assert ours.library.encode(text, add_special_tokens=False).ids == expected, text
+    assert ours.decode(expected) == theirs.decode(expected, skip_special_tokens=True), text

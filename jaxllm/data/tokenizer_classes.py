@@ -1,0 +1,182 @@
+"""What the files beside a vocabulary say: the class of the tokenizer, its special and added tokens.
+
+A `tokenizer.json` says how text is cut; a `vocab.json` with `merges.txt` leaves that to the class
+that `tokenizer_config.json` names. `CLASSES` holds those that are known.
+
+Reference:
+  The tokenizers of github.com/huggingface/transformers, version 5.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+Files = Mapping[str, bytes]
+
+_END = '<|endoftext|>'
+_ENDS = {'bos_token': _END, 'eos_token': _END, 'unk_token': _END}
+_NAMES = tuple(f'{name}_token' for name in ('bos', 'eos', 'unk', 'sep', 'pad', 'cls', 'mask'))
+_FLAGS = ('single_word', 'lstrip', 'rstrip', 'normalized', 'special')
+_LISTS = ('additional_special_tokens', 'extra_special_tokens')
+
+
+class ByteLevelClass(NamedTuple):
+  """How a class of byte-level BPE treats text.
+
+  Attributes:
+    tokens: names of its special tokens, where the files do not name them.
+    composed: whether text is composed first (Unicode NFC).
+    pattern: what is cut out before merging; None: what GPT-2 cuts out.
+  """
+
+  tokens: Mapping[str, str] = _ENDS
+  composed: bool = False
+  pattern: str | None = None
+
+
+_ROBERTA = ByteLevelClass({
+  'bos_token': '<s>', 'eos_token': '</s>', 'unk_token': '<unk>', 'sep_token': '</s>',
+  'pad_token': '<pad>', 'cls_token': '<s>', 'mask_token': '<mask>'})
+CLASSES: Mapping[str, ByteLevelClass] = {
+  'GPT2Tokenizer': ByteLevelClass(),
+  'CodeGenTokenizer': ByteLevelClass(),
+  'GPTNeoXTokenizer': ByteLevelClass({**_ENDS, 'pad_token': '<|padding|>'}, composed=True),
+  'RobertaTokenizer': _ROBERTA,
+  'BartTokenizer': _ROBERTA,
+  'Qwen2Tokenizer': ByteLevelClass(
+    {'eos_token': _END, 'unk_token': _END, 'pad_token': _END}, composed=True,
+    pattern=r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+            r' ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'),
+}
+
+
+def settings(files: Files) -> dict[str, Any]:
+  """Return what tokenizer_config.json and special_tokens_map.json say.
+
+  Where the former lists its added tokens, it is newer than the latter, which is not read.
+
+  Raises:
+    ValueError: one is damaged, or a special token is no text.
+  """
+  read: dict[str, Any] = {}
+  for name in ('tokenizer_config.json', 'special_tokens_map.json'):
+    if 'added_tokens_decoder' in read:
+      break
+    try:
+      read.update(json.loads(files.get(name, b'{}')).items())
+    except (ValueError, AttributeError) as error:
+      raise ValueError(f'{name}: not a JSON object: {error}') from None
+  for name in _NAMES:
+    token = text_of(read.get(name))
+    if token is not None and not isinstance(token, str):
+      raise ValueError(f'{name}={read[name]!r}: a text, or an object with its content, is needed')
+  return read
+
+
+def class_of(read: Mapping[str, Any]) -> ByteLevelClass:
+  """Return how the class that the settings name cuts text; GPT-2's where they name none.
+
+  Raises:
+    ValueError: it is not known, or says nothing of how text is cut.
+  """
+  name = read.get('tokenizer_class') or 'GPT2Tokenizer'
+  known = CLASSES.get(str(name).removesuffix('Fast'))
+  if known is None:
+    raise ValueError(
+      f'tokenizer_config.json: tokenizer_class={name!r}: how it cuts text is not known without a '
+      f'tokenizer.json; put that there (known by vocab.json and merges.txt: {", ".join(CLASSES)})')
+  return known
+
+
+def text_of(token: Any) -> Any:
+  """Return the text of a special token, which may be an object with its content."""
+  return token.get('content') if isinstance(token, Mapping) else token
+
+
+def build(inner: Any, files: Files, read: Mapping[str, Any]) -> dict[str, Any]:
+  """Let a BPE model over bytes treat text as the class that the settings name.
+
+  Returns:
+    The settings, with the special tokens that the class has where they name none.
+
+  Raises:
+    ValueError: as `class_of` and `add_tokens`.
+  """
+  from tokenizers import Regex, decoders, normalizers, pre_tokenizers
+
+  known = class_of(read)
+  inner.pre_tokenizer = pre_tokenizers.ByteLevel(
+    bool(read.get('add_prefix_space')), use_regex=known.pattern is None)
+  if known.pattern is not None:
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+      [pre_tokenizers.Split(Regex(known.pattern), 'isolated'), inner.pre_tokenizer])
+  if known.composed:
+    inner.normalizer = normalizers.NFC()
+  inner.decoder = decoders.ByteLevel()
+  named = {**known.tokens, **read}
+  add_tokens(inner, files, named)
+  return named
+
+
+def add_tokens(inner: Any, files: Files, read: Mapping[str, Any]) -> None:
+  """Give a tokenizer of the tokenizers library the tokens that only the other files have.
+
+  Args:
+    inner: the tokenizer, which is changed.
+    files: may hold added_tokens.json.
+    read: from `settings`.
+
+  Raises:
+    ValueError: a token has an id that belongs to another, or is damaged.
+  """
+  for i, token in sorted(listed(files, read).items()):
+    size = inner.get_vocab_size(with_added_tokens=True)
+    if not size <= i < 2 * size + 1024 and inner.id_to_token(i) != token.content:
+      raise ValueError(f'added token {token.content!r} has id {i}, which is '
+                       f'{inner.id_to_token(i)!r} in the vocabulary of {size}')
+    if inner.token_to_id(token.content) not in (None, i):
+      raise ValueError(f'added token {token.content!r} has id {i}, but in the vocabulary '
+                       f'{inner.token_to_id(token.content)}')
+    # The library numbers without gaps.
+    inner.add_special_tokens([f'<|unused {hole}|>' for hole in range(size, i)])
+    inner.add_tokens([token])
+  added = {token.content for token in inner.get_added_tokens_decoder().values()}
+  inner.add_tokens([token for token in special(read) if token.content not in added
+                    and inner.token_to_id(token.content) is not None])
+
+
+def listed(files: Files, read: Mapping[str, Any]) -> dict[int, Any]:
+  """Return the added tokens that a file gives an id."""
+  from tokenizers import AddedToken
+
+  named = {text_of(read.get(name)) for name in _NAMES}
+  found = read.get('added_tokens_decoder')
+  try:
+    if found is None:
+      texts = {token.content for token in special(read)}
+      ids = json.loads(files.get('added_tokens.json', b'{}'))
+      found = {i: {'content': text, 'special': text in texts, 'normalized': text not in texts}
+                for text, i in ids.items()}
+    return {
+      int(i): AddedToken(token['content'], **{
+        flag: bool(token[flag]) or flag == 'special' and token['content'] in named
+        for flag in _FLAGS if flag in token})
+      for i, token in found.items()}
+  except (ValueError, TypeError, KeyError, AttributeError) as error:
+    raise ValueError('added_tokens.json or added_tokens_decoder of tokenizer_config.json: no table '
+                     f'of tokens and ids: {error!r}') from None
+
+
+def special(read: Mapping[str, Any]) -> Iterator[Any]:
+  """Yield the special tokens that the settings name."""
+  from tokenizers import AddedToken
+
+  lists = [read.get(name) or () for name in _LISTS]
+  tokens = [read.get(name) for name in _NAMES]
+  for token in [*tokens, *(token for one in lists for token in (
+      one.values() if isinstance(one, Mapping) else one))]:
+    text = text_of(token)
+    if isinstance(text, str) and text:
+      flags = token if isinstance(token, Mapping) else {}
+      yield AddedToken(text, special=True, **{
+        flag: bool(flags[flag]) for flag in _FLAGS[:-1] if flag in flags})
