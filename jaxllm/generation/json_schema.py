@@ -64,7 +64,7 @@ def prepare(schema: Any) -> dict[str, Any]:
   if not isinstance(schema, Mapping) and schema is not True:
     raise ValueError(f'schema: {json.dumps(schema)[:60]} is no schema that a document can satisfy; '
                      'give an object')
-  _check_depth(schema)
+  check_depth(schema)
   document = {} if schema is True else _rewritten(schema, schema)
   _check_multiples(document)
   endless = _endless(document)
@@ -77,7 +77,8 @@ def prepare(schema: Any) -> dict[str, Any]:
 _TOO_DEEP = f'schema: nested deeper than {MAX_DEPTH} levels; use $defs'
 
 
-def _check_depth(schema: Any) -> None:
+def check_depth(schema: Any) -> None:
+  """Raise ValueError for JSON of more than `MAX_DEPTH` levels."""
   level = [schema]
   for _ in range(MAX_DEPTH):
     level = [child for item in level if isinstance(item, dict | list)

@@ -151,15 +151,21 @@ def number(low: float, high: float, above: bool = False) -> Check:
 def text(max_length: int | None = None) -> Check:
   """Return a check for strings, without halves of surrogate pairs, that are not empty."""
   def check(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-      raise invalid(name, f'{shown(value)} is not a string')
+    any_text(name, value)
     if not value:
       raise invalid(name, 'the string is empty; leave the field out, or give at least a character')
     if max_length is not None and len(value) > max_length:
       raise invalid(name, f'{shown(value)} is too long; {max_length} are accepted')
-    return valid_text(name, value)
+    return value
 
   return check
+
+
+def any_text(name: str, value: Any) -> str:
+  """Return a string that may be empty."""
+  if not isinstance(value, str):
+    raise invalid(name, f'{shown(value)} is not a string')
+  return valid_text(name, value)
 
 
 def valid_text(name: str, value: str) -> str:

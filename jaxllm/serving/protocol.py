@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from jaxllm.generation.sampling import SamplingConfig
-from jaxllm.serving import fields
+from jaxllm.serving import fields, messages
 from jaxllm.serving.errors import invalid
 from jaxllm.serving.fields import REQUIRED, Check, Field, Unsupported
 from jaxllm.serving.limits import LimitsConfig
@@ -22,14 +22,6 @@ LARGEST = 2**31 - 1
 Prompt = str | tuple[int, ...]
 # 'json_object', or a schema.
 Form = Literal['json_object'] | Mapping[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Message:
-  """What one side of a conversation said."""
-
-  role: Literal['system', 'user', 'assistant']
-  content: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,10 +64,12 @@ class CompletionRequest:
 
 @dataclasses.dataclass(frozen=True)
 class ChatRequest:
-  """A conversation to continue."""
+  """A conversation to continue, with tools and variables for the template."""
 
   generation: Generation
-  messages: tuple[Message, ...]
+  messages: tuple[dict[str, Any], ...]
+  tools: list[dict[str, Any]]
+  variables: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +107,12 @@ def completion(body: Mapping[str, Any], limits: LimitsConfig, vocab_size: int) -
 def chat(body: Mapping[str, Any], limits: LimitsConfig, vocab_size: int) -> ChatRequest:
   """Read the body of `POST /v1/chat/completions`; arguments and errors as `completion`."""
   table = _sampling_fields(limits, vocab_size) | {
-    'messages': Field(_messages, REQUIRED),
+    'messages': Field(messages.messages, REQUIRED),
+    'tools': Field(messages.tools, []),
+    'tool_choice': Field(_tool_choice),
+    'parallel_tool_calls': Field(fields.boolean, True),
+    'chat_template_kwargs': Field(messages.variables, {}),
+    'reasoning_effort': Field(fields.one_of(*_EFFORTS)),
     'max_tokens': Field(fields.integer(1, LARGEST)),
     'max_completion_tokens': Field(fields.integer(1, LARGEST)),
     'logprobs': Field(fields.boolean, False),
@@ -123,11 +122,19 @@ def chat(body: Mapping[str, Any], limits: LimitsConfig, vocab_size: int) -> Chat
   lengths = {values['max_tokens'], values['max_completion_tokens']} - {None}
   if len(lengths) > 1:
     raise invalid('max_tokens', 'differs from max_completion_tokens; give one of them')
-  if values['top_logprobs'] is not None and not values['logprobs']:
+  if values['tools'] and not values['parallel_tool_calls']:
+    raise invalid('parallel_tool_calls', 'the model decides how many tools it calls; leave it out')
+  if values['top_logprobs'] and not values['logprobs']:
     raise invalid('top_logprobs', 'needs logprobs=true')
   num_top = (values['top_logprobs'] or 0) if values['logprobs'] else None
+  effort = values['reasoning_effort']
+  variables = {} if effort is None else {'reasoning_effort': effort}
+  if effort == 'none':
+    variables['enable_thinking'] = False
   return ChatRequest(
-    _generation(values, next(iter(lengths), None), num_top), values['messages'])
+    _generation(values, next(iter(lengths), None), num_top), values['messages'],
+    [] if values['tool_choice'] == 'none' else values['tools'],
+    variables | values['chat_template_kwargs'])
 
 
 def embedding(body: Mapping[str, Any], limits: LimitsConfig, vocab_size: int) -> EmbeddingRequest:
@@ -136,7 +143,7 @@ def embedding(body: Mapping[str, Any], limits: LimitsConfig, vocab_size: int) ->
     'model': Field(fields.text(256), REQUIRED),
     'input': Field(_prompts(limits.max_inputs, vocab_size), REQUIRED),
     'encoding_format': Field(fields.one_of('float', 'base64'), 'float'),
-    'user': Field(fields.text()),
+    'user': Field(fields.any_text),
   }, {'dimensions': Unsupported('embeddings have the width of the model; leave it out')})
   return EmbeddingRequest(values['model'], values['input'], values['encoding_format'])
 
@@ -145,7 +152,7 @@ def tokenize(body: Mapping[str, Any]) -> tuple[str | None, str, bool]:
   """Read the body of `POST /tokenize`: model, text, whether the model's first token is added."""
   values = fields.read(body, {
     'model': Field(fields.text(256)),
-    'prompt': Field(_any_text, REQUIRED),
+    'prompt': Field(fields.any_text, REQUIRED),
     'add_special_tokens': Field(fields.boolean, True),
   })
   return values['model'], values['prompt'], values['add_special_tokens']
@@ -168,7 +175,7 @@ def _sampling_fields(limits: LimitsConfig, vocab_size: int) -> dict[str, Field]:
     'model': Field(fields.text(256), REQUIRED),
     'temperature': Field(fields.number(0, 2), 1.0),
     'top_p': Field(fields.number(0, 1, above=True), 1.0),
-    'top_k': Field(fields.integer(0, LARGEST), 0),
+    'top_k': Field(lambda name, value: max(fields.integer(-1, LARGEST)(name, value), 0), 0),
     'min_p': Field(fields.number(0, 1), 0.0),
     'repetition_penalty': Field(fields.number(0, 100, above=True), 1.0),
     'presence_penalty': Field(fields.number(-2, 2), 0.0),
@@ -180,9 +187,14 @@ def _sampling_fields(limits: LimitsConfig, vocab_size: int) -> dict[str, Field]:
     'response_format': Field(_response_format),
     'stream': Field(fields.boolean, False),
     'stream_options': Field(_stream_options),
-    # What follows says who asks and why, and has no part in the answer.
-    'user': Field(fields.text()),
+    # What follows says who asks and why, or makes the answer come sooner, and does not change it.
+    'user': Field(fields.any_text),
+    'safety_identifier': Field(fields.any_text),
     'metadata': Field(fields.obj),
+    'prompt_cache_key': Field(fields.any_text),
+    'prompt_cache_retention': Field(fields.any_text),
+    'prompt_cache_options': Field(fields.obj),
+    'prediction': Field(fields.obj),
   }
 
 
@@ -228,16 +240,12 @@ def _ids(name: str, value: Any, vocab_size: int) -> tuple[int, ...]:
   return tuple(check(f'{name}[{index}]', item) for index, item in enumerate(items))
 
 
-def _any_text(name: str, value: Any) -> str:
-  if not isinstance(value, str):
-    raise invalid(name, f'{fields.shown(value)} is not a string')
-  return fields.valid_text(name, value)
-
-
 def _stop(max_characters: int) -> Check:
   def check(name: str, value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
       return (fields.text(max_characters)(name, value),)
+    if value == []:
+      return ()
     items = fields.array(name, value, f'a string or a list of up to {MAX_STOPS}', MAX_STOPS)
     return tuple(fields.text(max_characters)(f'{name}[{index}]', item)
                  for index, item in enumerate(items))
@@ -268,7 +276,7 @@ def _logit_bias(most: int, vocab_size: int) -> Check:
 def _response_format(name: str, value: Any) -> Form | None:
   kind = fields.obj(name, value).get('type')
   fields.one_of('text', 'json_object', 'json_schema')(f'{name}.type', kind)
-  table = {'type': Field(_any_text, REQUIRED)}
+  table = {'type': Field(fields.any_text, REQUIRED)}
   if kind == 'json_schema':
     table['json_schema'] = Field(fields.obj, REQUIRED)
   values = fields.read(value, table, where=name)
@@ -283,6 +291,12 @@ def _response_format(name: str, value: Any) -> Form | None:
   }, where=f'{name}.json_schema')['schema']
 
 
+def _tool_choice(name: str, value: Any) -> str:
+  if value not in ('auto', 'none'):
+    raise invalid(name, "the model decides whether it calls a tool; send 'auto' or 'none'")
+  return value
+
+
 def _stream_options(name: str, value: Any) -> bool:
   values = fields.read(
     fields.obj(name, value), {'include_usage': Field(fields.boolean, False)},
@@ -290,48 +304,10 @@ def _stream_options(name: str, value: Any) -> bool:
   return values['include_usage']
 
 
-def _messages(name: str, value: Any) -> tuple[Message, ...]:
-  items = fields.array(name, value, 'a list of messages')
-  return tuple(_message(f'{name}[{index}]', item) for index, item in enumerate(items))
-
-
-def _message(name: str, value: Any) -> Message:
-  role = fields.obj(name, value).get('role')
-  if role in ('tool', 'function'):
-    raise invalid(f'{name}.role', f'{role!r} is not supported, for there are no tools')
-  values = fields.read(value, {
-    'role': Field(fields.one_of(*_ROLES), REQUIRED),
-    'content': Field(_content, REQUIRED),
-  }, _UNSUPPORTED_MESSAGE, where=name)
-  return Message(_ROLES[values['role']], values['content'])
-
-
-def _content(name: str, value: Any) -> str:
-  """Return the text of a message, whose parts follow each other directly."""
-  if isinstance(value, str):
-    return fields.valid_text(name, value)
-  parts = fields.array(name, value, 'a string or a list of parts of type text')
-  texts = []
-  for index, part in enumerate(parts):
-    at = f'{name}[{index}]'
-    kind = fields.obj(at, part).get('type')
-    if kind != 'text':
-      fields.one_of('text')(f'{at}.type', kind)
-    texts.append(fields.read(part, {
-      'type': Field(_any_text, REQUIRED), 'text': Field(_any_text, REQUIRED)}, where=at)['text'])
-  return ''.join(texts)
-
-
-_ROLES: dict[str, Literal['system', 'user', 'assistant']] = {
-  'system': 'system', 'developer': 'system', 'user': 'user', 'assistant': 'assistant'}
 _LEAVE_OUT = Unsupported('leave it out')
 _UNSUPPORTED = {
   'store': Unsupported('nothing is stored here; send false or leave it out', (False,)),
   'service_tier': Unsupported('there is one; leave it out', ('auto', 'default')),
-  'prompt_cache_key': _LEAVE_OUT,
-  'prompt_cache_retention': _LEAVE_OUT,
-  'prompt_cache_options': _LEAVE_OUT,
-  'safety_identifier': _LEAVE_OUT,
 }
 _UNSUPPORTED_COMPLETION = {
   'best_of': Unsupported('use n, and choose among the choices by their logprobs', (1,)),
@@ -340,31 +316,17 @@ _UNSUPPORTED_COMPLETION = {
   'max_completion_tokens': Unsupported('here it is max_tokens'),
   'top_logprobs': Unsupported('here logprobs is their number, 0 to 5'),
 }
-_NO_TOOLS = Unsupported('there are no tools; leave it out', ([],))
+_EFFORTS = ('none', 'minimal', 'low', 'medium', 'high', 'xhigh', 'max')
 _UNSUPPORTED_CHAT = {
-  'tools': _NO_TOOLS,
-  'tool_choice': Unsupported('there are no tools; leave it out', ('none',)),
-  'parallel_tool_calls': Unsupported('there are no tools; leave it out', (True, False)),
-  'functions': _NO_TOOLS,
-  'function_call': Unsupported('there are no tools; leave it out', ('none',)),
+  'functions': Unsupported('send tools', ([],)),
+  'function_call': Unsupported('send tool_choice', ('none',)),
   'audio': Unsupported('text is all there is; leave it out'),
   'modalities': Unsupported("text is all there is; send ['text'] or leave it out", (['text'],)),
   'moderation': _LEAVE_OUT,
-  'prediction': _LEAVE_OUT,
-  'reasoning_effort': _LEAVE_OUT,
-  'verbosity': _LEAVE_OUT,
+  'verbosity': Unsupported('ask for it in a message', ('medium',)),
   'web_search_options': _LEAVE_OUT,
   'prompt': Unsupported('send a text to /v1/completions'),
   'echo': Unsupported('only /v1/completions echoes'),
   'suffix': Unsupported('text is only continued; leave it out'),
   'best_of': Unsupported('use n, and choose among the choices by their logprobs'),
-}
-_UNSUPPORTED_MESSAGE = {
-  'name': Unsupported('write the name into the content'),
-  'tool_calls': _NO_TOOLS,
-  'tool_call_id': _NO_TOOLS,
-  'function_call': _NO_TOOLS,
-  'refusal': _LEAVE_OUT,
-  'audio': _LEAVE_OUT,
-  'annotations': Unsupported('leave it out', ([],)),
 }

@@ -8,6 +8,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
+import re
 import secrets
 import threading
 import time
@@ -75,6 +76,8 @@ class Service:
     self._vocab_size = min(model.config.vocab_size, model.tokenizer.vocab_size)
     self._special = model.tokenizer.special_tokens
     self._names = Names(model.tokenizer)
+    self._template = '\n'.join(
+      tokenizer_files.chat_templates(model.tokenizer.files()).values())
     self._pool = concurrent.futures.ThreadPoolExecutor(THREADS, 'jaxllm-tokens')
     # What may compile a schema, which can take seconds, keeps nobody else waiting.
     self._schema_pool = concurrent.futures.ThreadPoolExecutor(SCHEMA_THREADS, 'jaxllm-schemas')
@@ -126,14 +129,29 @@ class Service:
     if self._model.chat_format is None:
       raise invalid('messages', 'this model has no chat template; send a text to /v1/completions',
                     'no_chat_template')
-    messages = [dataclasses.asdict(message) for message in request.messages]
+    self._check_template(request)
+    more = {'tools': request.tools} if request.tools else {}
     try:
-      ids = self._model.chat_format.encode(messages)
+      ids = self._model.chat_format.encode(request.messages, **more, **request.variables)
     except templates.TemplateError as error:
       raise invalid('messages', str(error)[:200], 'chat_template') from None
     except ValueError:
       raise invalid('messages', 'the tokenizer cannot express the text') from None
     return self._plan(request.generation, [self._fitting('messages', ids)], [None], is_chat=True)
+
+  def _check_template(self, request: protocol.ChatRequest) -> None:
+    """Refuse by name what the chat template would pass over."""
+    needed = [('tools', r'\btools\b')] if request.tools else []
+    for index, message in enumerate(request.messages):
+      needed += [(f'messages[{index}].tool_calls', r'\btool_calls\b')] * ('tool_calls' in message)
+      needed += [(f'messages[{index}].role', r'["\']tool["\']')] * (message['role'] == 'tool')
+    if effort := request.variables.get('reasoning_effort'):
+      needed.append(('reasoning_effort', r'\breasoning_effort\b' + (
+        r'|\benable_thinking\b' if effort == 'none' else '')))
+    for name, pattern in needed:
+      if not re.search(pattern, self._template):
+        raise invalid(name, 'the chat template of this model does not read it; leave it out',
+                      'unsupported_field')
 
   def embedding(self, body: bytes) -> tuple[list[tuple[int, ...]], bool]:
     """Return the prompts of an embedding, and whether it is wanted as base64."""

@@ -34,11 +34,15 @@ from openai.types import Completion, CreateEmbeddingResponse, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel
 
+from jaxllm.data import tokenizers
 from jaxllm.generation import scoring
 from jaxllm.generation.text import TextPiece, text_of
 from jaxllm.interop import chat as templates
 from jaxllm.models.decoder import Decoder
+from jaxllm.serving.errors import ApiError
+from jaxllm.serving.limits import LimitsConfig
 from jaxllm.serving.responses import Choice, Names
+from jaxllm.serving.service import Service
 from jaxllm.tasks.chat import Chat, ChatTemplate
 
 PROMPT, HELLO = 'To be', [{'role': 'user', 'content': 'Hello'}]
@@ -424,7 +428,7 @@ def test_the_program_serves_and_drains(tmp_path):
   program = [sys.executable, '-m', 'jaxllm.serve', f'--model={tmp_path}/small']
   open_to_all = subprocess.run([*program, '--host=0.0.0.0'], capture_output=True, text=True,
                                check=False)
-  assert open_to_all.returncode == 1 and '--api_keys_file' in open_to_all.stderr
+  assert open_to_all.returncode == 2 and '--api_keys_file' in open_to_all.stderr
   log = tmp_path / 'log'
   with log.open('w') as output, subprocess.Popen(
       [*program, f'--port={port}', '--num_slots=1', '--context_length=300'], stderr=output,
@@ -460,3 +464,47 @@ def wait_for(url, process, log, seconds=120):
     except httpx.TransportError:
       assert process.poll() is None and time.monotonic() < end, log.read_text()
       time.sleep(0.1)
+
+
+TOOL_TEMPLATE = (
+  "{% if tools %}T{{ tools[0].function.name }}{{ tools[0] | tojson }};{% endif %}"
+  "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if m.tool_calls %}"
+  "{% for c in m.tool_calls %}{{ c.function.name }}({{ c.function.arguments.a }}){% endfor %}"
+  "{% endif %}{% if m.role == 'tool' %}!{% endif %}{% endfor %}"
+  "{% if enable_thinking is defined and not enable_thinking %}<quiet>{% endif %}")
+
+
+def planned(model, body):
+  """Return the prompt that a chat becomes."""
+  service = Service(model, shared()[1], NAME, LimitsConfig())
+  try:
+    plan = service.chat(json.dumps(CHAT | body).encode())
+  finally:
+    service.close()
+  return bytes(plan.jobs[0].prompt).decode()
+
+
+def test_templates_get_tools_calls_and_variables():
+  model, _ = shared()
+  files = model.tokenizer.files() | {'chat_template.jinja': TOOL_TEMPLATE.encode()}
+  tooled = dataclasses.replace(model, tokenizer=tokenizers.from_files(files))
+  tools = [{'type': 'function', 'function': {'name': 'f', 'parameters': {'type': 'object'}}}]
+  history = [
+    {'role': 'user', 'content': 'x'},
+    {'role': 'assistant', 'content': None, 'tool_calls': [
+      {'id': 'c', 'type': 'function', 'function': {'name': 'f', 'arguments': '{"a": 7}'}}]},
+    {'role': 'tool', 'tool_call_id': 'c', 'content': 'ok'}]
+  assert planned(tooled, {'messages': history}) == '[user]x[assistant]f(7)[tool]ok!'
+  text = planned(tooled, {'messages': history[:1], 'tools': tools})
+  assert text.startswith('Tf{"type": "function", "function": {"name": "f"')
+  assert planned(tooled, {'messages': history[:1], 'tools': tools, 'tool_choice': 'none'}
+                 ) == '[user]x'
+  quiet = {'messages': history[:1], 'chat_template_kwargs': {'enable_thinking': False}}
+  assert planned(tooled, quiet) == '[user]x<quiet>'
+  assert planned(tooled, {'messages': history[:1], 'reasoning_effort': 'none'}) == '[user]x<quiet>'
+  for body, param in (({'reasoning_effort': 'low'}, 'reasoning_effort'),
+                      ({'messages': history}, 'messages[1].tool_calls'),
+                      ({'messages': history[2:]}, 'messages[0].role'), ({'tools': tools}, 'tools')):
+    with pytest.raises(ApiError) as caught:
+      planned(model if param != 'reasoning_effort' else tooled, body)
+    assert caught.value.content()['error']['param'] == param

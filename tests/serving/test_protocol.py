@@ -88,9 +88,9 @@ REFUSED = [
   ('max_tokens', True), ('max_tokens', '5'), ('max_tokens', 5.0),
   ('temperature', -1), ('temperature', 2.1), ('temperature', float('nan')), ('temperature', '1'),
   ('temperature', True), ('temperature', [1]), ('top_p', 0), ('top_p', 2), ('top_p', -0.1),
-  ('top_k', -1), ('min_p', 1.5), ('repetition_penalty', 0), ('presence_penalty', 3),
+  ('top_k', -2), ('min_p', 1.5), ('repetition_penalty', 0), ('presence_penalty', 3),
   ('frequency_penalty', -3), ('n', 0), ('n', 10**6), ('n', 1.5), ('seed', 2**63), ('seed', 'a'),
-  ('stop', ['a'] * 5), ('stop', ''), ('stop', ['a', '']), ('stop', HUGE), ('stop', []),
+  ('stop', ['a'] * 5), ('stop', ''), ('stop', ['a', '']), ('stop', HUGE),
   ('stop', 5), ('stop', '\ud800'), ('logit_bias', {'300': 1}), ('logit_bias', {'-1': 1}),
   ('logit_bias', {'x': 1}), ('logit_bias', {'\u0663': 1}), ('logit_bias', {'1': 101}),
   ('logit_bias', {'1': True}), ('logit_bias', [1]), ('logit_bias', {'1': 1, '01': 2}),
@@ -125,6 +125,10 @@ def test_refusals_of_completions(name, value):
   assert refusal(completion, **{name: value}).param.startswith(name)
 
 
+def call(arguments):
+  return {'id': 'c', 'type': 'function', 'function': {'name': 'f', 'arguments': arguments}}
+
+
 def user(content, **more):
   return [{'role': 'user', 'content': content, **more}]
 
@@ -133,15 +137,25 @@ def user(content, **more):
   ('messages', None), ('messages', []), ('messages', 'hi'), ('messages', ['hi']),
   ('messages', [{'role': 'user'}]), ('messages', [{'content': 'x'}]), ('messages', user(None)),
   ('messages', [{'role': 'robot', 'content': 'x'}]), ('messages', [{'role': 1, 'content': 'x'}]),
-  ('messages', [{'role': 'tool', 'content': 'x', 'tool_call_id': 'a'}]),
+  ('messages', [{'role': 'tool', 'content': 'x'}]), ('messages', user('x', type='image')),
+  ('messages', [{'role': 'assistant', 'tool_calls': [{'id': 'a', 'function': {'name': 'f'}}, {}]}]),
+  ('messages', [{'role': 'assistant', 'tool_calls': [call('[1]')]}]),
+  ('messages', [{'role': 'assistant', 'tool_calls': [call('{')]}]),
+  ('messages', [{'role': 'assistant', 'tool_calls': [call('{"a":' * 100 + '1' + '}' * 100)]}]),
+  ('messages', [{'role': 'assistant', 'tool_calls': {}}]), ('messages', [{'role': 'function'}]),
   ('messages', [{'role': ['user'], 'content': 'x'}]), ('messages', user(5)), ('messages', user([])),
   ('messages', user('\ud800')), ('messages', user('x', name='me')),
   ('messages', user('x', tool_calls=[{}])), ('messages', user(['x'])),
   ('messages', user([{'type': 'image_url', 'image_url': {'url': 'x'}}])),
   ('messages', user([{'type': 'text'}])), ('messages', user([{'type': 'text', 'text': None}])),
-  ('logprobs', 1), ('top_logprobs', 1), ('tools', [{}]), ('tool_choice', 'auto'),
+  ('logprobs', 1), ('top_logprobs', 1), ('tools', [{}]), ('tools', {}),
+  ('tools', [{'type': 'custom', 'custom': {}}]), ('tools', [{'type': 'function', 'function': {}}]),
+  ('tools', [{'type': 'function', 'function': {'name': 'f', 'x': 1}}]),
+  ('tool_choice', 'required'), ('tool_choice', {'type': 'function', 'function': {'name': 'f'}}),
+  ('chat_template_kwargs', []), ('chat_template_kwargs', {'cpu_seconds': 9}),
+  ('chat_template_kwargs', {'messages': []}), ('safety_identifier', 5), ('prompt_cache_key', {}),
   ('functions', [{}]), ('function_call', 'auto'), ('audio', {}), ('modalities', ['audio']),
-  ('prediction', {}), ('reasoning_effort', 'low'), ('verbosity', 'low'),
+  ('prediction', []), ('reasoning_effort', 'lots'), ('verbosity', 'low'),
   ('web_search_options', {}), ('prompt', 'x'), ('echo', True), ('parallel_tool_calls', 1),
 ])
 def test_refusals_of_chats(name, value):
@@ -149,8 +163,33 @@ def test_refusals_of_chats(name, value):
 
 
 def test_values_that_ask_for_nothing_are_accepted():
-  assert chat(tools=[], tool_choice='none', modalities=['text'], store=False,
-              service_tier='auto') == chat()
+  assert chat(tools=[], tool_choice='none', modalities=['text'], store=False, service_tier='auto',
+              verbosity='medium', stop=[], top_logprobs=0, logit_bias={}) == chat()
+
+
+def test_what_changes_no_answer_is_accepted():
+  asked = {'user': '', 'safety_identifier': 'u', 'metadata': {}, 'prompt_cache_key': 'k',
+           'prompt_cache_retention': '24h', 'prompt_cache_options': {},
+           'prediction': {'type': 'content', 'content': 'x'}}
+  assert chat(**asked) == chat()
+  assert completion(**asked) == completion()
+  assert completion(top_k=-1) == completion(top_k=0) == completion()
+
+
+TOOL = {'type': 'function', 'function': {
+  'name': 'f', 'description': '', 'parameters': {'type': 'object'}, 'strict': True}}
+
+
+def test_tools_and_variables_of_the_template():
+  asked = chat(tools=[TOOL], chat_template_kwargs={'enable_thinking': False, 'style': [1]})
+  assert asked.tools == [TOOL]
+  assert asked.variables == {'enable_thinking': False, 'style': [1]}
+  assert chat(tools=[TOOL], tool_choice='none').tools == []
+  assert chat(tools=[TOOL], tool_choice='auto', parallel_tool_calls=True).tools == [TOOL]
+  assert refusal(chat, tools=[TOOL], parallel_tool_calls=False).param == 'parallel_tool_calls'
+  assert chat(reasoning_effort='low').variables == {'reasoning_effort': 'low'}
+  assert chat(reasoning_effort='none', chat_template_kwargs={'a': 1}).variables == {
+    'reasoning_effort': 'none', 'enable_thinking': False, 'a': 1}
 
 
 def test_lengths_and_options_that_contradict_each_other():
@@ -165,8 +204,28 @@ def test_messages():
     {'role': 'assistant', 'content': 'b', 'refusal': None, 'annotations': [], 'tool_calls': None},
     *user([{'type': 'text', 'text': 'c'}, {'type': 'text', 'text': 'd'}]), *user(''),
   ])
-  assert [(message.role, message.content) for message in request.messages] == [
+  assert [(message['role'], message['content']) for message in request.messages] == [
     ('system', 'a'), ('assistant', 'b'), ('user', 'cd'), ('user', '')]
+
+
+def test_what_assistants_and_tools_said():
+  said = {'role': 'assistant', 'annotations': None, 'audio': None, 'function_call': None}
+  found = chat(messages=[
+    *user('x', type='text'), said, {**said, 'content': None}, {**said, 'content': ''},
+    {**said, 'content': None, 'refusal': 'no'}, {**said, 'content': 'y', 'parsed': {'a': 1}},
+    {**said, 'content': [{'type': 'refusal', 'refusal': 'no'}]},
+    {**said, 'content': None, 'tool_calls': [call('{"a": [1]}'), call('')]},
+    {'role': 'tool', 'tool_call_id': 'c', 'content': '7'},
+    {**said, 'content': 'z', 'reasoning_content': 'r', 'tool_calls': []},
+  ]).messages
+  assert [message['content'] for message in found] == [
+    'x', '', '', '', 'no', 'y', 'no', '', '7', 'z']
+  calls = [{'id': 'c', 'type': 'function', 'function': {'name': 'f', 'arguments': arguments}}
+           for arguments in ({'a': [1]}, {})]
+  assert found[7] == {'role': 'assistant', 'content': '', 'tool_calls': calls}
+  assert found[8] == {'role': 'tool', 'content': '7', 'tool_call_id': 'c'}
+  assert found[9] == {'role': 'assistant', 'content': 'z', 'reasoning_content': 'r'}
+  assert all(set(message) == {'role', 'content'} for message in found[:7])
 
 
 def test_response_formats():
