@@ -31,10 +31,16 @@ class Metric(NamedTuple):
   Attributes:
     statistics: (predictions, references) -> float64 (I, M), one row per example.
     values: sums of rows (..., M) -> name -> float64 (...).
+    names: the names.
+    means: those of them that are means over the examples, of numbers between 0 and 1.
+    largest: what no number can exceed; None: there is no such limit.
   """
 
   statistics: Callable[[Sequence[Any], Sequence[Any]], np.ndarray]
   values: Callable[[np.ndarray], Values]
+  names: tuple[str, ...]
+  means: tuple[str, ...] = ()
+  largest: float | None = 1.0
 
 
 def score(name: str, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
@@ -49,7 +55,7 @@ def score(name: str, predictions: Sequence[Any], references: Sequence[Any]) -> d
     Named numbers.
 
   Raises:
-    ValueError: unknown name, no examples, or unequal lengths.
+    ValueError: unknown name, no examples, unequal lengths, or no token to measure.
   """
   summed = rows(name, predictions, references).sum(0)
   return {
@@ -102,7 +108,7 @@ def _accuracy_statistics(predictions: Sequence[Any], references: Sequence[Any]) 
 
 
 def _accuracy(name: str) -> Metric:
-  return Metric(_accuracy_statistics, lambda sums: {name: _ratio(sums[..., 1], sums[..., 0])})
+  return _mean_metric(_accuracy_statistics, name)
 
 
 def _classification_statistics(predictions: Sequence[Any], references: Sequence[Any]) -> np.ndarray:
@@ -253,7 +259,7 @@ def _sacrebleu_metric(class_name: str, key: str) -> Metric:
     scores = [metric._compute_score_from_stats([round(s) for s in row]).score for row in flat]
     return {key: np.reshape(scores, sums.shape[:-1])}
 
-  return Metric(statistics, values)
+  return Metric(statistics, values, (key,), largest=100.0)
 
 
 ROUGE_TYPES = ('rouge1', 'rouge2', 'rougeL', 'rougeLsum')
@@ -274,21 +280,31 @@ def _rouge_statistics(
 # reference is not read.
 
 
+def _perplexity_statistics(
+  predictions: Sequence[tuple[float, int, int]], references: Sequence[Any]
+) -> np.ndarray:
+  rows = np.array(predictions, float)
+  if not rows[:, 1:].sum(0).all():
+    raise ValueError('no token is predicted in any example, so that there is nothing to measure; '
+                     'give longer texts')
+  return rows
+
+
 def _perplexity_values(sums: np.ndarray) -> Values:
+  """NaN where a resample holds no token."""
   nats, tokens, num_bytes = -sums[..., 0], sums[..., 1], sums[..., 2]
-  loss = _ratio(nats, tokens)
-  return {
-    'loss': loss,
-    'perplexity': np.exp(np.minimum(loss, 700.0)),
-    'bits_per_byte': _ratio(nats, num_bytes) / math.log(2),
-  }
+  with np.errstate(divide='ignore', invalid='ignore'):
+    loss, bits = nats / tokens, nats / num_bytes / math.log(2)
+  return {'loss': loss, 'perplexity': np.exp(np.minimum(loss, 700.0)), 'bits_per_byte': bits}
 
 
-def _means(*names: str) -> Callable[[np.ndarray], Values]:
-  """Read sums whose first column counts the examples."""
-  return lambda sums: {
+def _mean_metric(
+  statistics: Callable[[Sequence[Any], Sequence[Any]], np.ndarray], *names: str
+) -> Metric:
+  """Return the metric of sums whose first column counts the examples."""
+  return Metric(statistics, lambda sums: {
     name: _ratio(sums[..., i], sums[..., 0]) for i, name in enumerate(names, start=1)
-  }
+  }, names, names)
 
 
 def _ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
@@ -299,12 +315,16 @@ def _ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
 METRICS: Mapping[str, Metric] = {
   'accuracy': _accuracy('accuracy'),
   'normalized_accuracy': _accuracy('normalized_accuracy'),
-  'classification': Metric(_classification_statistics, _classification_values),
-  'calibration': Metric(_calibration_statistics, _calibration_values),
-  'squad': Metric(_squad_statistics, _means('exact_match', 'f1')),
+  'classification': Metric(
+    _classification_statistics, _classification_values,
+    ('accuracy', *(f'{kind}_{name}' for name in ('precision', 'recall', 'f1')
+                   for kind in ('macro', 'micro'))), ('accuracy', 'micro_recall')),
+  'calibration': Metric(_calibration_statistics, _calibration_values, ('ece',)),
+  'squad': _mean_metric(_squad_statistics, 'exact_match', 'f1'),
   'bleu': _sacrebleu_metric('BLEU', 'bleu'),
   'chrf': _sacrebleu_metric('CHRF', 'chrf'),
-  'rouge': Metric(_rouge_statistics, _means(*ROUGE_TYPES)),
-  'perplexity': Metric(lambda predictions, _: np.array(predictions, float), _perplexity_values),
+  'rouge': _mean_metric(_rouge_statistics, *ROUGE_TYPES),
+  'perplexity': Metric(_perplexity_statistics, _perplexity_values,
+                       ('loss', 'perplexity', 'bits_per_byte'), largest=None),
 }
 """name -> metric; one entry may give several numbers."""

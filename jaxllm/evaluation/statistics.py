@@ -1,4 +1,8 @@
-"""How sure a score is: bootstrap intervals, and paired tests of two systems on the same examples.
+"""How sure a score is: intervals, and paired tests of two systems on the same examples.
+
+A mean over examples has an interval that knows small numbers: three right answers of three do not
+prove that all are right. Other scores are resampled. Where all resamples agree, they tell nothing:
+the interval is then that of a mean of as many equal values, or none where the score has no limits.
 
 Every metric is a function of sums over examples (`scores.Metric`), so a resample is a product of
 example counts with the statistics of each example; nothing is scored twice.
@@ -6,7 +10,9 @@ example counts with the statistics of each example; nothing is scored twice.
 Axis letters: I examples, M statistics of one example, R resamples.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,19 +24,19 @@ _CHUNK = 128
 
 
 class Interval(NamedTuple):
-  """A score and the interval that holds it at the level asked for."""
+  """A score and the interval that holds it at the level asked for; None: too few examples."""
 
   value: float
-  low: float
-  high: float
+  low: float | None
+  high: float | None
 
 
 class Comparison(NamedTuple):
   """A system minus a baseline: the difference, its interval, and how likely chance gives it."""
 
   difference: float
-  low: float
-  high: float
+  low: float | None
+  high: float | None
   p_value: float
 
 
@@ -42,7 +48,7 @@ def bootstrap(
   level: float = 0.95,
   seed: int = 0,
 ) -> dict[str, Interval]:
-  """Score predictions, with percentile bootstrap intervals.
+  """Score predictions, with intervals: of means by Wilson's score, of others by the bootstrap.
 
   Args:
     name: of one of `scores.METRICS`.
@@ -57,15 +63,21 @@ def bootstrap(
 
   Reference:
     Efron, Bootstrap Methods: Another Look at the Jackknife, 1979; for BLEU Koehn, Statistical
-    Significance Tests for Machine Translation Evaluation, 2004.
+    Significance Tests for Machine Translation Evaluation, 2004. Means: see `_mean_interval`.
   """
   rows_IM = scores.rows(name, predictions, references)
   metric = scores.METRICS[name]
   resampled = metric.values(_add_up(rows_IM, _draws, num_resamples, seed))
-  return {
-    key: Interval(float(value), *_percentiles(resampled[key], level))
-    for key, value in metric.values(rows_IM.sum(0)).items()
-  }
+  single = metric.values(rows_IM)
+  result = {}
+  for key, value in metric.values(rows_IM.sum(0)).items():
+    interval: tuple[float | None, float | None]
+    if key in metric.means:
+      interval = _mean_interval(single[key], level)
+    else:
+      interval = _percentiles(resampled[key], level, len(rows_IM), 0.0, metric.largest)
+    result[key] = Interval(float(value), *interval)
+  return result
 
 
 def compare(
@@ -79,9 +91,9 @@ def compare(
 ) -> dict[str, Comparison]:
   """Compare two systems on the same examples.
 
-  The interval is a paired bootstrap. The p-value is of approximate randomisation: how often the
-  difference is at least as large when each example's two predictions change sides at random; it is
-  two-sided and never below 1 / (R + 1).
+  The intervals are those of `bootstrap`, of paired differences. The p-value is of approximate
+  randomisation: how often the difference is at least as large when each example's two predictions
+  change sides at random; it is two-sided and never below 1 / (R + 1).
 
   Args:
     name: of one of `scores.METRICS`.
@@ -113,13 +125,20 @@ def compare(
   # What leaves one side arrives at the other.
   moved_RM = _add_up(ours_IM - theirs_IM, _coins, num_resamples, seed)
   swapped = metric.values(ours_IM.sum(0) - moved_RM), metric.values(theirs_IM.sum(0) + moved_RM)
+  single = metric.values(ours_IM), metric.values(theirs_IM)
   result = {}
   for key, value in ours.items():
     difference = float(value - theirs[key])
     # Sums in another order differ in their last digits.
     limit = abs(difference) * (1 - 1e-9)
     at_least = int((np.abs(swapped[0][key] - swapped[1][key]) >= limit).sum())
-    interval = _percentiles(resampled[key][:, 0] - resampled[key][:, 1], level)
+    interval: tuple[float | None, float | None]
+    if key in metric.means:
+      interval = _mean_interval(single[0][key] - single[1][key], level, -1.0)
+    else:
+      least = None if metric.largest is None else -metric.largest
+      interval = _percentiles(
+        resampled[key][:, 0] - resampled[key][:, 1], level, len(ours_IM), least, metric.largest)
     result[key] = Comparison(difference, *interval, (at_least + 1) / (num_resamples + 1))
   return result
 
@@ -149,6 +168,39 @@ def _add_up(
   return np.concatenate(list(parts())).reshape(num_resamples, *rows.shape[1:])
 
 
-def _percentiles(values_R: np.ndarray, level: float) -> tuple[float, float]:
-  low, high = np.quantile(values_R, [(1 - level) / 2, (1 + level) / 2])
-  return float(low), float(high)
+def _percentiles(
+  values_R: np.ndarray, level: float, count: int, least: float | None, largest: float | None
+) -> tuple[float | None, float | None]:
+  """Return the interval of resamples; where all are equal, that of `count` equal values."""
+  # A resample may hold nothing to measure.
+  low, high = np.nanquantile(values_R, [(1 - level) / 2, (1 + level) / 2])
+  if high - low > 1e-9 * max(abs(low), abs(high)):
+    return float(low), float(high)
+  if least is None or largest is None:
+    return None, None
+  return _mean_interval(np.full(count, low), level, least, largest)
+
+
+def _mean_interval(
+  values_I: np.ndarray, level: float, least: float = 0.0, largest: float = 1.0
+) -> tuple[float, float]:
+  """Return the interval of the mean of values that lie between two limits.
+
+  Of zeros and ones it is Wilson's. Other values vary less, and count as more examples in
+  proportion; their variance is estimated with one value at each limit added, so that equal values
+  do not pass for certain ones.
+
+  Reference:
+    Wilson, Probable Inference, the Law of Succession, and Statistical Inference, 1927; effective
+    numbers of examples: Korn and Graubard, Confidence Intervals for Proportions With Small Expected
+    Number of Positive Counts Estimated From Survey Data, 1998.
+  """
+  x_I = np.clip((values_I - least) / (largest - least), 0, 1)
+  added = np.concatenate([x_I, [0, 1]])
+  spread = added.var() / (added.mean() * (1 - added.mean()))
+  count, mean = len(x_I) / spread, x_I.mean()
+  z = NormalDist().inv_cdf((1 + level) / 2)
+  center = (mean + z**2 / (2 * count)) / (1 + z**2 / count)
+  half = z / (1 + z**2 / count) * math.sqrt(mean * (1 - mean) / count + z**2 / (4 * count**2))
+  return tuple(float(least + (largest - least) * min(max(edge, 0), 1))  # type: ignore[return-value]
+               for edge in (center - half, center + half))

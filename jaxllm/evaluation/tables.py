@@ -114,5 +114,5 @@ def _number(value: float) -> str:
   return f'{value:,.4f}'
 
 
-def _interval(low: float, high: float) -> str:
-  return f'[{_number(low)}, {_number(high)}]'
+def _interval(low: float | None, high: float | None) -> str:
+  return '-' if low is None or high is None else f'[{_number(low)}, {_number(high)}]'
