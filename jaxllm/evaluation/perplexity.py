@@ -24,7 +24,8 @@ class EvaluationConfig(Config):
   every_steps: int = pydantic.Field(default=500, gt=0)
   """Steps between two evaluations on the validation records."""
   max_batches: int | None = pydantic.Field(default=None, gt=0)
-  """Validation batches per evaluation during training; None takes all. The last one takes all."""
+  """Validation batches per evaluation during training, always the same ones of records that are
+  drawn by the seed; None takes all. What is measured after the last step takes all."""
   batch_size: int | None = pydantic.Field(default=None, gt=0)
   """Records per validation batch; None takes the training batch size."""
   prompts: tuple[str, ...] = ()

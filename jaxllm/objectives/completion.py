@@ -66,7 +66,8 @@ def pack(
 ) -> np.ndarray:
   """Lay sequences into records, each as a segment of its own that sees nothing else.
 
-  Longest first, each into the fullest record that still has room for it.
+  Longest first, each into the fullest record that still has room for it. Records that sequences
+  share are then shuffled, always alike: else the first ones would hold the longest sequences.
 
   Args:
     sequences: none longer than T + 1; see `truncate`.
@@ -101,7 +102,7 @@ def pack(
       record['tokens'][span], record['weights'][span] = ids, weights
       record['segment_ids'][span] = segment
       start = span.stop
-  return records
+  return np.random.default_rng(0).permutation(records) if together else records
 
 
 def record_dtype(context_length: int, vocab_size: int) -> np.dtype:

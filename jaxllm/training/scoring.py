@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jaxllm import loading, sharding
 from jaxllm.data import batches as batches_lib
 from jaxllm.evaluation import perplexity, scores
-from jaxllm.experiment import Experiment
+from jaxllm.experiment import TOKEN_OBJECTIVES, Experiment
 from jaxllm.interop import tokenizer_files
 from jaxllm.models import decoder
 from jaxllm.models.decoder import Decoder
@@ -19,9 +19,6 @@ from jaxllm.tasks.base import Example
 from jaxllm.tasks.predict import Speaker
 from jaxllm.training import losses
 from jaxllm.training.dataset import Dataset
-
-# Their loss is one of tokens; that of others is one of examples.
-TOKEN_OBJECTIVES = ('next_token', 'distillation')
 
 Scores = dict[str, float]
 Measure = Callable[[Any], Scores]
@@ -47,19 +44,14 @@ def make_measurements(
   """Return all that is measured during a run.
 
   Raises:
-    ValueError: as in `make_tasks`, or what tells the best checkpoint is not measured.
+    ValueError: as in `make_tasks`.
     ImportError: as in `make_tasks`.
   """
   validate = make_validation(experiment, dataset, mesh, experiment.evaluation.max_batches)
   do_tasks = make_tasks(experiment, dataset)
   found = (('validation', experiment.evaluation.every_steps, validate),
            ('task', experiment.scoring.every_steps, do_tasks))
-  taken = tuple(Measurement(group, every, measure) for group, every, measure in found if measure)
-  best = experiment.best
-  if best is not None and best.metric.partition('/')[0] not in [one.group for one in taken]:
-    raise ValueError(f'config.best.metric={best.metric!r}: no validation records are held out to '
-                     'measure it on')
-  return taken
+  return tuple(Measurement(group, every, measure) for group, every, measure in found if measure)
 
 
 def take(measurements: Iterable[Measurement], variables: Any) -> Scores:
@@ -79,13 +71,15 @@ def make_validation(
     experiment: the run.
     dataset: its records.
     mesh: its devices.
-    max_batches: how many batches at most; None takes all.
+    max_batches: how many batches at most, of records that are drawn; None takes all.
   """
   held_out = dataset.manifest.validation
   if held_out is None:
     return None
+  # The first records as they lie may be of one source; in a random order, they are a sample.
   batches = dataset.make_batches(
-    'validation', experiment.evaluation.batch_size or experiment.training.batch_size, False, 1
+    'validation', experiment.evaluation.batch_size or experiment.training.batch_size,
+    max_batches is not None, 1
   )
   count = min(batches.num_batches, max_batches or batches.num_batches)
   batch_sharding = sharding.batch_sharding(mesh, experiment.mesh)

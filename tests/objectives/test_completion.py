@@ -77,6 +77,20 @@ def test_packing_is_tight_and_keeps_every_sequence_once():
   assert sorted(found) == sorted(key)
 
 
+def test_the_first_packed_records_are_like_the_others():
+  """Neither the longest sequences nor those that came first are at one end."""
+  sequences = [Tokens([1 + i // 100] * n, [1] * n) for i in range(200) for n in (2 + i % 14,)]
+  records = completion.pack(sequences, context_length=15, vocab_size=30)
+  segments = records['segment_ids'].max(axis=1)
+  half = len(records) // 2
+  assert abs(segments[:half].mean() - segments[half:].mean()) < 0.35
+  again = completion.pack(sequences, context_length=15, vocab_size=30)
+  np.testing.assert_array_equal(records, again)
+  # Alone, they stay in the order of what else is known of them, such as labels.
+  alone = completion.pack(sequences, 15, 30, together=False)
+  assert alone['tokens'][:, 0].tolist() == [1] * 100 + [2] * 100
+
+
 def test_packed_equals_unpacked():
   rng = np.random.default_rng(1)
   sequences = []
