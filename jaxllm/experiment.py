@@ -13,6 +13,7 @@ from jaxllm.config import Config
 from jaxllm.data.records import DataConfig
 from jaxllm.data.tokenizers import TokenizerConfig
 from jaxllm.evaluation.perplexity import EvaluationConfig
+from jaxllm.evaluation.scores import METRICS
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.objectives import preference
 from jaxllm.objectives.classification import ClassifierConfig
@@ -22,6 +23,7 @@ from jaxllm.objectives.preference import Dpo, Ipo, Orpo, SimPo
 from jaxllm.optim.optimizers import OptimizerConfig
 from jaxllm.optim.schedules import ScheduleConfig
 from jaxllm.sharding import MeshConfig
+from jaxllm.tasks import TASKS
 from jaxllm.tasks.chat import Chat
 from jaxllm.tasks.classification import Classification, Sentiment
 from jaxllm.tasks.language_modeling import LanguageModeling
@@ -48,6 +50,10 @@ class Distillation(DistillationConfig):
   """The other model, anything that `jaxllm.load` takes, with the same tokenizer."""
   teacher_model: DecoderConfig | None = None
   """Its decoder; None: as `teacher` says."""
+
+
+TOKEN_OBJECTIVES = ('next_token', 'distillation')
+"""Kinds of which the loss is one of tokens; that of others is one of examples."""
 
 
 AnyObjective = Annotated[
@@ -134,7 +140,7 @@ class Experiment(Config):
 
   name: str
   """A short name, for reports."""
-  seed: int = pydantic.Field(default=0, ge=0)
+  seed: int = pydantic.Field(default=0, ge=0, le=2**32 - 1)
   """Seeds initialization, dropout and the order of records."""
   records_dir: str = 'runs/records'
   """Where prepared records are kept, in a folder with the experiment's name."""
@@ -193,6 +199,18 @@ class Experiment(Config):
       return self.scoring.tasks
     own = self.task is not None and self.scoring.split in self.task.data.splits
     return (self.task,) if own and self.task is not None else ()
+
+  @property
+  def measured(self) -> tuple[str, ...]:
+    """Names of what is measured during training and can tell the best checkpoint."""
+    names = []
+    if self.data.validation if self.task is None else 'validation' in self.task.data.splits:
+      tokens = ('perplexity', 'bits_per_byte') if self.objective.kind in TOKEN_OBJECTIVES else ()
+      names += [f'validation/{name}' for name in ('loss', *tokens, 'accuracy')]
+    for task in self.scored_tasks:
+      names += [f'task/{task.kind}/{name}' for metric in TASKS[task.kind].metrics
+                for name in METRICS[metric].names]
+    return tuple(names)
 
   @property
   def decoder(self) -> DecoderConfig:
@@ -279,13 +297,9 @@ def _check_best(experiment: Experiment) -> None:
     raise ValueError(f'scoring.tasks: {", ".join(kinds)}: each kind may stand once')
   if experiment.best is None:
     return
-  group, *rest = experiment.best.metric.split('/')
-  if not (group == 'validation' and len(rest) == 1
-          or group == 'task' and len(rest) == 2 and rest[0] in kinds):
-    raise ValueError(
-      f"best.metric={experiment.best.metric!r}: 'validation/NAME' or 'task/KIND/NAME' with a task "
-      f'that is scored (kinds: {", ".join(kinds) or "none"})'
-    )
+  if experiment.best.metric not in experiment.measured:
+    raise ValueError(f'best.metric={experiment.best.metric!r} is not measured; one of '
+                     f'{", ".join(experiment.measured) or "none: nothing is held out"}')
 
 
 # What must not change between two runs into one workdir: the parameters' shape, and which records a

@@ -176,9 +176,13 @@ def make_optimizer(
   instead, towards a model that is what it was.
 
   Raises:
-    ValueError: a rule or a name matches nothing.
+    ValueError: a rule or a name matches nothing, or nothing is trained.
   """
   config, (shapes, _) = experiment.optimizer, abstract(experiment)
+  if not trained_count(experiment):
+    patterns = ', '.join(repr(rule.pattern) for rule in experiment.finetune.rules)
+    raise ValueError(f'config.finetune.rules: {patterns} freeze all parameters, so that nothing is '
+                     'trained; leave some of them out')
   unset = type(config).model_fields['decay_names'].default
   if experiment.finetune.lora is not None and config.decay_names == unset:
     config = config.replace(decay_names=('a', 'b', *(['kernel'] if HEAD in shapes else [])))

@@ -51,23 +51,11 @@ class Selection(NamedTuple):
 
 
 def add(selection: Selection, step: int, scores: Mapping[str, float]) -> Selection:
-  """Return the selection after the scores of a step, which may lack the metric.
-
-  Raises:
-    ValueError: there are scores of the kind that the metric belongs to, but not the metric.
-  """
-  if selection.config is None:
+  """Return the selection after the scores of a step, which may lack the metric."""
+  value = math.nan if selection.config is None else scores.get(selection.config.metric, math.nan)
+  if not math.isfinite(value):
     return selection
-  metric = selection.config.metric
-  if metric in scores:
-    if not math.isfinite(scores[metric]):
-      return selection
-    return selection._replace(history=(*selection.history, (step, scores[metric])))
-  group = metric.rpartition('/')[0]
-  known = [name for name in scores if name.rpartition('/')[0] == group]
-  if known:
-    raise ValueError(f'config.best.metric={metric!r} is not measured; one of {", ".join(known)}')
-  return selection
+  return selection._replace(history=(*selection.history, (step, value)))
 
 
 def restore(

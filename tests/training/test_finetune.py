@@ -212,6 +212,10 @@ def test_rules_freeze_and_must_match(base):
   assert np.abs(moved).max() > 0
   stored = store._stored_leaves(store.find_step(base / 'ruled'))
   assert not any('/mu/' in path and '/attention/' in path for path in stored)
+  for frozen in (FinetuneConfig(rules=(PathRule(pattern='.*'),)),
+                 LORA.replace(rules=(PathRule(pattern='.*/[ab]'),))):
+    with pytest.raises(ValueError, match='config.finetune.rules: .* nothing is trained'):
+      train(experiment(base, finetune=frozen), base / 'still')
   nothing = FinetuneConfig(rules=(PathRule(pattern='layers/attn/.*'),))
   with pytest.raises(ValueError, match="rule 'layers/attn/.*' matches no parameter"):
     train(experiment(base, finetune=nothing), base / 'refused')

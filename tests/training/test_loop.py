@@ -200,6 +200,8 @@ def test_skipped_steps_stop_the_run_with_a_message(tmp_path):
   ({'training__batch_size': 6}, 'config.training.batch_size .* 6 rows, .*8 devices'),
   ({'mesh': {'data': 1, 'context': 8}, 'data__context_length': 28},
    'config.data.context_length is 28 tokens, .*8 devices .*context'),
+  ({'seed': 2**32}, 'seed=4294967296: .*less than or equal to 4294967295'),
+  ({'seed': -1}, 'seed=-1: .*greater than or equal to 0'),
   ({'model__vocab_size': 100}, 'tokenizer has 257 tokens but config.model.vocab_size=100'),
   ({'mesh': {'data': 1, 'tensor': 8}}, 'kv_heads.*8 devices'),
 ])

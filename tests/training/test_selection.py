@@ -31,8 +31,6 @@ def test_the_best_is_the_first_extreme_and_patience_counts_since_then():
   loss = Selection(BestConfig(metric='validation/loss'), ((1, 2.0), (2, 1.0), (3, 1.5)))
   assert loss.best == (2, 1.0) and not loss.exhausted
   assert selection.add(chosen, 6, {'validation/loss': 1.0}) == chosen
-  with pytest.raises(ValueError, match='accuracy.* is not measured; one of task/sentiment/f1'):
-    selection.add(chosen, 6, {'task/sentiment/f1': 1.0})
 
 
 @pytest.fixture(scope='module')
@@ -100,8 +98,57 @@ def test_scores_are_those_of_the_model_on_the_same_examples(stopped):
   assert 0 <= found['sentiment/ece'] <= 1
 
 
-@pytest.mark.parametrize('metric', ['loss', 'task/translation/bleu', 'task/sentiment'])
-def test_a_metric_that_is_not_measured_is_refused(stopped, metric):
+@pytest.mark.parametrize('metric', [
+  'loss', 'validation', 'validation/los', 'validation/tokens', 'validation/examples', 'train/loss',
+  'task/translation/bleu', 'task/sentiment', 'task/sentiment/f1', 'task/sentiment/accuracy/x'])
+def test_a_metric_that_is_not_measured_is_refused_with_those_that_are(stopped, metric):
   _, config, _ = stopped
-  with pytest.raises(ConfigError, match='best.metric'):
+  with pytest.raises(ConfigError, match='best.metric=.* is not measured; one of validation/loss.*'
+                     'task/sentiment/accuracy, .*task/sentiment/ece'):
     config.replace(best=BestConfig(metric=metric))
+
+
+def test_all_that_is_measured_and_nothing_else_can_tell_the_best(stopped, tmp_path):
+  directory, config, _ = stopped
+  logged = {name for record in map(json.loads, (directory / 'run' / 'metrics.jsonl').open())
+            for name in record if name.startswith('validation/')}
+  measured = {name for name in config.measured if name.startswith('validation/')}
+  assert measured == logged - {'validation/tokens'}
+  assert {name.rpartition('/')[2] for name in config.measured if name.startswith('task/')} == {
+    *scoring.score(config.task, *answers(config.task))}
+  judged = config.replace(objective={'kind': 'classifier', 'num_classes': 2}, best=None)
+  assert judged.measured[:2] == ('validation/loss', 'validation/accuracy')
+  nothing = tiny_run.experiment(tmp_path, data__validation=None)
+  with pytest.raises(ConfigError, match='is not measured; one of none: nothing is held out'):
+    nothing.replace(best=BestConfig())
+
+
+def answers(task):
+  example, = predict.examples(task.replace(data=task.data.replace(limit=1)), 'validation')
+  return [example], [{'label': 'positive', 'score': 0.5}]
+
+
+def test_validation_during_training_is_a_sample_of_all_records(tmp_path):
+  """Not the first records: documents may be sorted, and here get worse and worse."""
+  (tmp_path / 'corpus').mkdir()
+  for i in range(100):
+    (tmp_path / 'corpus' / f'{i:03}.txt').write_text(chr(97 + i // 20) * 200 + str(i))
+  config = tiny_run.experiment(tmp_path, data__validation=0.5, evaluation__batch_size=8)
+  records = loop.dataset_lib.open_dataset(config)
+  seen = []
+
+  def evaluate(_, variables, batches, *rest):
+    seen.append([batch['tokens'] for batch in batches])
+    return {}
+
+  mesh = loop.sharding.make_mesh(config.mesh)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(scoring.perplexity, 'evaluate', evaluate)
+    for most in (3, 3, None):
+      scoring.make_validation(config, records, mesh, most)({})
+  some, again, everything = seen
+  np.testing.assert_array_equal(some, again)
+  assert len(some) == 3 < len(everything)
+  for part in (some, everything):
+    # The byte tokenizer gives each byte its value.
+    assert {*range(97, 102)} <= set(np.unique(np.concatenate(part)).tolist())
