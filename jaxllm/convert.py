@@ -36,8 +36,11 @@ def main(_) -> None:  # noqa: D103
   if FORMAT.value == 'peft':
     _write_adapters()
     return
+  if not all(length.isdecimal() for length in BUCKETS.value):
+    raise ValueError(f'--buckets={",".join(BUCKETS.value)}: numbers with commas between are needed')
   buckets = [int(length) for length in BUCKETS.value]
   conversion.check_target(TARGET.value, FORMAT.value)
+  sources.check_exists(SOURCE.value, REVISION.value)
   if sources.is_foreign(SOURCE.value):
     source = sources.open_model(SOURCE.value, REVISION.value, IGNORE_AUTO_MAP.value)
     report = conversion.from_source(source, TARGET.value, FORMAT.value, DTYPE.value, buckets)
@@ -45,6 +48,10 @@ def main(_) -> None:  # noqa: D103
     from jaxllm import loading
     from jaxllm.interop import native
 
+    loading.describe(SOURCE.value)
+    if FORMAT.value == 'jaxllm':
+      raise ValueError(f'--source={SOURCE.value} is a checkpoint of jaxllm already; choose another '
+                       '--format')
     loaded = loading.load(SOURCE.value)
     model = conversion.Model(
       loaded.config, loaded.variables, loaded.tokenizer.files(), loaded.add_bos,

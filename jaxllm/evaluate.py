@@ -17,7 +17,7 @@ from typing import Any
 
 from absl import flags
 
-from jaxllm import config
+from jaxllm import config, mistakes
 
 MODEL = flags.DEFINE_string(
   'model', None, 'A workdir, a checkpoint, a Hugging Face directory or a .gguf file.', required=True
@@ -47,6 +47,7 @@ def main(_) -> None:  # noqa: D103
   from jaxllm.evaluation import tables
   from jaxllm.tasks import suite
 
+  _check_inputs()
   model = loading.load(MODEL.value)
   baseline = loading.load(BASELINE.value) if BASELINE.value else None
   if QUANTIZE.value:
@@ -79,6 +80,30 @@ def main(_) -> None:  # noqa: D103
     result['scores'] = tables.as_json(result.pop('lines'))
   _write({'model': MODEL.value, 'quantize': QUANTIZE.value, 'baseline': BASELINE.value,
           'tasks': results})
+
+
+def _check_inputs() -> None:
+  """Find what is missing or misspelt before a model is loaded."""
+  from jaxllm.data import documents
+  from jaxllm.interop import sources
+  from jaxllm.tasks import TASKS as KINDS
+  from jaxllm.tasks import suite
+
+  for path in filter(None, (MODEL.value, BASELINE.value)):
+    sources.check_exists(path)
+  if OUTPUT.value:
+    mistakes.check_writeable(OUTPUT.value, '--output')
+  names = TASKS.value or ''
+  if names.endswith('.json'):
+    suite.select(names, SPLIT.value or 'test', None, DATA.value, LIMIT.value)
+  for kind in names.split(',') if names and not names.endswith('.json') else ():
+    if kind not in KINDS:
+      raise ValueError(f'--tasks={names}: there is no task {kind!r}; one of {", ".join(KINDS)}'
+                       f'{mistakes.hint(kind, KINDS)}')
+  if DATA.value and not set(':*?[') & set(DATA.value) and not pathlib.Path(DATA.value).exists():
+    raise ValueError(f'--data: {mistakes.no_such_path(DATA.value)}')
+  for location in TEXT.value:
+    next(documents.documents(documents.SourceConfig(location=location)), None)
 
 
 def _check_flags(own: Any) -> None:

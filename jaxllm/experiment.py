@@ -243,6 +243,12 @@ def _check_sources(experiment: Experiment) -> None:
       f'data.context_length={data.context_length} is longer than '
       f'model.max_length={model.max_length}; shorten the first or raise the second'
     )
+  tokenizer = experiment.tokenizer
+  if model and tokenizer and (tokenizer.vocab_size or 0) > model.vocab_size:
+    raise ValueError(
+      f'tokenizer.vocab_size={tokenizer.vocab_size} is larger than model.vocab_size='
+      f'{model.vocab_size}; lower the first or raise the second'
+    )
 
 
 def _check_start(experiment: Experiment) -> None:

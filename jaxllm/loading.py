@@ -218,6 +218,8 @@ class Description(NamedTuple):
 
 def describe(path: str | os.PathLike[str]) -> Description:
   """Read all about a model but its weights; path and errors as in `load`."""
+  if (base := peft.base_model(path)) is not None:
+    return describe(sources.named(base))
   if sources.is_foreign(path):
     source = sources.open_model(path)
     return Description(source.config, source.files, tokenizer_files.add_bos(source.files))

@@ -39,6 +39,15 @@ def no_such_path(path: str | os.PathLike[str]) -> str:
   return f'no such file or directory: {text!r}{hint(given.name, names, before)}'
 
 
+def check_writeable(path: str | os.PathLike[str], flag: str) -> None:
+  """Raise a ValueError where a file or directory could not be made, before it is computed."""
+  parent = pathlib.Path(path).expanduser().absolute().parent
+  while not parent.exists():
+    parent = parent.parent
+  if not parent.is_dir() or not os.access(parent, os.W_OK):
+    raise ValueError(f'{flag}={path}: {parent} is no directory that can be written to')
+
+
 def sentence(error: BaseException) -> str | None:
   """Return what an exception says about a user's input or machine; None: it is a fault of ours.
 

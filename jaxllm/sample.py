@@ -7,6 +7,7 @@ gives the same continuation in fewer passes of the model.
 
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from absl import app, flags
 
@@ -46,6 +47,7 @@ SAMPLING = flags.DEFINE_string(
 def main(_) -> None:  # noqa: D103
   from jaxllm import loading
   from jaxllm.generation.sampling import SamplingConfig
+  from jaxllm.interop import sources
   from jaxllm.models import decoder
 
   _check_flags()
@@ -55,6 +57,10 @@ def main(_) -> None:  # noqa: D103
   if twice := sorted({flag.name for flag in own} & others.model_fields_set):
     raise ValueError(f'--sampling: {", ".join(twice)} has a flag of its own')
   sampling = others.replace(**{flag.name: flag.value for flag in own if flag.value is not None})
+  if NUM_BEAMS.value > 1:
+    _beams()
+  for path in filter(None, (MODEL.value, DRAFT.value)):
+    sources.check_exists(path)
   loaded = loading.load(MODEL.value)
   if QUANTIZE.value:
     loaded = loaded.quantized(QUANTIZE.value)
@@ -123,14 +129,19 @@ def _speculate(loaded, model, variables, sampling) -> None:
 def _search(loaded, model, variables, sampling) -> None:
   from jaxllm.generation import beam, text
 
-  beams = beam.BeamConfig(num_beams=NUM_BEAMS.value, num_return=NUM_SAMPLES.value,
-                          length_penalty=LENGTH_PENALTY.value)
   tokenizer = loaded.tokenizer
   found = beam.beam_search(
-    model, variables, [loaded.encode_prompt(prompt) for prompt in PROMPT.value], beams, sampling,
+    model, variables, [loaded.encode_prompt(prompt) for prompt in PROMPT.value], _beams(), sampling,
     loaded.stop_ids, tokenizer.bos_id)
   _show([prompt + text.text_of(tokenizer, result.tokens)
          for prompt, results in zip(PROMPT.value, found, strict=True) for result in results])
+
+
+def _beams() -> Any:
+  from jaxllm.generation import beam
+
+  return beam.BeamConfig(num_beams=NUM_BEAMS.value, num_return=NUM_SAMPLES.value,
+                         length_penalty=LENGTH_PENALTY.value)
 
 
 def _show(texts: list[str]) -> None:

@@ -8,6 +8,7 @@ import functools
 import logging
 import pathlib
 import signal
+import socket
 
 from absl import app, flags
 
@@ -48,6 +49,7 @@ def main(_) -> None:  # noqa: D103
   if not (local or keys or ANONYMOUS.value):
     raise ValueError(f'--host={HOST.value}: without API keys everyone who reaches this address '
                      'could use the model; give --api_keys_file or JAXLLM_API_KEYS, or --anonymous')
+  listener = _bind(HOST.value, PORT.value)
   from jaxllm import loading
   from jaxllm.serving import app as http
   from jaxllm.serving.engine import Engine, EngineConfig
@@ -72,8 +74,20 @@ def main(_) -> None:  # noqa: D103
   # uvicorn drains on either, then raises it again, to end what is ended already.
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, signal.SIG_IGN)
-  server.run()
+  server.run([listener])
   service.close()
+
+
+def _bind(host: str, port: int) -> socket.socket:
+  """Take the address before anything is loaded; the server listens when it can answer."""
+  listener = socket.socket(socket.AF_INET6 if ':' in host else socket.AF_INET)
+  listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+  try:
+    listener.bind((host, port))
+  except OSError as error:
+    raise ValueError(f'--host={host} --port={port}: cannot listen there ({error.strerror}); choose '
+                     'another port (0: any that is free)') from error
+  return listener
 
 
 if __name__ == '__main__':

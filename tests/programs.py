@@ -21,6 +21,14 @@ def load(name):
   return importlib.import_module(f'jaxllm.{name}')
 
 
+def unparse():
+  """Forget what flags were given."""
+  flags.FLAGS.unparse_flags()
+  for defined in flags.FLAGS.flags_by_module_dict().values():
+    for flag in defined:
+      flag.unparse()
+
+
 def run(name, *arguments):
   """Run a program; return its exit code, stdout and stderr. What is no mistake is raised."""
   return run_loaded(load(name), *arguments)
@@ -29,10 +37,7 @@ def run(name, *arguments):
 def run_loaded(program, *arguments):
   """Run a program that `load` gave."""
   out, err, code = io.StringIO(), io.StringIO(), None
-  flags.FLAGS.unparse_flags()
-  for defined in flags.FLAGS.flags_by_module_dict().values():
-    for flag in list(defined):
-      flag.unparse()
+  unparse()
   with (mock.patch.object(sys, 'argv', [program.__name__, *arguments]),
         contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)):
     try:

@@ -7,11 +7,19 @@ thing that is wrong, which for all of these comes before data, weights and compi
 import importlib
 import os
 import pathlib
+import socket
 
+import jax
 import pytest
 
 from jaxllm import config, mistakes
+from jaxllm.data import records, tokenizers
+from jaxllm.data.tokenizers import TokenizerConfig
+from jaxllm.interop import native
+from jaxllm.models import decoder
+from jaxllm.training import loop
 from tests import programs
+from tests.training import tiny_run as tiny
 
 ROOT = pathlib.Path(__file__).parent.parent
 QUICKSTART = f'--config={ROOT}/experiments/quickstart.py'
@@ -82,10 +90,39 @@ CASES = [
   (('sample', '--model=x', '--temperature=hot'), '--temperature=hot: a number is needed'),
   (('sample', '--model=x', '--chat=perhaps'), '--chat=perhaps: true or false is needed'),
   (('sample', '--model=x', '--quantize=int5'), '--quantize=int5: value should be one of'),
+  (('sample', '--model=plain', '--top_p=0'), 'top_p=0'),
+  (('sample', '--model=plain', '--top_p=1.5'), '--top_p=1.5'),
+  (('sample', '--model=plain', '--temperature=-1'), '--temperature=-1'),
+  (('sample', '--model=plain', '--max_new_tokens=0'), '--max_new_tokens=0'),
+  (('sample', '--model=plain', '--sampling={'), 'not valid JSON'),
+  (('sample', '--model=plain', '--sampling={"top": 1}'), "did you mean 'top_p'"),
+  (('sample', '--model=plain', '--num_beams=2', '--num_samples=3'), 'num_return=3'),
+  (('sample', '--model=plain', '--num_beams=2', '--top_k=3'), '--top_k works without'),
+  (('sample', '--model=plain', '--draft=nowhere'), "no such file or directory: 'nowhere'"),
+  (('evaluate', '--model=plain', '--baseline=nowhere'), "no such file or directory: 'nowhere'"),
+  (('evaluate', '--model=plain', '--tasks=sentimnt'), "did you mean 'sentiment'?"),
+  (('evaluate', '--model=plain', '--tasks=nowhere.json'), '--tasks=nowhere.json'),
+  (('evaluate', '--model=plain', '--text=nowhere.txt'), "'nowhere.txt'"),
+  (('evaluate', '--model=plain', '--tasks=sentiment', '--data=nowhere.csv'), "'nowhere.csv'"),
+  (('evaluate', '--model=plain', '--output=plain/scores.json'), '--output=plain/scores.json'),
   (('evaluate', '--model=x', '--task=sentiment'), 'did you mean --tasks?'),
   (('evaluate', '--model=x', '--limit=0'), '--limit=0'),
   (('serve', '--model=x', '--port=99999'), '--port=99999'),
   (('serve', '--model=x', '--port=web'), '--port=web: a whole number is needed'),
+  (('serve', '--model=plain', '--limits={"max_row": 1}'), "did you mean 'max_rows'?"),
+  (('serve', '--model=plain', '--host=0.0.0.0'), '--host=0.0.0.0: without API keys'),
+  (('serve', '--model=plain', '--anonymous', '--host=256.0.0.1'), '--host=256.0.0.1 --port=8000'),
+  (('serve', '--model=plain', '--api_keys_file=nowhere'), 'nowhere'),
+  (('convert', '--source=nowhere', '--target=y'), "no such file or directory: 'nowhere'"),
+  (('convert', '--source=plain', '--target=plain'), '--target='),
+  (('convert', '--source=plain', '--target=plain/y'), '--target='),
+  (('convert', '--source=plain', '--target=y', '--buckets=8,x'), '--buckets=8,x'),
+  (('convert', '--source=plain', '--target=y', '--revision=v1'), "revision='v1' is for hf:NAME"),
+  (('train', *RUN, '--config.schedule.warmup_steps=900'), 'schedule.warmup_steps=900'),
+  (('train', *RUN, '--config.model.vocab_size=100'),
+   'tokenizer.vocab_size=2048 is larger than model.vocab_size=100'),
+  (('train', *RUN, '--config.mesh={"data": 7}'), 'config.mesh'),
+  (('train', QUICKSTART, '--workdir=plain'), '--workdir=plain'),
   (('convert', '--source=x'), '--target=... is missing'),
   (('convert', '--source=x', '--target=y', '--format=hf'), '--format=hf'),
 ]
@@ -106,6 +143,36 @@ def test_one_sentence_and_exit_code_2(folder, command, said):
   assert (code, out) == (2, '') and said in err
   assert err.startswith('error: ') and err.count('\n') == 1 and 'Traceback' not in err
   assert not (folder / 'w').exists()
+
+
+def test_the_port_is_taken_before_weights_are_read(folder):
+  with socket.create_server(('127.0.0.1', 0)) as other:
+    port = other.getsockname()[1]
+    code, _, err = programs.run('serve', '--model=plain', f'--port={port}')
+  assert code == 2 and f'--port={port}: cannot listen there (Address already in use)' in err
+
+
+@pytest.mark.parametrize('model', ['nowhere', 'run'])
+def test_init_from_is_there_and_fits_before_data_are_read(folder, model, monkeypatch):
+  """A model that is gone or of another size is refused before sources are read."""
+  tokenizer = tokenizers.train_or_load(TokenizerConfig(kind='bytes'), [])
+  native.save(folder / 'run', tiny.MODEL, decoder.init(tiny.MODEL, jax.random.key(0)),
+              tokenizer.files(), {})
+  said = 'no such file' if model == 'nowhere' else 'does not fit config.model: .* parameters differ'
+  monkeypatch.setattr(records, 'prepare', lambda *_: pytest.fail('data were read'))
+  experiment = tiny.experiment(
+    folder, init_from=model, model=tiny.MODEL.replace(mlp_dim=2 * tiny.MODEL.mlp_dim))
+  with pytest.raises(ValueError, match=said):
+    loop.train(experiment, folder / 'w', jax.devices()[:1])
+
+
+def test_a_vocabulary_is_too_small_before_data_are_read(folder, monkeypatch):
+  """Of a tokenizer with files, whose size no field says; the message names both fields."""
+  monkeypatch.setattr(records, 'prepare', lambda *_: pytest.fail('data were read'))
+  experiment = tiny.experiment(
+    folder, tokenizer=TokenizerConfig(kind='bytes'), model=tiny.MODEL.replace(vocab_size=100))
+  with pytest.raises(ValueError, match='(?s)config.model.vocab_size=100.*config.tokenizer'):
+    loop.train(experiment, folder / 'w', jax.devices()[:1])
 
 
 def test_what_is_a_fault_of_ours_keeps_its_traceback(monkeypatch):

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxllm import mistakes
 from jaxllm.checkpoints import store
 from jaxllm.interop import (
   exported,
@@ -131,6 +132,7 @@ def check_target(target: str | os.PathLike[str], form: str) -> pathlib.Path:
   path = pathlib.Path(target).expanduser().absolute()
   if path.exists() and (not path.is_dir() or any(path.iterdir())):
     raise ValueError(f'--target={path} is not empty; choose another one')
+  mistakes.check_writeable(path, '--target')
   return path
 
 

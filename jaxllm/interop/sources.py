@@ -33,6 +33,16 @@ def is_foreign(path: str | os.PathLike[str]) -> bool:
   return str(path).startswith(HUB)
 
 
+def check_exists(path: str | os.PathLike[str], revision: str | None = None) -> None:
+  """Raise a ValueError where a path, which is no `hf:NAME`, does not exist or has a revision."""
+  if str(path).startswith(HUB):
+    return
+  if revision is not None:
+    raise ValueError(f'revision={revision!r} is for {HUB}NAME of the hub; {str(path)!r} is a path')
+  if not pathlib.Path(path).expanduser().exists():
+    raise ValueError(f'{no_such_path(path)} (a model of the Hugging Face hub is {HUB}NAME)')
+
+
 def named(reference: str) -> str:
   """Return what to load for a model that a file names, where hub names have no `hf:`."""
   local = pathlib.Path(reference).expanduser().exists()
@@ -53,14 +63,10 @@ def open_model(
   Raises:
     ValueError: there is no such model, or it is damaged, hostile or not supported.
   """
+  check_exists(path, revision)
   local = pathlib.Path(path).expanduser()
   if str(path).startswith(HUB):
     local = hub.fetch(str(path).removeprefix(HUB), revision)
-  elif revision is not None:
-    raise ValueError(f'revision={revision!r} is for {HUB}NAME of the hub; {str(path)!r} is '
-                     'a path')
-  elif not local.exists():
-    raise ValueError(no_such_path(path))
   if local.is_dir() and any(local.glob('*.gguf')) and not any(local.glob('*.safetensors')):
     local = gguf_file.find(local)
   if local.is_file():

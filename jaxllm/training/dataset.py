@@ -50,14 +50,19 @@ def open_dataset(experiment: Experiment, begun: str | None = None) -> Dataset:
   Raises:
     ValueError: the data cannot be read, has changed, or does not fit the model.
   """
+  config = experiment.tokenizer
+  if config is not None and not config.trained:
+    _check_vocabulary(experiment, tokenizers.train_or_load(config, ()).vocab_size)
   dataset = _documents(experiment, begun) if experiment.task is None else _task(experiment)
-  vocab_size = dataset.manifest.vocab_size
-  if vocab_size > experiment.decoder.vocab_size:
-    raise ValueError(
-      f'the tokenizer has {vocab_size} tokens but config.model.vocab_size='
-      f'{experiment.decoder.vocab_size}; raise it to {vocab_size}'
-    )
+  _check_vocabulary(experiment, dataset.manifest.vocab_size)
   return dataset
+
+
+def _check_vocabulary(experiment: Experiment, vocab_size: int) -> None:
+  if vocab_size > experiment.decoder.vocab_size:
+    raise ValueError(f'the tokenizer has {vocab_size} tokens but config.model.vocab_size='
+                     f'{experiment.decoder.vocab_size}; raise config.model.vocab_size to '
+                     f'{vocab_size}, or choose a smaller config.tokenizer')
 
 
 def find_records(experiment: Experiment, fingerprint: str | None) -> Manifest | None:

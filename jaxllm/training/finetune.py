@@ -3,7 +3,7 @@
 `state.params` is all that gradients and the optimizer see: the decoder's parameters, or adapters to
 them. `state.frozen` is the rest that the step reads; it is in no checkpoint.
 
-- `resolve` reads what the config leaves to `init_from`.
+- `resolve` reads what the config leaves to `init_from`; `check_start` sees that it fits.
 - `abstract`, `init`: what is trained. `abstract_frozen`, `freeze`: what is not.
 - `variables` puts both together.
 """
@@ -20,9 +20,11 @@ from jaxllm import loading
 from jaxllm.adapters import lora as lora_lib
 from jaxllm.adapters import rules
 from jaxllm.adapters.quantization import QuantizationConfig, quantize
+from jaxllm.checkpoints import tree
 from jaxllm.data import tokenizers
 from jaxllm.data.tokenizers import TokenizerConfig
 from jaxllm.experiment import Distillation, Experiment
+from jaxllm.interop import sources
 from jaxllm.models import decoder
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.models.linear import is_quantized
@@ -58,6 +60,29 @@ def resolve(experiment: Experiment) -> Experiment:
     changes['tokenizer'] = _write_tokenizer(found.files, directory)
     changes['data'] = experiment.data.replace(add_bos=found.add_bos)
   return experiment.replace(**changes)
+
+
+def check_start(experiment: Experiment) -> None:
+  """Check, before data and without weights, that the models of a new run are there and fit.
+
+  Raises:
+    ValueError: `init_from` or the teacher is not there, or has other parameters.
+  """
+  if experiment.init_from is not None:
+    config = loading.describe(experiment.init_from).config
+    check_parameters(experiment, decoder.abstract(config)[0]['params'])
+  if isinstance(experiment.objective, Distillation):
+    sources.check_exists(experiment.objective.teacher)
+
+
+def check_parameters(experiment: Experiment, found: Tree) -> None:
+  """Raise a ValueError that lists paths where parameters of `init_from` are not config.model's."""
+  wanted = tree.flatten(decoder.abstract(experiment.decoder)[0]['params'])
+  given = {path: jax.ShapeDtypeStruct(leaf.shape, wanted.get(path, leaf).dtype)
+           for path, leaf in tree.flatten(found).items()}
+  if lines := tree.differences(wanted, given):
+    raise ValueError(f'config.init_from={experiment.init_from} does not fit config.model: '
+                     f'{len(lines)} parameters differ\n{tree.listing(lines)}')
 
 
 def abstract(experiment: Experiment) -> tuple[Tree, Tree]:

@@ -85,6 +85,8 @@ def train(
   _check_batch(experiment, mesh)
   experiment = finetune.resolve(experiment)
   directory = workdir.open_workdir(experiment, path)
+  if not workdir.has_begun(directory):
+    finetune.check_start(experiment)
   run = _Run(
     experiment=experiment,
     path=directory,

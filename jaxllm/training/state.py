@@ -9,7 +9,6 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllm import sharding
-from jaxllm.checkpoints import tree
 from jaxllm.experiment import Experiment
 from jaxllm.models import decoder
 from jaxllm.optim import optimizers, schedules
@@ -159,16 +158,7 @@ def _fitting(experiment: Experiment, base: Any, mesh: Mesh) -> Any:
   base = {name: params for name, params in base.items() if name != finetune.HEAD}
   shapes, axes = decoder.abstract(experiment.decoder)
   placed = _placed(shapes['params'], axes['params'], experiment, mesh)
-  wanted, given = tree.flatten(placed), tree.flatten(base)
-  lines = tree.differences(
-    wanted, {path: jax.ShapeDtypeStruct(leaf.shape, wanted.get(path, leaf).dtype)
-             for path, leaf in given.items()},
-  )
-  if lines:
-    raise ValueError(
-      f'config.init_from={experiment.init_from} does not fit config.model: {len(lines)} '
-      f'parameters differ\n{tree.listing(lines)}'
-    )
+  finetune.check_parameters(experiment, base)
   return jax.tree.map(
     lambda leaf, like: jax.device_put(leaf.astype(like.dtype), like.sharding), base, placed
   )
