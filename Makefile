@@ -11,7 +11,7 @@ TASKS := sentiment translation summarization question_answering
 .venv/base: setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --editable '.[serve,gguf]'
 	touch $@
 
 .venv/demo: .venv/base

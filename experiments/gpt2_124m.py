@@ -6,8 +6,8 @@ Commands: python -m jaxllm.train --config=experiments/gpt2_124m.py:h100 --workdi
 Hardware: one H100 (80 GB), or a TPU v5e slice of 16 chips (4 hosts)
 Time:     not measured here; about 3e20 operations in all, a day and a half on one H100 at 35% of
           its peak
-Data:     OpenWebText through TFDS, prepared beforehand with `file_format='array_record'`; GPT-2's
-          `vocab.json` and `merges.txt` in ./gpt2
+Data:     OpenWebText as Parquet files with a column `text` in ./openwebtext (Skylion007/openwebtext
+          on the Hugging Face hub); GPT-2's `vocab.json` and `merges.txt` in ./gpt2
 Expected: validation loss near 2.9 nats per token after 100,000 steps of half a million tokens
           (nanoGPT reports 2.85 after 600,000)
 """
@@ -53,7 +53,7 @@ def get_config(variant: str = 'h100') -> Experiment:
       remat=hardware.remat, attention=hardware.attention,
     ),
     data=DataConfig(
-      sources=(SourceConfig(location='tfds:openwebtext'),), validation=0.0005,
+      sources=(SourceConfig(location='openwebtext/*.parquet'),), validation=0.0005,
       context_length=1024, packing='stream', add_bos=False,
     ),
     tokenizer=TokenizerConfig(kind='gpt2', path='gpt2'),

@@ -1,0 +1,183 @@
+"""What README, docs and docstrings tell people to type.
+
+What is proven: every `python -m jaxllm.NAME` command has flags that the program knows and accepts,
+and for `train` and `prepare` a config that resolves, on a mesh of as many devices as the variant
+names; every `make` target, extra and program file exists; every Python block runs by itself, on
+tiny stand-ins for the models and with a `loop.train` that only looks at what it is given.
+
+What is not: that commands do what the text says (other tests run the programs), that a package
+index has what is installed, and blocks that talk to a running server or download a benchmark, which
+are compiled only (SERVER_OR_NETWORK).
+"""
+
+import configparser
+import math
+import pathlib
+import re
+import shlex
+
+import jax
+import pytest
+from absl import flags
+
+import jaxllm
+from jaxllm import config, sharding
+from jaxllm.interop import hub, huggingface_writer
+from jaxllm.models import families
+from jaxllm.training import loop
+from tests import programs
+from tests.interop import small
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('*.md'))]
+SOURCES = [*sorted((ROOT / 'experiments').glob('*.py')),
+           *(ROOT / 'jaxllm' / f'{name}.py' for name in
+             ('prepare', 'train', 'evaluate', 'sample', 'serve', 'convert'))]
+SERVER_OR_NETWORK = ('import openai', 'import lm_eval')
+COMMAND = re.compile(r'(?:python3? -m jaxllm\.|(?<=\n)jaxllm )(\w+)(?= )')
+
+
+def commands():
+  """Return (file, program, arguments) of every command; `...` and `[` stand for more."""
+  for path in [*PAGES, *SOURCES]:
+    text = path.read_text(encoding='utf-8')
+    for found in COMMAND.finditer(text):
+      arguments = whole(text[found.end():], inline=text[found.start() - 1] == '`')
+      if found[1] in MAIN and not any('...' in one or one.startswith('[') for one in arguments):
+        yield path.relative_to(ROOT), found[1], tuple(arguments)
+
+
+def whole(text, inline):
+  """Return the words of the command that a text begins with, over as many lines as it has."""
+  if inline:
+    return shlex.split(text.partition('`')[0])
+  lines = text.splitlines()
+  for end in range(1, len(lines)):
+    command = '\n'.join(lines[:end])
+    if not command.endswith('\\'):
+      for closed in (command, command.removesuffix('"')):
+        try:
+          return shlex.split(closed.replace('\\\n', ' '), comments=True)
+        except ValueError:
+          continue  # Within a quotation: the next line belongs to it.
+  raise AssertionError(f'no end: {text[:80]}')
+
+
+MAIN = ('prepare', 'train', 'evaluate', 'sample', 'serve', 'convert')
+COMMANDS = sorted(set(commands()), key=str)
+
+
+def test_there_are_commands_of_every_program():
+  assert {program for _, program, _ in COMMANDS} == set(MAIN) and len(COMMANDS) > 30
+
+
+@pytest.mark.parametrize('where, program, arguments', COMMANDS, ids=range(len(COMMANDS)))
+def test_a_command_is_one_that_the_program_takes(where, program, arguments, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  module = programs.load(program)
+  programs.unparse()
+  arguments = [one for one in arguments if one != '--help']
+  partial = program in ('train', 'prepare') and not any('--workdir' in one for one in arguments)
+  if partial:
+    arguments.append('--workdir=runs/x')
+  if program == 'prepare':
+    arguments.remove('--workdir=runs/x')
+  left = config.parse_flags([program, *arguments])
+  assert len(left) == 1, f'{where}: {left}'
+  if program in ('train', 'prepare'):
+    experiment = config.from_flags(module.CONFIG.value)
+    if any('--config.mesh' in one for one in arguments):
+      sharding.abstract_mesh(experiment.mesh, devices_of(module.CONFIG.value))
+
+
+def devices_of(location):
+  """Return how many devices the variant of an experiment is for."""
+  name, _, variant = location.partition(':')
+  topology = getattr(config.load_module(name).VARIANTS[variant], 'topology', None)
+  return math.prod(map(int, topology.partition(':')[2].split('x'))) if topology else 1
+
+
+def test_targets_extras_and_files_exist():
+  makefile = (ROOT / 'Makefile').read_text()
+  parser = configparser.ConfigParser()
+  parser.read(ROOT / 'setup.cfg')
+  extras = set(parser['options.extras_require'])
+  for path in PAGES:
+    text = path.read_text(encoding='utf-8')
+    for target in re.findall(r'(?:`|\n)make ([\w-]+)', text):
+      assert f'\n{target}:' in makefile, f'{path.name}: make {target}'
+    for names in re.findall(r"""['"](?:jaxllm|\.)\[([\w,]+)\]['"]""", text):
+      assert set(names.split(',')) <= extras, f'{path.name}: {names}'
+    for program, arguments in re.findall(r'python (experiments/[\w/]+\.py)([^`#\n]*)', text):
+      code = (ROOT / program).read_text()
+      for flag in re.findall(r'--(\w+)', arguments):
+        assert f"'{flag}'" in code or f"'--{flag}'" in code, f'{path.name}: {program} --{flag}'
+
+
+def test_the_set_up_has_what_the_page_of_use_needs():
+  """The server's packages and the reader of GGUF, which README's first commands use."""
+  assert "--editable '.[serve,gguf]'" in (ROOT / 'Makefile').read_text()
+  readme = (ROOT / 'README.md').read_text()
+  assert '. .venv/bin/activate' in readme and "pip install -e '.[serve,gguf]'" in readme
+
+
+def test_the_data_of_every_experiment_exist():
+  """TFDS knows the data sets, the extra `demo` the packages; files are named in the docstring."""
+  import tensorflow_datasets
+
+  folders = [pathlib.Path(tensorflow_datasets.__file__).parent / name
+             for name in ('text', 'datasets', 'translate', 'summarization', 'question_answering')]
+  demo = (ROOT / 'setup.cfg').read_text().partition('\ndemo =')[2].partition('\n\n')[0]
+  for path in sorted((ROOT / 'experiments').glob('*.py')):
+    module = config.load_module(str(path))
+    for variant in getattr(module, 'VARIANTS', {None: None}):
+      experiment = module.get_config(*[variant] if variant else [])
+      held_out = experiment.data.validation
+      for source in (*experiment.data.sources, *(held_out if isinstance(held_out, tuple) else ())):
+        kind, _, rest = source.location.partition(':')
+        name = re.split(r'[/?]', rest)[0]
+        if kind == 'tfds':
+          assert any((folder / f'{name}.py').exists() or (folder / name).is_dir()
+                     for folder in folders), f'{path.name}: TFDS has no {name}'
+        elif kind == 'package':
+          listed = name.replace('_', '-')
+          assert re.search(rf'^\s+{listed}\b', demo, re.M | re.I), f'{path.name}: {name}'
+        elif kind != 'stdlib':
+          assert pathlib.Path(kind).parts[0] in module.__doc__, f'{path.name}: {source.location}'
+
+
+def blocks():
+  for path in PAGES:
+    for index, code in enumerate(re.findall(r'```python\n(.*?)```', path.read_text(), re.S)):
+      yield pytest.param(code, id=f'{path.name}-{index}')
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  """A folder with a tiny model wherever a page says that there is one."""
+  base = tmp_path_factory.mktemp('readme')
+  (base / 'experiments').symlink_to(ROOT / 'experiments')
+  template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
+  shape = small.CONFIGS['llama']
+  huggingface_writer.save(base / 'model', shape, small.variables(shape), small.files(template),
+                          model_type='llama')
+  for name in ('runs/mine', 'runs/sentiment', 'runs/translation', 'path/to/gpt2', 'path/to/llama',
+               'path/to/chat_model'):
+    (base / name).parent.mkdir(parents=True, exist_ok=True)
+    (base / name).symlink_to(base / 'model')
+  return base
+
+
+@pytest.mark.parametrize('code', blocks())
+def test_a_python_block_runs_by_itself(code, folder, monkeypatch):
+  compiled = compile(code, 'block', 'exec')
+  if code.startswith(SERVER_OR_NETWORK) or any(f'\n{one}' in code for one in SERVER_OR_NETWORK):
+    return
+  monkeypatch.chdir(folder)
+  monkeypatch.setattr(hub, 'fetch', lambda name, revision: folder / 'model')
+  monkeypatch.setitem(families.PRESETS, 'gpt2_124m', small.CONFIGS['gpt2'])
+  trained = []
+  monkeypatch.setattr(loop, 'train', lambda experiment, path: trained.append((experiment, path)))
+  exec(compiled, {})
+  assert all(isinstance(experiment, jaxllm.Experiment) for experiment, _ in trained)
+  assert jax.config.jax_numpy_rank_promotion == 'raise' and flags.FLAGS is not None
