@@ -130,9 +130,7 @@ def _task(model, baseline, task, split: str) -> dict[str, Any]:
   theirs = None
   if baseline is not None:
     own = suite.in_format_of(task, pipelines.own_task(baseline))
-    # Chats may be told by the template of the model.
-    asked = (loading.task_examples(own, split, baseline.tokenizer) if task.kind == 'chat' else
-             [kind.example(own, example.record) for example in examples])
+    asked = loading.task_examples(own, split, baseline.tokenizer)
     theirs = predict.predict(own, asked, pipelines.speaker(baseline, BATCH_SIZE.value))
   references = [example.reference for example in examples]
   records = [example.record for example in examples]
@@ -264,7 +262,8 @@ def _held_out(model) -> dict[str, float]:
 
 def _write(results: Any) -> None:
   if OUTPUT.value:
-    text = json.dumps(results, indent=2, ensure_ascii=False)
+    # Records may hold dates.
+    text = json.dumps(results, indent=2, ensure_ascii=False, default=str)
     pathlib.Path(OUTPUT.value).write_text(text + '\n', encoding='utf-8')
 
 

@@ -26,7 +26,7 @@ from jaxllm.models import decoder
 from jaxllm.models.decoder import Decoder, DecoderConfig
 from jaxllm.objectives import classification
 from jaxllm.objectives.classification import ClassifierConfig
-from jaxllm.tasks import chat, encoding, predict
+from jaxllm.tasks import TASKS, chat, encoding, predict
 from jaxllm.tasks.base import BOS, Example, prompt_of
 from jaxllm.tasks.chat import ChatTemplate
 
@@ -321,7 +321,8 @@ def task_examples(task: Any, split: str, tokenizer: Tokenizer) -> list[Example]:
   """Return the examples of a split of a task's data.
 
   Args:
-    task: the config of any task; a chat without a template takes the model's.
+    task: the config of any task; a chat without a template takes the model's, and so do
+      preferences with the template 'model'.
     split: of its data.
     tokenizer: of the model, with its chat template.
 
@@ -329,11 +330,13 @@ def task_examples(task: Any, split: str, tokenizer: Tokenizer) -> list[Example]:
     ValueError: the data cannot be read, or the model has no template, or one that does not only
       append.
   """
-  if not isinstance(task, chat.Chat) or task.template is not None:
+  by_template = TASKS[task.kind].by_template
+  if by_template is None or task.template != (None if isinstance(task, chat.Chat) else 'model'):
     return predict.examples(task, split)
   template = tokenizer_files.chat_template(tokenizer.files())
   if template is None:
-    raise ValueError('task.template=None: the model has no chat template of its own; name one')
+    raise ValueError(f'task.template={task.template!r}: the model has no chat template of its own; '
+                     'name one')
   special = tokenizer.special_tokens
   eos_token = next((text for text, i in special.items() if i == tokenizer.eos_id), '')
 
@@ -342,8 +345,7 @@ def task_examples(task: Any, split: str, tokenizer: Tokenizer) -> list[Example]:
     return templates.render(
       template, conversations, open_turn, bos_token='', eos_token=eos_token)
 
-  records = predict.load(task.data, split, ('messages',))
-  return chat.examples(records, render, tuple(special))
+  return by_template(task, predict.records(task, split), render, tuple(special))
 
 
 @overload

@@ -237,7 +237,12 @@ def _config(model: LoadedModel, fields: Mapping[str, Any], *kinds: str) -> Any:
 def _answer(
   model: LoadedModel, batch_size: int, config: Any, records: Sequence[Record]
 ) -> list[Prediction]:
-  examples = [TASKS[config.kind].example(config, record) for record in records]
+  examples = []
+  for number, record in enumerate(records):
+    try:
+      examples.append(TASKS[config.kind].example(config, record))
+    except ValueError as error:
+      raise ValueError(f'input {number}: {error}') from None
   return predict.predict(config, examples, speaker(model, batch_size))
 
 

@@ -172,9 +172,9 @@ def _path_files(source: SourceConfig) -> list[File]:
     paths = map(pathlib.Path, glob.glob(pattern, recursive=True))
     found = sorted(File(p.relative_to(root).as_posix(), p) for p in paths if p.is_file())
   else:
-    raise ValueError(f'no such file: {source.location!r} (a source of config.data)')
+    raise ValueError(f'no such file: {source.location!r} (a source of data)')
   if not found:
-    raise ValueError(f'no files in {source.location!r} (a source of config.data)')
+    raise ValueError(f'no files in {source.location!r} (a source of data)')
   for file in found if source.format is None else ():
     readers.format_of(file.path)
   return found

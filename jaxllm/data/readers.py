@@ -38,6 +38,11 @@ class Row(NamedTuple):
   place: str
   fields: dict[str, Any]
 
+  @property
+  def where(self) -> str:
+    """Source and place, for messages."""
+    return f'{self.source}, {self.place}'
+
 
 def part(
   items: Callable[[], Iterator[Any]], fractions: tuple[float, float], size: Callable[[Any], int]

@@ -13,6 +13,8 @@ import pydantic
 
 from jaxllm.config import Config
 from jaxllm.objectives.completion import Truncation
+from jaxllm.tasks import fields
+from jaxllm.tasks.fields import Reader
 from jaxllm.tasks.records import RecordsConfig
 
 Record = Mapping[str, Any]
@@ -137,18 +139,44 @@ class Task(NamedTuple):
   Attributes:
     config: its config class; the defaults run offline.
     kind: whether a model generates the answer, chooses one, or is measured on the target.
-    fields: what a record must have.
-    example: (config, record) -> example.
+    fields: what a record must have -> reader; what a model answers may be missing where nothing is
+      scored.
+    make: (config, record, as its readers return it) -> example.
     read: (config, example, answer) -> prediction, in the shape of the pipeline of that name.
     metrics: name in `evaluation.scores.METRICS` -> what of a prediction it compares.
+    optional: what a record may have -> reader.
+    shape: (config, record) -> record with `fields`, from the other forms that people have.
+    by_template: (config, records, render, controls) -> examples of conversations, written by the
+      template of a model.
   """
 
   config: type[Any]
   kind: Literal['generate', 'choose', 'measure']
-  fields: tuple[str, ...]
-  example: Callable[[Any, Record], Example]
+  fields: Mapping[str, Reader]
+  make: Callable[[Any, Record], Example]
   read: Callable[[Any, Example, Answer], Prediction]
   metrics: Mapping[str, Callable[[Prediction], Any]]
+  optional: Mapping[str, Reader] = {}
+  shape: Callable[[Any, Record], Record] = lambda config, record: record
+  by_template: Callable[..., list[Example]] | None = None
+
+  def checked(self, config: Any, record: Record, scored: bool = False) -> Record:
+    """Return a record with its fields as their readers return them.
+
+    Raises:
+      ValueError: a field is refused, or missing where all are needed, as they are when `scored`.
+    """
+    shaped = self.shape(config, fields.plain(record))
+    for name in self.fields if scored else ():
+      if name not in shaped:
+        raise ValueError(f'there is no field {name!r} (fields: {", ".join(map(str, record))}); '
+                         f"name it in data.fields, as (('{name}', 'its name in the data'),)")
+    readers = {**self.fields, **self.optional}
+    return {**shaped, **{n: read(shaped[n], n) for n, read in readers.items() if n in shaped}}
+
+  def example(self, config: Any, record: Record, scored: bool = False) -> Example:
+    """Return the example of a record; as `checked`."""
+    return self.make(config, self.checked(config, record, scored))._replace(record=record)
 
 
 def placeholders(template: str) -> tuple[str, ...]:
@@ -174,13 +202,15 @@ def fill(template: str, record: Record) -> str:
   """Put a record's fields into a template.
 
   Raises:
-    ValueError: the record lacks a field.
+    ValueError: the record lacks a field, or holds something else than text or a number there.
   """
+  texts = {}
   for name in placeholders(template):
     if name not in record:
       raise ValueError(f'template {template!r}: the record has no field {name!r} (fields: '
                        f'{", ".join(map(str, record))})')
-  return template.format_map(record)
+    texts[name] = fields.filling(record[name], name)
+  return template.format_map(texts)
 
 
 def completion(config: CompletionConfig, record: Record) -> tuple[Segment, ...]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import pydantic
 
 from jaxllm.config import Config
-from jaxllm.tasks import language_modeling
+from jaxllm.tasks import conversations, language_modeling
 from jaxllm.tasks.base import BOS, Answer, Example, Prediction, Record, Segment, Task, TaskConfig
 from jaxllm.tasks.records import RecordsConfig, RecordSource
 
@@ -92,7 +92,8 @@ class Chat(TaskConfig):
   data: RecordsConfig = RecordsConfig(
     sources=(RecordSource(location='package:chatterbot-corpus/english'),), group='question'
   )
-  """Records with `messages`: a list of {'role', 'content'}."""
+  """Records with `messages`: a list of {'role', 'content'}, of the assistant's with or without a
+  `weight`; or as `conversations`, `prompt` and `completion`, or `instruction` and `output`."""
   template: ChatTemplate | None = ChatTemplate()
   """How they become text; None: by the model's own template."""
   max_new_tokens: int = pydantic.Field(default=256, gt=0)
@@ -132,7 +133,8 @@ def segments(
   where there is nothing else.
 
   Args:
-    conversations: each a list of messages {'role', 'content'}.
+    conversations: each a list of messages {'role', 'content'}; one of the assistant may have a
+      `weight`.
     render: the template; called twice.
     controls: texts that are single tokens where the template writes them; in contents they are
       text like any other.
@@ -161,7 +163,7 @@ def segments(
       if not (start.startswith(written) and closed.startswith(start) and marked.startswith(start)):
         raise _changing()
       found += _split(start[len(written):], 0.0, controls)
-      found += _turn(closed[len(start):], marked[len(start):], float(speaks), controls)
+      found += _turn(closed[len(start):], marked[len(start):], _weight(message), controls)
       written = closed
     result.append(tuple(found))
   return result
@@ -171,6 +173,10 @@ def _check(message: Message, count: int) -> None:
   if not isinstance(message.get('role'), str) or not isinstance(message.get('content'), str):
     raise ValueError(f"messages[{count - 1}]={message!r}: expected {{'role': text, 'content': "
                      'text}')
+
+
+def _weight(message: Message) -> float:
+  return float(message.get('weight', 1.0)) if message['role'] == 'assistant' else 0.0
 
 
 def _turn(text: str, marked: str, weight: float, controls: Sequence[str]) -> list[Segment]:
@@ -207,4 +213,8 @@ def read(config: Chat, example: Example, answer: Answer) -> Prediction:
   return language_modeling.read(measured, example, answer)
 
 
-TASK = Task(Chat, 'measure', ('messages',), example, read, language_modeling.METRICS)
+TASK = Task(
+  Chat, 'measure', {'messages': conversations.messages}, example, read, language_modeling.METRICS,
+  shape=lambda config, record: conversations.shape(record),
+  by_template=lambda config, *args: examples(*args),
+)

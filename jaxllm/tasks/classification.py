@@ -6,6 +6,7 @@ from typing import Any, Literal
 import numpy as np
 import pydantic
 
+from jaxllm.tasks import fields
 from jaxllm.tasks.base import (
   Answer,
   CompletionConfig,
@@ -87,9 +88,9 @@ def example(config: Classification, record: Record) -> Example:
     ValueError: the record's label is none of the config's.
   """
   words = dict(config.labels)
-  label = None if 'label' not in record else str(record['label'])
+  label = record.get('label')
   if label is not None and label not in words:
-    raise ValueError(f'label {label!r} is none of {", ".join(words)}; name it in labels')
+    raise ValueError(f'label {label!r} is none of {", ".join(map(repr, words))}; name it in labels')
   choices = tuple(fill(config.target, {**record, 'label': word}) for word in words.values())
   filled = {**record, 'label': words.get(label or '', '')}
   neutral = None
@@ -112,5 +113,6 @@ def read(config: Classification, example: Example, answer: Answer) -> Prediction
 
 METRICS: Any = {'classification': itemgetter('label'), 'calibration': itemgetter('label', 'score')}
 
-TASK = Task(Classification, 'choose', ('text', 'label'), example, read, METRICS)
-SENTIMENT = Task(Sentiment, 'choose', ('text', 'label'), example, read, METRICS)
+FIELDS = {'text': fields.text, 'label': fields.label}
+TASK = Task(Classification, 'choose', FIELDS, example, read, METRICS)
+SENTIMENT = Task(Sentiment, 'choose', FIELDS, example, read, METRICS)

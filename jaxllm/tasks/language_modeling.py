@@ -3,6 +3,7 @@
 from operator import itemgetter
 from typing import Literal
 
+from jaxllm.tasks import fields
 from jaxllm.tasks.base import BOS, Answer, Example, Prediction, Record, Segment, Task, TaskConfig
 from jaxllm.tasks.records import RecordsConfig, RecordSource
 
@@ -21,7 +22,7 @@ class LanguageModeling(TaskConfig):
 
 def example(config: LanguageModeling, record: Record) -> Example:
   """Return the example of a record: the whole text, without a token for its end."""
-  return Example((BOS, Segment(str(record['text']), 1.0)), None, record)
+  return Example((BOS, Segment(record['text'], 1.0)), None, record)
 
 
 def read(config: LanguageModeling, example: Example, answer: Answer) -> Prediction:
@@ -36,4 +37,4 @@ def read(config: LanguageModeling, example: Example, answer: Answer) -> Predicti
 
 METRICS = {'perplexity': itemgetter('log_likelihood', 'tokens', 'bytes')}
 
-TASK = Task(LanguageModeling, 'measure', ('text',), example, read, METRICS)
+TASK = Task(LanguageModeling, 'measure', {'text': fields.any_text}, example, read, METRICS)

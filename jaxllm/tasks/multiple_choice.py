@@ -1,10 +1,12 @@
 """Multiple choice: which of the record's own choices is the most likely answer."""
 
+from collections.abc import Mapping, Sequence
 from operator import itemgetter
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
+from jaxllm.tasks import fields
 from jaxllm.tasks.base import (
   Answer,
   CompletionConfig,
@@ -17,6 +19,8 @@ from jaxllm.tasks.base import (
   probabilities,
 )
 from jaxllm.tasks.records import RecordsConfig, RecordSource
+
+_LABELS = 'choices.label'
 
 
 class MultipleChoice(CompletionConfig):
@@ -32,7 +36,7 @@ class MultipleChoice(CompletionConfig):
     sources=(RecordSource(location='package:stdlib-choices'),), group='question'
   )
   """Records with `question`, `choices` (texts) and `answer`: its number from 0, its text, or its
-  letter."""
+  letter. Or with ARC's `choices` ({'text', 'label'}) and `answerKey`, the label of one."""
   prompt: str = '{question}\nAnswer:'
   """Text before the answer."""
   target: str = ' {choice}'
@@ -45,21 +49,46 @@ def example(config: MultipleChoice, record: Record) -> Example:
   Raises:
     ValueError: the answer is none of the choices.
   """
-  texts = [str(choice) for choice in record['choices']]
-  reference = _answer_index(record['answer'], texts) if 'answer' in record else None
+  texts = record['choices']
+  reference = None
+  if 'answer' in record:
+    reference = _answer_index(record['answer'], texts, record.get(_LABELS, ()))
   choices = tuple(fill(config.target, {**record, 'choice': text}) for text in texts)
   filled = {**record, 'choice': texts[reference or 0]}
   return Example(completion(config, filled), reference, record, choices)
 
 
-def _answer_index(answer: str | int, texts: list[str]) -> int:
-  letters = 'ABCDEFGHIJKLMNOPQRSTUVWXYZ'[: len(texts)]
-  known: dict[str | int, int] = {i: i for i in range(len(texts))}
-  known |= {letter: i for i, letter in enumerate(letters)}
-  known |= {text: i for i, text in enumerate(texts)}
-  if answer not in known:
-    raise ValueError(f'answer {answer!r} is none of the choices {texts}')
-  return known[answer]
+def _answer_index(answer: Any, texts: list[str], labels: Sequence[Any]) -> int:
+  """Return which choice is meant; of equal ones the first."""
+  said = str(int(answer) if isinstance(answer, float) and answer.is_integer() else answer)
+  if isinstance(answer, bool):
+    meant = {i for i, text in enumerate(texts)
+             if text.casefold() in (('yes', 'true') if answer else ('no', 'false'))}
+  elif said in map(str, labels):
+    meant = {[*map(str, labels)].index(said)}
+  else:
+    names = [] if labels else [(str(i), chr(ord('A') + i), chr(ord('a') + i))
+                               for i in range(len(texts))]
+    meant = {texts.index(text) for text in texts if text == said}
+    meant |= {texts.index(texts[i]) for i, name in enumerate(names) if said in name}
+  if len(meant) != 1:
+    raise fields.refused(answer, 'answer', 'the text, the letter or the number from 0 of one of '
+                         f'the choices {texts}' + (f', not of {len(meant)}' if meant else ''))
+  return meant.pop()
+
+
+def shape(config: MultipleChoice, record: Record) -> Record:
+  """Return a record whose choices are texts, and their labels besides where they have some."""
+  record = {'answer': record['answerKey'], **record} if 'answerKey' in record else record
+  choices = record.get('choices')
+  if isinstance(choices, list) and choices and all(isinstance(item, Mapping) for item in choices):
+    choices = {key: [item.get(key) for item in choices] for key in ('text', 'label')}
+  if not isinstance(choices, Mapping) or not {'text', 'label'} <= choices.keys():
+    return record
+  if not all(isinstance(choices[key], list) for key in ('text', 'label')) or (
+      len(choices['text']) != len(choices['label'])):
+    raise fields.refused(choices, 'choices', "as many items in 'text' as in 'label'")
+  return {**record, 'choices': choices['text'], _LABELS: choices['label']}
 
 
 def read(config: MultipleChoice, example: Example, answer: Answer) -> Prediction:
@@ -78,6 +107,9 @@ def read(config: MultipleChoice, example: Example, answer: Answer) -> Prediction
 
 
 TASK = Task(
-  MultipleChoice, 'choose', ('question', 'choices', 'answer'), example, read,
+  MultipleChoice, 'choose',
+  {'question': fields.text, 'choices': fields.listed(fields.text, 2, 'at least two texts'),
+   'answer': lambda value, name: value}, example, read,
   {'accuracy': itemgetter('choice'), 'normalized_accuracy': itemgetter('normalized_choice')},
+  shape=shape,
 )

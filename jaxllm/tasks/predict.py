@@ -16,9 +16,9 @@ from jaxllm.objectives import classification, completion, likelihood
 from jaxllm.objectives.classification import ClassifierConfig
 from jaxllm.objectives.completion import Tokens, Truncation
 from jaxllm.tasks import TASKS, encoding
-from jaxllm.tasks.base import Answer, Example, Prediction, Segment, TaskConfig, prompt_of
+from jaxllm.tasks.base import Answer, Example, Prediction, Record, Segment, TaskConfig, prompt_of
 from jaxllm.tasks.encoding import encode
-from jaxllm.tasks.records import load
+from jaxllm.tasks.records import rows
 
 _LEAST_LENGTH = 32
 # Decoding steps between two looks at whether the answers are complete.
@@ -58,10 +58,25 @@ def examples(config: Any, split: str) -> list[Example]:
   """Return the examples of a split of a task's data.
 
   Raises:
-    ValueError: the data cannot be read; see `records.load`.
+    ValueError: the data cannot be read, or a record is not what the task takes; the message names
+      file, line and field.
   """
-  task = TASKS[config.kind]
-  return [task.example(config, record) for record in load(config.data, split, task.fields)]
+  return _read(config, split, TASKS[config.kind].example)
+
+
+def records(config: Any, split: str) -> list[Record]:
+  """Return the records of a split of a task's data, checked; as `examples`."""
+  return _read(config, split, TASKS[config.kind].checked)
+
+
+def _read(config: Any, split: str, read: Callable[[Any, Record, bool], Any]) -> list[Any]:
+  found = []
+  for row in rows(config.data, split):
+    try:
+      found.append(read(config, row.fields, True))
+    except ValueError as error:
+      raise ValueError(f'{row.where}: {error}') from None
+  return found
 
 
 def predict(config: Any, examples: Sequence[Example], speaker: Speaker) -> list[Prediction]:

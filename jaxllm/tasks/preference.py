@@ -1,12 +1,13 @@
 """Preference: two answers to a prompt, of which one is better; how often a model agrees."""
 
+from collections.abc import Sequence
 from operator import itemgetter
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
+from jaxllm.tasks import chat, conversations, fields
 from jaxllm.tasks.base import (
-  EOS,
   Answer,
   CompletionConfig,
   Example,
@@ -19,6 +20,7 @@ from jaxllm.tasks.base import (
   probabilities,
   prompt_of,
 )
+from jaxllm.tasks.chat import ChatTemplate
 from jaxllm.tasks.records import RecordsConfig, RecordSource
 
 
@@ -34,25 +36,85 @@ class Preference(CompletionConfig):
   data: RecordsConfig = RecordsConfig(
     sources=(RecordSource(location='package:stdlib-preferences'),), group='prompt'
   )
-  """Records with `prompt`, `chosen` and `rejected`."""
+  """Records with `prompt`, `chosen` and `rejected`: texts, or messages, of which the latter two may
+  begin with the prompt."""
   prompt: str = '{prompt}\nAnswer:'
   """Text before the answer."""
   target: str = ' {answer}'
   """An answer; {answer} stands for the chosen or the rejected one."""
+  template: ChatTemplate | Literal['model'] | None = None
+  """How conversations become text, in the place of prompt and target: by a template, or by that of
+  the 'model'; None: by prompt and target, for which they may hold one question alone."""
 
 
 def example(config: Preference, record: Record) -> Example:
-  """Return the example of a record: to be trained on the chosen answer, with both as choices."""
+  """Return the example of a record: to be trained on the chosen answer, with both as choices.
+
+  Raises:
+    ValueError: the record needs a template, or the template is the model's own.
+  """
+  if config.template == 'model':
+    raise ValueError("template='model': what a chat says is known only together with the model")
+  if config.template is not None:
+    return examples(config, [record], config.template.render, config.template.controls)[0]
+  question, *more = record['prompt']
+  if more or question['role'] != 'user':
+    roles = ', '.join(message['role'] for message in record['prompt'])
+    raise ValueError(f"field 'prompt' has messages of {roles}; only one of the user is a prompt by "
+                     "itself: set task.template to 'model' or to a template")
+  record = {**record, 'prompt': question['content']}
   choices = tuple(fill(config.target, {**record, 'answer': record[name]})
                   for name in ('chosen', 'rejected'))
   segments = completion(config, {**record, 'answer': record['chosen']})
   return Example(segments, 0, record, choices)
 
 
+def examples(
+  config: Preference, records: Sequence[Record], render: chat.Render, controls: Sequence[str] = ()
+) -> list[Example]:
+  """Return the examples of records as conversations; see `chat.segments`."""
+  written = chat.examples(
+    [{'messages': [*record['prompt'], {'role': 'assistant', 'content': record[name]}]}
+     for name in ('chosen', 'rejected') for record in records], render, controls)
+  said = [one.segments[len(prompt_of(one.segments))].text for one in written]
+  return [
+    Example(written[i].segments, 0, record, (said[i], said[i + len(records)]))
+    for i, record in enumerate(records)
+  ]
+
+
 def rejected(example: Example) -> Example:
   """Return the example whose target is the rejected answer."""
-  segments = (*prompt_of(example.segments), Segment(example.choices[1], 1.0), EOS)
-  return example._replace(segments=segments)
+  prompt = prompt_of(example.segments)
+  _, *end = example.segments[len(prompt) :]
+  return example._replace(segments=(*prompt, Segment(example.choices[1], 1.0), *end))
+
+
+def shape(config: Preference, record: Record) -> Record:
+  """Return a record with messages as `prompt`, and texts as answers, where it has conversations.
+
+  Raises:
+    ValueError: they are no conversations that differ in the last answer alone.
+  """
+  found: dict[str, Any] = {}
+  before = []
+  for name in ('chosen', 'rejected'):
+    if isinstance(record.get(name), list):
+      *start, last = conversations.messages(record[name], name)
+      if last['role'] != 'assistant':
+        raise fields.refused(last['role'], f'{name}[-1].role', 'the assistant, who answers')
+      before.append(start)
+      found[name] = last['content']
+  if not any(before):
+    return {**record, **found}
+  if len(before) < 2 or before[0] != before[1]:
+    raise ValueError("fields 'chosen' and 'rejected' differ before their last messages; expected "
+                     'two answers to one prompt')
+  prompt = record.get('prompt')
+  if prompt is not None and conversations.turns(prompt, 'prompt', 'user') not in (
+      before[0], before[0][-1:]):
+    raise fields.refused(prompt, 'prompt', "what 'chosen' and 'rejected' begin with")
+  return {**record, **found, 'prompt': before[0]}
 
 
 def read(config: Preference, example: Example, answer: Answer) -> Prediction:
@@ -62,6 +124,7 @@ def read(config: Preference, example: Example, answer: Answer) -> Prediction:
 
 
 TASK = Task(
-  Preference, 'choose', ('prompt', 'chosen', 'rejected'), example, read,
-  {'accuracy': itemgetter('choice')},
+  Preference, 'choose',
+  {'prompt': conversations.asked, 'chosen': fields.text, 'rejected': fields.text},
+  example, read, {'accuracy': itemgetter('choice')}, shape=shape, by_template=examples,
 )

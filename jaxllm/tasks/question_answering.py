@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import pydantic
 
+from jaxllm.tasks import fields
 from jaxllm.tasks.base import (
   Answer,
   CompletionConfig,
@@ -37,7 +38,8 @@ class QuestionAnswering(CompletionConfig):
   data: RecordsConfig = RecordsConfig(
     sources=(RecordSource(location='package:chatterbot-corpus/english'),), group='question'
   )
-  """Records with `question`, `answers` (accepted texts, none: unanswerable) and maybe `context`."""
+  """Records with `question`, `answers` (accepted texts, none: unanswerable, of which the first is
+  trained on; also as {'text': texts}) and maybe `context`."""
   prompt: str = '{context}\nQuestion: {question}\nAnswer:'
   """Text before the answer."""
   prompt_without_context: str = 'Question: {question}\nAnswer:'
@@ -75,7 +77,6 @@ def example(config: QuestionAnswering, record: Record) -> Example:
     config = config.replace(
       prompt=config.prompt_without_context, request=config.request_without_context)
   answers = record.get('answers')
-  answers = [answers] if isinstance(answers, str) else answers
   first = answers[0] if answers else config.unanswerable
   return Example(completion(config, {**record, 'answer': first}), answers, record,
                  request=request(config, record))
@@ -90,7 +91,7 @@ def read(config: QuestionAnswering, example: Example, answer: Answer) -> Predict
   text = answer.text.strip()
   if not text or text.casefold() == config.unanswerable.casefold():
     return {'answer': '', 'score': answer.score, 'start': 0, 'end': 0}
-  start, end = find(text, str(example.record.get('context') or '')) or (None, None)
+  start, end = find(text, example.record.get('context') or '') or (None, None)
   return {'answer': text, 'score': answer.score, 'start': start, 'end': end}
 
 
@@ -101,7 +102,7 @@ def read_span(
   said = read(config, example, answer)
   if not said['answer']:
     return said
-  context = str(example.record['context'])
+  context = example.record['context']
   start, end = find(said['answer'], context) or nearest(said['answer'], context)
   return {**said, 'answer': context[start:end], 'start': start, 'end': end}
 
@@ -139,11 +140,24 @@ def nearest(answer: str, context: str) -> Span:
   return span
 
 
+def read_answers(value: Any, name: str) -> list[str]:
+  """Read the accepted answers: a text or several, {'text': several}, or a list of {'text'}."""
+  value = fields.from_json(value)
+  if isinstance(value, Mapping) and 'text' in value:
+    value = value['text']
+  if isinstance(value, str):
+    return [fields.text(value, name)]
+  if isinstance(value, list):
+    value = [item['text'] if isinstance(item, Mapping) and 'text' in item else item
+             for item in value]
+  return fields.listed(fields.text, 0, 'texts, [] where there is no answer')(value, name)
+
+
 TASK = Task(
-  QuestionAnswering, 'generate', ('question', 'answers'), example, read,
-  {'squad': itemgetter('answer')},
+  QuestionAnswering, 'generate', {'question': fields.text, 'answers': read_answers}, example, read,
+  {'squad': itemgetter('answer')}, {'context': fields.optional(fields.any_text)},
 )
 EXTRACTIVE = Task(
-  ExtractiveQuestionAnswering, 'generate', ('question', 'context', 'answers'), example, read_span,
-  {'squad': itemgetter('answer')},
+  ExtractiveQuestionAnswering, 'generate', {**TASK.fields, 'context': fields.text}, example,
+  read_span, {'squad': itemgetter('answer')},
 )

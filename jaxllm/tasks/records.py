@@ -16,9 +16,10 @@ from jaxllm.config import Config
 from jaxllm.data import documents, files, readers
 from jaxllm.data.documents import Encoding, SourceConfig
 from jaxllm.data.files import TextFile
+from jaxllm.data.readers import Row
 from jaxllm.tasks import packages
+from jaxllm.tasks.fields import plain
 
-Row = dict[str, Any]
 Pair = tuple[str, str]
 
 
@@ -26,13 +27,16 @@ class RecordSource(Config):
   """Where rows come from."""
 
   location: str | None = None
-  """A file (.jsonl, .json, also SQuAD's, .csv, .tsv, .parquet; of .txt and its like each line is a
-  row with the field 'text'; all also as .gz, .bz2, .xz or .zst), 'package:NAME[/PART]' for one of
-  `tasks.packages`, 'tfds:NAME[/CONFIG][:VERSION]?split=SPLIT' or 'hf:NAME[:CONFIG]?split=SPLIT'."""
+  """A file, directory or glob (.jsonl, .json, also SQuAD's, .csv, .tsv, .parquet; of .txt and its
+  like each line is a row with the field 'text'; all but .parquet also as .gz, .bz2, .xz or .zst),
+  'package:NAME[/PART]' for one of `tasks.packages`, 'tfds:NAME[/CONFIG][:VERSION]?split=SPLIT' or
+  'hf:NAME[:CONFIG]?split=SPLIT'."""
   format: Literal['text', 'jsonl', 'json', 'csv', 'tsv', 'parquet'] | None = None
   """How a file is read; None goes by its name, and refuses unknown endings."""
   encoding: Encoding = 'utf-8'
   """The encoding of files, by its name in Python."""
+  column_names: tuple[str, ...] = ()
+  """Names of the columns of a CSV or TSV; () where its first row names them."""
   columns: tuple[Pair, ...] = ()
   """Instead of a location: (field, text file) pairs; line i of every file makes row i."""
   split: str | None = None
@@ -82,33 +86,37 @@ class RecordsConfig(Config):
     return self
 
 
-def load(config: RecordsConfig, split: str, required: Sequence[str] = ()) -> list[Row]:
+def load(config: RecordsConfig, split: str) -> list[dict[str, Any]]:
+  """Return the fields of `rows`."""
+  return [row.fields for row in rows(config, split)]
+
+
+def rows(config: RecordsConfig, split: str) -> list[Row]:
   """Read the records of a split.
 
   Args:
     config: sources and how to divide them.
     split: name of a source's split or of one in `fractions`.
-    required: fields that every record must have.
 
   Returns:
     Records in the order of the data.
 
   Raises:
-    ValueError: a file is missing or damaged, a field is missing, or the split has no record.
+    ValueError: a file is missing or damaged, or the split has no record.
   """
-  rows: list[Row] = []
+  found: list[Row] = []
   undivided: list[Row] = []
   for source in config.sources:
     if source.split in (None, split):
-      named = (_named(row, config, source, required) for row in _read(source))
-      (undivided if source.split is None else rows).extend(named)
-  rows += _part(undivided, config, split)
-  if not rows:
+      named = (_named(row, config, source) for row in _read(source))
+      (undivided if source.split is None else found).extend(named)
+  found += _part(undivided, config, split)
+  if not found:
     raise ValueError(f'split {split!r} has no records; splits: {", ".join(sorted(config.splits))}')
-  if config.limit is not None and len(rows) > config.limit:
-    ranked = sorted(range(len(rows)), key=lambda i: _digest(rows[i], config.seed))
-    rows = [rows[i] for i in sorted(ranked[: config.limit])]
-  return rows
+  if config.limit is not None and len(found) > config.limit:
+    ranked = sorted(range(len(found)), key=lambda i: _digest(found[i].fields, config.seed))
+    found = [found[i] for i in sorted(ranked[: config.limit])]
+  return found
 
 
 def _part(rows: Sequence[Row], config: RecordsConfig, split: str) -> list[Row]:
@@ -116,9 +124,9 @@ def _part(rows: Sequence[Row], config: RecordsConfig, split: str) -> list[Row]:
 
   By rank and not by the hash itself, so that the shares are exact.
   """
-  distinct = list({_digest(row, config.seed): row for row in rows}.values())
+  distinct = list({_digest(row.fields, config.seed): row for row in rows}.values())
   keys = [
-    _digest(row if config.group is None else _look_up(row, config.group), config.seed)
+    _digest(row.fields if config.group is None else _look_up(row, config.group), config.seed)
     for row in distinct
   ]
   ranked = sorted(set(keys))
@@ -137,43 +145,70 @@ def _digest(value: Any, seed: int) -> bytes:
   return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
-def _named(
-  row: Mapping[str, Any], config: RecordsConfig, source: RecordSource, required: Sequence[str]
-) -> Row:
+def _named(row: Row, config: RecordsConfig, source: RecordSource) -> Row:
   """Return a row under the task's names."""
   renamed = {ours: _look_up(row, theirs) for ours, theirs in config.fields}
-  result = {**row, **renamed, **dict(source.constants)}
-  for name in required:
-    if name not in result:
-      raise ValueError(f'a record has no field {name!r} (fields: {", ".join(map(str, row))}); name '
-                       f"it in data.fields, as (('{name}', 'its name in the data'),)")
-  return result
+  return row._replace(fields={**row.fields, **renamed, **dict(source.constants)})
 
 
-def _look_up(row: Mapping[str, Any], path: str) -> Any:
-  value: Any = row
+def _look_up(row: Row, path: str) -> Any:
+  value: Any = row.fields
   for key in path.split('.'):
     if not isinstance(value, Mapping) or key not in value:
-      raise ValueError(f'a record has no field {path!r} (fields: {", ".join(map(str, row))})')
+      raise ValueError(f'{row.where}: there is no field {path!r} (fields: '
+                       f'{", ".join(map(str, row.fields))})')
     value = value[key]
   return value
 
 
-def _read(source: RecordSource) -> Iterator[Mapping[str, Any]]:
+def _read(source: RecordSource) -> Iterator[Row]:
   if source.location is None:
     return _aligned(source)
   kind, _, rest = source.location.partition(':')
   if kind in LIBRARIES and rest:
-    return LIBRARIES[kind](rest)
-  path = pathlib.Path(source.location)
-  if not path.is_file():
-    raise ValueError(f'data.sources: no file {source.location!r}')
-  file, format_ = TextFile(path, source.encoding), source.format or readers.format_of(path)
-  if format_ == 'json':
-    return _json(file)
-  if format_ == 'text':
-    return ({'text': text} for line in files.lines(file) if (text := line.strip()))
-  return (fields for _, fields in readers.ROWS[format_](file, ()))
+    return (Row(str(source.location), f'row {number}', dict(fields))
+            for number, fields in enumerate(LIBRARIES[kind](rest), 1))
+  return _files(source)
+
+
+def _files(source: RecordSource) -> Iterator[Row]:
+  place = SourceConfig(location=str(source.location), format=source.format)
+  for _, path in documents.files(place):
+    file, format_ = TextFile(path, source.encoding), source.format or readers.format_of(path)
+    if format_ == 'text':
+      rows = ((f'line {i}', {'text': line.strip()}) for i, line in enumerate(files.lines(file), 1))
+      yield from (Row(str(path), *row) for row in rows if row[1]['text'])
+    else:
+      for where, fields in readers.ROWS[format_](file, source.column_names):
+        yield from _unnested(Row(str(path), where, fields))
+
+
+def _unnested(row: Row) -> Iterator[Row]:
+  """Yield the row, or the rows that it holds as 'data', as SQuAD does."""
+  items = row.fields.get('data')
+  if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+    items = [row.fields]
+  for number, item in enumerate(items):
+    place = row.place if item is row.fields else f'{row.place}, data[{number}]'
+    inner = row._replace(place=place, fields=item)
+    yield from _questions(inner, str(number)) if 'paragraphs' in item else [inner]
+
+
+def _questions(row: Row, title: str) -> Iterator[Row]:
+  """Flatten SQuAD's nesting of article, paragraph and question."""
+  try:
+    for i, paragraph in enumerate(row.fields['paragraphs']):
+      for j, question in enumerate(paragraph['qas']):
+        yield row._replace(place=f'{row.place}, paragraphs[{i}].qas[{j}]', fields={
+          'id': question['id'],
+          'title': row.fields.get('title', title),
+          'context': paragraph['context'],
+          'question': question['question'],
+          'answers': [answer['text'] for answer in question['answers']],
+          'answer_starts': [answer['answer_start'] for answer in question['answers']],
+        })
+  except (KeyError, TypeError) as error:
+    raise ValueError(f'{row.where}: not in the format of SQuAD ({error!r})') from None
 
 
 def _aligned(source: RecordSource) -> Iterator[Row]:
@@ -185,62 +220,19 @@ def _aligned(source: RecordSource) -> Iterator[Row]:
   counts = {name: len(lines[field]) for field, name in columns}
   if len(set(counts.values())) > 1:
     raise ValueError(f'data.sources: columns need equally many lines, but there are {counts}')
-  for values in zip(*lines.values(), strict=True):
-    yield {field: value.strip() for field, value in zip(lines, values, strict=True)}
+  for number, values in enumerate(zip(*lines.values(), strict=True), 1):
+    fields = {field: value.strip() for field, value in zip(lines, values, strict=True)}
+    yield Row(' and '.join(name for _, name in columns), f'line {number}', fields)
 
 
-def _json(file: TextFile) -> Iterator[Row]:
-  path = file.path
-  try:
-    content = json.loads(files.whole(file, files.blocks(file)))
-  except (json.JSONDecodeError, RecursionError) as error:
-    raise ValueError(f'{path}: not JSON: {error}') from None
-  if isinstance(content, dict):
-    content = content.get('data')
-  if not isinstance(content, list) or not all(isinstance(item, dict) for item in content):
-    raise ValueError(f"{path}: expected a list of objects, alone or as 'data'")
-  if all('paragraphs' in item for item in content):
-    return _questions(content, path)
-  return iter(content)
-
-
-def _questions(articles: Sequence[Any], path: pathlib.Path) -> Iterator[Row]:
-  """Flatten SQuAD's nesting of article, paragraph and question."""
-  try:
-    for number, article in enumerate(articles):
-      for paragraph in article['paragraphs']:
-        for question in paragraph['qas']:
-          yield {
-            'id': question['id'],
-            'title': article.get('title', str(number)),
-            'context': paragraph['context'],
-            'question': question['question'],
-            'answers': [answer['text'] for answer in question['answers']],
-            'answer_starts': [answer['answer_start'] for answer in question['answers']],
-          }
-  except (KeyError, TypeError) as error:
-    raise ValueError(f'{path}: not in the format of SQuAD ({error!r})') from None
-
-
-def _package(rest: str) -> Iterator[Row]:
+def _package(rest: str) -> Iterator[Mapping[str, Any]]:
   name, _, part = rest.partition('/')
   return packages.read(name, part or None)
 
 
-def _tfds(rest: str) -> Iterator[Row]:
+def _tfds(rest: str) -> Iterator[Mapping[str, Any]]:
   for row in documents.rows(SourceConfig(location=f'tfds:{rest}')):
-    yield {key: _plain(value) for key, value in row.fields.items()}
-
-
-def _plain(value: Any) -> Any:
-  """Turn bytes into text and arrays into lists, at any depth."""
-  if isinstance(value, bytes):
-    return value.decode('utf-8')
-  if isinstance(value, Mapping):
-    return {key: _plain(item) for key, item in value.items()}
-  if isinstance(value, list | tuple):
-    return [_plain(item) for item in value]
-  return _plain(value.tolist()) if hasattr(value, 'tolist') else value
+    yield plain(row.fields)
 
 
 def _hugging_face(rest: str) -> Iterator[Mapping[str, Any]]:

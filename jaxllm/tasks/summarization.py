@@ -5,6 +5,7 @@ from typing import Literal
 
 import pydantic
 
+from jaxllm.tasks import fields
 from jaxllm.tasks.base import (
   Answer,
   CompletionConfig,
@@ -30,7 +31,8 @@ class Summarization(CompletionConfig):
   data: RecordsConfig = RecordsConfig(
     sources=(RecordSource(location='package:stdlib'),), group='document'
   )
-  """Records with `document` and `summary`."""
+  """Records with `document` and `summary`, a text or several to score against, of which the first
+  is trained on."""
   prompt: str = '{document}\nSummary:'
   """Text before the answer."""
   target: str = ' {summary}'
@@ -43,8 +45,9 @@ class Summarization(CompletionConfig):
 
 def example(config: Summarization, record: Record) -> Example:
   """Return the example of a record; without a `summary` it can only be answered."""
-  return Example(completion(config, {'summary': '', **record}), record.get('summary'), record,
-                 request=request(config, record))
+  summary = record.get('summary')
+  filled = {**record, 'summary': fields.first(summary or '')}
+  return Example(completion(config, filled), summary, record, request=request(config, record))
 
 
 def read(config: Summarization, example: Example, answer: Answer) -> Prediction:
@@ -53,6 +56,6 @@ def read(config: Summarization, example: Example, answer: Answer) -> Prediction:
 
 
 TASK = Task(
-  Summarization, 'generate', ('document', 'summary'), example, read,
+  Summarization, 'generate', {'document': fields.text, 'summary': fields.several}, example, read,
   {'rouge': itemgetter('summary_text')},
 )

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import pydantic
 
+from jaxllm.tasks import fields
 from jaxllm.tasks.base import (
   Answer,
   CompletionConfig,
@@ -40,8 +41,9 @@ class Translation(CompletionConfig):
   data: RecordsConfig = RecordsConfig(
     sources=(RecordSource(location='package:gettext/de'),), group='source'
   )
-  """Records with `source` and `target`, and where languages vary `source_language` and
-  `target_language`."""
+  """Records with `source` and `target`, a text or several to score against, of which the first is
+  trained on; where languages vary also `source_language` and `target_language`. Or with
+  `translation`, texts by code, among them these two."""
   source_language: str = 'en'
   """Language of the source, where the record does not say: a code or a name."""
   target_language: str = 'de'
@@ -61,11 +63,20 @@ def example(config: Translation, record: Record) -> Example:
   languages = {
     field: LANGUAGES.get(name, name)
     for field in ('source_language', 'target_language')
-    if (name := str(record.get(field, getattr(config, field))))
+    if (name := record.get(field) or getattr(config, field))
   }
-  filled = {'target': '', **record, **languages}
-  return Example(completion(config, filled), record.get('target'), record,
-                 request=request(config, filled))
+  target = record.get('target')
+  filled = {**record, **languages, 'target': fields.first(target or '')}
+  return Example(completion(config, filled), target, record, request=request(config, filled))
+
+
+def shape(config: Translation, record: Record) -> Record:
+  """Return a record with source and target, also where they stand by language."""
+  texts = record.get('translation')
+  if 'source' in record or not isinstance(texts, Mapping):
+    return record
+  return {**record, **{name: texts[code] for name, code in (
+    ('source', config.source_language), ('target', config.target_language)) if code in texts}}
 
 
 def read(config: Translation, example: Example, answer: Answer) -> Prediction:
@@ -76,5 +87,7 @@ def read(config: Translation, example: Example, answer: Answer) -> Prediction:
 TEXT: Any = itemgetter('translation_text')
 
 TASK = Task(
-  Translation, 'generate', ('source', 'target'), example, read, {'bleu': TEXT, 'chrf': TEXT}
+  Translation, 'generate', {'source': fields.text, 'target': fields.several}, example, read,
+  {'bleu': TEXT, 'chrf': TEXT},
+  dict.fromkeys(('source_language', 'target_language'), fields.optional(fields.text)), shape,
 )

@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from jaxllm.tasks import records
+from jaxllm.tasks import predict, records
+from jaxllm.tasks.classification import Sentiment
 from jaxllm.tasks.records import RecordsConfig, RecordSource
 
 
@@ -35,8 +36,29 @@ WHOLE = (('train', 1.0),)
 )
 def test_formats_give_the_same_rows(tmp_path, name, text):
   source = RecordSource(location=_file(tmp_path, name, text))
-  rows = records.load(_config(source, fractions=WHOLE), 'train', ('text', 'label'))
+  rows = records.load(_config(source, fractions=WHOLE), 'train')
   assert [(row['text'], str(row['label'])) for row in rows] == [('x, y', '1'), ('z', '0')]
+
+
+def test_directories_globs_and_compressed_files(tmp_path):
+  folder = tmp_path / 'in'
+  folder.mkdir()
+  with gzip.open(folder / 'b.jsonl.gz', 'wt') as file:
+    file.write('{"text": "b", "label": 0}\n\n{"text": null, "label": 1}\n')
+  _file(folder, 'a.csv', 'text,label\na,1\n')
+  for location, expected in ((folder, ['a', 'b', None]), (folder / '*.csv', ['a']),
+                             (folder / '*.gz', ['b', None]), (folder / 'b.jsonl.gz', ['b', None])):
+    config = _config(RecordSource(location=str(location)), fractions=WHOLE)
+    assert [row['text'] for row in records.load(config, 'train')] == expected
+  with pytest.raises(ValueError, match=r"b.jsonl.gz, line 3: field 'text' is null"):
+    predict.examples(Sentiment(data=config, labels=(('0', 'a'), ('1', 'b'))), 'train')
+  with pytest.raises(ValueError, match='no files in'):
+    records.load(_config(RecordSource(location=str(folder / '*.x')), fractions=WHOLE), 'train')
+
+
+def test_columns_may_be_named(tmp_path):
+  source = RecordSource(location=_file(tmp_path, 'a.csv', 'x,1\n'), column_names=('text', 'label'))
+  assert records.load(_config(source, fractions=WHOLE), 'train') == [{'text': 'x', 'label': '1'}]
 
 
 def test_lines_with_constants(tmp_path):
@@ -96,7 +118,7 @@ def test_fields_are_renamed_and_reached_into(tmp_path):
   config = _config(
     RecordSource(location=path), fields=(('question', 'q'), ('answers', 'a.text')), fractions=WHOLE
   )
-  row, = records.load(config, 'train', ('question', 'answers'))
+  row, = records.load(config, 'train')
   assert row['question'] == 'x' and row['answers'] == ['y']
 
 
@@ -145,8 +167,8 @@ def test_limit_keeps_a_fixed_subset_in_order(tmp_path):
   'name, text, message',
   [
     ('a.jsonl', '{"text": 1}\n{', 'line 2: not JSON'),
-    ('a.json', '{"a": 1}', 'expected a list of objects'),
-    ('a.json', '{"data": [{"paragraphs": [{}]}]}', 'not in the format of SQuAD'),
+    ('a.json', '[1]', 'a.json, item 1: expected a JSON object'),
+    ('a.json', '{"data": [{"paragraphs": [{}]}]}', r'item 1, data\[0\]: not in the form'),
     ('a.csv', 'text,label\nx\n', 'a.csv'),
   ],
 )
@@ -159,7 +181,7 @@ def test_damaged_files_are_named(tmp_path, name, text, message):
 @pytest.mark.parametrize(
   'build, message',
   [
-    (lambda p: _config(RecordSource(location='nowhere.jsonl')), "no file 'nowhere.jsonl'"),
+    (lambda p: _config(RecordSource(location='nowhere.jsonl')), "no such file: 'nowhere.jsonl'"),
     (lambda p: _config(RecordSource(location='package:nope')), 'package:nope: one of'),
     (lambda p: _config(_numbers(p, range(3)), fields=(('x', 'y.z'),)), "no field 'y.z'"),
     (lambda p: _config(RecordSource(location='x', columns=(('a', 'b'),))), 'set one of them'),
@@ -174,9 +196,9 @@ def test_bad_configs_are_named(tmp_path, build, message):
 
 
 def test_a_missing_field_says_how_to_name_it(tmp_path):
-  config = _config(_numbers(tmp_path, range(3)), fractions=WHOLE)
-  with pytest.raises(ValueError, match='no field \'label\'.*data.fields'):
-    records.load(config, 'train', ('text', 'label'))
+  config = Sentiment(data=_config(_numbers(tmp_path, range(3)), fractions=WHOLE))
+  with pytest.raises(ValueError, match=r"n.jsonl, line 1: there is no field 'label'.*data.fields"):
+    predict.examples(config, 'train')
 
 
 @pytest.mark.parity
