@@ -38,7 +38,7 @@ def test_paths_directories_and_globs_are_sorted(tmp_path):
 @pytest.mark.parametrize('name', ['missing.txt', '*.missing', 'empty'])
 def test_nothing_there(tmp_path, name):
   (tmp_path / 'empty').mkdir()
-  with pytest.raises(ValueError, match=r'no (such file|files in).*config\.data'):
+  with pytest.raises(ValueError, match=r'no (such file|files in).*a source of data'):
     _texts(tmp_path / name)
 
 
