@@ -45,7 +45,7 @@ def main(_) -> None:  # noqa: D103
   if samples.exists():
     import json
 
-    for line in samples.read_text(encoding='utf-8').splitlines():
+    for line in filter(None, samples.read_text(encoding='utf-8').split('\n')):
       sample = json.loads(line)
       print(f'--- {sample["prompt"]!r}\n{sample["prompt"]}{sample["text"]}')
   print(f'report: {pathlib.Path(WORKDIR.value) / "report.html"}')

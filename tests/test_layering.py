@@ -77,3 +77,11 @@ def test_import_is_light_and_starts_no_backend():
     'assert not xla_bridge._backends, xla_bridge._backends\n'
   )
   subprocess.run([sys.executable, '-c', code], check=True)
+
+
+def test_lines_are_split_at_line_feeds_alone():
+  """`splitlines` also ends them at U+2028, U+0085, form feeds: inside of texts and of JSON."""
+  found = [f'{path.name}:{node.lineno}' for path in PACKAGE.rglob('*.py')
+           for node in ast.walk(ast.parse(path.read_text(encoding='utf-8')))
+           if isinstance(node, ast.Attribute) and node.attr == 'splitlines']
+  assert not found

@@ -129,7 +129,7 @@ def generate(
 
 def main() -> None:
   """Print the continuation of a prompt."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
   parser.add_argument('--prompt', required=True)
   parser.add_argument('--max_new_tokens', type=int, default=64)
   for name, default in (('temperature', 1.0), ('top_p', 1.0), ('min_p', 0.0)):

@@ -110,7 +110,7 @@ def read_keys(path: str | None, environ: Mapping[str, str] = os.environ) -> Keys
   """
   found: list[str] = []
   if path is not None:
-    lines = [line.strip() for line in pathlib.Path(path).read_text(encoding='utf-8').splitlines()]
+    lines = [line.strip() for line in pathlib.Path(path).read_text(encoding='utf-8').split('\n')]
     found = [line for line in lines if line and not line.startswith('#')]
     if not found:
       raise ValueError('--api_keys_file: the file has no key; write one per line')

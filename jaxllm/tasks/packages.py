@@ -127,7 +127,7 @@ def summaries(source: str) -> Iterator[Row]:
     tree = ast.parse(source)
   except (SyntaxError, ValueError):  # Some files are there to be invalid.
     return
-  lines = source.splitlines(keepends=True)
+  lines = [f'{line}\n' for line in source.split('\n')]
   for node in ast.walk(tree):
     if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or len(node.body) < 2:
       continue

@@ -151,7 +151,7 @@ def open_writer(workdir: str | os.PathLike[str], step: int = 0) -> MetricsWriter
 def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
   """Return the records of a metrics.jsonl, without a line torn by a crash; none where it is not."""
   try:
-    lines = pathlib.Path(path).read_text(encoding='utf-8', errors='replace').splitlines()
+    lines = pathlib.Path(path).read_text(encoding='utf-8', errors='replace').split('\n')
   except FileNotFoundError:
     return []
   return [json.loads(line) for line in lines if _step_of(line) < math.inf]
@@ -161,9 +161,10 @@ def _drop_later(path: pathlib.Path, step: int) -> None:
   """Keep the whole records of a metrics.jsonl up to `step`."""
   if not path.exists():
     return
-  lines = path.read_text(encoding='utf-8', errors='replace').splitlines(keepends=True)
-  kept = [line for line in lines if line.endswith('\n') and _step_of(line) <= step]
-  if kept != lines:
+  text = path.read_text(encoding='utf-8', errors='replace')
+  lines = [f'{line}\n' for line in text.split('\n')[:-1]]
+  kept = [line for line in lines if _step_of(line) <= step]
+  if ''.join(kept) != text:
     temporary = path.with_name(path.name + '.tmp')
     temporary.write_text(''.join(kept), encoding='utf-8')
     os.replace(temporary, path)

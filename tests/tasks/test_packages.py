@@ -85,6 +85,7 @@ def test_summaries_leave_the_docstring_out():
   assert list(packages.summaries(source.replace('Return x', 'Return x doubled'))) == [
     {'document': 'def f(x):\n  return 2 * x  # fast', 'summary': 'Return x doubled'},
     {'document': '  async def m(self):\n    pass', 'summary': 'Do one thing'}]
+  assert list(packages.summaries('\x0c\n' + source)) == list(packages.summaries(source))
   assert list(packages.summaries('def (')) == []
 
 
