@@ -70,6 +70,22 @@ class SourceConfig(Config):
     return self
 
 
+def _as_sources(value: Any) -> Any:
+  """Read a path, or several with commas between them, as sources."""
+  if isinstance(value, str):
+    exists = os.path.exists(os.path.expanduser(value))
+    value = [value] if exists else [part.strip() for part in value.split(',') if part.strip()]
+  elif isinstance(value, Mapping | SourceConfig):
+    value = [value]
+  if not isinstance(value, list | tuple):
+    return value
+  return tuple({'location': item} if isinstance(item, str) else item for item in value)
+
+
+Sources = Annotated[tuple[SourceConfig, ...], pydantic.BeforeValidator(_as_sources)]
+"""Sources, each a `SourceConfig` or its location; also one text with commas between locations."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Document:
   """One text, where it came from, and what else its row held."""

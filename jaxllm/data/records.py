@@ -19,11 +19,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import pydantic
+from absl import logging
 
 from jaxllm.config import Config
-from jaxllm.data import documents, record_writer, storage, tokenizers
+from jaxllm.data import documents, record_writer, storage, survey, tokenizers
 from jaxllm.data.cleaning import CleaningConfig, clean
-from jaxllm.data.documents import SourceConfig
+from jaxllm.data.documents import SourceConfig, Sources
+from jaxllm.data.survey import SourceCounts
 from jaxllm.data.tokenizers import Tokenizer, TokenizerConfig
 
 # Part of every fingerprint: to be raised when the same settings give other records.
@@ -35,11 +37,13 @@ _HASHES = '.source_hashes.json'
 class DataConfig(Config):
   """Which texts become which records."""
 
-  sources: tuple[SourceConfig, ...] = ()
-  """Where the training documents come from, in this order; () where a task has its own records."""
-  validation: float | tuple[SourceConfig, ...] | None = 0.05
+  sources: Sources = ()
+  """Where the training documents come from, in this order, also as a path, glob or directory, or
+  several with commas; () where a task has its own records."""
+  validation: float | Sources | None = 0.05
   """Held-out documents: a fraction of the sources, chosen by the hash of each document, or sources
-  of their own; None holds nothing out."""
+  of their own; None holds nothing out. Where these are so few that none or all are chosen, the end
+  of each is held out."""
   cleaning: CleaningConfig = CleaningConfig()
   """What is done to each text before it is tokenized."""
   context_length: int = pydantic.Field(gt=0)
@@ -62,23 +66,6 @@ class DataConfig(Config):
       raise ValueError(f'validation={self.validation}: expected a fraction between 0 and 1, '
                        'sources, or None')
     return self
-
-
-class SourceCounts(Config):
-  """What one source gave."""
-
-  location: str
-  """The source's location."""
-  files: int
-  """Files it read."""
-  file_bytes: int
-  """Their size."""
-  sha256: str
-  """SHA-256 over the names and contents of these files."""
-  documents: int
-  """Documents it held."""
-  dropped: int
-  """Documents that cleaning dropped, or that were empty."""
 
 
 class Split(Config):
@@ -174,7 +161,7 @@ def prepare(
   directory = pathlib.Path(directory)
   known = storage.read_json(directory / _HASHES)
   hashes = dict(known)
-  sources = _survey(data, hashes)
+  sources = survey.survey(data.sources, _own_validation(data), hashes)
   fingerprint = _fingerprint(data, tokenizer, sources)
   manifest = _prepared(directory, fingerprint)
   if manifest is None:
@@ -200,7 +187,7 @@ def fingerprint(
   if tokenizer is None:
     raise ValueError('tokenizer=None: preparing documents needs one')
   hashes = storage.read_json(pathlib.Path(directory) / _HASHES)
-  return _fingerprint(data, tokenizer, _survey(data, hashes))
+  return _fingerprint(data, tokenizer, survey.survey(data.sources, _own_validation(data), hashes))
 
 
 def load_manifest(directory: str | os.PathLike[str]) -> Manifest:
@@ -246,20 +233,11 @@ def _split_names(data: DataConfig) -> list[str]:
 
 
 def _all_sources(data: DataConfig) -> tuple[SourceConfig, ...]:
-  return data.sources + (data.validation if isinstance(data.validation, tuple) else ())
+  return data.sources + _own_validation(data)
 
 
-def _survey(data: DataConfig, hashes: dict[str, Any]) -> list[SourceCounts]:
-  """Look at the files of every source; see `storage.file_digest` for `hashes`."""
-  sources = []
-  for source in _all_sources(data):
-    digest, size, found = hashlib.sha256(), 0, documents.files(source)
-    for name, path in found:
-      digest.update(f'{name}\0{storage.file_digest(path, hashes)}\0'.encode())
-      size += path.stat().st_size
-    sources.append(SourceCounts(location=source.location, files=len(found), file_bytes=size,
-                                sha256=digest.hexdigest(), documents=0, dropped=0))
-  return sources
+def _own_validation(data: DataConfig) -> tuple[SourceConfig, ...]:
+  return data.validation if isinstance(data.validation, tuple) else ()
 
 
 def _fingerprint(
@@ -288,17 +266,49 @@ def _fingerprint(
 
 
 def _texts(
-  data: DataConfig, counts: Sequence[collections.Counter[str]]
+  data: DataConfig, counts: Sequence[collections.Counter[str]], ends: bool
 ) -> Iterator[tuple[str, str]]:
-  """Yield (split, cleaned text) of every document that is kept, counting them per source."""
+  """Yield (split, cleaned text) of every document that is kept, counting them per source.
+
+  Args:
+    data: the settings.
+    counts: one of each source.
+    ends: hold out the end of each document instead of whole ones.
+  """
   fraction = data.validation if isinstance(data.validation, float) else 0.0
   for number, source in enumerate(_all_sources(data)):
     own = number >= len(data.sources)
     for document in documents.documents(source):
       text = clean(document.text, data.cleaning)
       counts[number].update(documents=1, dropped=not text)
-      if text:
+      if text and ends and not own:
+        cut = _line_end_before(text, len(text) - int(len(text) * fraction))
+        yield from (part for part in (('train', text[:cut]), ('validation', text[cut:])) if part[1])
+      elif text:
         yield 'validation' if own or _draw(text) < fraction else 'train', text
+
+
+def _line_end_before(text: str, place: int) -> int:
+  """Return where the line before `place` ends, if that is nearer than the end of the text."""
+  return text.rfind('\n', max(0, 2 * place - len(text)), place) + 1 or place
+
+
+def _too_few(data: DataConfig) -> bool:
+  """Return whether the documents are too few to be divided: all fall into one split."""
+  if not isinstance(data.validation, float):
+    return False
+  sides: set[bool] = set()
+  number = 0
+  for source in data.sources:
+    for document in documents.documents(source):
+      text = clean(document.text, data.cleaning)
+      number += bool(text)
+      sides |= {_draw(text) < data.validation} if text else set()
+      if len(sides) > 1:
+        return False
+  logging.warning('config.data.validation=%s: the end of %s is held out, as no whole document can '
+                  'be', data.validation, 'the document' if number == 1 else f'each of {number}')
+  return True
 
 
 def _draw(text: str) -> float:
@@ -310,10 +320,10 @@ def _write(
   data: DataConfig, config: TokenizerConfig, staging: pathlib.Path,
   sources: Sequence[SourceCounts], fingerprint: str, progress: bool,
 ) -> Manifest:
-  counts = _counters(sources)
+  counts, ends = _counters(sources), _too_few(data)
   with _bar('tokenizer', ' documents', progress and config.trained) as bar:
     def training() -> Iterator[str]:
-      for split, text in _texts(data, counts):
+      for split, text in _texts(data, counts, ends):
         bar.update()
         if split == 'train':
           yield text
@@ -328,7 +338,7 @@ def _write(
     for name in _split_names(data)
   }
   with _bar('records', ' tokens', progress) as bar:
-    items = record_writer.tokenize(_texts(data, counts), tokenizer.encode_batch)
+    items = record_writer.tokenize(_texts(data, counts, ends), tokenizer.encode_batch)
     for number, (split, text, ids) in enumerate(items, 1):
       bar.update(writers[split].add(text, ids))
       if number % 256 == 0:
@@ -364,11 +374,11 @@ def _check_splits(
                      f'{validation.documents if validation else 0} held out')
   if train.tokens <= data.context_length:
     raise ValueError(f'config.data.context_length={data.context_length} is longer than the data: '
-                     f'the training documents have {train.tokens} tokens together')
+                     f'the training documents have {train.tokens} tokens together; shorten it, or '
+                     'train on more text')
   if validation and not validation.target_tokens:
     hint = ('these sources hold no text' if isinstance(data.validation, tuple) else
-            f'none of {read - dropped} documents was chosen, and none is ever divided; raise the '
-            'fraction, let a separator make more documents, or name sources for it: for one file, '
-            'its end (slice=(0.9, 1.0), and slice=(0.0, 0.9) to train on)')
+            f'it is less than a character of each of {read - dropped} documents; raise the '
+            'fraction, train on more text, or set it to None')
     raise ValueError(f'config.data.validation={data.validation!r} leaves nothing to validate on: '
                      f'{hint}')

@@ -136,13 +136,14 @@ def test_unchanged_is_reused_and_changed_is_prepared_anew(corpus, out, tmp_path,
     moved.write_bytes(corpus.read_bytes())
     assert prepare(_data(moved), tokenizer, out) == first
   seen = {first.fingerprint}
+  other = _jsonl(tmp_path / 'other.jsonl', ['a text of validation'])
   changed = _jsonl(tmp_path / 'changed' / corpus.name, [*TEXTS[:-1], 'something else'])
   for data, tok in (
     (_data(corpus, context_length=17), tokenizer),
     (_data(corpus, packing='whole'), tokenizer),
     (_data(corpus, add_bos=False), tokenizer),
     (_data(corpus, validation=0.3), tokenizer),
-    (_data(corpus, validation=(SourceConfig(location=str(corpus)),)), tokenizer),
+    (_data(corpus, validation=(SourceConfig(location=str(other)),)), tokenizer),
     (_data(corpus, cleaning=CleaningConfig(steps=('nfc',))), tokenizer),
     (_data(corpus), tokenizer.replace(vocab_size=321)),
     (_data(corpus), BYTES),
@@ -215,6 +216,68 @@ def test_validation_sources_of_their_own_or_none(tmp_path, corpus, out):
     manifest.split('validation')
 
 
+@pytest.mark.parametrize('texts', [['0123456789' * 40], ['ab\n' * 67, 'cde fgh ' * 31]])
+def test_the_end_of_few_documents_is_held_out(tmp_path, out, texts, caplog):
+  path = _jsonl(tmp_path / 'few.jsonl', texts)
+  manifest = prepare(_data(path, validation=0.1), BYTES, out)
+  heads, tails = _documents(out, 'train'), _documents(out, 'validation')
+  assert len(heads) == len(tails) == len(texts)
+  for text in texts:
+    tail, = (tail for tail in tails for head in heads if head + tail == text)
+    assert int(len(text) * 0.1) <= len(tail) <= 2 * len(text) * 0.1
+    assert '\n' not in text or text[:-len(tail)].endswith('\n')
+  assert manifest.train.documents == manifest.validation.documents == len(texts)
+  assert 'the end of ' in caplog.text and 'is held out' in caplog.text
+
+
+def test_enough_documents_are_held_out_whole(corpus, out, caplog):
+  prepare(_data(corpus), BYTES, out)
+  assert set(_documents(out, 'validation')) <= set(TEXTS) and not caplog.text
+
+
+@pytest.mark.parametrize('train, validation, message', [
+  ('a.txt', 'a.txt', 'sources .*validation .*read the same texts'),
+  ('a.txt', 'sub/../a.txt', 'read the same texts'),
+  ('*.txt', 'b.txt', 'read the same texts'),
+  ('a.txt', 'link.txt', 'is .*link.txt'),
+  ('a.txt', 'copy.txt', 'has the content of'),
+  ('a.txt,./a.txt', 0.5, 'sources .*sources .*read the same texts'),
+  ('*.txt,b.txt', 0.5, 'read the same texts'),
+  ('a.txt,link.txt', 0.5, 'read the same texts'),
+  ([('a.txt', (0.0, 0.6)), ('a.txt', (0.5, 1.0))], 0.5, 'slices that do not overlap'),
+  ([('a.txt', (0.0, 0.6))], [('a.txt', (0.5, 1.0))], 'slices that do not overlap'),
+])
+def test_no_text_is_both_trained_on_and_held_out(tmp_path, out, train, validation, message):
+  (tmp_path / 'texts' / 'sub').mkdir(parents=True)
+  root = tmp_path / 'texts'
+  for name, text in (('a.txt', 'first ' * 50), ('copy.txt', 'first ' * 50), ('b.txt', 'b ' * 90)):
+    (root / name).write_text(text)
+  (root / 'link.txt').symlink_to(root / 'a.txt')
+  if '*' in train:
+    (root / 'link.txt').unlink()
+
+  def sources(value):
+    if isinstance(value, str):
+      return ','.join(str(root / part) for part in value.split(','))
+    if isinstance(value, float):
+      return value
+    return [{'location': str(root / name), 'slice': part} for name, part in value]
+
+  with pytest.raises(ValueError, match=message):
+    prepare(_data(tmp_path, sources=sources(train), validation=sources(validation)), BYTES, out)
+  assert not out.exists()
+
+
+def test_slices_that_meet_and_copies_beside_each_other_are_no_overlap(tmp_path, out):
+  for name in ('a.txt', 'copy.txt', 'b.txt', 'empty.txt', 'empty2.txt'):
+    (tmp_path / name).write_text('' if 'empty' in name else ('b' if name == 'b.txt' else 'a') * 90)
+  location = str(tmp_path / 'b.txt')
+  data = _data(tmp_path, sources=[
+    {'location': location, 'slice': (0.0, 0.5)}, str(tmp_path / '[ace]*.txt')],
+    validation=[{'location': location, 'slice': (0.5, 1.0)}, str(tmp_path / 'empty2.txt')])
+  assert prepare(data, BYTES, out).train.text_bytes == 45 + 180
+
+
 @pytest.mark.parametrize('fields', [{'validation': 0.0}, {'validation': 1.0}, {'validation': 2},
                                     {'validation': ()}, {'context_length': 0}])
 def test_impossible_settings_are_refused(fields):
@@ -228,8 +291,8 @@ def test_impossible_settings_are_refused(fields):
   (['abc'] * 5, {'cleaning': CleaningConfig(min_characters=9)}, '5 are empty or dropped'),
   (['x' * 20], {'validation': None, 'context_length': 22},
    'context_length=22 is longer than the data: the training documents have 22 tokens'),
-  (['x' * 99], {'validation': 1e-9}, r'validation=1e-09 leaves nothing .* none of 1 documents'),
-  (['x' * 99], {'validation': 1 - 1e-9}, 'nothing to train on.* 1 held out'),
+  (['x' * 99], {'validation': 1e-9}, r'validation=1e-09 leaves nothing .* less than a char'),
+  (['x' * 99], {'validation': 1 - 1e-9}, 'the training documents have 3 tokens'),
 ])
 def test_what_does_not_fit_the_data_is_named(tmp_path, out, texts, fields, message):
   path = _jsonl(tmp_path / 'a.jsonl', texts)
