@@ -19,7 +19,7 @@ import sys
 import traceback
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Self
 
 import pydantic
@@ -64,6 +64,17 @@ class Config(pydantic.BaseModel):
       ConfigError: a field does not exist or its value is not accepted.
     """
     return type(self)(**{name: getattr(self, name) for name in type(self).model_fields} | changes)
+
+  def follow(self, updates: dict[str, Any], changed: Collection[str]) -> dict[str, Any]:
+    """Return `updates` of fields and what else follows from them; by default nothing does.
+
+    `override` asks this before it checks the fields together.
+
+    Args:
+      updates: field -> new value.
+      changed: dotted paths from here that were changed by name.
+    """
+    return updates
 
   def to_json(self) -> str:
     """Return indented JSON from which `from_json` rebuilds an equal config."""
@@ -327,7 +338,8 @@ def _override(config: Any, changes: Sequence[tuple[str, list[str], Any]]) -> Any
         f'config.{parts[0][0]}: {key} is {child!r}, which has no fields; set {key} itself as JSON'
       )
     updates[key] = _override(child, parts)
-  return config.replace(**updates)
+  changed = {'.'.join([key, *rest]) for _, (key, *rest), _ in changes}
+  return config.replace(**config.follow(updates, changed))
 
 
 def _check_field(config: Config, path: str, key: str, depth: int) -> None:

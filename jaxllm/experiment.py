@@ -1,9 +1,10 @@
 """One run, described whole: the configs of all rooms, and the checks that span rooms."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal
 
 import pydantic
+from absl import logging
 
 from jaxllm.adapters.lora import LoraConfig
 from jaxllm.adapters.quantization import QuantizationConfig
@@ -176,6 +177,16 @@ class Experiment(Config):
     """Read what was written when there was one objective."""
     return {'kind': 'next_token', **value} if isinstance(value, Mapping) else value
 
+  def follow(self, updates: dict[str, Any], changed: Collection[str]) -> dict[str, Any]:
+    """Warm up over a tenth of a run that is made shorter than its warmup, which is not named."""
+    schedule = updates.get('schedule', self.schedule)
+    steps = updates.get('training', self.training).num_steps
+    if {'schedule', 'schedule.warmup_steps'} & set(changed) or schedule.warmup_steps < steps:
+      return updates
+    logging.warning('config.schedule.warmup_steps=%s instead of %s, a tenth of the %s steps',
+                    steps // 10, schedule.warmup_steps, steps)
+    return {**updates, 'schedule': schedule.replace(warmup_steps=steps // 10)}
+
   @property
   def next_token(self) -> ObjectiveConfig:
     """How next tokens are measured: by `objective`, where that is about them."""
@@ -279,7 +290,7 @@ def _check_training(experiment: Experiment) -> None:
   if experiment.schedule.warmup_steps >= training.num_steps:
     raise ValueError(
       f'schedule.warmup_steps={experiment.schedule.warmup_steps} leaves no step after the warmup '
-      f'of training.num_steps={training.num_steps}'
+      f'of training.num_steps={training.num_steps}; shorten the first or raise the second'
     )
 
 

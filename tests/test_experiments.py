@@ -60,3 +60,15 @@ def test_experiment_loads_and_its_step_fits_its_mesh(location, topology, tmp_pat
 def test_a_variant_that_does_not_exist_is_refused():
   with pytest.raises(config.ConfigError, match="no variant '9b'; one of 125m, 350m"):
     config.load(f'{EXPERIMENTS}/gpt3.py:9b')
+
+
+def test_a_run_made_short_warms_up_over_a_tenth_of_it(caplog):
+  experiment = config.load(str(EXPERIMENTS / 'quickstart.py'))
+  short = config.override(experiment, {'training.num_steps': '20', 'schedule.name': 'linear'})
+  assert (short.schedule.warmup_steps, short.schedule.name) == (2, 'linear')
+  assert 'config.schedule.warmup_steps=2 instead of 30, a tenth of the 20 steps' in caplog.text
+  assert config.override(experiment, {'training.num_steps': '1'}).schedule.warmup_steps == 0
+  assert config.override(experiment, {'training.num_steps': '31'}).schedule.warmup_steps == 30
+  for named in ({'schedule.warmup_steps': '30'}, {'schedule': '{"warmup_steps": 30}'}):
+    with pytest.raises(config.ConfigError, match='warmup_steps=30 leaves no step.*num_steps=20'):
+      config.override(experiment, {'training.num_steps': '20', **named})

@@ -78,7 +78,8 @@ def _as_sources(value: Any) -> Any:
   elif isinstance(value, Mapping | SourceConfig):
     value = [value]
   if not isinstance(value, list | tuple):
-    return value
+    raise ValueError("expected paths with commas between them, as in 'texts/*.txt,more', or a list "
+                     'of sources')
   return tuple({'location': item} if isinstance(item, str) else item for item in value)
 
 

