@@ -1,6 +1,8 @@
 """Train a model: `python -m jaxllm.train --config=experiments/quickstart.py --workdir=runs/demo`.
 
-The same command goes on where an interrupted run stopped. `--config.a.b=value` changes a field.
+The same command goes on where an interrupted run stopped. `--config.a.b=value` changes a field. The
+exit code is 0 when the run has finished, 75 when a signal has stopped it and the same command is
+wanted again; 1 and 2 are errors.
 """
 
 import pathlib
@@ -9,6 +11,8 @@ import sys
 from absl import flags, logging
 
 from jaxllm import config
+
+SAVED_AND_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: to be tried again.
 
 CONFIG = config.define_flag()
 WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run.', required=True)
@@ -32,7 +36,7 @@ def main(_) -> None:  # noqa: D103
   except (loop.TrainingStopped, store.CheckpointError) as error:
     sys.exit(f'error: {error}')
   if not summary['complete']:
-    return
+    sys.exit(SAVED_AND_STOPPED)
   trained = summary.get('trained_parameters')
   print(f'{summary["step"]:,} steps, {summary["parameters"]:,} parameters'
         + (f', {trained:,} of adapters trained' if trained else ''))

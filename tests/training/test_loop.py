@@ -283,6 +283,22 @@ def test_a_signal_saves_and_exits_with_zero(tmp_path, number):
   assert step > 0 and f"'step': {step}," in output
 
 
+@pytest.mark.parametrize('complete, code', [(False, 75), (True, 0)])
+def test_the_exit_code_tells_stopped_from_finished(tmp_path, complete, code):
+  summary = {'step': 3, 'num_steps': 8, 'complete': complete, 'parameters': 1}
+  program = f"""
+import sys
+from jaxllm import config, train
+from jaxllm.training import loop
+loop.train = lambda *_: {summary}
+sys.argv = ['train', '--config=experiments/quickstart.py', '--workdir={tmp_path}']
+config.run_program(train.main)
+"""
+  done = subprocess.run([sys.executable, '-c', program], cwd=pathlib.Path(__file__).parents[2],
+                        capture_output=True, text=True, check=False)
+  assert done.returncode == code, done.stderr
+
+
 def test_a_run_begins_with_the_parameters_of_another(whole):
   base, summary = whole
   changes = {'init_from': str(base / 'run'), 'training__ema_decay': 0.9, 'evaluation__prompts': ()}
