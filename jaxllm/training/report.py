@@ -3,6 +3,7 @@
 Whatever is missing (an unfinished run has no summary, a new one no metrics) is said in its place.
 """
 
+import datetime
 import json
 import os
 import pathlib
@@ -54,6 +55,8 @@ def _describe(path: pathlib.Path) -> dict[str, Any]:
     'name': config.get('name') or path.resolve().name,
     'result': result,
     'verdict': _verdict(result),
+    'origin': _origin(environment, records),
+    'note': _note(config, summary, validation),
     'tiles': _tiles(result),
     'loss_chart': _loss_chart(train, validation),
     'charts': _small_charts(train),
@@ -86,7 +89,8 @@ def _result(
     'tokens_per_second': _median(train, 'train/tokens_per_second'),
     'train_loss': _last(train, 'train/loss'),
     'loss': scores.get('loss'),
-    'loss_step': step if summary.get('validation') or not validation else validation[-1]['step'],
+    'loss_step': ((summary.get('best_step') or step) if summary.get('validation') or not validation
+                  else validation[-1]['step']),
     'perplexity': scores.get('perplexity'),
     'bits_per_byte': scores.get('bits_per_byte'),
     'accuracy': scores.get('accuracy'),
@@ -117,6 +121,33 @@ def _verdict(result: Record) -> str:
   if result['bits_per_byte'] is not None:
     text += f', {result["bits_per_byte"]:.4f} bits per byte'
   return text + '.'
+
+
+def _origin(environment: Record, records: Sequence[Record]) -> Rows:
+  """Return the command, date and devices of a run that are known, as (label, value)."""
+  times = [r['time'] for r in records if isinstance(r.get('time'), int | float)]
+  dates = [f'{datetime.datetime.fromtimestamp(time, datetime.UTC):%Y-%m-%d %H:%M}'
+           for time in (min(times), max(times))] if times else []
+  kind, count = environment.get('device_kind'), environment.get('devices')
+  rows = [('command', environment.get('command')),
+          ('date', ' to '.join(dict.fromkeys(dates)) + ' UTC' if dates else None),
+          ('device', f'{count} x {kind}' if kind and count else kind)]
+  return [(label, str(value)) for label, value in rows if value]
+
+
+def _note(config: Record, summary: Record, validation: Sequence[Record]) -> str:
+  """Say why the curve of the held-out loss ends at another value than the figure."""
+  final = (summary.get('validation') or {}).get('loss')
+  curve = validation[-1]['validation/loss'] if validation else None
+  if final is None or curve is None or f'{final:.4f}' == f'{curve:.4f}':
+    return ''
+  batches = (config.get('evaluation') or {}).get('max_batches')
+  text = f'The curve of the held-out loss ends at {curve:.4f}'
+  if batches:
+    text += f', which is of a sample of {batches:,} batches, drawn while the run lasted'
+  text += f'; {final:.4f} is of all held-out records'
+  best = summary.get('best_step')
+  return text + (f', with the weights of step {best:,}, the best.' if best else ', at the end.')
 
 
 def _tiles(result: Record) -> Rows:

@@ -95,6 +95,35 @@ def test_a_finished_run(finished):
   assert not list(finished.glob('*.tmp'))
 
 
+def test_command_date_and_device_come_first(finished):
+  write(finished, 'environment.json', {
+    'device_kind': 'TPU v5e', 'devices': 8, 'command': 'train --config=x.py'})
+  text = report(finished).text
+  assert text.index('command train --config=x.py') < text.index('1.54 million')
+  assert 'date 2001-09-09 01:46 to 2001-09-09 02:03 UTC device 8 x TPU v5e' in text
+
+
+def test_two_held_out_figures_are_explained(finished):
+  assert ('The curve of the held-out loss ends at 2.1000; 2.0000 is of all held-out records, at '
+          'the end.') in report(finished).text
+  write(finished, 'config.json', CONFIG | {'evaluation': {'max_batches': 50}})
+  summary = json.loads((finished / 'summary.json').read_text())
+  write(finished, 'summary.json', summary | {'best_step': 900})
+  text = report(finished).text
+  assert ('ends at 2.1000, which is of a sample of 50 batches, drawn while the run lasted; 2.0000 '
+          'is of all held-out records, with the weights of step 900, the best.') in text
+  assert 'Held-out loss 2.0000 nats per token at step 900' in text
+  summary['validation']['loss'] = 2.1
+  write(finished, 'summary.json', summary)
+  assert 'ends at' not in report(finished).text
+
+
+def test_the_legend_prints(finished):
+  page = (write_report(finished)).read_text(encoding='utf-8')
+  key, = re.findall(r'\.key\.train::before[^{]*{(.*?)}', page, re.DOTALL)
+  assert 'border-top' in key and 'background:' not in key
+
+
 def test_everything_shown_is_escaped(finished):
   write(finished, 'config.json', CONFIG | {'name': EVIL})
   page = report(finished)
