@@ -118,11 +118,11 @@ def _speculate(loaded, model, variables, sampling) -> None:
     draft = speculation.Draft(decoder.Decoder(small.config), small.unstacked)
   how = speculation.SpeculationConfig(num_drafted=NUM_DRAFTED.value or 4)
   prompts = [prompt for prompt in PROMPT.value for _ in range(NUM_SAMPLES.value)]
+  ids = [loaded.encode_prompt(prompt) for prompt in prompts]
   results, per_pass = speculation.generate(
-    model, variables, [loaded.encode_prompt(prompt) for prompt in prompts], sampling, how, draft,
-    loaded.stop_ids, bos_id=loaded.tokenizer.bos_id)
-  _show([prompt + text.text_of(loaded.tokenizer, result.tokens)
-         for prompt, result in zip(prompts, results, strict=True)])
+    model, variables, ids, sampling, how, draft, loaded.stop_ids, bos_id=loaded.tokenizer.bos_id)
+  _show([prompt + text.text_of(loaded.tokenizer, result.tokens, before)
+         for prompt, before, result in zip(prompts, ids, results, strict=True)])
   print(f'({per_pass:.2f} tokens per pass of the model)', file=sys.stderr)
 
 
@@ -130,11 +130,12 @@ def _search(loaded, model, variables, sampling) -> None:
   from jaxllm.generation import beam, text
 
   tokenizer = loaded.tokenizer
+  ids = [loaded.encode_prompt(prompt) for prompt in PROMPT.value]
   found = beam.beam_search(
-    model, variables, [loaded.encode_prompt(prompt) for prompt in PROMPT.value], _beams(), sampling,
-    loaded.stop_ids, tokenizer.bos_id)
-  _show([prompt + text.text_of(tokenizer, result.tokens)
-         for prompt, results in zip(PROMPT.value, found, strict=True) for result in results])
+    model, variables, ids, _beams(), sampling, loaded.stop_ids, tokenizer.bos_id)
+  _show([prompt + text.text_of(tokenizer, result.tokens, before)
+         for prompt, before, results in zip(PROMPT.value, ids, found, strict=True)
+         for result in results])
 
 
 def _beams() -> Any:

@@ -40,6 +40,8 @@ class Tokenizer:
   _files: Files = dataclasses.field(repr=False)
   library: Any = dataclasses.field(repr=False, default=None)
   """The tokenizer of the tokenizers library that does the work; None: another library does."""
+  joins_bytes: bool = True
+  """Whether the text of ids is their bytes, one after the other; if not, only `decode` knows it."""
 
   @property
   def vocab_size(self) -> int:
@@ -99,13 +101,11 @@ class Tokenizer:
   def decode(self, ids: Sequence[int]) -> str:
     """Return the text of ids: nothing for special tokens, U+FFFD for bytes that are not UTF-8.
 
-    Raises:
-      ValueError: an id is not in the vocabulary.
+    A model may have more ids than its tokenizer; they say nothing.
     """
-    ids = [int(i) for i in ids]
-    for i in ids:
-      if not 0 <= i < self.vocab_size:
-        raise ValueError(f'token id {i} is not in the vocabulary of {self.vocab_size}')
+    ids = [i for i in map(int, ids) if i < self.vocab_size]
+    if ids and min(ids) < 0:
+      raise ValueError(f'token id {min(ids)} is not in the vocabulary of {self.vocab_size}')
     return self._decode(ids)
 
   def files(self) -> dict[str, bytes]:
@@ -226,9 +226,9 @@ def from_library(files: Files) -> Tokenizer:
   eos = special('eos_token')
   added = {token.content: i for i, token in inner.get_added_tokens_decoder().items()
            if token.special}
-  return Tokenizer(_library_bytes(inner, vocab, size), special('bos_token'), eos,
-                   _first(special('pad_token'), eos, 0), added, encode, encode_batch, decode, files,
-                   inner)
+  id_bytes, joins = _library_bytes(inner, vocab, size)
+  return Tokenizer(id_bytes, special('bos_token'), eos, _first(special('pad_token'), eos, 0), added,
+                   encode, encode_batch, decode, files, inner, joins)
 
 
 def _inner(files: Files) -> tuple[Any, Mapping[str, Any]]:
@@ -271,24 +271,51 @@ def _no_panic(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     raise ValueError(f'the tokenizer failed: {error}') from None
 
 
-def _library_bytes(inner: Any, vocab: Mapping[str, int], size: int) -> list[bytes]:
-  decoder = str(json.loads(inner.to_str())['decoder'])
+def _library_bytes(
+  inner: Any, vocab: Mapping[str, int], size: int
+) -> tuple[list[bytes], bool]:
+  """Return the bytes that each id adds to a text, and whether they are all of it."""
+  steps = _decoding_steps(json.loads(inner.to_str())['decoder'])
+  added = inner.get_added_tokens_decoder()
   id_bytes = [b''] * size
-  for token, i in vocab.items():
-    id_bytes[i] = _token_bytes(token, decoder)
-  for i, token in inner.get_added_tokens_decoder().items():
-    id_bytes[i] = b'' if token.special else token.content.encode()
-  return id_bytes
+  if steps:
+    for token, i in vocab.items():
+      id_bytes[i] = _token_bytes(token, steps)
+    for i, token in added.items():
+      id_bytes[i] = b'' if token.special else token.content.encode()
+    return id_bytes, True
+  plain = [i for i in vocab.values() if i not in added or not added[i].special]
+  alone = inner.decode_batch([[i] for i in plain])
+  word = next(((i, text) for i, text in zip(plain, alone, strict=True) if text.isalpha()), None)
+  if word is not None:
+    # What it adds after a word, a space perhaps.
+    after = inner.decode_batch([[word[0], i] for i in plain])
+    alone = [text.removeprefix(word[1]) for text in after]
+  for i, text in zip(plain, alone, strict=True):
+    id_bytes[i] = text.encode()
+  return id_bytes, False
 
 
-def _token_bytes(token: str, decoder: str) -> bytes:
-  if 'ByteLevel' in decoder and all(sign in _BYTE_SIGNS for sign in token):
+def _decoding_steps(decoder: Any) -> set[str]:
+  """Return the steps of a decoder that joins the bytes of tokens; none: it does something else.
+
+  A space at the beginning of a text may be left out, as SentencePiece does.
+  """
+  steps = decoder.get('decoders', [decoder]) if decoder else []
+  known = all(
+    step['type'] in ('ByteLevel', 'Metaspace', 'ByteFallback', 'Fuse')
+    or step['type'] == 'Strip' and step['content'] == ' ' and not step['stop']
+    or step['type'] == 'Replace' and (step['pattern'], step['content']) == ({'String': MARK}, ' ')
+    for step in steps)
+  return {step['type'] for step in steps} if known else set()
+
+
+def _token_bytes(token: str, steps: set[str]) -> bytes:
+  if 'ByteLevel' in steps and all(sign in _BYTE_SIGNS for sign in token):
     return bytes(_BYTE_SIGNS[sign] for sign in token)
-  if 'ByteFallback' in decoder and len(token) == 6 and token.startswith('<0x'):
+  if 'ByteFallback' in steps and len(token) == 6 and token.startswith('<0x'):
     return bytes([int(token[3:5], 16)])
-  if 'WordPiece' in decoder:
-    return token.removeprefix('##').encode()
-  return token.replace(MARK, ' ').encode()
+  return (token.replace(MARK, ' ') if steps & {'Metaspace', 'Replace'} else token).encode()
 
 
 def _byte_signs() -> dict[str, int]:

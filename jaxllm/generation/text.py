@@ -1,8 +1,9 @@
 """Text in, text out: stop strings, streaming of whole characters, log-probabilities, echo.
 
 `stream_text` yields text while it grows, `complete` returns it whole; both give the same. The text
-of tokens is that of their bytes: a character that spans tokens appears once it is complete, and
-bytes that are no UTF-8 become U+FFFD.
+of tokens is what the tokenizer makes of them after the prompt: that of their bytes, or else what it
+adds to the text of the tokens before. A character that spans tokens appears once it is complete,
+and bytes that are no UTF-8 become U+FFFD.
 """
 
 import codecs
@@ -19,6 +20,8 @@ from jaxllm.models.decoder import Decoder
 
 # Steps between two looks for stop strings where nobody waits for the text.
 STEPS_PER_LOOK = 8
+# Ids before a token that decide its text, where it is not that of its bytes.
+_WINDOW = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,28 +72,51 @@ class TextDecoder:
   """Turn tokens into text as they come, up to the first stop string.
 
   Args of the constructor:
-    tokenizer: gives the bytes of ids.
+    tokenizer: gives the text.
     stop: strings at the first of which the text ends; where several end with the same token, at
       the one that begins first.
+    context: the ids before, which a tokenizer of words needs to know.
   """
 
-  def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
-    self._id_bytes = tokenizer.id_bytes
+  def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), context: Sequence[int] = ()):
+    self._tokenizer, self._stops, self._held = tokenizer, tuple(stop), ''
     self._utf8 = codecs.getincrementaldecoder('utf-8')(errors='replace')
-    self._stops = tuple(stop)
-    self._held = ''
+    # Where the tokenizer does not join bytes: the last ids, and how many of them have been said.
+    self._ids = [] if tokenizer.joins_bytes else [*filter(self._bytes_of, context)][-_WINDOW:]
+    self._said = len(self._ids)
     self.stop: str | None = None
     """The stop string that ended the text."""
 
   def push(self, token: int) -> str:
     """Return the text that is certain after this token."""
-    # A model may have more ids than its tokenizer; they say nothing.
-    known = token < len(self._id_bytes)
-    return self._give(self._utf8.decode(self._id_bytes[token] if known else b''), final=False)
+    if self._tokenizer.joins_bytes:
+      return self._give(self._utf8.decode(self._bytes_of(token)), final=False)
+    if not self._bytes_of(token):
+      return ''
+    self._ids.append(token)
+    return self._give(self._more(final=False), final=False)
 
   def finish(self) -> str:
     """Return what was held back, when no token follows."""
-    return self._give(self._utf8.decode(b'', final=True), final=True)
+    if self._tokenizer.joins_bytes:
+      return self._give(self._utf8.decode(b'', final=True), final=True)
+    return self._give(self._more(final=True), final=True)
+
+  def _bytes_of(self, token: int) -> bytes:
+    # A model may have more ids than its tokenizer; they say nothing.
+    known = token < len(self._tokenizer.id_bytes)
+    return self._tokenizer.id_bytes[token] if known else b''
+
+  def _more(self, final: bool) -> str:
+    """Return what the last ids add to the text of those before them."""
+    before = self._tokenizer.decode(self._ids[: self._said])
+    text = self._tokenizer.decode(self._ids)
+    # A character may lack its last bytes.
+    if text.endswith('\ufffd') and not final and len(self._ids) < self._said + 4:
+      return ''
+    self._ids = self._ids[-_WINDOW:]
+    self._said = len(self._ids)
+    return text[len(before) :]
 
   def _give(self, text: str, final: bool) -> str:
     if self.stop is not None:
@@ -145,7 +171,7 @@ def stream_text(
     model.config, prompts, sampling, [*eos_ids, *stop_ids], seeds, tokenizer.bos_id)
   cancelled: set[int] = set()
   pieces = decode.run(model, variables, requests, steps_per_piece, num_top, cancelled, cache_dtype)
-  decoders = [TextDecoder(tokenizer, stop) for _ in requests]
+  decoders = [TextDecoder(tokenizer, stop, request.prompt) for request in requests]
   return _texts(pieces, decoders, cancelled)
 
 
@@ -201,9 +227,9 @@ def complete(
   ]
 
 
-def text_of(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-  """Return the text of ids, which continues other text: a leading space is kept."""
-  decoder = TextDecoder(tokenizer)
+def text_of(tokenizer: Tokenizer, ids: Sequence[int], context: Sequence[int] = ()) -> str:
+  """Return the text of ids, which continues that of others: a leading space is kept."""
+  decoder = TextDecoder(tokenizer, context=context)
   return ''.join([*map(decoder.push, ids), decoder.finish()])
 
 

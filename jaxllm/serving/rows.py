@@ -59,7 +59,7 @@ class Generation(Row):
     super().__init__(request, reuse=not ticket.job.score_prompt)
     self.ticket, self.job = ticket, ticket.job
     self._tokenizer = tokenizer
-    self._decoder = TextDecoder(tokenizer, ticket.job.stop)
+    self._decoder = TextDecoder(tokenizer, ticket.job.stop, request.prompt)
     self._logprobs: list[Any] = [None]
     self._top: list[Top] = [[]] if ticket.job.num_top else []
 

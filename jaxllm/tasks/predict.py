@@ -11,6 +11,7 @@ import tqdm
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.generation import decode
 from jaxllm.generation.sampling import SamplingConfig
+from jaxllm.generation.text import TextDecoder
 from jaxllm.models.decoder import Decoder
 from jaxllm.objectives import classification, completion, likelihood
 from jaxllm.objectives.classification import ClassifierConfig
@@ -206,28 +207,31 @@ def _answer(
   tokenizer = speaker.tokenizer
   sampling = SamplingConfig(temperature=0.0, max_new_tokens=max_new_tokens)
   eos_ids = (*speaker.stop_ids, *([] if tokenizer.eos_id is None else [tokenizer.eos_id]))
-  tokens: list[list[int]] = [[] for _ in prompts]
   logprobs: list[list[float]] = [[] for _ in prompts]
+  texts, used = [''] * len(prompts), [0] * len(prompts)
+  decoders = [TextDecoder(tokenizer, context=prompt) for prompt in prompts]
   open_rows = set(range(len(prompts)))
   for piece in decode.stream(
     speaker.model, speaker.variables, prompts, sampling, eos_ids, bos_id=tokenizer.bos_id,
     steps_per_piece=_STEPS_PER_LOOK,
   ):
-    tokens[piece.row] += piece.tokens
-    logprobs[piece.row] += piece.logprobs
-    _, complete = _until(stop, tokenizer.decode(tokens[piece.row]))
-    if complete or piece.finish_reason:
-      open_rows.discard(piece.row)
+    row = piece.row
+    for token in piece.tokens if row in open_rows else ():
+      texts[row] += decoders[row].push(token)
+      used[row] += 1
+      # What comes after the stop text is no part of the answer, nor of its score.
+      if _until(stop, texts[row])[1]:
+        open_rows.discard(row)
+        break
+    logprobs[row] += piece.logprobs
+    if piece.finish_reason and row in open_rows:
+      texts[row] += decoders[row].finish()
+      open_rows.discard(row)
     if not open_rows:
       break
-  answers = []
-  for ids, values in zip(tokens, logprobs, strict=True):
-    text, _ = _until(stop, tokenizer.decode(ids))
-    # What came after the stop text is no part of the answer, nor of its score.
-    used = next((i for i in range(len(ids)) if _until(stop, tokenizer.decode(ids[:i]))[1]),
-                len(ids))
-    answers.append(Answer(text=text, score=float(np.exp(np.mean(values[:used] or [0.0])))))
-  return answers
+  return [
+    Answer(text=_until(stop, text)[0], score=float(np.exp(np.mean(values[:count] or [0.0]))))
+    for text, values, count in zip(texts, logprobs, used, strict=True)]
 
 
 def _until(stop: str | None, text: str) -> tuple[str, bool]:
