@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import os
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, overload
 
@@ -21,7 +22,8 @@ from jaxllm.experiment import Experiment
 from jaxllm.generation import text
 from jaxllm.generation.sampling import SamplingConfig
 from jaxllm.interop import chat as templates
-from jaxllm.interop import native, sources, tokenizer_files
+from jaxllm.interop import huggingface, native, sources, tokenizer_directory, tokenizer_files
+from jaxllm.interop.weights import Source
 from jaxllm.models import decoder
 from jaxllm.models.decoder import Decoder, DecoderConfig
 from jaxllm.objectives import classification
@@ -178,7 +180,8 @@ def load(path: LoadedModel | str | os.PathLike[str]) -> LoadedModel:
   Args:
     path: a workdir, its `checkpoints` directory, one checkpoint in it, a Hugging Face directory, a
       `.gguf` file, `hf:NAME` of the Hugging Face hub, or a directory of adapters that PEFT wrote,
-      which are added to the model that it names. A loaded model is returned as it is.
+      which are added to the model that it names; its tokenizer and chat template, if it has them,
+      take the place of that model's. A loaded model is returned as it is.
 
   Raises:
     ValueError: there is no model at that path, or its files do not fit together.
@@ -187,7 +190,7 @@ def load(path: LoadedModel | str | os.PathLike[str]) -> LoadedModel:
   if isinstance(path, LoadedModel):
     return path
   if (base := peft.base_model(path)) is not None:
-    return _with_adapters(path, sources.named(base))
+    return _with_adapters(path, *base)
   if sources.is_foreign(path):
     loaded = sources.load(path)
     return _loaded(loaded.config, loaded.variables, loaded.files)
@@ -219,7 +222,9 @@ class Description(NamedTuple):
 def describe(path: str | os.PathLike[str]) -> Description:
   """Read all about a model but its weights; path and errors as in `load`."""
   if (base := peft.base_model(path)) is not None:
-    return describe(sources.named(base))
+    source = _base_source(path, *base)
+    files = _with_files_beside(path, source)
+    return Description(source.config, files, tokenizer_files.add_bos(files))
   if sources.is_foreign(path):
     source = sources.open_model(path)
     return Description(source.config, source.files, tokenizer_files.add_bos(source.files))
@@ -253,14 +258,32 @@ def _head_shapes(experiment: Experiment, config: ClassifierConfig) -> Any:
     lambda key: classification.init(config, experiment.decoder, key), jax.random.key(0))
 
 
-def _with_adapters(directory: str | os.PathLike[str], base: str) -> LoadedModel:
-  if not sources.is_foreign(base):
+def _with_adapters(
+  directory: str | os.PathLike[str], base: str, revision: str | None
+) -> LoadedModel:
+  source = _base_source(directory, base, revision)
+  loaded = huggingface.load_source(source)
+  config, params = peft.merge(directory, source.form, loaded.config, loaded.variables['params'])
+  return _loaded(config, {'params': params}, _with_files_beside(directory, source))
+
+
+def _base_source(
+  directory: str | os.PathLike[str], base: str, revision: str | None
+) -> Source:
+  name = sources.named(base)
+  if not sources.is_foreign(name):
     raise ValueError(f'{directory} has adapters to {base!r}, which is no Hugging Face or GGUF '
                      'model')
-  model = load(base)
-  adapters, _ = peft.load(directory, sources.open_model(base).form, model.config)
-  return dataclasses.replace(
-    model, variables={'params': lora.merge(model.variables['params'], adapters)})
+  return sources.open_model(name, revision if name.startswith(sources.HUB) else None)
+
+
+def _with_files_beside(directory: str | os.PathLike[str], source: Source) -> dict[str, bytes]:
+  """Return the files of a base model; a tokenizer or template beside the adapters wins."""
+  rows = source.config.vocab_size
+  files = tokenizer_files.read(pathlib.Path(directory).expanduser())
+  files = tokenizer_files.check(files, rows, directory)
+  files = tokenizer_directory.complete(files, {'model_type': source.form.model_type}, rows)
+  return tokenizer_files.overlaid(source.files, files)
 
 
 def _merged(step: os.PathLike[str], bundle: Bundle, experiment: Experiment) -> Any:

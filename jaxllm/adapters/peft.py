@@ -27,12 +27,20 @@ from jaxllm.models.families.huggingface import Format
 CONFIG_FILE, WEIGHTS_FILE = 'adapter_config.json', 'adapter_model.safetensors'
 _PREFIX = 'base_model.model.'
 
-# Settings that change what an adapter computes in a way that we do not have; each must be unset.
-_REFUSED = (
-  'use_dora', 'use_qalora', 'lora_bias', 'modules_to_save', 'trainable_token_indices',
-  'target_parameters', 'layer_replication', 'megatron_config', 'alora_invocation_tokens',
-  'use_bdlora', 'arrow_config', 'velora_config', 'monteclora_config', 'kasa_config',
+# Keys of adapter_config.json that are read here, and that only say how the adapter was trained or
+# which modules have one, as the weights do; any other one has to be unset.
+_KNOWN = (
+  'peft_type', 'r', 'lora_alpha', 'lora_dropout', 'bias', 'rank_pattern', 'alpha_pattern',
+  'use_rslora', 'modules_to_save', 'init_lora_weights', 'base_model_name_or_path', 'revision',
+  'ensure_weight_tying', 'target_modules', 'exclude_modules', 'layers_to_transform',
+  'layers_pattern', 'task_type', 'auto_mapping', 'peft_version', 'inference_mode', 'fan_in_fan_out',
+  'megatron_core', 'loftq_config', 'eva_config', 'corda_config', 'lora_ga_config',
+  'qalora_group_size', 'runtime_config',
 )
+# Ways to begin that leave the base model as it is.
+_BEGINNINGS = (True, False, None, 'gaussian', 'orthogonal', 'eva', 'mica')
+# A whole matrix that takes the place of the base model's.
+_WHOLE = 'whole'
 
 
 class _Stored(NamedTuple):
@@ -66,9 +74,67 @@ def load(
   Raises:
     ValueError: the files are missing or damaged, or use something that has no counterpart here.
   """
-  directory = pathlib.Path(directory)
-  keys = _read_config(directory / CONFIG_FILE)
-  matrices = _read_weights(directory / WEIGHTS_FILE)
+  keys, matrices = _read(pathlib.Path(directory))
+  return _collect(keys, matrices, form, config)
+
+
+def merge(
+  directory: str | os.PathLike[str], form: Format, config: DecoderConfig, params: Mapping[str, Any]
+) -> tuple[DecoderConfig, dict[str, Any]]:
+  """Return the config and the parameters of a base model with the adapters of a directory in them.
+
+  Unlike `load` it also reads adapters to the embedding, and whole matrices for embedding and head.
+  Where these two are one array and only one of them changes, they become two, as in PEFT.
+
+  Args:
+    directory: as in `load`.
+    form: how the base model's family stores its weights.
+    config: the base model.
+    params: its parameters.
+
+  Raises:
+    ValueError: as in `load`.
+  """
+  keys, matrices = _read(pathlib.Path(directory))
+  params = dict(params)
+  changed = {}
+  for path in ('embed/embedding', 'head/kernel'):
+    module = form.names[path].removesuffix('.weight')
+    for name in {module, module.removeprefix(form.prefix)} & set(matrices):
+      changed[path] = name
+  if config.tied_head and changed:
+    if keys.get('ensure_weight_tying'):
+      raise ValueError(f'{directory}: ensure_weight_tying=True has no counterpart here where '
+                       f'{", ".join(changed)} has an adapter; merge it with PEFT')
+    config = config.replace(tied_head=False)
+    params['head'] = {'kernel': params['embed']['embedding'].T}
+  for path, name in changed.items():
+    part, leaf = path.split('/')
+    found, is_head, old = matrices.pop(name), part == 'head', params[part][leaf]
+    table_VD = np.array(old.T if is_head else old, np.float32)
+    rows_VD = table_VD[: config.vocab_size]
+    whole_VD = found.pop(_WHOLE, rows_VD)
+    delta_VD = np.zeros_like(whole_VD)
+    if found:
+      a, b = _pair(name, found)
+      product = _scale(keys, name, len(a)) * (b @ a)
+      delta_VD = product if is_head else product.T
+    for made in (whole_VD, delta_VD):
+      if made.shape != rows_VD.shape:
+        raise ValueError(f'{name}: made for (tokens, size) = {made.shape}, but the base model has '
+                         f'{rows_VD.shape}; resize that, save it and name it as the base model')
+    rows_VD[:] = whole_VD + delta_VD
+    table = jnp.asarray(table_VD.T if is_head else table_VD, old.dtype)
+    params[part] = {**params[part], leaf: table}
+  if not matrices:
+    return config, params
+  return config, lora_lib.merge(params, _collect(keys, matrices, form, config)[0])
+
+
+def _collect(
+  keys: Mapping[str, Any], matrices: dict[str, dict[str, np.ndarray]], form: Format,
+  config: DecoderConfig,
+) -> tuple[dict[str, Any], LoraConfig]:
   parts: dict[str, dict[int, tuple[np.ndarray, np.ndarray, float]]] = {}
   for stored in _stored_matrices(form, config):
     for layer in range(config.num_layers if '{}' in stored.module else 1):
@@ -83,7 +149,7 @@ def load(
         for path, columns in zip(stored.paths, stored.columns, strict=True):
           parts.setdefault(path, {})[layer] = a_RI.T, b_OR.T[:, columns], scale
   if matrices:
-    raise ValueError(f'{directory / WEIGHTS_FILE}: belongs to no matrix of this model: '
+    raise ValueError(f'{WEIGHTS_FILE}: belongs to no matrix of this model: '
                      f'{", ".join(sorted(matrices))}')
   lora = lora_lib.from_modules(
     {path: _stack(path, layers, config) for path, layers in parts.items()})
@@ -95,10 +161,12 @@ def load(
   )
 
 
-def base_model(directory: str | os.PathLike[str]) -> str | None:
-  """Return the model that an adapter directory names; None: it is none, or names none."""
+def base_model(directory: str | os.PathLike[str]) -> tuple[str, str | None] | None:
+  """Return the model that an adapter directory names and its revision; None: it names none."""
   path = pathlib.Path(directory).expanduser() / CONFIG_FILE
-  return _read_config(path).get('base_model_name_or_path') if path.is_file() else None
+  keys = _read_config(path) if path.is_file() else {}
+  name = keys.get('base_model_name_or_path')
+  return None if name is None else (name, keys.get('revision'))
 
 
 def save(
@@ -244,6 +312,18 @@ def _suffix(module: str) -> str:
   return '.'.join(module.rpartition('{}.')[2].split('.')[-2:])
 
 
+def _read(directory: pathlib.Path) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]:
+  """Return the config and the weights of a directory."""
+  keys = _read_config(directory / CONFIG_FILE)
+  matrices = _read_weights(directory / WEIGHTS_FILE)
+  for saved in keys.get('modules_to_save') or []:
+    if not any(_WHOLE in found and f'.{name}'.endswith(f'.{saved}')
+               for name, found in matrices.items()):
+      raise ValueError(f'{directory}: modules_to_save names {saved!r}, of which {WEIGHTS_FILE} '
+                       'holds no matrix')
+  return keys, matrices
+
+
 def _read_config(path: pathlib.Path) -> dict[str, Any]:
   try:
     keys = json.loads(path.read_text(encoding='utf-8'))
@@ -252,9 +332,15 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
   if not isinstance(keys, dict) or keys.get('peft_type') != 'LORA':
     found = keys.get('peft_type') if isinstance(keys, dict) else type(keys).__name__
     raise ValueError(f"{path}: peft_type {found!r}; only 'LORA' is read")
-  for name in _REFUSED:
-    if keys.get(name):
-      raise ValueError(f'{path}: {name}={keys[name]!r} has no counterpart here')
+  for name, value in keys.items():
+    if value and name not in _KNOWN:
+      raise ValueError(f'{path}: {name}={value!r} has no counterpart here')
+  begun = keys.get('init_lora_weights')
+  if (begun.lower() if isinstance(begun, str) else begun) not in _BEGINNINGS:
+    raise ValueError(
+      f'{path}: init_lora_weights={begun!r} changes the base model, and how is not in the files; '
+      'write the adapter again as a plain one, by PEFT: '
+      'model.save_pretrained(DIRECTORY, path_initial_model_for_weight_conversion=INITIAL)')
   if keys.get('bias', 'none') != 'none':
     raise ValueError(f"{path}: bias={keys['bias']!r}; only 'none' is read")
   for name, accepted in (('r', int), ('lora_alpha', int | float)):
@@ -265,7 +351,7 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _read_weights(path: pathlib.Path) -> dict[str, dict[str, np.ndarray]]:
-  """Return module -> {'A': ..., 'B': ...}, float32."""
+  """Return module -> {'A': ..., 'B': ...} or a whole matrix, float32."""
   import ml_dtypes  # noqa: F401  # Lets NumPy hold bfloat16.
   import safetensors
   from safetensors.numpy import load_file
@@ -278,18 +364,23 @@ def _read_weights(path: pathlib.Path) -> dict[str, dict[str, np.ndarray]]:
     raise ValueError(f'{path}: {error}') from None
   modules: dict[str, dict[str, np.ndarray]] = {}
   for name, array in arrays.items():
-    match = re.fullmatch(r'(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?\.weight', name)
+    match = re.fullmatch(
+      r'(?:base_model\.model\.)?(.+?)(?:\.lora_(?:embedding_)?([AB])|\.base_layer|\.modules_to_save)?'
+      r'(?:\.default)?(?:\.weight)?', name)
     if not match or array.ndim != 2:
       raise ValueError(f'{path}: {name!r} of shape {array.shape} is no part of a LoRA adapter of a '
                        'matrix')
     array = array.astype(np.float32)
     if not np.isfinite(array).all():
       raise ValueError(f'{path}: {name!r} is not finite')
-    modules.setdefault(match[1], {})[match[2]] = array
+    modules.setdefault(match[1], {})[match[2] or _WHOLE] = array
   return modules
 
 
 def _pair(name: str, found: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+  if _WHOLE in found:
+    raise ValueError(f'{name}: a whole matrix is read of the embedding and the head alone, and '
+                     'only together with the base model: jaxllm.load')
   if set(found) != {'A', 'B'} or found['A'].shape[0] != found['B'].shape[1]:
     shapes = {key: array.shape for key, array in found.items()}
     raise ValueError(f'{name}: lora_A and lora_B of one rank are needed; found {shapes}')

@@ -97,7 +97,7 @@ def open_model(path: str | os.PathLike[str]) -> Source:
     unread = tuple(gguf_config.unread(metadata))
   except ValueError as error:
     raise ValueError(f'{path}: {error}') from None
-  files_lib.check(files, config.vocab_size, path)
+  files = files_lib.check(files, config.vocab_size, path)
   if unread:
     logging.warning('%s: nothing is made of %s', path, ', '.join(unread))
 

@@ -45,6 +45,17 @@ def read(directory: pathlib.Path) -> dict[str, bytes]:
   return files
 
 
+def overlaid(files: Mapping[str, bytes], others: Mapping[str, bytes]) -> dict[str, bytes]:
+  """Return the files of a model with `others`, a whole tokenizer or parts of it, in their place."""
+  if any(name in others for name in ('tokenizer.json', 'tokenizer.model', 'vocab.json')):
+    template = chat_template(files)
+    files = {name: files[name] for name in [GENERATION] if name in files}
+    files |= {} if template is None else {CHAT: template.encode()}
+  if chat_templates(others):
+    files = {name: content for name, content in files.items() if name != CHAT}
+  return {**files, **others}
+
+
 def check(files: Mapping[str, bytes], vocab_size: int, where: object) -> dict[str, bytes]:
   """Check that every id that the files speak of is in the model's vocabulary.
 

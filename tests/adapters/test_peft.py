@@ -102,7 +102,11 @@ def _edit(directory, **changes):
   'changes, message',
   [
     ({'use_dora': True}, 'use_dora=True has no counterpart'),
-    ({'modules_to_save': ['lm_head']}, 'modules_to_save'),
+    ({'modules_to_save': ['lm_head']}, "modules_to_save names 'lm_head', of which"),
+    ({'trainable_token_indices': [1]}, 'trainable_token_indices'),
+    ({'lora_bias': True}, 'lora_bias'), ({'target_parameters': ['w']}, 'target_parameters'),
+    ({'layer_replication': [[0, 2]]}, 'layer_replication'),
+    ({'a_key_of_tomorrow': {'x': 1}}, 'a_key_of_tomorrow=.* has no counterpart'),
     ({'bias': 'all'}, "bias='all'"),
     ({'peft_type': 'IA3'}, "peft_type 'IA3'"),
     ({'r': '8'}, "r='8'"),
@@ -116,6 +120,88 @@ def test_what_has_no_counterpart_is_refused(changes, message, tmp_path):
     peft.load(tmp_path, HUGGINGFACE['llama'], MODEL)
 
 
+@pytest.mark.parametrize('kind', [
+  'pissa', 'pissa_niter_16', 'olora', 'OLoRA', 'corda', 'loftq', 'lora_ga', 'unheard_of'])
+def test_a_beginning_that_changes_the_base_is_refused(kind, tmp_path):
+  peft.save(tmp_path, _random(MODEL), HUGGINGFACE['llama'], MODEL)
+  _edit(tmp_path, init_lora_weights=kind)
+  with pytest.raises(ValueError, match=f"'{kind}' changes the base .*weight_conversion=INITIAL"):
+    peft.load(tmp_path, HUGGINGFACE['llama'], MODEL)
+
+
+@pytest.mark.parametrize('changes', [
+  {'init_lora_weights': 'eva', 'eva_config': {'rho': 2.0}}, {'init_lora_weights': 'Gaussian'},
+  {'init_lora_weights': False}, {'exclude_modules': ['k_proj'], 'layers_to_transform': [0]},
+  {'runtime_config': {'ephemeral_gpu_offload': False}, 'use_qalora': False, 'revision': 'main'},
+])
+def test_what_the_weights_say_anyway_is_read_past(changes, tmp_path):
+  peft.save(tmp_path, _random(MODEL), HUGGINGFACE['llama'], MODEL)
+  _edit(tmp_path, **changes)
+  peft.load(tmp_path, HUGGINGFACE['llama'], MODEL)
+
+
+def _merged(directory, arrays, config=MODEL, **changes):
+  """Return (config, params, the params before) of a model with these arrays as its adapters."""
+  from safetensors.numpy import save_file
+
+  peft.save(directory, _random(MODEL), HUGGINGFACE['llama'], MODEL)
+  save_file(arrays, directory / 'adapter_model.safetensors')
+  _edit(directory, r=2, lora_alpha=6, rank_pattern={}, **changes)
+  shapes, _ = decoder.abstract(config)
+  params = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 2.0, leaf.dtype), shapes['params'])
+  made, after = peft.merge(directory, HUGGINGFACE['llama'], config, params)
+  return made, after, params
+
+
+# Of an embedding: A (R, V) and B (D, R); of a head the other way round, transposed.
+A = np.arange(60, dtype=np.float32).reshape(2, 30)
+B = np.arange(16, dtype=np.float32).reshape(8, 2)
+DELTA = 3 * (A.T @ B.T)
+WHOLE = np.arange(240, dtype=np.float32).reshape(30, 8)
+OF = 'base_model.model.'
+EMBEDDING = {OF + 'model.embed_tokens.lora_embedding_A': A,
+             OF + 'model.embed_tokens.lora_embedding_B': B}
+HEAD = {OF + 'lm_head.lora_A.weight': np.ascontiguousarray(B.T),
+        OF + 'lm_head.lora_B.weight': np.ascontiguousarray(A.T)}
+
+
+@pytest.mark.parametrize(('arrays', 'changes', 'embedding', 'head'), [
+  (EMBEDDING, {}, 2 + DELTA, 2.0),
+  (HEAD, {}, 2.0, 2 + DELTA),
+  (EMBEDDING | HEAD, {}, 2 + DELTA, 2 + DELTA),
+  # PEFT writes copies of what lies beneath such an adapter.
+  (EMBEDDING | {OF + 'model.embed_tokens.base_layer.weight': WHOLE}, {}, WHOLE + DELTA, 2.0),
+  ({OF + 'lm_head.weight': WHOLE}, {'modules_to_save': ['lm_head']}, 2.0, WHOLE),
+  ({OF + 'model.embed_tokens.weight': WHOLE, OF + 'lm_head.modules_to_save.weight': WHOLE + 1},
+   {'modules_to_save': ['lm_head', 'embed_tokens']}, WHOLE, WHOLE + 1),
+])
+@pytest.mark.parametrize('tied', [False, True])
+def test_embedding_and_head(arrays, changes, embedding, head, tied, tmp_path):
+  config, params, before = _merged(tmp_path, arrays, MODEL.replace(tied_head=tied), **changes)
+  assert not config.tied_head and ('head' in before) != tied
+  np.testing.assert_allclose(
+    params['embed']['embedding'][:30], np.broadcast_to(embedding, (30, 8)), rtol=1e-6)
+  np.testing.assert_allclose(
+    params['head']['kernel'][:, :30].T, np.broadcast_to(head, (30, 8)), rtol=1e-6)
+  # The padding of the vocabulary stays as it was.
+  assert (np.asarray(params['embed']['embedding'][30:]) == 2).all()
+  assert params['layers'] is before['layers']
+
+
+def test_other_adapters_leave_a_tied_head_tied(tmp_path):
+  arrays = {OF + 'model.layers.0.mlp.up_proj.lora_A.weight': np.ones((2, 8), np.float32),
+            OF + 'model.layers.0.mlp.up_proj.lora_B.weight': np.ones((12, 2), np.float32)}
+  config, params, _ = _merged(tmp_path, arrays, MODEL.replace(tied_head=True))
+  assert config.tied_head and params['layers']['mlp']['up']['kernel'][0, 0, 0] == 2 + 3 * 2
+
+
+def test_another_vocabulary_is_refused(tmp_path):
+  with pytest.raises(ValueError, match=r'\(31, 8\), but the base model has \(30, 8\); resize'):
+    _merged(tmp_path, {OF + 'lm_head.weight': np.ones((31, 8), np.float32)})
+  with pytest.raises(ValueError, match='ensure_weight_tying=True has no counterpart'):
+    _merged(tmp_path, EMBEDDING, MODEL.replace(tied_head=True), ensure_weight_tying=True)
+
+
 def test_scale_of_rank_stabilised_adapters(tmp_path):
   peft.save(tmp_path, _random(MODEL), HUGGINGFACE['llama'], MODEL)
   _edit(tmp_path, use_rslora=True, lora_alpha=5)
@@ -127,7 +213,10 @@ def test_scale_of_rank_stabilised_adapters(tmp_path):
   'arrays, message',
   [
     ({'base_model.model.model.layers.0.mlp.up_proj.lora_A.weight': (3, 8)}, 'of one rank'),
-    ({'base_model.model.model.embed_tokens.lora_embedding_A': (3, 8)}, 'no part of a LoRA'),
+    ({'base_model.model.model.embed_tokens.lora_embedding_A': (3, 8)}, 'belongs to no matrix'),
+    ({'base_model.model.model.layers.0.mlp.up_proj.lora_B.bias': (12,)}, 'no part of a LoRA'),
+    ({'base_model.model.lm_head.weight': (30, 8)}, 'a whole matrix is read of the embedding'),
+    ({'base_model.model.model.layers.0.mlp.up_proj.base_layer.weight': (12, 8)}, 'a whole matrix'),
     ({'model.layers.9.mlp.up_proj.lora_A.weight': (3, 8),
       'model.layers.9.mlp.up_proj.lora_B.weight': (12, 3)}, 'belongs to no matrix'),
     ({'model.layers.0.mlp.up_proj.lora_A.weight': (3, 9),
@@ -219,3 +308,46 @@ def test_peft_computes_the_same(kind, tmp_path):
   again = family.from_pretrained(tmp_path / 'base').eval()
   model = theirs.PeftModel.from_pretrained(again, tmp_path / 'ours').eval()
   np.testing.assert_allclose(our_logits(ours), their_logits(model), atol=2e-4)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize('tied', [False, True])
+@pytest.mark.parametrize('arguments', [
+  {'target_modules': ['q_proj', 'embed_tokens']}, {'target_modules': ['lm_head']},
+  {'target_modules': ['v_proj'], 'modules_to_save': ['lm_head']},
+  {'target_modules': ['v_proj'], 'modules_to_save': ['embed_tokens']},
+  {'target_modules': ['v_proj'], 'init_lora_weights': 'eva', 'use_rslora': True},
+])
+def test_peft_computes_the_same_around_the_layers(arguments, tied, tmp_path):
+  torch = pytest.importorskip('torch')
+  transformers = pytest.importorskip('transformers')
+  theirs = pytest.importorskip('peft')
+  import tokenizers
+
+  from jaxllm import loading
+
+  torch.manual_seed(0)
+  made = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+    **LLAMA_SIZES, vocab_size=260, tie_word_embeddings=tied)).eval()
+  made.save_pretrained(tmp_path / 'base')
+  letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+  inner = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(letters)}, []))
+  inner.decoder = tokenizers.decoders.ByteLevel()
+  inner.save(str(tmp_path / 'base' / 'tokenizer.json'))
+  model = theirs.get_peft_model(made, theirs.LoraConfig(r=4, task_type='CAUSAL_LM', **arguments))
+  for parameter in model.parameters():
+    if parameter.requires_grad:
+      parameter.data += torch.randn_like(parameter) * 0.3
+  model.save_pretrained(tmp_path / 'adapter')
+  _edit(tmp_path / 'adapter', base_model_name_or_path=str(tmp_path / 'base'))
+  (tmp_path / 'adapter' / 'tokenizer_config.json').write_text('{"chat_template": "beside"}')
+  base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'base')
+  expected = theirs.PeftModel.from_pretrained(base, tmp_path / 'adapter').eval()
+  ids = [3, 1, 4, 1, 5, 9, 2, 6]
+  with torch.no_grad():
+    logits = expected(torch.tensor([ids])).logits[0].numpy()
+    plain = loading.load(tmp_path / 'base').logits(ids)
+  loaded = loading.load(tmp_path / 'adapter')
+  assert np.abs(logits - plain).max() > 1e-2
+  np.testing.assert_allclose(loaded.logits(ids), logits, atol=1e-4)
+  assert loaded.chat_format is not None

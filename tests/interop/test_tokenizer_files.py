@@ -99,3 +99,18 @@ def test_what_only_config_json_says():
 def test_a_tokenizer_larger_than_the_model():
   with pytest.raises(ValueError, match='257 ids, the model only 100'):
     tokenizer_export.huggingface_files(small.files(), CONFIG.replace(vocab_size=100))
+
+
+def test_files_beside_adapters_take_the_place_of_the_base_models():
+  base = {'tokenizer.json': b'{"base": 1}', 'special_tokens_map.json': b'{}',
+          'generation_config.json': b'{"eos_token_id": 1}', 'chat_template.jinja': b'base'}
+  whole = {'tokenizer.json': b'{"own": 1}', 'tokenizer_config.json': b'{"chat_template": "own"}'}
+  assert tokenizer_files.overlaid(base, whole) == {
+    **whole, 'generation_config.json': b'{"eos_token_id": 1}'}
+  template = {'tokenizer_config.json': b'{"chat_template": "own"}'}
+  made = tokenizer_files.overlaid(base, template)
+  assert made.keys() == {'tokenizer_config.json', *base} - {'chat_template.jinja'}
+  assert tokenizer_files.chat_template(made) == 'own'
+  silent = {'tokenizer.json': b'{"own": 1}'}
+  assert tokenizer_files.chat_template(tokenizer_files.overlaid(base, silent)) == 'base'
+  assert tokenizer_files.overlaid(base, {}) == base
