@@ -63,9 +63,9 @@ def make_requests(
   for row, seed in enumerate(seeds):
     if not 0 <= seed <= MAX_SEED:
       raise ValueError(f'seeds[{row}]={seed}: a seed is between 0 and {MAX_SEED}')
-  stop_ids = _check_ids(config, 'eos_ids', eos_ids)
+  stop_ids = check_ids(config, 'eos_ids', eos_ids)
   for row, row_config in enumerate(configs):
-    _check_ids(config, f'sampling[{row}]', sorted(row_config.ids()))
+    check_ids(config, f'sampling[{row}]', sorted(row_config.ids()))
   checked = [_check_prompt(config, row, prompt, bos_id) for row, prompt in enumerate(prompts)]
   return [
     Request(prompt, row_config, seed, stop_ids)
@@ -82,16 +82,17 @@ def _check_prompt(
         f'prompts[{row}] is empty and the tokenizer has no token to begin with; give at least one '
         'token, or bos_id'
       )
-    return _check_ids(config, 'bos_id', [bos_id])
+    return check_ids(config, 'bos_id', [bos_id])
   if len(prompt) > config.max_length:
     raise ValueError(
       f'prompts[{row}] has {len(prompt)} tokens but the context of the model is '
       f'{config.max_length}; shorten it, or keep its last {config.max_length} tokens'
     )
-  return _check_ids(config, f'prompts[{row}]', prompt)
+  return check_ids(config, f'prompts[{row}]', prompt)
 
 
-def _check_ids(config: DecoderConfig, name: str, ids: Sequence[int]) -> tuple[int, ...]:
+def check_ids(config: DecoderConfig, name: str, ids: Sequence[int]) -> tuple[int, ...]:
+  """Return token ids, or raise a ValueError that names the place of one that the model lacks."""
   for place, token in enumerate(ids):
     if int(token) != token or not 0 <= token < config.vocab_size:
       raise ValueError(

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.generation.decode import Top
-from jaxllm.generation.requests import make_requests
-from jaxllm.generation.sampling import SamplingConfig, power_of_two
+from jaxllm.generation.requests import check_ids
+from jaxllm.generation.sampling import power_of_two
+from jaxllm.models import log_probs
 from jaxllm.models.decoder import Decoder
 
-# Rows of one batch, and positions whose logits exist at a time.
-ROWS, CHUNK, LEAST_TOKENS, LEAST_TOP = 16, 64, 16, 4
+# Rows of one batch, and the smallest sizes that are compiled.
+ROWS, LEAST_TOKENS, LEAST_SCORED, LEAST_TOP = 16, 16, 4, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,34 +42,26 @@ def score(
   Args:
     model: the decoder.
     variables: its variables, stacked or not.
-    sequences: token ids, each between 1 and the context's length of them.
+    sequences: token ids, at least one, and at most one more than the context's length.
     num_top: how many of the most probable tokens are returned for each place.
 
   Raises:
     ValueError: a sequence is empty or too long, or an id is not in the vocabulary.
   """
-  requests = make_requests(model.config, sequences, SamplingConfig())
-  order = sorted(range(len(requests)), key=lambda row: len(requests[row].prompt))
-  results: dict[int, Score] = {}
-  for start in range(0, len(order), ROWS):
-    rows = order[start : start + ROWS]
-    longest = len(requests[rows[-1]].prompt)
-    length = min(power_of_two(longest, LEAST_TOKENS), model.config.max_length)
-    tokens_BT = np.zeros((power_of_two(len(rows)), length), np.int32)
-    for place, row in enumerate(rows):
-      tokens_BT[place, : len(requests[row].prompt)] = requests[row].prompt
-    kept = min(power_of_two(num_top, LEAST_TOP), model.config.vocab_size) if num_top else 0
-    host = jax.device_get(_score(model, variables, jnp.asarray(tokens_BT), kept))
-    for place, row in enumerate(rows):
-      last = len(requests[row].prompt) - 1
-      logprobs, is_greedy, ids, top = (leaf[place, :last] for leaf in host)
-      results[row] = _to_score(logprobs, is_greedy, ids, top, num_top)
-  return [results[row] for row in range(len(requests))]
+  results = []
+  for found in score_from(model, variables, sequences, [1] * len(sequences), num_top):
+    top: list[Top] = [
+      [*zip(ids[:num_top].tolist(), values[:num_top].tolist(), strict=True)]
+      for ids, values in zip(found.top_ids_NA, found.top_log_probs_NA, strict=True)
+    ]
+    results.append(Score([None, *found.log_probs_N.tolist()], [None, *found.is_greedy_N.tolist()],
+                         [[], *top] if num_top else []))
+  return results
 
 
 def score_continuations(
   model: Decoder, variables: Any, contexts: Sequence[Sequence[int]],
-  continuations: Sequence[Sequence[int]],
+  continuations: Sequence[Sequence[int]], context_length: int | None = None,
 ) -> list[tuple[float, bool]]:
   """Score continuations of contexts.
 
@@ -77,74 +70,85 @@ def score_continuations(
     variables: its variables.
     contexts: token ids, at least one each.
     continuations: token ids; a sequence that is too long loses the beginning of its context.
+    context_length: tokens that are read at most to predict the last one; None: the model's.
 
   Returns:
     (log-probability of the whole continuation, whether greedy decoding would give it) for each.
 
   Raises:
-    ValueError: as `score`; or a context is empty.
+    ValueError: as `score`; or a context is empty, or a continuation leaves it no room.
   """
-  sequences = []
+  window = context_length or model.config.max_length
   for row, (context, continuation) in enumerate(zip(contexts, continuations, strict=True)):
     if not context:
       raise ValueError(f'contexts[{row}] is empty; begin with BOS, or with the first token')
-    excess = max(len(context) + len(continuation) - model.config.max_length, 0)
-    if excess >= len(context):
-      raise ValueError(f'continuations[{row}] has {len(continuation)} tokens but the context of '
-                       f'the model is {model.config.max_length}, of which one precedes it')
-    sequences.append([*context[excess:], *continuation])
-  results = []
-  for scored, continuation in zip(score(model, variables, sequences), continuations, strict=True):
-    begin = len(scored.logprobs) - len(continuation)
-    results.append((
-      float(sum(logprob or 0.0 for logprob in scored.logprobs[begin:])),
-      all(scored.is_greedy[begin:]),
-    ))
-  return results
+    if len(continuation) > window:
+      raise ValueError(f'continuations[{row}] has {len(continuation)} tokens but the context is '
+                       f'{window}')
+  sequences = [[*context, *continuation][-(window + 1) :]
+               for context, continuation in zip(contexts, continuations, strict=True)]
+  firsts = [len(sequence) - len(continuation)
+            for sequence, continuation in zip(sequences, continuations, strict=True)]
+  return [(float(found.log_probs_N.astype(np.float64).sum()), bool(found.is_greedy_N.all()))
+          for found in score_from(model, variables, sequences, firsts)]
+
+
+def score_from(
+  model: Decoder, variables: Any, sequences: Sequence[Sequence[int]], firsts: Sequence[int],
+  num_top: int = 0,
+) -> list[log_probs.TokenScores]:
+  """Score the tokens of each sequence from a place on; logits exist for those alone.
+
+  Args:
+    model: the decoder.
+    variables: its variables, stacked or not.
+    sequences: as in `score`.
+    firsts: place of the first token that is scored, at least 1, for each sequence.
+    num_top: at least so many of the most probable tokens are found.
+
+  Returns:
+    NumPy arrays for each sequence.
+
+  Raises:
+    ValueError: as `score`.
+  """
+  config = model.config
+  for row, sequence in enumerate(sequences):
+    if not 1 <= len(sequence) <= config.max_length + 1:
+      raise ValueError(f'sequences[{row}] has {len(sequence)} tokens; between 1 and the context of '
+                       f'the model, {config.max_length}, and one')
+    check_ids(config, f'sequences[{row}]', sequence)
+  kept = min(power_of_two(num_top, LEAST_TOP), config.vocab_size) if num_top else 0
+  counts = [len(sequence) - first for sequence, first in zip(sequences, firsts, strict=True)]
+  order = sorted(range(len(sequences)), key=lambda row: (len(sequences[row]), counts[row]))
+  results: dict[int, log_probs.TokenScores] = {}
+  for start in range(0, len(order), ROWS):
+    rows = order[start : start + ROWS]
+    length = min(power_of_two(len(sequences[rows[-1]]) - 1, LEAST_TOKENS), config.max_length)
+    width = min(power_of_two(max(counts[row] for row in rows), LEAST_SCORED), length)
+    tokens_BS = np.zeros((power_of_two(len(rows)), length + 1), np.int32)
+    places_BK = np.zeros((len(tokens_BS), width), np.int32)
+    for i, row in enumerate(rows):
+      tokens_BS[i, : len(sequences[row])] = sequences[row]
+      places_BK[i, : counts[row]] = np.arange(firsts[row] - 1, len(sequences[row]) - 1)
+    host = jax.device_get(_score(model, variables, tokens_BS, places_BK, kept))
+    for i, row in enumerate(rows):
+      results[row] = log_probs.TokenScores(*(leaf[i, : counts[row]] for leaf in host))
+  return [results[row] for row in range(len(sequences))]
 
 
 def compilation_count() -> int:
-  """Return how many programs `score` has compiled in this process."""
+  """Return how many programs this file has compiled in this process."""
   program: Any = _score
   return program._cache_size()
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'num_top'))
 def _score(
-  model: Decoder, variables: Any, tokens_BT: jax.Array, num_top: int
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-  """Return log-probabilities, greedy flags and top tokens of each place's successor."""
-  hidden_BTD: Any = model.apply(variables, tokens_BT, method='hidden')
-  batch, length, dim = hidden_BTD.shape
-  targets_BT = jnp.concatenate([tokens_BT[:, 1:], tokens_BT[:, :1]], axis=1)
-  chunk = min(CHUNK, batch * length)
-  pad = -(batch * length) % chunk
-  hidden_CD = jnp.pad(hidden_BTD.reshape(-1, dim), ((0, pad), (0, 0))).reshape(-1, chunk, dim)
-  targets_C = jnp.pad(targets_BT.reshape(-1), (0, pad)).reshape(-1, chunk)
-
-  def look(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
-    hidden_CD, targets_C = inputs
-    logits_CV: Any = model.apply(variables, hidden_CD, method='logits')
-    logprobs_CV = jax.nn.log_softmax(logits_CV)
-    chosen_C = jnp.take_along_axis(logprobs_CV, targets_C[:, None], axis=1)[:, 0]
-    top_CA, ids_CA = jax.lax.top_k(logprobs_CV, num_top)
-    return chosen_C, jnp.argmax(logits_CV, axis=-1) == targets_C, ids_CA, top_CA
-
-  found = jax.lax.map(look, (hidden_CD, targets_C))
-  logprobs, is_greedy, ids, top = (
-    leaf.reshape(batch * length + pad, *leaf.shape[2:])[: batch * length]
-    .reshape(batch, length, *leaf.shape[2:]) for leaf in found
-  )
-  return logprobs, is_greedy, ids, top
-
-
-def _to_score(
-  logprobs_T: np.ndarray, is_greedy_T: np.ndarray, ids_TA: np.ndarray, top_TA: np.ndarray,
-  num_top: int,
-) -> Score:
-  top: list[Top] = [
-    [*zip(ids[:num_top].tolist(), logprobs[:num_top].tolist(), strict=True)]
-    for ids, logprobs in zip(ids_TA, top_TA, strict=True)
-  ]
-  return Score([None, *logprobs_T.tolist()], [None, *is_greedy_T.tolist()],
-               [[], *top] if num_top else [])
+  model: Decoder, variables: Any, tokens_BS: jax.Array, places_BK: jax.Array, num_top: int
+) -> log_probs.TokenScores:
+  """Score the tokens that follow K places of each row."""
+  hidden_BTD: Any = model.apply(variables, tokens_BS[:, :-1], method='hidden')
+  hidden_BKD = jnp.take_along_axis(hidden_BTD, places_BK[..., None], axis=1)
+  targets_BK = jnp.take_along_axis(tokens_BS, places_BK + 1, axis=1)
+  return log_probs.score_tokens(model, variables, hidden_BKD, targets_BK, num_top)

@@ -7,22 +7,17 @@ What is cut, what is put before an empty context, and where an answer ends is as
 model does it. Needs the extra `harness`.
 """
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
 from jaxllm.data.tokenizers import Tokenizer
+from jaxllm.generation import scoring
 from jaxllm.generation import text as texts
-from jaxllm.generation.sampling import SamplingConfig, power_of_two
+from jaxllm.generation.sampling import SamplingConfig
 from jaxllm.interop import chat, tokenizer_files
 from jaxllm.models.decoder import Decoder, DecoderConfig
 
 MAX_NEW_TOKENS = 256
-_LEAST_TOKENS = 16
 
 
 class Readable(Protocol):
@@ -43,7 +38,7 @@ def language_model(model: Readable, batch_size: int = 8, max_length: int | None 
 
   Args:
     model: from `jaxllm.load`.
-    batch_size: requests that are computed together.
+    batch_size: answers that are written together.
     max_length: tokens of a window; None: the context of the model.
 
   Raises:
@@ -60,6 +55,11 @@ def language_model(model: Readable, batch_size: int = 8, max_length: int | None 
   if not 2 <= window <= model.config.max_length:
     raise ValueError(f'max_length={max_length}: between 2 and the context of the model, '
                      f'{model.config.max_length}')
+
+  def log_likelihoods(pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+    return scoring.score_continuations(
+      Decoder(model.config), model.unstacked, [context for context, _ in pairs],
+      [target for _, target in pairs], window)
 
   class LanguageModel(TemplateLM):
     """See `language_model`; the methods are lm-eval's."""
@@ -84,7 +84,7 @@ def language_model(model: Readable, batch_size: int = 8, max_length: int | None 
     def _loglikelihood_tokens(
       self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-      return _log_likelihoods(model, [(c, t) for _, c, t in requests], window, batch_size)
+      return log_likelihoods([(context, target) for _, context, target in requests])
 
     def loglikelihood_rolling(
       self, requests: Sequence[Any], disable_tqdm: bool = False
@@ -95,7 +95,7 @@ def language_model(model: Readable, batch_size: int = 8, max_length: int | None 
         for request in requests
       ]
       flat = [pair for pairs in windows for pair in pairs]
-      found = iter(_log_likelihoods(model, flat, window, batch_size))
+      found = iter(log_likelihoods(flat))
       return [sum(next(found)[0] for _ in pairs) for pairs in windows]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
@@ -143,54 +143,6 @@ def _chat_text(
                              for name, token in (('bos', tokenizer.bos_id),
                                                  ('eos', tokenizer.eos_id))}
   return chat.render(template, [messages], add_generation_prompt, **special)[0]
-
-
-def _log_likelihoods(
-  model: Readable, pairs: Sequence[tuple[list[int], list[int]]], window: int, batch_size: int
-) -> list[tuple[float, bool]]:
-  """Return the log-likelihood of each continuation, and whether greedy decoding would give it.
-
-  A context is cut on the left where the pair has more than `window` tokens to predict from.
-  """
-  for context, continuation in pairs:
-    if not context or not continuation or len(continuation) > window:
-      raise ValueError(f'a context of {len(context)} and a continuation of {len(continuation)} '
-                       f'tokens: at least one each, and at most {window} to predict')
-  sequences = [[*context, *continuation][-(window + 1) :] for context, continuation in pairs]
-  results: dict[int, tuple[float, bool]] = {}
-  for rows in _batches([len(sequence) for sequence in sequences], batch_size):
-    longest = max(len(sequences[row]) for row in rows) - 1
-    length = min(power_of_two(longest, _LEAST_TOKENS), model.config.max_length)
-    ids_BS = np.zeros((batch_size, length + 1), np.int32)
-    for place, row in enumerate(rows):
-      ids_BS[place, : len(sequences[row])] = sequences[row]
-    found = _score(Decoder(model.config), model.unstacked, ids_BS[:, :-1], ids_BS[:, 1:])
-    log_probs_BT, is_greedy_BT = map(np.asarray, found)
-    for place, row in enumerate(rows):
-      end = len(sequences[row]) - 1
-      span = slice(end - len(pairs[row][1]), end)
-      total = log_probs_BT[place, span].astype(np.float64).sum()
-      results[row] = float(total), bool(is_greedy_BT[place, span].all())
-  return [results[row] for row in range(len(pairs))]
-
-
-@functools.partial(jax.jit, static_argnames='model')
-def _score(
-  model: Decoder, variables: Any, tokens_BT: jax.Array, targets_BT: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """Return log-probabilities of the targets, and whether each is the most probable token."""
-  hidden_BTD: Any = model.apply(variables, tokens_BT, method='hidden')
-
-  def look(step: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    hidden_BD, targets_B = step
-    logits_BV: Any = model.apply(variables, hidden_BD, method='logits')
-    log_probs_BV = jax.nn.log_softmax(logits_BV)
-    chosen_B = jnp.take_along_axis(log_probs_BV, targets_B[:, None], axis=1)[:, 0]
-    return chosen_B, jnp.argmax(logits_BV, axis=1) == targets_B
-
-  # One position at a time, so that the logits of a whole text never exist at once.
-  log_probs_TB, is_greedy_TB = jax.lax.map(look, (hidden_BTD.swapaxes(0, 1), targets_BT.T))
-  return log_probs_TB.T, is_greedy_TB.T
 
 
 def _generate(

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.models.decoder import Decoder
+from jaxllm.models.log_probs import target_log_probs
 
 Batch = Mapping[str, jax.Array]
 
@@ -40,8 +41,6 @@ def sequence_log_probs(
     weights_BT, targets_BT = (
       jnp.take_along_axis(array_BT, places_BK, axis=1) for array_BT in (weights_BT, targets_BT))
   logits_BTV: Any = model.apply(variables, hidden_BTD, method='logits')
-  target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-  log_probs_BT = target_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
   # A target that cannot be (a padding id) has infinite loss, and 0 * inf is NaN.
-  log_probs_BT = jnp.where(weights_BT == 0, 0, log_probs_BT)
+  log_probs_BT = jnp.where(weights_BT == 0, 0, target_log_probs(logits_BTV, targets_BT))
   return jnp.sum(weights_BT * log_probs_BT, axis=1), counts_B

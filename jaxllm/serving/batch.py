@@ -130,7 +130,7 @@ class Batch:
     targets_T = _padded(prompt[chunk.start + 1 :], len(chunk.hidden_TD))
     found = programs.score_chunk(self._model, self._variables, chunk.hidden_TD, targets_T)
     count = min(chunk.count, len(prompt) - 1 - chunk.start)
-    logprobs_T, ids_TA, top_TA = (leaf[:count] for leaf in jax.device_get(found))
+    logprobs_T, _, ids_TA, top_TA = (leaf[:count] for leaf in jax.device_get(found))
     top = [first(ids, top, num_top) for ids, top in zip(ids_TA, top_TA, strict=True)]
     return logprobs_T.tolist(), top if num_top else []
 

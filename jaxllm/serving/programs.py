@@ -20,14 +20,13 @@ from jaxllm.generation import slots as slots_lib
 from jaxllm.generation.requests import Request
 from jaxllm.generation.rules import NO_TOKEN, RULES, Biases
 from jaxllm.generation.slots import Slots
+from jaxllm.models import log_probs
 from jaxllm.models.decoder import Decoder, DecoderConfig, init_cache
 
 # Room in the arrays of every row: stop ids, entries of logit_bias and the like, tokens of each.
 MAX_STOP_IDS, MAX_BIASES, MAX_BIAS_TOKENS = 16, 512, 8
 # The most probable tokens that are found where any request wants some.
 NUM_TOP = 20
-# Positions whose logits exist at a time while a prompt is scored.
-SCORED_TOGETHER = 32
 
 
 class Drawn(NamedTuple):
@@ -235,37 +234,15 @@ def step_rows(model: Decoder, variables: Any, slots: Slots) -> tuple[Slots, jax.
 @jax.jit
 def most_probable(logits_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Return (ids_BA, logprobs_BA) of the most probable tokens, best first."""
-  top_BA, ids_BA = jax.lax.top_k(logits_BV, min(NUM_TOP, logits_BV.shape[-1]))
-  return ids_BA, top_BA - jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True)
+  return log_probs.top_log_probs(logits_BV, NUM_TOP)
 
 
 @functools.partial(jax.jit, static_argnames='model')
 def score_chunk(
   model: Decoder, variables: Any, hidden_TD: jax.Array, targets_T: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Score the tokens that follow each place of a chunk.
-
-  Returns:
-    (logprobs_T of the targets, ids_TA and logprobs_TA of the most probable tokens).
-  """
-  length, dim = hidden_TD.shape
-  rows = min(SCORED_TOGETHER, length)
-  pad = -length % rows
-  hidden_GRD = jnp.pad(hidden_TD, ((0, pad), (0, 0))).reshape(-1, rows, dim)
-  targets_GR = jnp.pad(targets_T, (0, pad)).reshape(-1, rows)
-
-  def look(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
-    hidden_RD, targets_R = inputs
-    logits_RV: Any = model.apply(variables, hidden_RD, method='logits')
-    chosen_R1 = jnp.take_along_axis(logits_RV, targets_R[:, None], axis=1)
-    total_R1 = jax.nn.logsumexp(logits_RV, axis=-1, keepdims=True)
-    return ((chosen_R1 - total_R1)[:, 0], *most_probable(logits_RV))
-
-  found = jax.lax.map(look, (hidden_GRD, targets_GR))
-  logprobs_T, ids_TA, top_TA = (
-    leaf.reshape(length + pad, *leaf.shape[2:])[:length] for leaf in found
-  )
-  return logprobs_T, ids_TA, top_TA
+) -> log_probs.TokenScores:
+  """Score the tokens that follow each place of a chunk."""
+  return log_probs.score_tokens(model, variables, hidden_TD, targets_T, NUM_TOP)
 
 
 @jax.jit

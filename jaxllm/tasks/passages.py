@@ -70,11 +70,10 @@ def _log_probs(
 ) -> np.ndarray:
   """Return the float64 log-probability of every token but the first."""
   windows = list(predict.windows(Tokens(ids, [1.0] * len(ids)), context_length - 1, stride))
-  values: list[float] = []
+  found = []
   for start in range(0, len(windows), speaker.batch_size):
     batch = windows[start : start + speaker.batch_size]
-    scores = scoring.score(speaker.model, speaker.variables, [window.ids for window in batch])
-    for window, score in zip(batch, scores, strict=True):
-      values += [value for value, weight in zip(score.logprobs, window.weights, strict=True)
-                 if weight and value is not None]
-  return np.asarray(values, np.float64)
+    found += scoring.score_from(
+      speaker.model, speaker.variables, [window.ids for window in batch],
+      [int(np.argmax(np.asarray(window.weights[1:]) > 0)) + 1 for window in batch])
+  return np.concatenate([one.log_probs_N for one in found]).astype(np.float64)

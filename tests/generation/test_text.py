@@ -100,7 +100,7 @@ def test_echo_and_top_logprobs_are_the_model_s():
 def test_continuations_are_scored():
   contexts, continuations = [[1, 2], [5], [9] * 60], [[3, 4], [7, 8, 9], [1] * 10]
   got = scoring.score_continuations(MODEL, VARIABLES, contexts, continuations)
-  whole = scoring.score(MODEL, VARIABLES, [[1, 2, 3, 4], [5, 7, 8, 9], [9] * 54 + [1] * 10])
+  whole = scoring.score(MODEL, VARIABLES, [[1, 2, 3, 4], [5, 7, 8, 9], [9] * 55 + [1] * 10])
   for (total, greedy), scored, continuation in zip(got, whole, continuations, strict=True):
     np.testing.assert_allclose(total, sum(scored.logprobs[-len(continuation) :]), rtol=1e-6)
     assert greedy == all(scored.is_greedy[-len(continuation) :])
@@ -109,8 +109,8 @@ def test_continuations_are_scored():
   assert scoring.compilation_count() == count
   with pytest.raises(ValueError, match=r'contexts\[0\] is empty'):
     scoring.score_continuations(MODEL, VARIABLES, [[]], [[1]])
-  with pytest.raises(ValueError, match=r'continuations\[0\] has 64 tokens'):
-    scoring.score_continuations(MODEL, VARIABLES, [[1]], [[1] * 64])
+  with pytest.raises(ValueError, match=r'continuations\[0\] has 65 tokens'):
+    scoring.score_continuations(MODEL, VARIABLES, [[1]], [[1] * 65])
 
 
 def test_empty_stop_is_refused():

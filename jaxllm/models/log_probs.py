@@ -1,0 +1,78 @@
+"""The log-probability of given tokens, which losses, scores, the server and lm-eval share."""
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+if TYPE_CHECKING:
+  from jaxllm.models.decoder import Decoder
+
+# Positions whose logits exist at a time: the head's kernel is read once for so many.
+TOGETHER = 64
+
+
+class TokenScores(NamedTuple):
+  """Scores of N given tokens; A is the number of most probable tokens that were asked for.
+
+  Attributes:
+    log_probs_N: float32, in nats.
+    is_greedy_N: bool, whether the token is the most probable one.
+    top_ids_NA: int32, the most probable tokens, best first.
+    top_log_probs_NA: float32, theirs.
+  """
+
+  log_probs_N: jax.Array  # noqa: N815
+  is_greedy_N: jax.Array  # noqa: N815
+  top_ids_NA: jax.Array  # noqa: N815
+  top_log_probs_NA: jax.Array  # noqa: N815
+
+
+def target_log_probs(logits_NV: jax.Array, targets_N: jax.Array) -> jax.Array:
+  """Return the log-probabilities (..., N) of targets under logits (..., N, V)."""
+  target_N = jnp.take_along_axis(logits_NV, targets_N[..., None], axis=-1)[..., 0]
+  return target_N - jax.nn.logsumexp(logits_NV, axis=-1)
+
+
+def top_log_probs(logits_NV: jax.Array, num_top: int) -> tuple[jax.Array, jax.Array]:
+  """Return (ids_NA, log_probs_NA) of the most probable tokens, best first."""
+  top_NA, ids_NA = jax.lax.top_k(logits_NV, min(num_top, logits_NV.shape[-1]))
+  return ids_NA, top_NA - jax.nn.logsumexp(logits_NV, axis=-1, keepdims=True)
+
+
+def score_tokens(
+  model: 'Decoder', variables: Any, hidden_ND: jax.Array, targets_N: jax.Array, num_top: int = 0
+) -> TokenScores:
+  """Score tokens by the hidden states of the positions before them, a few positions at a time.
+
+  Args:
+    model: the decoder.
+    variables: its variables, stacked or not.
+    hidden_ND: (..., N, D), from the method `hidden`.
+    targets_N: int32 (..., N), the tokens.
+    num_top: how many of the most probable tokens are found for each position.
+
+  Returns:
+    The scores, each with the leading axes of `targets_N`.
+  """
+  total, shape = targets_N.size, targets_N.shape
+  together = min(TOGETHER, total)
+  pad = -total % together
+
+  def split(leaf: jax.Array) -> jax.Array:
+    flat = leaf.reshape(total, *leaf.shape[len(shape) :])
+    padded = jnp.pad(flat, ((0, pad), *[(0, 0)] * (flat.ndim - 1)))
+    return padded.reshape(-1, together, *flat.shape[1:])
+
+  def look(inputs: tuple[jax.Array, jax.Array]) -> TokenScores:
+    hidden_CD, targets_C = inputs
+    logits_CV: Any = model.apply(variables, hidden_CD, method='logits')
+    is_greedy_C = jnp.argmax(logits_CV, axis=-1) == targets_C
+    return TokenScores(target_log_probs(logits_CV, targets_C), is_greedy_C,
+                       *top_log_probs(logits_CV, num_top))
+
+  def join(leaf: jax.Array) -> jax.Array:
+    flat = leaf.reshape(total + pad, *leaf.shape[2:])
+    return flat[:total].reshape(*shape, *leaf.shape[2:])
+
+  return jax.tree.map(join, jax.lax.map(look, (split(hidden_ND), split(targets_N))))
