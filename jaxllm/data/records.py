@@ -86,6 +86,10 @@ class Split(Config):
   predicts unless a BOS stands before them."""
   shards: tuple[int, ...]
   """Records in each shard."""
+  dropped: int = 0
+  """Examples of a task that are left out: too long, or without anything to train on."""
+  cut: int = 0
+  """Examples of a task that are there in part."""
 
   @property
   def bytes_per_token(self) -> float:

@@ -1,8 +1,7 @@
 """Segments to token ids and weights: the only place where a task meets a tokenizer."""
 
 from collections.abc import Mapping, Sequence
-
-import numpy as np
+from typing import NamedTuple
 
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.objectives import completion
@@ -55,6 +54,28 @@ def _continued(text: str, tokenizer: Tokenizer) -> list[int]:
   return tokenizer.encode(border + text)[len(before) :]
 
 
+class Omitted(NamedTuple):
+  """How many examples are not trained on, or in part.
+
+  Attributes:
+    too_long: left out, as they are longer than the context.
+    silent: left out, as nothing in them is an answer.
+    cut: kept without what was too much.
+  """
+
+  too_long: int
+  silent: int
+  cut: int
+
+
+def omitted(before: Sequence[Tokens], after: Sequence[Tokens | None]) -> Omitted:
+  """Compare sequences with what is kept of them."""
+  silent = sum(not any(tokens.weights[1:]) for tokens in before)
+  cut = sum(len(tokens.ids) < len(whole.ids)
+            for whole, tokens in zip(before, after, strict=True) if tokens)
+  return Omitted(sum(tokens is None for tokens in after) - silent, silent, cut)
+
+
 def training_sequences(
   examples: Sequence[Example],
   tokenizer: Tokenizer,
@@ -62,7 +83,7 @@ def training_sequences(
   truncation: Truncation = 'start',
   special_ids: Mapping[str, int] | None = None,
   add_bos: bool = True,
-) -> list[Tokens | None]:
+) -> tuple[list[Tokens | None], Omitted]:
   """Tokenize and cut examples, prompts without weight, for training.
 
   Args:
@@ -74,35 +95,14 @@ def training_sequences(
     add_bos: as in `encode`.
 
   Returns:
-    One sequence per example; None where nothing of it is left to learn from.
+    One sequence per example, None where nothing of it is left to learn from; and how many are.
 
   Raises:
-    ValueError: nothing is left of any, or an example is too long and `truncation` is 'error'.
+    ValueError: an example is too long and `truncation` is 'error'.
   """
   encoded = [encode(example.segments, tokenizer, special_ids, add_bos) for example in examples]
   cut = [completion.truncate(tokens, context_length, truncation) for tokens in encoded]
-  if all(tokens is None for tokens in cut):
-    raise ValueError(f'none of {len(examples)} examples has a target within {context_length} '
-                     'tokens; choose a longer context or another truncation')
-  return cut
-
-
-def training_records(
-  examples: Sequence[Example],
-  tokenizer: Tokenizer,
-  context_length: int,
-  truncation: Truncation = 'start',
-  special_ids: Mapping[str, int] | None = None,
-  add_bos: bool = True,
-  together: bool = True,
-) -> np.ndarray:
-  """Return records of `completion.record_dtype`, as in `training_sequences`.
-
-  With `together`, examples share records.
-  """
-  cut = training_sequences(examples, tokenizer, context_length, truncation, special_ids, add_bos)
-  kept = [tokens for tokens in cut if tokens is not None]
-  return completion.pack(kept, context_length, tokenizer.vocab_size, together)
+  return cut, omitted(encoded, cut)
 
 
 def prompts(

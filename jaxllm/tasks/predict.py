@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import tqdm
+from absl import logging
 
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.generation import decode
@@ -113,6 +114,8 @@ def log_likelihoods(speaker: Speaker, sequences: Sequence[Tokens]) -> list[float
   """
   context_length = speaker.model.config.max_length
   fitting = [completion.truncate(s, context_length, 'start') or Tokens([0], [0]) for s in sequences]
+  _tell(sum(len(a.ids) < len(b.ids) for a, b in zip(fitting, sequences, strict=True)),
+        len(sequences), context_length)
   result = np.zeros(len(fitting))
   # Rows of about the same length share a batch.
   order = sorted(range(len(fitting)), key=lambda i: -len(fitting[i].ids))
@@ -179,6 +182,7 @@ def _generate(config: TaskConfig, examples: Sequence[Example], speaker: Speaker)
   else:
     prompts = [list(_encode(speaker, prompt_of(example.segments)).ids) for example in examples]
   begins = {speaker.tokenizer.bos_id, *(speaker.special_ids or {}).values()}
+  _tell(sum(len(ids) > room for ids in prompts), len(prompts), room)
   prompts = [_cut(ids, room, begins) for ids in prompts]
   order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
   answers: list[Answer] = [Answer()] * len(prompts)
@@ -191,6 +195,12 @@ def _generate(config: TaskConfig, examples: Sequence[Example], speaker: Speaker)
     for i, answer in zip(rows, found, strict=False):
       answers[i] = answer
   return answers
+
+
+def _tell(cut: int, total: int, room: int) -> None:
+  if cut:
+    logging.warning('%d of %d prompts or texts are longer than %d tokens and lost a part: a longer '
+                    'context would give other scores', cut, total, room)
 
 
 def _cut(ids: list[int], room: int, begins: Container[int | None]) -> list[int]:

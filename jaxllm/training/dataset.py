@@ -22,6 +22,7 @@ from jaxllm.data.records import Manifest, Split
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.experiment import Experiment
 from jaxllm.tasks import predict
+from jaxllm.tasks.encoding import Omitted
 from jaxllm.training import rows
 
 
@@ -115,8 +116,11 @@ def _task(experiment: Experiment) -> Dataset:
   arrays, splits = {}, {}
   for name in ('train', *(['validation'] if 'validation' in task.data.splits else [])):
     examples = loading.task_examples(task, name, tokenizer)
-    arrays[name], num_examples = rows.make(experiment, examples, tokenizer)
-    splits[name] = _count(experiment, arrays[name], num_examples, tokenizer)
+    arrays[name], omitted = rows.make(experiment, examples, tokenizer)
+    splits[name] = _count(experiment, arrays[name], len(examples), omitted, tokenizer)
+    if any(omitted):
+      logging.warning('%s: of %d examples %s', name, len(examples),
+                      rows.reasons(experiment, omitted))
   digest = hashlib.sha256(tokenizer.fingerprint.encode())
   for name, array in arrays.items():
     digest.update(f'{name}\0{array.dtype}\0'.encode())
@@ -146,7 +150,8 @@ def _texts(task: Any) -> Iterator[str]:
 
 
 def _count(
-  experiment: Experiment, array: np.ndarray, num_examples: int, tokenizer: Tokenizer
+  experiment: Experiment, array: np.ndarray, num_examples: int, omitted: Omitted,
+  tokenizer: Tokenizer,
 ) -> Split:
   """Describe the rows of examples as `data.records` describes documents."""
   batch = rows.decode(experiment)(array)
@@ -157,7 +162,9 @@ def _count(
     for name, weights in (('tokens', 'segment_ids'), ('targets', 'weights'))
   )
   return Split(
-    documents=num_examples,
+    documents=num_examples - omitted.too_long - omitted.silent,
+    dropped=omitted.too_long + omitted.silent,
+    cut=omitted.cut,
     records=len(array),
     tokens=sum(map(len, read)),
     target_tokens=sum(map(len, targets)),

@@ -6,6 +6,7 @@
 - Labels: one prompt in a row; the batch has `labels` (B, 1), the number of the class.
 """
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,8 +18,10 @@ from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.experiment import Experiment
 from jaxllm.models.decoder import Decoder
 from jaxllm.objectives import completion, likelihood, preference
+from jaxllm.objectives.completion import Tokens
 from jaxllm.tasks import encoding
 from jaxllm.tasks.base import Example
+from jaxllm.tasks.encoding import Omitted
 from jaxllm.tasks.preference import rejected
 
 Batch = Mapping[str, np.ndarray]
@@ -30,25 +33,41 @@ class Form(NamedTuple):
   """How an objective's examples are stored.
 
   Attributes:
-    make: (experiment, examples, tokenizer) -> (rows, how many examples they hold).
+    make: (experiment, examples, tokenizer) -> (rows, examples that are not in them, or in part).
     dtype: experiment -> dtype of a row.
     decode: rows -> batch.
   """
 
-  make: Callable[[Experiment, Sequence[Example], Tokenizer], tuple[np.ndarray, int]]
+  make: Callable[[Experiment, Sequence[Example], Tokenizer], tuple[np.ndarray, Omitted]]
   dtype: Callable[[Experiment], np.dtype]
   decode: Callable[[np.ndarray], Batch]
 
 
 def make(
   experiment: Experiment, examples: Sequence[Example], tokenizer: Tokenizer
-) -> tuple[np.ndarray, int]:
-  """Return rows, and how many of the examples are in them.
+) -> tuple[np.ndarray, Omitted]:
+  """Return rows, and how many of the examples are not in them, or in part.
 
   Raises:
     ValueError: nothing is left of any example, or one is too long and may not be cut.
   """
-  return FORMS[experiment.objective.kind].make(experiment, examples, tokenizer)
+  rows, omitted = FORMS[experiment.objective.kind].make(experiment, examples, tokenizer)
+  if not len(rows):
+    raise ValueError(f'none of {len(examples)} examples can be trained on: '
+                     f'{reasons(experiment, omitted)}')
+  return rows, omitted
+
+
+def reasons(experiment: Experiment, omitted: Omitted) -> str:
+  """Say why examples are left out or cut, and by which field."""
+  task: Any = experiment.task
+  parts = (
+    (omitted.too_long, f'longer than data.context_length={experiment.data.context_length}, with '
+                       f'task.truncation={task.truncation!r}, left out'),
+    (omitted.silent, 'in task.data without anything that an assistant says, left out'),
+    (omitted.cut, f'longer than data.context_length={experiment.data.context_length}, cut'),
+  )
+  return '; '.join(f'{count:,} {reason}' for count, reason in parts if count)
 
 
 def dtype(experiment: Experiment) -> np.dtype:
@@ -67,15 +86,15 @@ def _tokens_dtype(experiment: Experiment) -> np.dtype:
 
 def _make_tokens(
   experiment: Experiment, examples: Sequence[Example], tokenizer: Tokenizer
-) -> tuple[np.ndarray, int]:
+) -> tuple[np.ndarray, Omitted]:
   task: Any = experiment.task
-  sequences = encoding.training_sequences(
+  sequences, omitted = encoding.training_sequences(
     examples, tokenizer, experiment.data.context_length, task.truncation,
     tokenizer.special_tokens, experiment.data.add_bos,
   )
   kept = [tokens for tokens in sequences if tokens is not None]
   rows = completion.pack(kept, experiment.data.context_length, tokenizer.vocab_size)
-  return rows, len(kept)
+  return rows, omitted
 
 
 def _pairs_dtype(experiment: Experiment) -> np.dtype:
@@ -94,10 +113,10 @@ def _needs_log_probs(experiment: Experiment) -> bool:
 
 def _make_pairs(
   experiment: Experiment, examples: Sequence[Example], tokenizer: Tokenizer
-) -> tuple[np.ndarray, int]:
+) -> tuple[np.ndarray, Omitted]:
   task: Any = experiment.task
   special, add_bos = tokenizer.special_tokens, experiment.data.add_bos
-  pairs = []
+  before, after, pairs = [], [], []
   for example in examples:
     both = [encoding.encode(one.segments, tokenizer, special, add_bos)
             for one in (example, rejected(example))]
@@ -108,18 +127,20 @@ def _make_pairs(
         tokens, experiment.data.context_length - (longest - len(tokens.ids)), task.truncation)
       for tokens in both
     ]
+    before.append(both[0])
+    after.append(cut[0] if cut[1] else None)
     if cut[0] is not None and cut[1] is not None:
       pairs.append((cut[0], cut[1]))
+  omitted = encoding.omitted(before, after)
   if not pairs:
-    raise ValueError(f'of none of {len(examples)} pairs both answers fit '
-                     f'data.context_length={experiment.data.context_length}; choose a longer one')
+    return np.zeros(0, _pairs_dtype(experiment)), omitted
   rows = np.zeros(len(pairs), _pairs_dtype(experiment))
   for name, side in zip(('chosen', 'rejected'), zip(*pairs, strict=True), strict=True):
     rows[name] = completion.pack(
       side, experiment.data.context_length, experiment.decoder.vocab_size, together=False)
   if _needs_log_probs(experiment):
     rows[REFERENCE] = reference_log_probs(experiment, rows)
-  return rows, len(rows)
+  return rows, omitted
 
 
 def reference_log_probs(experiment: Experiment, rows: np.ndarray) -> np.ndarray:
@@ -155,21 +176,22 @@ def _labels_dtype(experiment: Experiment) -> np.dtype:
 
 def _make_labels(
   experiment: Experiment, examples: Sequence[Example], tokenizer: Tokenizer
-) -> tuple[np.ndarray, int]:
+) -> tuple[np.ndarray, Omitted]:
   task: Any = experiment.task
   numbers = {label: i for i, (label, _) in enumerate(task.labels, start=1)}
-  prompts = encoding.prompts(
-    examples, tokenizer, experiment.data.context_length, task.truncation, experiment.data.add_bos)
+  whole, prompts = (encoding.prompts(examples, tokenizer, length, task.truncation,
+                                     experiment.data.add_bos)
+                    for length in (sys.maxsize, experiment.data.context_length))
+  # A prompt has no weights, but its label is learnt.
+  omitted = encoding.omitted(
+    [Tokens(prompt.ids, [1.0] * 2) for prompt in whole if prompt], prompts)
   pairs = [(p, e.reference) for p, e in zip(prompts, examples, strict=True) if p is not None]
-  if not pairs:
-    raise ValueError(f'none of {len(examples)} examples fits '
-                     f'data.context_length={experiment.data.context_length}; choose a longer one')
   rows = np.zeros(len(pairs), _labels_dtype(experiment))
   rows['prompt'] = completion.pack(
     [prompt for prompt, _ in pairs], experiment.data.context_length, experiment.decoder.vocab_size,
     together=False)
   rows['label'] = [numbers[label] for _, label in pairs]
-  return rows, len(rows)
+  return rows, omitted
 
 
 def _decode_labels(rows: np.ndarray) -> Batch:

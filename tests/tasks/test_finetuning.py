@@ -2,7 +2,6 @@
 
 import jax
 import optax
-import pytest
 
 from jaxllm.adapters import lora
 from jaxllm.adapters.lora import LoraConfig
@@ -15,8 +14,8 @@ from jaxllm.objectives import completion
 from jaxllm.objectives.next_token import ObjectiveConfig, next_token_loss
 from jaxllm.tasks import TASKS, predict
 from jaxllm.tasks.classification import Sentiment
-from jaxllm.tasks.encoding import training_records
 from jaxllm.tasks.predict import Speaker
+from tests.training.tiny_run import training_records
 
 BYTES = tokenizers.train_or_load(TokenizerConfig(kind='bytes'), [])
 MODEL = DecoderConfig(
@@ -59,10 +58,3 @@ def test_adapters_learn_a_task():
   found = predict.predict(config, examples, speaker)
   labels = [prediction['label'] for prediction in found]
   assert scores.score('accuracy', labels, [e.reference for e in examples]) == {'accuracy': 1.0}
-
-
-def test_nothing_to_train_on_is_said():
-  example = TASKS['summarization'].example(
-    TASKS['summarization'].config(), {'document': 'x' * 50, 'summary': 'y'})
-  with pytest.raises(ValueError, match='none of 1 examples'):
-    training_records([example], BYTES, context_length=16, truncation='drop')

@@ -29,7 +29,6 @@ from jaxllm.optim.schedules import ScheduleConfig
 from jaxllm.tasks import chat, encoding, predict
 from jaxllm.tasks.chat import Chat, ChatTemplate
 from jaxllm.tasks.classification import Sentiment
-from jaxllm.tasks.encoding import training_records
 from jaxllm.tasks.records import RecordsConfig, RecordSource
 from jaxllm.training import dataset, loop, losses
 from jaxllm.training import state as state_lib
@@ -163,7 +162,7 @@ def test_packed_equals_unpacked(base):
   examples = predict.examples(config.task, 'train')
   tokenizer = dataset.open_dataset(config).tokenizer
   packed, alone = (
-    completion.batch_arrays(training_records(examples, tokenizer, 32, together=together))
+    completion.batch_arrays(tiny.training_records(examples, tokenizer, 32, together=together))
     for together in (True, False)
   )
   assert len(packed['tokens']) < len(alone['tokens'])
@@ -235,7 +234,7 @@ def test_chat_data_take_the_template_of_the_model(tmp_path):
   (tmp_path / 'chats.jsonl').write_text(json.dumps({'messages': messages}))
   task = Chat(template=None, data=RecordsConfig(
     sources=(RecordSource(location=str(tmp_path / 'chats.jsonl'), split='train'),)))
-  rows = training_records(
+  rows = tiny.training_records(
     loading.task_examples(task, 'train', tokenizer), tokenizer, 40,
     special_ids={'<|a|>': 256, '<|z|>': 257}, add_bos=False)
   batch = completion.batch_arrays(rows)

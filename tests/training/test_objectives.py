@@ -75,8 +75,8 @@ def test_both_answers_lose_the_same_part_of_a_long_prompt(base):
   config = config.replace(data=config.data.replace(context_length=12))
   record = {'prompt': 'abcdefghijklmnop', 'chosen': 'yes', 'rejected': 'no, never'}
   examples = [predict.TASKS['preference'].example(config.task, record)]
-  made, count = rows.make(config, examples, dataset.open_dataset(config).tokenizer)
-  assert count == 1
+  made, omitted = rows.make(config, examples, dataset.open_dataset(config).tokenizer)
+  assert len(made) == 1 and omitted == (0, 0, 1)
   texts = [bytes(t for t in made[name]['tokens'][0] if t and t < 256).decode()
            for name in ('chosen', 'rejected')]
   assert texts == ['p:yes', 'p:no, never']  # 13 tokens with BOS and EOS.

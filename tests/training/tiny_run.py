@@ -9,7 +9,9 @@ from jaxllm.data.tokenizers import TokenizerConfig
 from jaxllm.evaluation.perplexity import EvaluationConfig
 from jaxllm.experiment import Experiment, TrainingConfig
 from jaxllm.models.decoder import DecoderConfig
+from jaxllm.objectives import completion
 from jaxllm.optim.schedules import ScheduleConfig
+from jaxllm.tasks import encoding
 
 MODEL = DecoderConfig(
   vocab_size=258, vocab_multiple=8, embed_dim=16, num_layers=2, num_heads=4, num_kv_heads=2,
@@ -44,3 +46,10 @@ def experiment(tmp_path, **changes):
     evaluation=EvaluationConfig(every_steps=4, prompts=('the king',), prompt_tokens=8),
   )
   return override(config, {path.replace('__', '.'): value for path, value in changes.items()})
+
+
+def training_records(examples, tokenizer, context_length, together=True, **options):
+  """Return examples as records that are trained on."""
+  found, _ = encoding.training_sequences(examples, tokenizer, context_length, **options)
+  kept = [tokens for tokens in found if tokens is not None]
+  return completion.pack(kept, context_length, tokenizer.vocab_size, together)
