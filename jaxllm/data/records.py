@@ -310,8 +310,10 @@ def _too_few(data: DataConfig) -> bool:
       sides |= {_draw(text) < data.validation} if text else set()
       if len(sides) > 1:
         return False
-  logging.warning('config.data.validation=%s: the end of %s is held out, as no whole document can '
-                  'be', data.validation, 'the document' if number == 1 else f'each of {number}')
+  if number:
+    whose = 'the document' if number == 1 else f'each of the {number} documents'
+    logging.warning('config.data.validation=%s: the end of %s is held out, as no whole document '
+                    'can be', data.validation, whose)
   return True
 
 

@@ -20,7 +20,7 @@ from jaxllm.data import records, tokenizers
 from jaxllm.data.batches import Batches
 from jaxllm.data.records import Manifest, Split
 from jaxllm.data.tokenizers import Tokenizer
-from jaxllm.experiment import Experiment
+from jaxllm.experiment import Experiment, TrainingConfig
 from jaxllm.tasks import predict
 from jaxllm.tasks.encoding import Omitted
 from jaxllm.training import rows
@@ -56,7 +56,16 @@ def open_dataset(experiment: Experiment, begun: str | None = None) -> Dataset:
     _check_vocabulary(experiment, tokenizers.train_or_load(config, ()).vocab_size)
   dataset = _documents(experiment, begun) if experiment.task is None else _task(experiment)
   _check_vocabulary(experiment, dataset.manifest.vocab_size)
+  _tell_repeats(experiment.training, dataset.manifest.train.records)
   return dataset
+
+
+def _tell_repeats(training: TrainingConfig, num_records: int) -> None:
+  times = training.num_steps * training.batch_size // num_records
+  if num_records < training.batch_size or times > 40:
+    logging.warning('%s steps of %s records read each of the %s training records %s times: so '
+                    'little text is learnt by heart', training.num_steps, training.batch_size,
+                    num_records, times)
 
 
 def _check_vocabulary(experiment: Experiment, vocab_size: int) -> None:
