@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pydantic
 from jax.sharding import Mesh
@@ -39,7 +40,8 @@ class EvaluationConfig(Config):
 
 
 def make_eval_step(
-  model: DecoderConfig, objective: ObjectiveConfig, mesh: Mesh, mesh_config: MeshConfig
+  model: DecoderConfig, objective: ObjectiveConfig, mesh: Mesh, mesh_config: MeshConfig,
+  border_ids: Iterable[int | None] = (),
 ) -> EvalStep:
   """Return the jitted `(variables, batch) -> sums`, float32 scalars to be added over batches.
 
@@ -48,13 +50,19 @@ def make_eval_step(
     objective: gives the chunk size of the logits; smoothing and z-loss do not count here.
     mesh: from `sharding.make_mesh`.
     mesh_config: gives the rules.
+    border_ids: BOS and EOS, which are predicted as any token but are no part of the text that
+      `bits_per_byte` is of.
   """
+  borders = jnp.array([i for i in border_ids if i is not None], jnp.int32)
   plain = objective.replace(label_smoothing=0.0, z_loss=0.0)
 
   def eval_step(variables: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    is_text = ~jnp.isin(batch['targets'], borders)
     with sharding.activate(mesh, mesh_config):
-      loss_sum, weight_sum, aux = next_token_loss(plain, Decoder(model), variables, dict(batch))
-    return {'loss_sum': loss_sum, 'weight_sum': weight_sum, 'correct_sum': aux['correct_sum']}
+      loss_sum, weight_sum, aux = next_token_loss(
+        plain, Decoder(model), variables, {**batch, 'is_text': is_text})
+    return {'loss_sum': loss_sum, 'weight_sum': weight_sum, 'correct_sum': aux['correct_sum'],
+            'text_sum': aux['text_sum']}
 
   return jax.jit(eval_step, out_shardings=sharding.replicated(mesh))
 
@@ -76,7 +84,8 @@ def evaluate(
     bytes_per_token: UTF-8 bytes of text per target token of these records.
 
   Returns:
-    `loss` (nats per token), `perplexity`, `bits_per_byte`, `accuracy` and `tokens`.
+    `loss` (nats per token), `perplexity`, `bits_per_byte` (of the text alone, as everywhere: the
+    ends of documents are in the other scores), `accuracy` and `tokens`.
 
   Raises:
     ValueError: the batches hold no token with weight.
@@ -97,7 +106,7 @@ def evaluate(
   return {
     'loss': loss,
     'perplexity': math.exp(min(loss, 700.0)),
-    'bits_per_byte': loss / math.log(2) / bytes_per_token,
+    'bits_per_byte': totals['text_sum'] / math.log(2) / (tokens * bytes_per_token),
     'accuracy': totals['correct_sum'] / tokens,
     'tokens': tokens,
   }

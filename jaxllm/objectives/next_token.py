@@ -42,13 +42,15 @@ def next_token_loss(
     config: the loss.
     model: gives `hidden` and `logits`, and `config.vocab_size`.
     variables: of the model.
-    batch: tokens_BT, targets_BT, weights_BT, segment_ids_BT, positions_BT.
+    batch: tokens_BT, targets_BT, weights_BT, segment_ids_BT, positions_BT, and perhaps is_text_BT,
+      0 where a target stands for no text.
     dropout_key: None turns dropout off.
 
   Returns:
     The float32 sums of weighted loss and of weights, and a dict of weighted sums that are part of
     neither: `cross_entropy_sum` in nats without smoothing and z-loss, `z_loss_sum`, and
-    `correct_sum`, the tokens to which no other was preferred. Where all weights are 0, all are 0.
+    `correct_sum`, the tokens to which no other was preferred; with `is_text`, also `text_sum`, the
+    cross-entropy of text. Where all weights are 0, all are 0.
   """
   hidden_BTD: Any = model.apply(
     variables, batch['tokens'], batch['segment_ids'], batch['positions'],
@@ -57,16 +59,15 @@ def next_token_loss(
     method='hidden',
   )
 
-  def sums(hidden_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> Sums:
+  def sums(hidden_BTD: jax.Array, *of_targets: jax.Array) -> Sums:
     logits_BTV: Any = model.apply(variables, hidden_BTD, method='logits')
-    return token_sums(config, logits_BTV, targets_BT, weights_BT, model.config.vocab_size)
+    return token_sums(config, logits_BTV, *of_targets, vocab_size=model.config.vocab_size)
 
+  of_targets = [batch[name] for name in ('targets', 'weights', 'is_text') if name in batch]
   if config.chunk_size is None:
-    totals = sums(hidden_BTD, batch['targets'], batch['weights'])
+    totals = sums(hidden_BTD, *of_targets)
   else:
-    totals = _add_chunks(
-      jax.checkpoint(sums), config.chunk_size, hidden_BTD, batch['targets'], batch['weights']
-    )
+    totals = _add_chunks(jax.checkpoint(sums), config.chunk_size, hidden_BTD, *of_targets)
   return totals.pop('loss_sum'), totals.pop('weight_sum'), totals
 
 
@@ -75,6 +76,8 @@ def token_sums(
   logits_BTV: jax.Array,
   targets_BT: jax.Array,
   weights_BT: jax.Array,
+  is_text_BT: jax.Array | None = None,
+  *,
   vocab_size: int,
 ) -> Sums:
   """Sum the losses of logits that are already there.
@@ -84,6 +87,7 @@ def token_sums(
     logits_BTV: float32; entries from `vocab_size` on are padding, and no part of smoothing.
     targets_BT: int32; may hold anything where the weight is 0.
     weights_BT: float32.
+    is_text_BT: where it is 0, a target is no part of `text_sum`.
     vocab_size: real entries of the vocabulary.
 
   Returns:
@@ -110,12 +114,16 @@ def token_sums(
     # A target that cannot be (a padding id) has infinite loss, and 0 * inf is NaN.
     return jnp.sum(weights_BT * jnp.where(weights_BT == 0, 0, x_BT))
 
+  text = {}
+  if is_text_BT is not None:
+    text['text_sum'] = weighted(jnp.where(is_text_BT, cross_entropy_BT, 0))
   return {
     'loss_sum': weighted(loss_BT),
     'weight_sum': jnp.sum(weights_BT),
     'cross_entropy_sum': weighted(cross_entropy_BT),
     'z_loss_sum': weighted(z_BT),
     'correct_sum': weighted(target_BT >= best_BT1[..., 0]),
+    **text,
   }
 
 

@@ -85,7 +85,8 @@ def make_validation(
   batch_sharding = sharding.batch_sharding(mesh, experiment.mesh)
   if experiment.objective.kind in TOKEN_OBJECTIVES:
     eval_step = perplexity.make_eval_step(
-      experiment.decoder, experiment.next_token, mesh, experiment.mesh
+      experiment.decoder, experiment.next_token, mesh, experiment.mesh,
+      (dataset.tokenizer.bos_id, dataset.tokenizer.eos_id),
     )
     return lambda variables: perplexity.evaluate(
       eval_step, variables, batches_lib.prefetch(batches, 0, count), batch_sharding,

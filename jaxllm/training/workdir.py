@@ -61,7 +61,7 @@ def accept(experiment: Experiment, path: pathlib.Path) -> None:
     return
   if (old := begun_as(path)) is not None:
     for field, before, after in config_lib.diff(old, experiment):
-      logging.info('Changed since the run began: config.%s: %r -> %r', field, before, after)
+      logging.info('Changed since the last call: config.%s: %r -> %r', field, before, after)
   write_text(path / 'config.json', experiment.to_json())
   write_json(path / 'environment.json', environment())
 
@@ -102,13 +102,14 @@ def refuse(workdir: pathlib.Path, changed: Sequence[tuple[str, Any, Any]], reaso
   """Raise a ValueError that names changed fields, from `config.diff`, unless there are none."""
   if not changed:
     return
-  rows = '\n'.join(f'  config.{path}: {before!r} -> {after!r}' for path, before, after in changed)
-  one = len(changed) == 1
-  raise ValueError(
-    f'--workdir={workdir} holds a run with another config, and what is changed {reason}:\n{rows}\n'
-    f'Give {"it its" if one else "these fields their"} old value{"" if one else "s"}, or choose '
-    'another --workdir.'
-  )
+  rows = [f'config.{path}: {before!r} -> {after!r}' for path, before, after in changed]
+  if len(rows) == 1:
+    raise ValueError(f'the run in --workdir={workdir} cannot change {rows[0]}, which {reason}; '
+                     'give it its old value, or choose another --workdir')
+  listed = '\n  '.join(rows)
+  raise ValueError(f'the run in --workdir={workdir} cannot change these fields, each of which '
+                   f'{reason}:\n  {listed}\n'
+                   'Give them their old values, or choose another --workdir.')
 
 
 # Fields that change how a model runs, not what it is, and where files lie: what the files hold is

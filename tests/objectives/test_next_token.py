@@ -101,6 +101,23 @@ def formula(logits_BTV, targets_BT, weights_BT, smoothing, z_loss):
   return totals | {'weight_sum': float(weights_BT.sum())}
 
 
+@pytest.mark.parametrize('chunk_size', [None, 2])
+def test_the_loss_of_text_leaves_borders_out(chunk_size):
+  """Bits per byte are of text; loss, perplexity and accuracy are of its ends too."""
+  vocab, targets = 5, jnp.array([[1, 4, 2, 4]])
+  batch = {'tokens': jnp.array([[0, 1, 4, 2]]), 'targets': targets,
+           'weights': jnp.array([[1.0, 1.0, 1.0, 0.0]]), 'segment_ids': jnp.ones((1, 4), jnp.int32),
+           'positions': jnp.arange(4)[None]}
+  variables = bigram_variables(vocab)
+  logits_TV = jnp.tanh(variables['embedding'][batch['tokens'][0]]) @ variables['kernel']
+  losses = -jax.nn.log_softmax(logits_TV)[jnp.arange(4), targets[0]]
+  total, count, aux = next_token_loss(
+    ObjectiveConfig(chunk_size=chunk_size), Bigram(vocab), variables,
+    {**batch, 'is_text': targets != 4})
+  assert count == 3 and float(total) == pytest.approx(float(losses[:3].sum()), rel=1e-5)
+  assert float(aux['text_sum']) == pytest.approx(float(losses[0] + losses[2]), rel=1e-5)
+
+
 def test_uniform_logits_cost_the_logarithm_of_the_vocabulary():
   sums = token_sums(
     ObjectiveConfig(z_loss=0.5), jnp.zeros((1, 3, 8)), jnp.zeros((1, 3), jnp.int32),
@@ -218,7 +235,7 @@ def test_sums_add_over_microbatches(variables, batch):
 def test_large_logits_stay_finite():
   logits_BTV = jnp.array([[[1e4, -1e4, 0.0]]])
   loss = lambda x: token_sums(  # noqa: E731
-    ObjectiveConfig(), x, jnp.array([[1]]), jnp.ones((1, 1)), 3
+    ObjectiveConfig(), x, jnp.array([[1]]), jnp.ones((1, 1)), vocab_size=3
   )['loss_sum']
   value, gradient = jax.value_and_grad(loss)(logits_BTV)
   assert value == 2e4

@@ -149,8 +149,8 @@ def test_what_a_run_changes_is_told_and_a_complete_call_changes_nothing(whole, c
     assert train(longer, base / 'longer')['step'] == 9
   assert workdir.read_config(base / 'longer') == longer
   told = [r.getMessage() for r in caplog.records]
-  assert 'Changed since the run began: config.training.num_steps: 8 -> 9' in told
-  assert 'Changed since the run began: config.optimizer.clip_norm: 1.0 -> 0.5' in told
+  assert 'Changed since the last call: config.training.num_steps: 8 -> 9' in told
+  assert 'Changed since the last call: config.optimizer.clip_norm: 1.0 -> 0.5' in told
   rates = [float(state.make_schedule(tiny.experiment(base, training__num_steps=n))(8))
            for n in (9, 8)]
   assert f'Learning rate at step 8: {rates[0]:.4g}, was to be {rates[1]:.4g}.' in told
