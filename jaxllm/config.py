@@ -11,7 +11,6 @@ import contextlib
 import importlib.util
 import inspect
 import json
-import logging
 import os
 import pathlib
 import pkgutil
@@ -263,19 +262,21 @@ def run_program(main: Callable[[Sequence[str]], Any]) -> None:
   """Run an absl main; what the user got wrong is one sentence and exit code 2, not a traceback.
 
   `mistakes.sentence` tells which exceptions these are; `--verbosity=1` shows where they were
-  raised. Everything else is a fault of ours, and keeps its traceback.
+  raised, and what other packages log. Everything else is a fault of ours, with its traceback.
 
   Compiled programs are kept in ~/.cache/jaxllm/compiled, or where JAX_COMPILATION_CACHE_DIR says;
   empty: nowhere. JAX reads that when it is imported, which is for `main` to do.
   """
   os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', os.path.expanduser(COMPILATION_CACHE))
   os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
-  # Its INFO tells of every accelerator that is not there.
-  logging.getLogger('jax').setLevel(logging.WARNING)
+  # Of C++, errors alone.
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 
   def guarded(argv: Sequence[str]) -> Any:
     if len(argv) > 1:
       raise flags.Error(f'unexpected argument {argv[1]!r}; flags are written --name=value')
+    if (flags.FLAGS['verbosity'].value or 0) <= 0:
+      mistakes.speak_plainly()
     return main(argv)
 
   try:

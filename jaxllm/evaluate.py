@@ -60,8 +60,8 @@ def main(_) -> None:  # noqa: D103
     scores = _held_out(model)
     whole = _held_out(baseline) if baseline else {}
     for name, value in scores.items():
-      beside = f'  ({whole[name]:,.4f} unless {QUANTIZE.value})' if whole else ''
-      print(f'{name:>14}  {value:,.4f}{beside}')
+      beside = f'  ({tables.number(whole[name])} unless {QUANTIZE.value})' if whole else ''
+      print(f'{name.replace("_", " "):>14}  {tables.number(value)}{beside}')
     _write({**scores, 'baseline': whole} if whole else scores)
     return
   split = SPLIT.value or 'test'

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import logging
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -189,6 +190,7 @@ def load(path: LoadedModel | str | os.PathLike[str]) -> LoadedModel:
   """
   if isinstance(path, LoadedModel):
     return path
+  logging.info('Loading %s.', path)
   if (base := peft.base_model(path)) is not None:
     return _with_adapters(path, *base)
   if sources.is_foreign(path):

@@ -1,4 +1,4 @@
-"""What a user is told: the nearest name to a misspelt one, and the sentence of an exception.
+"""What a user is told: the nearest name to a misspelt one, the sentence of an exception, log lines.
 
 `sentence` knows the exceptions that say what a user got wrong. For any other it returns None: it is
 a fault of ours, and its traceback is what a report needs.
@@ -6,12 +6,16 @@ a fault of ours, and its traceback is what a report needs.
 
 import difflib
 import importlib.metadata
+import logging
 import os
 import pathlib
 import re
+import sys
 import traceback
+import warnings
 from collections.abc import Iterable
 
+import tqdm
 from absl import flags
 
 _PACKAGE = os.path.join(os.path.dirname(__file__), '')
@@ -46,6 +50,26 @@ def check_writeable(path: str | os.PathLike[str], flag: str) -> None:
     parent = parent.parent
   if not parent.is_dir() or not os.access(parent, os.W_OK):
     raise ValueError(f'{flag}={path}: {parent} is no directory that can be written to')
+
+
+class Voice(logging.Handler):
+  """Log records of ours, and errors of others, as lines on stderr; a progress bar stays whole."""
+
+  def emit(self, record: logging.LogRecord) -> None:
+    """Write a record; a warning says that it is one."""
+    if record.pathname.startswith(_PACKAGE) or record.levelno >= logging.ERROR:
+      before = {logging.WARNING: 'warning: ', logging.ERROR: 'error: '}.get(record.levelno, '')
+      tqdm.tqdm.write(before + self.format(record), file=sys.stderr)
+
+
+def speak_plainly() -> None:
+  """Let a program log by `Voice` alone, and keep the warnings of other packages to themselves."""
+  root = logging.getLogger()
+  root.handlers = [Voice()]
+  for logger in (root, logging.getLogger('absl')):
+    logger.setLevel(logging.INFO)
+  if not sys.warnoptions:
+    warnings.simplefilter('ignore')
 
 
 def sentence(error: BaseException) -> str | None:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 from jaxllm import config
 
@@ -156,7 +156,7 @@ def _chat(loaded, model, variables, sampling) -> None:
   from jaxllm.generation import chat
 
   if loaded.chat_format is None:
-    raise app.UsageError(f'--chat: {MODEL.value} has no chat template; use --prompt')
+    raise ValueError(f'--chat: {MODEL.value} has no chat template; use --prompt')
   encode, stop, stop_ids = loaded.chat_format
 
   def write(text: str) -> None:

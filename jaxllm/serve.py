@@ -10,7 +10,7 @@ import pathlib
 import signal
 import socket
 
-from absl import app, flags
+from absl import flags
 
 from jaxllm import config
 
@@ -37,12 +37,10 @@ LIMITS = flags.DEFINE_string(
 
 
 def main(_) -> None:  # noqa: D103
-  try:
-    import uvicorn
+  import uvicorn
 
-    from jaxllm.serving import connections, limits
-  except ImportError:
-    raise app.UsageError("the server needs more packages: pip install 'jaxllm[serve]'") from None
+  from jaxllm.serving import connections, limits
+
   bounds = connections.fitting(limits.LimitsConfig.from_json(LIMITS.value))
   keys = limits.read_keys(API_KEYS_FILE.value)
   local = HOST.value in limits.LOOPBACK
@@ -55,16 +53,17 @@ def main(_) -> None:  # noqa: D103
   from jaxllm.serving.engine import Engine, EngineConfig
   from jaxllm.serving.service import Service
 
-  logging.basicConfig(level=logging.INFO, format='%(asctime)s %(message)s')
   model = loading.load(MODEL.value)
   if QUANTIZE.value:
     model = model.quantized(QUANTIZE.value)
   # The stacked ones are not needed any more.
   model = dataclasses.replace(model, variables=model.unstacked)
+  logging.info('Compiling for %d choices at a time.', NUM_SLOTS.value)
   engine = Engine(model, EngineConfig(
     num_slots=NUM_SLOTS.value, context_length=CONTEXT_LENGTH.value, max_queue=MAX_QUEUE.value,
     cache_dtype=CACHE_DTYPE.value))
-  name = NAME.value or pathlib.Path(MODEL.value).resolve().name.removesuffix('.gguf')
+  name = NAME.value or pathlib.Path(MODEL.value).resolve().name
+  name = name.removeprefix('hf:').removesuffix('.gguf')
   service = Service(model, engine, name, bounds)
   hosts = (*limits.LOOPBACK, *ALLOWED_HOSTS.value) if local else None
   server = connections.Server(
@@ -74,6 +73,10 @@ def main(_) -> None:  # noqa: D103
   # uvicorn drains on either, then raises it again, to end what is ended already.
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, signal.SIG_IGN)
+  port = listener.getsockname()[1]
+  logging.info('Serving %r at http://%s:%d (Ctrl-C stops it).', name, HOST.value, port)
+  for handler in logging.getLogger().handlers:
+    handler.setFormatter(logging.Formatter('%(asctime)s %(message)s'))
   server.run([listener])
   service.close()
 

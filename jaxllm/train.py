@@ -8,7 +8,7 @@ wanted again; 1 and 2 are errors.
 import pathlib
 import sys
 
-from absl import flags, logging
+from absl import flags
 
 from jaxllm import config
 
@@ -22,13 +22,13 @@ DISTRIBUTED = flags.DEFINE_bool(
 
 
 def main(_) -> None:  # noqa: D103
-  logging.set_stderrthreshold('info')
   if DISTRIBUTED.value:
     import jax
 
     jax.distributed.initialize()
   experiment = config.from_flags(CONFIG.value)
   from jaxllm.checkpoints import store
+  from jaxllm.evaluation import tables
   from jaxllm.training import loop
 
   try:
@@ -44,14 +44,15 @@ def main(_) -> None:  # noqa: D103
     scores = summary['validation']
     told = {'loss': 'held-out loss', 'perplexity': 'perplexity', 'bits_per_byte': 'bits per byte',
             'accuracy': 'accuracy'}
-    print(', '.join(f'{text} {scores[name]:.4f}' for name, text in told.items() if name in scores))
+    print(', '.join(f'{text} {tables.number(scores[name])}' for name, text in told.items()
+                    if name in scores))
   samples = pathlib.Path(WORKDIR.value) / 'samples.jsonl'
   if samples.exists():
     import json
 
     for line in filter(None, samples.read_text(encoding='utf-8').split('\n')):
       sample = json.loads(line)
-      print(f'--- {sample["prompt"]!r}\n{sample["prompt"]}{sample["text"]}')
+      print(f'---\n{sample["prompt"]}{sample["text"]}')
   print(f'report: {pathlib.Path(WORKDIR.value) / "report.html"}')
 
 

@@ -11,6 +11,7 @@ import pytest
 from jaxllm.data import tokenizers
 from jaxllm.data.records import DataConfig
 from jaxllm.data.tokenizers import TokenizerConfig
+from jaxllm.evaluation import tables
 from jaxllm.experiment import Experiment, TrainingConfig
 from jaxllm.interop import native
 from jaxllm.models import decoder
@@ -96,7 +97,7 @@ def test_a_run_is_scored_on_its_held_out_records(outputs):
   scores = json.loads((base / 'held_out.json').read_text())
   summary = json.loads((base / 'run' / 'summary.json').read_text())
   assert scores == pytest.approx(summary['validation'], rel=1e-5)
-  assert f'bits_per_byte  {scores["bits_per_byte"]:.4f}' in printed
+  assert f'bits per byte  {tables.number(scores["bits_per_byte"])}' in printed
 
 
 def test_a_foreign_model_needs_a_text_or_tasks(outputs):
@@ -150,7 +151,8 @@ def test_what_smaller_weights_cost_is_said(outputs):
                    for name in ('held_out_int8.json', 'held_out.json'))
   assert scores.pop('baseline') == pytest.approx(whole)
   assert scores['loss'] != whole['loss'] and scores == pytest.approx(whole, rel=0.02)
-  assert f'{scores["loss"]:.4f}  ({whole["loss"]:.4f} unless int8)' in printed
+  assert (f'{tables.number(scores["loss"])}  ({tables.number(whole["loss"])} unless int8)'
+          in printed)
   results = json.loads((base / 'int4.json').read_text())
   text, = results['tasks'].values()
   assert results['quantize'] == 'int4' and 'difference' in compared

@@ -5,12 +5,17 @@ thing that is wrong, which for all of these comes before data, weights and compi
 """
 
 import importlib
+import logging
 import os
 import pathlib
+import re
 import socket
+import sys
+import warnings
 
 import jax
 import pytest
+import tqdm
 
 from jaxllm import config, mistakes
 from jaxllm.data import records, tokenizers
@@ -199,6 +204,32 @@ def test_what_is_a_fault_of_ours_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(sample, 'main', lambda _: {}['x'])
     programs.run_loaded(sample, '--model=x')
   assert config.ConfigError('x').__class__.__module__ == 'jaxllm.config'
+
+
+def test_one_voice(capsys, monkeypatch):
+  """Our lines are plain and leave a progress bar whole; of others only errors are heard."""
+  root = logging.getLogger()
+  levels = root.level, logging.getLogger('absl').level
+  monkeypatch.setattr(root, 'handlers', [])
+  with warnings.catch_warnings():
+    mistakes.speak_plainly()
+    ours = str(pathlib.Path(mistakes.__file__).with_name('loading.py'))
+    with tqdm.tqdm(total=2, file=sys.stderr, ncols=40) as bar:
+      bar.update()
+      for level, where, text in (
+          (logging.INFO, ours, 'Loading x.'), (logging.WARNING, ours, 'odd'),
+          (logging.WARNING, '/other/orbax/store.py', 'noise'),
+          (logging.INFO, '/other/a.py', 'noise'),
+          (logging.ERROR, '/other/a.py', 'it broke')):
+        root.handle(logging.LogRecord('absl', level, where, 1, text, (), None))
+    warnings.warn('of another package', stacklevel=1)
+  root.setLevel(levels[0])
+  logging.getLogger('absl').setLevel(levels[1])
+  written = capsys.readouterr().err
+  lines = [line.strip() for line in re.split(r'[\r\n]+', written)]
+  told = [line for line in lines if line and '%|' not in line]
+  assert told == ['Loading x.', 'warning: odd', 'error: it broke']
+  assert all(line.startswith(('0%', '50%')) for line in lines if '%|' in line)
 
 
 def test_a_backend_that_does_not_start(monkeypatch):

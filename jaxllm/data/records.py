@@ -365,7 +365,7 @@ def _counters(sources: Sequence[SourceCounts]) -> list[collections.Counter[str]]
 
 def _bar(name: str, unit: str, show: bool) -> Any:
   from tqdm import tqdm
-  return tqdm(desc=f'prepare {name}', unit=unit, unit_scale=True, disable=not show,
+  return tqdm(desc=f'prepare {name}', unit=unit, unit_scale='tokens' in unit, disable=not show,
               mininterval=0.5 if sys.stderr.isatty() else 10)
 
 

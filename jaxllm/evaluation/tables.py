@@ -73,10 +73,10 @@ def render(tables: Mapping[str, Sequence[Line]], counts: Mapping[str, int]) -> s
   for task, lines in tables.items():
     for i, line in enumerate(lines):
       row = ['' if i else task, '' if i else f'{counts[task]:,}', line.name,
-             _number(line.score.value), _interval(line.score.low, line.score.high)]
+             number(line.score.value), _interval(line.score.low, line.score.high)]
       if line.comparison and line.baseline is not None:
         difference, low, high, p_value = line.comparison
-        row += [_number(line.baseline), f'{difference:+.4f}', _interval(low, high),
+        row += [number(line.baseline), f'{difference:+.4f}', _interval(low, high),
                 f'{p_value:.3f}']
       rows.append(row + [''] * (len(rows[0]) - len(row)))
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -110,9 +110,11 @@ def as_json(lines: Sequence[Line]) -> dict[str, Any]:
   }
 
 
-def _number(value: float) -> str:
-  return f'{value:,.4f}'
+def number(value: float) -> str:
+  """Return a score with four digits that mean something, or all before the point."""
+  whole = len(f'{abs(value):.0f}') if abs(value) >= 1 else 0
+  return f'{value:,.{max(4 - whole, 0)}f}'
 
 
 def _interval(low: float | None, high: float | None) -> str:
-  return '-' if low is None or high is None else f'[{_number(low)}, {_number(high)}]'
+  return '-' if low is None or high is None else f'[{number(low)}, {number(high)}]'

@@ -15,6 +15,7 @@ import jax
 from absl import logging
 from jax.sharding import Mesh
 
+from jaxllm.evaluation import tables
 from jaxllm.experiment import Experiment
 from jaxllm.training import losses, metrics
 
@@ -67,10 +68,7 @@ class Journal:
     """Note the metrics of a step that is done; write them down every `log_every_steps`."""
     if self._first:
       self._first = False
-      logging.info(
-        'First step after %.1f s; %d programs compiled.',
-        time.monotonic() - self._started, len(self._compilations),
-      )
+      logging.info('First step after %.1f s.', time.monotonic() - self._started)
       # The first step compiles: its time is told, and no part of the rates.
       self._write(step, scalars, None)
       self._reset()
@@ -91,9 +89,10 @@ class Journal:
   def scores(self, step: int, scores: Mapping[str, float]) -> None:
     """Write down what was measured: 'validation/NAME' and 'task/KIND/NAME'."""
     self._writer.write(step, scores)
-    held_out = [f'{text} {scores[f"validation/{name}"]:.4f}' for name, text in _TOLD.items()
+    numbers = {name: tables.number(value) for name, value in scores.items()}
+    held_out = [f'{text} {numbers[f"validation/{name}"]}' for name, text in _TOLD.items()
                 if f'validation/{name}' in scores]
-    tasks = [f'{name.removeprefix("task/")} {value:.4g}' for name, value in scores.items()
+    tasks = [f'{name.removeprefix("task/")} {value}' for name, value in numbers.items()
              if name.startswith('task/')]
     for told in filter(None, (held_out, tasks)):
       self._progress.message(f'step {step:,}: {", ".join(told)}')
@@ -128,7 +127,8 @@ def open_journal(
     started: when this process began, by `time.monotonic`.
   """
   device = mesh.devices.flat[0]
-  if metrics.device_peak_flops(device.device_kind, experiment.decoder.dtype) is None:
+  peak = metrics.device_peak_flops(device.device_kind, experiment.decoder.dtype)
+  if peak is None and device.platform != 'cpu':
     logging.info(
       'The peak of a %s in %s is unknown, so utilisation (MFU) is not reported.',
       device.device_kind, experiment.decoder.dtype,

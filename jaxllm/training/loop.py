@@ -214,6 +214,9 @@ def _loop(
   first, last = int(state.step), experiment.training.num_steps
   train_step = step_lib.make_train_step(experiment, run.tx, run.mesh)
   batch_sharding = sharding.batch_sharding(run.mesh, experiment.mesh)
+  logging.info('Training %s parameters on %d x %s; the first step compiles.',
+               f'{decoder.parameter_count(experiment.decoder):,}', run.mesh.size,
+               run.mesh.devices.flat[0].device_kind)
   batches = run.dataset.make_batches(
     'train', experiment.training.batch_size, experiment.data.shuffle, None
   )
@@ -316,6 +319,7 @@ def _should_stop(event: threading.Event, store: store_lib.Store, step: int) -> b
 
 def _finish(run: _Run, step: int, frozen: Any) -> dict[str, Any]:
   """Prove the run from its checkpoint alone: scores on all held-out text, samples, the report."""
+  logging.info('Measuring step %d on all held-out text, and sampling from it.', step)
   experiment, data = run.experiment, run.dataset.manifest.train
   summary: dict[str, Any] = {
     'step': step,
@@ -337,7 +341,7 @@ def _finish(run: _Run, step: int, frozen: Any) -> dict[str, Any]:
   if jax.process_index() == 0:
     _write_samples(experiment, run.path)
     workdir.write_json(run.path / 'summary.json', summary)
-    logging.info('Report: %s', report.write_report(run.path))
+    report.write_report(run.path)
   return summary
 
 

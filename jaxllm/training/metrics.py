@@ -207,7 +207,7 @@ class Progress:
       return
     now = time.monotonic()
     self._started = self._started or (step, now)
-    text = f'step {step:,}/{self._num_steps:,}  loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s'
+    text = f'step {step:,}/{self._num_steps:,}  loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s'
     text += f'  {self._time_left(step, now)}'
     if self._bar is not None:
       self._bar.n = step

@@ -124,7 +124,7 @@ def test_without_a_terminal_a_line_every_few_seconds_and_the_last(monkeypatch):
     'step 41/100', 'step 66/100', 'step 91/100', 'step 100/100', 'saved'
   ]
   # Compilation, which the first step paid for, does not count.
-  assert lines[1] == 'step 66/100  loss 1.2500  12,346 tokens/s  34 s left'
+  assert lines[1] == 'step 66/100  loss 1.250  12,346 tokens/s  34 s left'
   assert lines[3].endswith('done')
 
 
@@ -132,7 +132,7 @@ def test_on_a_terminal_a_bar(monkeypatch):
   stream = io.StringIO()
   stream.isatty = lambda: True
   text = run_progress(monkeypatch, stream)
-  assert '\r' in text and '100% |' in text and 'loss 1.2500  12,346 tokens/s' in text
+  assert '\r' in text and '100% |' in text and 'loss 1.250  12,346 tokens/s' in text
   assert text.count('\nsaved') <= 1 and 'saved\n' in text
 
 
