@@ -190,7 +190,7 @@ def load(path: LoadedModel | str | os.PathLike[str]) -> LoadedModel:
   """
   if isinstance(path, LoadedModel):
     return path
-  logging.info('Loading %s.', path)
+  logging.info('Loading %s.', os.path.basename(os.path.normpath(path)))
   if (base := peft.base_model(path)) is not None:
     return _with_adapters(path, *base)
   if sources.is_foreign(path):
