@@ -54,14 +54,14 @@ def complete(
     said = {**tokens, 'add_bos_token': 'cls_token' in tokens, **said}
   else:
     content = json.loads(files[kind])
-    vocab = content['model'].get('vocab')
-    vocab = vocab if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}
-    added = {token['content']: token['id'] for token in content.get('added_tokens') or []}
+    added = {token.get('content'): token['id'] for token in content.get('added_tokens') or []}
     texts = {i: text for text, i in added.items()}
-    said |= {name.removesuffix('_id'): texts[value] for name, value in ids.items()
-             if isinstance(value, int) and value in texts
-             and said.get(name.removesuffix('_id')) is None}
-    vocab = vocab | added
+    said = {name.removesuffix('_id'): texts[value] for name, value in ids.items()
+            if isinstance(value, int) and value in texts} | said
+    model = content.get('model')
+    pieces = model.get('vocab') if isinstance(model, dict) else None
+    vocab = added | (pieces if isinstance(pieces, dict) else {
+      piece[0]: i for i, piece in enumerate(pieces or ()) if isinstance(piece, list) and piece})
   return _with_settings(completed, _numbered(files, said, vocab, vocab_size))
 
 
@@ -72,7 +72,8 @@ def _numbered(
   listed = tokenizer_classes.listed(files, said)
   known = {**vocab, **{token.content: i for i, token in listed.items()}}
   texts = dict.fromkeys(token.content for token in tokenizer_classes.special(said))
-  missing = enumerate((text for text in texts if text not in known), max(known.values()) + 1)
+  end = max(known.values(), default=-1) + 1
+  missing = enumerate((text for text in texts if text not in known), end)
   tokens = {i: {'content': text, 'special': True} for i, text in missing if i < vocab_size}
   if not tokens:
     return said

@@ -198,7 +198,7 @@ def byte_level_bpe(
       single=f'{first} $A', pair=f'{first} $A {first} $B', special_tokens=[(first, vocab[first])]
     )
   made.add_special_tokens(list(special))
-  made.add_tokens(list(words))
+  made.add_tokens([library.AddedToken(word, normalized=False) for word in words])
   return made.to_str().encode()
 
 

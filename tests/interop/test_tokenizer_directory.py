@@ -102,6 +102,23 @@ def test_what_cannot_be_built_is_named(files, model_type, message):
     opened(vocab_and_merges() | files, model_type)
 
 
+@pytest.mark.parametrize('content', [
+  b'{}', b'{"model": []}', b'{"model": {"vocab": [1, [], ["a"]]}}',
+  b'{"added_tokens": [{"id": 1}]}'])
+def test_a_damaged_tokenizer_json_is_named(content):
+  with pytest.raises(ValueError, match='tokenizer.json'):
+    opened({'tokenizer.json': content} | settings(eos_token='a'), 'llama')
+
+
+def test_what_a_file_says_is_none_is_none():
+  content = tokenizer_export.byte_level_bpe({'a': 0, '<end>': 1}, [], special=['<end>'])
+  files = {'tokenizer.json': content}
+  assert opened(files, bos_token_id=1, eos_token_id=1)[0].bos_id == 1
+  said = settings(bos_token=None)
+  tokenizer, _ = opened(files | said, bos_token_id=1, eos_token_id=1)
+  assert (tokenizer.bos_id, tokenizer.eos_id) == (None, 1)
+
+
 def test_ids_with_a_gap_are_kept():
   tokenizer, _ = opened(vocab_and_merges() | settings(
     added_tokens_decoder={'261': {'content': END, 'special': True}}, eos_token=END), 'gpt2')

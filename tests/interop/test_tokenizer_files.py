@@ -114,3 +114,14 @@ def test_files_beside_adapters_take_the_place_of_the_base_models():
   silent = {'tokenizer.json': b'{"own": 1}'}
   assert tokenizer_files.chat_template(tokenizer_files.overlaid(base, silent)) == 'base'
   assert tokenizer_files.overlaid(base, {}) == base
+
+
+def test_words_of_byte_level_bpe_are_found_before_text_is_normalized():
+  import tokenizers as library
+
+  vocab = {sign: i for i, sign in enumerate(sorted(library.pre_tokenizers.ByteLevel.alphabet()))}
+  content = tokenizer_export.byte_level_bpe(
+    vocab | {'e\u0301': 256}, [], words=['e\u0301'], normalizer=library.normalizers.NFC())
+  tokenizer = tokenizers.from_files({'tokenizer.json': content})
+  assert tokenizer.encode('ae\u0301') == [vocab['a'], 256]
+  assert 256 not in tokenizer.encode('a\u00e9')
