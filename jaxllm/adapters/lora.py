@@ -1,7 +1,7 @@
 """LoRA: low-rank matrices beside frozen kernels, in the collection that `models/linear.py` reads.
 
 `init` makes the `lora` tree of a parameter tree, `abstract` its shapes and logical axes, `merge`
-folds it into the parameters, `drop` is its dropout, `save` and `load` keep it in a file of its own.
+folds it into the parameters, `drop` is its dropout.
 Training differentiates with respect to `variables['lora']` alone.
 
 Axis letters: I inputs and O outputs of a kernel, all its axes folded.
@@ -9,8 +9,6 @@ Axis letters: I inputs and O outputs of a kernel, all its axes folded.
 
 import functools
 import math
-import os
-import pathlib
 import re
 import zlib
 from collections.abc import Iterator, Mapping
@@ -18,7 +16,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pydantic
 
 from jaxllm.adapters.quantization import NUM_INPUTS
@@ -150,11 +147,6 @@ def drop(lora: Tree, rate: float, key: jax.Array) -> Tree:
   return dropped
 
 
-def parameter_count(lora: Tree) -> int:
-  """Return the number of trained numbers."""
-  return sum(math.prod(adapter[name].shape) for _, adapter in adapters(lora) for name in 'ab')
-
-
 def adapters(lora: Tree, path: str = '') -> Iterator[tuple[str, Tree]]:
   """Yield (path of the module, {'a', 'b', 'scale'})."""
   if 'a' in lora:
@@ -177,53 +169,6 @@ def check(lora: Tree, params: Tree) -> None:
     if found != expected:
       raise ValueError(f'adapter {path!r}: a, b and scale of shapes {found} do not fit the kernel '
                        f'of shape {kernel.shape}, which needs {expected}')
-
-
-def save(path: str | os.PathLike[str], lora: Tree, config: LoraConfig) -> None:
-  """Write adapters into one safetensors file, whole or not at all.
-
-  Args:
-    path: the file.
-    lora: the adapters.
-    config: kept beside them.
-  """
-  from safetensors.numpy import save_file
-
-  path = pathlib.Path(path)
-  flat = {f'{module}/{name}': np.asarray(array)
-          for module, adapter in adapters(lora) for name, array in adapter.items()}
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f'.{path.name}.partial')
-  save_file(flat, partial, metadata={'format': 'jaxllm-lora', 'config': config.to_json()})
-  os.replace(partial, path)
-
-
-def load(path: str | os.PathLike[str]) -> tuple[Tree, LoraConfig]:
-  """Read what `save` wrote; `check` tells whether it fits a model.
-
-  Raises:
-    ValueError: the file is missing, damaged or something else.
-  """
-  import safetensors
-
-  path = pathlib.Path(path)
-  if not path.is_file():
-    raise ValueError(f'no adapters in {str(path)!r}')
-  try:
-    with safetensors.safe_open(path, framework='numpy') as file:
-      metadata = file.metadata() or {}
-      flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-  except safetensors.SafetensorError as error:
-    raise ValueError(f'{path}: {error}') from None
-  if metadata.get('format') != 'jaxllm-lora':
-    raise ValueError(f'{path}: no adapters saved by jaxllm; for PEFT see adapters.peft.load')
-  modules: dict[str, Tree] = {}
-  for name, array in flat.items():
-    module, _, leaf = name.rpartition('/')
-    if not re.fullmatch(r'\w+(/\w+)*', module) or not np.isfinite(array).all():
-      raise ValueError(f'{path}: {name!r} is no part of an adapter, or not finite')
-    modules.setdefault(module, {})[leaf] = jnp.asarray(array)
-  return from_modules(modules), LoraConfig.from_json(metadata.get('config', ''))
 
 
 def from_modules(modules: Mapping[str, Tree]) -> Tree:

@@ -8,7 +8,6 @@ Reference:
   github.com/ggml-org/llama.cpp.
 """
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 
 from jaxllm.interop import gguf_file
 from jaxllm.interop.huggingface import Reading
+from jaxllm.models.families.huggingface import MAX_LAYERS
 
 # Divisors of the frequencies of Llama 3.1 and later, stored as a tensor.
 ROPE_DIVISORS = 'rope_freqs.weight'
@@ -54,6 +54,8 @@ def keys(
       if len(set(value)) != 1:
         raise ValueError(f'{kind}.{name} differs from layer to layer, which is not supported')
       value = value[0]
+    if isinstance(value, str) and name != 'rope.scaling.type':
+      raise ValueError(f'{kind}.{name}={value!r}; a number is needed')
     # A 32-bit float says 1e-5 as 9.999999747e-06.
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
@@ -111,20 +113,21 @@ def keys(
 
 def _windows(metadata: Reading, get: Get, kind: str, base: float) -> dict[str, Any]:
   """Return which layers see a window, and how these rotate."""
+  window = get('attention.sliding_window', 4096 if kind == 'gemma2' else 0)
+  local_base = get('rope.freq_base_swa', 1e4 if kind == 'gemma3' else base)
+  if kind != 'gemma3' and local_base != base:
+    raise ValueError(f'{kind}.rope.freq_base_swa={local_base} differs from rope.freq_base={base}')
   if kind not in ('gemma2', 'gemma3'):
-    window = get('attention.sliding_window', 0)
     if 0 < window < get('context_length'):
       raise ValueError(f'{kind}.attention.sliding_window={window} is not supported')
     return {}
-  window = get('attention.sliding_window', 4096 if kind == 'gemma2' else 0)
-  local_base = get('rope.freq_base_swa', 1e4 if kind == 'gemma3' else base)
-  if kind == 'gemma2' and local_base != base:
-    raise ValueError(f'gemma2.rope.freq_base_swa={local_base} differs from rope.freq_base={base}')
   cycle = metadata.get(f'{kind}.attention.sliding_window_pattern', 2 if kind == 'gemma2' else 6)
+  depth = min(get('block_count'), MAX_LAYERS)
   if not isinstance(cycle, list):
-    cycle = [i < cycle - 1 for i in range(cycle)] or [True]
-  local = itertools.islice(itertools.cycle(cycle if window else [False]), get('block_count'))
-  made = {'layer_types': [('full_attention', 'sliding_attention')[bool(one)] for one in local],
+    every = get('attention.sliding_window_pattern', cycle)
+    cycle = [not every or i % every < every - 1 for i in range(depth)]
+  local = [bool(window and one) for one in cycle][:depth]
+  made = {'layer_types': [('full_attention', 'sliding_attention')[one] for one in local],
           'sliding_window': window or None}
   return made | ({'rope_local_base_freq': local_base} if kind == 'gemma3' else {})
 
@@ -139,30 +142,29 @@ def _scaling(
   factor = get('rope.scaling.factor', get('rope.scale_linear', 0)) or 1.0
   factor = 1.0 if way == 'none' else factor
   original = get('rope.scaling.original_context_length')
-  turns = [get(f'rope.scaling.yarn_beta_{name}', usual) for name, usual in
-           (('fast', 32.0), ('slow', 1.0))]
+  fast, slow = (get(f'rope.scaling.yarn_beta_{name}', usual)
+                for name, usual in (('fast', 32.0), ('slow', 1.0)))
   sharpness, blend = get('rope.scaling.attn_factor', 1.0), get('rope.scaling.yarn_ext_factor', -1)
-  if blend >= 0 and blend != (way == 'yarn'):
-    raise ValueError(f'rope.scaling.yarn_ext_factor={blend} with the type {way!r} is not supported')
-  if (sharpness != 1 or way == 'yarn') and kind == 'gemma3':
-    raise ValueError(f'rope.scaling of the type {way!r} with attn_factor={sharpness} is not '
-                     'supported for gemma3')
+  yarn, divided = way == 'yarn', ROPE_DIVISORS in found
+  if blend not in (-1, int(yarn)) or yarn and divided or kind == 'gemma3' and (
+    yarn or sharpness != 1
+  ):
+    raise ValueError(f'{kind}: rope.scaling.type {way!r} with attn_factor={sharpness}, '
+                     f'yarn_ext_factor={blend} or {ROPE_DIVISORS} is not supported')
   divisors = np.full(head_dim // 2, factor)
-  if ROPE_DIVISORS in found:
+  if divided:
     tensor = found[ROPE_DIVISORS]
     if tensor.shape != (head_dim // 2,) or not np.isfinite(gguf_file.data(tensor)).all():
       raise ValueError(f'{ROPE_DIVISORS} has the shape {tensor.shape}, expected '
                        f'{(head_dim // 2,)} finite numbers')
-    if way == 'yarn':
-      raise ValueError(f"{ROPE_DIVISORS} with rope.scaling.type 'yarn' is not supported")
     divisors = divisors * gguf_file.data(tensor)
-  if way == 'yarn':
+  if yarn:
     return {
-      'rope_type': 'yarn', 'factor': factor, 'beta_fast': turns[0], 'beta_slow': turns[1],
+      'rope_type': 'yarn', 'factor': factor, 'beta_fast': fast, 'beta_slow': slow,
       'original_max_position_embeddings': original or length,
       'attention_factor': None if sharpness == 1 else sharpness * (0.1 * math.log(factor) + 1),
     }
-  if ROPE_DIVISORS in found or sharpness != 1:
+  if divided or sharpness != 1:
     return {
       'rope_type': 'longrope', 'short_factor': divisors.tolist(), 'long_factor': divisors.tolist(),
       'factor': 1.0, 'attention_factor': sharpness, 'original_max_position_embeddings': length,

@@ -99,22 +99,20 @@ def read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return metadata, tensors
   named = _PART.fullmatch(path.name)
   if named is None or int(named[2]) != count:
-    raise ValueError(f'{path} is one of {count} files of a model (split.count); their names have '
-                     f'to end with -00001-of-{count:05}.gguf, and so on')
+    raise ValueError(f'{path} is one of {count} files of a model (split.count); its name has to '
+                     f'end like -00001-of-{count:05}.gguf')
   paths = [path.with_name(f'{named[1]}-{i + 1:05}-of-{count:05}.gguf') for i in range(count)]
   if missing := [part.name for part in paths if not part.is_file()]:
     raise ValueError(f'{path} is one of {count} files of a model; fetch the missing ones too: '
                      f'{", ".join(missing[:5])}')
   read = [_read_file(part) for part in paths]
-  for i, (part, (content, _)) in enumerate(zip(paths, read, strict=True)):
-    if (content.get('split.no'), content.get('split.count')) != (i, count):
-      raise ValueError(f'{part}: split.no={content.get("split.no")} and split.count='
-                       f'{content.get("split.count")} do not fit its name')
+  places = [(content.get('split.no'), content.get('split.count')) for content, _ in read]
   tensors = {name: tensor for _, found in read for name, tensor in found.items()}
-  expected = read[0][0].get('split.tensors.count', len(tensors))
-  if len(tensors) != sum(len(found) for _, found in read) or len(tensors) != expected:
-    raise ValueError(f'{paths[0]}: {count} files hold {len(tensors)} different tensors, but '
-                     f'split.tensors.count is {expected}; they are not of one model')
+  lengths = {len(tensors), sum(len(found) for _, found in read)}
+  lengths |= {read[0][0].get('split.tensors.count', len(tensors))}
+  if places != [(i, count) for i in range(count)] or len(lengths) != 1:
+    raise ValueError(f'{paths[0]} and the {count - 1} files after it are not of one model '
+                     f'(split.no and split.count {places}, tensors {sorted(lengths)})')
   return read[0][0], tensors
 
 

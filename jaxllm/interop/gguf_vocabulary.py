@@ -71,7 +71,9 @@ def _ends(metadata: Mapping[str, Any], tokens: list[str]) -> list[int]:
   named = ('eot_token_id', 'eom_token_id', 'fim_pad_token_id', 'fim_rep_token_id',
            'fim_sep_token_id')
   ids = [_id(name, metadata[_KEY + name], len(tokens)) for name in named if _KEY + name in metadata]
-  ids += [_id('eos_token_ids', i, len(tokens)) for i in metadata.get(_KEY + 'eos_token_ids', [])]
+  several = metadata.get(_KEY + 'eos_token_ids', [])
+  ids += [_id('eos_token_ids', i, len(tokens))
+          for i in (several if isinstance(several, list) else [several])]
   kinds = _list(metadata, 'token_type', len(tokens), sentencepiece_model.NORMAL)
   # Struck-out text ends in HTML with what elsewhere ends a text.
   known = {token: i for i, token in enumerate(tokens)

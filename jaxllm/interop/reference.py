@@ -366,10 +366,8 @@ def _from_metadata(keys: Keys, get: Get, length: int) -> _Spec:
   if kind in ('gemma2', 'gemma3'):
     every = value('attention.sliding_window_pattern', 2 if kind == 'gemma2' else 6)
     spec.window = value('attention.sliding_window', 4096 if kind == 'gemma2' else 0)
-    if isinstance(every, list):
-      spec.local = lambda layer: spec.window and every[layer]
-    else:
-      spec.local = lambda layer: spec.window and layer % every < every - 1
+    spec.local = lambda layer: spec.window and (
+      every[layer] if isinstance(every, list) else not every or layer % every < every - 1)
     spec.softcap = value('attn_logit_softcapping', 50.0) if kind == 'gemma2' else None
     cap = value('final_logit_softcapping', 30.0 if kind == 'gemma2' else 0)
     spec.final_softcap = cap or None

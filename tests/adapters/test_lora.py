@@ -53,7 +53,6 @@ def test_shapes_literally():
     'layers/mlp/up': ((2, 8, 3), (2, 3, 12), [2, 2]),
     'layers/mlp/down': ((2, 12, 3), (2, 3, 8), [2, 2]),
   }
-  assert lora_lib.parameter_count(adapters) == 2 * 3 * (16 + 12 + 12 + 16 + 3 * 20)
 
 
 def test_untrained_adapters_change_nothing():
@@ -177,34 +176,6 @@ def test_quantised_kernels_are_adapted_but_not_merged(kind):
     rtol=1e-4, atol=1e-4)
   with pytest.raises(ValueError, match='quantised'):
     lora_lib.merge(quantised, adapters)
-
-
-def test_saved_adapters_come_back(tmp_path):
-  adapters = _trained()
-  lora_lib.save(tmp_path / 'x' / 'adapters.safetensors', adapters, ALL)
-  found, config = lora_lib.load(tmp_path / 'x' / 'adapters.safetensors')
-  assert config == ALL
-  jax.tree.map(np.testing.assert_array_equal, found, adapters)
-  lora_lib.check(found, _params())
-  assert [p.name for p in (tmp_path / 'x').iterdir()] == ['adapters.safetensors']
-
-
-def test_bad_files_are_named(tmp_path):
-  from safetensors.numpy import save_file
-
-  with pytest.raises(ValueError, match='no adapters in'):
-    lora_lib.load(tmp_path / 'none')
-  (tmp_path / 'junk').write_bytes(b'junk')
-  with pytest.raises(ValueError, match='junk'):
-    lora_lib.load(tmp_path / 'junk')
-  save_file({'x': np.zeros(1)}, tmp_path / 'other')
-  with pytest.raises(ValueError, match='no adapters saved by jaxllm'):
-    lora_lib.load(tmp_path / 'other')
-  metadata = {'format': 'jaxllm-lora', 'config': ALL.to_json()}
-  for arrays in ({'x/a': np.zeros(1)}, {'x/a': np.array([np.nan])}, {'a': np.zeros(1)}):
-    save_file(arrays, tmp_path / 'bad', metadata=metadata)
-    with pytest.raises(ValueError, match='no part of an adapter|not a, b and scale'):
-      lora_lib.load(tmp_path / 'bad')
 
 
 def test_what_does_not_fit_is_named():

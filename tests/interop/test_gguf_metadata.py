@@ -71,6 +71,9 @@ L, G = 'local', 'global'
   ('gemma3', {'attention__sliding_window': 7, 'attention__sliding_window_pattern': 0}, [L] * 8, 7),
   ('gemma3', {'attention__sliding_window': 7, 'attention__sliding_window_pattern':
               [True, True, False, True] * 2}, [L, L, G, L] * 2, 7),
+  ('gemma3', {'attention__sliding_window': 7, 'attention__sliding_window_pattern': 1}, [G] * 8,
+   None),
+  ('gemma2', {'attention__sliding_window_pattern': 2**32 - 1}, [L] * 8, 4096),
   # Wider than the context.
   ('llama', {'attention__sliding_window': 32}, [G] * 8, None),
 ])
@@ -90,7 +93,8 @@ def test_gemma_3_rotates_its_windows_as_the_file_says():
   {'vocab_size': 7}, {'attention__causal': True}, {'logit_scale': 1.0}, {'expert_used_count': 0},
   {'rope__scaling__finetuned': True}, {'attention__scale': 0.25}, {'attention__clamp_kqv': 0.0},
   {'rope__dimension_sections': [0, 0, 0, 0]}, {'tensor_data_layout': 'Meta AI original pth'},
-  {'attention__value_length': 16}, {'rope__scaling__yarn_ext_factor': -1.0},
+  {'attention__value_length': 16}, {'rope__scaling__yarn_beta_fast': 8.0},
+  {'rope__scaling__yarn_ext_factor': -1.0},
 ])
 def test_keys_that_change_nothing(changes):
   assert read(**changes) == read()
@@ -119,6 +123,7 @@ def test_keys_that_change_nothing(changes):
   ({'rope__scaling__type': 'longrope'}, "'longrope' is not supported"),
   ({'rope__scaling__yarn_ext_factor': 0.5}, 'yarn_ext_factor=0.5'),
   ({'expert_count': 8}, 'mixture of experts'),
+  ({'attention__scale': 'wide'}, "attention.scale='wide'; a number is needed"),
   ({'context_length': None}, 'llama.context_length is missing'),
   ({'attention__layer_norm_rms_epsilon': None}, 'layer_norm_rms_epsilon is missing'),
 ])
@@ -128,7 +133,9 @@ def test_what_the_decoder_does_not_have_is_refused(changes, message):
 
 
 @pytest.mark.parametrize(('kind', 'changes', 'message'), [
-  ('gemma3', {'rope__scaling__type': 'yarn', 'rope__scaling__factor': 4.0}, 'for gemma3'),
+  ('gemma3', {'rope__scaling__type': 'yarn', 'rope__scaling__factor': 4.0}, "gemma3: .*'yarn'"),
+  ('gemma3', {'rope__scaling__attn_factor': 0.5}, 'attn_factor=0.5'),
+  ('llama', {'rope__freq_base_swa': 500.0}, 'differs from rope.freq_base'),
   ('gemma2', {'rope__freq_base_swa': 500.0}, 'differs from rope.freq_base'),
 ])
 def test_what_one_architecture_does_not_have(kind, changes, message):
@@ -205,9 +212,9 @@ def test_models_in_several_files(tmp_path):
   with pytest.raises(ValueError, match=f'fetch the missing ones too: {second.name}'):
     sources.open_model(first)
   second.write_bytes(first.read_bytes())
-  with pytest.raises(ValueError, match=r'split.no=0 and split.count=\d do not fit its name'):
+  with pytest.raises(ValueError, match=r'are not of one model \(split.no and'):
     sources.open_model(first)
   second.write_bytes(content)
   first.rename(directory / 'renamed.gguf')
-  with pytest.raises(ValueError, match='names have to end with -00001-of-0000'):
+  with pytest.raises(ValueError, match='its name has to end like -00001-of-0000'):
     sources.open_model(directory / 'renamed.gguf')
