@@ -131,7 +131,7 @@ def _accept(run: _Run, step: int, selected: Selection) -> None:
   rates = [float(state_lib.make_schedule(one)(step)) for one in (
     workdir.begun_as(run.path) or run.experiment, run.experiment)]
   if rates[0] != rates[1]:
-    logging.info('Learning rate at step %d: %.4g, was to be %.4g.', step, rates[1], rates[0])
+    logging.warning('Learning rate at step %d: %.4g, was to be %.4g.', step, rates[1], rates[0])
   workdir.accept(run.experiment, run.path)
   if jax.process_index() == 0:
     workdir.write_json(run.path / DATA, run.dataset.manifest.model_dump(mode='json'))

@@ -26,16 +26,8 @@ def open_workdir(experiment: Experiment, workdir: str | os.PathLike[str]) -> pat
   What decides the model and the records of each step may not change between two runs into one
   directory; the rest (steps, learning rate, devices, ...) may.
 
-  Args:
-    experiment: the run.
-    workdir: where it goes.
-
-  Returns:
-    The path.
-
   Raises:
-    ValueError: the directory cannot be written, or it holds a run with other parameters or data;
-      the message lists the fields that differ.
+    ValueError: the directory cannot be written, or a field may not change; the message names it.
   """
   path = pathlib.Path(workdir)
   probe = path / f'.writable-{jax.process_index()}'
@@ -61,7 +53,7 @@ def accept(experiment: Experiment, path: pathlib.Path) -> None:
     return
   if (old := begun_as(path)) is not None:
     for field, before, after in config_lib.diff(old, experiment):
-      logging.info('Changed since the last call: config.%s: %r -> %r', field, before, after)
+      logging.warning('Changed since the last call: config.%s: %r -> %r', field, before, after)
   write_text(path / 'config.json', experiment.to_json())
   write_json(path / 'environment.json', environment())
 
@@ -95,21 +87,16 @@ def check_same_run(old: Experiment, new: Experiment, workdir: pathlib.Path) -> N
     row for row in config_lib.diff(old, new)
     if any(f'{row[0]}.'.startswith(f'{field}.') for field in FIXED_FIELDS)
     and not _RUN_DEPENDENT.fullmatch(row[0])
-  ], 'decides the model or the records of each step')
+  ], 'decides the model or which records a step reads')
 
 
 def refuse(workdir: pathlib.Path, changed: Sequence[tuple[str, Any, Any]], reason: str) -> None:
   """Raise a ValueError that names changed fields, from `config.diff`, unless there are none."""
   if not changed:
     return
-  rows = [f'config.{path}: {before!r} -> {after!r}' for path, before, after in changed]
-  if len(rows) == 1:
-    raise ValueError(f'the run in --workdir={workdir} cannot change {rows[0]}, which {reason}; '
-                     'give it its old value, or choose another --workdir')
-  listed = '\n  '.join(rows)
-  raise ValueError(f'the run in --workdir={workdir} cannot change these fields, each of which '
-                   f'{reason}:\n  {listed}\n'
-                   'Give them their old values, or choose another --workdir.')
+  rows = ', '.join(f'config.{path}: {before!r} -> {after!r}' for path, before, after in changed)
+  raise ValueError(f'the run in --workdir={workdir} cannot change {rows}, which {reason}; give '
+                   'back what it had, or choose another --workdir')
 
 
 # Fields that change how a model runs, not what it is, and where files lie: what the files hold is
