@@ -334,6 +334,13 @@ def _override(config: Any, changes: Sequence[tuple[str, list[str], Any]]) -> Any
       updates[key] = _read_value(type(config), key, path, value)
   for key, parts in nested.items():
     child = updates.get(key, getattr(config, key))
+    fields = {rest[0]: value for _, rest, value in parts if len(rest) == 1}
+    if len(fields) == len(parts) and fields.get('kind', '') not in ('', getattr(child, 'kind', '')):
+      # Another kind has other fields: nothing is left of the old one.
+      fields = {name: _literal(value) if isinstance(value, str) else value
+                for name, value in fields.items()}
+      updates[key] = _read_value(type(config), key, f'{key}.kind', fields)
+      continue
     if not isinstance(child, Config):
       raise ConfigError(
         f'config.{parts[0][0]}: {key} is {child!r}, which has no fields; set {key} itself as JSON'
@@ -361,7 +368,8 @@ def _read_value(cls: type[Config], key: str, path: str, value: Any) -> Any:
   accept: Any = pydantic.TypeAdapter(Annotated[field.annotation, field])  # type: ignore[arg-type]
   candidates = [value]
   if isinstance(value, str):
-    candidates = [_literal(value), *([value] if _accepts_text(field.annotation) else [])]
+    candidates = [_literal(value), *([value] if _accepts_text(field.annotation) else []),
+                  *([None] if value.lower() == 'none' else [])]
   errors = []
   for candidate in candidates:
     try:
@@ -372,6 +380,7 @@ def _read_value(cls: type[Config], key: str, path: str, value: Any) -> Any:
       problem = error.errors()[0]
       where = '.'.join(str(part) for part in problem['loc'] if not isinstance(part, int))
       message = problem['msg'].removeprefix('Value error, ')
+      message += ', written as JSON: ["a", "b"]' if problem['type'] == 'tuple_type' else ''
       errors.append(f'config.{path}={value}: {f"{where}: " if where else ""}{message}')
   raise ConfigError(errors[0])
 

@@ -139,8 +139,8 @@ class FinetuneConfig(Config):
 class Experiment(Config):
   """Everything that defines a run; an experiment file returns one from `get_config()`."""
 
-  name: str
-  """A short name, for reports."""
+  name: str = pydantic.Field(pattern=r'^\w[\w. -]*$')
+  """A short name, for reports and the folder of the records."""
   seed: int = pydantic.Field(default=0, ge=0, le=2**32 - 1)
   """Seeds initialization, dropout and the order of records."""
   records_dir: str = 'runs/records'

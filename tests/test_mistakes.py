@@ -83,6 +83,10 @@ CASES = [
   (('train', f'{QUICKSTART}:big', '--workdir=w'), "takes no variant, but 'big' is given"),
   (('train', f'--config={ROOT}/experiments/gpt3.py:124m', '--workdir=w'),
    "175b; did you mean '125m'?"),
+  (('train', *RUN, '--config.evaluation.prompts=a,b'), 'written as JSON: ["a", "b"]'),
+  (('train', *RUN, '--config.name=../elsewhere'), 'config.name=../elsewhere'),
+  (('train', *RUN, '--config.objective.kind=dpo'), "needs a task of the kind 'preference'"),
+  (('train', *RUN, '--config.objective.kind=dqo'), 'dqo'),
   (('prepare',), '--config=... is missing'),
   (('prepare', QUICKSTART, '--config.data.source=x'), 'did you mean config.data.sources?'),
   (('sample',), '--model=... is missing: A workdir'),
@@ -251,6 +255,15 @@ def test_the_name_of_a_program(monkeypatch, capsys):
     main.main()
   said = capsys.readouterr().err
   assert stopped.value.code == 2 and "no program 'trian'; did you mean 'train'?" in said
+
+
+def test_another_kind_and_none_as_people_write_them(tmp_path):
+  experiment = tiny.experiment(tmp_path)
+  tuned = config.override(experiment, {
+    'task.kind': 'preference', 'data.sources': '[]', 'objective.kind': 'simpo',
+    'objective.beta': '3.0', 'training.ema_decay': 'none'})
+  assert (tuned.objective.kind, tuned.objective.beta) == ('simpo', 3.0)
+  assert tuned.task.kind == 'preference' and tuned.training.ema_decay is None
 
 
 def test_what_may_not_be_read(folder):
