@@ -255,7 +255,7 @@ def _inner(files: Files) -> tuple[Any, Mapping[str, Any]]:
     inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=merges))
   except Exception as error:  # The library raises bare Exception.
     raise ValueError(f'vocab.json and merges.txt: not a byte-level BPE: {error}') from None
-  missing = set(_BYTE_SIGNS) - set(vocab)
+  missing = set(BYTE_SIGNS) - set(vocab)
   if missing:
     raise ValueError(f'vocab.json: {len(missing)} of the 256 bytes have no id of their own')
   return inner, tokenizer_classes.build(inner, files, named)
@@ -311,8 +311,8 @@ def _decoding_steps(decoder: Any) -> set[str]:
 
 
 def _token_bytes(token: str, steps: set[str]) -> bytes:
-  if 'ByteLevel' in steps and all(sign in _BYTE_SIGNS for sign in token):
-    return bytes(_BYTE_SIGNS[sign] for sign in token)
+  if 'ByteLevel' in steps and all(sign in BYTE_SIGNS for sign in token):
+    return bytes(BYTE_SIGNS[sign] for sign in token)
   if 'ByteFallback' in steps and len(token) == 6 and token.startswith('<0x'):
     return bytes([int(token[3:5], 16)])
   return (token.replace(MARK, ' ') if steps & {'Metaspace', 'Replace'} else token).encode()
@@ -326,7 +326,7 @@ def _byte_signs() -> dict[str, int]:
     chr(0x100 + i): value for i, value in enumerate(others)}
 
 
-_BYTE_SIGNS = _byte_signs()
+BYTE_SIGNS = _byte_signs()
 
 
 def _first(*values: int | None) -> int:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from jaxllm.data import tokenizers
+from jaxllm.data import tokenizer_kinds, tokenizers
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.interop import sentencepiece_model, tokenizer_files
 from jaxllm.models.config import DecoderConfig
@@ -66,7 +66,9 @@ def huggingface_files(
     made.pop('bytes.txt', None)
   ids = {'bos_token_id': tokenizer.bos_id, 'eos_token_id': tokenizer.eos_id,
          'pad_token_id': tokenizer.pad_id if tokenizer.pad_id != tokenizer.eos_id else None}
-  names = _special_tokens(made['tokenizer.json'], ids)
+  library = tokenizers.from_files({'tokenizer.json': made['tokenizer.json']}).library
+  tokens = {name: library.id_to_token(i) for name, i in ids.items() if i is not None}
+  names = {name.removesuffix('_id'): token for name, token in tokens.items() if token is not None}
   settings = json.loads(made.get('tokenizer_config.json', b'{}'))
   settings.pop('auto_map', None)
   if tokenizer_files.CHAT in made:
@@ -206,9 +208,9 @@ def _from_bytes(files: Files) -> bytes:
   import tokenizers as library
 
   del files
-  signs = {sign: value for value, sign in _byte_signs().items()}
   cut = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-  return byte_level_bpe(signs | {END: 256}, [], special=[END], pre_tokenizer=cut)
+  vocab = tokenizer_kinds.BYTE_SIGNS | {END: 256}
+  return byte_level_bpe(vocab, [], special=[END], pre_tokenizer=cut)
 
 
 _MAKERS: dict[str, Callable[[Files], bytes]] = {
@@ -220,17 +222,6 @@ _MAKERS: dict[str, Callable[[Files], bytes]] = {
 def _any_of(texts: Sequence[str]) -> str:
   """Return a pattern of any of the texts, the longest first."""
   return '|'.join(re.escape(text) for text in sorted(texts, key=len, reverse=True))
-
-
-def _byte_signs() -> dict[int, str]:
-  """Return GPT-2's sign for each byte: itself where it prints, else a letter from U+0100 on."""
-  import tokenizers as library
-
-  signs = sorted(library.pre_tokenizers.ByteLevel.alphabet())
-  plain = [sign for sign in signs if ord(sign) < 256]
-  moved = [sign for sign in signs if ord(sign) >= 256]
-  others = [value for value in range(256) if chr(value) not in plain]
-  return {ord(sign): sign for sign in plain} | dict(zip(others, moved, strict=True))
 
 
 def _merges(model: sentencepiece_model.Model, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
@@ -301,12 +292,3 @@ def _with_bos(content: bytes, bos_id: int | None) -> bytes:
     single=f'{token} $A', pair=f'{token} $A {token} $B', special_tokens=[(token, bos_id)]
   )
   return made.to_str().encode()
-
-
-def _special_tokens(content: bytes, ids: Mapping[str, int | None]) -> dict[str, str]:
-  """Return the text of the special tokens: 'bos_token' -> '<s>'."""
-  import tokenizers as library
-
-  inner = library.Tokenizer.from_str(content.decode())
-  tokens = {name: inner.id_to_token(i) for name, i in ids.items() if i is not None}
-  return {name.removesuffix('_id'): token for name, token in tokens.items() if token is not None}

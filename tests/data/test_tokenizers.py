@@ -34,7 +34,7 @@ TEXTS = [
 
 
 def _signs():
-  return {value: sign for sign, value in tokenizer_kinds._BYTE_SIGNS.items()}
+  return {value: sign for sign, value in tokenizer_kinds.BYTE_SIGNS.items()}
 
 
 def _gpt2_files():

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from jaxllm.data import tokenizers
+from jaxllm.data import tokenizer_kinds, tokenizers
 from jaxllm.interop import chat, tokenizer_export, tokenizer_files
 from tests.data.test_tokenizer_parts import KINDS
 
@@ -221,7 +221,7 @@ def test_context_parity(tmp_path, template):
 
   files = {
     'tokenizer.json': tokenizer_export.byte_level_bpe(
-      {sign: i for i, sign in enumerate(tokenizer_export._byte_signs().values())}, [],
+      {sign: i for i, sign in enumerate(tokenizer_kinds.BYTE_SIGNS)}, [],
       special=['<s>', '</s>', '<unk>', '<i>', '<b>']),
     'tokenizer_config.json': json.dumps({
       'bos_token': '<s>', 'eos_token': {'__type': 'AddedToken', 'content': '</s>'},
