@@ -216,7 +216,7 @@ def _train(config: TokenizerConfig, texts: Iterable[str]) -> bytes:
       size = int(largest[1])
       logging.warning('config.tokenizer.vocab_size=%s: this corpus gives %s pieces, and the '
                       'tokenizer has no more', config.vocab_size, size)
-    elif 'required_chars' in message and _has_bytes(config) and room > 0:
+    elif 'required_chars' in message and _has_bytes(config) and room > 2:
       sample = _without_rare(sample, room * 2 // 3)
     else:
       break
@@ -267,7 +267,8 @@ def _without_rare(sample: Sequence[str], count: int) -> list[str]:
 def _explained(config: TokenizerConfig, message: str) -> str:
   field = f'config.tokenizer.vocab_size={config.vocab_size}'
   if smallest := re.search(r'required_chars\. \d+ vs (\d+)', message):
-    advice = f'raise it to at least {smallest[1]}, and config.model.vocab_size with it'
+    least = _OTHER_PIECES + 3 if _has_bytes(config) else smallest[1]
+    advice = f'raise it to at least {least}, and config.model.vocab_size with it'
     if not _has_bytes(config):
       advice += (", or leave rare characters to their bytes (config.tokenizer.model_type='bpe' and "
                  'config.tokenizer.byte_fallback=True)')

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import pytest
 
@@ -223,8 +224,12 @@ def test_rare_characters_are_left_to_their_bytes(model_type):
    r'at least (\d+), and config\.model\.vocab_size .*tokenizer\.byte_fallback=True'),
 ])
 def test_a_vocabulary_without_room_names_all_fields_to_change(fields, advice):
-  with pytest.raises(ValueError, match=rf"tokenizer\.vocab_size={fields['vocab_size']} .*{advice}"):
+  message = rf"tokenizer\.vocab_size={fields['vocab_size']} .*{advice}"
+  with pytest.raises(ValueError, match=message) as error:
     tokenizers.train_or_load(TokenizerConfig(**fields), HAN)
+  least = int(re.search(advice, str(error.value))[1])
+  enough = TokenizerConfig(**fields | {'vocab_size': least})
+  assert least - 1 <= tokenizers.train_or_load(enough, HAN).vocab_size <= least
 
 
 def test_no_text_is_lost_for_a_sign_of_sentencepiece():
