@@ -123,7 +123,9 @@ def _no_text(source: SourceConfig, row: Row, value: Any) -> str:
   message = (f'{row.source}, {row.place}: field {source.text_field!r} is {found}, expected text; '
              f'other fields, for text_field: {others}')
   format_ = source.format or readers.ENDINGS.get(ending(pathlib.Path(row.source)))
-  if value is None and not source.column_names and format_ in ('csv', 'tsv'):
+  if value is None and len(row.fields) == 1 and ';' in others:
+    message += '. Columns are cut at commas (.csv) or tabs (.tsv), not at semicolons'
+  elif value is None and not source.column_names and format_ in ('csv', 'tsv'):
     message += ('. The first row of the file was taken for the names of its columns; if it is '
                 f'data, name them: column_names=({source.text_field!r}, ...) for this source, or '
                 'in a new first row')

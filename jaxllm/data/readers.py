@@ -214,6 +214,8 @@ def _table(
     where = f'{file.path}, line {number}'
     if not names:
       names = values
+      if '\r' in ''.join(names):
+        raise ValueError(f'{where}: a name of a column holds CR; end the lines with line feeds')
       if twice := [name for i, name in enumerate(names) if name in names[:i]]:
         raise ValueError(f'{where}: the first row names two columns {twice[0]!r}; rename one, or, '
                          'where that row is data, set column_names for this source')

@@ -149,6 +149,8 @@ def test_csv_takes_long_fields(tmp_path):
   ('a.csv', 'text,n,text\na,b,c\n', "line 1: the first row names two columns 'text'"),
   ('a.csv', 'fine film,1\nbad film,0\n', r"other fields, .* 'fine film', '1'\. .*column_names"),
   ('a.tsv', 'fine film\t1\nbad film\t0\n', r"other fields, .* 'fine film', '1'\. .*column_names"),
+  ('a.csv', 'text;n\na;1\n', 'cut at commas .*, not at semicolons'),
+  ('a.tsv', 'text\tn\ra\t1\r', 'line 1: a name of a column holds CR'),
   ('a.tsv', 'text\tn\n"a\tb"\tc\n', 'line 2: 3 columns, but the first row names 2'),
   ('a.jsonl', '{"text": "a", "text": "b"}\n', "line 1: .*the key 'text' stands twice"),
   ('a.jsonl', '[\n{"text": "a"}]\n', "line 1: .* set format='json'"),
