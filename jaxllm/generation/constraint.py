@@ -1,7 +1,7 @@
 """Which tokens may come next, so that the text is JSON, or JSON of a schema.
 
 - `Constraint` is what a decoder asks before it draws, one per row.
-- `JsonConstraints` makes the constraints of a tokenizer; compiled schemas are kept.
+- `JsonConstraints` makes the constraints of a tokenizer.
 - `Brake` ends what would be valid and go on for ever: digits and nesting.
 
 llguidance computes the masks. A new schema is first compiled in a process with limits of time and
@@ -10,13 +10,12 @@ have their properties in the order of the schema, white space is a space or a ne
 spaces, and only characters that must be escaped are.
 """
 
-import collections
+import functools
 import json
 import pathlib
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -26,14 +25,16 @@ from jaxllm.generation import json_schema
 
 CPU_SECONDS, MEMORY_BYTES = 2, 400_000_000
 """What compiling a schema may take; Python itself takes about 100 MB of address space."""
-CACHE_BYTES = 256_000_000
-"""Memory of the compiled schemas that are kept, as their compilation took it."""
 MAX_DEPTH, MAX_DIGITS, MAX_EXPONENT = 32, 32, 2
 
 # What every JSON document can be spelled with; all other characters can be escaped.
 _NEEDED = b'"\\{}[]:,-.+0123456789abcdeflnrstu'
 _OPTIONS = {'whitespace_pattern': r' |\n {0,32}', 'json_allowed_escapes': 'nrbtf\\"'}
-_MAX_LEXER_STATES = 30_000  # Up to 2 kB each, in every row.
+_MAX_ITEMS = 20_000  # About four for each optional property of an object.
+_MAX_LEXER_STATES = 100_000  # Up to 2 kB each, as long as a row lasts.
+_MAX_CHECKED = 256
+_TOO_COSTLY = ('schema: it cannot be followed from here by the tokens of this model, or not at a '
+               'bearable cost; make it simpler')
 
 
 class ConstraintError(ValueError):
@@ -103,8 +104,6 @@ class JsonConstraints:
     self, id_bytes: Sequence[bytes], eos_ids: Sequence[int], vocab_size: int | None = None
   ):
     self._vocabulary = Vocabulary(id_bytes, eos_ids, vocab_size)
-    self._lock = threading.Lock()
-    self._kept: collections.OrderedDict[str, tuple[Any, int]] = collections.OrderedDict()
 
   def any_object(self) -> 'JsonConstraint':
     """Return a constraint to JSON objects."""
@@ -117,26 +116,26 @@ class JsonConstraints:
       ValueError: the schema is not supported, takes too much to compile, or nothing satisfies it.
     """
     text = json.dumps(json_schema.prepare(schema) | {'x-guidance': _OPTIONS})
-    with self._lock:
-      kept = self._kept.pop(text, None)
-    if kept is None:
-      grammar = json.dumps({'grammars': [
-        {'lark_grammar': f'%llguidance {{"no_forcing": true}}\nstart: %json {text}'}]})
-      memory_bytes = _try_in_process(grammar)
-      kept = _compile(self._vocabulary, grammar), memory_bytes
-    with self._lock:
-      self._kept[text] = kept
-      while len(self._kept) > 1 and sum(size for _, size in self._kept.values()) > CACHE_BYTES:
-        self._kept.popitem(last=False)
-    return JsonConstraint(self._vocabulary, kept[0].deep_copy())
+    grammar = json.dumps({'grammars': [
+      {'lark_grammar': f'%llguidance {{"no_forcing": true}}\nstart: %json {text}'}]})
+    _check(grammar)
+    return JsonConstraint(self._vocabulary, _compile(self._vocabulary, grammar))
 
 
 class JsonConstraint:
-  """A `Constraint` to JSON; begins at the start of a document."""
+  """A `Constraint` to JSON; begins at the start of a document.
+
+  Nothing of it is kept for other requests: what is compiled grows with the tokens that it meets,
+  and is spent once it has met too many. Copies share it.
+  """
 
   def __init__(self, vocabulary: Vocabulary, matcher: Any):
     self._vocabulary, self._matcher = vocabulary, matcher
     self._brake = Brake(vocabulary)
+
+  def copy(self) -> 'JsonConstraint':
+    """Return another one, which has to be at the start too."""
+    return JsonConstraint(self._vocabulary, self._matcher.deep_copy())
 
   @property
   def complete(self) -> bool:
@@ -152,8 +151,7 @@ class JsonConstraint:
     bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
     mask = np.unpackbits(bits, count=self._vocabulary.size, bitorder='little').view(bool)
     if self._matcher.is_error() or not mask.any():
-      raise ConstraintError('schema: it cannot be followed from here by the tokens of this model, '
-                            'or not at a bearable cost; simplify its patterns')
+      raise ConstraintError(_TOO_COSTLY)
     return self._brake.apply(mask)
 
   def advance(self, token: int) -> None:
@@ -161,8 +159,11 @@ class JsonConstraint:
 
     Raises:
       ValueError: the token was not allowed.
+      ConstraintError: as `allowed`.
     """
     if not self._matcher.consume_token(token):
+      if re.search(r'\bmax is\b|too |limit', self._matcher.get_error()):
+        raise ConstraintError(_TOO_COSTLY)
       raise ValueError(f'token={token} is not allowed here; draw among allowed()')
     self._brake.advance(self._vocabulary.tokens[token])
 
@@ -220,27 +221,28 @@ def _is_whole(text: bytes) -> bool:
   return True
 
 
-def _try_in_process(grammar: str) -> int:
-  """Compile a grammar in another process, and return the bytes of memory that it took."""
+@functools.lru_cache(_MAX_CHECKED)
+def _check(grammar: str) -> None:
+  """Compile a grammar in another process, where it can take neither all time nor all memory."""
   request = json.dumps({'grammar': grammar, 'cpu_seconds': CPU_SECONDS,
                         'memory_bytes': MEMORY_BYTES})
   worker = pathlib.Path(__file__).with_name('constraint_worker.py')
   try:
     done = subprocess.run([sys.executable, '-I', str(worker)], input=request.encode(),
                           capture_output=True, check=False, timeout=20 * CPU_SECONDS, env={})
-    answer = json.loads(done.stdout)
+    error = json.loads(done.stdout)['error']
   except (subprocess.TimeoutExpired, ValueError):
     raise ValueError(f'schema: to compile it takes more than {CPU_SECONDS} s or {MEMORY_BYTES} '
                      'bytes of memory; make it simpler') from None
-  if answer['error']:
-    raise ValueError(f'schema: {_reason(answer["error"])}')
-  return answer['memory_bytes']
+  if error:
+    raise ValueError(f'schema: {_reason(error)}')
 
 
 def _compile(vocabulary: Vocabulary, grammar: str) -> Any:
   import llguidance
 
-  limits = llguidance.LLParserLimits(max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False)
+  limits = llguidance.LLParserLimits(
+    max_items_in_row=_MAX_ITEMS, max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False)
   matcher = llguidance.LLMatcher(vocabulary.compiled, grammar, log_level=0, limits=limits)
   if matcher.is_error() or not any(matcher.compute_bitmask()) or matcher.is_error():
     raise ValueError(f'schema: {_reason(matcher.get_error()) or "no document satisfies it"}')

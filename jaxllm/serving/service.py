@@ -15,7 +15,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from jaxllm.generation.constraint import Constraint, JsonConstraints
+from jaxllm.generation.constraint import Constraint, JsonConstraint, JsonConstraints
 from jaxllm.generation.sampling import MAX_SEED
 from jaxllm.generation.text import TextPiece, text_of
 from jaxllm.interop import chat as templates
@@ -249,8 +249,10 @@ class Service:
     if length * rows > self.limits.max_new_tokens:
       raise invalid('max_tokens', f'{length} tokens for each of {rows} choices are more than '
                     f'{self.limits.max_new_tokens}; ask for fewer')
+    constraint = self._constraint(generation)
     jobs = [
-      self._job(generation, prompt, length, choice, echo is not None, is_chat)
+      self._job(generation, prompt, length, choice, echo is not None, is_chat,
+                constraint and constraint.copy())
       for prompt, echo in zip(prompts, echoes, strict=True)
       for choice in range(generation.num_choices)
     ]
@@ -261,7 +263,7 @@ class Service:
                 sum(map(len, prompts)))
 
   def _job(self, generation: Generation, prompt: tuple[int, ...], length: int, choice: int,
-           echo: bool, is_chat: bool) -> Job:
+           echo: bool, is_chat: bool, constraint: Constraint | None) -> Job:
     score_prompt = echo and generation.num_top is not None
     sampling = generation.sampling.replace(
       max_new_tokens=length,
@@ -273,9 +275,9 @@ class Service:
     # What is bound to a form ends when that is complete, not where a text happens to stand.
     ends = turn.stop if turn and generation.form is None else ()
     return Job(prompt, sampling, seed, (*generation.stop, *ends), turn.stop_ids if turn else (),
-               generation.num_top or 0, score_prompt, self._constraint(generation))
+               generation.num_top or 0, score_prompt, constraint)
 
-  def _constraint(self, generation: Generation) -> Constraint | None:
+  def _constraint(self, generation: Generation) -> JsonConstraint | None:
     form = generation.form
     if form is None:
       return None

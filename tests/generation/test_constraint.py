@@ -444,23 +444,53 @@ def test_what_takes_too_long_to_compile_is_given_up(schema, monkeypatch):
     JsonConstraints([*BYTES, b''], [256]).schema(schema)
 
 
-def test_compiled_schemas_are_kept_by_their_memory(monkeypatch):
+def test_a_schema_is_tried_in_a_process_once(monkeypatch):
   constraints = JsonConstraints([*BYTES, b''], [256])
-  tried = []
-  monkeypatch.setattr(constraint_lib, '_try_in_process',
-                      lambda grammar: tried.append(grammar) or constraint_lib.CACHE_BYTES // 2)
-  for number in (1, 2, 1, 2, 3, 2, 1):
-    constraints.schema({'const': number})
-  assert ['1' in text.partition('const')[2][:5] for text in tried] == [True, False, False, True]
+  constraints.schema({'const': 'once'})
+  monkeypatch.setattr(constraint_lib.subprocess, 'run', lambda *args, **kwargs: 1 / 0)
+  constraints.schema({'const': 'once'})
+  with pytest.raises(ZeroDivisionError):
+    constraints.schema({'const': 'twice'})
+
+
+def test_what_one_request_spends_is_there_for_the_next(monkeypatch):
+  monkeypatch.setattr(constraint_lib, '_MAX_LEXER_STATES', 1500)
+  constraints = JsonConstraints([*BYTES, b''], [256])
+  counts = []
+  for _ in range(2):
+    draw = random.Random(1)
+    constraint = constraints.schema({'type': 'string', 'pattern': 'a.{50}b'})
+    with pytest.raises(ConstraintError):
+      for count in range(10_000):
+        constraint.advance(ord('"') if not count else draw.choice(b'ab'))
+        constraint.allowed()
+    counts.append(count)
+  assert counts[0] == counts[1] > 20
 
 
 def test_rows_of_a_schema_are_independent():
   constraints = JsonConstraints([*BYTES, b''], [256])
-  one, other = (constraints.schema({'enum': ['ab', 'cd']}) for _ in range(2))
+  one = constraints.schema({'enum': ['ab', 'cd']})
+  other = one.copy()
   for byte in b'"ab"':
     one.advance(byte)
   assert one.complete and not other.complete
   assert np.flatnonzero(other.allowed()).tolist() == [ord('"')]
+
+
+def test_objects_of_many_properties(monkeypatch):
+  schema = {'type': 'object', 'properties': {f'p{i}': {'maxLength': i} for i in range(1500)}}
+
+  def begin():
+    constraint = JsonConstraints([*BYTES, b''], [256]).schema(schema)
+    for byte in b'{"p1499":"':
+      assert constraint.allowed()[byte]
+      constraint.advance(byte)
+
+  begin()
+  monkeypatch.setattr(constraint_lib, '_MAX_ITEMS', 2000)
+  with pytest.raises(ConstraintError, match='bearable cost'):
+    begin()
 
 
 def test_many_open_alternatives_stay_bounded():

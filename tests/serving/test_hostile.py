@@ -123,7 +123,7 @@ def test_schemas_that_compile_slowly_keep_nobody_waiting(server, monkeypatch):
     assert go_on.wait(20)
     raise ValueError('schema: too slow')
 
-  monkeypatch.setattr(constraint, '_try_in_process', compile_slowly)
+  monkeypatch.setattr(constraint, '_check', compile_slowly)
   form = {'type': 'json_schema', 'json_schema': {'name': 'a', 'schema': {'const': 'slow'}}}
   with concurrent.futures.ThreadPoolExecutor(8) as pool:
     slow = [pool.submit(server.complete, response_format=form) for _ in range(8)]
