@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import logging
 import os
 import pathlib
@@ -30,7 +29,7 @@ from jaxllm.models.decoder import Decoder, DecoderConfig
 from jaxllm.objectives import classification
 from jaxllm.objectives.classification import ClassifierConfig
 from jaxllm.tasks import TASKS, chat, encoding, predict
-from jaxllm.tasks.base import BOS, Example, prompt_of
+from jaxllm.tasks.base import Example
 from jaxllm.tasks.chat import ChatTemplate
 
 # Entries of a bundle's manifest: fingerprints of the model that adapters are added to or pairs
@@ -111,14 +110,10 @@ class LoadedModel:
     if not jinja:
       return None
     # What was trained here began with BOS, whether or not the template writes it.
-    bos_id = self.tokenizer.bos_id
-    begin = [bos_id] if self.experiment and self.add_bos and bos_id is not None else []
-
-    def encode(messages: Sequence[chat.Message], **variables: Any) -> list[int]:
-      ids = templates.encode(self.tokenizer, jinja, messages, **variables)
-      return ids if ids[: len(begin)] == begin else [*begin, *ids]
-
-    ends = templates.turn_ends(self.tokenizer.special_tokens)
+    encode = functools.partial(
+      templates.encode, self.tokenizer, jinja,
+      bos_id=self.tokenizer.bos_id if self.experiment and self.add_bos else None)
+    ends = templates.answer_ends(self.tokenizer, jinja)
     return ChatFormat(encode, (), (*self.stop_ids, *ends))
 
   def quantized(self, kind: str) -> 'LoadedModel':
@@ -149,10 +144,7 @@ def chat_format(model: LoadedModel, template: ChatTemplate) -> ChatFormat:
   def encode(messages: Sequence[chat.Message], **variables: Any) -> list[int]:
     if variables.get('tools') or variables.get('documents'):
       raise templates.TemplateError("the model's chat template knows neither tools nor documents")
-    answered = [*messages, {'role': 'assistant', 'content': '.'}]
-    # Each by itself: a template writes it as it would among others.
-    turns = chat.segments([[message] for message in answered], template.render, template.controls)
-    prompt = prompt_of((BOS, *itertools.chain(*turns)))
+    prompt, = chat.segments([[{**one, 'weight': 0} for one in messages]], template)
     return list(encoding.encode(prompt, model.tokenizer, special, model.add_bos).ids)
 
   end = template.suffix.rstrip() or template.suffix
@@ -342,7 +334,10 @@ def check_model(field: str, path: str, params: Any, expected: str | None) -> str
   return found
 
 
-def task_examples(task: Any, split: str, tokenizer: Tokenizer) -> list[Example]:
+def task_examples(
+  task: Any, split: str, tokenizer: Tokenizer,
+  too_long: Callable[[Example], bool] = lambda example: False,
+) -> list[Example]:
   """Return the examples of a split of a task's data.
 
   Args:
@@ -350,27 +345,34 @@ def task_examples(task: Any, split: str, tokenizer: Tokenizer) -> list[Example]:
       preferences with the template 'model'.
     split: of its data.
     tokenizer: of the model, with its chat template.
+    too_long: tells of which examples of a chat the oldest exchanges are left out.
 
   Raises:
-    ValueError: the data cannot be read, or the model has no template, or one that does not only
-      append.
+    ValueError: the data cannot be read, or the model has no template, or one by which an answer
+      cannot be told from the rest.
   """
   by_template = TASKS[task.kind].by_template
-  if by_template is None or task.template != (None if isinstance(task, chat.Chat) else 'model'):
+  own = getattr(task, 'template', None)
+  if by_template is None or (own is None and not isinstance(task, chat.Chat)):
     return predict.examples(task, split)
-  template = tokenizer_files.chat_template(tokenizer.files())
+  template = own if isinstance(own, ChatTemplate) else _models_own(tokenizer, own)
+  return by_template(task, predict.records(task, split), template, too_long)
+
+
+def _models_own(tokenizer: Tokenizer, name: str | None) -> chat.Template:
+  """Return the chat template of a model, with the stops that end its answers."""
+  files, special = tokenizer.files(), tokenizer.special_tokens
+  template = tokenizer_files.chat_template(files)
   if template is None:
-    raise ValueError(f'task.template={task.template!r}: the model has no chat template of its own; '
-                     'name one')
-  special = tokenizer.special_tokens
-  eos_token = next((text for text, i in special.items() if i == tokenizer.eos_id), '')
-
-  def render(conversations: Sequence[Sequence[chat.Message]], open_turn: bool) -> list[str]:
-    # BOS is the task's own: a template that writes it would have it twice.
-    return templates.render(
-      template, conversations, open_turn, bos_token='', eos_token=eos_token)
-
-  return by_template(task, predict.records(task, split), render, tuple(special))
+    raise ValueError(f'task.template={name!r}: the model has no chat template of its own; name one')
+  ends = {tokenizer.eos_id, *tokenizer_files.stop_ids(files),
+          *templates.answer_ends(tokenizer, template)}
+  stops = {text for text, i in special.items() if i in ends}
+  if not stops and tokenizer.eos_id is None:
+    raise ValueError(f'task.template={name!r}: the tokenizer of the model has no token that ends '
+                     'an answer; name a template')
+  render = functools.partial(templates.render, template, **templates.special_names(tokenizer))
+  return chat.WrittenTemplate(render, tuple(special), stops)
 
 
 @overload

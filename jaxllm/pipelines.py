@@ -92,7 +92,7 @@ def speaker(model: LoadedModel, batch_size: int = BATCH_SIZE) -> Speaker:
     chats = [[{'role': 'user', 'content': request}] for request in requests]
     return templates.encode_all(model.tokenizer, template or '', chats)
 
-  ends = templates.turn_ends(special) if is_chat else ()
+  ends = templates.answer_ends(model.tokenizer, template or '') if is_chat else ()
   return Speaker(
     Decoder(model.config), model.unstacked, model.tokenizer, special, model.add_bos, batch_size,
     (*model.stop_ids, *ends), model.experiment.classifier if model.experiment else None,

@@ -63,7 +63,7 @@ class Tokenizer:
 
   def _never_special(self, text: str, ids: list[int]) -> list[int]:
     # A unigram model gives a piece that text spells, be it a special token.
-    return ids if self._special_ids.isdisjoint(ids) else self.encode_parts([text])
+    return ids if self._special_ids.isdisjoint(ids) else _no_panic(self._encode_parts, [text])
 
   @functools.cached_property
   def _special_ids(self) -> frozenset[int]:
@@ -79,6 +79,8 @@ class Tokenizer:
       ValueError: as `encode`.
     """
     parts = tokenizer_parts.joined([_valid(p) if isinstance(p, str) else p for p in parts])
+    if len(parts) == 1 and isinstance(parts[0], str):
+      return self.encode(parts[0])
     if self.library is not None:
       return _no_panic(self._encode_parts, parts)
     ids: list[int] = []

@@ -10,11 +10,55 @@ import itertools
 import json
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 Part = int | str
 """Plain text, or the id of a token."""
+
+
+# The last plane of Unicode, for private use, and how JSON in ASCII writes its characters.
+_PRIVATE = range(0x100000, 0x10FFFE)
+_STAND_IN = re.compile('[\U00100000-\U0010fffd]' r'|\\udb[c-f][0-9a-f]\\ud[c-f][0-9a-f]{2}')
+
+
+class StandIns:
+  """Private characters in the place of special tokens that a text from outside spells.
+
+  A template puts such texts together, and cannot take a character apart; it is put back in what is
+  plain text once the special tokens that the template wrote are cut out.
+  """
+
+  def __init__(self, special: Iterable[str], given: Any):
+    """Choose characters for special tokens that are not in `given`, a value of JSON's types."""
+    used = set(json.dumps(given, ensure_ascii=False))
+    free = (char for char in map(chr, _PRIVATE) if char not in used)
+    self._chars = dict(zip(special, free, strict=False))
+    self._texts = {char: text for text, char in self._chars.items()}
+    self._spelled = spelled(self._chars)
+
+  def hide(self, value: Any) -> Any:
+    """Return the value with every special token replaced, in all its texts and names."""
+    if isinstance(value, str):
+      return self._spelled.sub(lambda match: self._chars[match[0]], value)
+    if isinstance(value, Mapping):
+      return {self.hide(key): self.hide(item) for key, item in value.items()}
+    return [*map(self.hide, value)] if isinstance(value, list | tuple) else value
+
+  def cut(self, text: str) -> list[tuple[str, bool]]:
+    """Cut a text into (plain text as it was given or a special token, whether it is one)."""
+    def put_back(match: re.Match[str]) -> str:
+      return self._texts.get(json.loads(f'"{match[0]}"'), match[0])
+
+    pieces = self._spelled.split(text)
+    return [(piece if i % 2 else _STAND_IN.sub(put_back, piece), bool(i % 2))
+            for i, piece in enumerate(pieces) if piece]
+
+
+def spelled(special: Iterable[str]) -> re.Pattern[str]:
+  """Return the pattern, one group, of texts that spell special tokens; the longest one wins."""
+  longest_first = sorted(special, key=len, reverse=True)
+  return re.compile(f'({"|".join(map(re.escape, longest_first)) or "(?!)"})')
 
 
 def joined(parts: Sequence[Part]) -> list[Part]:

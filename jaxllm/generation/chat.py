@@ -33,12 +33,22 @@ def fit(
     ValueError: the last message alone is too long.
   """
   kept = list(messages)
-  first = 1 if kept and kept[0]['role'] == 'system' else 0
   while len(ids := encode(kept)) > max_tokens:
-    if len(kept) <= first + 1:
+    if not (shorter := without_oldest(kept)):
       raise ValueError(f'the message has {len(ids)} tokens with its template; {max_tokens} fit')
-    del kept[first : first + 2]
+    kept = shorter
   return kept, ids
+
+
+def without_oldest(messages: Sequence[Message]) -> list[Message]:
+  """Return a conversation without its oldest exchange, up to the user's next message.
+
+  The system message stays. [] where there is no next one.
+  """
+  first = 1 if messages and messages[0]['role'] == 'system' else 0
+  later = (i for i in range(first + 1, len(messages)) if messages[i]['role'] == 'user')
+  start = next(later, None)
+  return [] if start is None else [*messages[:first], *messages[start:]]
 
 
 def converse(

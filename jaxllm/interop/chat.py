@@ -8,14 +8,13 @@ writes '<|im_end|>' does not end the turn.
 import functools
 import json
 import pathlib
-import re
-import secrets
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxllm.data.tokenizer_parts import Part
+from jaxllm.data import tokenizer_parts
+from jaxllm.data.tokenizer_parts import StandIns
 from jaxllm.data.tokenizers import Tokenizer
 
 # What ends a turn in the usual templates.
@@ -27,9 +26,6 @@ _TURN_ENDS = (
 # How many conversations are rendered by one process, which has a limit of time.
 _AT_ONCE = 256
 CPU_SECONDS, MEMORY_BYTES, MAX_CHARACTERS = 5, 512_000_000, 10_000_000
-# The last plane of Unicode, for private use, and how JSON in ASCII writes its characters.
-_PRIVATE = 0x100000
-_STAND_IN = re.compile('[\U00100000-\U0010fffd]' r'|\\udb[c-f][0-9a-f]\\ud[c-f][0-9a-f]{2}')
 MAX_TEMPLATE_CHARACTERS = 1_000_000
 
 Message = Mapping[str, Any]
@@ -102,17 +98,18 @@ def render(
 def encode(
   tokenizer: Tokenizer, template: Templates, messages: Sequence[Message],
   add_generation_prompt: bool = True, tools: Sequence[Any] | None = None,
-  documents: Sequence[Any] | None = None, **variables: Any,
+  documents: Sequence[Any] | None = None, *, bos_id: int | None = None, **variables: Any,
 ) -> list[int]:
   """Return the token ids of a conversation; see `encode_all`."""
   return encode_all(
-    tokenizer, template, [messages], add_generation_prompt, tools, documents, **variables)[0]
+    tokenizer, template, [messages], add_generation_prompt, tools, documents, bos_id=bos_id,
+    **variables)[0]
 
 
 def encode_all(
   tokenizer: Tokenizer, template: Templates, conversations: Sequence[Sequence[Message]],
   add_generation_prompt: bool = True, tools: Sequence[Any] | None = None,
-  documents: Sequence[Any] | None = None, **variables: Any,
+  documents: Sequence[Any] | None = None, *, bos_id: int | None = None, **variables: Any,
 ) -> list[list[int]]:
   """Return the token ids of conversations.
 
@@ -127,30 +124,25 @@ def encode_all(
     add_generation_prompt: whether they end where the assistant begins.
     tools: as in `render`.
     documents: as in `render`.
+    bos_id: the token that all begin with, whether or not the template writes it; None: none.
     **variables: other variables of the template; the tokenizer's special tokens have their names.
 
   Raises:
     TemplateError: as `render`, or none of the templates is the default.
   """
   special = tokenizer.special_tokens
-  # One character stands for each special token that is not the template's, so that no template can
-  # take it apart; it is put back in what is plain text.
-  first = _PRIVATE + secrets.randbelow(0xFFFE - len(special))
-  stand_ins = {text: chr(first + i) for i, text in enumerate(special)}
-  given = _hide(
-    {'conversations': conversations, 'tools': tools, 'documents': documents,
-     'variables': variables}, _any_of(special), stand_ins)
+  given = [list(map(list, conversations)), tools, documents, variables]
+  stand_ins = StandIns(special, given)
+  conversations, tools, documents, variables = stand_ins.hide(given)
   texts = render(
-    chosen(template, tools), given['conversations'], add_generation_prompt, given['tools'],
-    given['documents'], **{**special_names(tokenizer), **given['variables']})
-  hidden = {char: text for text, char in stand_ins.items()}
-
-  def put_back(match: re.Match[str]) -> str:
-    return hidden.get(json.loads(f'"{match[0]}"'), match[0])
-
-  parts = ([_STAND_IN.sub(put_back, part) if isinstance(part, str) else part
-            for part in _parts(text, special)] for text in texts)
-  return [tokenizer.encode_parts(some) for some in parts]
+    chosen(template, tools), conversations, add_generation_prompt, tools, documents,
+    **{**special_names(tokenizer), **variables})
+  begin = [] if bos_id is None else [bos_id]
+  result = []
+  for text in texts:
+    parts = [special[piece] if control else piece for piece, control in stand_ins.cut(text)]
+    result.append(tokenizer.encode_parts(parts if parts[:1] == begin else [*begin, *parts]))
+  return result
 
 
 def chosen(template: Templates, tools: Sequence[Any] | None = None) -> str:
@@ -169,7 +161,7 @@ def chosen(template: Templates, tools: Sequence[Any] | None = None) -> str:
 
 
 @functools.lru_cache(maxsize=8)
-def special_names(tokenizer: Tokenizer) -> Mapping[str, str]:
+def special_names(tokenizer: Tokenizer) -> Mapping[str, Any]:
   """Return the special tokens by the names that templates know: {'bos_token': '<s>', ...}."""
   files = tokenizer.files()
   said: dict[str, Any] = {}
@@ -192,14 +184,30 @@ def encode_with_special(tokenizer: Tokenizer, text: str) -> list[int]:
 
   Only for text that can be trusted; `Tokenizer.encode` leaves them plain text.
   """
-  return tokenizer.encode_parts(_parts(text, tokenizer.special_tokens))
+  special = tokenizer.special_tokens
+  pieces = tokenizer_parts.spelled(special).split(text)
+  return tokenizer.encode_parts(
+    [special[piece] if i % 2 else piece for i, piece in enumerate(pieces)])
 
 
 def turn_ends(special: Mapping[str, int]) -> tuple[int, ...]:
-  """Return which of the special tokens end the assistant's turn; it need not be EOS."""
-  # Where there are two more ends, this one is between the parts of a turn.
-  between = ['<|end|>'] if {'<|return|>', '<|call|>'} <= special.keys() else []
-  return tuple(special[text] for text in _TURN_ENDS if text in special and text not in between)
+  """Return which of the special tokens end the assistant's turn in the usual templates."""
+  return tuple(special[text] for text in _TURN_ENDS if text in special)
+
+
+def answer_ends(tokenizer: Tokenizer, template: Templates) -> tuple[int, ...]:
+  """Return the special tokens that end an answer: the usual ones, and what the template writes."""
+  special = tokenizer.special_tokens
+  ends = turn_ends(special)
+  said = '\ufdd0'
+  talk = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': said}]
+  try:
+    text, = render(chosen(template), [talk], False, **special_names(tokenizer))
+  except TemplateError:
+    return ends
+  _, found, after = text.rpartition(said)
+  first = tokenizer_parts.spelled(special).search(after) if found else None
+  return tuple(dict.fromkeys([*ends, *([special[first[0]]] if first else [])]))
 
 
 # As a file it would put its own directory, with modules of common names, on the path.
@@ -214,26 +222,3 @@ def _plain(message: Message) -> Message:
   if reasoning is None:
     return kept
   return {'thinking': reasoning, **kept, 'reasoning_content': reasoning}
-
-
-def _any_of(special: Mapping[str, int]) -> re.Pattern[str]:
-  longest_first = sorted(special, key=len, reverse=True)
-  return re.compile('|'.join(map(re.escape, longest_first)) or '(?!)')
-
-
-def _hide(value: Any, spelled: re.Pattern[str], stand_ins: Mapping[str, str]) -> Any:
-  """Replace what spells a special token, in all texts and names of a value."""
-  if isinstance(value, str):
-    return spelled.sub(lambda match: stand_ins[match[0]], value)
-  if isinstance(value, Mapping):
-    return {_hide(key, spelled, stand_ins): _hide(item, spelled, stand_ins)
-            for key, item in value.items()}
-  if isinstance(value, list | tuple):
-    return [_hide(item, spelled, stand_ins) for item in value]
-  return value
-
-
-def _parts(text: str, special: Mapping[str, int]) -> list[Part]:
-  """Cut a text into the special tokens that it spells and what is between them."""
-  pieces = re.split(f'({_any_of(special).pattern})', text)
-  return [special[piece] if i % 2 else piece for i, piece in enumerate(pieces)]

@@ -38,6 +38,9 @@ class Segment(NamedTuple):
 
 BOS = Segment('bos', control=True)
 EOS = Segment('eos', 1.0, control=True)
+CONVERSATION = Segment('conversation', control=True)
+"""Begins a conversation: its texts are encoded as one, after BOS where the model wants it and the
+template does not write it. A template that writes earlier turns otherwise needs several."""
 
 
 class Example(NamedTuple):
@@ -146,8 +149,8 @@ class Task(NamedTuple):
     metrics: name in `evaluation.scores.METRICS` -> what of a prediction it compares.
     optional: what a record may have -> reader.
     shape: (config, record) -> record with `fields`, from the other forms that people have.
-    by_template: (config, records, render, controls) -> examples of conversations, written by the
-      template of a model.
+    by_template: (config, records, template, too_long) -> examples of conversations; those that are
+      too long lose their oldest exchanges.
   """
 
   config: type[Any]

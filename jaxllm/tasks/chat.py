@@ -1,26 +1,61 @@
 """Chat: messages become segments in which only what the assistant says has weight.
 
-A template is any function from conversations to texts that only ever appends, `ChatTemplate.render`
-or a model's own. What it writes for the assistant is found by rendering one message more.
+A template is any program that writes a conversation after its beginning, `ChatTemplate` or a
+model's own. What a model is asked is what it writes before an answer, with the assistant's turn
+opened; the rest of what it writes up to the answer's end is learnt. Where it writes earlier turns
+otherwise, or gives an answer no end, there is one sequence a turn.
 """
 
-import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
 
 import pydantic
 
 from jaxllm.config import Config
+from jaxllm.data.tokenizer_parts import StandIns
+from jaxllm.generation.chat import without_oldest
 from jaxllm.tasks import conversations, language_modeling
-from jaxllm.tasks.base import BOS, Answer, Example, Prediction, Record, Segment, Task, TaskConfig
+from jaxllm.tasks.base import (
+  CONVERSATION,
+  EOS,
+  Answer,
+  Example,
+  Prediction,
+  Record,
+  Segment,
+  Task,
+  TaskConfig,
+)
 from jaxllm.tasks.records import RecordsConfig, RecordSource
 
 Message = Mapping[str, Any]
-Render = Callable[[Sequence[Sequence[Message]], bool], Sequence[str]]
-"""(conversations, whether the assistant's turn is opened after each) -> their texts."""
-
 # A code point that never stands for a character.
 _STAND_IN = '\ufdd0'
+
+
+class Template(Protocol):
+  """What writes conversations."""
+
+  @property
+  def controls(self) -> Iterable[str]:
+    """Texts that are single tokens where the template writes them; contents only spell them."""
+
+  @property
+  def stops(self) -> Container[str] | None:
+    """The controls that end an answer; None: whatever the template writes after it does."""
+
+  def render(
+    self, conversations: Sequence[Sequence[Message]], open_turn: bool = False
+  ) -> Sequence[str]:
+    """Return the texts of conversations, with `open_turn` up to where the assistant begins."""
+
+
+class WrittenTemplate(NamedTuple):
+  """A template of which only the parts are known; see `Template`."""
+
+  render: Callable[..., Sequence[str]]
+  controls: tuple[str, ...] = ()
+  stops: Container[str] | None = None
 
 
 class ChatTemplate(Config):
@@ -37,6 +72,10 @@ class ChatTemplate(Config):
   """(role, how the template spells it) pairs; other roles keep their names."""
   controls: tuple[str, ...] = ('<|im_start|>', '<|im_end|>')
   """Texts in prefix and suffix that are single tokens, where the tokenizer has them."""
+
+  @property
+  def stops(self) -> None:
+    """The suffix ends an answer."""
 
   def render(
     self, conversations: Sequence[Sequence[Message]], open_turn: bool = False
@@ -111,100 +150,127 @@ def example(config: Chat, record: Record) -> Example:
   if config.template is None:
     raise ValueError("template=None: what a chat says is known only together with a model's own "
                      'template; see tasks.chat.examples')
-  return examples([record], config.template.render, config.template.controls)[0]
+  return examples([record], config.template)[0]
 
 
-def examples(
-  records: Sequence[Record], render: Render, controls: Sequence[str] = ()
-) -> list[Example]:
+def examples(records: Sequence[Record], template: Template) -> list[Example]:
   """Return the examples of records by any template, such as a model's own; see `segments`."""
-  found = segments([record['messages'] for record in records], render, controls)
-  return [
-    Example((BOS, *one), None, record) for one, record in zip(found, records, strict=True)
-  ]
+  found = segments([record['messages'] for record in records], template)
+  return [Example(one, None, record) for one, record in zip(found, records, strict=True)]
+
+
+def fitting(
+  records: Sequence[Record], template: Template, too_long: Callable[[Example], bool]
+) -> list[Example]:
+  """Return the examples of records, those that are too long without their oldest exchanges."""
+  found = examples(records, template)
+  left = {i: list(records[i]['messages']) for i, one in enumerate(found) if too_long(one)}
+  while left:
+    left = {i: shorter for i, messages in left.items()
+            if (shorter := without_oldest(messages))}
+    again = examples([{'messages': messages} for messages in left.values()], template)
+    for i, one in zip(left, again, strict=True):
+      found[i] = one._replace(record=records[i])
+    left = {i: messages for i, messages in left.items() if too_long(found[i])}
+  return found
 
 
 def segments(
-  conversations: Sequence[Sequence[Message]], render: Render, controls: Sequence[str] = ()
+  conversations: Sequence[Sequence[Message]], template: Template
 ) -> list[tuple[Segment, ...]]:
-  """Return conversations as segments; the assistant's contents and their ends have weight 1.
+  """Return conversations as segments; the assistant's contents and their ends have weight.
 
-  The end of a turn is what the template writes after the content; white space is part of it only
-  where there is nothing else.
+  An answer ends with the first of the template's stops after it, or, where no stop is known, with
+  what is written after it but for white space; with EOS where there is no such end.
 
   Args:
     conversations: each a list of messages {'role', 'content'}; one of the assistant may have a
       `weight`.
-    render: the template; called twice.
-    controls: texts that are single tokens where the template writes them; in contents they are
-      text like any other.
+    template: called twice.
+
+  Returns:
+    For each, one sequence or several: see `CONVERSATION`.
 
   Raises:
-    ValueError: a message is not of that form, or the template changes what it wrote before.
+    ValueError: a message is not of that form, or what the assistant says cannot be told apart.
   """
-  whole: list[list[Message]] = []
-  opened: list[list[Message]] = []
   for messages in conversations:
-    for count, message in enumerate(messages, start=1):
+    for count, message in enumerate(messages):
       _check(message, count)
-      earlier = list(messages[: count - 1])
-      # The same message with a stand-in shows what of the turn is the template's.
-      whole += [[*earlier, message], [*earlier, {**message, 'content': _STAND_IN}]]
-      if message['role'] == 'assistant':
-        opened.append(earlier)
-  whole_texts, opened_texts = iter(render(whole, False)), iter(render(opened, True))
+  stand_ins = StandIns(template.controls, list(map(list, conversations)))
+  whole: list[list[dict[str, Any]]] = []
+  opened: list[list[dict[str, Any]]] = []
+  for messages in stand_ins.hide(list(conversations)):
+    plain = [{key: item for key, item in one.items() if key != 'weight'} for one in messages]
+    for i, message in enumerate(messages):
+      if _weight(message):
+        # The same message with a stand-in shows what of the turn is the template's.
+        whole += [plain[: i + 1], [*plain[:i], {**plain[i], 'content': _STAND_IN}]]
+        opened.append(plain[:i])
+    if not any(map(_weight, messages)):
+      opened.append(plain)
+  whole_texts, opened_texts = iter(template.render(whole, False)), template.render(opened, True)
+  asked_texts = iter(opened_texts)
   result = []
   for messages in conversations:
-    written, found = '', []
-    for message in messages:
-      speaks = message['role'] == 'assistant'
-      closed, marked = next(whole_texts), next(whole_texts)
-      start = next(opened_texts) if speaks else written
-      if not (start.startswith(written) and closed.startswith(start) and marked.startswith(start)):
-        raise _changing()
-      found += _split(start[len(written):], 0.0, controls)
-      found += _turn(closed[len(start):], marked[len(start):], _weight(message), controls)
-      written = closed
+    found: list[Segment] = []
+    written: str | None = None
+    for weight in list(filter(None, map(_weight, messages))) or [0.0]:
+      asked = next(asked_texts)
+      if written is None or not asked.startswith(written):
+        found.append(CONVERSATION)
+        written = ''
+      found += _split(stand_ins, asked[len(written):], 0.0)
+      if weight:
+        said, end, written = _turn(asked, next(whole_texts), next(whole_texts), stand_ins, template)
+        found += _split(stand_ins, said, weight)
+        found += _split(stand_ins, end, weight) or [EOS._replace(weight=weight)]
     result.append(tuple(found))
   return result
-
-
-def _check(message: Message, count: int) -> None:
-  if not isinstance(message.get('role'), str) or not isinstance(message.get('content'), str):
-    raise ValueError(f"messages[{count - 1}]={message!r}: expected {{'role': text, 'content': "
-                     'text}')
 
 
 def _weight(message: Message) -> float:
   return float(message.get('weight', 1.0)) if message['role'] == 'assistant' else 0.0
 
 
-def _turn(text: str, marked: str, weight: float, controls: Sequence[str]) -> list[Segment]:
-  """Return one turn, whose template is `marked`."""
-  before, stand_in, after = marked.partition(_STAND_IN)
-  said = text[len(before) : len(text) - len(after)]
-  if not stand_in or before + said + after != text:
-    raise _changing()
-  end = after.rstrip() or after
-  return [
-    *_split(before, 0.0, controls),
-    *([Segment(said, weight)] if said else []),
-    *_split(end, weight, controls),
-    *_split(after[len(end):], 0.0, controls),
-  ]
+def _check(message: Message, count: int) -> None:
+  if not isinstance(message.get('role'), str) or not isinstance(message.get('content'), str):
+    raise ValueError(f"messages[{count}]={message!r}: expected {{'role': text, 'content': text}}")
 
 
-def _changing() -> ValueError:
-  return ValueError('the chat template writes a message otherwise when another is added or its '
-                    'content changes, so what the assistant says cannot be told apart; use a '
-                    'template that only appends')
+def _turn(
+  asked: str, text: str, marked: str, stand_ins: StandIns, template: Template
+) -> tuple[str, str, str | None]:
+  """Return (answer, its end, the text up to there); '' and None where it has no end.
+
+  Args:
+    asked: the text before the answer.
+    text: with it.
+    marked: with a stand-in as its content.
+    stand_ins: which tell controls from text.
+    template: of the texts.
+  """
+  _, stand_in, after = marked.partition(_STAND_IN)
+  stop = len(text) - len(after)
+  if not stand_in or not text.startswith(asked) or not text.endswith(after) or stop < len(asked):
+    before, written = (''.join(piece for piece, _ in stand_ins.cut(one))[-80:]
+                       for one in (asked, text))
+    raise ValueError(
+      'the chat template writes a conversation otherwise when it has an answer: it is asked with '
+      f'{before!r}, and writes {written!r}, so that what the assistant says cannot be told apart; '
+      'use another template')
+  if template.stops is None:
+    end = after.rstrip() or after
+  else:
+    pieces = stand_ins.cut(after)
+    stops = [i for i, (piece, control) in enumerate(pieces, 1)
+             if control and piece in template.stops]
+    end = ''.join(piece for piece, _ in pieces[: stops[0]]) if stops else ''
+  return text[len(asked) : stop], end, (text[: stop + len(end)] if end else None)
 
 
-def _split(text: str, weight: float, controls: Sequence[str]) -> list[Segment]:
-  if not controls:
-    return [Segment(text, weight)] if text else []
-  pieces = re.split(f'({"|".join(map(re.escape, controls))})', text)
-  return [Segment(piece, weight, piece in controls) for piece in pieces if piece]
+def _split(stand_ins: StandIns, text: str, weight: float) -> list[Segment]:
+  return [Segment(piece, weight, control) for piece, control in stand_ins.cut(text)]
 
 
 def read(config: Chat, example: Example, answer: Answer) -> Prediction:
@@ -216,5 +282,5 @@ def read(config: Chat, example: Example, answer: Answer) -> Prediction:
 TASK = Task(
   Chat, 'measure', {'messages': conversations.messages}, example, read, language_modeling.METRICS,
   shape=lambda config, record: conversations.shape(record),
-  by_template=lambda config, *args: examples(*args),
+  by_template=lambda config, records, template, too_long: fitting(records, template, too_long),
 )

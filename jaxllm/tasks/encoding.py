@@ -1,12 +1,14 @@
 """Segments to token ids and weights: the only place where a task meets a tokenizer."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from jaxllm.data.tokenizer_parts import Part
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.objectives import completion
 from jaxllm.objectives.completion import Tokens, Truncation
-from jaxllm.tasks.base import Example, Segment, prompt_of
+from jaxllm.tasks.base import CONVERSATION, Example, Segment, prompt_of
 
 
 def encode(
@@ -16,6 +18,9 @@ def encode(
   add_bos: bool = True,
 ) -> Tokens:
   """Tokenize each segment by itself, so that weights and tokens cannot come apart.
+
+  Of a conversation, it is what stands before an answer that is tokenized by itself, as one text;
+  and of several sequences the last is returned, see `sequences`.
 
   Args:
     segments: texts and control tokens.
@@ -27,31 +32,101 @@ def encode(
   Returns:
     ids and the weight of each as a target.
   """
-  bos_id = tokenizer.bos_id if add_bos else None
-  known = {'bos': bos_id, 'eos': tokenizer.eos_id, **(special_ids or {})}
+  if segments and segments[0] == CONVERSATION:
+    return sequences(segments, tokenizer, special_ids, add_bos)[-1]
   ids: list[int] = []
   weights: list[float] = []
   continues = False
-  for segment in segments:
-    if segment.control and segment.text in known:
-      special = known[segment.text]
-      new = [] if special is None else [special]
+  parts = _parts(segments, tokenizer, special_ids, add_bos)
+  for segment, part in zip(segments, parts, strict=True):
+    if segment.control and part != segment.text:
+      new = [part] if isinstance(part, int) else []
       continues = False
     else:
-      new = _continued(segment.text, tokenizer) if continues else tokenizer.encode(segment.text)
+      new = _continued([part], tokenizer) if continues else tokenizer.encode(segment.text)
       continues = True
     ids += new
     weights += [segment.weight] * len(new)
   return Tokens(ids, weights)
 
 
-def _continued(text: str, tokenizer: Tokenizer) -> list[int]:
-  """Tokenize text that follows other text: without the space that some put before all text."""
+def sequences(
+  segments: Sequence[Segment],
+  tokenizer: Tokenizer,
+  special_ids: Mapping[str, int] | None = None,
+  add_bos: bool = True,
+) -> list[Tokens]:
+  """Tokenize segments, of which conversations may need several sequences.
+
+  What stands before an answer has the ids with which a model is asked for it. Where these do not
+  begin with the ids so far, as a tokenizer joins the end of an answer with what follows, another
+  sequence begins.
+
+  Args:
+    segments: as in `encode`, like the rest.
+    tokenizer: text to ids.
+    special_ids: of its special tokens.
+    add_bos: whether the model wants BOS.
+
+  Returns:
+    Sequences in which each answer has its weight once.
+  """
+  if not segments or segments[0] != CONVERSATION:
+    return [encode(segments, tokenizer, special_ids, add_bos)]
+  starts = [i for i, segment in enumerate(segments) if segment == CONVERSATION]
+  found = []
+  for start, stop in itertools.pairwise([*starts, len(segments)]):
+    some = segments[start + 1 : stop]
+    parts = _parts(some, tokenizer, special_ids, add_bos)
+    bos_id = tokenizer.bos_id
+    begin = [bos_id] if add_bos and bos_id is not None and parts[:1] != [bos_id] else []
+    found += _turns([*begin, *parts], [0.0] * len(begin) + [one.weight for one in some], tokenizer)
+  return found
+
+
+def _turns(parts: list[Part], weights: list[float], tokenizer: Tokenizer) -> list[Tokens]:
+  found: list[Tokens] = []
+  ids: list[int] = []
+  own: list[float] = []
+  stop = 0
+  for weight, run in itertools.groupby(weights):
+    start, stop = stop, stop + len(list(run))
+    if not weight:
+      continue
+    asked = tokenizer.encode_parts(parts[:start])
+    if asked[: len(ids)] != ids:
+      found.append(Tokens(ids, own))
+      ids, own = [], []
+    whole = tokenizer.encode_parts(parts[:stop])
+    said = (whole[len(asked) :] if whole[: len(asked)] == asked
+            else _continued(parts[start:stop], tokenizer))
+    own = [*own, *[0.0] * (len(asked) - len(ids)), *[weight] * len(said)]
+    ids = asked + said
+  if not ids:
+    ids = tokenizer.encode_parts(parts)
+    own = [0.0] * len(ids)
+  return [*found, Tokens(ids, own)]
+
+
+def _parts(
+  segments: Sequence[Segment], tokenizer: Tokenizer, special_ids: Mapping[str, int] | None,
+  add_bos: bool,
+) -> list[Part]:
+  """Return the texts of segments, and the ids of controls; '' for those that there are not."""
+  known = {'bos': tokenizer.bos_id if add_bos else None, 'eos': tokenizer.eos_id,
+           **(special_ids or {})}
+  found = [known.get(segment.text, segment.text) if segment.control else segment.text
+           for segment in segments]
+  return ['' if part is None else part for part in found]
+
+
+def _continued(parts: Sequence[Part], tokenizer: Tokenizer) -> list[int]:
+  """Tokenize what follows other text: without the space that some put before all text."""
   border = '\n'
   before = tokenizer.encode(border)
   if b''.join(tokenizer.id_bytes[token] for token in before) == border.encode():
-    return tokenizer.encode(text)
-  return tokenizer.encode(border + text)[len(before) :]
+    return tokenizer.encode_parts(parts)
+  return tokenizer.encode_parts([border, *parts])[len(before) :]
 
 
 class Omitted(NamedTuple):
@@ -95,14 +170,23 @@ def training_sequences(
     add_bos: as in `encode`.
 
   Returns:
-    One sequence per example, None where nothing of it is left to learn from; and how many are.
+    One sequence per example, for a conversation maybe several, None where nothing of it is left to
+    learn from; and how many are.
 
   Raises:
     ValueError: an example is too long and `truncation` is 'error'.
   """
-  encoded = [encode(example.segments, tokenizer, special_ids, add_bos) for example in examples]
-  cut = [completion.truncate(tokens, context_length, truncation) for tokens in encoded]
-  return cut, omitted(encoded, cut)
+  cut: list[Tokens | None] = []
+  # The longest sequence of each example.
+  last: list[tuple[Tokens, Tokens | None]] = []
+  for example in examples:
+    several = sequences(example.segments, tokenizer, special_ids, add_bos)
+    # A conversation has lost whole turns of its start before: see `chat.fitting`.
+    is_chat = example.segments[:1] == (CONVERSATION,) and truncation == 'start'
+    cut += [completion.truncate(tokens, context_length, 'end' if is_chat else truncation)
+            for tokens in several]
+    last.append((several[-1], cut[-1]))
+  return cut, omitted([whole for whole, _ in last], [kept for _, kept in last])
 
 
 def prompts(

@@ -307,17 +307,21 @@ def _classify(config: TaskConfig, examples: Sequence[Example], speaker: Speaker)
 
 def _measure(config: TaskConfig, examples: Sequence[Example], speaker: Speaker) -> list[Answer]:
   context_length = speaker.model.config.max_length
-  encoded = [_encode(speaker, example.segments) for example in examples]
-  parts = [list(windows(one, context_length, context_length // 2 or 1)) for one in encoded]
+  encoded = [encoding.sequences(example.segments, speaker.tokenizer, speaker.special_ids,
+                                speaker.add_bos) for example in examples]
+  parts = [[part for one in several
+            for part in windows(one, context_length, context_length // 2 or 1)]
+           for several in encoded]
   found = iter(log_likelihoods(speaker, [part for group in parts for part in group]))
   return [
     Answer(
       log_likelihoods=tuple(next(found) for _ in group),
       num_tokens=tuple(sum(map(bool, part.weights[1:])) for part in group),
       # Without BOS nothing predicts the first token.
-      unpredicted_bytes=len(speaker.tokenizer.id_bytes[one.ids[0]]) if any(one.weights[:1]) else 0,
+      unpredicted_bytes=sum(len(speaker.tokenizer.id_bytes[one.ids[0]])
+                            for one in several if any(one.weights[:1])),
     )
-    for one, group in zip(encoded, parts, strict=True)
+    for several, group in zip(encoded, parts, strict=True)
   ]
 
 

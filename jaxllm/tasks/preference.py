@@ -56,7 +56,7 @@ def example(config: Preference, record: Record) -> Example:
   if config.template == 'model':
     raise ValueError("template='model': what a chat says is known only together with the model")
   if config.template is not None:
-    return examples(config, [record], config.template.render, config.template.controls)[0]
+    return examples(config, [record], config.template)[0]
   question, *more = record['prompt']
   if more or question['role'] != 'user':
     roles = ', '.join(message['role'] for message in record['prompt'])
@@ -70,12 +70,12 @@ def example(config: Preference, record: Record) -> Example:
 
 
 def examples(
-  config: Preference, records: Sequence[Record], render: chat.Render, controls: Sequence[str] = ()
+  config: Preference, records: Sequence[Record], template: chat.Template, *unused: Any
 ) -> list[Example]:
   """Return the examples of records as conversations; see `chat.segments`."""
   written = chat.examples(
     [{'messages': [*record['prompt'], {'role': 'assistant', 'content': record[name]}]}
-     for name in ('chosen', 'rejected') for record in records], render, controls)
+     for name in ('chosen', 'rejected') for record in records], template)
   said = [one.segments[len(prompt_of(one.segments))].text for one in written]
   return [
     Example(written[i].segments, 0, record, (said[i], said[i + len(records)]))

@@ -22,6 +22,7 @@ from jaxllm.data.records import Manifest, Split
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.experiment import Experiment, TrainingConfig
 from jaxllm.tasks import predict
+from jaxllm.tasks.base import Example
 from jaxllm.tasks.encoding import Omitted
 from jaxllm.training import rows
 
@@ -124,8 +125,17 @@ def _task(experiment: Experiment) -> Dataset:
   tokenizer = tokenizers.train_or_load(experiment.tokenizer, _texts(task))
   arrays, splits = {}, {}
   for name in ('train', *(['validation'] if 'validation' in task.data.splits else [])):
-    examples = loading.task_examples(task, name, tokenizer)
+    shortened: set[int] = set()
+
+    def too_long(example: Example, shortened: set[int] = shortened) -> bool:
+      found = rows.too_long(experiment, tokenizer, example)
+      shortened |= {id(example.record)} if found else set()
+      return found
+
+    examples = loading.task_examples(task, name, tokenizer, too_long)
     arrays[name], omitted = rows.make(experiment, examples, tokenizer)
+    if shortened:
+      omitted = omitted._replace(cut=len(shortened) - omitted.too_long)
     splits[name] = _count(experiment, arrays[name], len(examples), omitted, tokenizer)
     if any(omitted):
       logging.warning('%s: of %d examples %s', name, len(examples),

@@ -80,6 +80,15 @@ def decode(experiment: Experiment) -> Callable[[np.ndarray], Batch]:
   return FORMS[experiment.objective.kind].decode
 
 
+def too_long(experiment: Experiment, tokenizer: Tokenizer, example: Example) -> bool:
+  """Return whether a conversation must lose turns of its start to fit a row."""
+  task: Any = experiment.task
+  return task.truncation == 'start' and any(
+    len(tokens.ids) > experiment.data.context_length + 1
+    for tokens in encoding.sequences(
+      example.segments, tokenizer, tokenizer.special_tokens, experiment.data.add_bos))
+
+
 def _tokens_dtype(experiment: Experiment) -> np.dtype:
   return completion.record_dtype(experiment.data.context_length, experiment.decoder.vocab_size)
 

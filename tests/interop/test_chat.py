@@ -1,5 +1,6 @@
 """Chat templates: rendered in a sandbox with limits; messages stay plain text."""
 
+import dataclasses
 import json
 import time
 
@@ -91,6 +92,17 @@ def test_special_tokens_where_they_are_asked_for(tokenizer):
     256, *tokenizer.encode('a'), 257, 257, *tokenizer.encode('b')]
   assert max(tokenizer.encode(text)) < 256
   assert chat.encode_with_special(tokenizer, '') == []
+
+
+@pytest.mark.parametrize(('template', 'ends'), [
+  ('{{ messages[1].content }}<|stop|>\n<|start|>', (257, 258)), (TEMPLATE, (257,)),
+  ('<|start|>{{ messages[1].content }}', (257,)), ('{{ messages[0].content }}<|stop|>', (257,)),
+  ('{{ raise_exception("no") }}', (257,)), ({}, (257,)),
+])
+def test_what_a_template_writes_after_an_answer_ends_it(tokenizer, template, ends):
+  special = {**tokenizer.special_tokens, '<|stop|>': 258}
+  assert chat.answer_ends(
+    dataclasses.replace(tokenizer, special_tokens=special), template) == ends
 
 
 def test_several_conversations_in_one_process():

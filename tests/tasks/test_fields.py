@@ -7,7 +7,7 @@ import pytest
 
 from jaxllm.evaluation import scores
 from jaxllm.tasks import TASKS, fields, predict, suite
-from jaxllm.tasks.base import BOS, EOS, Segment, prompt_of
+from jaxllm.tasks.base import BOS, CONVERSATION, EOS, Segment, prompt_of
 from jaxllm.tasks.chat import PLAIN, Chat, ChatTemplate
 from jaxllm.tasks.classification import Classification
 from jaxllm.tasks.language_modeling import LanguageModeling
@@ -222,8 +222,8 @@ CHAT = [user('a'), bot('b')]
 ], ids=lambda record: ' '.join(record))
 def test_chats_in_every_form_are_the_same(record):
   found = example('chat', Chat(template=PLAIN), **record)
-  assert found.segments == (BOS, Segment('User:\n'), Segment('a'), Segment('\n\n'),
-                            Segment('Assistant:\n'), Segment('b', 1.0), Segment('\n\n', 1.0))
+  assert found.segments == (CONVERSATION, Segment('User:\na\n\nAssistant:\n'),
+                            Segment('b', 1.0), Segment('\n\n', 1.0))
   assert found.record == record
 
 
@@ -238,7 +238,7 @@ def test_systems_inputs_and_earlier_answers():
   assert text == 'system:\ns\n\nUser:\na\n\nx\n\nAssistant:\nb\n\n'
   found = example('chat', config, system='s',
                   conversations=[{'from': 'human', 'value': 'a'}, {'from': 'gpt', 'value': 'b'}])
-  assert found.segments[1:3] == (Segment('system:\n'), Segment('s'))
+  assert found.segments[1].text.startswith('system:\ns\n\nUser:')
   found = example('chat', config, prompt=[user('a'), bot('b'), user('c')], completion=[bot('d')])
   assert spoken(found) == ['d']
 

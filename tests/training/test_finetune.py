@@ -27,6 +27,7 @@ from jaxllm.models.decoder import Decoder
 from jaxllm.objectives import completion
 from jaxllm.optim.schedules import ScheduleConfig
 from jaxllm.tasks import chat, encoding, predict
+from jaxllm.tasks.base import EOS, Segment
 from jaxllm.tasks.chat import Chat, ChatTemplate
 from jaxllm.tasks.classification import Sentiment
 from jaxllm.tasks.records import RecordsConfig, RecordSource
@@ -260,7 +261,7 @@ def test_a_run_is_talked_to_as_it_was_trained(base, tmp_path):
   train(experiment(base, task=task, name='talks', finetune=FinetuneConfig()), base / 'talks')
   model = loading.load(base / 'talks')
   encode, stop, _ = model.chat_format
-  example, = chat.examples([{'messages': said}], template.render)
+  example, = chat.examples([{'messages': said}], template)
   trained = encoding.encode(example.segments, model.tokenizer, add_bos=model.add_bos).ids
   asked = encode(said[:1])
   assert trained[: len(asked)] == asked and stop == ('[end]',)
@@ -275,8 +276,10 @@ def test_a_run_is_talked_to_as_it_was_trained(base, tmp_path):
   for tokenizer in (elsewhere.tokenizer,
                     tokenizers.from_files(loading.describe(base / 'talks').files)):
     found = loading.task_examples(again, 'train', tokenizer)[0]
-    assert ''.join(segment.text for segment in found.segments[1:]) == template.render(
-      [found.record['messages']])[0]
+    # To the model the end of its turn is text, which nothing stops at; EOS is in its place.
+    messages = found.record['messages']
+    assert found.segments[-3:] == (
+      Segment(template.render([messages[:1]], True)[0]), Segment(messages[1]['content'], 1.0), EOS)
 
 
 @pytest.mark.parametrize(('changes', 'message'), [
