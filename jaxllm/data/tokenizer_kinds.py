@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -155,7 +156,10 @@ def from_sentencepiece(files: Files) -> Tokenizer:
   try:
     processor = sentencepiece.SentencePieceProcessor(model_proto=files['tokenizer.model'])
   except RuntimeError as error:
-    raise ValueError(f'tokenizer.model: not a SentencePiece model: {error}') from None
+    is_tiktoken = re.match(rb'[A-Za-z0-9+/]+=* \d+\s', files['tokenizer.model'])
+    why = ('it is one of tiktoken; put the tokenizer.json of the model there' if is_tiktoken
+           else error)
+    raise ValueError(f'tokenizer.model: not a SentencePiece model: {why}') from None
   id_bytes = [_piece_bytes(processor, i) for i in range(processor.vocab_size())]
   unknown = processor.unk_id()
   mark = [processor.piece_to_id(f'<0x{value:02X}>') for value in MARK.encode()]

@@ -89,6 +89,7 @@ def _from_sentencepiece(
   It has no tokens but its own, and puts a space before every stretch of text between those that
   are special, where the classes of `transformers` may not.
   """
+  original = tokenizers.from_files({'tokenizer.model': files['tokenizer.model']})
   model = sentencepiece_model.parse(files['tokenizer.model'])
   vocab = {piece: i for i, piece in enumerate(model.pieces)}
   own: dict[str, Any] = {'add_bos_token': True} | {
@@ -101,7 +102,6 @@ def _from_sentencepiece(
   if not beyond and all(named[name] == token for name, token in own.items()) and (
       prefix == 'sentencepiece' or not model.dummy_prefix):
     return files
-  original = tokenizers.from_files({'tokenizer.model': files['tokenizer.model']})
   exact = tokenizer_export.from_sentencepiece(files['tokenizer.model'])
   try:
     tokenizer_export.check_equal(

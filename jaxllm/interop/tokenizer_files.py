@@ -23,7 +23,7 @@ def read(directory: pathlib.Path) -> dict[str, bytes]:
   """Return the tokenizer's files of a model directory, and those that tell how to use it.
 
   Raises:
-    ValueError: one is absurdly large.
+    ValueError: one is absurdly large, or the only tokenizer is one of tiktoken.
   """
   files = {}
   names = {name: name for name in FILE_NAMES}
@@ -34,6 +34,11 @@ def read(directory: pathlib.Path) -> dict[str, bytes]:
       if path.stat().st_size > MAX_BYTES:
         raise ValueError(f'{path}: larger than {MAX_BYTES} bytes')
       files[ours] = path.read_bytes()
+  if not files.keys() & set(tokenizers.BUILDERS):
+    for path in sorted(directory.glob('*')):
+      if path.name in ('tekken.json', 'tiktoken.model') or path.suffix == '.tiktoken':
+        raise ValueError(f'{path}: a tokenizer of tiktoken is not read; put the tokenizer.json of '
+                         'the model there')
   named = {path.stem: path.read_bytes() for path in sorted(directory.glob(MORE_CHATS))}
   if named:
     named |= {'default': files.pop(CHAT)} if CHAT in files else {}

@@ -110,6 +110,16 @@ def test_a_damaged_tokenizer_json_is_named(content):
     opened({'tokenizer.json': content} | settings(eos_token='a'), 'llama')
 
 
+@pytest.mark.parametrize('name', ['qwen.tiktoken', 'tekken.json', 'tiktoken.model'])
+def test_tokenizers_of_tiktoken_are_refused_by_name(tmp_path, name):
+  (tmp_path / name).write_text('IQ== 0\nIg== 1\n')
+  with pytest.raises(ValueError, match=f'{name}: a tokenizer of tiktoken is not read'):
+    tokenizer_files.read(tmp_path)
+  (tmp_path / 'tokenizer.model').write_text('IQ== 0\nIg== 1\n')
+  with pytest.raises(ValueError, match='it is one of tiktoken; put the tokenizer.json'):
+    opened(tokenizer_files.read(tmp_path), 'llama')
+
+
 def test_what_a_file_says_is_none_is_none():
   content = tokenizer_export.byte_level_bpe({'a': 0, '<end>': 1}, [], special=['<end>'])
   files = {'tokenizer.json': content}
