@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import dataclasses
 import json
 import math
@@ -508,3 +509,22 @@ def test_templates_get_tools_calls_and_variables():
     with pytest.raises(ApiError) as caught:
       planned(model if param != 'reasoning_effort' else tooled, body)
     assert caught.value.content()['error']['param'] == param
+
+
+def test_json_needs_a_tokenizer_whose_text_is_that_of_its_bytes():
+  import tokenizers as library
+
+  signs = ['[UNK]', *map(chr, range(33, 127)), *(f'##{chr(byte)}' for byte in range(33, 127))]
+  inner = library.Tokenizer(library.models.WordPiece(
+    {text: i for i, text in enumerate(signs)}, unk_token='[UNK]'))
+  inner.pre_tokenizer = library.pre_tokenizers.BertPreTokenizer()
+  inner.decoder = library.decoders.WordPiece()
+  model, _ = shared()
+  pieces = dataclasses.replace(model, tokenizer=tokenizers.from_files(
+    {'tokenizer.json': inner.to_str().encode()}))
+  body = {'model': NAME, 'prompt': 'a', 'response_format': {'type': 'json_object'}}
+  for served, works in ((model, True), (pieces, False)):
+    service = Service(served, shared()[1], NAME, LimitsConfig())
+    with contextlib.nullcontext() if works else pytest.raises(ApiError, match='cannot spell JSON'):
+      assert service.completion(json.dumps(body).encode()).jobs[0].constraint is not None
+    service.close()
