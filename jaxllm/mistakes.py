@@ -15,7 +15,6 @@ import traceback
 import warnings
 from collections.abc import Iterable
 
-import tqdm
 from absl import flags
 
 _PACKAGE = os.path.join(os.path.dirname(__file__), '')
@@ -59,6 +58,8 @@ class Voice(logging.Handler):
     """Write a record; a warning says that it is one."""
     if record.pathname.startswith(_PACKAGE) or record.levelno >= logging.ERROR:
       before = {logging.WARNING: 'warning: ', logging.ERROR: 'error: '}.get(record.levelno, '')
+      import tqdm
+
       tqdm.tqdm.write(before + self.format(record), file=sys.stderr)
 
 
