@@ -97,6 +97,7 @@ def speaker(model: LoadedModel, batch_size: int = BATCH_SIZE) -> Speaker:
     Decoder(model.config), model.unstacked, model.tokenizer, special, model.add_bos, batch_size,
     (*model.stop_ids, *ends), model.experiment.classifier if model.experiment else None,
     ask if is_chat else None, tuple(getattr(own_task(model), 'labels', ())),
+    own_task(model) is None,
   )
 
 

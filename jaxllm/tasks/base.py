@@ -54,6 +54,7 @@ class Example(NamedTuple):
     neutral: segments of a prompt that says nothing, after which the prior of the choices is
       measured; None where it is not.
     request: what a chat model is asked instead of the prompt; None: nothing.
+    instruction: what a model that was not fine-tuned is told besides.
   """
 
   segments: tuple[Segment, ...]
@@ -62,6 +63,7 @@ class Example(NamedTuple):
   choices: tuple[str, ...] = ()
   neutral: tuple[Segment, ...] | None = None
   request: str | None = None
+  instruction: str = ''
 
 
 def prompt_of(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
@@ -149,6 +151,7 @@ class Task(NamedTuple):
     metrics: name in `evaluation.scores.METRICS` -> what of a prediction it compares.
     optional: what a record may have -> reader.
     shape: (config, record) -> record with `fields`, from the other forms that people have.
+    together: (config, examples) -> examples, where they depend on one another.
     by_template: (config, records, template, too_long) -> examples of conversations; those that are
       too long lose their oldest exchanges.
   """
@@ -161,6 +164,7 @@ class Task(NamedTuple):
   metrics: Mapping[str, Callable[[Prediction], Any]]
   optional: Mapping[str, Reader] = {}
   shape: Callable[[Any, Record], Record] = lambda config, record: record
+  together: Callable[[Any, list[Example]], list[Example]] = lambda config, examples: examples
   by_template: Callable[..., list[Example]] | None = None
 
   def checked(self, config: Any, record: Record, scored: bool = False) -> Record:

@@ -42,6 +42,7 @@ class Speaker(NamedTuple):
       gets the prompts of the task.
     classifier: the head at params/classifier, where the model has one; tasks with the labels that
       it was trained on are done by it.
+    instructed: whether it is given the instructions of examples: it was not fine-tuned.
   """
 
   model: Decoder
@@ -54,6 +55,7 @@ class Speaker(NamedTuple):
   classifier: ClassifierConfig | None = None
   ask: Callable[[Sequence[str]], list[list[int]]] | None = None
   labels: tuple[Any, ...] = ()
+  instructed: bool = False
 
 
 def examples(config: Any, split: str) -> list[Example]:
@@ -63,7 +65,8 @@ def examples(config: Any, split: str) -> list[Example]:
     ValueError: the data cannot be read, or a record is not what the task takes; the message names
       file, line and field.
   """
-  return _read(config, split, TASKS[config.kind].example)
+  task = TASKS[config.kind]
+  return task.together(config, _read(config, split, task.example))
 
 
 def records(config: Any, split: str) -> list[Record]:
@@ -176,11 +179,14 @@ def _generate(config: TaskConfig, examples: Sequence[Example], speaker: Speaker)
   # In a short context prompt and answer have a half each.
   max_new_tokens = min(config.max_new_tokens, max(context_length // 2, 1))
   room = max(context_length - max_new_tokens, 1)
-  requests = [example.request for example in examples if example.request is not None]
+  if not speaker.instructed:
+    examples = [example._replace(instruction='') for example in examples]
+  requests = [example.request + (f' {example.instruction}' if example.instruction else '')
+              for example in examples if example.request is not None]
   if speaker.ask is not None and len(requests) == len(examples):
     prompts = speaker.ask(requests)
   else:
-    prompts = [list(_encode(speaker, prompt_of(example.segments)).ids) for example in examples]
+    prompts = [list(_encode(speaker, _instructed(example)).ids) for example in examples]
   begins = {speaker.tokenizer.bos_id, *(speaker.special_ids or {}).values()}
   _tell(sum(len(ids) > room for ids in prompts), len(prompts), room)
   prompts = [_cut(ids, room, begins) for ids in prompts]
@@ -195,6 +201,13 @@ def _generate(config: TaskConfig, examples: Sequence[Example], speaker: Speaker)
     for i, answer in zip(rows, found, strict=False):
       answers[i] = answer
   return answers
+
+
+def _instructed(example: Example) -> tuple[Segment, ...]:
+  """Return the prompt, with the instruction in a line of its own before it."""
+  prompt = prompt_of(example.segments)
+  told = [Segment(f'{example.instruction}\n')] if example.instruction else []
+  return (*prompt[:1], *told, *prompt[1:])
 
 
 def _tell(cut: int, total: int, room: int) -> None:

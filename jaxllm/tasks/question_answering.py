@@ -20,6 +20,7 @@ from jaxllm.tasks.base import (
   Record,
   Task,
   completion,
+  fill,
   request,
 )
 from jaxllm.tasks.records import RecordsConfig, RecordSource
@@ -60,6 +61,9 @@ class QuestionAnswering(CompletionConfig):
 
   unanswerable: str = 'unanswerable'
   """What the model says where there is no answer."""
+  instruction: str = 'Where the text does not say, the answer is "{unanswerable}".'
+  """What a model that was not fine-tuned is told besides, where the data have questions without an
+  answer; {unanswerable} stands for that word."""
 
 
 class ExtractiveQuestionAnswering(QuestionAnswering):
@@ -82,6 +86,14 @@ def example(config: QuestionAnswering, record: Record) -> Example:
                  request=request(config, record))
 
 
+def instructed(config: QuestionAnswering, examples: list[Example]) -> list[Example]:
+  """Return examples with the instruction, all of them, where one has no answer."""
+  if all(example.reference for example in examples):
+    return examples
+  told = fill(config.instruction, {'unanswerable': config.unanswerable})
+  return [example._replace(instruction=told) for example in examples]
+
+
 def read(config: QuestionAnswering, example: Example, answer: Answer) -> Prediction:
   """Return {'answer', 'score', 'start', 'end'}.
 
@@ -89,7 +101,7 @@ def read(config: QuestionAnswering, example: Example, answer: Answer) -> Predict
   and 0 where there is no answer.
   """
   text = answer.text.strip()
-  if not text or text.casefold() == config.unanswerable.casefold():
+  if not text or text.strip(' ."\'').casefold() == config.unanswerable.casefold():
     return {'answer': '', 'score': answer.score, 'start': 0, 'end': 0}
   start, end = find(text, example.record.get('context') or '') or (None, None)
   return {'answer': text, 'score': answer.score, 'start': start, 'end': end}
@@ -156,8 +168,9 @@ def read_answers(value: Any, name: str) -> list[str]:
 TASK = Task(
   QuestionAnswering, 'generate', {'question': fields.text, 'answers': read_answers}, example, read,
   {'squad': itemgetter('answer')}, {'context': fields.optional(fields.any_text)},
+  together=instructed,
 )
 EXTRACTIVE = Task(
   ExtractiveQuestionAnswering, 'generate', {**TASK.fields, 'context': fields.text}, example,
-  read_span, {'squad': itemgetter('answer')},
+  read_span, {'squad': itemgetter('answer')}, together=instructed,
 )

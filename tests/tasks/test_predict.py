@@ -1,5 +1,7 @@
 """A model doing tasks: batched equals alone, likelihoods equal a loop, long texts are windowed."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +21,9 @@ from jaxllm.tasks import predict as predict_lib
 from jaxllm.tasks.classification import Sentiment
 from jaxllm.tasks.language_modeling import LanguageModeling
 from jaxllm.tasks.multiple_choice import MultipleChoice
-from jaxllm.tasks.predict import Speaker, predict
+from jaxllm.tasks.predict import Answer, Speaker, predict
+from jaxllm.tasks.question_answering import QuestionAnswering
+from jaxllm.tasks.records import RecordsConfig, RecordSource
 from jaxllm.tasks.summarization import Summarization
 from jaxllm.tasks.translation import Translation
 
@@ -87,6 +91,38 @@ def test_records_may_have_choices_of_their_own(speaker):
           {'question': 'r', 'choices': ['d', 'e'], 'answer': 1}]
   found = predict(config, _examples(config, rows), speaker)
   assert [p['choice'] in range(3) for p in found] == [True, True]
+
+
+def test_who_was_not_fine_tuned_is_told_that_there_may_be_no_answer(speaker, monkeypatch, tmp_path):
+  config = QuestionAnswering(prompt='{context} {question}')
+
+  def asked(answers, **fields):
+    rows = [{'context': 'c', 'question': f'q{i}', 'answers': one} for i, one in enumerate(answers)]
+    (tmp_path / 'r.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    source = RecordSource(location=str(tmp_path / 'r.jsonl'), split='test')
+    data = RecordsConfig(sources=(source,))
+    prompts = []
+
+    def answer(stop, max_new_tokens, speaker, some):
+      prompts.extend(bytes(i for i in ids if i < 256).decode() for ids in some)
+      return [Answer('"Unanswerable."')] * len(some)
+
+    monkeypatch.setattr(predict_lib, '_answer', answer)
+    examples = predict_lib.examples(config.replace(data=data, **fields), 'test')
+    roomy = Decoder(MODEL.replace(max_length=400))
+    found = predict(config, examples, speaker._replace(model=roomy, instructed=True))
+    assert [one['answer'] for one in found] == [''] * len(rows)
+    plain = len(prompts)
+    predict(config, examples, speaker._replace(model=roomy))
+    return prompts[:plain], prompts[plain:]
+
+  told = 'Where the text does not say, the answer is "unanswerable".'
+  plain = ['c q0', 'c q1']
+  assert asked([['a'], []]) == ([f'{told}\n{one}' for one in plain], plain)
+  assert asked([['a'], ['b']]) == (plain, plain)
+  chat = speaker._replace(instructed=True, ask=lambda texts: [list(t.encode()) for t in texts])
+  speaker = chat
+  assert asked([['a'], []], request='{question}?')[0] == [f'q0? {told}', f'q1? {told}']
 
 
 def test_generated_batch_equals_one_at_a_time(speaker):
