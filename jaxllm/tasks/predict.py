@@ -117,8 +117,7 @@ def log_likelihoods(speaker: Speaker, sequences: Sequence[Tokens]) -> list[float
   """
   context_length = speaker.model.config.max_length
   fitting = [completion.truncate(s, context_length, 'start') or Tokens([0], [0]) for s in sequences]
-  _tell(sum(len(a.ids) < len(b.ids) for a, b in zip(fitting, sequences, strict=True)),
-        len(sequences), context_length)
+  _tell(sum(len(s.ids) > context_length + 1 for s in sequences), len(sequences), context_length)
   result = np.zeros(len(fitting))
   # Rows of about the same length share a batch.
   order = sorted(range(len(fitting)), key=lambda i: -len(fitting[i].ids))

@@ -1,13 +1,15 @@
 """Which tasks are scored: by kind, from JSON, on data of one's own, in the form of the run."""
 
 import json
+import pathlib
 
 import pytest
 
-from jaxllm.tasks import suite
+from jaxllm.tasks import TASKS, suite
 from jaxllm.tasks.classification import CHINESE, Classification, Sentiment
 from jaxllm.tasks.records import load
 
+DOCS = pathlib.Path(__file__).parents[2] / 'docs' / 'tasks.md'
 SPAM = {'kind': 'classification', 'data': {'sources': [{'location': 'spam.tsv'}]},
         'labels': [['0', 'ham'], ['1', 'spam']]}
 
@@ -35,6 +37,24 @@ def test_json_gives_one_task_or_several(tmp_path):
                            ({**SPAM, 'labels': [['0', 'ham']]}, 'classification: .*at least two')):
     with pytest.raises(ValueError, match=message):
       select(content)
+
+
+def test_the_file_in_the_docs_is_accepted(tmp_path):
+  text = DOCS.read_text(encoding='utf-8').partition('```json\n')[2].partition('```')[0]
+  (tmp_path / 'tasks.json').write_text(text)
+  found = suite.select(str(tmp_path / 'tasks.json'), 'test')
+  assert found['spam'].labels == (('0', 'ham'), ('1', 'spam'))
+  assert found['squad'].kind == 'question_answering'
+
+
+def test_the_records_in_the_docs_are_read():
+  lines = [line for line in DOCS.read_text(encoding='utf-8').splitlines() if line.startswith('{"')]
+  records = [json.loads(part) for line in lines if '...' not in line
+             for part in line.replace('}   ', '}\n   ').splitlines()]
+  assert len(records) == 4
+  for record in records:
+    kind = 'preference' if 'chosen' in record else 'chat'
+    assert any(s.weight for s in TASKS[kind].example(TASKS[kind].config(), record).segments)
 
 
 def test_data_of_ones_own_are_taken_whole(tmp_path):
