@@ -129,7 +129,8 @@ def _task(experiment: Experiment) -> Dataset:
 
     def too_long(example: Example, shortened: set[int] = shortened) -> bool:
       found = rows.too_long(experiment, tokenizer, example)
-      shortened |= {id(example.record)} if found else set()
+      learnt = any(segment.weight for segment in example.segments)
+      shortened |= {id(example.record)} if found and learnt else set()
       return found
 
     examples = loading.task_examples(task, name, tokenizer, too_long)
