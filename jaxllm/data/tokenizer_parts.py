@@ -6,8 +6,10 @@ what the library does around them (a space before the first word, white space th
 with it) is done as ever.
 """
 
+import functools
 import itertools
 import json
+import os
 import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -57,8 +59,23 @@ class StandIns:
 
 def spelled(special: Iterable[str]) -> re.Pattern[str]:
   """Return the pattern, one group, of texts that spell special tokens; the longest one wins."""
-  longest_first = sorted(special, key=len, reverse=True)
-  return re.compile(f'({"|".join(map(re.escape, longest_first)) or "(?!)"})')
+  return _spelled(tuple(special))
+
+
+@functools.lru_cache(maxsize=16)
+def _spelled(special: tuple[str, ...]) -> re.Pattern[str]:
+  return re.compile(f'({_branches(special) or "(?!)"})')
+
+
+def _branches(words: Sequence[str]) -> str:
+  """Return a pattern in which every character is looked at once, be there thousands of words."""
+  start = os.path.commonprefix(words)
+  tails: dict[str, list[str]] = {}
+  for word in words:
+    tails.setdefault(word[len(start) : len(start) + 1], []).append(word[len(start) :])
+  ends = tails.pop('', [])
+  more = '|'.join(map(_branches, tails.values()))
+  return re.escape(start) + (f'(?:{more}){"?" if ends else ""}' if more else '')
 
 
 def joined(parts: Sequence[Part]) -> list[Part]:

@@ -9,7 +9,7 @@ import sentencepiece
 import tokenizers as library
 from tokenizers import models, normalizers, pre_tokenizers
 
-from jaxllm.data import tokenizers
+from jaxllm.data import tokenizer_parts, tokenizers
 from jaxllm.data.tokenizers import TokenizerConfig
 
 SPECIAL = ['<s>', '</s>', '<|user|>', '[INST]']
@@ -134,3 +134,15 @@ def test_other_tokenizers_take_parts_too():
   one = ours.encode('b')
   assert ours.encode_parts(['b', bos, ' b', bos, 'x']) == [*one, bos, *one, bos, ord('x') + 3]
   assert ours.encode_parts(['<s>']) == ours.encode('<s>') and bos not in ours.encode('<s>')
+
+
+def test_the_longest_special_token_is_found():
+  words = ['<a>', '<ab>', '<', '<a>>', 'x.y', 'b', '<ab', 'ab']
+  random.seed(1)
+  plain = re.compile('|'.join(sorted(map(re.escape, words), key=len, reverse=True)))
+  for _ in range(300):
+    text = ''.join(random.choices('<ab>x.y ', k=12))
+    found = [match[1] for match in tokenizer_parts.spelled(words).finditer(text)]
+    assert found == plain.findall(text)
+  assert tokenizer_parts.spelled([]).findall('a') == []
+  assert tokenizer_parts.spelled(['a']).findall('aba') == ['a', 'a']
