@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tqdm
 
 from jaxllm.generation.decode import Top
 from jaxllm.generation.requests import check_ids
@@ -122,7 +123,7 @@ def score_from(
   counts = [len(sequence) - first for sequence, first in zip(sequences, firsts, strict=True)]
   order = sorted(range(len(sequences)), key=lambda row: (len(sequences[row]), counts[row]))
   results: dict[int, log_probs.TokenScores] = {}
-  for start in range(0, len(order), ROWS):
+  for start in batches(len(order), ROWS):
     rows = order[start : start + ROWS]
     length = min(power_of_two(len(sequences[rows[-1]]) - 1, LEAST_TOKENS), config.max_length)
     width = min(power_of_two(max(counts[row] for row in rows), LEAST_SCORED), length)
@@ -135,6 +136,12 @@ def score_from(
     for i, row in enumerate(rows):
       results[row] = log_probs.TokenScores(*(leaf[i, : counts[row]] for leaf in host))
   return [results[row] for row in range(len(sequences))]
+
+
+def batches(count: int, batch_size: int) -> Iterable[int]:
+  """Return where batches begin; at a terminal a bar shows how far a long work has come."""
+  starts = range(0, count, batch_size)
+  return tqdm.tqdm(starts, unit='batch', leave=False, delay=3, disable=None)
 
 
 def compilation_count() -> int:

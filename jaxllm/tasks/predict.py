@@ -1,20 +1,19 @@
 """A model does a task: prompts go in, answers come out and are read back as predictions."""
 
 import functools
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import tqdm
 from absl import logging
 
 from jaxllm.data.tokenizers import Tokenizer
-from jaxllm.generation import decode
+from jaxllm.generation import decode, scoring
 from jaxllm.generation.sampling import SamplingConfig
 from jaxllm.generation.text import TextDecoder
 from jaxllm.models.decoder import Decoder
-from jaxllm.objectives import classification, completion, likelihood
+from jaxllm.objectives import classification, completion
 from jaxllm.objectives.classification import ClassifierConfig
 from jaxllm.objectives.completion import Tokens, Truncation
 from jaxllm.tasks import TASKS, encoding
@@ -118,23 +117,13 @@ def log_likelihoods(speaker: Speaker, sequences: Sequence[Tokens]) -> list[float
   context_length = speaker.model.config.max_length
   fitting = [completion.truncate(s, context_length, 'start') or Tokens([0], [0]) for s in sequences]
   _tell(sum(len(s.ids) > context_length + 1 for s in sequences), len(sequences), context_length)
-  result = np.zeros(len(fitting))
-  # Rows of about the same length share a batch.
-  order = sorted(range(len(fitting)), key=lambda i: -len(fitting[i].ids))
-  for start in _batches(len(order), speaker.batch_size):
-    rows = order[start : start + speaker.batch_size]
-    length = min(_bucket(len(fitting[rows[0]].ids) - 1), context_length)
-    padding = [Tokens([], [])] * (speaker.batch_size - len(rows))
-    records = completion.pack(
-      [fitting[i] for i in rows] + padding, length, speaker.model.config.vocab_size, together=False
-    )
-    # Logits are many: those of choices alone, in few sizes.
-    targets = max(sum(map(bool, fitting[i].weights)) for i in rows)
-    log_probs_B, _ = _log_probs(
-      speaker.model, speaker.variables, completion.batch_arrays(records),
-      1 << max(targets - 1, 0).bit_length())
-    result[rows] = np.asarray(log_probs_B, np.float64)[: len(rows)]
-  return result.tolist()
+  firsts = [next((i for i, weight in enumerate(s.weights) if i and weight), len(s.ids))
+            for s in fitting]
+  scores = scoring.score_from(
+    speaker.model, speaker.variables, [s.ids for s in fitting], firsts)
+  return [sum(weight * float(value)
+              for weight, value in zip(s.weights[first:], one.log_probs_N, strict=True) if weight)
+          for s, first, one in zip(fitting, firsts, scores, strict=True)]
 
 
 def windows(tokens: Tokens, context_length: int, stride: int) -> Iterator[Tokens]:
@@ -153,19 +142,6 @@ def windows(tokens: Tokens, context_length: int, stride: int) -> Iterator[Tokens
     weights = [0.0] * (done - start) + list(tokens.weights[done:stop])
     yield Tokens(tokens.ids[start:stop], weights)
     done = stop
-
-
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def _log_probs(
-  model: Decoder, variables: Any, batch: Any, max_targets: int
-) -> tuple[jax.Array, jax.Array]:
-  return likelihood.sequence_log_probs(model, variables, batch, max_targets=max_targets)
-
-
-def _batches(count: int, batch_size: int) -> Iterable[int]:
-  """Return where batches begin; at a terminal a bar shows how far a long work has come."""
-  starts = range(0, count, batch_size)
-  return tqdm.tqdm(starts, unit='batch', leave=False, delay=3, disable=None)
 
 
 def _bucket(length: int) -> int:
@@ -191,7 +167,7 @@ def _generate(config: TaskConfig, examples: Sequence[Example], speaker: Speaker)
   prompts = [_cut(ids, room, begins) for ids in prompts]
   order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
   answers: list[Answer] = [Answer()] * len(prompts)
-  for start in _batches(len(order), speaker.batch_size):
+  for start in scoring.batches(len(order), speaker.batch_size):
     rows = order[start : start + speaker.batch_size]
     # A last, smaller batch is filled up, which is cheaper than compiling for its size.
     padding = rows[:1] * (speaker.batch_size - len(rows)) if start else []
@@ -304,7 +280,7 @@ def _classify(config: TaskConfig, examples: Sequence[Example], speaker: Speaker)
   prompts = encoding.prompts(examples, speaker.tokenizer, context_length, policy, speaker.add_bos)
   answers: list[Answer] = [Answer()] * len(examples)
   order = sorted(range(len(prompts)), key=lambda i: len(prompts[i] or ''))
-  for start in _batches(len(order), speaker.batch_size):
+  for start in scoring.batches(len(order), speaker.batch_size):
     rows = order[start : start + speaker.batch_size]
     texts = [prompts[i] or Tokens([0], [0]) for i in rows]
     texts += [Tokens([], [])] * (speaker.batch_size - len(rows))
