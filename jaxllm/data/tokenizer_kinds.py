@@ -84,22 +84,11 @@ class Tokenizer:
       return self.encode(parts[0])
     if self.library is not None:
       return _no_panic(self._encode_parts, parts)
-    ids: list[int] = []
-    for i, part in enumerate(parts):
-      ids += [part] if isinstance(part, int) else (self._within if i else self).encode(part)
-    return ids
+    return [i for part in parts for i in ([part] if isinstance(part, int) else self.encode(part))]
 
   @functools.cached_property
   def _encode_parts(self) -> Callable[[Sequence[Part]], list[int]]:
     return tokenizer_parts.encoder(self.library, self.special_tokens)
-
-  @functools.cached_property
-  def _within(self) -> 'Tokenizer':
-    """The tokenizer of text that does not begin a text: SentencePiece adds no space before it."""
-    content = self._files.get('tokenizer.model')
-    # Protobuf merges what stands twice; this says normalizer_spec.add_dummy_prefix = false.
-    return self if content is None else from_sentencepiece(
-      {'tokenizer.model': content + b'\x1a\x02\x18\x00'})
 
   def decode(self, ids: Sequence[int]) -> str:
     """Return the text of ids: nothing for special tokens, U+FFFD for bytes that are not UTF-8.

@@ -192,7 +192,9 @@ def encode_with_special(tokenizer: Tokenizer, text: str) -> list[int]:
 
 def turn_ends(special: Mapping[str, int]) -> tuple[int, ...]:
   """Return which of the special tokens end the assistant's turn in the usual templates."""
-  return tuple(special[text] for text in _TURN_ENDS if text in special)
+  # Where there are two more ends, this one is between the parts of a turn.
+  between = '<|end|>' if {'<|return|>', '<|call|>'} <= special.keys() else None
+  return tuple(special[text] for text in _TURN_ENDS if text in special and text != between)
 
 
 def answer_ends(tokenizer: Tokenizer, template: Templates) -> tuple[int, ...]:
