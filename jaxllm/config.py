@@ -213,14 +213,12 @@ def _load_saved(path: pathlib.Path) -> Any:
     raise ConfigError(f'--config: {written} is no config of a run: {error}') from error
 
 
-def define_flag(name: str = 'config', required: bool = True) -> flags.FlagHolder:
-  """Define `--{name}`, the location of an experiment file; read it with `from_flags`."""
-  holder = flags.DEFINE_string(
-    name, None, f'Experiment file, FILE.py[:variant]. --{name}.a.b=value changes any field.'
-  )
-  if required:
-    flags.mark_flag_as_required(name)
-  return holder
+def define_flag(
+  name: str = 'config',
+  text: str = 'Experiment file, FILE.py[:variant]. --config.a.b=value changes any field.',
+) -> flags.FlagHolder:
+  """Define a required flag of several programs; `from_flags` reads the config at `--config`."""
+  return flags.DEFINE_string(name, None, text, required=True, allow_override=True)
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
@@ -269,7 +267,8 @@ def run_program(main: Callable[[Sequence[str]], Any]) -> None:
   """
   os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', os.path.expanduser(COMPILATION_CACHE))
   os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
-  # Of C++, errors alone.
+  # Of JAX all frames, for `mistakes.sentence`; of C++ errors alone.
+  os.environ.setdefault('JAX_TRACEBACK_FILTERING', 'off')
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 
   def guarded(argv: Sequence[str]) -> Any:
@@ -303,6 +302,8 @@ _OVERRIDES: dict[str, str] = {}
 
 def _print_help(argv: Sequence[str]) -> None:
   location = _location(argv)
+  for flag in flags.FLAGS.flags_by_module_dict().get(__name__, ()):  # Of `define_flag`.
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
   print(flags.FLAGS.main_module_help())
   if location:
     print(f'Fields of {location}:\n{describe(from_flags(location))}')
@@ -318,7 +319,8 @@ def _location(argv: Sequence[str]) -> str | None:
 def _same_field(name: str, config: Config) -> str:
   """Return '; did you mean ...?' with all fields whose own name is the last part of `name`."""
   last = name.replace('-', '_').split('.')[-1]
-  paths = [f'--config.{path}' for path, _, field in _fields(config) if field == last]
+  paths = [f'--config.{path}' for path, _, field in _fields(config)
+           if field in (last, f'num_{last}')]
   return f'; did you mean {" or ".join(paths)}?' if paths else ''
 
 

@@ -19,9 +19,8 @@ from absl import flags
 
 from jaxllm import config, mistakes
 
-MODEL = flags.DEFINE_string(
-  'model', None, 'A workdir, a checkpoint, a Hugging Face directory or a .gguf file.', required=True
-)
+MODEL = config.define_flag(
+  'model', 'A workdir, a checkpoint, a Hugging Face directory or a .gguf file.')
 BASELINE = flags.DEFINE_string('baseline', None, 'Another model, to be compared with.')
 QUANTIZE = flags.DEFINE_enum(
   'quantize', None, ['int8', 'int4'], 'Store the weights smaller; the baseline is then the model.')
@@ -264,6 +263,7 @@ def _held_out(model) -> dict[str, float]:
 
 def _write(results: Any) -> None:
   if OUTPUT.value:
+    pathlib.Path(OUTPUT.value).parent.mkdir(parents=True, exist_ok=True)
     # Records may hold dates.
     text = json.dumps(results, indent=2, ensure_ascii=False, default=str)
     pathlib.Path(OUTPUT.value).write_text(text + '\n', encoding='utf-8')

@@ -13,14 +13,15 @@ from absl import flags
 
 from jaxllm import config
 
-MODEL = flags.DEFINE_string(
-  'model', None, 'A workdir, a checkpoint, a Hugging Face directory or a .gguf file.', required=True
-)
+MODEL = config.define_flag(
+  'model', 'A workdir, a checkpoint, a Hugging Face directory or a .gguf file.')
 PROMPT = flags.DEFINE_multi_string('prompt', [''], 'Text to continue; may be repeated.')
 CHAT = flags.DEFINE_bool('chat', False, "Converse, by the model's chat template.")
 SYSTEM = flags.DEFINE_string('system', None, 'The system message of a chat.')
-QUANTIZE = flags.DEFINE_enum('quantize', None, ['int8', 'int4'], 'Store the weights smaller.')
-CACHE_DTYPE = flags.DEFINE_enum('cache_dtype', None, ['int8'], 'Store keys and values smaller.')
+QUANTIZE = flags.DEFINE_enum(
+  'quantize', None, ['int8', 'int4'], 'Store the weights smaller.', allow_override=True)
+CACHE_DTYPE = flags.DEFINE_enum(
+  'cache_dtype', None, ['int8'], 'Store keys and values smaller.', allow_override=True)
 NUM_DRAFTED = flags.DEFINE_integer('num_drafted', 0, 'Tokens guessed before each pass; 0: none.', 0)
 DRAFT = flags.DEFINE_string('draft', None, 'A smaller model with the same vocabulary that guesses.')
 STOP = flags.DEFINE_multi_string('stop', [], 'A text that ends a continuation; may be repeated.')

@@ -14,9 +14,8 @@ from absl import flags
 
 from jaxllm import config
 
-MODEL = flags.DEFINE_string(
-  'model', None, 'A workdir, a checkpoint, a Hugging Face directory or a .gguf file.', required=True
-)
+MODEL = config.define_flag(
+  'model', 'A workdir, a checkpoint, a Hugging Face directory or a .gguf file.')
 HOST = flags.DEFINE_string('host', '127.0.0.1', 'Address to listen at; 0.0.0.0: from everywhere.')
 PORT = flags.DEFINE_integer('port', 8000, 'Port to listen at.', 0, 65535)
 NAME = flags.DEFINE_string('name', None, 'What clients call the model; by default its last part.')
@@ -24,11 +23,12 @@ API_KEYS_FILE = flags.DEFINE_string('api_keys_file', None, 'A file of API keys, 
 ANONYMOUS = flags.DEFINE_bool('anonymous', False, 'Let others than this machine in without a key.')
 ALLOWED_HOSTS = flags.DEFINE_list(
   'allowed_hosts', [], 'Further names that requests to a loopback address may give as their host.')
-QUANTIZE = flags.DEFINE_enum('quantize', None, ['int8', 'int4'], 'Store the weights smaller.')
+QUANTIZE = flags.DEFINE_enum(
+  'quantize', None, ['int8', 'int4'], 'Store the weights smaller.', allow_override=True)
 NUM_SLOTS = flags.DEFINE_integer('num_slots', 8, 'Choices decoded together.', 1)
 CONTEXT_LENGTH = flags.DEFINE_integer(
   'context_length', None, "Tokens of prompt and continuation; by default the model's, up to 2048.",
-  1)
+  1, allow_override=True)
 MAX_QUEUE = flags.DEFINE_integer('max_queue', 64, 'Choices that may wait.', 0)
 CACHE_DTYPE = flags.DEFINE_enum('cache_dtype', None, ['int8'], 'Store keys and values smaller.')
 LIMITS = flags.DEFINE_string(

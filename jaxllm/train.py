@@ -5,6 +5,7 @@ exit code is 0 when the run has finished, 75 when a signal has stopped it and th
 wanted again; 1 and 2 are errors.
 """
 
+import json
 import pathlib
 import sys
 
@@ -29,7 +30,7 @@ def main(_) -> None:  # noqa: D103
   experiment = config.from_flags(CONFIG.value)
   from jaxllm.checkpoints import store
   from jaxllm.evaluation import tables
-  from jaxllm.training import loop
+  from jaxllm.training import journal, loop
 
   try:
     summary = loop.train(experiment, WORKDIR.value)
@@ -42,14 +43,11 @@ def main(_) -> None:  # noqa: D103
         + (f', {trained:,} of adapters trained' if trained else ''))
   if 'validation' in summary:
     scores = summary['validation']
-    told = {'loss': 'held-out loss', 'perplexity': 'perplexity', 'bits_per_byte': 'bits per byte',
-            'accuracy': 'accuracy'}
+    told = {**journal.TOLD, 'accuracy': 'accuracy'}
     print(', '.join(f'{text} {tables.number(scores[name])}' for name, text in told.items()
                     if name in scores))
   samples = pathlib.Path(WORKDIR.value) / 'samples.jsonl'
   if samples.exists():
-    import json
-
     for line in filter(None, samples.read_text(encoding='utf-8').split('\n')):
       sample = json.loads(line)
       print(f'---\n{sample["prompt"]}{sample["text"]}')

@@ -73,7 +73,7 @@ def outputs(tmp_path_factory):
   tune(base, 'tuned')
   text = next((base / 'moved').glob('*.txt'))
   commands = [
-    [f'--model={run}', f'--output={base}/held_out.json'],
+    [f'--model={run}', f'--output={base}/new/held_out.json'],
     [f'--model={foreign}'],
     [f'--model={foreign}', f'--text={text}', '--stride=8'],
     [f'--model={run}', f'--baseline={foreign}', f'--text={text}', '--tasks=sentiment',
@@ -94,7 +94,7 @@ def outputs(tmp_path_factory):
 
 def test_a_run_is_scored_on_its_held_out_records(outputs):
   base, (printed, *_) = outputs
-  scores = json.loads((base / 'held_out.json').read_text())
+  scores = json.loads((base / 'new/held_out.json').read_text())
   summary = json.loads((base / 'run' / 'summary.json').read_text())
   assert scores == pytest.approx(summary['validation'], rel=1e-5)
   assert f'bits per byte  {tables.number(scores["bits_per_byte"])}' in printed
@@ -148,7 +148,7 @@ def test_a_fine_tuned_run_is_scored_on_its_own_task(outputs):
 def test_what_smaller_weights_cost_is_said(outputs):
   base, (*_, printed, compared, _, _) = outputs
   scores, whole = (json.loads((base / name).read_text())
-                   for name in ('held_out_int8.json', 'held_out.json'))
+                   for name in ('held_out_int8.json', 'new/held_out.json'))
   assert scores.pop('baseline') == pytest.approx(whole)
   assert scores['loss'] != whole['loss'] and scores == pytest.approx(whole, rel=0.02)
   assert (f'{tables.number(scores["loss"])}  ({tables.number(whole["loss"])} unless int8)'

@@ -10,6 +10,7 @@ import os
 import pathlib
 import re
 import socket
+import subprocess
 import sys
 import warnings
 
@@ -53,6 +54,7 @@ CASES = [
   (('train', QUICKSTART), '--workdir=... is missing: Directory'),
   (('train', *RUN, '--confg=x'), '--confg: there is no such flag; did you mean --config?'),
   (('train', *RUN, '--num_steps=5'), 'did you mean --config.training.num_steps?'),
+  (('train', *RUN, '--steps=5'), 'or --config.training.num_steps?'),
   (('train', *RUN, '--training.num-steps=5'), 'did you mean --config.training.num_steps?'),
   (('train', *RUN, '--noconfig.model.scan_layers'), 'did you mean --config.model.scan_layers?'),
   (('train', *RUN, '--config.batch_sise=5'), 'has no field'),
@@ -246,6 +248,22 @@ def test_a_backend_that_does_not_start(monkeypatch):
     except Exception as error:
       said = mistakes.sentence(error)
     assert said.startswith('JAX_PLATFORMS=cuda: JAX cannot start') and 'JAX_PLATFORMS=cpu' in said
+
+
+def test_programs_are_importable_together_and_find_a_backend_deep_inside_of_jax():
+  names = ('prepare', 'train', 'evaluate', 'sample', 'serve', 'convert')
+  code = (f'import {", ".join(f"jaxllm.{name}" for name in names)}\n'
+          'jaxllm.config.run_program(lambda _: __import__("jax").random.key(0))')
+  environment = {**os.environ, 'JAX_PLATFORMS': 'cuda'}
+  flags = ['--config=x', '--workdir=x', '--model=x', '--source=x', '--target=x']
+  done = subprocess.run([sys.executable, '-c', code, *flags], env=environment, capture_output=True,
+                        text=True)
+  assert done.returncode == 2 and done.stderr.startswith('error: JAX_PLATFORMS=cuda'), done.stderr
+
+
+def test_help_lists_the_flags_that_programs_share():
+  for program, flag in (('train', '--config'), ('sample', '--model')):
+    assert f'\n  {flag}: ' in programs.run(program, '--help')[1]
 
 
 def test_the_name_of_a_program(monkeypatch, capsys):

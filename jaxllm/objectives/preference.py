@@ -5,7 +5,7 @@ lists them. `preference_loss` computes these from a model, the reference's too w
 """
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -94,9 +94,6 @@ class SimPo(Config):
   """Scale of the rewards."""
   margin: float = pydantic.Field(default=1.0, ge=0)
   """By how much the preferred reward should be larger (the paper's gamma)."""
-
-
-PreferenceConfig = Annotated[Dpo | Ipo | Orpo | SimPo, pydantic.Field(discriminator='kind')]
 
 
 def dpo(config: Dpo, pair: Pair) -> tuple[jax.Array, jax.Array]:

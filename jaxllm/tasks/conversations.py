@@ -18,7 +18,6 @@ ROLES = {
 """Role in the data, in small letters -> role."""
 
 _NAMES = {'from': 'role', 'value': 'content', 'train': 'weight', 'loss': 'weight'}
-_TOOLS = ('tools', 'functions')
 
 
 def messages(value: Any, name: str) -> Messages:

@@ -19,7 +19,7 @@ from jaxllm.evaluation import tables
 from jaxllm.experiment import Experiment
 from jaxllm.training import losses, metrics
 
-_TOLD = {'loss': 'held-out loss', 'perplexity': 'perplexity', 'bits_per_byte': 'bits per byte'}
+TOLD = {'loss': 'held-out loss', 'perplexity': 'perplexity', 'bits_per_byte': 'bits per byte'}
 
 
 class Journal:
@@ -90,7 +90,7 @@ class Journal:
     """Write down what was measured: 'validation/NAME' and 'task/KIND/NAME'."""
     self._writer.write(step, scores)
     numbers = {name: tables.number(value) for name, value in scores.items()}
-    held_out = [f'{text} {numbers[f"validation/{name}"]}' for name, text in _TOLD.items()
+    held_out = [f'{text} {numbers[f"validation/{name}"]}' for name, text in TOLD.items()
                 if f'validation/{name}' in scores]
     tasks = [f'{name.removeprefix("task/")} {value}' for name, value in numbers.items()
              if name.startswith('task/')]

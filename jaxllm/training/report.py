@@ -13,6 +13,7 @@ from typing import Any
 
 import jinja2
 
+from jaxllm.evaluation import tables
 from jaxllm.training import charts
 from jaxllm.training.metrics import format_duration
 
@@ -113,13 +114,13 @@ def _verdict(result: Record) -> str:
     text += f', {result["tokens_per_second"]:,.0f} tokens per second'
   if result['loss'] is None:
     return text + '. No held-out score yet.'
-  text += f'. Held-out loss {result["loss"]:.4f} nats per token'
+  text += f'. Held-out loss {tables.number(result["loss"])} nats per token'
   if result['loss_step'] != result['step']:
     text += f' at step {result["loss_step"]:,}'
   if result['perplexity'] is not None:
-    text += f', perplexity {result["perplexity"]:,.2f}'
+    text += f', perplexity {tables.number(result["perplexity"])}'
   if result['bits_per_byte'] is not None:
-    text += f', {result["bits_per_byte"]:.4f} bits per byte'
+    text += f', {tables.number(result["bits_per_byte"])} bits per byte'
   return text + '.'
 
 
@@ -139,13 +140,13 @@ def _note(config: Record, summary: Record, validation: Sequence[Record]) -> str:
   """Say why the curve of the held-out loss ends at another value than the figure."""
   final = (summary.get('validation') or {}).get('loss')
   curve = validation[-1]['validation/loss'] if validation else None
-  if final is None or curve is None or f'{final:.4f}' == f'{curve:.4f}':
+  if final is None or curve is None or tables.number(final) == tables.number(curve):
     return ''
   batches = (config.get('evaluation') or {}).get('max_batches')
-  text = f'The curve of the held-out loss ends at {curve:.4f}'
+  text = f'The curve of the held-out loss ends at {tables.number(curve)}'
   if batches:
     text += f', which is of a sample of {batches:,} batches, drawn while the run lasted'
-  text += f'; {final:.4f} is of all held-out records'
+  text += f'; {tables.number(final)} is of all held-out records'
   best = summary.get('best_step')
   return text + (f', with the weights of step {best:,}, the best.' if best else ', at the end.')
 
@@ -154,9 +155,9 @@ def _tiles(result: Record) -> Rows:
   """Return the headline figures that are known, as (label, value)."""
   held_out, percent = 'held-out ', lambda value: f'{100 * value:.1f} %'
   shown: list[tuple[str, str, Callable[[Any], str]]] = [
-    ('loss', held_out + 'loss', '{:.4f}'.format),
-    ('perplexity', 'perplexity', '{:,.2f}'.format),
-    ('bits_per_byte', 'bits per byte', '{:.4f}'.format),
+    ('loss', held_out + 'loss', tables.number),
+    ('perplexity', 'perplexity', tables.number),
+    ('bits_per_byte', 'bits per byte', tables.number),
     ('accuracy', held_out + 'accuracy', percent),
     ('parameters', 'parameters', _count),
     ('tokens', 'training tokens', _count),
@@ -164,7 +165,7 @@ def _tiles(result: Record) -> Rows:
     ('seconds', 'time', format_duration),
   ]
   if result['loss'] is None:
-    shown.insert(0, ('train_loss', 'training loss', '{:.4f}'.format))
+    shown.insert(0, ('train_loss', 'training loss', tables.number))
   return [(label, text(result[key])) for key, label, text in shown if result[key] is not None]
 
 

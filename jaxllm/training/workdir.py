@@ -6,6 +6,7 @@ import os
 import pathlib
 import platform
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -110,6 +111,7 @@ _RUN_DEPENDENT = re.compile(
 def environment() -> dict[str, Any]:
   """Return versions, devices and the git commit, for environment.json."""
   devices = jax.devices()
+  spec = sys.modules['__main__'].__spec__
   return {
     'python': sys.version.split()[0],
     'platform': platform.platform(),
@@ -120,7 +122,7 @@ def environment() -> dict[str, Any]:
     'devices': len(devices),
     'processes': jax.process_count(),
     'git_commit': _git_commit(),
-    'command': ' '.join(sys.argv),
+    'command': shlex.join(['python', '-m', spec.name, *sys.argv[1:]] if spec else sys.argv),
   }
 
 

@@ -1,6 +1,7 @@
 """Preference losses: literal values of the papers' formulas, and laws on a tiny model."""
 
 import math
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jaxllm.models.decoder import Decoder, DecoderConfig
 from jaxllm.objectives import completion, preference
 from jaxllm.objectives.completion import Tokens
 from jaxllm.objectives.likelihood import sequence_log_probs
-from jaxllm.objectives.preference import Dpo, Ipo, Orpo, Pair, PreferenceConfig, SimPo
+from jaxllm.objectives.preference import Dpo, Ipo, Orpo, Pair, SimPo
 
 init = jax.jit(decoder.init, static_argnums=0)
 log_probs_of = jax.jit(sequence_log_probs, static_argnums=0)
@@ -159,7 +160,8 @@ def test_padding_pairs_count_for_nothing():
 
 
 def test_configs_are_chosen_by_kind():
-  adapter = pydantic.TypeAdapter(PreferenceConfig)
+  adapter = pydantic.TypeAdapter(
+    Annotated[Dpo | Ipo | Orpo | SimPo, pydantic.Field(discriminator='kind')])
   for config in CONFIGS:
     assert adapter.validate_python({'kind': config.kind}) == config
     assert config.kind in preference.PREFERENCES

@@ -87,7 +87,7 @@ def test_completion_shows_what_the_api_says(page, server):
   page.click('#modes label:nth-of-type(2)')
   set_fields(page, seed=7, max_tokens=50, stops='\\n\nzz')
   ask(page, 'To be\nor')
-  fields = {'temperature': 0.8, 'seed': 7, 'max_tokens': 50, 'stop': ['\n', 'zz']}
+  fields = {'temperature': 1.0, 'seed': 7, 'max_tokens': 50, 'stop': ['\n', 'zz']}
   want = server.complete(prompt='To be\nor', **fields).json()['choices'][0]['text']
   shown = page.js(f'{ANSWER}.textContent')
   assert len(want) > 5 and shown.startswith(f'To be\nor{want}')
@@ -100,7 +100,7 @@ def test_completion_shows_what_the_api_says(page, server):
 def test_alternatives_of_a_token(page, server):
   set_fields(page, seed=5, max_tokens=20)
   ask(page, 'Hello')
-  content = server.chat(messages=[{'role': 'user', 'content': 'Hello'}], temperature=0.8, seed=5,
+  content = server.chat(messages=[{'role': 'user', 'content': 'Hello'}], temperature=1.0, seed=5,
                         max_tokens=20, logprobs=True, top_logprobs=5
                         ).json()['choices'][0]['logprobs']['content']
   detail = '[...document.querySelectorAll("#detail:not([hidden]) tr")].map(e => e.className)'
@@ -132,7 +132,7 @@ def test_alternatives_of_a_token(page, server):
 
 def test_stop_keeps_what_came_and_frees_the_slot(page, server):
   def runs_on(seed):
-    answer = server.chat(messages=[{'role': 'user', 'content': 'Go on'}], temperature=0.8,
+    answer = server.chat(messages=[{'role': 'user', 'content': 'Go on'}], temperature=1.0,
                          seed=seed, max_tokens=300).json()
     return answer['choices'][0]['finish_reason'] == 'length'
 
@@ -241,7 +241,7 @@ def test_a_model_without_template_only_completes(tab):
     assert not tab.js('document.getElementById("modes").checkVisibility()')
     set_fields(tab, seed=1, max_tokens=10)
     ask(tab, 'ab')
-    want = server.complete(prompt='ab', temperature=0.8, seed=1, max_tokens=10).json()
+    want = server.complete(prompt='ab', temperature=1.0, seed=1, max_tokens=10).json()
     assert tab.js(f'{ANSWER}.textContent') == 'ab' + want['choices'][0]['text']
 
 

@@ -84,7 +84,7 @@ def test_a_finished_run(finished):
   page = report(finished)
   assert (
     'Complete. 1,000 steps over 128,000 tokens in 1 min 40 s, 5,000 tokens per second. Held-out '
-    'loss 2.0000 nats per token, perplexity 7.39, 2.8850 bits per byte.' in page.text
+    'loss 2.000 nats per token, perplexity 7.390, 2.885 bits per byte.' in page.text
   )
   for words in ('1.54 million parameters', '40.0 % held-out accuracy', '7,654,321',
                 'positions.kind rotary', '["global", "local"]', 'packages.jax 0.10.2',
@@ -104,15 +104,15 @@ def test_command_date_and_device_come_first(finished):
 
 
 def test_two_held_out_figures_are_explained(finished):
-  assert ('The curve of the held-out loss ends at 2.1000; 2.0000 is of all held-out records, at '
+  assert ('The curve of the held-out loss ends at 2.100; 2.000 is of all held-out records, at '
           'the end.') in report(finished).text
   write(finished, 'config.json', CONFIG | {'evaluation': {'max_batches': 50}})
   summary = json.loads((finished / 'summary.json').read_text())
   write(finished, 'summary.json', summary | {'best_step': 900})
   text = report(finished).text
-  assert ('ends at 2.1000, which is of a sample of 50 batches, drawn while the run lasted; 2.0000 '
+  assert ('ends at 2.100, which is of a sample of 50 batches, drawn while the run lasted; 2.000 '
           'is of all held-out records, with the weights of step 900, the best.') in text
-  assert 'Held-out loss 2.0000 nats per token at step 900' in text
+  assert 'Held-out loss 2.000 nats per token at step 900' in text
   summary['validation']['loss'] = 2.1
   write(finished, 'summary.json', summary)
   assert 'ends at' not in report(finished).text
@@ -153,14 +153,14 @@ def test_an_unfinished_run(finished):
     'No held-out score yet.' in page.text
   )
   assert 'None yet. They are written when the run is complete' in page.text
-  assert '3.5000 training loss' in page.text
+  assert '3.500 training loss' in page.text
 
 
 def test_validation_older_than_the_last_step_says_so(finished):
   (finished / 'summary.json').unlink()
   scores = {'step': 100, 'validation/loss': 2.1}
   write(finished, 'metrics.jsonl', [*train_records(250), scores], lines=True)
-  assert 'Held-out loss 2.1000 nats per token at step 100.' in report(finished).text
+  assert 'Held-out loss 2.100 nats per token at step 100.' in report(finished).text
 
 
 def test_a_summary_of_an_earlier_end_is_not_believed(finished):
@@ -174,7 +174,7 @@ def test_one_record(finished):
   (finished / 'metrics.jsonl').write_text(json.dumps(first) + '\n{"step": 2, "tr')
   page = report(finished)
   assert 'Not finished. 1 of 1,000 steps over 128 tokens.' in page.text
-  assert '4.2500 training loss' in page.text
+  assert '4.250 training loss' in page.text
 
 
 @pytest.mark.parametrize('damage', [False, True])
@@ -194,4 +194,4 @@ def test_losses_that_were_not_finite_are_gaps(finished):
   records = train_records(250)
   records[-1]['train/loss'] = None
   write(finished, 'metrics.jsonl', records, lines=True)
-  assert '3.5200 training loss' in report(finished).text
+  assert '3.520 training loss' in report(finished).text
