@@ -3,6 +3,7 @@
 A message of the assistant may have a `weight` besides: how much it counts in the loss.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ ROLES = {
 """Role in the data, in small letters -> role."""
 
 _NAMES = {'from': 'role', 'value': 'content', 'train': 'weight', 'loss': 'weight'}
+_WRITTEN = re.compile(r'''\s*\[\s*\{\s*['"](role|from|content|value)['"]\s*:''')
 
 
 def messages(value: Any, name: str) -> Messages:
@@ -33,7 +35,11 @@ def _message(value: Any, name: str) -> dict[str, Any]:
   if not isinstance(value, Mapping):
     raise fields.refused(value, name, "a message {'role', 'content'}")
   # Arrow gives every message the keys of all, null where there was none.
-  found = {_NAMES.get(str(key), str(key)): item for key, item in value.items() if item is not None}
+  pairs = [(_NAMES.get(str(key), str(key)), item) for key, item in value.items()
+           if item is not None and item != []]
+  found = dict(pairs)
+  if len(found) < len(pairs):
+    raise fields.refused(value, name, 'one role, one content and one weight')
   if unread := sorted(found.keys() - {'role', 'content', 'weight'}):
     raise fields.refused(value, name, f'a message without {", ".join(unread)}, which is not read: '
                          'leave the conversation out, or write it into the content')
@@ -53,8 +59,9 @@ def _content(message: Mapping[str, Any]) -> Any:
   """Return the content; parts that are text alone are joined."""
   content = message.get('content')
   if isinstance(content, list) and content and all(
-      isinstance(part, Mapping) and part.get('type') == 'text' for part in content):
-    return ''.join(str(part.get('text')) for part in content)
+      isinstance(part, Mapping) and part.get('type') == 'text' and isinstance(part.get('text'), str)
+      for part in content):
+    return ''.join(part['text'] for part in content)
   return content
 
 
@@ -62,18 +69,14 @@ def shape(record: Mapping[str, Any]) -> Mapping[str, Any]:
   """Return a record with `messages`, from whichever form it has.
 
   These are `messages`; ShareGPT's `conversations`; `prompt` and `completion`, texts or messages, of
-  which the completion is trained on; Alpaca's `instruction`, `input` and `output`. Where the record
-  has a `system`, that stands first.
+  which the completion is trained on; Alpaca's `instruction`, `input` and `output`.
 
   Raises:
-    ValueError: a field is refused, or tools are part of the conversation.
+    ValueError: a field is refused, or the record holds what would be lost.
   """
-  for name in ('tools', 'functions'):
-    if record.get(name):
-      raise fields.refused(record[name], name, 'none: chats have no tools here')
-  if 'messages' in record:
-    return record
-  if name := next((n for n in ('conversations', 'conversation') if n in record), ''):
+  start = opening(record)
+  if name := next((n for n in ('messages', 'conversations', 'conversation')
+                   if record.get(n) is not None), ''):
     found = messages(record[name], name)
   elif 'prompt' in record and 'completion' in record:
     found = asked(record['prompt'], 'prompt') + turns(
@@ -84,8 +87,21 @@ def shape(record: Mapping[str, Any]) -> Mapping[str, Any]:
     found = turns(said, '', 'user') + turns(record['output'], 'output', 'assistant')
   else:
     return record
-  system = fields.optional(fields.text)(record.get('system'), 'system')
-  return {**record, 'messages': ([{'role': 'system', 'content': system}] if system else []) + found}
+  return {**record, 'messages': found if found[:1] == start else start + found}
+
+
+def opening(record: Mapping[str, Any]) -> Messages:
+  """Return the message of a record's `system` or `system_prompt`, which stands first.
+
+  Raises:
+    ValueError: the record has tools or earlier turns in fields of their own.
+  """
+  for name in ('tools', 'functions', 'history'):
+    if fields.from_json(record.get(name)):
+      raise fields.refused(record[name], name, 'none: tools and turns of other fields are not read')
+  texts = (fields.optional(fields.text)(record.get(name), name)
+           for name in ('system', 'system_prompt'))
+  return [{'role': 'system', 'content': text} for text in texts if text]
 
 
 def asked(value: Any, name: str) -> Messages:
@@ -96,5 +112,10 @@ def asked(value: Any, name: str) -> Messages:
 
 def turns(value: Any, name: str, role: str) -> Messages:
   """Read messages, or a text as one message of a role."""
-  return messages(value, name) if isinstance(value, list) else [
+  return messages(value, name) if are_messages(value) else [
     {'role': role, 'content': fields.text(value, name)}]
+
+
+def are_messages(value: Any) -> bool:
+  """Return whether a value is a list, or a text that writes messages, as CSV has them."""
+  return isinstance(value, list) or isinstance(value, str) and bool(_WRITTEN.match(value))

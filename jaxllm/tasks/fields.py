@@ -63,9 +63,10 @@ def text(value: Any, name: str) -> str:
 
 
 def optional(reader: Reader) -> Reader:
-  """Return a reader that takes null and the empty text for a field that is not there."""
+  """Return a reader that takes null and white space for a field that is not there."""
   def read(value: Any, name: str) -> Any:
-    return None if value is None or value == '' else reader(value, name)
+    empty = value is None or isinstance(value, str) and not value.strip()
+    return None if empty else reader(value, name)
 
   return read
 
@@ -82,8 +83,8 @@ def listed(reader: Reader, least: int, of: str) -> Reader:
 
 
 def from_json(value: Any) -> Any:
-  """Return the list that a text is as JSON; anything else as it is."""
-  if isinstance(value, str) and value.lstrip().startswith('['):
+  """Return the list or object that a text is as JSON; anything else as it is."""
+  if isinstance(value, str) and value.lstrip()[:1] in ('[', '{'):
     try:
       return json.loads(value)
     except (ValueError, RecursionError):

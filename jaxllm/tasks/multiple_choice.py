@@ -60,6 +60,8 @@ def example(config: MultipleChoice, record: Record) -> Example:
 
 def _answer_index(answer: Any, texts: list[str], labels: Sequence[Any]) -> int:
   """Return which choice is meant; of equal ones the first."""
+  if not isinstance(answer, str | int | float):
+    raise fields.refused(answer, 'answer', 'text or a whole number')
   said = str(int(answer) if isinstance(answer, float) and answer.is_integer() else answer)
   if isinstance(answer, bool):
     meant = {i for i, text in enumerate(texts)
@@ -80,7 +82,7 @@ def _answer_index(answer: Any, texts: list[str], labels: Sequence[Any]) -> int:
 def shape(config: MultipleChoice, record: Record) -> Record:
   """Return a record whose choices are texts, and their labels besides where they have some."""
   record = {'answer': record['answerKey'], **record} if 'answerKey' in record else record
-  choices = record.get('choices')
+  choices = fields.from_json(record.get('choices'))
   if isinstance(choices, list) and choices and all(isinstance(item, Mapping) for item in choices):
     choices = {key: [item.get(key) for item in choices] for key in ('text', 'label')}
   if not isinstance(choices, Mapping) or not {'text', 'label'} <= choices.keys():

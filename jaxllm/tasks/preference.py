@@ -99,22 +99,27 @@ def shape(config: Preference, record: Record) -> Record:
   found: dict[str, Any] = {}
   before = []
   for name in ('chosen', 'rejected'):
-    if isinstance(record.get(name), list):
-      *start, last = conversations.messages(record[name], name)
+    value = [record[name]] if isinstance(record.get(name), dict) else record.get(name)
+    if conversations.are_messages(value):
+      *start, last = conversations.messages(value, name)
       if last['role'] != 'assistant':
         raise fields.refused(last['role'], f'{name}[-1].role', 'the assistant, who answers')
       before.append(start)
       found[name] = last['content']
-  if not any(before):
-    return {**record, **found}
-  if len(before) < 2 or before[0] != before[1]:
-    raise ValueError("fields 'chosen' and 'rejected' differ before their last messages; expected "
-                     'two answers to one prompt')
   prompt = record.get('prompt')
-  if prompt is not None and conversations.turns(prompt, 'prompt', 'user') not in (
-      before[0], before[0][-1:]):
-    raise fields.refused(prompt, 'prompt', "what 'chosen' and 'rejected' begin with")
-  return {**record, **found, 'prompt': before[0]}
+  if any(before):
+    if len(before) < 2 or before[0] != before[1]:
+      raise ValueError("fields 'chosen' and 'rejected' differ before their last messages; expected "
+                       'two answers to one prompt')
+    if prompt is not None and conversations.turns(prompt, 'prompt', 'user') not in (
+        before[0], before[0][-1:]):
+      raise fields.refused(prompt, 'prompt', "what 'chosen' and 'rejected' begin with")
+    prompt = before[0]
+  start = [] if config.template is None else conversations.opening(record)
+  if start and prompt is not None and (
+      said := conversations.turns(prompt, 'prompt', 'user'))[:1] != start:
+    prompt = start + said
+  return {**record, **found, **({} if prompt is None else {'prompt': prompt})}
 
 
 def read(config: Preference, example: Example, answer: Answer) -> Prediction:

@@ -158,6 +158,8 @@ def read_answers(value: Any, name: str) -> list[str]:
   if isinstance(value, Mapping) and 'text' in value:
     value = value['text']
   if isinstance(value, str):
+    if re.fullmatch(r'''\s*(\[\s*['"].*\]|\{\s*['"].*\})\s*''', value, re.DOTALL):
+      raise fields.refused(value, name, 'lists and objects as JSON writes them')
     return [fields.text(value, name)]
   if isinstance(value, list):
     value = [item['text'] if isinstance(item, Mapping) and 'text' in item else item

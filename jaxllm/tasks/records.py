@@ -21,6 +21,7 @@ from jaxllm.tasks import packages
 from jaxllm.tasks.fields import plain
 
 Pair = tuple[str, str]
+_NUMBERS = ('', 'id', '_id', 'idx', 'index', 'guid', 'uid', 'uuid', 'qid', 'unnamed: 0')
 
 
 class RecordSource(Config):
@@ -60,8 +61,8 @@ class RecordsConfig(Config):
   """(the task's name, the data's name) pairs of fields; the data's may be a path, as
   'answers.text'. Other fields keep their names."""
   fractions: tuple[tuple[str, float], ...] = (('train', 0.8), ('validation', 0.1), ('test', 0.1))
-  """How rows without a split of their own are divided, by a hash of what they say; equal rows count
-  once."""
+  """How rows without a split of their own are divided, by a hash of what they say (no `id`);
+  equal rows count once."""
   group: str | None = None
   """A field whose rows of equal value stay in one split, such as the article of a question."""
   seed: int = 0
@@ -125,10 +126,9 @@ def _part(rows: Sequence[Row], config: RecordsConfig, split: str) -> list[Row]:
   By rank and not by the hash itself, so that the shares are exact.
   """
   distinct = list({_digest(row.fields, config.seed): row for row in rows}.values())
-  keys = [
-    _digest(row.fields if config.group is None else _look_up(row, config.group), config.seed)
-    for row in distinct
-  ]
+  said = ({name: value for name, value in row.fields.items() if name.lower() not in _NUMBERS}
+          if config.group is None else _look_up(row, config.group) for row in distinct)
+  keys = [_digest(value, config.seed) for value in said]
   ranked = sorted(set(keys))
   start = 0.0
   for name, share in config.fractions:

@@ -261,13 +261,18 @@ def test_a_turn_without_weight_is_not_trained_on(off):
   ([user('a'), {'role': 'tool', 'content': 'b'}], r"messages\[1\].role. is the text 'tool'"),
   ([{'content': 'a'}], r'messages\[0\].role'), ([user('a'), bot('')], 'empty text'),
   ([user([{'type': 'image_url', 'image_url': 'x'}])], r'messages\[0\].content. is the list'),
+  ([user([{'type': 'text', 'text': None}]), bot('b')], r'messages\[0\].content. is the list'),
+  ([{**user('a'), 'from': 'gpt'}, bot('b')], r'messages\[0\].*expected one role'),
+  ([{**user('a'), 'value': 'c'}, bot('b')], r'messages\[0\].*expected one role'),
+  ([user('a'), bot('b', weight=1, train=False)], 'one weight'),
+  (repr([user('a'), bot('b')]), 'is the text'),
   ([user('a', weight=1), bot('b')], 'who are not trained on'),
   ([user('a'), bot('b', weight=2)], 'weight'), ([user('a'), bot('b', weight='0')], 'weight'),
 ])
 def test_what_a_chat_cannot_hold_is_refused(messages, message):
   with pytest.raises(ValueError, match=message):
     example('chat', messages=messages)
-  with pytest.raises(ValueError, match="field 'tools'.*no tools here"):
+  with pytest.raises(ValueError, match="field 'tools'.*are not read"):
     example('chat', messages=CHAT, tools=[{'name': 'f'}])
 
 
@@ -311,3 +316,45 @@ def test_preferences_of_several_turns_need_a_template():
 def test_preferences_that_do_not_fit_together_are_refused(record, message):
   with pytest.raises(ValueError, match=message):
     example('preference', **record)
+
+
+def test_a_system_of_its_own_field_stands_first():
+  messages = [user('a'), bot('b')]
+  for name in ('system', 'system_prompt'):
+    found = example('chat', Chat(template=PLAIN), messages=messages, **{name: 's'})
+    assert found.segments[1].text.startswith('system:\ns\n\nUser:\na')
+  same = example('chat', Chat(template=PLAIN), system='s', tools=[],
+                 messages=[{'role': 'system', 'content': 's'}, user('a'), bot('b', tool_calls=[])])
+  assert same.segments == found.segments
+  config = TASKS['preference'].config(template=PLAIN)
+  found = example('preference', config, system='s', prompt='a', chosen='b', rejected='c')
+  assert found.segments[1].text.startswith('system:\ns\n\nUser:\na')
+  with pytest.raises(ValueError, match="field 'history'.*are not read"):
+    example('chat', instruction='a', output='b', history=[['c', 'd']])
+
+
+def test_what_csv_writes_as_text_is_read_as_what_it_is():
+  messages = {'chosen': [user('a'), bot('b')], 'rejected': [user('a'), bot('c')]}
+  written = {name: json.dumps(value) for name, value in messages.items()}
+  assert example('preference', **written).choices == example('preference', **messages).choices
+  last = {name: value[-1] for name, value in messages.items()}
+  assert example('preference', prompt='a', **last).choices == (' b', ' c')
+  with pytest.raises(ValueError, match="field 'chosen' is the text"):
+    example('preference', **{name: repr(value) for name, value in messages.items()})
+  found = example('chat', Chat(template=PLAIN), prompt=json.dumps([user('a')]),
+                  completion=json.dumps([bot('b')]))
+  assert spoken(found) == ['b']
+  answers = '{"text": ["b"], "answer_start": [1]}'
+  assert example('question_answering', question='a', answers=answers).reference == ['b']
+  for text in ("{'text': ['b'], 'answer_start': [1]}", "['b' 'c']"):
+    with pytest.raises(ValueError, match='as JSON writes them'):
+      example('question_answering', question='a', answers=text)
+  found = example('multiple_choice', question='a', answerKey='B',
+                  choices='{"text": ["b", "c"], "label": ["A", "B"]}')
+  assert (found.choices, found.reference) == ((' b', ' c'), 1)
+
+
+@pytest.mark.parametrize('answer', [None, ['x']])
+def test_only_a_text_or_a_number_is_an_answer(answer):
+  with pytest.raises(ValueError, match="field 'answer' is"):
+    example('multiple_choice', question='q', choices=['None', "['x']"], answer=answer)

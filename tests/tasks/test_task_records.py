@@ -156,6 +156,17 @@ def test_groups_stay_together(tmp_path):
   assert not groups[0] & groups[1] and not groups[0] & groups[2] and not groups[1] & groups[2]
 
 
+@pytest.mark.parametrize('name', ['id', 'Unnamed: 0', 'idx'])
+def test_rows_that_differ_in_a_number_alone_share_a_split(tmp_path, name):
+  rows = [{name: i, 'text': f'text {i % 20}'} for i in range(100)]
+  path = _file(tmp_path, 'a.jsonl', '\n'.join(map(json.dumps, rows)))
+  config = _config(RecordSource(location=path))
+  parts = [records.load(config, split) for split in ('train', 'validation', 'test')]
+  assert list(map(len, parts)) == [80, 10, 10]
+  texts = [{row['text'] for row in part} for part in parts]
+  assert not texts[0] & texts[1] and not texts[0] & texts[2] and not texts[1] & texts[2]
+
+
 def test_limit_keeps_a_fixed_subset_in_order(tmp_path):
   config = _config(_numbers(tmp_path, range(100)), fractions=WHOLE, limit=10)
   found = [int(row['text'][1:]) for row in records.load(config, 'train')]
