@@ -155,8 +155,8 @@ def listed(files: Files, read: Mapping[str, Any]) -> dict[int, Any]:
     if found is None:
       texts = {token.content for token in special(read)}
       ids = json.loads(files.get('added_tokens.json', b'{}'))
-      found = {i: {'content': text, 'special': text in texts, 'normalized': text not in texts}
-                for text, i in ids.items()}
+      found = {i: {'content': text, 'special': text in texts, 'normalized': False}
+               for text, i in ids.items()}
     return {
       int(i): AddedToken(token['content'], **{
         flag: bool(token[flag]) or flag == 'special' and token['content'] in named

@@ -214,3 +214,12 @@ def test_added_tokens_of_a_sentencepiece_model(pieces):
   after = [tokens[tokens.index(END) + 1].startswith(space) for tokens in encoded.values()]
   assert after == [True, False, False]
   assert [tokens[0].startswith(space) for tokens in encoded.values()] == [True, True, False]
+
+
+def test_added_tokens_without_flags_are_found_anywhere(pieces):
+  added = json.dumps({START: 319, END: 320}).encode()
+  tokenizer, _ = opened(
+    {'tokenizer.model': sentencepiece_model.build(pieces), 'added_tokens.json': added,
+     **settings(eos_token=END)}, 'mistral', 321)
+  assert tokenizer.special_tokens[END] == tokenizer.eos_id == 320
+  assert tokenizer.encode_parts([320, f'\n{START}x']).count(319) == 1
