@@ -170,10 +170,9 @@ def _text(model, baseline, path: str) -> dict[str, Any]:
   models = [model] if baseline is None else [model, baseline]
   length = CONTEXT_LENGTH.value or min(1024, *(one.config.max_length for one in models))
   stride = STRIDE.value or max(length // 2, 1)
-  found, *others = [measure(one) for one in models]
+  found, theirs = (*map(measure, models), None)[:2]
   if not found:
     raise ValueError(f'--text={path} has no token to predict')
-  theirs = others[0] if others else None
   return {
     'context_length': length,
     'stride': stride,
@@ -236,7 +235,6 @@ def _held_out(model) -> dict[str, float]:
   from jaxllm import sharding
   from jaxllm.data import batches, records
   from jaxllm.evaluation import perplexity
-  from jaxllm.sharding import MeshConfig
 
   experiment, split = model.experiment, SPLIT.value or 'validation'
   if experiment is None:
@@ -246,7 +244,7 @@ def _held_out(model) -> dict[str, float]:
   manifest = _records(model) or records.prepare(experiment.data, experiment.tokenizer, directory)
   # Of the mesh that it was trained on nothing is needed but the rules.
   devices = jax.devices()[: math.gcd(BATCH_SIZE.value, jax.device_count())]
-  mesh_config = MeshConfig(rules=experiment.mesh.rules)
+  mesh_config = sharding.MeshConfig(rules=experiment.mesh.rules)
   mesh = sharding.make_mesh(mesh_config, devices)
   eval_step = perplexity.make_eval_step(
     model.config, experiment.next_token, mesh, mesh_config,

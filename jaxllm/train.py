@@ -41,15 +41,13 @@ def main(_) -> None:  # noqa: D103
   trained = summary.get('trained_parameters')
   print(f'{summary["step"]:,} steps, {summary["parameters"]:,} parameters'
         + (f', {trained:,} of adapters trained' if trained else ''))
-  if 'validation' in summary:
-    scores = summary['validation']
-    told = {**journal.TOLD, 'accuracy': 'accuracy'}
-    print(', '.join(f'{text} {tables.number(scores[name])}' for name, text in told.items()
-                    if name in scores))
+  if scores := summary.get('validation'):
+    told = {**journal.TOLD, 'accuracy': 'accuracy'}.items()
+    print(', '.join(f'{text} {tables.number(scores[key])}' for key, text in told if key in scores))
   samples = pathlib.Path(WORKDIR.value) / 'samples.jsonl'
   if samples.exists():
-    for line in filter(None, samples.read_text(encoding='utf-8').split('\n')):
-      sample = json.loads(line)
+    lines = filter(None, samples.read_text(encoding='utf-8').split('\n'))
+    for sample in map(json.loads, lines):
       print(f'---\n{sample["prompt"]}{sample["text"]}')
   print(f'report: {pathlib.Path(WORKDIR.value) / "report.html"}')
 

@@ -169,7 +169,8 @@ def test_init_from_is_there_and_fits_before_data_are_read(folder, model, monkeyp
   tokenizer = tokenizers.train_or_load(TokenizerConfig(kind='bytes'), [])
   native.save(folder / 'run', tiny.MODEL, decoder.init(tiny.MODEL, jax.random.key(0)),
               tokenizer.files(), {})
-  said = 'no such file' if model == 'nowhere' else 'does not fit config.model: .* parameters differ'
+  said = {'nowhere': 'config.init_from: no such file',
+          'run': 'does not fit config.model: .* parameters differ'}[model]
   monkeypatch.setattr(records, 'prepare', lambda *_: pytest.fail('data were read'))
   experiment = tiny.experiment(
     folder, init_from=model, model=tiny.MODEL.replace(mlp_dim=2 * tiny.MODEL.mlp_dim))

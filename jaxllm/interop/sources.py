@@ -33,14 +33,16 @@ def is_foreign(path: str | os.PathLike[str]) -> bool:
   return str(path).startswith(HUB)
 
 
-def check_exists(path: str | os.PathLike[str], revision: str | None = None) -> None:
+def check_exists(
+  path: str | os.PathLike[str], revision: str | None = None, field: str = ''
+) -> None:
   """Raise a ValueError where a path, which is no `hf:NAME`, does not exist or has a revision."""
   if str(path).startswith(HUB):
     return
   if revision is not None:
     raise ValueError(f'revision={revision!r} is for {HUB}NAME of the hub; {str(path)!r} is a path')
   if not pathlib.Path(path).expanduser().exists():
-    raise ValueError(f'{no_such_path(path)} (a model of the Hugging Face hub is {HUB}NAME)')
+    raise ValueError(f'{field}{no_such_path(path)} (a model of the Hugging Face hub is {HUB}NAME)')
 
 
 def named(reference: str) -> str:

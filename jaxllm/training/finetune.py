@@ -52,6 +52,7 @@ def resolve(experiment: Experiment) -> Experiment:
     changes['objective'] = objective.replace(teacher_model=teacher)
   if experiment.init_from is None or (experiment.model and experiment.tokenizer):
     return experiment.replace(**changes)
+  sources.check_exists(experiment.init_from, field='config.init_from: ')
   found = loading.describe(experiment.init_from)
   if experiment.model is None:
     changes['model'] = found.config
@@ -69,10 +70,11 @@ def check_start(experiment: Experiment) -> None:
     ValueError: `init_from` or the teacher is not there, or has other parameters.
   """
   if experiment.init_from is not None:
+    sources.check_exists(experiment.init_from, field='config.init_from: ')
     config = loading.describe(experiment.init_from).config
     check_parameters(experiment, decoder.abstract(config)[0]['params'])
   if isinstance(experiment.objective, Distillation):
-    sources.check_exists(experiment.objective.teacher)
+    sources.check_exists(experiment.objective.teacher, field='config.objective.teacher: ')
 
 
 def check_parameters(experiment: Experiment, found: Tree) -> None:
