@@ -19,6 +19,7 @@ from jaxllm.data.tokenizer_parts import Part
 Files = Mapping[str, bytes]
 
 MARK = '\u2581'  # SentencePiece's own sign for a space.
+_BYTE = re.compile('<0x[0-9A-F]{2}>')
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -219,8 +220,10 @@ def from_library(files: Files) -> Tokenizer:
     return _no_panic(inner.decode, ids, skip_special_tokens=True)
 
   eos = special('eos_token')
+  # Bytes, which some trainers list as special, are what text falls back to.
+  fallback = getattr(inner.model, 'byte_fallback', False)
   added = {token.content: i for i, token in inner.get_added_tokens_decoder().items()
-           if token.special}
+           if token.special and not (fallback and _BYTE.fullmatch(token.content))}
   id_bytes, joins = _library_bytes(inner, vocab, size)
   return Tokenizer(id_bytes, special('bos_token'), eos, _first(special('pad_token'), eos, 0), added,
                    encode, encode_batch, decode, files, inner, joins)

@@ -154,10 +154,11 @@ def _scaling(
   divisors = np.full(head_dim // 2, factor)
   if divided:
     tensor = found[ROPE_DIVISORS]
-    if tensor.shape != (head_dim // 2,) or not np.isfinite(gguf_file.data(tensor)).all():
+    found_P = gguf_file.data(tensor)
+    if tensor.shape != divisors.shape or not ((found_P > 0) & (found_P < np.inf)).all():
       raise ValueError(f'{ROPE_DIVISORS} has the shape {tensor.shape}, expected '
-                       f'{(head_dim // 2,)} finite numbers')
-    divisors = divisors * gguf_file.data(tensor)
+                       f'{divisors.shape} finite numbers above 0')
+    divisors = divisors * found_P
   if yarn:
     return {
       'rope_type': 'yarn', 'factor': factor, 'beta_fast': fast, 'beta_slow': slow,

@@ -67,13 +67,14 @@ def _byte_level_json():
           'chat_template.jinja': b'{{ messages }}'}
 
 
-def _llama_json():
+def _llama_json(num_special=3):
   pieces = ['<unk>', '<s>', '</s>', *(f'<0x{i:02X}>' for i in range(256)),
             '\u2581', 'a', 'b', '\u2581a']
   return {'tokenizer.json': json.dumps({
     'version': '1.0',
     'added_tokens': [{'id': i, 'content': pieces[i], 'single_word': False, 'lstrip': False,
-                      'rstrip': False, 'normalized': False, 'special': True} for i in range(3)],
+                      'rstrip': False, 'normalized': False, 'special': True}
+                     for i in range(num_special)],
     'normalizer': {'type': 'Replace', 'pattern': {'String': ' '}, 'content': '\u2581'},
     'pre_tokenizer': None, 'post_processor': None, 'truncation': None, 'padding': None,
     'decoder': {'type': 'Sequence', 'decoders': [
@@ -273,6 +274,13 @@ def test_a_llama_tokenizer_json():
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert b''.join(tokenizer.id_bytes[i] for i in ids) == text.encode()
+
+
+def test_bytes_that_are_listed_as_special_tokens_are_still_bytes():
+  tokenizer = tokenizers.from_files(_llama_json(3 + 256))
+  assert set(tokenizer.special_tokens) == {'<unk>', '<s>', '</s>'}
+  assert tokenizer.encode('é') == [3 + 0xC3, 3 + 0xA9]
+  assert tokenizer.encode_parts([1, 'é']) == [1, 3 + 0xC3, 3 + 0xA9]
 
 
 def test_a_sentencepiece_model_with_a_dummy_prefix(tmp_path):

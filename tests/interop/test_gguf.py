@@ -46,10 +46,10 @@ def test_quantised_files(quantization, tmp_path):
 
 
 def test_divisors_of_the_rotation(tmp_path, monkeypatch):
-  add = gguf.GGUFWriter.write_header_to_file
+  add, first = gguf.GGUFWriter.write_header_to_file, 1
 
   def with_divisors(writer):
-    writer.add_tensor('rope_freqs.weight', np.linspace(1, 9, 8, dtype=np.float32))
+    writer.add_tensor('rope_freqs.weight', np.linspace(first, 9, 8, dtype=np.float32))
     add(writer)
 
   monkeypatch.setattr(gguf.GGUFWriter, 'write_header_to_file', with_divisors)
@@ -57,6 +57,10 @@ def test_divisors_of_the_rotation(tmp_path, monkeypatch):
   source = sources.open_model(tmp_path / 'model.gguf')
   assert source.config.positions.scaling.short_factors[-1] == 9
   prove(source, huggingface.load_source(source))
+  first = 0
+  small_gguf.write(tmp_path / 'zero.gguf', tmp_path / 'zero', 'llama')
+  with pytest.raises(ValueError, match='finite numbers above 0'):
+    sources.open_model(tmp_path / 'zero.gguf')
 
 
 @pytest.mark.parametrize('scaling', [
