@@ -22,7 +22,7 @@ from jaxllm.adapters import rules
 from jaxllm.adapters.quantization import QuantizationConfig, quantize
 from jaxllm.checkpoints import tree
 from jaxllm.data import tokenizers
-from jaxllm.data.tokenizers import TokenizerConfig
+from jaxllm.data.tokenizers import Tokenizer, TokenizerConfig
 from jaxllm.experiment import Distillation, Experiment
 from jaxllm.interop import sources
 from jaxllm.models import decoder
@@ -37,10 +37,11 @@ Tree = dict[str, Any]
 BASE, TEACHER, HEAD = 'base', 'teacher', 'classifier'
 
 
-def resolve(experiment: Experiment) -> Experiment:
+def resolve(experiment: Experiment, begun: Experiment | None = None) -> Experiment:
   """Return the experiment with what it leaves to `init_from` and to a teacher.
 
-  The tokenizer's files are written beside the run's records.
+  The tokenizer's files are written beside the run's records. Where `init_from` is not there any
+  more, a run that has `begun` with it goes on as it is.
 
   Raises:
     ValueError: there is no such model, or the rest of the config does not fit it.
@@ -52,8 +53,16 @@ def resolve(experiment: Experiment) -> Experiment:
     changes['objective'] = objective.replace(teacher_model=teacher)
   if experiment.init_from is None or (experiment.model and experiment.tokenizer):
     return experiment.replace(**changes)
-  sources.check_exists(experiment.init_from, field='config.init_from: ')
-  found = loading.describe(experiment.init_from)
+  try:
+    sources.check_exists(experiment.init_from, field='config.init_from: ')
+    found = loading.describe(experiment.init_from)
+  except ValueError:
+    if begun is None or begun.init_from != experiment.init_from:
+      raise
+    if experiment.tokenizer is None:
+      changes['tokenizer'] = begun.tokenizer
+      changes['data'] = experiment.data.replace(add_bos=begun.data.add_bos)
+    return experiment.replace(**changes, model=experiment.model or begun.model)
   if experiment.model is None:
     changes['model'] = found.config
   if experiment.tokenizer is None:
@@ -71,10 +80,20 @@ def check_start(experiment: Experiment) -> None:
   """
   if experiment.init_from is not None:
     sources.check_exists(experiment.init_from, field='config.init_from: ')
-    config = loading.describe(experiment.init_from).config
-    check_parameters(experiment, decoder.abstract(config)[0]['params'])
+    found, ours = loading.describe(experiment.init_from), experiment.tokenizer
+    check_parameters(experiment, decoder.abstract(found.config)[0]['params'])
+    if ours is not None and not ours.trained:
+      check_vocabulary('init_from', experiment.init_from, tokenizers.from_files(found.files),
+                       tokenizers.train_or_load(ours, ()))
   if isinstance(experiment.objective, Distillation):
     sources.check_exists(experiment.objective.teacher, field='config.objective.teacher: ')
+
+
+def check_vocabulary(field: str, path: str, theirs: Tokenizer, ours: Tokenizer) -> None:
+  """Raise a ValueError where a model was trained with another tokenizer than the run has."""
+  if not tokenizers.same_vocabulary(theirs, ours):
+    raise ValueError(f'config.{field}={path} was trained with another tokenizer than '
+                     'config.tokenizer gives; point config.tokenizer at its files, or leave it out')
 
 
 def check_parameters(experiment: Experiment, found: Tree) -> None:

@@ -83,7 +83,7 @@ def train(
   started = time.monotonic()
   mesh = sharding.make_mesh(experiment.mesh, devices)
   _check_batch(experiment, mesh)
-  experiment = finetune.resolve(experiment)
+  experiment = finetune.resolve(experiment, workdir.begun_as(pathlib.Path(path)))
   directory = workdir.open_workdir(experiment, path)
   if not workdir.has_begun(directory):
     finetune.check_start(experiment)
@@ -105,6 +105,9 @@ def train(
 def _run(run: _Run) -> dict[str, Any]:
   num_steps = run.experiment.training.num_steps
   latest = store_lib.latest_step(run.store) or 0
+  if latest > num_steps:
+    raise ValueError(f'the run in --workdir={run.path} has taken {latest} steps, more than '
+                     f'config.training.num_steps={num_steps}; raise it, or change --workdir')
   selected = selection.restore(run.experiment.best, run.path, latest)
   if latest >= num_steps or selected.exhausted:
     written = run.path / 'summary.json'

@@ -11,11 +11,10 @@ from jax.sharding import Mesh
 from jaxllm import config as config_lib
 from jaxllm import loading
 from jaxllm.checkpoints import tree
-from jaxllm.data import tokenizers
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.experiment import Experiment
+from jaxllm.training import finetune, workdir
 from jaxllm.training import state as state_lib
-from jaxllm.training import workdir
 
 
 def check_state(experiment: Experiment, path: pathlib.Path) -> None:
@@ -83,11 +82,7 @@ def load_others(
     if path is None or (begun and not lasting[key]):
       continue
     model = loading.load(path)
-    if not tokenizers.same_vocabulary(model.tokenizer, tokenizer):
-      raise ValueError(
-        f'config.{field}={path} was trained with another tokenizer than config.tokenizer gives; '
-        'point config.tokenizer at its files, or leave it out'
-      )
+    finetune.check_vocabulary(field, path, model.tokenizer, tokenizer)
     found[key] = model.variables['params']
     if lasting[key]:
       marks[key] = loading.check_model(field, path, found[key], manifest.get(key))

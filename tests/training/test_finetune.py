@@ -20,6 +20,7 @@ from jaxllm.checkpoints import store
 from jaxllm.config import ConfigError
 from jaxllm.data import tokenizers
 from jaxllm.data.records import DataConfig
+from jaxllm.data.tokenizers import TokenizerConfig
 from jaxllm.evaluation.perplexity import EvaluationConfig
 from jaxllm.experiment import Experiment, FinetuneConfig, TrainingConfig
 from jaxllm.interop import huggingface_writer, tokenizer_export
@@ -32,6 +33,7 @@ from jaxllm.tasks.chat import Chat, ChatTemplate
 from jaxllm.tasks.classification import Sentiment
 from jaxllm.tasks.records import RecordsConfig, RecordSource
 from jaxllm.training import dataset, loop, losses
+from jaxllm.training import finetune as tuning
 from jaxllm.training import state as state_lib
 from jaxllm.training import step as step_lib
 from tests.interop import small
@@ -198,6 +200,26 @@ def test_adapters_refuse_another_base_or_none(base, tmp_path):
         tmp_path / 'base')
   with pytest.raises(ValueError, match='config.init_from=.* is not the model that the'):
     loading.load(tmp_path / 'tuned')
+
+
+def test_a_run_that_has_begun_needs_no_base_to_be_resolved(base, tmp_path):
+  shutil.copytree(base / 'base', tmp_path / 'base')
+  config = experiment(base, FinetuneConfig(), init_from=str(tmp_path / 'base'))
+  begun = tuning.resolve(config)
+  shutil.rmtree(tmp_path / 'base')
+  assert tuning.resolve(config, begun) == begun
+  for other in (None, begun.replace(init_from='elsewhere')):
+    with pytest.raises(ValueError, match='no such file or directory'):
+      tuning.resolve(config, other)
+
+
+def test_another_vocabulary_is_refused_before_the_data_are_read(base, tmp_path):
+  tokenizer = library.Tokenizer(library.models.WordLevel({'[UNK]': 0, 'a': 1}, unk_token='[UNK]'))
+  tokenizer.save(str(tmp_path / 'tokenizer.json'))
+  config = experiment(
+    base, FinetuneConfig(), tokenizer=TokenizerConfig(kind='json', path=str(tmp_path)))
+  with pytest.raises(ValueError, match='config.init_from=.*base was trained with another tokeniz'):
+    tuning.check_start(tuning.resolve(config))
 
 
 def test_rules_freeze_and_must_match(base):

@@ -299,6 +299,13 @@ config.run_program(train.main)
   assert done.returncode == code, done.stderr
 
 
+def test_fewer_steps_than_were_taken_are_refused(whole):
+  base, _ = whole
+  config = tiny.experiment(base, training__ema_decay=0.9, training__num_steps=5)
+  with pytest.raises(ValueError, match='has taken 8 steps, more than config.training.num_steps=5'):
+    train(config, base / 'run')
+
+
 def test_a_run_begins_with_the_parameters_of_another(whole):
   base, summary = whole
   changes = {'init_from': str(base / 'run'), 'training__ema_decay': 0.9, 'evaluation__prompts': ()}
