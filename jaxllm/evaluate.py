@@ -59,8 +59,9 @@ def main(_) -> None:  # noqa: D103
     scores = _held_out(model)
     whole = _held_out(baseline) if baseline else {}
     for name, value in scores.items():
-      beside = f'  ({tables.number(whole[name])} unless {QUANTIZE.value})' if whole else ''
-      print(f'{name.replace("_", " "):>14}  {tables.number(value)}{beside}')
+      number = '{:,.0f}'.format if name == 'tokens' else tables.number
+      beside = f'  ({number(whole[name])} unless {QUANTIZE.value})' if whole else ''
+      print(f'{name.replace("_", " "):>14}  {number(value)}{beside}')
     _write({**scores, 'baseline': whole} if whole else scores)
     return
   split = SPLIT.value or 'test'
@@ -250,8 +251,7 @@ def _held_out(model) -> dict[str, float]:
     model.config, experiment.next_token, mesh, mesh_config,
     (model.tokenizer.bos_id, model.tokenizer.eos_id))
   held_out = batches.make_batches(
-    directory, split, BATCH_SIZE.value, seed=0, shuffle=False, num_epochs=1
-  )
+    directory, split, BATCH_SIZE.value, seed=0, shuffle=False, num_epochs=1)
   return perplexity.evaluate(
     eval_step, jax.device_put(model.variables, sharding.replicated(mesh)),
     batches.prefetch(held_out, 0, held_out.num_batches),

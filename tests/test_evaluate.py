@@ -98,6 +98,7 @@ def test_a_run_is_scored_on_its_held_out_records(outputs):
   summary = json.loads((base / 'run' / 'summary.json').read_text())
   assert scores == pytest.approx(summary['validation'], rel=1e-5)
   assert f'bits per byte  {tables.number(scores["bits_per_byte"])}' in printed
+  assert f'tokens  {scores["tokens"]:,.0f}\n' in printed
 
 
 def test_a_foreign_model_needs_a_text_or_tasks(outputs):
