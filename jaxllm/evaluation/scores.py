@@ -4,7 +4,8 @@ A `Metric` is a pair of pure functions: the first turns each example into additi
 second turns their sums into named numbers. Whatever is additive can be resampled, so intervals and
 significance tests (`statistics.py`) are exact for every metric, corpus-level ones included.
 
-`METRICS` lists them: accuracy, classification, calibration, squad, bleu, chrf, rouge, perplexity.
+`METRICS` lists them: accuracy, classification, calibration, squad, bleu, chrf, rouge, perplexity,
+bits_per_byte.
 BLEU and chrF are sacrebleu's and ROUGE is rouge-score's, from the extra `tasks`.
 
 Axis letters: I examples, M statistics of one example, C labels, U confidence bins.
@@ -292,10 +293,14 @@ def _perplexity_statistics(
 
 def _perplexity_values(sums: np.ndarray) -> Values:
   """NaN where a resample holds no token."""
-  nats, tokens, num_bytes = -sums[..., 0], sums[..., 1], sums[..., 2]
   with np.errstate(divide='ignore', invalid='ignore'):
-    loss, bits = nats / tokens, nats / num_bytes / math.log(2)
-  return {'loss': loss, 'perplexity': np.exp(np.minimum(loss, 700.0)), 'bits_per_byte': bits}
+    loss = -sums[..., 0] / sums[..., 1]
+  return {'loss': loss, 'perplexity': np.exp(np.minimum(loss, 700.0))}
+
+
+def _bits_values(sums: np.ndarray) -> Values:
+  with np.errstate(divide='ignore', invalid='ignore'):
+    return {'bits_per_byte': -sums[..., 0] / sums[..., 2] / math.log(2)}
 
 
 def _mean_metric(
@@ -324,7 +329,8 @@ METRICS: Mapping[str, Metric] = {
   'bleu': _sacrebleu_metric('BLEU', 'bleu'),
   'chrf': _sacrebleu_metric('CHRF', 'chrf'),
   'rouge': _mean_metric(_rouge_statistics, *ROUGE_TYPES),
-  'perplexity': Metric(_perplexity_statistics, _perplexity_values,
-                       ('loss', 'perplexity', 'bits_per_byte'), largest=None),
+  'perplexity': Metric(_perplexity_statistics, _perplexity_values, ('loss', 'perplexity'),
+                       largest=None),
+  'bits_per_byte': Metric(_perplexity_statistics, _bits_values, ('bits_per_byte',), largest=None),
 }
 """name -> metric; one entry may give several numbers."""

@@ -6,9 +6,6 @@ from typing import Any, NamedTuple
 from jaxllm.evaluation import statistics
 from jaxllm.evaluation.statistics import Comparison, Interval
 
-# What is given per token says nothing between models that count tokens differently.
-_PER_TOKEN = ('loss', 'perplexity')
-
 
 class Line(NamedTuple):
   """One number of a task.
@@ -52,9 +49,10 @@ def score(
       continue
     theirs = [part(prediction) for prediction in baseline_predictions]
     compared = statistics.compare(metric, ours, theirs, references)
+    # Loss and perplexity say nothing between models that count tokens differently.
     same_tokens = metric != 'perplexity' or [o[1] for o in ours] == [t[1] for t in theirs]
     for i, line in enumerate(lines):
-      if line.name in found and (same_tokens or line.name not in _PER_TOKEN):
+      if line.name in found and same_tokens:
         comparison = compared[line.name]
         lines[i] = Line(*line[:2], line.score.value - comparison.difference, comparison)
   return lines

@@ -280,7 +280,9 @@ def read(config: Chat, example: Example, answer: Answer) -> Prediction:
 
 
 TASK = Task(
-  Chat, 'measure', {'messages': conversations.messages}, example, read, language_modeling.METRICS,
+  Chat, 'measure', {'messages': conversations.messages}, example, read,
+  # The end of a turn has no bytes.
+  {'perplexity': language_modeling.METRICS['perplexity']},
   shape=lambda config, record: conversations.shape(record),
   by_template=lambda config, records, template, too_long: fitting(records, template, too_long),
 )

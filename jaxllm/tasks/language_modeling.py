@@ -35,6 +35,7 @@ def read(config: LanguageModeling, example: Example, answer: Answer) -> Predicti
   }
 
 
-METRICS = {'perplexity': itemgetter('log_likelihood', 'tokens', 'bytes')}
+METRICS = dict.fromkeys(
+  ('perplexity', 'bits_per_byte'), itemgetter('log_likelihood', 'tokens', 'bytes'))
 
 TASK = Task(LanguageModeling, 'measure', {'text': fields.any_text}, example, read, METRICS)

@@ -67,10 +67,11 @@ def test_squad_literals(prediction, references, exact, f1):
 
 
 def test_perplexity_literals():
-  found = scores.score('perplexity', [(-4.0, 2, 8), (-2.0, 1, 4)], [None, None])
-  assert found == pytest.approx(
-    {'loss': 2.0, 'perplexity': math.e**2, 'bits_per_byte': 0.5 / math.log(2)}
-  )
+  predictions = [(-4.0, 2, 8), (-2.0, 1, 4)]
+  assert scores.score('perplexity', predictions, [None, None]) == pytest.approx(
+    {'loss': 2.0, 'perplexity': math.e**2})
+  assert scores.score('bits_per_byte', predictions, [None, None]) == pytest.approx(
+    {'bits_per_byte': 0.5 / math.log(2)})
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def test_a_baseline_is_compared_on_the_same_examples():
 
 @pytest.mark.parametrize('tokens, compared', [(4, True), (5, False)])
 def test_other_tokens_are_compared_by_their_bytes_alone(tokens, compared):
-  metrics = {'perplexity': lambda one: one}
+  metrics = dict.fromkeys(('perplexity', 'bits_per_byte'), lambda one: one)
   ours, theirs = [(-8.0, 4, 16)] * 3, [(-6.0, tokens, 16)] * 3
   lines = {line.name: line for line in tables.score(metrics, ours, [None] * 3, theirs)}
   assert lines['bits_per_byte'].comparison.difference > 0

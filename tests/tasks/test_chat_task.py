@@ -241,6 +241,8 @@ def test_chat_task_measures_what_the_assistant_says():
   assert example.segments[0] == CONVERSATION
   assert chat.read(Chat(), example, chat.Answer(log_likelihoods=(-1.0,), num_tokens=(4,))) == {
     'log_likelihood': -1.0, 'tokens': 4, 'bytes': 3}
+  # The nats of a turn's end belong to no byte.
+  assert [*chat.TASK.metrics] == ['perplexity']
 
 
 def test_bos_and_eos_are_left_out_where_there_are_none():
