@@ -16,7 +16,7 @@ from jaxllm.adapters import lora, peft
 from jaxllm.adapters.quantization import QuantizationConfig, dequantize_tree, quantize
 from jaxllm.checkpoints import fingerprint, store
 from jaxllm.checkpoints.bundle import Bundle
-from jaxllm.data import tokenizers
+from jaxllm.data import tokenizer_settings, tokenizers
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.experiment import Experiment
 from jaxllm.generation import text
@@ -106,7 +106,7 @@ class LoadedModel:
     """
     if (own := _own_template(self.experiment)) is not None:
       return chat_format(self, own)
-    jinja = tokenizer_files.chat_templates(self.tokenizer.files())
+    jinja = self.tokenizer.chat_templates
     if not jinja:
       return None
     # What was trained here began with BOS, whether or not the template writes it.
@@ -164,7 +164,7 @@ def _with_own_template(
   own = _own_template(experiment)
   if own is None or experiment is None:
     return dict(files)
-  return {**files, tokenizer_files.CHAT: own.jinja(experiment.data.add_bos).encode()}
+  return {**files, tokenizer_settings.CHAT: own.jinja(experiment.data.add_bos).encode()}
 
 
 def load(path: LoadedModel | str | os.PathLike[str]) -> LoadedModel:
@@ -218,14 +218,14 @@ def describe(path: str | os.PathLike[str]) -> Description:
   if (base := peft.base_model(path)) is not None:
     source = _base_source(path, *base)
     files = _with_files_beside(path, source)
-    return Description(source.config, files, tokenizer_files.add_bos(files))
+    return Description(source.config, files, tokenizer_settings.add_bos(files))
   if sources.is_foreign(path):
     source = sources.open_model(path)
-    return Description(source.config, source.files, tokenizer_files.add_bos(source.files))
+    return Description(source.config, source.files, tokenizer_settings.add_bos(source.files))
   bundle = store.read_bundle(path)
   config, experiment = _described(bundle)
   files = _with_own_template(bundle.tokenizer_files, experiment)
-  add_bos = experiment.data.add_bos if experiment else tokenizer_files.add_bos(files)
+  add_bos = experiment.data.add_bos if experiment else tokenizer_settings.add_bos(files)
   return Description(config, files, add_bos)
 
 
@@ -361,17 +361,16 @@ def task_examples(
 
 def _models_own(tokenizer: Tokenizer, name: str | None) -> chat.Template:
   """Return the chat template of a model, with the stops that end its answers."""
-  files, special = tokenizer.files(), tokenizer.special_tokens
-  template = tokenizer_files.chat_template(files)
+  template = tokenizer.chat_template
   if template is None:
     raise ValueError(f'task.template={name!r}: the model has no chat template of its own; name one')
-  ends = {tokenizer.eos_id, *tokenizer_files.stop_ids(files),
-          *templates.answer_ends(tokenizer, template)}
+  special = tokenizer.special_tokens
+  ends = {*tokenizer.eos_token_ids, *templates.answer_ends(tokenizer, template)}
   stops = {text for text, i in special.items() if i in ends}
   if not stops and tokenizer.eos_id is None:
     raise ValueError(f'task.template={name!r}: the tokenizer of the model has no token that ends '
                      'an answer; name a template')
-  render = functools.partial(templates.render, template, **templates.special_names(tokenizer))
+  render = functools.partial(templates.render, template, **tokenizer.named_tokens)
   return chat.WrittenTemplate(render, tuple(special), stops)
 
 
@@ -425,13 +424,11 @@ def _loaded(
   config: DecoderConfig, variables: Any, files: dict[str, bytes],
   experiment: Experiment | None = None,
 ) -> LoadedModel:
-  add_bos = experiment.data.add_bos if experiment else tokenizer_files.add_bos(files)
+  add_bos = experiment.data.add_bos if experiment else tokenizer_settings.add_bos(files)
   files = _with_own_template(files, experiment)
   tokenizer = tokenizers.from_files(files)
-  stop_ids = tokenizer_files.stop_ids(files)
-  if tokenizer.eos_id is not None:
-    stop_ids = tuple(dict.fromkeys((*stop_ids, tokenizer.eos_id)))
-  return LoadedModel(config, variables, tokenizer, experiment, add_bos, stop_ids)
+  return LoadedModel(
+    config, variables, tokenizer, experiment, add_bos, tokenizer.eos_token_ids)
 
 
 @functools.partial(jax.jit, static_argnames='model')

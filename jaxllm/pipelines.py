@@ -19,7 +19,6 @@ from jaxllm.generation import chat as conversation
 from jaxllm.generation import text as texts_lib
 from jaxllm.generation.sampling import SamplingConfig
 from jaxllm.interop import chat as templates
-from jaxllm.interop import tokenizer_files
 from jaxllm.loading import LoadedModel
 from jaxllm.models.decoder import Decoder
 from jaxllm.tasks import TASKS, predict
@@ -85,7 +84,7 @@ def speaker(model: LoadedModel, batch_size: int = BATCH_SIZE) -> Speaker:
   A chat model that was not fine-tuned here is asked through its template.
   """
   special = model.tokenizer.special_tokens
-  template = tokenizer_files.chat_template(model.tokenizer.files())
+  template = model.tokenizer.chat_template
   is_chat = own_task(model) is None and template is not None
 
   def ask(requests: Sequence[str]) -> list[list[int]]:

@@ -175,7 +175,7 @@ def test_a_chat_follows_the_template_of_the_run(model):
   silent = tuned(model, Chat(template=template.replace(suffix=''))).chat_format
   assert silent.encode(messages) == [BYTES.bos_id, *b'<user>Hi<assistant>'] and silent.stop == ()
   # By the tokenizer's own template, with the BOS that it was trained with.
-  by_own = LoadedModel(model.config, model.variables, ChatBytes(), Run(Chat(template=None)))
+  by_own = LoadedModel(model.config, model.variables, chat_bytes(), Run(Chat(template=None)))
   assert by_own.chat_format.encode(messages) == [BYTES.bos_id, *b'<user>Hi<assistant>']
   encode, ends, _ = loading.chat_format(model, PLAIN)
   assert encode(messages) == [BYTES.bos_id, *b'User:\nHi\n\nAssistant:\n'] and ends == ('\n\n',)
@@ -190,19 +190,14 @@ def test_what_is_asked_wrongly_is_said(model):
     jaxllm.pipeline('summarization', model)(['a', 3])
 
 
-class ChatBytes:
-  """The bytes tokenizer of a model with a chat template."""
-
-  def __getattr__(self, name):
-    return getattr(BYTES, name)
-
-  def files(self):
-    template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
-    return {**BYTES.files(), 'chat_template.jinja': template.encode()}
+def chat_bytes():
+  """Return the bytes tokenizer of a model with a chat template."""
+  template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
+  return tokenizers.from_files({**BYTES.files(), 'chat_template.jinja': template.encode()})
 
 
 def test_a_chat_model_is_asked_by_its_template_unless_it_was_tuned(model):
-  chat = LoadedModel(model.config, model.variables, ChatBytes())
+  chat = LoadedModel(model.config, model.variables, chat_bytes())
   asked = jaxllm.pipeline('translation', chat, max_new_tokens=5)('Hi {there}', target='fr')
   request = '<user>Translate from {source_language} to {target_language}: {source}<assistant>'
   assert asked == jaxllm.pipeline(
@@ -213,7 +208,7 @@ def test_a_chat_model_is_asked_by_its_template_unless_it_was_tuned(model):
   assert prompted == jaxllm.pipeline(
     'translation', chat, prompt='{source}=', max_new_tokens=5)('Hi')
   task = Translation(prompt='{source}=', request='{source}', max_new_tokens=5)
-  run = LoadedModel(model.config, model.variables, ChatBytes(), Run(task))
+  run = LoadedModel(model.config, model.variables, chat_bytes(), Run(task))
   assert prompted == jaxllm.pipeline('translation', run)('Hi')
 
 

@@ -60,19 +60,19 @@ def continue_ours(path: pathlib.Path, count: int):
   from jaxllm.data import tokenizers
   from jaxllm.generation import decode
   from jaxllm.generation.sampling import SamplingConfig
-  from jaxllm.interop import chat, sources, tokenizer_files
+  from jaxllm.interop import chat, sources
   from jaxllm.models.decoder import Decoder, unstack
 
   begin = time.perf_counter()
   loaded = sources.load(path)
   print(f'loaded in {time.perf_counter() - begin:.1f} s')
   tokenizer = tokenizers.from_files(loaded.files)
-  template = tokenizer_files.chat_template(loaded.files)
   ids = [tokenizer.encode(prompt) for prompt in PROMPTS]
-  ids.append(chat.encode(tokenizer, template, [{'role': 'user', 'content': QUESTION}]))
+  asked = [{'role': 'user', 'content': QUESTION}]
+  ids.append(chat.encode(tokenizer, tokenizer.chat_templates, asked))
   done = decode.generate(
     Decoder(loaded.config), unstack(loaded.variables), ids,
-    SamplingConfig(temperature=0.0, max_new_tokens=count), tokenizer_files.stop_ids(loaded.files),
+    SamplingConfig(temperature=0.0, max_new_tokens=count), tokenizer.eos_token_ids,
   )
   return [*PROMPTS, QUESTION], (ids, [generation.tokens for generation in done]), tokenizer.decode
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jaxllm.data import parallel, tokenizer_classes, tokenizer_parts
+from jaxllm.data import parallel, tokenizer_parts, tokenizer_settings
 from jaxllm.data.tokenizer_parts import Part
 
 Files = Mapping[str, bytes]
@@ -104,6 +104,35 @@ class Tokenizer:
   def files(self) -> dict[str, bytes]:
     """Return all that is needed to build this tokenizer again, by file name."""
     return dict(self._files)
+
+  @functools.cached_property
+  def eos_token_ids(self) -> tuple[int, ...]:
+    """The tokens that end an answer: those of generation_config.json, and EOS."""
+    ids = (*tokenizer_settings.eos_token_ids(self._files), self.eos_id)
+    return tuple(dict.fromkeys(i for i in ids if i is not None))
+
+  @functools.cached_property
+  def add_bos(self) -> bool:
+    """Whether the files say that prompts begin with BOS."""
+    return tokenizer_settings.add_bos(self._files)
+
+  @functools.cached_property
+  def chat_templates(self) -> Mapping[str, str]:
+    """The chat templates of the files by name, Jinja; 'default' is the usual one."""
+    return tokenizer_settings.chat_templates(self._files)
+
+  @property
+  def chat_template(self) -> str | None:
+    """The default chat template; None: there is none."""
+    return self.chat_templates.get('default')
+
+  @functools.cached_property
+  def named_tokens(self) -> Mapping[str, Any]:
+    """The special tokens by the names that chat templates know: {'bos_token': '<s>', ...}."""
+    named = tokenizer_settings.named_tokens(tokenizer_settings.settings(self._files))
+    texts = {i: text for text, i in self.special_tokens.items()}
+    ids = {'bos_token': self.bos_id, 'eos_token': self.eos_id}
+    return {name: texts[i] for name, i in ids.items() if i in texts} | named
 
   @functools.cached_property
   def fingerprint(self) -> str:
@@ -207,7 +236,7 @@ def from_library(files: Files) -> Tokenizer:
     raise ValueError(f'tokenizer.json: {len(vocab)} tokens, but the highest id is {size - 1}')
 
   def special(name: str) -> int | None:
-    return vocab.get(tokenizer_classes.text_of(named.get(name)))
+    return vocab.get(tokenizer_settings.text_of(named.get(name)))
 
   def encode(text: str) -> list[int]:
     return _no_panic(inner.encode, text, add_special_tokens=False).ids
@@ -237,13 +266,13 @@ def _inner(files: Files) -> tuple[Any, Mapping[str, Any]]:
   """
   import tokenizers
 
-  named = tokenizer_classes.settings(files)
+  named = tokenizer_settings.settings(files)
   if 'tokenizer.json' in files:
     try:
       inner = tokenizers.Tokenizer.from_str(files['tokenizer.json'].decode())
     except Exception as error:  # The library raises bare Exception.
       raise ValueError(f'tokenizer.json: {error}') from None
-    tokenizer_classes.add_tokens(inner, files, named)
+    tokenizer_settings.add_tokens(inner, files, named)
     return inner, named
   try:
     vocab = json.loads(files['vocab.json'])
@@ -256,7 +285,7 @@ def _inner(files: Files) -> tuple[Any, Mapping[str, Any]]:
   missing = set(BYTE_SIGNS) - set(vocab)
   if missing:
     raise ValueError(f'vocab.json: {len(missing)} of the 256 bytes have no id of their own')
-  return inner, tokenizer_classes.build(inner, files, named)
+  return inner, tokenizer_settings.build(inner, files, named)
 
 
 def _no_panic(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -19,7 +19,7 @@ import pydantic
 from absl import logging
 
 from jaxllm.config import Config
-from jaxllm.data import storage, tokenizer_classes, tokenizer_kinds
+from jaxllm.data import storage, tokenizer_kinds, tokenizer_settings
 from jaxllm.data.tokenizer_kinds import Files
 from jaxllm.data.tokenizer_kinds import Tokenizer as Tokenizer
 
@@ -140,7 +140,7 @@ def read_files(config: TokenizerConfig) -> dict[str, bytes]:
       files[name] = (folder / name).read_bytes()
   chosen = {name: token for name in ('bos_token', 'eos_token') if (token := getattr(config, name))}
   if chosen:
-    known = tokenizer_classes.settings(files)
+    known = tokenizer_settings.settings(files)
     files['tokenizer_config.json'] = json.dumps(known | chosen).encode()
     files.pop('special_tokens_map.json', None)
   return files
@@ -164,10 +164,10 @@ def same_vocabulary(first: Tokenizer, second: Tokenizer) -> bool:
     files = tokenizer.files()
     # A directory may hold the same tokenizer twice; the first file is the one that is read.
     read = next(name for name in BUILDERS if name in files)
-    said = tokenizer_classes.settings(files)
-    words = {i: token.content for i, token in tokenizer_classes.listed(files, said).items()
+    said = tokenizer_settings.settings(files)
+    words = {i: token.content for i, token in tokenizer_settings.listed(files, said).items()
              if not token.special}
-    named = tokenizer_classes.class_of(said) if read == 'vocab.json' else None
+    named = tokenizer_settings.class_of(said) if read == 'vocab.json' else None
     return [read, files[read], files.get('merges.txt'), named, words]
 
   return vocabulary(first) == vocabulary(second)

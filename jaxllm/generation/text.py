@@ -151,11 +151,11 @@ def stream_text(
   Args:
     model: the decoder.
     variables: its variables; unstacked ones decode faster.
-    tokenizer: of the model; its EOS ends a row.
+    tokenizer: of the model; its `eos_token_ids` end a row.
     prompts: token ids.
     sampling: one config for all rows, or one per row.
     stop: strings that end a row, across the borders of tokens; the prompt does not count.
-    stop_ids: tokens that end a row, besides EOS.
+    stop_ids: more tokens that end a row.
     seeds: one per row.
     num_top: how many of the most probable tokens come with each token.
     steps_per_piece: decoding steps between two pieces of a row.
@@ -166,9 +166,8 @@ def stream_text(
   """
   if any(not text for text in stop):
     raise ValueError("stop: '' would end every row before it begins; leave it out")
-  eos_ids = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
   requests = make_requests(
-    model.config, prompts, sampling, [*eos_ids, *stop_ids], seeds, tokenizer.bos_id)
+    model.config, prompts, sampling, [*tokenizer.eos_token_ids, *stop_ids], seeds, tokenizer.bos_id)
   cancelled: set[int] = set()
   pieces = decode.run(model, variables, requests, steps_per_piece, num_top, cancelled, cache_dtype)
   decoders = [TextDecoder(tokenizer, stop, request.prompt) for request in requests]

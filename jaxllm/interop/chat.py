@@ -5,7 +5,6 @@ Jinja's sandbox, with limits of CPU time and memory. What messages say is plain 
 writes '<|im_end|>' does not end the turn.
 """
 
-import functools
 import json
 import pathlib
 import subprocess
@@ -136,7 +135,7 @@ def encode_all(
   conversations, tools, documents, variables = stand_ins.hide(given)
   texts = render(
     chosen(template, tools), conversations, add_generation_prompt, tools, documents,
-    **{**special_names(tokenizer), **variables})
+    **{**tokenizer.named_tokens, **variables})
   begin = [] if bos_id is None else [bos_id]
   result = []
   for text in texts:
@@ -158,25 +157,6 @@ def chosen(template: Templates, tools: Sequence[Any] | None = None) -> str:
     raise TemplateError(f'chat template: of the templates {", ".join(sorted(template))} none is '
                         'the default')
   return template[name]
-
-
-@functools.lru_cache(maxsize=8)
-def special_names(tokenizer: Tokenizer) -> Mapping[str, Any]:
-  """Return the special tokens by the names that templates know: {'bos_token': '<s>', ...}."""
-  files = tokenizer.files()
-  said: dict[str, Any] = {}
-  for name in ('special_tokens_map.json', 'tokenizer_config.json'):
-    keys = json.loads(files.get(name, b'{}'))
-    groups = (keys.get('extra_special_tokens'), keys.get('model_specific_special_tokens'))
-    said |= {key: value for key, value in keys.items() if key.endswith('_token')}
-    for group in groups:
-      said |= group if isinstance(group, dict) else {}
-  texts = {i: text for text, i in tokenizer.special_tokens.items()}
-  for name, i in (('bos_token', tokenizer.bos_id), ('eos_token', tokenizer.eos_id)):
-    said[name] = said.get(name) or (None if i is None else texts.get(i))
-  named = {key: value.get('content') if isinstance(value, dict) else value
-           for key, value in said.items()}
-  return {key: value for key, value in named.items() if isinstance(value, str)}
 
 
 def encode_with_special(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -204,7 +184,7 @@ def answer_ends(tokenizer: Tokenizer, template: Templates) -> tuple[int, ...]:
   said = '\ufdd0'
   talk = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': said}]
   try:
-    text, = render(chosen(template), [talk], False, **special_names(tokenizer))
+    text, = render(chosen(template), [talk], False, **tokenizer.named_tokens)
   except TemplateError:
     return ends
   _, found, after = text.rpartition(said)

@@ -23,7 +23,7 @@ import numpy as np
 from jaxllm.checkpoints import tree
 from jaxllm.data import tokenizers
 from jaxllm.generation import sampling, slots
-from jaxllm.interop import tensorfile, tokenizer_export, tokenizer_files
+from jaxllm.interop import tensorfile, tokenizer_export
 from jaxllm.models import decoder
 from jaxllm.models.decoder import Decoder, DecoderConfig, KVCache, init_cache
 
@@ -112,9 +112,6 @@ def _manifest(
   platforms: Sequence[str],
 ) -> dict[str, Any]:
   tokenizer = tokenizers.from_files(files)
-  stops = tokenizer_files.stop_ids(files)
-  if not stops and tokenizer.eos_id is not None:
-    stops = (tokenizer.eos_id,)
   return {
     'format': 1,
     'jax': jax.__version__,
@@ -123,9 +120,9 @@ def _manifest(
     'vocab_size': config.vocab_size,
     'max_length': config.max_length,
     'slot_axis': _slot_axis(config),
-    'add_bos': tokenizer_files.add_bos(files),
+    'add_bos': tokenizer.add_bos,
     'bos_id': tokenizer.bos_id,
-    'stop_ids': list(stops),
+    'stop_ids': list(tokenizer.eos_token_ids),
     'model': json.loads(config.to_json()),
   }
 

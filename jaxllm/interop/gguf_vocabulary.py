@@ -6,10 +6,10 @@ from typing import Any
 from absl import logging
 
 from jaxllm.data.tokenizer_kinds import MARK
+from jaxllm.data.tokenizer_settings import GENERATION
 from jaxllm.interop import chat, gguf_pre_tokenizers, sentencepiece_model, tokenizer_export
 from jaxllm.interop.sentencepiece_model import CONTROL, UNKNOWN, USER_DEFINED
 from jaxllm.interop.tokenizer_export import json_bytes
-from jaxllm.interop.tokenizer_files import GENERATION
 
 _KEY = 'tokenizer.ggml.'
 

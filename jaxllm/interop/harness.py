@@ -14,7 +14,7 @@ from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.generation import scoring
 from jaxllm.generation import text as texts
 from jaxllm.generation.sampling import SamplingConfig
-from jaxllm.interop import chat, tokenizer_files
+from jaxllm.interop import chat
 from jaxllm.models.decoder import Decoder, DecoderConfig
 
 MAX_NEW_TOKENS = 256
@@ -106,7 +106,7 @@ def language_model(model: Readable, batch_size: int = 8, max_length: int | None 
       )
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-      return tokenizer_files.chat_template(model.tokenizer.files()) if chat_template else None
+      return model.tokenizer.chat_template if chat_template else None
 
     def apply_chat_template(
       self, chat_history: list[Mapping[str, Any]], add_generation_prompt: bool = True
@@ -135,7 +135,7 @@ def _encode(tokenizer: Tokenizer, text: str, begins: bool, again: bool) -> list[
 def _chat_text(
   tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool
 ) -> str:
-  template = tokenizer_files.chat_template(tokenizer.files())
+  template = tokenizer.chat_template
   if template is None:
     raise ValueError('apply_chat_template: the model has no chat template')
   names = {token: text for text, token in tokenizer.special_tokens.items()}

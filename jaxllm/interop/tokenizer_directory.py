@@ -4,9 +4,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from jaxllm.data import tokenizer_classes, tokenizers
+from jaxllm.data import tokenizer_settings, tokenizers
+from jaxllm.data.tokenizer_settings import CONFIG, GENERATION
 from jaxllm.interop import sentencepiece_model, tokenizer_export, tokenizer_files
-from jaxllm.interop.tokenizer_files import CONFIG, GENERATION
 
 # The class by model_type, where tokenizer_config.json names none.
 _CLASSES = {
@@ -41,7 +41,7 @@ def complete(
   kind = next((name for name in tokenizers.BUILDERS if name in files), None)
   if kind is None:
     return completed
-  said = tokenizer_classes.settings(files)
+  said = tokenizer_settings.settings(files)
   if said.get('tokenizer_class') in _ANY_CLASS and keys.get('tokenizer_class') is not None:
     said['tokenizer_class'] = keys['tokenizer_class']
   model_type = str(keys.get('model_type'))
@@ -50,7 +50,7 @@ def complete(
   if kind == 'vocab.json':
     if said.get('tokenizer_class') in _ANY_CLASS:
       said['tokenizer_class'] = _CLASSES.get(model_type, f'none for model_type {model_type}')
-    vocab, tokens = json.loads(files[kind]), tokenizer_classes.class_of(said).tokens
+    vocab, tokens = json.loads(files[kind]), tokenizer_settings.class_of(said).tokens
     said = {**tokens, 'add_bos_token': 'cls_token' in tokens, **said}
   else:
     content = json.loads(files[kind])
@@ -69,9 +69,9 @@ def _numbered(
   files: Mapping[str, bytes], said: dict[str, Any], vocab: Mapping[str, int], vocab_size: int
 ) -> dict[str, Any]:
   """Return the settings with the next ids for special tokens that have none, in their order."""
-  listed = tokenizer_classes.listed(files, said)
+  listed = tokenizer_settings.listed(files, said)
   known = {**vocab, **{token.content: i for i, token in listed.items()}}
-  texts = dict.fromkeys(token.content for token in tokenizer_classes.special(said))
+  texts = dict.fromkeys(token.content for token in tokenizer_settings.special(said))
   end = max(known.values(), default=-1) + 1
   missing = enumerate((text for text in texts if text not in known), end)
   tokens = {i: {'content': text, 'special': True} for i, text in missing if i < vocab_size}
@@ -96,7 +96,7 @@ def _from_sentencepiece(
     f'{name}_token': model.pieces[i] for name, i in (
       ('bos', model.bos_id), ('eos', model.eos_id), ('unk', model.unk_id)) if i >= 0}
   named = _numbered(files, own | said, vocab, vocab_size)
-  added = tokenizer_classes.listed(files, named)
+  added = tokenizer_settings.listed(files, named)
   beyond = {i: token.content for i, token in added.items() if token.content not in vocab}
   prefix = _prefix(said, model_type)
   if not beyond and all(named[name] == token for name, token in own.items()) and (
@@ -126,7 +126,7 @@ def _prefix(said: Mapping[str, Any], model_type: str) -> tokenizer_export.Prefix
 
 
 def _with_settings(files: dict[str, bytes], said: Mapping[str, Any]) -> dict[str, bytes]:
-  if said == tokenizer_classes.settings(files):
+  if said == tokenizer_settings.settings(files):
     return files
   kept = {name: content for name, content in files.items() if name != 'special_tokens_map.json'}
   return {**kept, CONFIG: tokenizer_export.json_bytes(said)}

@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from jaxllm.data import tokenizer_kinds, tokenizers
+from jaxllm.data.tokenizer_settings import CHAT, GENERATION
 from jaxllm.data.tokenizers import Tokenizer
-from jaxllm.interop import sentencepiece_model, tokenizer_files
+from jaxllm.interop import sentencepiece_model
 from jaxllm.models.config import DecoderConfig
 
 Files = Mapping[str, bytes]
@@ -54,7 +55,7 @@ def huggingface_files(
     raise ValueError(f'the tokenizer has {tokenizer.vocab_size} ids, the model only '
                      f'{config.vocab_size}')
   made = dict(files)
-  add_bos = tokenizer_files.add_bos(files) if add_bos is None else add_bos
+  add_bos = tokenizer.add_bos if add_bos is None else add_bos
   if tokenizer.library is not None:
     if not _has_all(files.get('tokenizer.json', b'{}'), tokenizer.library):
       made['tokenizer.json'] = tokenizer.library.to_str().encode()
@@ -71,18 +72,18 @@ def huggingface_files(
   names = {name.removesuffix('_id'): token for name, token in tokens.items() if token is not None}
   settings = json.loads(made.get('tokenizer_config.json', b'{}'))
   settings.pop('auto_map', None)
-  if tokenizer_files.CHAT in made:
-    settings['chat_template'] = made.pop(tokenizer_files.CHAT).decode()
+  if CHAT in made:
+    settings['chat_template'] = made.pop(CHAT).decode()
   defaults = {
     'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False,
     'model_max_length': config.max_length, 'add_bos_token': add_bos,
   }
   made['tokenizer_config.json'] = json_bytes({**defaults, **names, **settings})
   made.setdefault('special_tokens_map.json', json_bytes(names))
-  generation = json.loads(made.get(tokenizer_files.GENERATION, b'{}'))
+  generation = json.loads(made.get(GENERATION, b'{}'))
   ids = {name: generation.get(name, value) for name, value in ids.items()}
   named = {name: value for name, value in ids.items() if value is not None}
-  made[tokenizer_files.GENERATION] = json_bytes({**named, **generation})
+  made[GENERATION] = json_bytes({**named, **generation})
   return made, ids
 
 

@@ -6,12 +6,10 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from jaxllm.data import tokenizer_classes, tokenizers
+from jaxllm.data import tokenizer_settings, tokenizers
+from jaxllm.data.tokenizer_settings import CHAT, CONFIG, GENERATION
 from jaxllm.interop.tensorfile import parse_json
 
-# What travels with a model besides the tokenizer itself.
-GENERATION, CHAT = 'generation_config.json', 'chat_template.jinja'
-CONFIG = 'tokenizer_config.json'
 FILE_NAMES = (*tokenizers.FILE_NAMES, GENERATION)
 MORE_CHATS = 'additional_chat_templates/*.jinja'
 _RENAMED = {'encoder.json': 'vocab.json', 'vocab.bpe': 'merges.txt'}
@@ -53,10 +51,10 @@ def read(directory: pathlib.Path) -> dict[str, bytes]:
 def overlaid(files: Mapping[str, bytes], others: Mapping[str, bytes]) -> dict[str, bytes]:
   """Return the files of a model with `others`, a whole tokenizer or parts of it, in their place."""
   if any(name in others for name in ('tokenizer.json', 'tokenizer.model', 'vocab.json')):
-    template = chat_template(files)
+    template = tokenizer_settings.chat_templates(files).get('default')
     files = {name: files[name] for name in [GENERATION] if name in files}
     files |= {} if template is None else {CHAT: template.encode()}
-  if chat_templates(others):
+  if tokenizer_settings.chat_templates(others):
     files = {name: content for name, content in files.items() if name != CHAT}
   return {**files, **others}
 
@@ -96,7 +94,7 @@ def check(files: Mapping[str, bytes], vocab_size: int, where: object) -> dict[st
     if name == GENERATION:
       ids |= special_ids(content, name)
   ids |= _ids_in_tokenizer(objects.get('tokenizer.json') or {}, f'{where}/tokenizer.json')
-  listed = tokenizer_classes.listed(kept, tokenizer_classes.settings(kept))
+  listed = tokenizer_settings.listed(kept, tokenizer_settings.settings(kept))
   ids |= {f'added token {token.content!r}': i for i, token in listed.items()}
   for what, value in ids.items():
     if not isinstance(value, int) or not 0 <= value < vocab_size:
@@ -108,10 +106,10 @@ def check(files: Mapping[str, bytes], vocab_size: int, where: object) -> dict[st
 def _unused(files: Mapping[str, bytes], content: Mapping[str, Any], vocab_size: int
             ) -> dict[str, int]:
   """Return the special tokens past the rows of the model that neither begin nor end a text."""
-  settings = tokenizer_classes.settings(files)
+  settings = tokenizer_settings.settings(files)
   used = [json.dumps(content.get('post_processor'), ensure_ascii=False), *(
-    tokenizer_classes.text_of(settings.get(name)) or '' for name in ('bos_token', 'eos_token'))]
-  past = {token.content: i for i, token in tokenizer_classes.listed(files, settings).items()
+    tokenizer_settings.text_of(settings.get(name)) or '' for name in ('bos_token', 'eos_token'))]
+  past = {token.content: i for i, token in tokenizer_settings.listed(files, settings).items()
           if i >= vocab_size and token.special}
   past |= {token['content']: token['id'] for token in content.get('added_tokens') or ()
            if token.get('special') and isinstance(token.get('id'), int)
@@ -125,7 +123,7 @@ def _without(value: Any, texts: Mapping[str, int], whole: Any = None) -> Any:
   `whole` is a part that stays as it is.
   """
   def is_token(item: Any) -> bool:
-    text = tokenizer_classes.text_of(item)
+    text = tokenizer_settings.text_of(item)
     return isinstance(text, str) and text in texts
 
   if isinstance(value, dict):
@@ -148,46 +146,6 @@ def special_ids(keys: Mapping[str, Any], where: str) -> dict[str, Any]:
       if item is not None and item != -1
     }
   return ids
-
-
-def stop_ids(files: Mapping[str, bytes]) -> tuple[int, ...]:
-  """Return the ids that end a generation, as generation_config.json names them."""
-  keys = json.loads(files.get(GENERATION, b'{}'))
-  return tuple(value for what, value in special_ids(keys, '').items() if 'eos' in what)
-
-
-def add_bos(files: Mapping[str, bytes]) -> bool:
-  """Return whether prompts of this model begin with BOS.
-
-  tokenizer_config.json says so, or else the tokenizer.json does it to every text; SentencePiece
-  models alone are of families that do.
-  """
-  said = json.loads(files.get('tokenizer_config.json', b'{}')).get('add_bos_token')
-  if isinstance(said, bool):
-    return said
-  if 'tokenizer.json' not in files:
-    return 'tokenizer.model' in files
-  processor = json.loads(files['tokenizer.json']).get('post_processor') or {}
-  steps = processor.get('processors') if processor.get('type') == 'Sequence' else [processor]
-  firsts = [step['single'][0] for step in steps or [] if step.get('type') == 'TemplateProcessing']
-  return any('SpecialToken' in first for first in firsts)
-
-
-def chat_templates(files: Mapping[str, bytes]) -> dict[str, str]:
-  """Return the chat templates by name: of their own file, or those in tokenizer_config.json."""
-  if CHAT in files:
-    return {'default': files[CHAT].decode('utf-8')}
-  said = json.loads(files.get('tokenizer_config.json', b'{}')).get('chat_template')
-  if isinstance(said, str):
-    return {'default': said}
-  items = [item for item in said if isinstance(item, dict)] if isinstance(said, list) else []
-  return {item['name']: item['template'] for item in items
-          if isinstance(item.get('name'), str) and isinstance(item.get('template'), str)}
-
-
-def chat_template(files: Mapping[str, bytes]) -> str | None:
-  """Return the default chat template; None: there is none."""
-  return chat_templates(files).get('default')
 
 
 def _ids_in_tokenizer(content: Mapping[str, Any], where: str) -> dict[str, Any]:

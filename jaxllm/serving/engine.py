@@ -108,8 +108,6 @@ class Engine:
       raise ValueError(f'context_length={self.context_length} but the context of the model is '
                        f'{longest}; lower it')
     self._model = model
-    eos_id = model.tokenizer.eos_id
-    self._stop_ids = (*([] if eos_id is None else [eos_id]), *model.stop_ids)
     self._batch = Batch(model, self.config.num_slots, self.context_length,
                         self.config.prefill_chunk, self.config.cache_dtype)
     # Guards the queue and the four flags; everything else belongs to the thread.
@@ -205,7 +203,7 @@ class Engine:
       raise ValueError(f'num_top={job.num_top}: between 0 and {programs.NUM_TOP} are given')
     if '' in job.stop:
       raise ValueError("stop: '' would end the text before it begins; leave it out")
-    stop_ids = tuple(dict.fromkeys((*self._stop_ids, *job.stop_ids)))
+    stop_ids = tuple(dict.fromkeys((*self._model.tokenizer.eos_token_ids, *job.stop_ids)))
     request, = make_requests(self._model.config, [job.prompt], [job.sampling], stop_ids, [job.seed])
     programs.row_fields(request, self.context_length)
     return request

@@ -19,7 +19,6 @@ from jaxllm.generation.constraint import Constraint, JsonConstraint, JsonConstra
 from jaxllm.generation.sampling import MAX_SEED
 from jaxllm.generation.text import TextPiece, text_of
 from jaxllm.interop import chat as templates
-from jaxllm.interop import tokenizer_files
 from jaxllm.loading import LoadedModel
 from jaxllm.serving import fields, protocol
 from jaxllm.serving.engine import ClosedError, Engine, Job, QueueFullError, Ticket
@@ -77,7 +76,7 @@ class Service:
     self._special = model.tokenizer.special_tokens
     self._names = Names(model.tokenizer)
     self._template = '\n'.join(
-      tokenizer_files.chat_templates(model.tokenizer.files()).values())
+      model.tokenizer.chat_templates.values())
     self._pool = concurrent.futures.ThreadPoolExecutor(THREADS, 'jaxllm-tokens')
     # What may compile a schema, which can take seconds, keeps nobody else waiting.
     self._schema_pool = concurrent.futures.ThreadPoolExecutor(SCHEMA_THREADS, 'jaxllm-schemas')
@@ -188,7 +187,7 @@ class Service:
       'tokenizer_class': 'jaxllm', 'vocab_size': self._vocab_size,
       'model_max_length': self._context_length, 'add_bos_token': self._model.add_bos,
       **{name: named.get(value) if value is not None else None for name, value in ids.items()},
-      'chat_template': tokenizer_files.chat_template(self.tokenizer.files()),
+      'chat_template': self.tokenizer.chat_template,
     }
 
   def submit(self, plan: Plan) -> list[Ticket]:
@@ -292,14 +291,14 @@ class Service:
 
   def _make_constraints(self) -> JsonConstraints:
     tokenizer = self.tokenizer
-    eos_ids = {*self._model.stop_ids, *([] if tokenizer.eos_id is None else [tokenizer.eos_id])}
     try:
       # Of some tokenizers the text of ids is not that of the bytes of each.
       ids = tokenizer.encode(_JSON)
       joined = b''.join(tokenizer.id_bytes[token] for token in ids).decode(errors='replace')
       if not joined.strip() == text_of(tokenizer, ids).strip() == _JSON:
         raise ValueError
-      return JsonConstraints(tokenizer.id_bytes, sorted(eos_ids), self._model.config.vocab_size)
+      return JsonConstraints(tokenizer.id_bytes, sorted(tokenizer.eos_token_ids),
+                             self._model.config.vocab_size)
     except ValueError:
       raise invalid('response_format', 'the vocabulary of this model cannot spell JSON; leave it '
                                        'out') from None

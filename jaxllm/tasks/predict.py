@@ -204,7 +204,7 @@ def _answer(
   """Continue prompts until all answers are complete."""
   tokenizer = speaker.tokenizer
   sampling = SamplingConfig(temperature=0.0, max_new_tokens=max_new_tokens)
-  eos_ids = (*speaker.stop_ids, *([] if tokenizer.eos_id is None else [tokenizer.eos_id]))
+  eos_ids = (*tokenizer.eos_token_ids, *speaker.stop_ids)
   logprobs: list[list[float]] = [[] for _ in prompts]
   texts, used = [''] * len(prompts), [0] * len(prompts)
   decoders = [TextDecoder(tokenizer, context=prompt) for prompt in prompts]

@@ -11,7 +11,6 @@ from jaxllm import loading, sharding
 from jaxllm.data import batches as batches_lib
 from jaxllm.evaluation import perplexity, scores
 from jaxllm.experiment import TOKEN_OBJECTIVES, Experiment
-from jaxllm.interop import tokenizer_files
 from jaxllm.models import decoder
 from jaxllm.models.decoder import Decoder
 from jaxllm.tasks import TASKS, predict
@@ -133,7 +132,7 @@ def make_tasks(experiment: Experiment, dataset: Dataset) -> Measure | None:
     # As `loading` uses it: plain attention, no recomputation.
     Decoder(experiment.decoder.replace(attention='xla', remat='none')), None, dataset.tokenizer,
     dataset.tokenizer.special_tokens, experiment.data.add_bos, config.batch_size,
-    tokenizer_files.stop_ids(dataset.tokenizer.files()), experiment.classifier,
+    dataset.tokenizer.eos_token_ids, experiment.classifier,
     labels=getattr(experiment.task, 'labels', ()),
   )
 

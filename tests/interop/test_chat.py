@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from jaxllm.data import tokenizer_kinds, tokenizers
+from jaxllm.data import tokenizer_kinds, tokenizer_settings, tokenizers
 from jaxllm.interop import chat, tokenizer_export, tokenizer_files
 from tests.data.test_tokenizer_parts import KINDS
 
@@ -134,11 +134,11 @@ def test_the_context_is_that_of_transformers(template, given, expected):
 def test_special_tokens_have_their_names():
   files = {
     'bytes.txt': b'',
-    'special_tokens_map.json': b'{"unk_token": "<unk>", "eos_token": "<old>"}',
-    'tokenizer_config.json': b'''{"eos_token": {"content": "</s>"}, "pad_token": null,
+    'special_tokens_map.json': b'{"unk_token": "<unk>", "eos_token": {"content": "</s>"}}',
+    'tokenizer_config.json': b'''{"eos_token": "<old>", "pad_token": null,
       "image_token": "<i>", "add_bos_token": true, "extra_special_tokens": {"boi": "<b>"}}''',
   }
-  assert chat.special_names(tokenizers.from_files(files)) == {
+  assert tokenizers.from_files(files).named_tokens == {
     'unk_token': '<unk>', 'eos_token': '</s>', 'image_token': '<i>', 'boi': '<b>'}
 
 
@@ -257,7 +257,7 @@ def test_context_parity(tmp_path, template):
       with pytest.raises(chat.TemplateError, match=str(error)[:20]):
         chat.encode(ours, template, messages, prompt)
     else:
-      found = chat.render(template, [messages], prompt, **chat.special_names(ours))
+      found = chat.render(template, [messages], prompt, **ours.named_tokens)
       assert found == [expected]
 
 
@@ -273,4 +273,4 @@ def test_named_templates_parity(tmp_path, tokenizer):
   for legacy in (False, True):
     place = tmp_path / str(legacy)
     theirs.save_pretrained(place, save_jinja_files=not legacy)
-    assert tokenizer_files.chat_templates(tokenizer_files.read(place)) == named
+    assert tokenizer_settings.chat_templates(tokenizer_files.read(place)) == named

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import small_gguf
 
-from jaxllm.data import tokenizers
-from jaxllm.interop import chat, gguf_vocabulary, huggingface, report, sources, tokenizer_files
+from jaxllm.data import tokenizer_settings, tokenizers
+from jaxllm.interop import chat, gguf_vocabulary, huggingface, report, sources
 from jaxllm.models.positions import LinearScaling, RotaryPositions, YarnScaling
 
 gguf = pytest.importorskip('gguf')
@@ -81,10 +81,10 @@ def test_the_tokenizer(tmp_path):
   tokenizer = tokenizers.from_files(files)
   assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (259, 258, 260)
   assert tokenizer.encode('the12')[0] == 257 and len(tokenizer.encode('the12')) == 3
-  assert tokenizer_files.add_bos(files) and tokenizer_files.stop_ids(files) == (258,)
+  assert tokenizer_settings.add_bos(files) and tokenizer_settings.eos_token_ids(files) == (258,)
   text = 'naïve <|end|> 机器\n'
   assert tokenizer.decode(tokenizer.encode(text)) == text
-  template = tokenizer_files.chat_template(files)
+  template = tokenizer_settings.chat_templates(files).get('default')
   ids = chat.encode(tokenizer, template, [{'role': 'user', 'content': 'a<|end|>'}])
   assert ids == [*tokenizer.encode('a<|end|>'), 258]
 
@@ -103,7 +103,7 @@ def test_pieces_with_scores():
   assert tokenizer.encode('ab ab') == [263, 263]
   assert tokenizer.encode('c') == [261, 3 + ord('c')]
   assert tokenizer.decode([263, 263]) == 'ab ab'
-  assert tokenizer_files.add_bos(files)
+  assert tokenizer_settings.add_bos(files)
 
 
 @pytest.mark.parametrize(('changes', 'message'), [

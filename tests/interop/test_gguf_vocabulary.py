@@ -8,8 +8,8 @@ import types
 import pytest
 import small_gguf
 
-from jaxllm.data import tokenizers
-from jaxllm.interop import gguf_pre_tokenizers, gguf_vocabulary, tokenizer_export, tokenizer_files
+from jaxllm.data import tokenizer_settings, tokenizers
+from jaxllm.interop import gguf_pre_tokenizers, gguf_vocabulary, tokenizer_export
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 SPACES, NEWLINES = ['▁' * i for i in range(2, 17)], ['\n' * i for i in range(1, 9)]
@@ -59,7 +59,7 @@ def test_runs_of_spaces_are_those_of_the_original(gemma):
     assert made.encode(text) == model.encode(text)
     assert made.decode(made.encode(text)) == text
   assert made.encode('a' + ' ' * 20) == [*map(model.piece_to_id, ('a', '▁' * 16, '▁' * 4))]
-  assert tokenizer_files.stop_ids(files) == (1, model.piece_to_id('<end_of_turn>'))
+  assert tokenizer_settings.eos_token_ids(files) == (1, model.piece_to_id('<end_of_turn>'))
 
 
 def test_its_export_gives_the_same_ids(gemma):
@@ -101,7 +101,7 @@ def test_what_llama_cpp_takes_for_granted_of_sentencepiece():
     ggml(model='llama', tokens=tokens, token_type=[2, 3, 3, 1, 5]))
   made = tokenizers.from_files(files)
   assert (made.bos_id, made.eos_id, made.vocab_size) == (1, 2, 5)
-  assert tokenizer_files.add_bos(files)
+  assert tokenizer_settings.add_bos(files)
 
 
 def byte_level(tokens=(), kinds=(), **changes):
@@ -126,12 +126,12 @@ def byte_level(tokens=(), kinds=(), **changes):
   (['<|start|>', '<|return|>', '<|end|>'], {'eos_token_id': 4}, (4, 5)),
 ])
 def test_tokens_that_end_a_generation(tokens, changes, stops):
-  assert tokenizer_files.stop_ids(byte_level(tokens, **changes)) == stops
+  assert tokenizer_settings.eos_token_ids(byte_level(tokens, **changes)) == stops
 
 
 def test_plain_text_ends_nothing():
   files = byte_level(['</s>', '<e>'], [NORMAL, CONTROL], eos_token_id=4)
-  assert tokenizer_files.stop_ids(files) == (4,)
+  assert tokenizer_settings.eos_token_ids(files) == (4,)
   with pytest.raises(ValueError, match='eot_token_id=9, but there are 5 tokens'):
     byte_level(['<e>', '<t>'], eot_token_id=9)
 
@@ -143,7 +143,7 @@ def test_plain_text_ends_nothing():
 ])
 def test_whether_texts_begin_with_bos(changes, begins):
   files = byte_level(['<s>'], bos_token_id=3, **changes)
-  assert tokenizer_files.add_bos(files) == begins
+  assert tokenizer_settings.add_bos(files) == begins
   inner = json.loads(files['tokenizer.json'])['post_processor']
   assert (inner['type'] == 'TemplateProcessing') == begins
 

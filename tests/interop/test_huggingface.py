@@ -10,8 +10,8 @@ import pytest
 import small
 
 from jaxllm import sharding
-from jaxllm.data import tokenizers
-from jaxllm.interop import huggingface, huggingface_writer, report, tensorfile, tokenizer_files
+from jaxllm.data import tokenizer_settings, tokenizers
+from jaxllm.interop import huggingface, huggingface_writer, report, tensorfile
 from jaxllm.models.families import HUGGINGFACE, PRESETS
 from jaxllm.sharding import MeshConfig
 
@@ -214,8 +214,8 @@ def test_the_directory_is_complete_and_its_tokenizer_comes_back(tmp_path):
   text = 'Grüße \t\n <|endoftext|> 机器'
   assert made.encode(text) == original.encode(text) and made.decode(made.encode(text)) == text
   assert (made.eos_id, made.vocab_size) == (256, 257)
-  assert tokenizer_files.chat_template(loaded.files) == template
-  assert tokenizer_files.stop_ids(loaded.files) == (256,)
+  assert tokenizer_settings.chat_templates(loaded.files).get('default') == template
+  assert tokenizer_settings.eos_token_ids(loaded.files) == (256,)
 
 
 @pytest.mark.parametrize('prefix', ['', 'transformer.'])

@@ -7,7 +7,7 @@ import pytest
 import small
 from test_tokenizer_files import TEXT
 
-from jaxllm.data import tokenizers
+from jaxllm.data import tokenizer_settings, tokenizers
 from jaxllm.data.tokenizers import TokenizerConfig
 from jaxllm.interop import (
   sentencepiece_model,
@@ -69,7 +69,7 @@ def test_added_tokens_and_the_cut_of_qwen2(files, special):
   assert tokenizer.encode('12(a') == [vocab['1'], vocab['2'], 257]
   assert tokenizer.encode('e\u0301') == tokenizer.encode('é')
   assert tokenizer.decode([*tokenizer.encode('12'), 261]) == '12'
-  assert not tokenizer_files.add_bos(kept)
+  assert not tokenizer_settings.add_bos(kept)
 
 
 def test_the_cut_of_gpt2_and_its_kin():
@@ -85,7 +85,7 @@ def test_the_cut_of_gpt2_and_its_kin():
   said = settings(tokenizer_class='RobertaTokenizer')
   roberta, kept = opened(vocab_and_merges() | said, rows=270)
   assert (roberta.bos_id, roberta.eos_id, roberta.pad_id) == (259, 260, 262)
-  assert tokenizer_files.add_bos(kept)
+  assert tokenizer_settings.add_bos(kept)
 
 
 @pytest.mark.parametrize('files, model_type, message', [
@@ -207,7 +207,7 @@ def test_added_tokens_of_a_sentencepiece_model(pieces):
   for name, others in (('exact', {}), ('first', {'legacy': False}),
                        ('never', {'tokenizer_class': 'LlamaTokenizer', 'add_prefix_space': False})):
     tokenizer, kept = opened(files | settings(**said, **others), 'llama', 320)
-    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 319) and tokenizer_files.add_bos(kept)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 319) and tokenizer_settings.add_bos(kept)
     tokenizer.library.encode_special_tokens = False
     encoded[name] = tokenizer.library.encode(f'fox{END}fox', add_special_tokens=False).tokens
   space = '\u2581'

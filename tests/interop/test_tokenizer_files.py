@@ -5,7 +5,7 @@ import json
 import pytest
 import small
 
-from jaxllm.data import tokenizers
+from jaxllm.data import tokenizer_settings, tokenizers
 from jaxllm.data.tokenizers import TokenizerConfig
 from jaxllm.interop import (
   sentencepiece_model,
@@ -35,7 +35,7 @@ def test_sentencepiece(model_type):
       text = text.replace('<', '').replace('>', '')
     assert again.encode(text) == original.encode(text) == made.encode(text), text
     assert again.decode(again.encode(text)) == text
-  assert tokenizer_files.add_bos({'tokenizer.json': files['tokenizer.json']})
+  assert tokenizer_settings.add_bos({'tokenizer.json': files['tokenizer.json']})
 
 
 def test_sentencepiece_files_are_read_and_written():
@@ -70,16 +70,17 @@ def test_gpt2_vocabulary():
 
 def test_what_the_files_say(tmp_path):
   files = {'generation_config.json': b'{"eos_token_id": [7, 9], "bos_token_id": 1}'}
-  assert tokenizer_files.stop_ids(files) == (7, 9)
-  assert tokenizer_files.stop_ids({}) == ()
-  assert tokenizer_files.chat_template({}) is None
+  assert tokenizer_settings.eos_token_ids(files) == (7, 9)
+  assert tokenizer_settings.eos_token_ids({}) == ()
+  assert tokenizer_settings.chat_templates({}).get('default') is None
   named = {'chat_template': [{'name': 'rag', 'template': 'no'},
                              {'name': 'default', 'template': 'yes'}]}
   files = {'tokenizer_config.json': json.dumps(named).encode()}
-  assert tokenizer_files.chat_template(files) == 'yes'
-  assert tokenizer_files.chat_template({**files, 'chat_template.jinja': b'file'}) == 'file'
-  assert tokenizer_files.add_bos({'tokenizer_config.json': b'{"add_bos_token": true}'})
-  assert not tokenizer_files.add_bos({'vocab.json': b'{}'})
+  assert tokenizer_settings.chat_templates(files).get('default') == 'yes'
+  own = {**files, 'chat_template.jinja': b'file'}
+  assert tokenizer_settings.chat_templates(own) == {'default': 'file'}
+  assert tokenizer_settings.add_bos({'tokenizer_config.json': b'{"add_bos_token": true}'})
+  assert not tokenizer_settings.add_bos({'vocab.json': b'{}'})
   (tmp_path / 'encoder.json').write_text('{}')
   (tmp_path / 'vocab.bpe').write_text('')
   (tmp_path / 'secrets.txt').write_text('')
@@ -90,7 +91,7 @@ def test_what_only_config_json_says():
   content = tokenizer_export.byte_level_bpe({'a': 0, '<end>': 1}, [], special=['<end>'])
   keys = {'bos_token_id': None, 'eos_token_id': 1, 'pad_token_id': -1}
   files = tokenizer_directory.complete({'tokenizer.json': content}, keys, 2)
-  assert tokenizer_files.stop_ids(files) == (1,)
+  assert tokenizer_settings.eos_token_ids(files) == (1,)
   assert tokenizers.from_files(files).eos_id == 1
   said = files | {'tokenizer_config.json': b'{"eos_token": "a"}'}
   assert tokenizers.from_files(tokenizer_directory.complete(said, keys, 2)).eos_id == 0
@@ -110,9 +111,10 @@ def test_files_beside_adapters_take_the_place_of_the_base_models():
   template = {'tokenizer_config.json': b'{"chat_template": "own"}'}
   made = tokenizer_files.overlaid(base, template)
   assert made.keys() == {'tokenizer_config.json', *base} - {'chat_template.jinja'}
-  assert tokenizer_files.chat_template(made) == 'own'
+  assert tokenizer_settings.chat_templates(made).get('default') == 'own'
   silent = {'tokenizer.json': b'{"own": 1}'}
-  assert tokenizer_files.chat_template(tokenizer_files.overlaid(base, silent)) == 'base'
+  assert tokenizer_settings.chat_templates(tokenizer_files.overlaid(base, silent)) == {
+    'default': 'base'}
   assert tokenizer_files.overlaid(base, {}) == base
 
 

@@ -9,7 +9,7 @@ import small
 from test_tokenizer_directory import ADDED, END, MAP, QWEN, opened, settings, vocab_and_merges
 from test_tokenizer_files import PROBES, TEXT
 
-from jaxllm.data import tokenizers
+from jaxllm.data import tokenizer_settings, tokenizers
 from jaxllm.data.tokenizers import TokenizerConfig
 from jaxllm.interop import chat, huggingface_writer, tokenizer_files
 
@@ -50,7 +50,7 @@ def test_a_written_tokenizer(kind, add_bos, tmp_path, caplog):
   messages = [{'role': 'user', 'content': 'The quick  fox'}]
   expected = theirs.apply_chat_template(messages, return_dict=False)
   assert chat.encode(ours, TEMPLATE, messages, add_generation_prompt=False) == expected
-  assert tokenizer_files.add_bos(tokenizer_files.read(tmp_path / 'model')) == add_bos
+  assert tokenizer_settings.add_bos(tokenizer_files.read(tmp_path / 'model')) == add_bos
 
 
 WORDS = [*PROBES, '12(a 345', "it's IT'S\n\n  x", ' lead', 'trail ', 'e\u0301', f'a{END} b',
@@ -96,7 +96,7 @@ def test_a_directory_without_a_tokenizer_json(model_type, files, tmp_path):
   theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
   ours, kept = opened(tokenizer_files.read(tmp_path), model_type, 330)
   assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
-  assert tokenizer_files.add_bos(kept) == (theirs('a').input_ids[:1] == [theirs.bos_token_id])
+  assert tokenizer_settings.add_bos(kept) == (theirs('a').input_ids[:1] == [theirs.bos_token_id])
   assert ours.special_tokens == {
     token.content: i for i, token in theirs.added_tokens_decoder.items() if token.special}
   ours.library.encode_special_tokens = False

@@ -1,4 +1,4 @@
-"""What the files beside a vocabulary say: the class of the tokenizer, its special and added tokens.
+"""Facts in the files beside a vocabulary: special and added tokens, chat templates, the class.
 
 A `tokenizer.json` says how text is cut; a `vocab.json` with `merges.txt` leaves that to the class
 that `tokenizer_config.json` names. `CLASSES` holds those that are known.
@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 Files = Mapping[str, bytes]
 
+CONFIG, GENERATION, CHAT = (
+  'tokenizer_config.json', 'generation_config.json', 'chat_template.jinja')
 _END = '<|endoftext|>'
 _ENDS = {'bos_token': _END, 'eos_token': _END, 'unk_token': _END}
 _NAMES = tuple(f'{name}_token' for name in ('bos', 'eos', 'unk', 'sep', 'pad', 'cls', 'mask'))
@@ -59,7 +61,7 @@ def settings(files: Files) -> dict[str, Any]:
     ValueError: one is damaged, or a special token is no text.
   """
   read: dict[str, Any] = {}
-  for name in ('tokenizer_config.json', 'special_tokens_map.json'):
+  for name in (CONFIG, 'special_tokens_map.json'):
     if 'added_tokens_decoder' in read:
       break
     try:
@@ -71,6 +73,51 @@ def settings(files: Files) -> dict[str, Any]:
     if token is not None and not isinstance(token, str):
       raise ValueError(f'{name}={read[name]!r}: a text, or an object with its content, is needed')
   return read
+
+
+def eos_token_ids(files: Files) -> tuple[int, ...]:
+  """Return the ids that end a generation, as generation_config.json names them."""
+  value = json.loads(files.get(GENERATION, b'{}')).get('eos_token_id')
+  # -1 stands for none, in older files.
+  return tuple(i for i in (value if isinstance(value, list) else [value]) if i not in (None, -1))
+
+
+def add_bos(files: Files) -> bool:
+  """Return whether prompts of this model begin with BOS.
+
+  tokenizer_config.json says so, or else the tokenizer.json does it to every text; SentencePiece
+  models alone are of families that do.
+  """
+  said = json.loads(files.get(CONFIG, b'{}')).get('add_bos_token')
+  if isinstance(said, bool):
+    return said
+  if 'tokenizer.json' not in files:
+    return 'tokenizer.model' in files
+  processor = json.loads(files['tokenizer.json']).get('post_processor') or {}
+  steps = processor.get('processors') if processor.get('type') == 'Sequence' else [processor]
+  firsts = [step['single'][0] for step in steps or [] if step.get('type') == 'TemplateProcessing']
+  return any('SpecialToken' in first for first in firsts)
+
+
+def chat_templates(files: Files) -> dict[str, str]:
+  """Return the chat templates by name: of their own file, or those in tokenizer_config.json."""
+  if CHAT in files:
+    return {'default': files[CHAT].decode('utf-8')}
+  said = json.loads(files.get(CONFIG, b'{}')).get('chat_template')
+  if isinstance(said, str):
+    return {'default': said}
+  items = [item for item in said if isinstance(item, dict)] if isinstance(said, list) else []
+  return {item['name']: item['template'] for item in items
+          if isinstance(item.get('name'), str) and isinstance(item.get('template'), str)}
+
+
+def named_tokens(read: Mapping[str, Any]) -> dict[str, str]:
+  """Return the special tokens that the settings name: {'bos_token': '<s>', ...}."""
+  said = {key: value for key, value in read.items() if key.endswith('_token')}
+  for name in ('extra_special_tokens', 'model_specific_special_tokens'):
+    said |= read[name] if isinstance(read.get(name), dict) else {}
+  named = {key: text_of(value) for key, value in said.items()}
+  return {key: text for key, text in named.items() if isinstance(text, str)}
 
 
 def class_of(read: Mapping[str, Any]) -> ByteLevelClass:
