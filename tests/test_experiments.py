@@ -8,7 +8,7 @@ import pytest
 
 from jaxllm import config, sharding
 from jaxllm.experiment import Experiment
-from jaxllm.training import finetune, state, step
+from jaxllm.training import pretrained, state, step
 
 EXPERIMENTS = pathlib.Path(__file__).parent.parent / 'experiments'
 
@@ -39,7 +39,7 @@ def test_experiment_loads_and_its_step_fits_its_mesh(location, topology, tmp_pat
   if experiment.model is None:
     if not pathlib.Path(experiment.init_from).exists():
       pytest.skip(f'{experiment.init_from} is not installed')
-    experiment = finetune.resolve(experiment.replace(records_dir=str(tmp_path)))
+    experiment = pretrained.resolve(experiment.replace(records_dir=str(tmp_path)))
 
   mesh = mesh_of(experiment, topology)
   tx = state.make_optimizer(experiment)

@@ -31,7 +31,15 @@ from jaxllm.data import tokenizers
 from jaxllm.experiment import Experiment
 from jaxllm.models import decoder
 from jaxllm.training import dataset as dataset_lib
-from jaxllm.training import finetune, journal, report, resume, scoring, selection, workdir
+from jaxllm.training import (
+  journal,
+  parameters,
+  pretrained,
+  report,
+  scoring,
+  selection,
+  workdir,
+)
 from jaxllm.training import state as state_lib
 from jaxllm.training import step as step_lib
 from jaxllm.training.dataset import Dataset
@@ -83,10 +91,10 @@ def train(
   started = time.monotonic()
   mesh = sharding.make_mesh(experiment.mesh, devices)
   _check_batch(experiment, mesh)
-  experiment = finetune.resolve(experiment, workdir.begun_as(pathlib.Path(path)))
+  experiment = pretrained.resolve(experiment, workdir.begun_as(pathlib.Path(path)))
   directory = workdir.open_workdir(experiment, path)
   if not workdir.has_begun(directory):
-    finetune.check_start(experiment)
+    pretrained.check_start(experiment)
   run = _Run(
     experiment=experiment,
     path=directory,
@@ -114,9 +122,7 @@ def _run(run: _Run) -> dict[str, Any]:
     if written.exists() and (summary := json.loads(written.read_text()))['step'] == latest:
       logging.info('The run in %s is complete: %d steps.', run.path, latest)
       return summary
-    others = resume.load_others(
-      run.experiment, run.dataset.tokenizer, _bundle(run, latest).manifest, True)
-    frozen = others.freeze(run.experiment, run.mesh)
+    frozen, _ = _load_frozen(run, _bundle(run, latest))
     _accept(run, latest, selected)
     return _finish(run, latest, frozen)
   measurements = scoring.make_measurements(run.experiment, run.dataset, run.mesh)
@@ -181,22 +187,31 @@ def _bundle(run: _Run, step: int) -> Bundle:
 
 
 def _initial_state(run: _Run, latest: int) -> tuple[TrainState, Bundle]:
-  """Return the state to go on from, and what travels with its checkpoints."""
+  """Return the state to continue from, and the bundle of its checkpoints."""
   experiment = run.experiment
   if latest:
     logging.info('Going on from step %d.', latest)
-    resume.check_state(experiment, run.path)
+    if (old := workdir.begun_as(run.path)) is not None:
+      workdir.check_state(old, experiment, run.path)
     bundle = _bundle(run, latest)
-    others = resume.load_others(experiment, run.dataset.tokenizer, bundle.manifest, True)
-    state = _restore(run, latest).replace(frozen=others.freeze(experiment, run.mesh))
-    return state, Bundle(experiment.to_json(), bundle.tokenizer_files, others.manifest)
-  files, manifest = run.dataset.tokenizer.files(), run.dataset.manifest.model_dump(mode='json')
-  others = resume.load_others(experiment, run.dataset.tokenizer, manifest, False)
+    frozen, manifest = _load_frozen(run, bundle)
+    state = _restore(run, latest).replace(frozen=frozen)
+    return state, Bundle(experiment.to_json(), bundle.tokenizer_files, manifest)
+  tokenizer, manifest = run.dataset.tokenizer, run.dataset.manifest.model_dump(mode='json')
+  base, teacher, manifest = pretrained.load(experiment, tokenizer, manifest, begun=False)
+  files = tokenizer.files()
   if experiment.init_from is not None:
     # With what says how to use the model, such as its chat template.
     files = {**loading.describe(experiment.init_from).files, **files}
-  state = state_lib.create_state(experiment, run.tx, run.mesh, others.base, others.teacher)
-  return state, Bundle(experiment.to_json(), files, others.manifest)
+  state = state_lib.create_state(experiment, run.tx, run.mesh, base, teacher)
+  return state, Bundle(experiment.to_json(), files, manifest)
+
+
+def _load_frozen(run: _Run, bundle: Bundle) -> tuple[Any, dict[str, Any]]:
+  """Return the frozen parameters, which no checkpoint holds, and the manifest of the run."""
+  base, teacher, manifest = pretrained.load(
+    run.experiment, run.dataset.tokenizer, bundle.manifest, begun=True)
+  return state_lib.freeze(run.experiment, run.mesh, base, teacher), manifest
 
 
 def _restore(run: _Run, step: int) -> TrainState:
@@ -333,7 +348,7 @@ def _finish(run: _Run, step: int, frozen: Any) -> dict[str, Any]:
     'seconds': journal.elapsed_seconds(run.path, step),
   }
   if experiment.finetune.lora is not None:
-    summary['trained_parameters'] = finetune.trained_count(experiment)
+    summary['trained_parameters'] = parameters.trained_count(experiment)
   best = store_lib.best_step(run.store.directory)
   if best is not None:
     summary['best_step'] = best

@@ -8,7 +8,7 @@ import jax
 from jaxllm.experiment import Distillation, Experiment
 from jaxllm.models.decoder import Decoder
 from jaxllm.objectives import classification, distillation, next_token, preference
-from jaxllm.training import finetune
+from jaxllm.training import parameters
 
 Batch = Mapping[str, jax.Array]
 Sums = dict[str, jax.Array]
@@ -27,7 +27,7 @@ def make_loss(experiment: Experiment) -> Loss:
   sums = make_sums(experiment)
 
   def loss(params: Any, frozen: Any, batch: Batch, key: jax.Array | None) -> Sums:
-    return sums(finetune.variables(experiment, params, frozen, key), frozen, batch, key)
+    return sums(parameters.variables(experiment, params, frozen, key), frozen, batch, key)
 
   return loss
 
@@ -58,7 +58,7 @@ def flops_per_step(experiment: Experiment) -> float:
     passes += 1
   total = passes * positions * experiment.decoder.flops_per_token(length)
   if isinstance(objective, Distillation):
-    total += positions * finetune.teacher_config(objective).flops_per_token(length)
+    total += positions * parameters.teacher_config(objective).flops_per_token(length)
   return total
 
 
@@ -96,7 +96,7 @@ def _distillation(
   config: Any = experiment.objective
   return distillation.distillation_loss(
     config, Decoder(experiment.decoder), variables, batch,
-    Decoder(finetune.teacher_config(config)), {'params': frozen[finetune.TEACHER]}, key,
+    Decoder(parameters.teacher_config(config)), {'params': frozen[parameters.TEACHER]}, key,
   )
 
 

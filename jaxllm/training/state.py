@@ -12,7 +12,7 @@ from jaxllm import sharding
 from jaxllm.experiment import Experiment
 from jaxllm.models import decoder
 from jaxllm.optim import optimizers, schedules
-from jaxllm.training import finetune
+from jaxllm.training import parameters, pretrained
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -28,7 +28,7 @@ class TrainState(flax.struct.PyTreeNode):
     loss_variance: float32 scalar, running variance of the same.
     skipped: int32 scalar, steps that were not applied.
     skipped_in_a_row: int32 scalar, of those the ones since the last applied step.
-    frozen: what the step reads and never changes, see `finetune`; empty where all is trained.
+    frozen: what the step reads and never changes, see `parameters`; empty where all is trained.
   """
 
   step: jax.Array
@@ -51,7 +51,7 @@ def make_schedule(experiment: Experiment) -> optax.Schedule:
 
 def make_optimizer(experiment: Experiment) -> optax.GradientTransformation:
   """Return the optimizer of the run."""
-  return finetune.make_optimizer(experiment, make_schedule(experiment))
+  return parameters.make_optimizer(experiment, make_schedule(experiment))
 
 
 def init_state(
@@ -65,7 +65,7 @@ def init_state(
     base: parameters of `init_from`, float32, where they are trained themselves; what is not given
       is drawn from the run's seed.
   """
-  params = finetune.init(experiment, jax.random.key(experiment.seed), base)
+  params = parameters.init(experiment, jax.random.key(experiment.seed), base)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
@@ -90,7 +90,7 @@ def abstract_state(
   Raises:
     ValueError: an axis is not divisible by the mesh axes that its rule names.
   """
-  params = _placed(*finetune.abstract(experiment), experiment, mesh)
+  params = _placed(*parameters.abstract(experiment), experiment, mesh)
   like = {
     _keys(path): (leaf.shape, leaf.sharding)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -102,7 +102,7 @@ def abstract_state(
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
   state = jax.tree_util.tree_map_with_path(place, state)
-  return state.replace(frozen=_placed(*finetune.abstract_frozen(experiment), experiment, mesh))
+  return state.replace(frozen=_placed(*parameters.abstract_frozen(experiment), experiment, mesh))
 
 
 def create_state(
@@ -134,19 +134,19 @@ def create_state(
 
 def freeze(experiment: Experiment, mesh: Mesh, base: Any, teacher: Any | None = None) -> Any:
   """Return `TrainState.frozen`, each leaf where it belongs; arguments as in `create_state`."""
-  shapes, axes = finetune.abstract_frozen(experiment)
+  shapes, axes = parameters.abstract_frozen(experiment)
   if not shapes:
     return {}
   where = sharding.shardings(axes, shapes, mesh, experiment.mesh)
   # Where there are no adapters, the base is what is trained, and no longer here.
   base = None if experiment.finetune.lora is None else _fitting(experiment, base, mesh)
   if teacher is not None:
-    teacher = jax.device_put(teacher, where[finetune.TEACHER])
+    teacher = jax.device_put(teacher, where[parameters.TEACHER])
   if experiment.finetune.base is None:
     # Nothing to compute, so nothing is copied.
-    return finetune.freeze(experiment, base, teacher)
+    return parameters.freeze(experiment, base, teacher)
   return jax.jit(
-    lambda base, teacher: finetune.freeze(experiment, base, teacher), out_shardings=where
+    lambda base, teacher: parameters.freeze(experiment, base, teacher), out_shardings=where
   )(base, teacher)
 
 
@@ -155,10 +155,10 @@ def _fitting(experiment: Experiment, base: Any, mesh: Mesh) -> Any:
 
   A classifier of its own is left out.
   """
-  base = {name: params for name, params in base.items() if name != finetune.HEAD}
+  base = {name: params for name, params in base.items() if name != parameters.HEAD}
   shapes, axes = decoder.abstract(experiment.decoder)
   placed = _placed(shapes['params'], axes['params'], experiment, mesh)
-  finetune.check_parameters(experiment, base)
+  pretrained.check_parameters(experiment, base)
   return jax.tree.map(
     lambda leaf, like: jax.device_put(leaf.astype(like.dtype), like.sharding), base, placed
   )
@@ -193,7 +193,7 @@ def evaluation_params(state: TrainState) -> Any:
 
 def evaluation_variables(experiment: Experiment, state: TrainState) -> Any:
   """Return the variables of the model to evaluate and sample with."""
-  return finetune.variables(experiment, evaluation_params(state), state.frozen)
+  return parameters.variables(experiment, evaluation_params(state), state.frozen)
 
 
 def _keys(path: Any) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """The directory of a run: opened safely, described by files that a person can read."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -16,7 +17,9 @@ import jax
 from absl import logging
 
 from jaxllm import config as config_lib
+from jaxllm.checkpoints import tree
 from jaxllm.experiment import FIXED_FIELDS, Experiment
+from jaxllm.training import state as state_lib
 
 PACKAGES = ('jaxllm', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
@@ -89,6 +92,26 @@ def check_same_run(old: Experiment, new: Experiment, workdir: pathlib.Path) -> N
     if any(f'{row[0]}.'.startswith(f'{field}.') for field in FIXED_FIELDS)
     and not _RUN_DEPENDENT.fullmatch(row[0])
   ], 'decides the model or which records a step reads')
+
+
+def check_state(old: Experiment, new: Experiment, workdir: pathlib.Path) -> None:
+  """Raise a ValueError that names the changed fields which change the arrays of a checkpoint."""
+  if (stored := _leaves(old)) == _leaves(new):
+    return
+  guilty = []
+  for row in config_lib.diff(old, new):
+    # Of fields that only fit together, each is named.
+    with contextlib.suppress(ValueError):
+      if _leaves(config_lib.override(old, {row[0]: row[2]})) == stored:
+        continue
+    guilty.append(row)
+  refuse(workdir, guilty, 'decides which arrays its checkpoints hold')
+
+
+def _leaves(experiment: Experiment) -> dict[str, Any]:
+  tx = state_lib.make_optimizer(experiment)
+  state = jax.eval_shape(lambda: state_lib.init_state(experiment, tx))
+  return {path: (leaf.shape, leaf.dtype) for path, leaf in tree.flatten(state).items()}
 
 
 def refuse(workdir: pathlib.Path, changed: Sequence[tuple[str, Any, Any]], reason: str) -> None:

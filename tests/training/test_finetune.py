@@ -32,8 +32,7 @@ from jaxllm.tasks.base import EOS, Segment
 from jaxllm.tasks.chat import Chat, ChatTemplate
 from jaxllm.tasks.classification import Sentiment
 from jaxllm.tasks.records import RecordsConfig, RecordSource
-from jaxllm.training import dataset, loop, losses
-from jaxllm.training import finetune as tuning
+from jaxllm.training import dataset, loop, losses, pretrained
 from jaxllm.training import state as state_lib
 from jaxllm.training import step as step_lib
 from tests.interop import small
@@ -111,7 +110,7 @@ def test_a_loaded_run_is_the_base_with_its_adapters_added(base):
 
 
 def test_the_base_stays_as_it_is_and_the_skipped_step_too(base):
-  config = loop.finetune.resolve(experiment(base))
+  config = loop.pretrained.resolve(experiment(base))
   mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
   tx = state_lib.make_optimizer(config)
   start = loading.load(base / 'base').variables['params']
@@ -161,7 +160,7 @@ def test_eight_devices_train_the_same_adapters(base):
 
 
 def test_packed_equals_unpacked(base):
-  config = loop.finetune.resolve(experiment(base, finetune=FinetuneConfig()))
+  config = loop.pretrained.resolve(experiment(base, finetune=FinetuneConfig()))
   examples = predict.examples(config.task, 'train')
   tokenizer = dataset.open_dataset(config).tokenizer
   packed, alone = (
@@ -205,12 +204,12 @@ def test_adapters_refuse_another_base_or_none(base, tmp_path):
 def test_a_run_that_has_begun_needs_no_base_to_be_resolved(base, tmp_path):
   shutil.copytree(base / 'base', tmp_path / 'base')
   config = experiment(base, FinetuneConfig(), init_from=str(tmp_path / 'base'))
-  begun = tuning.resolve(config)
+  begun = pretrained.resolve(config)
   shutil.rmtree(tmp_path / 'base')
-  assert tuning.resolve(config, begun) == begun
+  assert pretrained.resolve(config, begun) == begun
   for other in (None, begun.replace(init_from='elsewhere')):
     with pytest.raises(ValueError, match='no such file or directory'):
-      tuning.resolve(config, other)
+      pretrained.resolve(config, other)
 
 
 def test_another_vocabulary_is_refused_before_the_data_are_read(base, tmp_path):
@@ -219,7 +218,7 @@ def test_another_vocabulary_is_refused_before_the_data_are_read(base, tmp_path):
   config = experiment(
     base, FinetuneConfig(), tokenizer=TokenizerConfig(kind='json', path=str(tmp_path)))
   with pytest.raises(ValueError, match='config.init_from=.*base was trained with another tokeniz'):
-    tuning.check_start(tuning.resolve(config))
+    pretrained.check_start(pretrained.resolve(config))
 
 
 def test_rules_freeze_and_must_match(base):

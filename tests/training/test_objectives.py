@@ -18,7 +18,7 @@ from jaxllm.optim.optimizers import OptimizerConfig
 from jaxllm.tasks import predict
 from jaxllm.tasks.preference import Preference
 from jaxllm.tasks.records import RecordsConfig, RecordSource
-from jaxllm.training import dataset, loop, losses, resume, rows, scoring, state, step
+from jaxllm.training import dataset, loop, losses, pretrained, rows, scoring, state, step
 from tests.training import test_finetune, tiny_run
 from tests.training.test_finetune import LORA, lines, train
 
@@ -58,7 +58,7 @@ def test_preferences_begin_at_the_reference_and_leave_it(base, finetune):
 
 
 def test_the_reference_is_the_same_with_adapters_off_and_computed_before(base):
-  configs = [loop.finetune.resolve(preferring(base, Dpo(), f)) for f in (LORA, FULL)]
+  configs = [loop.pretrained.resolve(preferring(base, Dpo(), f)) for f in (LORA, FULL)]
   batches = [dataset.open_dataset(c).make_batches('train', 8, True, None) for c in configs]
   start = loading.load(base / 'base').variables
   other = jax.tree.map(lambda leaf: leaf + 0.02, start['params'])  # What is trained by now.
@@ -71,7 +71,7 @@ def test_the_reference_is_the_same_with_adapters_off_and_computed_before(base):
 
 
 def test_both_answers_lose_the_same_part_of_a_long_prompt(base):
-  config = loop.finetune.resolve(preferring(base, Orpo(), FULL))
+  config = loop.pretrained.resolve(preferring(base, Orpo(), FULL))
   config = config.replace(data=config.data.replace(context_length=12))
   record = {'prompt': 'abcdefghijklmnop', 'chosen': 'yes', 'rejected': 'no, never'}
   examples = [predict.TASKS['preference'].example(config.task, record)]
@@ -134,7 +134,7 @@ def test_what_is_one_per_row_is_not_split_with_the_sequence(base, objective):
     config = test_finetune.experiment(base, finetune=FULL, objective=objective)
   else:
     config = preferring(base, objective, FULL)
-  config = loop.finetune.resolve(config.replace(
+  config = loop.pretrained.resolve(config.replace(
     mesh={'data': 2, 'context': 4}, training=TrainingConfig(num_steps=2, batch_size=8,
                                                             microbatches=2)))
   mesh, tx = sharding.make_mesh(config.mesh), state.make_optimizer(config)
@@ -142,7 +142,7 @@ def test_what_is_one_per_row_is_not_split_with_the_sequence(base, objective):
   step.make_train_step(config, tx, mesh).lower(
     state.abstract_state(config, tx, mesh), step.abstract_batch(config, mesh))
   batch = dataset.open_dataset(config).make_batches('train', 8, True, None).batch_at(0)
-  params = jax.jit(lambda key: loop.finetune.init(config, key))(jax.random.key(0))
+  params = jax.jit(lambda key: loop.parameters.init(config, key))(jax.random.key(0))
   found = []
   for devices in (mesh, one):
     def loss(params, batch, devices=devices):
@@ -162,17 +162,17 @@ def test_the_models_that_a_loss_compares_with_cannot_be_exchanged(base, monkeypa
   else:
     field, config = 'objective.teacher', test_finetune.experiment(
       base, finetune=FULL, objective=Distillation(teacher=str(base / 'base')))
-  first = resume.load_others(config, model.tokenizer, {}, False)
-  again = resume.load_others(config, model.tokenizer, first.manifest, True)
-  assert again.manifest == first.manifest and len(first.manifest) == 1
+  first = pretrained.load(config, model.tokenizer, {}, False)
+  again = pretrained.load(config, model.tokenizer, first[2], True)
+  assert again[2] == first[2] and len(first[2]) == 1
   params = {**model.variables['params'], 'final_norm': {'scale': np.full(16, 1.001, np.float32)}}
   other = dataclasses.replace(model, variables={'params': params})
   monkeypatch.setattr(loading, 'load', lambda _: other)
   with pytest.raises(ValueError, match=f'config.{field}=.* is not the model that the run began'):
-    resume.load_others(config, model.tokenizer, first.manifest, True)
+    pretrained.load(config, model.tokenizer, first[2], True)
   # What is only begun with may go.
   plain = test_finetune.experiment(base, finetune=FULL)
-  assert resume.load_others(plain, model.tokenizer, {}, True) == (None, None, {})
+  assert pretrained.load(plain, model.tokenizer, {}, True) == (None, None, {})
 
 
 def test_objectives_refuse_what_they_cannot_use(base):

@@ -85,7 +85,7 @@ def test_more_patience_goes_on_where_the_run_ended(stopped):
 
 def test_scores_are_those_of_the_model_on_the_same_examples(stopped):
   directory, config, _ = stopped
-  config = loop.finetune.resolve(config.replace(scoring=ScoringConfig(max_examples=None)))
+  config = loop.pretrained.resolve(config.replace(scoring=ScoringConfig(max_examples=None)))
   dataset = loop.dataset_lib.open_dataset(config)
   model = loading.load(directory / 'base')
   found = scoring.make_tasks(config, dataset)(model.variables)
