@@ -30,7 +30,7 @@ def main(_) -> None:  # noqa: D103
   experiment = config.from_flags(CONFIG.value)
   from jaxllm.checkpoints import store
   from jaxllm.evaluation import tables
-  from jaxllm.training import journal, loop
+  from jaxllm.training import loop, metrics
 
   try:
     summary = loop.train(experiment, WORKDIR.value)
@@ -42,7 +42,7 @@ def main(_) -> None:  # noqa: D103
   print(f'{summary["step"]:,} steps, {summary["parameters"]:,} parameters'
         + (f', {trained:,} of adapters trained' if trained else ''))
   if scores := summary.get('validation'):
-    told = {**journal.TOLD, 'accuracy': 'accuracy'}.items()
+    told = {**metrics.HELD_OUT, 'accuracy': 'accuracy'}.items()
     print(', '.join(f'{text} {tables.number(scores[key])}' for key, text in told if key in scores))
   samples = pathlib.Path(WORKDIR.value) / 'samples.jsonl'
   if samples.exists():

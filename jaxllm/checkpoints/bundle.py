@@ -1,7 +1,6 @@
 """What travels beside the weights, so that a checkpoint alone is enough to sample from."""
 
 import base64
-import binascii
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -26,15 +25,10 @@ class Bundle:
 
 def to_dict(bundle: Bundle) -> dict[str, Any]:
   """Return a JSON-able dict from which `from_dict` rebuilds an equal bundle."""
-  return {
-    'format': FORMAT,
-    'config_json': bundle.config_json,
-    'tokenizer_files': {
-      name: base64.b64encode(content).decode('ascii')
-      for name, content in bundle.tokenizer_files.items()
-    },
-    'manifest': dict(bundle.manifest),
-  }
+  files = {name: base64.b64encode(content).decode('ascii')
+           for name, content in bundle.tokenizer_files.items()}
+  return {'format': FORMAT, 'config_json': bundle.config_json, 'tokenizer_files': files,
+          'manifest': dict(bundle.manifest)}
 
 
 def from_dict(fields: Mapping[str, Any]) -> Bundle:
@@ -49,13 +43,8 @@ def from_dict(fields: Mapping[str, Any]) -> Bundle:
       f'reads format {FORMAT}; use the version that wrote it'
     )
   try:
-    return Bundle(
-      config_json=str(fields['config_json']),
-      tokenizer_files={
-        str(name): base64.b64decode(text, validate=True)
-        for name, text in fields['tokenizer_files'].items()
-      },
-      manifest=dict(fields['manifest']),
-    )
-  except (KeyError, TypeError, AttributeError, ValueError, binascii.Error) as error:
+    files = {str(name): base64.b64decode(text, validate=True)
+             for name, text in fields['tokenizer_files'].items()}
+    return Bundle(str(fields['config_json']), files, dict(fields['manifest']))
+  except (KeyError, TypeError, AttributeError, ValueError) as error:
     raise ValueError(f'the bundle of this checkpoint is damaged: {error!r}') from error

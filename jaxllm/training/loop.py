@@ -31,18 +31,12 @@ from jaxllm.data import tokenizers
 from jaxllm.experiment import Experiment
 from jaxllm.models import decoder
 from jaxllm.training import dataset as dataset_lib
-from jaxllm.training import (
-  journal,
-  parameters,
-  pretrained,
-  report,
-  scoring,
-  selection,
-  workdir,
-)
+from jaxllm.training import metrics as metrics_lib
+from jaxllm.training import parameters, pretrained, report, scoring, selection, workdir
 from jaxllm.training import state as state_lib
 from jaxllm.training import step as step_lib
 from jaxllm.training.dataset import Dataset
+from jaxllm.training.metrics import MetricLogger
 from jaxllm.training.scoring import Measurement
 from jaxllm.training.selection import Selection
 from jaxllm.training.state import TrainState
@@ -240,7 +234,7 @@ def _loop(
   )
   saved = step = first
   waiting = None
-  with _stop_requests() as stopping, journal.open_journal(
+  with _stop_requests() as stopping, metrics_lib.open_logger(
     run.path, experiment, run.mesh, first, run.started
   ) as log:
     for host_batch in log.wait_for(batches_lib.prefetch(batches, first, last)):
@@ -269,13 +263,13 @@ def _loop(
 
 
 def _measure(
-  run: _Run, log: journal.Journal, measuring: Sequence[Measurement], state: TrainState,
+  run: _Run, log: MetricLogger, measuring: Sequence[Measurement], state: TrainState,
   bundle: Bundle, selected: Selection, step: int,
 ) -> Selection:
   """Measure what is due, write it down, and keep the state where it is the best so far."""
   variables = state_lib.evaluation_variables(run.experiment, state)
   scores = scoring.take(measuring, variables)
-  log.scores(step, scores)
+  log.log_scores(step, scores)
   selected = selection.add(selected, step, scores)
   if selected.config and selected.best and selected.best[0] == step:
     store_lib.save_best(run.store, step, state.replace(frozen={}), bundle, selected.facts)
@@ -287,13 +281,13 @@ def _due(step: int, every: int, last: int) -> bool:
 
 
 def _record(
-  run: _Run, log: journal.Journal, step: int, metrics: dict[str, jax.Array] | None
+  run: _Run, log: MetricLogger, step: int, metrics: dict[str, jax.Array] | None
 ) -> None:
   """Write a step's metrics down; stop the run where too many steps in a row were skipped."""
   if metrics is None:
     return
   scalars = {name: float(value) for name, value in jax.device_get(metrics).items()}
-  log.step(step, scalars)
+  log.log_step(step, scalars)
   most = run.experiment.training.max_skipped_steps
   if scalars['skipped_in_a_row'] > most:
     last = store_lib.latest_step(run.store)
@@ -345,7 +339,7 @@ def _finish(run: _Run, step: int, frozen: Any) -> dict[str, Any]:
     'complete': True,
     'parameters': decoder.parameter_count(experiment.decoder),
     'train_tokens': round(step * experiment.training.batch_size * data.tokens / data.records),
-    'seconds': journal.elapsed_seconds(run.path, step),
+    'seconds': metrics_lib.elapsed_seconds(run.path, step),
   }
   if experiment.finetune.lora is not None:
     summary['trained_parameters'] = parameters.trained_count(experiment)

@@ -1,10 +1,12 @@
-"""What a run tells while it lasts: metrics.jsonl, TensorBoard, a progress bar, and utilisation.
+"""The metrics of a run: metrics.jsonl, TensorBoard, a progress bar, and utilisation.
 
-- `open_writer` -> `MetricsWriter`: one record per call, on disk at once; survives a resume. `read`.
+- `open_logger` -> `MetricLogger`: what the loop reports to, with the clocks of its steps.
+- `open_writer`: one record per call, on disk at once; survives a resume. `read` reads them back.
 - `Progress`: a bar on a terminal, plain lines elsewhere.
 - `device_peak_flops`, `mfu`, `device_memory_bytes`: how well the devices are used.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -12,11 +14,20 @@ import pathlib
 import resource
 import sys
 import time
-from collections.abc import Mapping
-from typing import Any, TextIO
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import jax
 import tqdm
+from absl import logging
+from jax.sharding import Mesh
+
+from jaxllm.evaluation import tables
+from jaxllm.experiment import Experiment
+from jaxllm.training import losses
+
+# Scores on held-out text that are printed, and how they are called.
+HELD_OUT = {'loss': 'held-out loss', 'perplexity': 'perplexity', 'bits_per_byte': 'bits per byte'}
 
 # Dense peak per JAX device in FLOP/s, (bfloat16, float32), by `device_kind`; None: no such figure.
 # TPU: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, "Peak compute per chip (bf16)"; a TPU7x
@@ -85,57 +96,161 @@ def device_memory_bytes() -> int:
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-class MetricsWriter:
-  """Appends records to metrics.jsonl and TensorBoard; close it, or use it in a `with`."""
+class MetricLogger:
+  """Writes the metrics of a run and shows its progress.
 
-  def __init__(self, lines: TextIO | None, tensorboard: Any | None):
-    self._lines = lines
-    self._tensorboard = tensorboard
+  The time of a step excludes evaluation and checkpoints, which the loop wraps in `pause`; waiting
+  for data is measured apart.
+  """
 
-  def write(self, step: int, scalars: Mapping[str, Any]) -> None:
-    """Write one record, on disk when this returns.
+  def __init__(
+    self, experiment: Experiment, mesh: Mesh, write: Callable[[int, Mapping[str, Any]], None],
+    progress: 'Progress', started: float, seconds_before: float,
+  ):
+    device = mesh.devices.flat[0]
+    self._training = experiment.training
+    self._flops_per_step = losses.flops_per_step(experiment)
+    self._num_devices = mesh.size
+    self._peak_flops = device_peak_flops(device.device_kind, experiment.decoder.dtype)
+    if self._peak_flops is None and device.platform != 'cpu':
+      logging.info('The peak of a %s in %s is unknown, so utilisation (MFU) is not reported.',
+                   device.device_kind, experiment.decoder.dtype)
+    self._write, self._progress = write, progress
+    self._started, self._seconds_before = started, seconds_before
+    self._compilations = _count_compilations()
+    self._first = True
+    self._reset()
 
-    Args:
-      step: steps taken so far.
-      scalars: name -> number; None is left out, what is not finite becomes null in the JSON.
-    """
-    if self._lines is None or self._tensorboard is None:
+  def _reset(self) -> None:
+    self._since = time.monotonic()
+    self._steps, self._tokens, self._data_wait = 0, 0.0, 0.0
+
+  def wait_for(self, batches: Iterable[Any]) -> Iterator[Any]:
+    """Yield from `batches`, measuring how long each one takes to come."""
+    iterator, end = iter(batches), object()
+    while True:
+      asked = time.monotonic()
+      if (batch := next(iterator, end)) is end:
+        return
+      self._data_wait += time.monotonic() - asked
+      yield batch
+
+  @contextlib.contextmanager
+  def pause(self) -> Iterator[None]:
+    """Exclude the time inside from the step time."""
+    paused = time.monotonic()
+    yield
+    self._since += time.monotonic() - paused
+
+  def log_step(self, step: int, scalars: Mapping[str, float]) -> None:
+    """Take the metrics of a finished step; write them every `log_every_steps`."""
+    if self._first:
+      self._first = False
+      logging.info('First step after %.1f s.', time.monotonic() - self._started)
+      # The first step compiles, so that its time is no part of the rates.
+      self._write_step(step, scalars, None)
       return
-    values = {name: float(value) for name, value in scalars.items() if value is not None}
-    record: dict[str, Any] = {'step': int(step), 'time': time.time()}
-    for name, value in values.items():
-      record[name] = value if math.isfinite(value) else None
-    self._lines.write(json.dumps(record, allow_nan=False) + '\n')
-    self._lines.flush()
-    for name, value in values.items():
-      self._tensorboard.add_scalar(name, value, step, walltime=record['time'])
+    self._steps += 1
+    self._tokens += scalars['tokens_read']
+    if not scalars['applied']:
+      self._progress.message(
+        f'step {step}: not applied (loss {scalars["loss"]:.4g}, gradient norm '
+        f'{scalars["grad_norm"]:.4g}), {scalars["skipped"]:.0f} in all'
+      )
+    seconds = time.monotonic() - self._since
+    self._progress.update(step, scalars['loss'], self._tokens / seconds)
+    if step % self._training.log_every_steps == 0 or step == self._training.num_steps:
+      self._write_step(step, scalars, seconds)
 
-  def close(self) -> None:
-    """Flush and close both files."""
-    for file in (self._lines, self._tensorboard):
-      if file is not None:
-        file.close()
+  def log_scores(self, step: int, scores: Mapping[str, float]) -> None:
+    """Write scores named 'validation/NAME' and 'task/KIND/NAME'."""
+    self._write(step, scores)
+    numbers = {name: tables.number(value) for name, value in scores.items()}
+    held_out = [f'{text} {numbers[f"validation/{name}"]}' for name, text in HELD_OUT.items()
+                if f'validation/{name}' in scores]
+    tasks = [f'{name.removeprefix("task/")} {value}' for name, value in numbers.items()
+             if name.startswith('task/')]
+    for parts in filter(None, (held_out, tasks)):
+      self._progress.message(f'step {step:,}: {", ".join(parts)}')
 
-  def __enter__(self) -> 'MetricsWriter':
-    return self
+  def _write_step(self, step: int, scalars: Mapping[str, float], seconds: float | None) -> None:
+    record: dict[str, Any] = {f'train/{name}': value for name, value in scalars.items()}
+    record['train/memory_bytes'] = device_memory_bytes()
+    record['train/compilations'] = len(self._compilations)
+    record['train/elapsed_seconds'] = self._seconds_before + time.monotonic() - self._started
+    if seconds:
+      flops_per_second = self._flops_per_step * self._steps / seconds
+      record |= {
+        'train/tokens_per_second': self._tokens / seconds,
+        'train/step_seconds': seconds / self._steps,
+        'train/data_wait_seconds': self._data_wait / self._steps,
+        'train/mfu': mfu(flops_per_second, self._num_devices, self._peak_flops),
+      }
+    self._write(step, record)
+    self._reset()
 
-  def __exit__(self, *_: object) -> None:
-    self.close()
+
+@contextlib.contextmanager
+def open_logger(
+  path: pathlib.Path, experiment: Experiment, mesh: Mesh, step: int, started: float
+) -> Iterator[MetricLogger]:
+  """Open the metrics of a run that continues after `step` steps.
+
+  Args:
+    path: the workdir.
+    experiment: the run.
+    mesh: its devices.
+    step: steps taken before.
+    started: when this process began, by `time.monotonic`.
+  """
+  before = elapsed_seconds(path, step)
+  progress = Progress(experiment.training.num_steps, step, enabled=jax.process_index() == 0)
+  with open_writer(path, step) as write, contextlib.closing(progress):
+    yield MetricLogger(experiment, mesh, write, progress, started, before)
 
 
-def open_writer(workdir: str | os.PathLike[str], step: int = 0) -> MetricsWriter:
-  """Open the metrics of a run, which continues after `step` steps.
+def elapsed_seconds(path: str | os.PathLike[str], step: int) -> float:
+  """Return how long a run had taken up to `step`, over all its starts, from its metrics."""
+  seconds = 0.0
+  for record in read(pathlib.Path(path) / 'metrics.jsonl'):
+    if record['step'] <= step:
+      seconds = record.get('train/elapsed_seconds', seconds)
+  return seconds
+
+
+def _count_compilations() -> list[float]:
+  """Return a list that grows by the seconds of each program that XLA compiles from now on."""
+  seconds: list[float] = []
+
+  def listen(event: str, duration_secs: float, **_: str | int) -> None:
+    if event == '/jax/core/compile/backend_compile_duration':
+      seconds.append(duration_secs)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  return seconds
+
+
+@contextlib.contextmanager
+def open_writer(
+  workdir: str | os.PathLike[str], step: int = 0
+) -> Iterator[Callable[[int, Mapping[str, Any]], None]]:
+  """Open metrics.jsonl and TensorBoard of a run that continues after `step` steps.
 
   Records of later steps, from a run that ended before its next checkpoint, are dropped: from
-  metrics.jsonl in one atomic replacement, from TensorBoard by its purge event. Processes other
-  than the first get a writer that writes nothing.
+  metrics.jsonl in one atomic replacement, from TensorBoard by its purge event.
 
   Args:
     workdir: an existing directory.
     step: the step that the run was restored to; 0 for a new one.
+
+  Yields:
+    A function of the steps taken and of name -> number that writes one record, on disk when it
+    returns: None is left out, a number that is not finite becomes null in the JSON. It writes
+    nothing in processes other than the first.
   """
   if jax.process_index() != 0:
-    return MetricsWriter(None, None)
+    yield lambda step, scalars: None
+    return
   from tensorboardX import SummaryWriter  # Takes a tenth of a second.
 
   path = pathlib.Path(workdir) / 'metrics.jsonl'
@@ -145,7 +260,18 @@ def open_writer(workdir: str | os.PathLike[str], step: int = 0) -> MetricsWriter
     # Two files of the same second would otherwise have the same name.
     filename_suffix=f'.{time.time_ns()}',
   )
-  return MetricsWriter(path.open('a', encoding='utf-8'), tensorboard)
+  with path.open('a', encoding='utf-8') as lines, contextlib.closing(tensorboard):
+
+    def write(step: int, scalars: Mapping[str, Any]) -> None:
+      values = {name: float(value) for name, value in scalars.items() if value is not None}
+      now = time.time()
+      finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+      lines.write(json.dumps({'step': int(step), 'time': now, **finite}, allow_nan=False) + '\n')
+      lines.flush()
+      for name, value in values.items():
+        tensorboard.add_scalar(name, value, step, walltime=now)
+
+    yield write
 
 
 def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -194,21 +320,25 @@ class Progress:
     self._enabled = enabled
     self._started: tuple[int, float] | None = None
     self._last_line = -math.inf
-    self._bar = None
-    if enabled and sys.stderr.isatty():
-      self._bar = tqdm.tqdm(
-        total=num_steps, initial=step, dynamic_ncols=True, file=sys.stderr,
-        bar_format='{percentage:3.0f}% |{bar}| {desc}',
-      )
+    self._bar = tqdm.tqdm(
+      total=num_steps, initial=step, dynamic_ncols=True, file=sys.stderr,
+      bar_format='{percentage:3.0f}% |{bar}| {desc}',
+    ) if enabled and sys.stderr.isatty() else None
 
   def update(self, step: int, loss: float, tokens_per_second: float) -> None:
     """Show that `step` steps are done."""
     if not self._enabled:
       return
     now = time.monotonic()
-    self._started = self._started or (step, now)
-    text = f'step {step:,}/{self._num_steps:,}  loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s'
-    text += f'  {self._time_left(step, now)}'
+    first_step, first_time = self._started = self._started or (step, now)
+    left = ''
+    if step >= self._num_steps:
+      left = 'done'
+    elif step > first_step:
+      seconds = (now - first_time) / (step - first_step) * (self._num_steps - step)
+      left = f'{format_duration(seconds)} left'
+    text = (f'step {step:,}/{self._num_steps:,}  loss {loss:.3f}  {tokens_per_second:,.0f} '
+            f'tokens/s  {left}')
     if self._bar is not None:
       self._bar.n = step
       self._bar.set_description_str(text, refresh=False)
@@ -227,21 +357,6 @@ class Progress:
     if self._bar is not None:
       self._bar.refresh()
       self._bar.close()
-
-  def __enter__(self) -> 'Progress':
-    return self
-
-  def __exit__(self, *_: object) -> None:
-    self.close()
-
-  def _time_left(self, step: int, now: float) -> str:
-    if step >= self._num_steps:
-      return 'done'
-    first_step, first_time = self._started or (step, now)
-    if step == first_step:
-      return ''
-    seconds = (now - first_time) / (step - first_step) * (self._num_steps - step)
-    return f'{format_duration(seconds)} left'
 
 
 def format_duration(seconds: float) -> str:

@@ -1,5 +1,6 @@
 """Metrics survive a resume, name what is unknown, and read well with and without a terminal."""
 
+import contextlib
 import io
 import json
 
@@ -16,37 +17,38 @@ def records(workdir):
 
 
 def test_a_record_is_on_disk_when_write_returns(tmp_path):
-  with metrics.open_writer(tmp_path) as writer:
-    writer.write(3, {'train/loss': jnp.float32(0.5), 'train/mfu': None, 'train/x': float('nan')})
+  with metrics.open_writer(tmp_path) as write:
+    write(3, {'train/loss': jnp.float32(0.5), 'train/mfu': None, 'train/x': float('nan')})
     (record,) = records(tmp_path)
   assert record.pop('time') > 1e9
   assert record == {'step': 3, 'train/loss': 0.5, 'train/x': None}
 
 
 def test_resuming_drops_later_and_torn_records_and_keeps_the_rest(tmp_path):
-  with metrics.open_writer(tmp_path) as writer:
+  with metrics.open_writer(tmp_path) as write:
     for step in (10, 20, 30):
-      writer.write(step, {'train/loss': step / 10})
+      write(step, {'train/loss': step / 10})
   before = (tmp_path / 'metrics.jsonl').read_text().splitlines()[:2]
   with (tmp_path / 'metrics.jsonl').open('a') as file:
     file.write('null\n"x"\n{"step": 5\n{"step": 15}')  # No newline: it may go on.
-  with metrics.open_writer(tmp_path, step=20) as writer:
-    writer.write(30, {'train/loss': 7.0})
+  with metrics.open_writer(tmp_path, step=20) as write:
+    write(30, {'train/loss': 7.0})
   assert (tmp_path / 'metrics.jsonl').read_text().splitlines()[:2] == before
   assert [(r['step'], r['train/loss']) for r in records(tmp_path)] == [(10, 1), (20, 2), (30, 7)]
   assert not list(tmp_path.glob('*.tmp'))
 
 
 def test_a_crash_while_dropping_leaves_the_old_file(tmp_path, monkeypatch):
-  with metrics.open_writer(tmp_path) as writer:
-    writer.write(10, {'train/loss': 1.0})
+  with metrics.open_writer(tmp_path) as write:
+    write(10, {'train/loss': 1.0})
 
   def fail(*_):
     raise OSError('disk')
 
   monkeypatch.setattr(metrics.os, 'replace', fail)
   with pytest.raises(OSError, match='disk'):
-    metrics.open_writer(tmp_path, step=0)
+    with metrics.open_writer(tmp_path, step=0):
+      pass
   assert [r['step'] for r in records(tmp_path)] == [10]
 
 
@@ -61,8 +63,8 @@ def read_events(path):
 
 def test_tensorboard_holds_the_scalars_and_purges_after_the_resumed_step(tmp_path):
   for step in (0, 20):
-    with metrics.open_writer(tmp_path, step) as writer:
-      writer.write(step + 10, {'train/loss': 1.5})
+    with metrics.open_writer(tmp_path, step) as write:
+      write(step + 10, {'train/loss': 1.5})
   files = sorted((tmp_path / 'tensorboard').iterdir(), key=lambda p: p.stat().st_mtime_ns)
   assert len(files) == 2
   for path, step in zip(files, (0, 20), strict=True):
@@ -74,8 +76,8 @@ def test_tensorboard_holds_the_scalars_and_purges_after_the_resumed_step(tmp_pat
 
 def test_other_processes_write_nothing(tmp_path, monkeypatch):
   monkeypatch.setattr(jax, 'process_index', lambda: 1)
-  with metrics.open_writer(tmp_path) as writer:
-    writer.write(1, {'train/loss': 1.0})
+  with metrics.open_writer(tmp_path) as write:
+    write(1, {'train/loss': 1.0})
   assert not list(tmp_path.iterdir())
 
 
@@ -110,7 +112,7 @@ def run_progress(monkeypatch, stream, **options):
   clock = FakeTime()
   monkeypatch.setattr(metrics, 'time', clock)
   monkeypatch.setattr(metrics.sys, 'stderr', stream)
-  with metrics.Progress(100, step=40, **options) as progress:
+  with contextlib.closing(metrics.Progress(100, step=40, **options)) as progress:
     for step in range(41, 101):
       clock.now += 60.0 if step == 41 else 1.0
       progress.update(step, loss=1.25, tokens_per_second=12345.6)
