@@ -69,8 +69,7 @@ def main(_) -> None:  # noqa: D103
 def _write_adapters() -> None:
   """Write the adapters of a run as PEFT does."""
   from jaxllm import loading
-  from jaxllm.adapters import peft
-  from jaxllm.interop import conversion, sources
+  from jaxllm.interop import conversion, peft, sources
 
   target = conversion.check_target(TARGET.value, 'jaxllm')
   experiment, adapters = loading.adapters(SOURCE.value)

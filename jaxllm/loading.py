@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.adapters import lora, peft
+from jaxllm.adapters import lora
 from jaxllm.adapters.quantization import QuantizationConfig, dequantize_tree, quantize
 from jaxllm.checkpoints import fingerprint, store
 from jaxllm.checkpoints.bundle import Bundle
@@ -22,7 +22,7 @@ from jaxllm.experiment import Experiment
 from jaxllm.generation import text
 from jaxllm.generation.sampling import SamplingConfig
 from jaxllm.interop import chat as templates
-from jaxllm.interop import huggingface, native, sources, tokenizer_directory, tokenizer_files
+from jaxllm.interop import huggingface, native, peft, sources, tokenizer_directory, tokenizer_files
 from jaxllm.interop.weights import Source
 from jaxllm.models import decoder
 from jaxllm.models.decoder import Decoder, DecoderConfig

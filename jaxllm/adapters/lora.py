@@ -7,7 +7,6 @@ Training differentiates with respect to `variables['lora']` alone.
 Axis letters: I inputs and O outputs of a kernel, all its axes folded.
 """
 
-import functools
 import math
 import re
 import zlib
@@ -17,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pydantic
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxllm.adapters.quantization import NUM_INPUTS
 from jaxllm.config import Config
@@ -60,16 +60,16 @@ def init(config: LoraConfig, params: Tree, key: jax.Array) -> Tree:
   """
   lora: Tree = {}
   for path, kernel in _targets(config, params):
-    a_shape, b_shape, lead = _shapes(path, kernel.shape, config.rank)
+    a_shape, b_shape, lead = shapes(path, kernel.shape, config.rank)
     # By path, so that another set of targets starts the rest alike.
     path_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
     inputs = math.prod(a_shape[len(lead) : -1])
-    _insert(lora, path, {
+    lora[path] = {
       'a': jax.random.normal(path_key, a_shape) * inputs**-0.5,
       'b': jnp.zeros(b_shape),
       'scale': jnp.full(lead, config.alpha / config.rank, jnp.float32),
-    })
-  return lora
+    }
+  return nest(lora)
 
 
 def abstract(config: LoraConfig, params: Tree, axes: Tree) -> tuple[Tree, Tree]:
@@ -83,18 +83,13 @@ def abstract(config: LoraConfig, params: Tree, axes: Tree) -> tuple[Tree, Tree]:
   Returns:
     Trees of `init`'s form: ShapeDtypeStructs, and tuples of logical axis names.
   """
-  shapes = jax.eval_shape(lambda key: init(config, params, key), jax.random.key(0))
-  names: Tree = {}
-  for path, kernel in _targets(config, params):
-    kernel_axes = _at(axes, path)['kernel']
-    stacked, num_inputs = layout(path, len(kernel.shape))
-    lead, rest = kernel_axes[:stacked], kernel_axes[stacked:]
-    _insert(names, path, {
-      'a': (*lead, *rest[:num_inputs], 'rank'),
-      'b': (*lead, 'rank', *rest[num_inputs:]),
-      'scale': lead,
-    })
-  return shapes, names
+  kernel_axes = flatten_dict(axes, sep='/')
+  names = {
+    path: dict(zip(('a', 'b', 'scale'), shapes(path, kernel_axes[f'{path}/kernel'], 'rank'),
+                   strict=True))
+    for path, _ in _targets(config, params)
+  }
+  return jax.eval_shape(lambda key: init(config, params, key), jax.random.key(0)), nest(names)
 
 
 def merge(params: Tree, lora: Tree) -> Tree:
@@ -108,17 +103,16 @@ def merge(params: Tree, lora: Tree) -> Tree:
     ValueError: an adapter has no kernel, or one of another shape.
   """
   check(lora, params)
-  merged = jax.tree.map(lambda leaf: leaf, params)  # New dicts, the same arrays.
+  merged = flatten_dict(params, sep='/', is_leaf=lambda _, node: is_quantized(node))
   for path, adapter in adapters(lora):
-    module = _at(merged, path)
-    kernel = module['kernel']
+    kernel = merged[f'{path}/kernel']
     if is_quantized(kernel):
       raise ValueError(f'{path}: the kernel is quantised; merge into the unquantised parameters')
-    module['kernel'] = (kernel.astype(jnp.float32) + delta(path, adapter)).astype(kernel.dtype)
-  return merged
+    merged[f'{path}/kernel'] = (kernel.astype(jnp.float32) + delta(adapter)).astype(kernel.dtype)
+  return nest(merged)
 
 
-def delta(path: str, adapter: Mapping[str, jax.Array]) -> jax.Array:
+def delta(adapter: Mapping[str, jax.Array]) -> jax.Array:
   """Return the update a @ b * scale of one kernel, in its shape, float32."""
   a, b, scale = (jnp.asarray(adapter[name], jnp.float32) for name in ('a', 'b', 'scale'))
   lead, rank = a.shape[: scale.ndim], a.shape[-1]
@@ -143,17 +137,18 @@ def drop(lora: Tree, rate: float, key: jax.Array) -> Tree:
     a = adapter['a']
     path_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
     kept = jax.random.bernoulli(path_key, 1 - rate, a.shape)
-    _insert(dropped, path, {**adapter, 'a': jnp.where(kept, a / (1 - rate), 0)})
-  return dropped
+    dropped[path] = {**adapter, 'a': jnp.where(kept, a / (1 - rate), 0)}
+  return nest(dropped)
 
 
-def adapters(lora: Tree, path: str = '') -> Iterator[tuple[str, Tree]]:
+def adapters(lora: Tree) -> Iterator[tuple[str, Tree]]:
   """Yield (path of the module, {'a', 'b', 'scale'})."""
-  if 'a' in lora:
-    yield path, lora
-    return
-  for name, child in lora.items():
-    yield from adapters(child, f'{path}/{name}' if path else name)
+  yield from flatten_dict(lora, sep='/', is_leaf=lambda _, node: 'a' in node).items()
+
+
+def nest(leaves: Mapping[str, Any]) -> Tree:
+  """Return the tree whose leaves, or subtrees, lie at these paths."""
+  return unflatten_dict(leaves, sep='/')
 
 
 def check(lora: Tree, params: Tree) -> None:
@@ -164,27 +159,11 @@ def check(lora: Tree, params: Tree) -> None:
       raise ValueError(f'adapter {path!r}: the model has no such kernel (it has '
                        f'{", ".join(kernels)})')
     kernel = kernels[path]
-    expected = _shapes(path, kernel.shape, adapter['a'].shape[-1])
+    expected = shapes(path, kernel.shape, adapter['a'].shape[-1])
     found = adapter['a'].shape, adapter['b'].shape, adapter['scale'].shape
     if found != expected:
       raise ValueError(f'adapter {path!r}: a, b and scale of shapes {found} do not fit the kernel '
                        f'of shape {kernel.shape}, which needs {expected}')
-
-
-def from_modules(modules: Mapping[str, Tree]) -> Tree:
-  """Return the tree whose `adapters` are these.
-
-  Raises:
-    ValueError: a module has not exactly a, b and scale, or lies within another.
-  """
-  lora: Tree = {}
-  for path, adapter in modules.items():
-    inside = [other for other in modules if path.startswith(f'{other}/')]
-    if set(adapter) != {'a', 'b', 'scale'} or inside:
-      raise ValueError(f'adapter {path!r} has {sorted(adapter)}, not a, b and scale'
-                       if not inside else f'adapter {path!r} lies within {inside[0]!r}')
-    _insert(lora, path, adapter)
-  return lora
 
 
 def _targets(config: LoraConfig, params: Tree) -> list[tuple[str, Any]]:
@@ -200,43 +179,24 @@ def _targets(config: LoraConfig, params: Tree) -> list[tuple[str, Any]]:
   return [(path, kernel) for path, kernel in kernels.items() if path in chosen]
 
 
-def kernels_of(params: Mapping[str, Any], path: str = '') -> Iterator[tuple[str, Any]]:
+def kernels_of(params: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
   """Yield (path of the module, kernel); of a quantised one, what it would be as an array."""
-  for name, child in params.items():
-    if name == 'kernel':
-      if is_quantized(child):
-        child = jax.eval_shape(functools.partial(dequantize, dtype=jnp.float32), child)
-      yield path, child
-    elif isinstance(child, Mapping):
-      yield from kernels_of(child, f'{path}/{name}' if path else name)
+  leaves = flatten_dict(params, sep='/', is_leaf=lambda _, node: is_quantized(node))
+  for path, leaf in leaves.items():
+    if path.endswith('/kernel'):
+      yield path.removesuffix('/kernel'), (
+        jax.eval_shape(lambda k: dequantize(k, jnp.float32), leaf) if is_quantized(leaf) else leaf)
 
 
-def layout(path: str, num_axes: int) -> tuple[int, int]:
-  """Return how many leading axes of a kernel are those of layers, and how many then are inputs."""
-  stacked = int(path.split('/')[0] == 'layers')
+def shapes(path: str, kernel: tuple[Any, ...], rank: Any) -> tuple[tuple[Any, ...], ...]:
+  """Return the shapes of a, b and scale for that of a kernel, or their axes for its axes.
+
+  Raises:
+    ValueError: it is no kernel of (layers, inputs, outputs).
+  """
+  stacked = int(path.startswith('layers/'))
   num_inputs = NUM_INPUTS.get(path.rpartition('/')[2], 1)
-  if num_axes - stacked - num_inputs < 1:
-    raise ValueError(f'{path}: a kernel of {num_axes} axes is not (layers, inputs, outputs)')
-  return stacked, num_inputs
-
-
-def _shapes(
-  path: str, kernel: tuple[int, ...], rank: int
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-  """Return the shapes of a, b and scale."""
-  stacked, num_inputs = layout(path, len(kernel))
+  if len(kernel) - stacked - num_inputs < 1:
+    raise ValueError(f'{path}: a kernel of {len(kernel)} axes is not (layers, inputs, outputs)')
   lead, rest = kernel[:stacked], kernel[stacked:]
   return (*lead, *rest[:num_inputs], rank), (*lead, rank, *rest[num_inputs:]), lead
-
-
-def _at(tree: Tree, path: str) -> Tree:
-  for name in path.split('/'):
-    tree = tree[name]
-  return tree
-
-
-def _insert(tree: Tree, path: str, value: Any) -> None:
-  *parents, last = path.split('/')
-  for name in parents:
-    tree = tree.setdefault(name, {})
-  tree[last] = value

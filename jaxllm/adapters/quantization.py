@@ -11,6 +11,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import pydantic
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxllm.config import Config
 from jaxllm.models.linear import dequantize, is_quantized
@@ -42,17 +43,16 @@ def quantize(variables: Mapping[str, Any], config: QuantizationConfig) -> dict[s
   Returns:
     Variables of the same form, with a dict in place of every kernel.
   """
-  params = variables['params']
-  return {**variables, 'params': {name: _visit((name,), tree, config)
-                                  for name, tree in params.items()}}
+  leaves = flatten_dict(variables['params'])
+  return {**variables, 'params': unflatten_dict(
+    {path: _quantize(path, leaf, config) for path, leaf in leaves.items()})}
 
 
 def dequantize_tree(variables: Mapping[str, Any], dtype: Any = jnp.float32) -> dict[str, Any]:
   """Return variables with arrays again, rounded as quantisation left them."""
   return jax.tree.map(
     lambda leaf: dequantize(leaf, dtype) if is_quantized(leaf) else leaf, dict(variables),
-    is_leaf=is_quantized,
-  )
+    is_leaf=is_quantized)
 
 
 def stored_bytes(variables: Mapping[str, Any]) -> int:
@@ -60,21 +60,19 @@ def stored_bytes(variables: Mapping[str, Any]) -> int:
   return sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
 
 
-def _visit(path: tuple[str, ...], tree: Any, config: QuantizationConfig) -> Any:
-  if isinstance(tree, Mapping):
-    return {name: _visit((*path, name), child, config) for name, child in tree.items()}
+def _quantize(path: tuple[str, ...], leaf: Any, config: QuantizationConfig) -> Any:
   # Stacked layers have one more axis in front.
-  stacked = path[0] == 'layers' and not path[1].isdigit()
-  if path[-1] == 'embedding' and path[0] == 'embed' and config.embeddings:
+  stacked = int(path[0] == 'layers' and not path[1].isdigit())
+  if path == ('embed', 'embedding') and config.embeddings:
     # One scale per row: the table is (outputs, inputs) where it is the head.
-    return _per_channel(tree, lead=1, num_inputs=1)
+    return _per_channel(leaf, lead=1, num_inputs=1)
   if path[-1] != 'kernel':
-    return tree
+    return leaf
   num_inputs = NUM_INPUTS.get(path[-2], 1)
-  last = int(stacked) + num_inputs - 1
-  if config.kind == 'int4' and tree.shape[last] % config.group_size == 0:
-    return _grouped(tree, last, config.group_size)
-  return _per_channel(tree, int(stacked), num_inputs)
+  last = stacked + num_inputs - 1
+  if config.kind == 'int4' and leaf.shape[last] % config.group_size == 0:
+    return _grouped(leaf, last, config.group_size)
+  return _per_channel(leaf, stacked, num_inputs)
 
 
 def _per_channel(kernel: jax.Array, lead: int, num_inputs: int) -> dict[str, jax.Array]:

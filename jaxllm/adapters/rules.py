@@ -30,28 +30,21 @@ def factors(rules: Sequence[PathRule], params: Any) -> Any:
   Raises:
     ValueError: a rule matches no parameter.
   """
-  paths = [_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+  leaves, structure = jax.tree.flatten_with_path(params)
+  paths = [jax.tree_util.keystr(path, simple=True, separator='/') for path, _ in leaves]
   for rule in rules:
     if not any(re.fullmatch(rule.pattern, path) for path in paths):
       raise ValueError(f'rule {rule.pattern!r} matches no parameter (parameters: '
                        f'{", ".join(paths)})')
-
-  def factor(path: Any, _: Any) -> float:
-    matches = (rule.factor for rule in rules if re.fullmatch(rule.pattern, _path(path)))
-    return next(matches, 1.0)
-
-  return jax.tree_util.tree_map_with_path(factor, params)
-
-
-def labels(rules: Sequence[PathRule], params: Any) -> Any:
-  """Return a tree of 'trained' and 'frozen', as `optax.partition` takes it; see `factors`."""
-  return jax.tree.map(lambda f: 'trained' if f else 'frozen', factors(rules, params))
+  return jax.tree.unflatten(structure, [
+    next((rule.factor for rule in rules if re.fullmatch(rule.pattern, path)), 1.0)
+    for path in paths])
 
 
 def apply_rules(
   rules: Sequence[PathRule], tx: optax.GradientTransformation, params: Any
 ) -> optax.GradientTransformation:
-  """Restrict an optimizer to what the rules train, at their rates.
+  """Restrict an optimizer to the parameters that the rules train, at their rates.
 
   Frozen parameters take no part in anything, the clipping of the gradient's norm included, and have
   no optimizer state.
@@ -67,12 +60,8 @@ def apply_rules(
   if not rules:
     return tx
   by_path = factors(rules, params)
+  labels = jax.tree.map(lambda factor: 'trained' if factor else 'frozen', by_path)
   scale = optax.stateless(
-    lambda updates, _: jax.tree.map(lambda u, factor: u * factor, updates, by_path)
-  )
+    lambda updates, _: jax.tree.map(lambda u, factor: u * factor, updates, by_path))
   parts = {'trained': tx, 'frozen': optax.set_to_zero()}
-  return optax.chain(optax.partition(parts, labels(rules, params)), scale)
-
-
-def _path(path: Any) -> str:
-  return '/'.join(str(getattr(key, 'key', key)) for key in path)
+  return optax.chain(optax.partition(parts, labels), scale)

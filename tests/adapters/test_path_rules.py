@@ -22,7 +22,6 @@ def test_factors_by_the_first_rule_that_matches():
     [PathRule(pattern='layers/mlp/.*', factor=0.5), PathRule(pattern='layers/.*')], PARAMS)
   assert found == {
     'embed': {'embedding': 1.0}, 'layers': {'mlp': {'kernel': 0.5}, 'norm': {'scale': 0.0}}}
-  assert rules.labels([PathRule(pattern='embed/.*')], PARAMS)['embed'] == {'embedding': 'frozen'}
 
 
 def test_every_rule_must_match():

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from jaxllm.adapters import lora as lora_lib
-from jaxllm.adapters import peft
 from jaxllm.adapters.lora import LoraConfig
+from jaxllm.interop import peft
 from jaxllm.models import decoder
 from jaxllm.models.decoder import Decoder, DecoderConfig
 from jaxllm.models.families import HUGGINGFACE
@@ -40,7 +40,7 @@ def _random(config, lora_config=LORA, seed=0):
 
 
 def _deltas(adapters):
-  return {path: np.asarray(lora_lib.delta(path, adapter))
+  return {path: np.asarray(lora_lib.delta(adapter))
           for path, adapter in lora_lib.adapters(adapters)}
 
 

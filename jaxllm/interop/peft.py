@@ -7,25 +7,28 @@ on export; what they compute is the same.
 Axis letters: I inputs, O outputs of a stored matrix. PEFT's A is (R, I), its B (O, R).
 """
 
+import dataclasses
 import json
 import math
 import os
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.adapters import lora as lora_lib
 from jaxllm.adapters.lora import LoraConfig
+from jaxllm.data import storage
+from jaxllm.interop import layout, tensorfile
 from jaxllm.models import decoder
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.models.families.huggingface import Format
 
 CONFIG_FILE, WEIGHTS_FILE = 'adapter_config.json', 'adapter_model.safetensors'
-_PREFIX = 'base_model.model.'
 
 # Keys of adapter_config.json that are read here, and that only say how the adapter was trained or
 # which modules have one, as the weights do; any other one has to be unset.
@@ -37,24 +40,12 @@ _KNOWN = (
   'megatron_core', 'loftq_config', 'eva_config', 'corda_config', 'lora_ga_config',
   'qalora_group_size', 'runtime_config',
 )
-# Ways to begin that leave the base model as it is.
-_BEGINNINGS = (True, False, None, 'gaussian', 'orthogonal', 'eva', 'mica')
+# Initialisations that leave the base model as it is.
+_PLAIN = (True, False, None, 'gaussian', 'orthogonal', 'eva', 'mica')
 # A whole matrix that takes the place of the base model's.
 _WHOLE = 'whole'
 
-
-class _Stored(NamedTuple):
-  """One matrix of the base model.
-
-  Attributes:
-    module: its name, in which {} stands for the layer.
-    paths: our modules that it holds.
-    columns: of each of these, which outputs are its own.
-  """
-
-  module: str
-  paths: tuple[str, ...]
-  columns: tuple[np.ndarray, ...]
+Matrices = dict[str, dict[str, np.ndarray]]
 
 
 def load(
@@ -74,8 +65,7 @@ def load(
   Raises:
     ValueError: the files are missing or damaged, or use something that has no counterpart here.
   """
-  keys, matrices = _read(pathlib.Path(directory))
-  return _collect(keys, matrices, form, config)
+  return _collect(*_read(pathlib.Path(directory)), form, config)
 
 
 def merge(
@@ -85,23 +75,12 @@ def merge(
 
   Unlike `load` it also reads adapters to the embedding, and whole matrices for embedding and head.
   Where these two are one array and only one of them changes, they become two, as in PEFT.
-
-  Args:
-    directory: as in `load`.
-    form: how the base model's family stores its weights.
-    config: the base model.
-    params: its parameters.
-
-  Raises:
-    ValueError: as in `load`.
+  Arguments and errors as in `load`; `params` are those of the base model.
   """
   keys, matrices = _read(pathlib.Path(directory))
   params = dict(params)
-  changed = {}
-  for path in ('embed/embedding', 'head/kernel'):
-    module = form.names[path].removesuffix('.weight')
-    for name in {module, module.removeprefix(form.prefix)} & set(matrices):
-      changed[path] = name
+  changed = {path: name for path in ('embed/embedding', 'head/kernel')
+             if (name := _find(form, form.names[path], matrices)) is not None}
   if config.tied_head and changed:
     if keys.get('ensure_weight_tying'):
       raise ValueError(f'{directory}: ensure_weight_tying=True has no counterpart here where '
@@ -131,36 +110,6 @@ def merge(
   return config, lora_lib.merge(params, _collect(keys, matrices, form, config)[0])
 
 
-def _collect(
-  keys: Mapping[str, Any], matrices: dict[str, dict[str, np.ndarray]], form: Format,
-  config: DecoderConfig,
-) -> tuple[dict[str, Any], LoraConfig]:
-  parts: dict[str, dict[int, tuple[np.ndarray, np.ndarray, float]]] = {}
-  for stored in _stored_matrices(form, config):
-    for layer in range(config.num_layers if '{}' in stored.module else 1):
-      module = stored.module.format(layer)
-      names = [name for name in (module, module.removeprefix(form.prefix)) if name in matrices]
-      for name in names[:1]:
-        a_RI, b_OR = _pair(name, matrices.pop(name))
-        scale = _scale(keys, name, a_RI.shape[0])
-        if b_OR.shape[0] != sum(map(len, stored.columns)):
-          raise ValueError(f'{name}: lora_B has {b_OR.shape[0]} rows, but the module of this model '
-                           f'has {sum(map(len, stored.columns))} outputs')
-        for path, columns in zip(stored.paths, stored.columns, strict=True):
-          parts.setdefault(path, {})[layer] = a_RI.T, b_OR.T[:, columns], scale
-  if matrices:
-    raise ValueError(f'{WEIGHTS_FILE}: belongs to no matrix of this model: '
-                     f'{", ".join(sorted(matrices))}')
-  lora = lora_lib.from_modules(
-    {path: _stack(path, layers, config) for path, layers in parts.items()})
-  shapes, _ = decoder.abstract(config)
-  lora_lib.check(lora, shapes['params'])
-  return lora, LoraConfig(
-    rank=int(keys['r']), alpha=float(keys['lora_alpha']), targets=tuple(map(re.escape, parts)),
-    dropout_rate=float(keys.get('lora_dropout') or 0.0),
-  )
-
-
 def base_model(directory: str | os.PathLike[str]) -> tuple[str, str | None] | None:
   """Return the model that an adapter directory names and its revision; None: it names none."""
   path = pathlib.Path(directory).expanduser() / CONFIG_FILE
@@ -185,22 +134,26 @@ def save(
     config: the base model.
     base_model: its name or path, for those who look for it in adapter_config.json.
   """
-  from safetensors.numpy import save_file
+  from safetensors import numpy as safetensors
 
-  adapters = dict(lora_lib.adapters(lora))
+  adapters = dict(lora_lib.adapters(jax.device_get(lora)))
   arrays: dict[str, np.ndarray] = {}
   ranks: dict[str, int] = {}
   # One alpha / rank for all; what differs from it goes into B.
   scale = float(np.ravel(next(iter(adapters.values()))['scale'])[0])
-  for stored in _stored_matrices(form, config):
-    present = [path for path in stored.paths if path in adapters]
-    if not present:
+  torch_form = dataclasses.replace(form, kernels='out_in')
+  shapes = layout.parameter_shapes(config)
+  for slot in layout.slots(torch_form, config):
+    if not {target.removesuffix('/kernel') for target in slot.targets} & adapters.keys():
       continue
-    ranks[_suffix(stored.module)] = sum(adapters[path]['a'].shape[-1] for path in present)
-    for layer in range(config.num_layers if '{}' in stored.module else 1):
-      a_RI, b_OR = _join(stored, adapters, layer, scale)
-      name = _PREFIX + stored.module.format(layer)
-      arrays[f'{name}.lora_A.weight'], arrays[f'{name}.lora_B.weight'] = a_RI, b_OR
+    module = slot.name.removesuffix('.weight')
+    a_RI, b_OR = _join(torch_form, slot, shapes, adapters, scale)
+    # safetensors writes the bytes as they lie.
+    arrays[f'base_model.model.{module}.lora_A.weight'] = np.ascontiguousarray(a_RI)
+    arrays[f'base_model.model.{module}.lora_B.weight'] = np.ascontiguousarray(b_OR)
+    # The end by which PEFT finds the module in every layer, and no other.
+    suffix = '.'.join(module.rpartition(f'.{slot.layer}.')[2].split('.')[-2:])
+    ranks[suffix] = len(a_RI)
   rank = min(ranks.values())
   others = {module: r for module, r in ranks.items() if r != rank}
   keys = {
@@ -214,105 +167,96 @@ def save(
   }
   directory = pathlib.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
-  partial = directory / f'.{WEIGHTS_FILE}.partial'
-  save_file(arrays, partial, metadata={'format': 'pt'})
-  os.replace(partial, directory / WEIGHTS_FILE)
-  partial = directory / f'.{CONFIG_FILE}.partial'
-  partial.write_text(json.dumps(keys, indent=2) + '\n', encoding='utf-8')
-  os.replace(partial, directory / CONFIG_FILE)
+  storage.write_file(directory / WEIGHTS_FILE, safetensors.save(arrays, {'format': 'pt'}))
+  storage.write_file(directory / CONFIG_FILE, (json.dumps(keys, indent=2) + '\n').encode())
 
 
-def _stored_matrices(form: Format, config: DecoderConfig) -> list[_Stored]:
-  """Return the matrices that the base model has, with what each holds."""
-  shapes, _ = decoder.abstract(config.replace(vocab_multiple=1))
-  kernels = dict(lora_lib.kernels_of(shapes['params']))
-  found = []
-  for key, name in form.names.items():
-    paths = tuple(
-      path.removesuffix('/kernel') for path in ((key,) if isinstance(key, str) else key)
-    )
-    if not set(paths) <= set(kernels):
+def _collect(
+  keys: Mapping[str, Any], matrices: Matrices, form: Format, config: DecoderConfig
+) -> tuple[dict[str, Any], LoraConfig]:
+  form = dataclasses.replace(form, kernels='out_in')
+  shapes = layout.parameter_shapes(config)
+  layers: dict[str, dict[int, tuple[np.ndarray, np.ndarray, float]]] = {}
+  for slot in layout.slots(form, config):
+    name = _find(form, slot.name, matrices)
+    if name is None or not slot.targets[0].endswith('/kernel'):
       continue
-    outputs = []
-    for path in paths:
-      stacked, num_inputs = lora_lib.layout(path, len(kernels[path].shape))
-      outputs.append(kernels[path].shape[stacked + num_inputs :])
-    columns = _columns(form, outputs)
-    found.append(_Stored(name.removesuffix('.weight'), paths, columns))
-  return found
+    a_RI, b_OR = _pair(name, matrices.pop(name))
+    scale = _scale(keys, name, len(a_RI))
+    num_outputs, num_inputs = slot.shape
+    if len(b_OR) != num_outputs:
+      raise ValueError(f'{name}: lora_B has {len(b_OR)} rows, but the module of this model has '
+                       f'{num_outputs} outputs')
+    if a_RI.shape[1] != num_inputs:
+      raise ValueError(f'{name}: lora_A has {a_RI.shape[1]} columns, but the module of this model '
+                       f'has {num_inputs} inputs')
+    of_b = {target: _b_shape(target, shapes[target], len(a_RI)) for target in slot.targets}
+    for target, b in layout.split(form, slot, b_OR, of_b).items():
+      layers.setdefault(target.removesuffix('/kernel'), {})[slot.layer or 0] = a_RI.T, b, scale
+  if matrices:
+    raise ValueError(f'{WEIGHTS_FILE}: belongs to no matrix of this model: '
+                     f'{", ".join(sorted(matrices))}')
+  abstract, _ = decoder.abstract(config)
+  kernels = dict(lora_lib.kernels_of(abstract['params']))
+  lora = lora_lib.nest({path: _stack(path, kernels[path].shape, found)
+                        for path, found in layers.items()})
+  return lora, LoraConfig(
+    rank=int(keys['r']), alpha=float(keys['lora_alpha']), targets=tuple(map(re.escape, layers)),
+    dropout_rate=float(keys.get('lora_dropout') or 0.0),
+  )
 
 
-def _columns(form: Format, outputs: Sequence[tuple[int, ...]]) -> tuple[np.ndarray, ...]:
-  """Return which outputs of a matrix belong to each of the kernels fused in it."""
-  sizes = [math.prod(shape) for shape in outputs]
-  index_O = np.arange(sum(sizes))
-  if len(sizes) > 1 and form.fused == 'per_head':
-    heads, dim = outputs[0]
-    by_head = index_O.reshape(heads, len(sizes), dim)
-    return tuple(by_head[:, i].reshape(-1) for i in range(len(sizes)))
-  return tuple(np.split(index_O, np.cumsum(sizes)[:-1]))
+def _find(form: Format, tensor: str, matrices: Matrices) -> str | None:
+  """Return the name of a tensor's module among those of the file, with or without its prefix."""
+  module = tensor.removesuffix('.weight')
+  return next((name for name in (module, module.removeprefix(form.prefix)) if name in matrices),
+              None)
+
+
+def _b_shape(target: str, kernel: tuple[int, ...], rank: int) -> tuple[int, ...]:
+  """Return the shape of `b` as of a kernel with R inputs."""
+  num_inputs = layout.num_inputs(target)
+  return (rank, *[1] * (num_inputs - 1), *kernel[num_inputs:])
 
 
 def _stack(
-  path: str, layers: Mapping[int, tuple[np.ndarray, np.ndarray, float]], config: DecoderConfig
+  path: str, kernel: tuple[int, ...], layers: Mapping[int, tuple[np.ndarray, np.ndarray, float]]
 ) -> dict[str, Any]:
   """Return the adapter of one module from those of its layers, in our shapes."""
-  shapes, _ = decoder.abstract(config)
-  kernel = dict(lora_lib.kernels_of(shapes['params']))[path].shape
-  stacked, num_inputs = lora_lib.layout(path, len(kernel))
-  num_layers = kernel[0] if stacked else 1
-  inputs, outputs = kernel[stacked : stacked + num_inputs], kernel[stacked + num_inputs :]
   rank = max(a_IR.shape[1] for a_IR, _, _ in layers.values())
-  a = np.zeros((num_layers, math.prod(inputs), rank), np.float32)
-  b = np.zeros((num_layers, rank, math.prod(outputs)), np.float32)
-  scale = np.ones(num_layers, np.float32)
-  for layer, (a_IR, b_RO, factor) in layers.items():
-    if a_IR.shape[0] != a.shape[1]:
-      raise ValueError(f'{path}: lora_A has {a_IR.shape[0]} columns, but the module of this model '
-                       f'has {a.shape[1]} inputs')
-    a[layer, :, : a_IR.shape[1]] = a_IR
+  a, b, scale = (np.zeros(shape, np.float32) for shape in lora_lib.shapes(path, kernel, rank))
+  scale += 1
+  for layer, (a_IR, b_found, factor) in layers.items():
+    b_RO = b_found.reshape(a_IR.shape[1], -1)
+    a.reshape(scale.size, -1, rank)[layer, :, : len(b_RO)] = a_IR
     # The vocabulary of the head may be padded.
-    b[layer, : b_RO.shape[0], : b_RO.shape[1]] = b_RO
-    scale[layer] = factor
-  lead = kernel[:stacked]
-  return {
-    'a': jnp.asarray(a.reshape(*lead, *inputs, rank)),
-    'b': jnp.asarray(b.reshape(*lead, rank, *outputs)),
-    'scale': jnp.asarray(scale.reshape(lead)),
-  }
+    b.reshape(scale.size, rank, -1)[layer, : len(b_RO), : b_RO.shape[1]] = b_RO
+    scale.reshape(-1)[layer] = factor
+  return {'a': jnp.asarray(a), 'b': jnp.asarray(b), 'scale': jnp.asarray(scale)}
 
 
 def _join(
-  stored: _Stored, adapters: Mapping[str, Any], layer: int, scale: float
+  form: Format, slot: layout.Slot, shapes: Mapping[str, tuple[int, ...]],
+  adapters: Mapping[str, Any], scale: float,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Return A (R, I) and B (O, R) of one matrix; the ranks of what is fused add up."""
-  rows: list[np.ndarray] = []
-  blocks: list[np.ndarray] = []
-  for path, columns in zip(stored.paths, stored.columns, strict=True):
-    if path not in adapters:
-      continue
-    adapter = adapters[path]
-    a, b, factor = (
-      np.asarray(adapter[name][layer] if adapter['scale'].ndim else adapter[name], np.float32)
-      for name in ('a', 'b', 'scale')
-    )
-    rank = a.shape[-1]
-    b_RO = b.reshape(rank, -1)[:, : len(columns)] * (factor / scale)
-    block_RO = np.zeros((rank, sum(map(len, stored.columns))), np.float32)
-    block_RO[:, columns] = b_RO
-    rows.append(a.reshape(-1, rank).T)
-    blocks.append(block_RO.T)
-  # safetensors writes the bytes as they lie.
-  return (np.ascontiguousarray(np.concatenate(rows)),
-          np.ascontiguousarray(np.concatenate(blocks, axis=1)))
+  layer: Any = ... if slot.layer is None else slot.layer
+  found = {target: [np.asarray(adapter[name][layer], np.float32) for name in ('a', 'b', 'scale')]
+           for target in slot.targets
+           if (adapter := adapters.get(target.removesuffix('/kernel'))) is not None}
+  total, rank = sum(a.shape[-1] for a, _, _ in found.values()), 0
+  parts = {target: np.zeros(_b_shape(target, shapes[target], total), np.float32)
+           for target in slot.targets}
+  for target, (a, b, factor) in found.items():
+    block = parts[target][rank : rank + a.shape[-1]]
+    num_outputs = math.prod(block.shape[1:])
+    block[:] = (b.reshape(len(block), -1)[:, :num_outputs] * (factor / scale)).reshape(block.shape)
+    rank += len(block)
+  a_RI = np.concatenate([a.reshape(-1, a.shape[-1]).T for a, _, _ in found.values()])
+  return a_RI, layout.join(form, slot, parts)
 
 
-def _suffix(module: str) -> str:
-  """Return the end of a module's name by which PEFT finds it in every layer, and no other."""
-  return '.'.join(module.rpartition('{}.')[2].split('.')[-2:])
-
-
-def _read(directory: pathlib.Path) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]:
+def _read(directory: pathlib.Path) -> tuple[dict[str, Any], Matrices]:
   """Return the config and the weights of a directory."""
   keys = _read_config(directory / CONFIG_FILE)
   matrices = _read_weights(directory / WEIGHTS_FILE)
@@ -326,8 +270,8 @@ def _read(directory: pathlib.Path) -> tuple[dict[str, Any], dict[str, dict[str, 
 
 def _read_config(path: pathlib.Path) -> dict[str, Any]:
   try:
-    keys = json.loads(path.read_text(encoding='utf-8'))
-  except (OSError, ValueError, RecursionError) as error:
+    keys = tensorfile.parse_json(path.read_bytes(), 'damaged')
+  except (OSError, ValueError) as error:
     raise ValueError(f'{path}: cannot be read as the config of an adapter: {error}') from None
   if not isinstance(keys, dict) or keys.get('peft_type') != 'LORA':
     found = keys.get('peft_type') if isinstance(keys, dict) else type(keys).__name__
@@ -336,7 +280,7 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
     if value and name not in _KNOWN:
       raise ValueError(f'{path}: {name}={value!r} has no counterpart here')
   begun = keys.get('init_lora_weights')
-  if (begun.lower() if isinstance(begun, str) else begun) not in _BEGINNINGS:
+  if (begun.lower() if isinstance(begun, str) else begun) not in _PLAIN:
     raise ValueError(
       f'{path}: init_lora_weights={begun!r} changes the base model, and how is not in the files; '
       'write the adapter again as a plain one, by PEFT: '
@@ -350,27 +294,17 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
   return keys
 
 
-def _read_weights(path: pathlib.Path) -> dict[str, dict[str, np.ndarray]]:
+def _read_weights(path: pathlib.Path) -> Matrices:
   """Return module -> {'A': ..., 'B': ...} or a whole matrix, float32."""
-  import ml_dtypes  # noqa: F401  # Lets NumPy hold bfloat16.
-  import safetensors
-  from safetensors.numpy import load_file
-
-  if not path.is_file():
-    raise ValueError(f'no file {str(path)!r}')
-  try:
-    arrays = load_file(path)
-  except (safetensors.SafetensorError, TypeError, KeyError) as error:
-    raise ValueError(f'{path}: {error}') from None
-  modules: dict[str, dict[str, np.ndarray]] = {}
-  for name, array in arrays.items():
+  modules: Matrices = {}
+  for name, tensor in tensorfile.read_header(path).items():
     match = re.fullmatch(
       r'(?:base_model\.model\.)?(.+?)(?:\.lora_(?:embedding_)?([AB])|\.base_layer|\.modules_to_save)?'
       r'(?:\.default)?(?:\.weight)?', name)
-    if not match or array.ndim != 2:
-      raise ValueError(f'{path}: {name!r} of shape {array.shape} is no part of a LoRA adapter of a '
-                       'matrix')
-    array = array.astype(np.float32)
+    if not match or len(tensor.shape) != 2:
+      raise ValueError(f'{path}: {name!r} of shape {tensor.shape} is no part of a LoRA adapter of '
+                       'a matrix')
+    array = tensorfile.data(tensor).astype(np.float32)
     if not np.isfinite(array).all():
       raise ValueError(f'{path}: {name!r} is not finite')
     modules.setdefault(match[1], {})[match[2] or _WHOLE] = array
@@ -389,12 +323,9 @@ def _pair(name: str, found: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.nd
 
 def _scale(keys: Mapping[str, Any], module: str, rank: int) -> float:
   """Return the factor of one module's product, as PEFT takes it."""
-
   def setting(pattern: str, default: str) -> float:
-    for key, value in (keys.get(pattern) or {}).items():
-      if re.fullmatch(rf'(.*\.)?({key})', module):
-        return float(value)
-    return float(keys[default])
+    return next((float(value) for key, value in (keys.get(pattern) or {}).items()
+                 if re.fullmatch(rf'(.*\.)?({key})', module)), float(keys[default]))
 
   if setting('rank_pattern', 'r') != rank:
     raise ValueError(f'{module}: the adapter has rank {rank}, but {CONFIG_FILE} says '
