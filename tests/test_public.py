@@ -77,10 +77,10 @@ def test_a_run_is_a_config(tmp_path):
 
 def test_one_default_of_sampling_everywhere():
   """The terminal, the server, the report of a run, exported programs: all as SamplingConfig."""
-  from jaxllm.serving import limits, protocol
+  from jaxllm.serving import protocol
 
   sampling = SamplingConfig()
-  served = protocol._sampling_fields(limits.LimitsConfig(), 100)
+  served = protocol.GenerationRequest.model_fields
   assert (sampling.temperature, sampling.top_p) == (1.0, 1.0)
   runner = inspect.signature(exported_runner.generate).parameters
   for name in ('temperature', 'top_p', 'top_k', 'min_p'):

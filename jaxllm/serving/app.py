@@ -91,7 +91,7 @@ def _generate(service: Service, make_plan: Callable[[bytes], Plan]) -> Handler:
       body = await read_body(scope, receive, service.limits)
       plan = await service.in_thread(make_plan, body)
       tickets = service.submit(plan)
-      answer = _stream if plan.generation.stream else _whole
+      answer = _stream if plan.request.stream else _whole
       try:
         await _while_connected(receive, answer(service, plan, tickets, send, started))
       finally:

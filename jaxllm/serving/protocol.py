@@ -1,332 +1,277 @@
-"""What requests of OpenAI's API mean here: every field is checked, and none is ignored.
+"""Requests of OpenAI's API as pydantic models: every field is checked, and none is ignored.
 
-`completion`, `chat`, `embedding`, `tokenize` and `detokenize` read the body of a request. A field
-that is not in their tables is refused by name.
+`bodies.read` makes them; their validators need the context `limits` (a `LimitsConfig`) and
+`vocab_size`.
 """
 
-import dataclasses
-from collections.abc import Mapping
-from typing import Any, Literal
+import re
+from typing import Annotated, Any, Literal, TypeVar
+
+import pydantic
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, ValidationInfo
 
 from jaxllm.generation.sampling import SamplingConfig
-from jaxllm.serving import fields, messages
-from jaxllm.serving.errors import invalid
-from jaxllm.serving.fields import REQUIRED, Check, Field, Unsupported
-from jaxllm.serving.limits import LimitsConfig
+from jaxllm.serving.bodies import Body, Name, String, Text, field_error, unsupported
+from jaxllm.serving.messages import Message, Tool, Variables
 
 MAX_STOPS = 4
 MAX_CHOICES = 128
 LARGEST = 2**31 - 1
 
+T = TypeVar('T')
+
+
+def _in_vocabulary(token: int, info: ValidationInfo) -> int:
+  context: Any = info.context
+  if token >= context['vocab_size']:
+    raise field_error(f'Input should be less than {context["vocab_size"]}, the vocabulary')
+  return token
+
+
+def _bounded(limit: str, what: str) -> AfterValidator:
+  """Bound the length of a value by a field of `LimitsConfig`."""
+  def check(value: Any, info: ValidationInfo) -> Any:
+    context: Any = info.context
+    most = getattr(context['limits'], limit)
+    if len(value) > most:
+      raise field_error(f'{len(value)} {what} are too many; {most} are accepted')
+    return value
+
+  return AfterValidator(check)
+
+
+TokenId = Annotated[int, Field(ge=0), AfterValidator(_in_vocabulary)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 # A text, or the token ids themselves.
-Prompt = str | tuple[int, ...]
-# 'json_object', or a schema.
-Form = Literal['json_object'] | Mapping[str, Any]
+Prompt = str | list[int]
+_TEXT, _IDS, _TEXTS, _ID_LISTS = (
+  pydantic.TypeAdapter[Any](kind, config={'strict': True})
+  for kind in (Text, TokenIds, list[Text], list[TokenIds]))
 
 
-@dataclasses.dataclass(frozen=True)
-class Generation:
-  """What completions and chats have in common.
-
-  Attributes:
-    model: which model was asked for.
-    sampling: how tokens are drawn; the number of tokens is in `max_tokens`.
-    max_tokens: of each choice; None: as many as there is room for.
-    num_choices: continuations of each prompt.
-    seed: of the first choice; None: a new one each time.
-    stop: strings that end a choice.
-    num_top: alternatives that come with each token; None: no log-probabilities.
-    form: JSON that the text must be.
-    stream: whether the text is sent while it grows.
-    include_usage: whether the stream ends with the numbers of tokens.
-  """
-
-  model: str
-  sampling: SamplingConfig
-  max_tokens: int | None
-  num_choices: int
-  seed: int | None
-  stop: tuple[str, ...]
-  num_top: int | None
-  form: Form | None
-  stream: bool
-  include_usage: bool
+def _prompts(value: Any, info: ValidationInfo) -> list[Prompt]:
+  """Read a string, a list of token ids, or a list of either."""
+  if isinstance(value, str):
+    return [_TEXT.validate_python(value)]
+  if isinstance(value, list) and value:
+    if isinstance(value[0], int):
+      return [_IDS.validate_python(value, context=info.context)]
+    for kind, adapter in ((str, _TEXTS), (list, _ID_LISTS)):
+      if isinstance(value[0], kind):
+        return adapter.validate_python(value, context=info.context)
+  raise field_error('Input should be a string, a list of token ids, or a list of either')
 
 
-@dataclasses.dataclass(frozen=True)
-class CompletionRequest:
-  """Prompts to continue; `echo`: each text begins with its prompt."""
-
-  generation: Generation
-  prompts: tuple[Prompt, ...]
-  echo: bool
+def _listed(value: Any, info: ValidationInfo) -> Any:
+  if not isinstance(value, str):
+    return value
+  return [pydantic.TypeAdapter(Stop).validate_python(value, context=info.context)]
 
 
-@dataclasses.dataclass(frozen=True)
-class ChatRequest:
-  """A conversation to continue, with tools and variables for the template."""
-
-  generation: Generation
-  messages: tuple[dict[str, Any], ...]
-  tools: list[dict[str, Any]]
-  variables: dict[str, Any]
+def _spelled_id(key: str) -> int:
+  if not re.fullmatch('0|[1-9][0-9]{0,9}', key):
+    raise field_error('the name of an entry is a token id, as a string of digits')
+  return int(key)
 
 
-@dataclasses.dataclass(frozen=True)
-class EmbeddingRequest:
-  """Texts to embed; `encoding`: as a list of numbers, or as the bytes of float32."""
-
-  model: str
-  inputs: tuple[Prompt, ...]
-  encoding: Literal['float', 'base64']
-
-
-def completion(body: Mapping[str, Any], limits: LimitsConfig, vocab_size: int) -> CompletionRequest:
-  """Read the body of `POST /v1/completions`.
-
-  Args:
-    body: from `fields.parse`.
-    limits: what is accepted.
-    vocab_size: of the model.
-
-  Raises:
-    ApiError: a field is unknown or its value is not accepted.
-  """
-  table = _sampling_fields(limits, vocab_size) | {
-    'prompt': Field(_prompts(limits.max_rows, vocab_size), REQUIRED),
-    'max_tokens': Field(fields.integer(1, LARGEST), 16),
-    'logprobs': Field(fields.integer(0, 5)),
-    'echo': Field(fields.boolean, False),
-  }
-  values = fields.read(body, table, _UNSUPPORTED | _UNSUPPORTED_COMPLETION)
-  return CompletionRequest(
-    _generation(values, values['max_tokens'], values['logprobs']), values['prompt'],
-    values['echo'])
+Prompts = Annotated[list[Prompt], PlainValidator(_prompts)]
+ModelName = Annotated[Text, Field(max_length=256)]
+Length = Annotated[int, Field(ge=1, le=LARGEST)]
+# Says who asks and why, or makes the answer come sooner, and does not change it.
+Ignored = Annotated[T | None, AfterValidator(lambda _: None)]
+BiasKey = Annotated[str, AfterValidator(_spelled_id), AfterValidator(_in_vocabulary)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+Effort = Literal['none', 'minimal', 'low', 'medium', 'high', 'xhigh', 'max']
+Stop = Annotated[Text, _bounded('max_stop_characters', 'characters')]
 
 
-def chat(body: Mapping[str, Any], limits: LimitsConfig, vocab_size: int) -> ChatRequest:
-  """Read the body of `POST /v1/chat/completions`; arguments and errors as `completion`."""
-  table = _sampling_fields(limits, vocab_size) | {
-    'messages': Field(messages.messages, REQUIRED),
-    'tools': Field(messages.tools, []),
-    'tool_choice': Field(_tool_choice),
-    'parallel_tool_calls': Field(fields.boolean, True),
-    'chat_template_kwargs': Field(messages.variables, {}),
-    'reasoning_effort': Field(fields.one_of(*_EFFORTS)),
-    'max_tokens': Field(fields.integer(1, LARGEST)),
-    'max_completion_tokens': Field(fields.integer(1, LARGEST)),
-    'logprobs': Field(fields.boolean, False),
-    'top_logprobs': Field(fields.integer(0, 20)),
-  }
-  values = fields.read(body, table, _UNSUPPORTED | _UNSUPPORTED_CHAT)
-  lengths = {values['max_tokens'], values['max_completion_tokens']} - {None}
-  if len(lengths) > 1:
-    raise invalid('max_tokens', 'differs from max_completion_tokens; give one of them')
-  if values['tools'] and not values['parallel_tool_calls']:
-    raise invalid('parallel_tool_calls', 'the model decides how many tools it calls; leave it out')
-  if values['top_logprobs'] and not values['logprobs']:
-    raise invalid('top_logprobs', 'needs logprobs=true')
-  num_top = (values['top_logprobs'] or 0) if values['logprobs'] else None
-  effort = values['reasoning_effort']
-  variables = {} if effort is None else {'reasoning_effort': effort}
-  if effort == 'none':
-    variables['enable_thinking'] = False
-  return ChatRequest(
-    _generation(values, next(iter(lengths), None), num_top), values['messages'],
-    [] if values['tool_choice'] == 'none' else values['tools'],
-    variables | values['chat_template_kwargs'])
+class _JsonSchema(Body):
+  name: Name
+  description: String = ''
+  # The mask follows the schema either way.
+  strict: bool = False
+  document: dict[str, Any] = Field(alias='schema')
 
 
-def embedding(body: Mapping[str, Any], limits: LimitsConfig, vocab_size: int) -> EmbeddingRequest:
-  """Read the body of `POST /v1/embeddings`; arguments and errors as `completion`."""
-  values = fields.read(body, {
-    'model': Field(fields.text(256), REQUIRED),
-    'input': Field(_prompts(limits.max_inputs, vocab_size), REQUIRED),
-    'encoding_format': Field(fields.one_of('float', 'base64'), 'float'),
-    'user': Field(fields.any_text),
-  }, {'dimensions': Unsupported('embeddings have the width of the model; leave it out')})
-  return EmbeddingRequest(values['model'], values['input'], values['encoding_format'])
+class _ResponseFormat(Body):
+  type: Literal['text', 'json_object', 'json_schema']
+  json_schema: _JsonSchema | None = None
+
+  @pydantic.model_validator(mode='after')
+  def _check(self) -> '_ResponseFormat':
+    if (self.json_schema is None) == (self.type == 'json_schema'):
+      raise field_error('needed where type is json_schema, and nowhere else', 'json_schema')
+    return self
 
 
-def tokenize(body: Mapping[str, Any]) -> tuple[str | None, str, bool]:
-  """Read the body of `POST /tokenize`: model, text, whether the model's first token is added."""
-  values = fields.read(body, {
-    'model': Field(fields.text(256)),
-    'prompt': Field(fields.any_text, REQUIRED),
-    'add_special_tokens': Field(fields.boolean, True),
-  })
-  return values['model'], values['prompt'], values['add_special_tokens']
+class _StreamOptions(Body):
+  include_usage: bool = False
+  include_obfuscation: Annotated[None, unsupported('leave it out', False)] = None
 
 
-def detokenize(
-  body: Mapping[str, Any], vocab_size: int
-) -> tuple[str | None, tuple[int, ...]]:
-  """Read the body of `POST /detokenize`: model, token ids."""
-  values = fields.read(body, {
-    'model': Field(fields.text(256)),
-    'tokens': Field(lambda name, value: () if value == [] else _ids(name, value, vocab_size),
-                    REQUIRED),
-  })
-  return values['model'], values['tokens']
+class ModelRequest(Body):
+  """What all requests have in common."""
+
+  model: ModelName | None = None
 
 
-def _sampling_fields(limits: LimitsConfig, vocab_size: int) -> dict[str, Field]:
-  return {
-    'model': Field(fields.text(256), REQUIRED),
-    'temperature': Field(fields.number(0, 2), 1.0),
-    'top_p': Field(fields.number(0, 1, above=True), 1.0),
-    'top_k': Field(lambda name, value: max(fields.integer(-1, LARGEST)(name, value), 0), 0),
-    'min_p': Field(fields.number(0, 1), 0.0),
-    'repetition_penalty': Field(fields.number(0, 100, above=True), 1.0),
-    'presence_penalty': Field(fields.number(-2, 2), 0.0),
-    'frequency_penalty': Field(fields.number(-2, 2), 0.0),
-    'logit_bias': Field(_logit_bias(limits.max_biases, vocab_size), ()),
-    'n': Field(fields.integer(1, MAX_CHOICES), 1),
-    'seed': Field(fields.integer(-(2**63), 2**63 - 1)),
-    'stop': Field(_stop(limits.max_stop_characters), ()),
-    'response_format': Field(_response_format),
-    'stream': Field(fields.boolean, False),
-    'stream_options': Field(_stream_options),
-    # What follows says who asks and why, or makes the answer come sooner, and does not change it.
-    'user': Field(fields.any_text),
-    'safety_identifier': Field(fields.any_text),
-    'metadata': Field(fields.obj),
-    'prompt_cache_key': Field(fields.any_text),
-    'prompt_cache_retention': Field(fields.any_text),
-    'prompt_cache_options': Field(fields.obj),
-    'prediction': Field(fields.obj),
-  }
+class GenerationRequest(ModelRequest):
+  """What completions and chats have in common."""
+
+  model: ModelName
+  temperature: float = Field(1.0, ge=0, le=2)
+  top_p: float = Field(1.0, gt=0, le=1)
+  top_k: Annotated[int, Field(ge=-1, le=LARGEST), AfterValidator(lambda top_k: max(top_k, 0))] = 0
+  min_p: float = Field(0.0, ge=0, le=1)
+  repetition_penalty: float = Field(1.0, gt=0, le=100)
+  presence_penalty: float = Field(0.0, ge=-2, le=2)
+  frequency_penalty: float = Field(0.0, ge=-2, le=2)
+  logit_bias: Annotated[dict[BiasKey, Bias], _bounded('max_biases', 'entries')] = {}
+  max_tokens: Length | None = None
+  n: int = Field(1, ge=1, le=MAX_CHOICES)
+  seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+  stop: Annotated[list[Stop], Field(max_length=MAX_STOPS), BeforeValidator(_listed)] = []
+  response_format: _ResponseFormat | None = None
+  stream: bool = False
+  stream_options: _StreamOptions | None = None
+  user: Ignored[str] = None
+  safety_identifier: Ignored[str] = None
+  metadata: Ignored[dict[str, Any]] = None
+  prompt_cache_key: Ignored[str] = None
+  prompt_cache_retention: Ignored[str] = None
+  prompt_cache_options: Ignored[dict[str, Any]] = None
+  prediction: Ignored[dict[str, Any]] = None
+  store: Annotated[
+    None, unsupported('nothing is stored here; send false or leave it out', False)] = None
+  service_tier: Annotated[
+    None, unsupported('there is one; leave it out', 'auto', 'default')] = None
+  suffix: Annotated[None, unsupported('text is only continued; leave it out')] = None
+  best_of: Annotated[
+    None, unsupported('use n, and choose among the choices by their logprobs', 1)] = None
+
+  @pydantic.model_validator(mode='after')
+  def _check_stream(self) -> 'GenerationRequest':
+    if self.stream_options and not self.stream:
+      raise field_error('needs stream=true', 'stream_options')
+    return self
+
+  @property
+  def num_top(self) -> int | None:
+    """Alternatives that come with each token; None: no log-probabilities."""
+    return None
+
+  @property
+  def length(self) -> int | None:
+    """Tokens of each choice; None: as many as there is room for."""
+    return self.max_tokens
+
+  @property
+  def include_usage(self) -> bool:
+    """Whether the stream ends with the numbers of tokens."""
+    return self.stream_options is not None and self.stream_options.include_usage
+
+  @property
+  def sampling(self) -> SamplingConfig:
+    """How tokens are sampled; the number of tokens is not among it."""
+    names = type(self).model_fields.keys() & SamplingConfig.model_fields.keys() - {'seed'}
+    values = {name: getattr(self, name) for name in names}
+    return SamplingConfig(**values | {'logit_bias': tuple(self.logit_bias.items())})
+
+  @property
+  def text_schema(self) -> dict[str, Any] | None:
+    """The JSON Schema of the text; None: any text will do."""
+    form = self.response_format
+    if form is None or form.type == 'text':
+      return None
+    return form.json_schema.document if form.json_schema else {'type': 'object'}
 
 
-def _generation(values: Mapping[str, Any], max_tokens: int | None, num_top: int | None
-                ) -> Generation:
-  if values['stream_options'] is not None and not values['stream']:
-    raise invalid('stream_options', 'needs stream=true')
-  names = ('temperature', 'top_p', 'top_k', 'min_p', 'repetition_penalty', 'presence_penalty',
-           'frequency_penalty', 'logit_bias')
-  return Generation(
-    values['model'], SamplingConfig(**{name: values[name] for name in names}), max_tokens,
-    values['n'], values['seed'], values['stop'], num_top, values['response_format'],
-    values['stream'], bool(values['stream_options']),
-  )
+class CompletionRequest(GenerationRequest):
+  """The body of `POST /v1/completions`."""
+
+  prompt: Annotated[Prompts, _bounded('max_rows', 'prompts')]
+  max_tokens: Length | None = 16
+  logprobs: int | None = Field(None, ge=0, le=5)
+  echo: bool = False
+  messages: Annotated[None, unsupported('send a conversation to /v1/chat/completions')] = None
+  max_completion_tokens: Annotated[None, unsupported('here it is max_tokens')] = None
+  top_logprobs: Annotated[None, unsupported('here logprobs is their number, 0 to 5')] = None
+
+  @property
+  def num_top(self) -> int | None:  # noqa: D102
+    return self.logprobs
 
 
-def _prompts(most: int, vocab_size: int) -> Check:
-  """Accept a text, token ids, or a list of either."""
-  what = 'a string, a list of token ids, or a list of these'
+class ChatCompletionRequest(GenerationRequest):
+  """The body of `POST /v1/chat/completions`."""
 
-  def check(name: str, value: Any) -> tuple[Prompt, ...]:
-    if isinstance(value, str):
-      return (fields.text()(name, value),)
-    items = fields.array(name, value, what)
-    if isinstance(items[0], int):
-      return (_ids(name, items, vocab_size),)
-    fields.array(name, value, what, most)
-    kind = type(items[0])
-    prompts: list[Prompt] = []
-    for index, item in enumerate(items):
-      at = f'{name}[{index}]'
-      if kind not in (str, list) or type(item) is not kind:
-        raise invalid(at, f'{fields.shown(item)} where {what} is needed, all of one kind')
-      prompts.append(fields.text()(at, item) if kind is str else _ids(at, item, vocab_size))
-    return tuple(prompts)
+  messages: list[Message] = Field(min_length=1)
+  tools: list[Tool] = []
+  tool_choice: Literal['auto', 'none'] = 'auto'
+  parallel_tool_calls: bool = True
+  chat_template_kwargs: Variables = {}
+  reasoning_effort: Effort | None = None
+  max_completion_tokens: Length | None = None
+  logprobs: bool = False
+  top_logprobs: int = Field(0, ge=0, le=20)
+  functions: Annotated[None, unsupported('send tools', [])] = None
+  function_call: Annotated[None, unsupported('send tool_choice', 'none')] = None
+  audio: Annotated[None, unsupported('text is all there is; leave it out')] = None
+  modalities: Annotated[
+    None, unsupported("text is all there is; send ['text'] or leave it out", ['text'])] = None
+  moderation: Annotated[None, unsupported('leave it out')] = None
+  verbosity: Annotated[None, unsupported('ask for it in a message', 'medium')] = None
+  web_search_options: Annotated[None, unsupported('leave it out')] = None
+  prompt: Annotated[None, unsupported('send a text to /v1/completions')] = None
+  echo: Annotated[None, unsupported('only /v1/completions echoes')] = None
 
-  return check
+  @pydantic.model_validator(mode='after')
+  def _check_chat(self) -> 'ChatCompletionRequest':
+    if self.max_tokens and self.max_completion_tokens not in (None, self.max_tokens):
+      raise field_error('differs from max_completion_tokens; give one of them', 'max_tokens')
+    if self.tools and not self.parallel_tool_calls:
+      raise field_error('the model decides how many tools it calls; leave it out',
+                        'parallel_tool_calls')
+    if self.top_logprobs and not self.logprobs:
+      raise field_error('needs logprobs=true', 'top_logprobs')
+    return self
 
+  @property
+  def num_top(self) -> int | None:  # noqa: D102
+    return self.top_logprobs if self.logprobs else None
 
-def _ids(name: str, value: Any, vocab_size: int) -> tuple[int, ...]:
-  check = fields.integer(0, vocab_size - 1)
-  items = fields.array(name, value, 'a list of token ids')
-  return tuple(check(f'{name}[{index}]', item) for index, item in enumerate(items))
+  @property
+  def length(self) -> int | None:  # noqa: D102
+    return self.max_tokens or self.max_completion_tokens
 
-
-def _stop(max_characters: int) -> Check:
-  def check(name: str, value: Any) -> tuple[str, ...]:
-    if isinstance(value, str):
-      return (fields.text(max_characters)(name, value),)
-    if value == []:
-      return ()
-    items = fields.array(name, value, f'a string or a list of up to {MAX_STOPS}', MAX_STOPS)
-    return tuple(fields.text(max_characters)(f'{name}[{index}]', item)
-                 for index, item in enumerate(items))
-
-  return check
-
-
-def _logit_bias(most: int, vocab_size: int) -> Check:
-  in_range, bias = fields.integer(0, vocab_size - 1), fields.number(-100, 100)
-
-  def check(name: str, value: Any) -> tuple[tuple[int, float], ...]:
-    entries = fields.obj(name, value)
-    if len(entries) > most:
-      raise invalid(name, f'{len(entries)} entries are too many; {most} are accepted')
-    pairs = []
-    for key, item in entries.items():
-      at = f'{name}.{key[:32]}'
-      if not (key.isascii() and key.removeprefix('-').isdigit() and len(key) < 20):
-        raise invalid(at, 'the name of an entry is a token id, as a string of digits')
-      pairs.append((in_range(at, int(key)), bias(at, item)))
-    if len({token for token, _ in pairs}) < len(pairs):
-      raise invalid(name, 'an id comes twice')
-    return tuple(pairs)
-
-  return check
+  @property
+  def variables(self) -> dict[str, Any]:
+    """Variables of the chat template, `tools` among them."""
+    effort = {} if self.reasoning_effort is None else {'reasoning_effort': self.reasoning_effort}
+    quiet = {'enable_thinking': False} if self.reasoning_effort == 'none' else {}
+    tools = {'tools': self.tools} if self.tools and self.tool_choice == 'auto' else {}
+    return effort | quiet | self.chat_template_kwargs | tools
 
 
-def _response_format(name: str, value: Any) -> Form | None:
-  kind = fields.obj(name, value).get('type')
-  fields.one_of('text', 'json_object', 'json_schema')(f'{name}.type', kind)
-  table = {'type': Field(fields.any_text, REQUIRED)}
-  if kind == 'json_schema':
-    table['json_schema'] = Field(fields.obj, REQUIRED)
-  values = fields.read(value, table, where=name)
-  if kind != 'json_schema':
-    return 'json_object' if kind == 'json_object' else None
-  return fields.read(values['json_schema'], {
-    'name': Field(fields.text(64), REQUIRED),
-    'description': Field(fields.text()),
-    # The mask follows the schema either way.
-    'strict': Field(fields.boolean),
-    'schema': Field(fields.obj, REQUIRED),
-  }, where=f'{name}.json_schema')['schema']
+class EmbeddingRequest(ModelRequest):
+  """The body of `POST /v1/embeddings`."""
+
+  model: ModelName
+  input: Annotated[Prompts, _bounded('max_inputs', 'inputs')]
+  encoding_format: Literal['float', 'base64'] = 'float'
+  user: Ignored[str] = None
+  dimensions: Annotated[
+    None, unsupported('embeddings have the width of the model; leave it out')] = None
 
 
-def _tool_choice(name: str, value: Any) -> str:
-  if value not in ('auto', 'none'):
-    raise invalid(name, "the model decides whether it calls a tool; send 'auto' or 'none'")
-  return value
+class TokenizeRequest(ModelRequest):
+  """The body of `POST /tokenize`."""
+
+  prompt: String
+  add_special_tokens: bool = True
 
 
-def _stream_options(name: str, value: Any) -> bool:
-  values = fields.read(
-    fields.obj(name, value), {'include_usage': Field(fields.boolean, False)},
-    {'include_obfuscation': Unsupported('leave it out', (False,))}, where=name)
-  return values['include_usage']
+class DetokenizeRequest(ModelRequest):
+  """The body of `POST /detokenize`."""
 
-
-_LEAVE_OUT = Unsupported('leave it out')
-_UNSUPPORTED = {
-  'store': Unsupported('nothing is stored here; send false or leave it out', (False,)),
-  'service_tier': Unsupported('there is one; leave it out', ('auto', 'default')),
-}
-_UNSUPPORTED_COMPLETION = {
-  'best_of': Unsupported('use n, and choose among the choices by their logprobs', (1,)),
-  'suffix': Unsupported('text is only continued; leave it out'),
-  'messages': Unsupported('send a conversation to /v1/chat/completions'),
-  'max_completion_tokens': Unsupported('here it is max_tokens'),
-  'top_logprobs': Unsupported('here logprobs is their number, 0 to 5'),
-}
-_EFFORTS = ('none', 'minimal', 'low', 'medium', 'high', 'xhigh', 'max')
-_UNSUPPORTED_CHAT = {
-  'functions': Unsupported('send tools', ([],)),
-  'function_call': Unsupported('send tool_choice', ('none',)),
-  'audio': Unsupported('text is all there is; leave it out'),
-  'modalities': Unsupported("text is all there is; send ['text'] or leave it out", (['text'],)),
-  'moderation': _LEAVE_OUT,
-  'verbosity': Unsupported('ask for it in a message', ('medium',)),
-  'web_search_options': _LEAVE_OUT,
-  'prompt': Unsupported('send a text to /v1/completions'),
-  'echo': Unsupported('only /v1/completions echoes'),
-  'suffix': Unsupported('text is only continued; leave it out'),
-  'best_of': Unsupported('use n, and choose among the choices by their logprobs'),
-}
+  tokens: list[TokenId]

@@ -12,7 +12,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from jaxllm.generation.constraint import Constraint, JsonConstraint, JsonConstraints
@@ -20,17 +20,18 @@ from jaxllm.generation.sampling import MAX_SEED
 from jaxllm.generation.text import TextPiece, text_of
 from jaxllm.interop import chat as templates
 from jaxllm.loading import LoadedModel
-from jaxllm.serving import fields, protocol
+from jaxllm.serving import bodies, protocol
 from jaxllm.serving.engine import ClosedError, Engine, Job, QueueFullError, Ticket
 from jaxllm.serving.errors import ApiError, busy, invalid, unavailable
 from jaxllm.serving.limits import LimitsConfig
 from jaxllm.serving.metrics import Metrics
-from jaxllm.serving.protocol import Generation, Prompt
+from jaxllm.serving.protocol import ChatCompletionRequest, GenerationRequest, Prompt
 from jaxllm.serving.responses import Answer, Names
 
 THREADS, SCHEMA_THREADS = 4, 2
 _JSON = '{"a": [-1.5, true]}'
 T = TypeVar('T')
+R = TypeVar('R', bound=protocol.ModelRequest)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,14 +39,14 @@ class Plan:
   """What a request of text asks of the engine.
 
   Attributes:
-    generation: the request.
+    request: what was asked for.
     jobs: one per choice.
     echoes: the text that each choice begins with, if any.
     answer: what is said of all choices.
     prompt_tokens: of all prompts, each counted once.
   """
 
-  generation: Generation
+  request: GenerationRequest
   jobs: tuple[Job, ...]
   echoes: tuple[str | None, ...]
   answer: Answer
@@ -114,37 +115,35 @@ class Service:
     Raises:
       ApiError: it is not accepted.
     """
-    request = protocol.completion(fields.parse(body), self.limits, self._vocab_size)
-    self.check_model(request.generation.model)
-    prompts = self._tokens('prompt', request.prompts)
-    echoes = [self._text(prompt, ids) if request.echo else None
-              for prompt, ids in zip(request.prompts, prompts, strict=True)]
-    return self._plan(request.generation, prompts, echoes, is_chat=False)
+    request = self._read(protocol.CompletionRequest, body)
+    prompts = self._tokens('prompt', request.prompt)
+    echoes = [None] * len(prompts) if not request.echo else [
+      prompt if isinstance(prompt, str) else text_of(self.tokenizer, prompt)
+      for prompt in request.prompt]
+    return self._plan(request, prompts, echoes)
 
   def chat(self, body: bytes) -> Plan:
     """Plan the answer to the body of a chat completion; raises as `completion`."""
-    request = protocol.chat(fields.parse(body), self.limits, self._vocab_size)
-    self.check_model(request.generation.model)
+    request = self._read(protocol.ChatCompletionRequest, body)
     if self._model.chat_format is None:
       raise invalid('messages', 'this model has no chat template; send a text to /v1/completions',
                     'no_chat_template')
     self._check_template(request)
-    more = {'tools': request.tools} if request.tools else {}
     try:
-      ids = self._model.chat_format.encode(request.messages, **more, **request.variables)
+      ids = self._model.chat_format.encode(request.messages, **request.variables)
     except templates.TemplateError as error:
       raise invalid('messages', str(error)[:200], 'chat_template') from None
     except ValueError:
       raise invalid('messages', 'the tokenizer cannot express the text') from None
-    return self._plan(request.generation, [self._fitting('messages', ids)], [None], is_chat=True)
+    return self._plan(request, [self._fitting('messages', ids)], [None])
 
-  def _check_template(self, request: protocol.ChatRequest) -> None:
+  def _check_template(self, request: protocol.ChatCompletionRequest) -> None:
     """Refuse by name what the chat template would pass over."""
-    needed = [('tools', r'\btools\b')] if request.tools else []
+    needed = [('tools', r'\btools\b')] if 'tools' in request.variables else []
     for index, message in enumerate(request.messages):
       needed += [(f'messages[{index}].tool_calls', r'\btool_calls\b')] * ('tool_calls' in message)
       needed += [(f'messages[{index}].role', r'["\']tool["\']')] * (message['role'] == 'tool')
-    if effort := request.variables.get('reasoning_effort'):
+    if effort := request.reasoning_effort:
       needed.append(('reasoning_effort', r'\breasoning_effort\b' + (
         r'|\benable_thinking\b' if effort == 'none' else '')))
     for name, pattern in needed:
@@ -154,9 +153,8 @@ class Service:
 
   def embedding(self, body: bytes) -> tuple[list[tuple[int, ...]], bool]:
     """Return the prompts of an embedding, and whether it is wanted as base64."""
-    request = protocol.embedding(fields.parse(body), self.limits, self._vocab_size)
-    self.check_model(request.model)
-    return self._tokens('input', request.inputs), request.encoding == 'base64'
+    request = self._read(protocol.EmbeddingRequest, body)
+    return self._tokens('input', request.input), request.encoding_format == 'base64'
 
   def tokenize(self, body: bytes) -> list[int]:
     """Return the tokens of the body of a tokenize request.
@@ -164,19 +162,16 @@ class Service:
     Unlike in prompts and messages, spelled special tokens become tokens: so a client learns their
     ids, and can render a chat template by itself.
     """
-    model, text, add_special = protocol.tokenize(fields.parse(body))
-    self.check_model(model)
-    begin = self._model.encode_prompt('') if add_special else []
+    request = self._read(protocol.TokenizeRequest, body)
+    begin = self._model.encode_prompt('') if request.add_special_tokens else []
     try:
-      return begin + templates.encode_with_special(self.tokenizer, text)
+      return begin + templates.encode_with_special(self.tokenizer, request.prompt)
     except ValueError:
       raise invalid('prompt', 'the tokenizer cannot express the text') from None
 
   def detokenize(self, body: bytes) -> str:
     """Return the text of the tokens in the body of a detokenize request."""
-    model, ids = protocol.detokenize(fields.parse(body), self._vocab_size)
-    self.check_model(model)
-    return text_of(self.tokenizer, ids)
+    return text_of(self.tokenizer, self._read(protocol.DetokenizeRequest, body).tokens)
 
   def tokenizer_info(self) -> dict[str, Any]:
     """Return what clients need to know of the tokenizer."""
@@ -210,6 +205,12 @@ class Service:
       raise ApiError(404, f'model: there is no such model; this server has {self.name!r}', 'model',
                      'model_not_found')
 
+  def _read(self, model: type[R], body: bytes) -> R:
+    request = bodies.read(
+      model, bodies.parse(body), limits=self.limits, vocab_size=self._vocab_size)
+    self.check_model(request.model)
+    return request
+
   def _tokens(self, name: str, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
     result = []
     for index, prompt in enumerate(prompts):
@@ -228,64 +229,59 @@ class Service:
                           f'{self._context_length}', 'context_length_exceeded')
     return tuple(ids)
 
-  def _text(self, prompt: Prompt, ids: Sequence[int]) -> str:
-    return prompt if isinstance(prompt, str) else text_of(self.tokenizer, ids)
-
-  def _plan(self, generation: Generation, prompts: Sequence[tuple[int, ...]],
-            echoes: Sequence[str | None], is_chat: bool) -> Plan:
-    rows = len(prompts) * generation.num_choices
+  def _plan(self, request: GenerationRequest, prompts: Sequence[tuple[int, ...]],
+            echoes: Sequence[str | None]) -> Plan:
+    rows = len(prompts) * request.n
     if rows > self.limits.max_rows:
-      raise invalid('n', f'{len(prompts)} prompts times n={generation.num_choices} are more than '
+      raise invalid('n', f'{len(prompts)} prompts times n={request.n} are more than '
                          f'{self.limits.max_rows} choices; send several requests')
     room = self._context_length - max(map(len, prompts))
-    length = generation.max_tokens
+    length = request.length
     if length is None:
       length = max(min(room, self.limits.max_new_tokens // rows), 1)
     if length > room:
-      raise invalid('max_tokens', f'{fields.shown(length)} tokens after {max(map(len, prompts))} '
+      raise invalid('max_tokens', f'{bodies.shown(length)} tokens after {max(map(len, prompts))} '
                     f'of the prompt do not fit the context of {self._context_length}; at most '
                     f'{room} do', 'context_length_exceeded')
     if length * rows > self.limits.max_new_tokens:
       raise invalid('max_tokens', f'{length} tokens for each of {rows} choices are more than '
                     f'{self.limits.max_new_tokens}; ask for fewer')
-    constraint = self._constraint(generation)
+    constraint = self._constraint(request)
     jobs = [
-      self._job(generation, prompt, length, choice, echo is not None, is_chat,
+      self._job(request, prompt, length, choice, echo is not None,
                 constraint and constraint.copy())
       for prompt, echo in zip(prompts, echoes, strict=True)
-      for choice in range(generation.num_choices)
+      for choice in range(request.n)
     ]
-    answer = Answer(self._names, self.name, is_chat, generation.num_top is not None,
-                    generation.include_usage)
-    return Plan(generation, tuple(jobs),
-                tuple(echo for echo in echoes for _ in range(generation.num_choices)), answer,
-                sum(map(len, prompts)))
+    answer = Answer(self._names, self.name, isinstance(request, ChatCompletionRequest),
+                    request.num_top is not None, request.include_usage)
+    return Plan(request, tuple(jobs), tuple(echo for echo in echoes for _ in range(request.n)),
+                answer, sum(map(len, prompts)))
 
-  def _job(self, generation: Generation, prompt: tuple[int, ...], length: int, choice: int,
-           echo: bool, is_chat: bool, constraint: Constraint | None) -> Job:
-    score_prompt = echo and generation.num_top is not None
-    sampling = generation.sampling.replace(
+  def _job(self, request: GenerationRequest, prompt: tuple[int, ...], length: int, choice: int,
+           echo: bool, constraint: Constraint | None) -> Job:
+    score_prompt = echo and request.num_top is not None
+    sampling = request.sampling.replace(
       max_new_tokens=length,
       # Whoever only wants a prompt scored counts on one more token, which EOS would not be.
       min_new_tokens=int(score_prompt and length == 1))
-    seed = (secrets.randbelow(MAX_SEED + 1) if generation.seed is None
-            else (generation.seed + choice) % (MAX_SEED + 1))
-    turn = self._model.chat_format if is_chat else None
-    # What is bound to a form ends when that is complete, not where a text happens to stand.
-    ends = turn.stop if turn and generation.form is None else ()
-    return Job(prompt, sampling, seed, (*generation.stop, *ends), turn.stop_ids if turn else (),
-               generation.num_top or 0, score_prompt, constraint)
+    seed = (secrets.randbelow(MAX_SEED + 1) if request.seed is None
+            else (request.seed + choice) % (MAX_SEED + 1))
+    turn = self._model.chat_format if isinstance(request, ChatCompletionRequest) else None
+    # What is bound to a schema ends when that is complete, not where a text happens to stand.
+    ends = turn.stop if turn and constraint is None else ()
+    return Job(prompt, sampling, seed, (*request.stop, *ends), turn.stop_ids if turn else (),
+               request.num_top or 0, score_prompt, constraint)
 
-  def _constraint(self, generation: Generation) -> JsonConstraint | None:
-    form = generation.form
-    if form is None:
+  def _constraint(self, request: GenerationRequest) -> JsonConstraint | None:
+    schema = request.text_schema
+    if schema is None:
       return None
     with self._constraints_lock:
       if self._constraints is None:
         self._constraints = self._make_constraints()
     try:
-      return (self._constraints.schema(form) if isinstance(form, Mapping)
-              else self._constraints.any_object())
+      return self._constraints.schema(schema)
     except ValueError as error:
       raise invalid('response_format.json_schema.schema', str(error)[:300]) from None
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jaxllm.serving import fields, protocol
+from jaxllm.serving import bodies, protocol
 from jaxllm.serving.errors import ApiError
 from jaxllm.serving.limits import Keys, LimitsConfig, read_keys
 from jaxllm.serving.metrics import Metrics
@@ -15,12 +15,16 @@ TEXT = {'model': 'm', 'prompt': 'x'}
 CHAT = {'model': 'm', 'messages': [{'role': 'user', 'content': 'x'}]}
 
 
+def read(model, body):
+  return bodies.read(model, body, limits=LIMITS, vocab_size=VOCAB)
+
+
 def completion(**changes):
-  return protocol.completion(TEXT | changes, LIMITS, VOCAB)
+  return read(protocol.CompletionRequest, TEXT | changes)
 
 
 def chat(**changes):
-  return protocol.chat(CHAT | changes, LIMITS, VOCAB)
+  return read(protocol.ChatCompletionRequest, CHAT | changes)
 
 
 def refusal(read, *args, **changes):
@@ -40,28 +44,26 @@ def refusal(read, *args, **changes):
   b'\xff\xfe', '{"a": "x"}'.encode('utf-16'), b'{"a": 01}', b"{'a': 1}", b'{"a": 1} x',
 ])
 def test_bodies_that_are_no_json_object(body):
-  assert refusal(fields.parse, body).param is None
+  assert refusal(bodies.parse, body).param is None
 
 
 def test_defaults_are_those_of_the_api():
   request = completion()
-  assert request.prompts == ('x',) and not request.echo
-  generation = request.generation
-  assert generation.max_tokens == 16 and generation.num_choices == 1 and generation.seed is None
-  assert generation.stop == () and generation.num_top is None and generation.form is None
-  assert (generation.sampling.temperature, generation.sampling.top_p) == (1.0, 1.0)
-  assert chat().generation.max_tokens is None
-  assert chat(max_completion_tokens=7).generation.max_tokens == 7
-  assert chat(logprobs=True).generation.num_top == 0
-  assert chat(logprobs=False).generation.num_top is None
-  assert completion(logprobs=0).generation.num_top == 0
+  assert request.prompt == ['x'] and not request.echo and not request.include_usage
+  assert request.length == 16 and request.n == 1 and request.seed is None
+  assert request.stop == [] and request.num_top is None and request.text_schema is None
+  assert (request.sampling.temperature, request.sampling.top_p) == (1.0, 1.0)
+  assert chat().length is None
+  assert chat(max_completion_tokens=7).length == chat(max_tokens=7).length == 7
+  assert chat(logprobs=True).num_top == 0
+  assert chat(logprobs=False).num_top is None
+  assert completion(logprobs=0).num_top == 0
 
 
 def test_null_is_the_same_as_nothing():
-  names = set(protocol._sampling_fields(LIMITS, VOCAB)) - {'model'}
-  nothing = dict.fromkeys([*names, 'max_tokens', 'logprobs', *protocol._UNSUPPORTED])
-  assert completion(**nothing, echo=None, best_of=None) == completion()
-  assert chat(**nothing, tools=None, top_logprobs=None) == chat()
+  for ask, needed in ((completion, TEXT), (chat, CHAT)):
+    names = type(ask()).model_fields.keys() - needed.keys()
+    assert len(names) > 30 and ask(**dict.fromkeys(names)) == ask()
 
 
 def test_every_value_arrives():
@@ -70,16 +72,15 @@ def test_every_value_arrives():
     repetition_penalty=1.5, presence_penalty=-1, frequency_penalty=2, logit_bias={'7': -100},
     n=2, seed=-5, stop=['a', 'b'], logprobs=5, echo=True, stream=True,
     stream_options={'include_usage': True}, user='me', metadata={'a': 'b'})
-  assert request.prompts == ((1, 2), (3,)) and request.echo
-  generation = request.generation
-  assert generation.sampling.model_dump(include={
+  assert request.prompt == [[1, 2], [3]] and request.echo
+  assert request.sampling.model_dump(include={
     'temperature', 'top_p', 'top_k', 'min_p', 'repetition_penalty', 'presence_penalty',
     'frequency_penalty', 'logit_bias'}) == {
       'temperature': 0, 'top_p': 0.5, 'top_k': 4, 'min_p': 0.1, 'repetition_penalty': 1.5,
       'presence_penalty': -1, 'frequency_penalty': 2, 'logit_bias': ((7, -100.0),)}
-  assert (generation.max_tokens, generation.num_choices, generation.seed) == (3, 2, -5)
-  assert (generation.stop, generation.num_top) == (('a', 'b'), 5)
-  assert generation.stream and generation.include_usage
+  assert (request.length, request.n, request.seed) == (3, 2, -5)
+  assert (request.stop, request.num_top) == (['a', 'b'], 5)
+  assert request.stream and request.include_usage
 
 
 HUGE = 'x' * 1_000_000
@@ -163,7 +164,7 @@ def test_refusals_of_chats(name, value):
 
 
 def test_values_that_ask_for_nothing_are_accepted():
-  assert chat(tools=[], tool_choice='none', modalities=['text'], store=False, service_tier='auto',
+  assert chat(tools=[], tool_choice='auto', modalities=['text'], store=False, service_tier='auto',
               verbosity='medium', stop=[], top_logprobs=0, logit_bias={}) == chat()
 
 
@@ -182,10 +183,10 @@ TOOL = {'type': 'function', 'function': {
 
 def test_tools_and_variables_of_the_template():
   asked = chat(tools=[TOOL], chat_template_kwargs={'enable_thinking': False, 'style': [1]})
-  assert asked.tools == [TOOL]
-  assert asked.variables == {'enable_thinking': False, 'style': [1]}
-  assert chat(tools=[TOOL], tool_choice='none').tools == []
-  assert chat(tools=[TOOL], tool_choice='auto', parallel_tool_calls=True).tools == [TOOL]
+  assert asked.variables == {'enable_thinking': False, 'style': [1], 'tools': [TOOL]}
+  assert chat(tools=[TOOL], tool_choice='none').variables == {}
+  assert chat(tools=[TOOL], tool_choice='auto', parallel_tool_calls=True).variables == {
+    'tools': [TOOL]}
   assert refusal(chat, tools=[TOOL], parallel_tool_calls=False).param == 'parallel_tool_calls'
   assert chat(reasoning_effort='low').variables == {'reasoning_effort': 'low'}
   assert chat(reasoning_effort='none', chat_template_kwargs={'a': 1}).variables == {
@@ -194,7 +195,7 @@ def test_tools_and_variables_of_the_template():
 
 def test_lengths_and_options_that_contradict_each_other():
   assert refusal(chat, max_tokens=1, max_completion_tokens=2).param == 'max_tokens'
-  assert chat(max_tokens=2, max_completion_tokens=2).generation.max_tokens == 2
+  assert chat(max_tokens=2, max_completion_tokens=2).length == 2
   assert refusal(chat, top_logprobs=21, logprobs=True).param == 'top_logprobs'
 
 
@@ -229,26 +230,27 @@ def test_what_assistants_and_tools_said():
 
 
 def test_response_formats():
-  assert chat(response_format={'type': 'text'}).generation.form is None
-  assert chat(response_format={'type': 'json_object'}).generation.form == 'json_object'
+  assert chat(response_format={'type': 'text'}).text_schema is None
+  assert chat(response_format={'type': 'json_object'}).text_schema == {'type': 'object'}
   schema = {'type': 'object', 'properties': {}}
   form = {'type': 'json_schema', 'json_schema': {'name': 'a', 'strict': True, 'schema': schema}}
-  assert chat(response_format=form).generation.form == schema
+  assert chat(response_format=form).text_schema == schema
 
 
 def test_embeddings_and_tokens():
-  def read(**changes):
-    return protocol.embedding({'model': 'm', 'input': 'a'} | changes, LIMITS, VOCAB)
+  def embedding(**changes):
+    return read(protocol.EmbeddingRequest, {'model': 'm', 'input': 'a'} | changes)
 
-  assert read().inputs == ('a',) and read().encoding == 'float'
-  assert read(input=[[1], [2]], encoding_format='base64').inputs == ((1,), (2,))
+  assert embedding().input == ['a'] and embedding().encoding_format == 'float'
+  assert embedding(input=[[1], [2]], encoding_format='base64').input == [[1], [2]]
   for name, value in (('dimensions', 5), ('encoding_format', 'int8'), ('input', ['a'] * 3),
                       ('input', None), ('input', '')):
-    assert refusal(read, **{name: value}).param == name
-  assert protocol.tokenize({'prompt': ''}) == (None, '', True)
-  assert protocol.detokenize({'tokens': []}, VOCAB) == (None, ())
+    assert refusal(embedding, **{name: value}).param == name
+  asked = read(protocol.TokenizeRequest, {'prompt': ''})
+  assert (asked.model, asked.prompt, asked.add_special_tokens) == (None, '', True)
+  assert read(protocol.DetokenizeRequest, {'tokens': []}).tokens == []
   for tokens in (None, False, 0, '', {}, [300], [-1], [True]):
-    assert refusal(protocol.detokenize, {'tokens': tokens}, VOCAB).param.startswith('tokens')
+    assert refusal(read, protocol.DetokenizeRequest, {'tokens': tokens}).param.startswith('tokens')
 
 
 def test_unknown_fields_have_a_hint():
