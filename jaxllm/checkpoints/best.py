@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
+
+from jaxllm import storage
 
 FILE = 'best.json'
 
@@ -37,6 +38,4 @@ def read(directory: epath.Path) -> int | None:
 
 def write(directory: epath.Path, step: int, facts: Mapping[str, Any]) -> None:
   """Mark a step, with JSON-able facts of why; the file is either whole or as it was."""
-  written = directory / f'{FILE}.tmp'
-  written.write_text(json.dumps({'step': step, **facts}) + '\n')
-  os.replace(written, directory / FILE)
+  storage.write_file(directory / FILE, json.dumps({'step': step, **facts}) + '\n')

@@ -1,12 +1,15 @@
 """Texts to record files: tokenized in groups ahead, packed, counted, written in shards."""
 
+import errno
+import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxllm.data import packing, parallel, storage
+from jaxllm import storage
+from jaxllm.data import packing, parallel
 from jaxllm.data.tokenizers import Tokenizer
 
 _SHARD_TOKENS = 2**26
@@ -38,6 +41,50 @@ def tokenize(
     yield from group
 
 
+class ShardWriter:
+  """Writes records into `NAME-00000.array_record`, `-00001` and so on, a fixed number into each."""
+
+  def __init__(self, directory: pathlib.Path, name: str, records_per_shard: int):
+    self._directory, self._name, self._limit = directory, name, records_per_shard
+    self._writer: Any = None
+    self.counts: list[int] = []
+
+  def write(self, record: bytes) -> None:
+    """Append one record.
+
+    Raises:
+      OSError: the disk is full or cannot be written.
+    """
+    from array_record.python import array_record_module
+    if self._writer is None or self.counts[-1] == self._limit:
+      self.close()
+      path = self._directory / shard_name(self._name, len(self.counts))
+      self._writer = self._io(array_record_module.ArrayRecordWriter, str(path), 'group_size:1')
+      self.counts.append(0)
+    self._io(self._writer.write, record)
+    self.counts[-1] += 1
+
+  def close(self) -> None:
+    """Finish the open shard."""
+    writer, self._writer = self._writer, None
+    if writer is not None:
+      self._io(writer.close)
+
+  def _io(self, call: Callable[..., Any], *args: Any) -> Any:
+    with storage.explained(self._directory):
+      try:
+        return call(*args)
+      except RuntimeError as error:  # How the library reports every failure of the file system.
+        code = next((code for code in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+                     if os.strerror(code) in str(error)), errno.EIO)
+        raise OSError(code, os.strerror(code)) from error
+
+
+def shard_name(name: str, index: int) -> str:
+  """Return the file name of a shard."""
+  return f'{name}-{index:05d}.array_record'
+
+
 class SplitWriter:
   """Packs and writes one split, and counts what goes into it.
 
@@ -63,7 +110,7 @@ class SplitWriter:
     self._suffix = _border(tokenizer.eos_id, 'eos') if add_eos else []
     dtype = packing.record_dtype(context_length, tokenizer.vocab_size)
     self._packer = packing.PACKERS[policy](dtype)
-    self._shards = storage.ShardWriter(directory, name, max(1, _SHARD_TOKENS // context_length))
+    self._shards = ShardWriter(directory, name, max(1, _SHARD_TOKENS // context_length))
     self._counts = dict.fromkeys(
       ('documents', 'tokens', 'target_tokens', 'text_bytes', 'target_bytes'), 0)
 

@@ -21,8 +21,9 @@ from typing import Any, Literal
 import pydantic
 from absl import logging
 
+from jaxllm import storage
 from jaxllm.config import Config
-from jaxllm.data import documents, record_writer, storage, survey, tokenizers
+from jaxllm.data import documents, record_writer, survey, tokenizers
 from jaxllm.data.cleaning import CleaningConfig, clean
 from jaxllm.data.documents import SourceConfig, Sources
 from jaxllm.data.survey import SourceCounts
@@ -173,14 +174,17 @@ def prepare(
       manifest = _prepared(directory, fingerprint)  # Another process may have been faster.
       if manifest is None:
         old = storage.read_json(directory / 'manifest.json').get('fingerprint', '')
-        with storage.staged(directory / fingerprint[:16]) as staging:
+        folder = directory / fingerprint[:16]
+        with storage.replaced(folder) as staging:
+          staging.mkdir()
           manifest = _write(data, tokenizer, staging, sources, fingerprint, progress)
-        storage.write_file(directory / 'manifest.json', manifest.to_json().encode())
+          shutil.rmtree(folder, ignore_errors=True)
+        storage.write_file(directory / 'manifest.json', manifest.to_json())
         if old and old != fingerprint:
           shutil.rmtree(directory / old[:16], ignore_errors=True)
   if hashes != known:
     with contextlib.suppress(OSError):  # They only save time.
-      storage.write_file(directory / _HASHES, json.dumps(hashes).encode())
+      storage.write_file(directory / _HASHES, json.dumps(hashes))
   return manifest
 
 
@@ -216,7 +220,8 @@ def shard_paths(
 ) -> list[pathlib.Path]:
   """List the record files of a split."""
   folder = pathlib.Path(directory) / manifest.folder
-  return [folder / storage.shard_name(split, i) for i in range(len(manifest.split(split).shards))]
+  shards = manifest.split(split).shards
+  return [folder / record_writer.shard_name(split, i) for i in range(len(shards))]
 
 
 def _prepared(directory: pathlib.Path, fingerprint: str) -> Manifest | None:

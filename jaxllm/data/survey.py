@@ -5,8 +5,9 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from jaxllm import storage
 from jaxllm.config import Config
-from jaxllm.data import documents, storage
+from jaxllm.data import documents
 from jaxllm.data.documents import SourceConfig
 
 

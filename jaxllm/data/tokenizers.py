@@ -18,8 +18,9 @@ from typing import Any, Literal
 import pydantic
 from absl import logging
 
+from jaxllm import storage
 from jaxllm.config import Config
-from jaxllm.data import storage, tokenizer_kinds, tokenizer_settings
+from jaxllm.data import tokenizer_kinds, tokenizer_settings
 from jaxllm.data.tokenizer_kinds import Files
 from jaxllm.data.tokenizer_kinds import Tokenizer as Tokenizer
 

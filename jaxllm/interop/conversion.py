@@ -1,19 +1,16 @@
 """Conversions: written beside the target, read back, proven, and only then put in its place."""
 
-import contextlib
 import dataclasses
 import json
 import os
 import pathlib
-import shutil
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxllm import mistakes
+from jaxllm import mistakes, storage
 from jaxllm.checkpoints import store
 from jaxllm.interop import (
   exported,
@@ -76,7 +73,7 @@ def from_source(
   ids = report.fixed_prompt(model.config)
   # The reference sees the numbers as rounded as the result will have them.
   reference_TV = source.reference(ids, weights.DTYPES[dtype or 'float32'])
-  with _beside(path) as partial:
+  with storage.replaced(path) as partial:
     result = _write(model, partial, form, buckets, {'source': source.path})
     proof = report.prove(reference_TV, result.config, result.variables, ids)
     if form == 'exported':
@@ -102,7 +99,7 @@ def from_model(
   if dtype is not None:
     rounded = jax.tree.map(lambda leaf: leaf.astype(weights.DTYPES[dtype]), model.variables)
     model = dataclasses.replace(model, variables=rounded)
-  with _beside(path) as partial:
+  with storage.replaced(path) as partial:
     again = _write(model, partial, form, buckets, {})
     summary: dict[str, Any] = {'format': form, 'dtype': dtype or 'as stored'}
     if form == 'huggingface':
@@ -134,20 +131,6 @@ def check_target(target: str | os.PathLike[str], form: str) -> pathlib.Path:
     raise ValueError(f'--target={path} is not empty; choose another one')
   mistakes.check_writeable(path, '--target')
   return path
-
-
-@contextlib.contextmanager
-def _beside(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Yield a directory that becomes `path` if all goes well, and vanishes if not."""
-  partial = path.with_name(f'.{path.name}.{uuid.uuid4().hex[:8]}')
-  path.parent.mkdir(parents=True, exist_ok=True)
-  try:
-    yield partial
-    if path.exists():
-      path.rmdir()
-    partial.rename(path)
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write(

@@ -12,7 +12,6 @@ import json
 import os
 import pathlib
 import shutil
-import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm import storage
 from jaxllm.checkpoints import tree
 from jaxllm.data import tokenizers
 from jaxllm.generation import sampling, slots
@@ -70,9 +70,8 @@ def save(
     raise ValueError('the model has no tokenizer, without which the artefact cannot be used')
   config = config.replace(attention='xla', remat='none')
   params = tree.flatten(decoder.unstack(variables)['params'])
-  partial = path.with_name(f'.{path.name}.{uuid.uuid4().hex[:8]}')
-  partial.mkdir(parents=True)
-  try:
+  with storage.replaced(path) as partial:
+    partial.mkdir()
     lengths = sorted({min(bucket, config.max_length) for bucket in buckets})
     for length in lengths:
       for name, program in _programs(config, params, length, platforms).items():
@@ -81,11 +80,6 @@ def save(
     manifest = _manifest(config, beside, lengths, platforms)
     manifest['sha256'] = {file.name: _sha256(file) for file in sorted(partial.iterdir())}
     (partial / MANIFEST).write_bytes(tokenizer_export.json_bytes(manifest))
-    if path.exists():
-      path.rmdir()
-    partial.rename(path)
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_rest(

@@ -8,8 +8,6 @@ appears whole or not at all.
 import json
 import os
 import pathlib
-import shutil
-import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +15,7 @@ import jax
 import numpy as np
 
 from jaxllm import config as config_lib
+from jaxllm import storage
 from jaxllm.checkpoints import tree
 from jaxllm.interop import layout, tensorfile, tokenizer_export, weights
 from jaxllm.interop.layout import Slot
@@ -77,18 +76,12 @@ def save(
   kept = next(iter(stored.values())).name
   keys = {'architectures': [form.architecture], 'model_type': form.model_type,
           **form.encode(config), **keys, 'torch_dtype': kept}
-  partial = path.with_name(f'.{path.name}.{uuid.uuid4().hex[:8]}')
-  partial.mkdir(parents=True)
-  try:
+  with storage.replaced(path) as partial:
+    partial.mkdir()
     (partial / 'config.json').write_bytes(tokenizer_export.json_bytes(keys))
     for name, content in extra.items():
       (partial / name).write_bytes(content)
     _write_weights(partial, form, config, params, stored, shard_bytes)
-    if path.exists():
-      path.rmdir()
-    partial.rename(path)
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
   return form
 
 

@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm import storage
 from jaxllm.adapters import lora as lora_lib
 from jaxllm.adapters.lora import LoraConfig
-from jaxllm.data import storage
 from jaxllm.interop import layout, tensorfile
 from jaxllm.models import decoder
 from jaxllm.models.decoder import DecoderConfig
@@ -168,7 +168,7 @@ def save(
   directory = pathlib.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
   storage.write_file(directory / WEIGHTS_FILE, safetensors.save(arrays, {'format': 'pt'}))
-  storage.write_file(directory / CONFIG_FILE, (json.dumps(keys, indent=2) + '\n').encode())
+  storage.write_file(directory / CONFIG_FILE, json.dumps(keys, indent=2) + '\n')
 
 
 def _collect(

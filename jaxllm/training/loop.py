@@ -23,7 +23,7 @@ import optax
 from absl import logging
 from jax.sharding import Mesh
 
-from jaxllm import loading, sharding
+from jaxllm import loading, sharding, storage
 from jaxllm.checkpoints import store as store_lib
 from jaxllm.checkpoints.bundle import Bundle
 from jaxllm.data import batches as batches_lib
@@ -369,4 +369,4 @@ def _write_samples(experiment: Experiment, path: pathlib.Path) -> None:
     json.dumps({'prompt': prompt, 'text': text}, ensure_ascii=False)
     for prompt, text in zip(settings.prompts, texts, strict=True)
   ]
-  workdir.write_text(path / 'samples.jsonl', '\n'.join(lines) + '\n')
+  storage.write_file(path / 'samples.jsonl', '\n'.join(lines) + '\n')

@@ -22,6 +22,7 @@ import tqdm
 from absl import logging
 from jax.sharding import Mesh
 
+from jaxllm import storage
 from jaxllm.evaluation import tables
 from jaxllm.experiment import Experiment
 from jaxllm.training import losses
@@ -291,9 +292,7 @@ def _drop_later(path: pathlib.Path, step: int) -> None:
   lines = [f'{line}\n' for line in text.split('\n')[:-1]]
   kept = [line for line in lines if _step_of(line) <= step]
   if ''.join(kept) != text:
-    temporary = path.with_name(path.name + '.tmp')
-    temporary.write_text(''.join(kept), encoding='utf-8')
-    os.replace(temporary, path)
+    storage.write_file(path, ''.join(kept))
 
 
 def _step_of(line: str) -> float:

@@ -13,6 +13,7 @@ from typing import Any
 
 import jinja2
 
+from jaxllm import storage
 from jaxllm.evaluation import tables
 from jaxllm.training import charts
 from jaxllm.training.metrics import format_duration
@@ -36,9 +37,7 @@ def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
     autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
   )
   page = environment.get_template('report.html').render(**_describe(path))
-  temporary = path / 'report.html.tmp'
-  temporary.write_text(page, encoding='utf-8')
-  os.replace(temporary, path / 'report.html')
+  storage.write_file(path / 'report.html', page)
   return path / 'report.html'
 
 

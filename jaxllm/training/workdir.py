@@ -17,6 +17,7 @@ import jax
 from absl import logging
 
 from jaxllm import config as config_lib
+from jaxllm import storage
 from jaxllm.checkpoints import tree
 from jaxllm.experiment import FIXED_FIELDS, Experiment
 from jaxllm.training import state as state_lib
@@ -58,7 +59,7 @@ def accept(experiment: Experiment, path: pathlib.Path) -> None:
   if (old := begun_as(path)) is not None:
     for field, before, after in config_lib.diff(old, experiment):
       logging.warning('Changed since the last call: config.%s: %r -> %r', field, before, after)
-  write_text(path / 'config.json', experiment.to_json())
+  storage.write_file(path / 'config.json', experiment.to_json())
   write_json(path / 'environment.json', environment())
 
 
@@ -149,16 +150,9 @@ def environment() -> dict[str, Any]:
   }
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
-  """Write a file so that it is either whole or not there."""
-  temporary = path.with_name(path.name + '.tmp')
-  temporary.write_text(text, encoding='utf-8')
-  os.replace(temporary, path)
-
-
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Write indented JSON so that the file is either whole or not there."""
-  write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + '\n')
+  storage.write_file(path, json.dumps(value, indent=2, ensure_ascii=False) + '\n')
 
 
 def _git_commit() -> str | None:

@@ -11,8 +11,9 @@ import sys
 import numpy as np
 import pytest
 
+from jaxllm import storage
 from jaxllm.config import ConfigError, override
-from jaxllm.data import records, storage
+from jaxllm.data import records
 from jaxllm.data.batches import make_batches
 from jaxllm.data.cleaning import CleaningConfig
 from jaxllm.data.documents import SourceConfig
@@ -335,7 +336,7 @@ def test_ids_outside_the_vocabulary_are_refused(corpus, out, monkeypatch):
 
 
 def _leftovers(directory):
-  return [path.name for path in directory.rglob('*') if '.preparing' in path.name]
+  return [path.name for path in directory.rglob('*') if path.name.startswith('.partial-')]
 
 
 def test_a_failure_leaves_the_old_records_alone(corpus, out, tmp_path):
@@ -395,13 +396,13 @@ def test_a_real_write_error_is_noticed(tmp_path, out):
   path.write_text(''.join(chr(c) for c in draw.integers(32, 0x2000, 200_000)), encoding='utf-8')
   done = subprocess.run([sys.executable, '-c', _LIMITED, str(path), str(out)], check=True,
                         capture_output=True, text=True)
-  assert 'cannot write prepared data: File too large' in done.stdout
+  assert 'cannot write: File too large' in done.stdout
   assert [p.name for p in out.iterdir()] == ['.lock']
 
 
 def test_an_unwritable_directory(corpus, tmp_path):
   (tmp_path / 'file').write_text('')
-  with pytest.raises(OSError, match='cannot write prepared data.*file/out'):
+  with pytest.raises(OSError, match='cannot write.*file/out'):
     prepare(_data(corpus), BYTES, tmp_path / 'file' / 'out')
 
 
