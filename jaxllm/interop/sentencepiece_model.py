@@ -1,24 +1,44 @@
-"""SentencePiece's model files, read and written without its protobuf classes.
+"""SentencePiece's model files, as far as encoding depends on them.
 
-A model is a protobuf message; of its wire format only what these files use is spoken here: varints,
-32-bit floats and length-prefixed bytes.
+The messages are declared here, in a pool of their own: importing `sentencepiece_model_pb2` of the
+core wheel beside transformers' copy in one process raises "duplicate file name
+sentencepiece_model.proto".
 
 Reference:
-  sentencepiece_model.proto in github.com/google/sentencepiece; protobuf.dev, "Encoding".
+  sentencepiece_model.proto in github.com/google/sentencepiece.
 """
 
 import dataclasses
-import struct
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Any
+
+from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 UNIGRAM, BPE, WORD, CHAR = 1, 2, 3, 4
 
+# Message -> field -> (number, type, default).
+_MESSAGES: dict[str, dict[str, tuple[int, str, str]]] = {
+  'Piece': {'piece': (1, 'BYTES', ''), 'score': (2, 'FLOAT', ''), 'kind': (3, 'INT32', '1')},
+  'Trainer': {
+    'algorithm': (3, 'INT32', '1'), 'vocab_size': (4, 'INT32', ''),
+    'byte_fallback': (35, 'BOOL', ''), 'unk_id': (40, 'INT32', '0'), 'bos_id': (41, 'INT32', '1'),
+    'eos_id': (42, 'INT32', '2'), 'pad_id': (43, 'INT32', '-1'), 'unk_piece': (45, 'BYTES', ''),
+    'bos_piece': (46, 'BYTES', ''), 'eos_piece': (47, 'BYTES', ''), 'pad_piece': (48, 'BYTES', ''),
+  },
+  'Normalizer': {
+    'name': (1, 'BYTES', ''), 'charsmap': (2, 'BYTES', ''), 'dummy_prefix': (3, 'BOOL', 'true'),
+    'squeeze': (4, 'BOOL', 'true'), 'escape': (5, 'BOOL', 'true'),
+  },
+  'File': {'pieces': (1, 'Piece', ''), 'trainer': (2, 'Trainer', ''),
+           'normalizer': (3, 'Normalizer', '')},
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """What a model file says, as far as encoding depends on it.
+  """A model file.
 
   Attributes:
     pieces: the text of each id.
@@ -53,114 +73,63 @@ class Model:
     return [piece for piece, kind in zip(self.pieces, self.kinds, strict=True) if kind in kinds]
 
 
+# Fields of `Model` by the message that holds them.
+_TRAINER = ('algorithm', 'byte_fallback', 'unk_id', 'bos_id', 'eos_id', 'pad_id')
+_NORMALIZER = ('charsmap', 'dummy_prefix', 'squeeze')
+
+
 def parse(content: bytes) -> Model:
   """Read a model file.
 
   Raises:
     ValueError: it is damaged.
   """
-  pieces, scores, kinds = [], [], []
-  trainer: dict[int, Any] = {}
-  normalizer: dict[int, Any] = {}
+  file = _file_class()()
   try:
-    for field, value in _fields(content):
-      if field == 1:
-        piece = dict(_fields(value))
-        pieces.append(piece[1].decode('utf-8'))
-        scores.append(struct.unpack('<f', piece.get(2, b'\0\0\0\0'))[0])
-        kinds.append(piece.get(3, NORMAL))
-      elif field == 2:
-        trainer = dict(_fields(value))
-      elif field == 3:
-        normalizer = dict(_fields(value))
-  except (ValueError, KeyError, IndexError, TypeError, AttributeError, struct.error) as error:
+    file.ParseFromString(content)
+    pieces = [entry.piece.decode('utf-8') for entry in file.pieces]
+    if not all(entry.HasField('piece') for entry in file.pieces):
+      raise ValueError('a piece has no text')
+  except (message.DecodeError, ValueError) as error:
     raise ValueError(f'tokenizer.model: not a SentencePiece model: {error!r}') from None
-
-  def special(field: int, default: int) -> int:
-    value = trainer.get(field, default)
-    # Negative numbers are written as 64-bit varints.
-    return value - 2**64 if value >= 2**63 else value
-
   return Model(
-    pieces, scores, kinds,
-    algorithm=trainer.get(3, UNIGRAM),
-    charsmap=normalizer.get(2, b''),
-    byte_fallback=bool(trainer.get(35, 0)),
-    dummy_prefix=bool(normalizer.get(3, 1)),
-    squeeze=bool(normalizer.get(4, 1)),
-    unk_id=special(40, 0), bos_id=special(41, 1), eos_id=special(42, 2), pad_id=special(43, -1),
-  )
+    pieces, [entry.score for entry in file.pieces], [entry.kind for entry in file.pieces],
+    **{name: getattr(file.trainer, name) for name in _TRAINER},
+    **{name: getattr(file.normalizer, name) for name in _NORMALIZER})
 
 
 def build(model: Model) -> bytes:
   """Write a model file that SentencePiece encodes with as `model` says."""
-  content = b''.join(
-    _bytes(1, _bytes(1, piece.encode()) + _float(2, score) + _int(3, kind))
-    for piece, score, kind in zip(model.pieces, model.scores, model.kinds, strict=True)
-  )
-  trainer = _int(3, model.algorithm) + _int(4, len(model.pieces))
-  trainer += _int(35, model.byte_fallback)
-  for field, value in ((40, model.unk_id), (41, model.bos_id), (42, model.eos_id),
-                       (43, model.pad_id)):
-    trainer += _int(field, value)
-  for field, value in ((45, model.unk_id), (46, model.bos_id), (47, model.eos_id),
-                       (48, model.pad_id)):
-    if value >= 0:
-      trainer += _bytes(field, model.pieces[value].encode())
-  normalizer = _bytes(1, b'identity') + _bytes(2, model.charsmap)
-  normalizer += _int(3, model.dummy_prefix) + _int(4, model.squeeze) + _int(5, 1)
-  return content + _bytes(2, trainer) + _bytes(3, normalizer)
+  file = _file_class()()
+  for piece, score, kind in zip(model.pieces, model.scores, model.kinds, strict=True):
+    file.pieces.add(piece=piece.encode(), score=score, kind=kind)
+  for name in _TRAINER:
+    setattr(file.trainer, name, getattr(model, name))
+  for name in _NORMALIZER:
+    setattr(file.normalizer, name, getattr(model, name))
+  for name in ('unk', 'bos', 'eos', 'pad'):
+    if (i := getattr(model, f'{name}_id')) >= 0:
+      setattr(file.trainer, f'{name}_piece', model.pieces[i].encode())
+  file.trainer.vocab_size, file.normalizer.name, file.normalizer.escape = (
+    len(model.pieces), b'identity', True)
+  return file.SerializeToString()
 
 
-def _fields(content: bytes) -> Iterator[tuple[int, Any]]:
-  """Yield (field number, value) of a message: integers, or the bytes of anything else."""
-  at = 0
-  while at < len(content):
-    value: Any
-    tag, at = _varint(content, at)
-    kind = tag & 7
-    if kind == 0:
-      value, at = _varint(content, at)
-    elif kind in (1, 5):
-      size = 8 if kind == 1 else 4
-      value, at = content[at : at + size], at + size
-    elif kind == 2:
-      size, at = _varint(content, at)
-      value, at = content[at : at + size], at + size
-    else:
-      raise ValueError(f'wire type {kind}')
-    if at > len(content):
-      raise ValueError('cut off')
-    yield tag >> 3, value
-
-
-def _varint(content: bytes, at: int) -> tuple[int, int]:
-  value = 0
-  for shift in range(0, 70, 7):
-    byte = content[at]
-    value |= (byte & 0x7F) << shift
-    at += 1
-    if byte < 0x80:
-      return value, at
-  raise ValueError('a number has no end')
-
-
-def _number(value: int) -> bytes:
-  value %= 2**64
-  out = bytearray()
-  while value >= 0x80:
-    out.append(value & 0x7F | 0x80)
-    value >>= 7
-  return bytes([*out, value])
-
-
-def _int(field: int, value: int) -> bytes:
-  return _number(field << 3) + _number(int(value))
-
-
-def _bytes(field: int, value: bytes) -> bytes:
-  return _number(field << 3 | 2) + _number(len(value)) + value
-
-
-def _float(field: int, value: float) -> bytes:
-  return _number(field << 3 | 5) + struct.pack('<f', value)
+@functools.cache
+def _file_class() -> Any:
+  """Return the class of a whole file."""
+  file = descriptor_pb2.FileDescriptorProto(name='jaxllm.proto', package='jaxllm', syntax='proto2')
+  kinds = descriptor_pb2.FieldDescriptorProto
+  for message_name, fields in _MESSAGES.items():
+    declared = file.message_type.add(name=message_name)
+    for name, (number, kind, default) in fields.items():
+      label = kinds.LABEL_REPEATED if name == 'pieces' else kinds.LABEL_OPTIONAL
+      if kind in _MESSAGES:
+        declared.field.add(name=name, number=number, label=label, type=kinds.TYPE_MESSAGE,
+                           type_name=f'.jaxllm.{kind}')
+      else:
+        declared.field.add(name=name, number=number, label=label,
+                           type=getattr(kinds, f'TYPE_{kind}'), default_value=default or None)
+  pool = descriptor_pool.DescriptorPool()
+  pool.Add(file)
+  return message_factory.GetMessageClass(pool.FindMessageTypeByName('jaxllm.File'))
