@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
   from jaxllm.experiment import Experiment, TrainingConfig
-  from jaxllm.loading import LoadedModel, generate, load
+  from jaxllm.loading import generate, load
+  from jaxllm.model import Model
   from jaxllm.models.families import PRESETS
   from jaxllm.pipelines import pipeline
 
@@ -26,13 +27,13 @@ _PUBLIC = {
   'load': 'jaxllm.loading',
   'generate': 'jaxllm.loading',
   'pipeline': 'jaxllm.pipelines',
-  'LoadedModel': 'jaxllm.loading',
+  'Model': 'jaxllm.model',
   'Experiment': 'jaxllm.experiment',
   'TrainingConfig': 'jaxllm.experiment',
   'PRESETS': 'jaxllm.models.families',
 }
 
-__all__ = ['PRESETS', 'Experiment', 'LoadedModel', 'TrainingConfig', 'generate', 'load', 'pipeline']
+__all__ = ['PRESETS', 'Experiment', 'Model', 'TrainingConfig', 'generate', 'load', 'pipeline']
 
 
 def __getattr__(name: str) -> Any:

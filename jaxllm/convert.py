@@ -46,18 +46,13 @@ def main(_) -> None:  # noqa: D103
     report = conversion.from_source(source, TARGET.value, FORMAT.value, DTYPE.value, buckets)
   else:
     from jaxllm import loading
-    from jaxllm.interop import native
 
     loading.describe(SOURCE.value)
     if FORMAT.value == 'jaxllm':
       raise ValueError(f'--source={SOURCE.value} is a checkpoint of jaxllm already; choose another '
                        '--format')
     loaded = loading.load(SOURCE.value)
-    model = conversion.Model(
-      loaded.config, loaded.variables, loaded.tokenizer.files(), loaded.add_bos,
-      native.model_type(SOURCE.value),
-    )
-    report = conversion.from_model(model, TARGET.value, FORMAT.value, DTYPE.value, buckets)
+    report = conversion.from_model(loaded, TARGET.value, FORMAT.value, DTYPE.value, buckets)
   proof = report['proof']
   print(f'{TARGET.value}: {FORMAT.value}, proven on {len(proof["prompt_ids"])} tokens')
   if 'max_abs_error' in proof:

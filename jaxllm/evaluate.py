@@ -42,7 +42,7 @@ OUTPUT = flags.DEFINE_string('output', None, 'File for scores and predictions, a
 
 
 def main(_) -> None:  # noqa: D103
-  from jaxllm import loading, pipelines
+  from jaxllm import loading
   from jaxllm.evaluation import tables
   from jaxllm.tasks import suite
 
@@ -51,7 +51,7 @@ def main(_) -> None:  # noqa: D103
   baseline = loading.load(BASELINE.value) if BASELINE.value else None
   if QUANTIZE.value:
     model, baseline = model.quantized(QUANTIZE.value), baseline or model
-  own = pipelines.own_task(model)
+  own = model.task
   _check_flags(own)
   if not (TASKS.value or TEXT.value or own):
     if BASELINE.value:
@@ -119,19 +119,19 @@ def _check_flags(own: Any) -> None:
 
 def _task(model, baseline, task, split: str) -> dict[str, Any]:
   """Return what a model and a baseline say to the examples of a task, and how it is scored."""
-  from jaxllm import loading, pipelines
+  from jaxllm import loading
   from jaxllm.evaluation import contamination, tables
   from jaxllm.tasks import TASKS as KINDS
   from jaxllm.tasks import predict, suite
 
   kind = KINDS[task.kind]
   examples = loading.task_examples(task, split, model.tokenizer)
-  found = predict.predict(task, examples, pipelines.speaker(model, BATCH_SIZE.value))
+  found = predict.predict(task, examples, model, BATCH_SIZE.value)
   theirs = None
   if baseline is not None:
-    own = suite.in_format_of(task, pipelines.own_task(baseline))
+    own = suite.in_format_of(task, baseline.task)
     asked = loading.task_examples(own, split, baseline.tokenizer)
-    theirs = predict.predict(own, asked, pipelines.speaker(baseline, BATCH_SIZE.value))
+    theirs = predict.predict(own, asked, baseline, BATCH_SIZE.value)
   references = [example.reference for example in examples]
   records = [example.record for example in examples]
   return {
@@ -157,7 +157,6 @@ def _confusion(task, found, references) -> dict[str, Any] | None:
 
 def _text(model, baseline, path: str) -> dict[str, Any]:
   """Return how likely the passages of a text are."""
-  from jaxllm import pipelines
   from jaxllm.data import documents
   from jaxllm.evaluation import tables
   from jaxllm.tasks import language_modeling, passages
@@ -165,8 +164,8 @@ def _text(model, baseline, path: str) -> dict[str, Any]:
   texts = [found.text for found in documents.documents(documents.SourceConfig(location=path))]
 
   def measure(asked) -> list[dict[str, Any]]:
-    speaker = pipelines.speaker(asked, BATCH_SIZE.value)
-    return [one for text in texts for one in passages.measure(speaker, text, length, stride)]
+    return [one for text in texts
+            for one in passages.measure(asked, text, length, stride, BATCH_SIZE.value)]
 
   models = [model] if baseline is None else [model, baseline]
   length = CONTEXT_LENGTH.value or min(1024, *(one.config.max_length for one in models))
@@ -208,11 +207,10 @@ def _contamination(model, texts: Sequence[str]) -> dict[str, Any] | None:
 
 def _training_texts(model) -> Iterable[str] | None:
   """Return what a run was trained on; None where that is not known."""
-  from jaxllm import pipelines
   from jaxllm.evaluation import contamination
   from jaxllm.tasks import records as task_records
 
-  if own := pipelines.own_task(model):
+  if own := model.task:
     return map(contamination.longest_text, task_records.load(own.data, 'train'))
   if not model.experiment or _records(model) is None:
     return None

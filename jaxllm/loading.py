@@ -6,14 +6,12 @@ import logging
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from jaxllm.adapters import lora
-from jaxllm.adapters.quantization import QuantizationConfig, dequantize_tree, quantize
+from jaxllm.adapters.quantization import dequantize_tree, quantize
 from jaxllm.checkpoints import fingerprint, store
 from jaxllm.checkpoints.bundle import Bundle
 from jaxllm.data import tokenizer_settings, tokenizers
@@ -22,10 +20,11 @@ from jaxllm.experiment import Experiment
 from jaxllm.generation import text
 from jaxllm.generation.sampling import SamplingConfig
 from jaxllm.interop import chat as templates
-from jaxllm.interop import huggingface, native, peft, sources, tokenizer_directory, tokenizer_files
+from jaxllm.interop import native, peft, sources, tokenizer_directory, tokenizer_files, weights
 from jaxllm.interop.weights import Source
+from jaxllm.model import ChatFormat, Model
 from jaxllm.models import decoder
-from jaxllm.models.decoder import Decoder, DecoderConfig
+from jaxllm.models.decoder import DecoderConfig
 from jaxllm.objectives import classification
 from jaxllm.objectives.classification import ClassifierConfig
 from jaxllm.tasks import TASKS, chat, encoding, predict
@@ -39,117 +38,47 @@ BASE, TEACHER = 'base_fingerprint', 'teacher_fingerprint'
 HEAD = 'classifier'
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class LoadedModel:
-  """A model ready to use.
-
-  Attributes:
-    config: sizes and switches of the decoder.
-    variables: {'params': ...}, layers stacked on axis 0.
-    tokenizer: text to ids and back.
-    experiment: the run that made it, where jaxllm trained it.
-    add_bos: whether prompts begin with BOS, as the training documents did.
-    stop_ids: tokens that end a continuation, EOS among them.
-  """
-
-  config: DecoderConfig
-  variables: Any
-  tokenizer: Tokenizer
-  experiment: Experiment | None = None
-  add_bos: bool = True
-  stop_ids: tuple[int, ...] = ()
-
-  def __repr__(self) -> str:
-    name = f' {self.experiment.name}' if self.experiment else ''
-    return (f'<LoadedModel{name}: {decoder.parameter_count(self.config):,} parameters, '
-            f'{self.config.num_layers} layers, {self.config.vocab_size:,} tokens, context '
-            f'{self.config.max_length:,}>')
-
-  def hidden(self, ids: Sequence[int]) -> np.ndarray:
-    """Return the final hidden states, (T, D), of token ids."""
-    return np.asarray(_hidden(Decoder(self.config), self.variables, self._batch(ids))[0])
-
-  def logits(self, ids: Sequence[int]) -> np.ndarray:
-    """Return the float32 logits of the next token at each position, (T, vocab_size)."""
-    logits_BTV = _logits(Decoder(self.config), self.variables, self._batch(ids))
-    return np.asarray(logits_BTV[0, :, : self.config.vocab_size])
-
-  def encode_prompt(self, prompt: str) -> list[int]:
-    """Return the ids that a prompt begins with: BOS, where the model was trained with one."""
-    bos_id = self.tokenizer.bos_id
-    begin = [bos_id] if self.add_bos and bos_id is not None else []
-    return begin + self.tokenizer.encode(prompt)
-
-  def _batch(self, ids: Sequence[int]) -> jax.Array:
-    array = np.asarray(ids, np.int64)
-    if array.ndim != 1 or not array.size or array.size > self.config.max_length:
-      raise ValueError(
-        f'ids of shape {array.shape}: expected 1 to {self.config.max_length} token ids'
-      )
-    if array.min() < 0 or array.max() >= self.config.vocab_size:
-      raise ValueError(
-        f'token id {array.max() if array.min() >= 0 else array.min()} is not in the vocabulary '
-        f'(0 to {self.config.vocab_size - 1})'
-      )
-    return jnp.asarray(array[None], jnp.int32)
-
-  @functools.cached_property
-  def unstacked(self) -> Any:
-    """The variables with one tree per layer, which decodes faster; made once."""
-    return decoder.unstack(self.variables)
-
-  @functools.cached_property
-  def chat_format(self) -> 'ChatFormat | None':
-    """How to talk to the model; None: it has no chat template.
-
-    That is the template of the chat that it was fine-tuned on, or else the tokenizer's.
-    """
-    if (own := _own_template(self.experiment)) is not None:
-      return chat_format(self, own)
-    jinja = self.tokenizer.chat_templates
-    if not jinja:
-      return None
-    # What was trained here began with BOS, whether or not the template writes it.
-    encode = functools.partial(
-      templates.encode, self.tokenizer, jinja,
-      bos_id=self.tokenizer.bos_id if self.experiment and self.add_bos else None)
-    ends = templates.answer_ends(self.tokenizer, jinja)
-    return ChatFormat(encode, (), (*self.stop_ids, *ends))
-
-  def quantized(self, kind: str) -> 'LoadedModel':
-    """Return the model with 'int8' or 'int4' weights: see `adapters.quantization`."""
-    smaller = quantize(self.variables, QuantizationConfig.model_validate({'kind': kind}))
-    return dataclasses.replace(self, variables=smaller)
+def make_model(
+  config: DecoderConfig, variables: Any, tokenizer: Tokenizer, experiment: Experiment | None = None,
+  family: str | None = None,
+) -> Model:
+  """Return a model; what else there is to know its tokenizer and its experiment tell."""
+  add_bos = experiment.data.add_bos if experiment else tokenizer.add_bos
+  model = Model(config, variables, tokenizer, experiment, add_bos, family=family)
+  return dataclasses.replace(model, chat_format=_chat_format(model))
 
 
-class ChatFormat(NamedTuple):
-  """How a conversation goes.
-
-  Attributes:
-    encode: messages {'role', 'content'} to token ids, up to where the assistant begins; for a
-      model's own template also `add_generation_prompt`, `tools`, `documents` and its variables.
-    stop: texts that end the assistant's turn.
-    stop_ids: tokens that do.
-  """
-
-  encode: Callable[..., list[int]]
-  stop: tuple[str, ...]
-  stop_ids: tuple[int, ...]
-
-
-def chat_format(model: LoadedModel, template: ChatTemplate) -> ChatFormat:
+def chat_format(model: Model, template: ChatTemplate) -> ChatFormat:
   """Return the format of a model that is talked to by this template, which need not be its own."""
   special = model.tokenizer.special_tokens
 
-  def encode(messages: Sequence[chat.Message], **variables: Any) -> list[int]:
+  def encode_all(
+    conversations: Sequence[Sequence[chat.Message]], **variables: Any
+  ) -> list[list[int]]:
     if variables.get('tools') or variables.get('documents'):
       raise templates.TemplateError("the model's chat template knows neither tools nor documents")
-    prompt, = chat.segments([[{**one, 'weight': 0} for one in messages]], template)
-    return list(encoding.encode(prompt, model.tokenizer, special, model.add_bos).ids)
+    prompts = chat.segments(
+      [[{**one, 'weight': 0} for one in messages] for messages in conversations], template)
+    return [list(encoding.encode(prompt, model.tokenizer, special, model.add_bos).ids)
+            for prompt in prompts]
 
   end = template.suffix.rstrip() or template.suffix
   ids = [special[text] for text in template.controls if text in special]
-  return ChatFormat(encode, (end,) if end else (), (*model.stop_ids, *ids))
+  return ChatFormat(encode_all, (end,) if end else (), lambda: (*model.eos_token_ids, *ids))
+
+
+def _chat_format(model: Model) -> ChatFormat | None:
+  """Return the format of the chats that a model was fine-tuned on, or else its tokenizer's."""
+  if (own := _own_template(model.experiment)) is not None:
+    return chat_format(model, own)
+  jinja = model.tokenizer.chat_templates
+  if not jinja:
+    return None
+  # What was trained here began with BOS, whether or not the template writes it.
+  bos_id = model.tokenizer.bos_id if model.experiment and model.add_bos else None
+  return ChatFormat(
+    functools.partial(templates.encode_all, model.tokenizer, jinja, bos_id=bos_id), (),
+    lambda: (*model.eos_token_ids, *templates.answer_ends(model.tokenizer, jinja)))
 
 
 def _own_template(experiment: Experiment | None) -> ChatTemplate | None:
@@ -157,17 +86,7 @@ def _own_template(experiment: Experiment | None) -> ChatTemplate | None:
   return task.template if isinstance(task, chat.Chat) else None
 
 
-def _with_own_template(
-  files: Mapping[str, bytes], experiment: Experiment | None
-) -> dict[str, bytes]:
-  """Return the files of a model, with the template of the chats that a run was trained on."""
-  own = _own_template(experiment)
-  if own is None or experiment is None:
-    return dict(files)
-  return {**files, tokenizer_settings.CHAT: own.jinja(experiment.data.add_bos).encode()}
-
-
-def load(path: LoadedModel | str | os.PathLike[str]) -> LoadedModel:
+def load(path: Model | str | os.PathLike[str]) -> Model:
   """Load a model with its tokenizer.
 
   Args:
@@ -180,14 +99,14 @@ def load(path: LoadedModel | str | os.PathLike[str]) -> LoadedModel:
     ValueError: there is no model at that path, or its files do not fit together.
     checkpoints.store.CheckpointError: the files are damaged.
   """
-  if isinstance(path, LoadedModel):
+  if isinstance(path, Model):
     return path
   logging.info('Loading %s.', os.path.basename(os.path.normpath(path)))
   if (base := peft.base_model(path)) is not None:
     return _with_adapters(path, *base)
   if sources.is_foreign(path):
-    loaded = sources.load(path)
-    return _loaded(loaded.config, loaded.variables, loaded.files)
+    source = sources.open_model(path)
+    return _foreign(source, weights.load(source))
   step = store.find_step(path)
   bundle = store.read_bundle(step)
   config, experiment = _described(bundle)
@@ -196,37 +115,18 @@ def load(path: LoadedModel | str | os.PathLike[str]) -> LoadedModel:
   else:
     # A converted model may be stored in bfloat16; a run's parameters are float32.
     params, _ = store.restore_params(step, _shapes(experiment) if experiment else None)
-  return _loaded(config, {'params': params}, dict(bundle.tokenizer_files), experiment)
+  return _stored(bundle, {'params': params}, config, experiment)
 
 
-class Description(NamedTuple):
-  """What is known of a model without its weights.
-
-  Attributes:
-    config: sizes and switches of the decoder.
-    files: file name -> content, of the tokenizer and of what tells how to use it.
-    add_bos: whether its texts begin with BOS.
-  """
-
-  config: DecoderConfig
-  files: Mapping[str, bytes]
-  add_bos: bool
-
-
-def describe(path: str | os.PathLike[str]) -> Description:
+def describe(path: str | os.PathLike[str]) -> Model:
   """Read all about a model but its weights; path and errors as in `load`."""
   if (base := peft.base_model(path)) is not None:
     source = _base_source(path, *base)
-    files = _with_files_beside(path, source)
-    return Description(source.config, files, tokenizer_settings.add_bos(files))
+    return _foreign(source, None, _with_files_beside(path, source))
   if sources.is_foreign(path):
-    source = sources.open_model(path)
-    return Description(source.config, source.files, tokenizer_settings.add_bos(source.files))
+    return _foreign(sources.open_model(path), None)
   bundle = store.read_bundle(path)
-  config, experiment = _described(bundle)
-  files = _with_own_template(bundle.tokenizer_files, experiment)
-  add_bos = experiment.data.add_bos if experiment else tokenizer_settings.add_bos(files)
-  return Description(config, files, add_bos)
+  return _stored(bundle, None, *_described(bundle))
 
 
 def _described(bundle: Bundle) -> tuple[DecoderConfig, Experiment | None]:
@@ -235,8 +135,12 @@ def _described(bundle: Bundle) -> tuple[DecoderConfig, Experiment | None]:
   else:
     experiment = Experiment.from_json(bundle.config_json)
     config = experiment.decoder
-  # Trained wherever, used here: one device, plain attention, no recomputation.
-  return config.replace(attention='xla', remat='none'), experiment
+  return to_use(config), experiment
+
+
+def to_use(config: DecoderConfig) -> DecoderConfig:
+  """Return the config of a model that is used, not trained: plain attention, no recomputation."""
+  return config.replace(attention='xla', remat='none')
 
 
 def _shapes(experiment: Experiment) -> Any:
@@ -254,11 +158,12 @@ def _head_shapes(experiment: Experiment, config: ClassifierConfig) -> Any:
 
 def _with_adapters(
   directory: str | os.PathLike[str], base: str, revision: str | None
-) -> LoadedModel:
+) -> Model:
   source = _base_source(directory, base, revision)
-  loaded = huggingface.load_source(source)
-  config, params = peft.merge(directory, source.form, loaded.config, loaded.variables['params'])
-  return _loaded(config, {'params': params}, _with_files_beside(directory, source))
+  params = weights.load(source)['params']
+  config, params = peft.merge(directory, source.form, source.config, params)
+  return dataclasses.replace(
+    _foreign(source, {'params': params}, _with_files_beside(directory, source)), config=config)
 
 
 def _base_source(
@@ -376,20 +281,20 @@ def _models_own(tokenizer: Tokenizer, name: str | None) -> chat.Template:
 
 @overload
 def generate(
-  model: LoadedModel | str | os.PathLike[str], prompts: str, seeds: Sequence[int] | None = None,
+  model: Model | str | os.PathLike[str], prompts: str, seeds: Sequence[int] | None = None,
   stop: Sequence[str] = (), **sampling: Any,
 ) -> str: ...
 
 
 @overload
 def generate(
-  model: LoadedModel | str | os.PathLike[str], prompts: Sequence[str],
+  model: Model | str | os.PathLike[str], prompts: Sequence[str],
   seeds: Sequence[int] | None = None, stop: Sequence[str] = (), **sampling: Any,
 ) -> list[str]: ...
 
 
 def generate(
-  model: LoadedModel | str | os.PathLike[str], prompts: str | Sequence[str],
+  model: Model | str | os.PathLike[str], prompts: str | Sequence[str],
   seeds: Sequence[int] | None = None, stop: Sequence[str] = (), **sampling: Any,
 ) -> str | list[str]:
   """Continue prompts.
@@ -412,30 +317,26 @@ def generate(
   model = load(model)
   texts = [prompts] if isinstance(prompts, str) else list(prompts)
   completions = text.complete(
-    Decoder(model.config), model.unstacked, model.tokenizer,
-    [model.encode_prompt(prompt) for prompt in texts], config, stop,
-    model.stop_ids, seeds,
+    model.decoder, model.unstacked, model.tokenizer,
+    [model.encode_prompt(prompt) for prompt in texts], config, stop, model.eos_token_ids, seeds,
   )
   continued = [completion.text for completion in completions]
   return continued[0] if isinstance(prompts, str) else continued
 
 
-def _loaded(
-  config: DecoderConfig, variables: Any, files: dict[str, bytes],
-  experiment: Experiment | None = None,
-) -> LoadedModel:
-  add_bos = experiment.data.add_bos if experiment else tokenizer_settings.add_bos(files)
-  files = _with_own_template(files, experiment)
-  tokenizer = tokenizers.from_files(files)
-  return LoadedModel(
-    config, variables, tokenizer, experiment, add_bos, tokenizer.eos_token_ids)
+def _foreign(
+  source: Source, variables: Any, files: Mapping[str, bytes] | None = None
+) -> Model:
+  tokenizer = tokenizers.from_files(source.files if files is None else files)
+  return make_model(source.config, variables, tokenizer, family=source.form.model_type)
 
 
-@functools.partial(jax.jit, static_argnames='model')
-def _hidden(model: Decoder, variables: Any, tokens_BT: jax.Array) -> Any:
-  return model.apply(variables, tokens_BT, method='hidden')
-
-
-@functools.partial(jax.jit, static_argnames='model')
-def _logits(model: Decoder, variables: Any, tokens_BT: jax.Array) -> Any:
-  return model.apply(variables, tokens_BT)
+def _stored(
+  bundle: Bundle, variables: Any, config: DecoderConfig, experiment: Experiment | None
+) -> Model:
+  files = dict(bundle.tokenizer_files)
+  own = _own_template(experiment)
+  if own is not None and experiment is not None:
+    files[tokenizer_settings.CHAT] = own.jinja(experiment.data.add_bos).encode()
+  family = bundle.manifest.get(native.CONVERTED, {}).get('model_type')
+  return make_model(config, variables, tokenizers.from_files(files), experiment, family)

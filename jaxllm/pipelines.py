@@ -18,22 +18,17 @@ from jaxllm import loading
 from jaxllm.generation import chat as conversation
 from jaxllm.generation import text as texts_lib
 from jaxllm.generation.sampling import SamplingConfig
-from jaxllm.interop import chat as templates
-from jaxllm.loading import LoadedModel
-from jaxllm.models.decoder import Decoder
+from jaxllm.model import Model
 from jaxllm.tasks import TASKS, predict
 from jaxllm.tasks.base import Prediction, Record
 from jaxllm.tasks.chat import PLAIN
-from jaxllm.tasks.predict import Speaker
 from jaxllm.tasks.question_answering import ExtractiveQuestionAnswering, QuestionAnswering
 
 Pipeline = Callable[..., Any]
 
-BATCH_SIZE = 8
-
 
 def pipeline(
-  task: str, model: LoadedModel | str | os.PathLike[str], batch_size: int = BATCH_SIZE,
+  task: str, model: Model | str | os.PathLike[str], batch_size: int = predict.BATCH_SIZE,
   **fields: Any,
 ) -> Pipeline:
   """Return a function that does a task.
@@ -78,34 +73,7 @@ def pipeline(
   return run
 
 
-def speaker(model: LoadedModel, batch_size: int = BATCH_SIZE) -> Speaker:
-  """Return a loaded model as what answers the prompts of tasks.
-
-  A chat model that was not fine-tuned here is asked through its template.
-  """
-  special = model.tokenizer.special_tokens
-  template = model.tokenizer.chat_template
-  is_chat = own_task(model) is None and template is not None
-
-  def ask(requests: Sequence[str]) -> list[list[int]]:
-    chats = [[{'role': 'user', 'content': request}] for request in requests]
-    return templates.encode_all(model.tokenizer, template or '', chats)
-
-  ends = templates.answer_ends(model.tokenizer, template or '') if is_chat else ()
-  return Speaker(
-    Decoder(model.config), model.unstacked, model.tokenizer, special, model.add_bos, batch_size,
-    (*model.stop_ids, *ends), model.experiment.classifier if model.experiment else None,
-    ask if is_chat else None, tuple(getattr(own_task(model), 'labels', ())),
-    own_task(model) is None,
-  )
-
-
-def own_task(model: LoadedModel) -> Any:
-  """Return the config of the task that a model was fine-tuned on; None: it was not."""
-  return model.experiment.task if model.experiment else None
-
-
-def _translation(model: LoadedModel, batch_size: int, fields: Mapping[str, Any]) -> Pipeline:
+def _translation(model: Model, batch_size: int, fields: Mapping[str, Any]) -> Pipeline:
   config = _config(model, fields, 'translation')
 
   def translate(
@@ -114,7 +82,7 @@ def _translation(model: LoadedModel, batch_size: int, fields: Mapping[str, Any])
     """Translate from a language into another; None: those of the config."""
     named = {'source_language': source, 'target_language': target}
     languages = {name: language for name, language in named.items() if language}
-    template = config.prompt + ('' if own_task(model) else config.request or '')
+    template = config.prompt + ('' if model.task else config.request or '')
     for name, language in languages.items():
       if language != getattr(config, name) and f'{{{name}}}' not in template:
         raise ValueError(f'{name}={language!r}: this model always translates from '
@@ -126,7 +94,7 @@ def _translation(model: LoadedModel, batch_size: int, fields: Mapping[str, Any])
   return translate
 
 
-def _summarization(model: LoadedModel, batch_size: int, fields: Mapping[str, Any]) -> Pipeline:
+def _summarization(model: Model, batch_size: int, fields: Mapping[str, Any]) -> Pipeline:
   config = _config(model, fields, 'summarization')
 
   def summarize(texts: str | Sequence[str]) -> list[Prediction]:
@@ -136,7 +104,7 @@ def _summarization(model: LoadedModel, batch_size: int, fields: Mapping[str, Any
   return summarize
 
 
-def _classification(model: LoadedModel, batch_size: int, fields: Mapping[str, Any]) -> Pipeline:
+def _classification(model: Model, batch_size: int, fields: Mapping[str, Any]) -> Pipeline:
   config = _config(model, fields, 'sentiment', 'classification')
 
   def classify(texts: str | Sequence[str]) -> list[Prediction]:
@@ -148,7 +116,7 @@ def _classification(model: LoadedModel, batch_size: int, fields: Mapping[str, An
 
 
 def _question_answering(
-  model: LoadedModel, batch_size: int, fields: Mapping[str, Any]
+  model: Model, batch_size: int, fields: Mapping[str, Any]
 ) -> Pipeline:
   own = _config(model, fields, 'question_answering', 'extractive_question_answering')
   common = {name: getattr(own, name) for name in QuestionAnswering.model_fields if name != 'kind'}
@@ -175,7 +143,7 @@ def _question_answering(
   return answer
 
 
-def _text_generation(model: LoadedModel, batch_size: int, fields: Mapping[str, Any]) -> Pipeline:
+def _text_generation(model: Model, batch_size: int, fields: Mapping[str, Any]) -> Pipeline:
   sampling, stop = _sampling(fields)
 
   def generate(
@@ -184,7 +152,7 @@ def _text_generation(model: LoadedModel, batch_size: int, fields: Mapping[str, A
     """Continue prompts; `return_full_text` puts them before what is generated."""
     several = _several(prompts)
     ids = [model.encode_prompt(prompt) for prompt in several]
-    found = _continue(model, batch_size, ids, sampling, stop, model.stop_ids)
+    found = _continue(model, batch_size, ids, sampling, stop, model.eos_token_ids)
     results = [
       [{'generated_text': (prompt if return_full_text else '') + text}]
       for prompt, text in zip(several, found, strict=True)
@@ -194,8 +162,8 @@ def _text_generation(model: LoadedModel, batch_size: int, fields: Mapping[str, A
   return generate
 
 
-def _chat(model: LoadedModel, batch_size: int, fields: Mapping[str, Any]) -> Pipeline:
-  encode, ends, stop_ids = model.chat_format or loading.chat_format(model, PLAIN)
+def _chat(model: Model, batch_size: int, fields: Mapping[str, Any]) -> Pipeline:
+  chat = model.chat_format or loading.chat_format(model, PLAIN)
   sampling, stop = _sampling(fields)
   room = max(model.config.max_length - sampling.max_new_tokens, model.config.max_length // 2)
 
@@ -211,8 +179,9 @@ def _chat(model: LoadedModel, batch_size: int, fields: Mapping[str, Any]) -> Pip
       messages = [{'role': 'user', 'content': messages}]
     single = bool(messages) and isinstance(messages[0], Mapping)
     several: list[list[Any]] = [[*messages]] if single else [[*one] for one in messages]
-    ids = [conversation.fit(one, encode, room)[1] for one in several]
-    found = _continue(model, batch_size, ids, sampling, (*stop, *ends), stop_ids)
+    ids = [conversation.fit(one, chat.encode, room)[1] for one in several]
+    found = _continue(
+      model, batch_size, ids, sampling, (*stop, *chat.stop), chat.eos_token_ids)
     results = [
       [{'generated_text': [*one, {'role': 'assistant', 'content': text.strip()}]}]
       for one, text in zip(several, found, strict=True)
@@ -222,9 +191,9 @@ def _chat(model: LoadedModel, batch_size: int, fields: Mapping[str, Any]) -> Pip
   return reply
 
 
-def _config(model: LoadedModel, fields: Mapping[str, Any], *kinds: str) -> Any:
+def _config(model: Model, fields: Mapping[str, Any], *kinds: str) -> Any:
   """Return the model's own config of one of the kinds, or the default of the first, changed."""
-  own = own_task(model)
+  own = model.task
   config = own if own is not None and own.kind in kinds else TASKS[kinds[0]].config()
   # A prompt of one's own takes the place of the request.
   for prompt, request in (('prompt', 'request'),
@@ -235,7 +204,7 @@ def _config(model: LoadedModel, fields: Mapping[str, Any], *kinds: str) -> Any:
 
 
 def _answer(
-  model: LoadedModel, batch_size: int, config: Any, records: Sequence[Record]
+  model: Model, batch_size: int, config: Any, records: Sequence[Record]
 ) -> list[Prediction]:
   examples = []
   for number, record in enumerate(records):
@@ -243,18 +212,18 @@ def _answer(
       examples.append(TASKS[config.kind].example(config, record))
     except ValueError as error:
       raise ValueError(f'input {number}: {error}') from None
-  return predict.predict(config, examples, speaker(model, batch_size))
+  return predict.predict(config, examples, model, batch_size)
 
 
 def _continue(
-  model: LoadedModel, batch_size: int, prompts: Sequence[Sequence[int]], sampling: SamplingConfig,
-  stop: Sequence[str], stop_ids: Sequence[int],
+  model: Model, batch_size: int, prompts: Sequence[Sequence[int]], sampling: SamplingConfig,
+  stop: Sequence[str], eos_token_ids: Sequence[int],
 ) -> Iterator[str]:
   """Yield continuations; each is drawn with the seed of the config, wherever it stands."""
   for start in range(0, len(prompts), batch_size):
     rows = prompts[start : start + batch_size]
     for completion in texts_lib.complete(
-      Decoder(model.config), model.unstacked, model.tokenizer, rows, sampling, stop, stop_ids,
+      model.decoder, model.unstacked, model.tokenizer, rows, sampling, stop, eos_token_ids,
       seeds=[sampling.seed] * len(rows),
     ):
       yield completion.text
@@ -274,7 +243,7 @@ def _several(inputs: str | Sequence[str]) -> list[str]:
   return several
 
 
-PIPELINES: Mapping[str, Callable[[LoadedModel, int, Mapping[str, Any]], Pipeline]] = {
+PIPELINES: Mapping[str, Callable[[Model, int, Mapping[str, Any]], Pipeline]] = {
   'translation': _translation,
   'summarization': _summarization,
   'sentiment-analysis': _classification,

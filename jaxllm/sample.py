@@ -49,7 +49,6 @@ def main(_) -> None:  # noqa: D103
   from jaxllm import loading
   from jaxllm.generation.sampling import SamplingConfig
   from jaxllm.interop import sources
-  from jaxllm.models import decoder
 
   _check_flags()
   others = SamplingConfig.from_json(SAMPLING.value)
@@ -65,7 +64,7 @@ def main(_) -> None:  # noqa: D103
   loaded = loading.load(MODEL.value)
   if QUANTIZE.value:
     loaded = loaded.quantized(QUANTIZE.value)
-  model, variables = decoder.Decoder(loaded.config), loaded.unstacked
+  model, variables = loaded.decoder, loaded.unstacked
   if CHAT.value:
     _chat(loaded, model, variables, sampling)
   elif NUM_BEAMS.value > 1:
@@ -104,24 +103,24 @@ def _sample(loaded, model, variables, sampling) -> None:
   prompts = [prompt for prompt in PROMPT.value for _ in range(NUM_SAMPLES.value)]
   results = text.complete(
     model, variables, loaded.tokenizer, [loaded.encode_prompt(prompt) for prompt in prompts],
-    sampling, STOP.value, loaded.stop_ids, cache_dtype=CACHE_DTYPE.value)
+    sampling, STOP.value, loaded.eos_token_ids, cache_dtype=CACHE_DTYPE.value)
   _show([prompt + result.text for prompt, result in zip(prompts, results, strict=True)])
 
 
 def _speculate(loaded, model, variables, sampling) -> None:
   from jaxllm import loading
   from jaxllm.generation import speculation, text
-  from jaxllm.models import decoder
 
   draft = None
   if DRAFT.value:
     small = loading.load(DRAFT.value)
-    draft = speculation.Draft(decoder.Decoder(small.config), small.unstacked)
+    draft = speculation.Draft(small.decoder, small.unstacked)
   how = speculation.SpeculationConfig(num_drafted=NUM_DRAFTED.value or 4)
   prompts = [prompt for prompt in PROMPT.value for _ in range(NUM_SAMPLES.value)]
   ids = [loaded.encode_prompt(prompt) for prompt in prompts]
   results, per_pass = speculation.generate(
-    model, variables, ids, sampling, how, draft, loaded.stop_ids, bos_id=loaded.tokenizer.bos_id)
+    model, variables, ids, sampling, how, draft, loaded.eos_token_ids,
+    bos_id=loaded.tokenizer.bos_id)
   _show([prompt + text.text_of(loaded.tokenizer, result.tokens, before)
          for prompt, before, result in zip(prompts, ids, results, strict=True)])
   print(f'({per_pass:.2f} tokens per pass of the model)', file=sys.stderr)
@@ -133,7 +132,7 @@ def _search(loaded, model, variables, sampling) -> None:
   tokenizer = loaded.tokenizer
   ids = [loaded.encode_prompt(prompt) for prompt in PROMPT.value]
   found = beam.beam_search(
-    model, variables, ids, _beams(), sampling, loaded.stop_ids, tokenizer.bos_id)
+    model, variables, ids, _beams(), sampling, loaded.eos_token_ids, tokenizer.bos_id)
   _show([prompt + text.text_of(tokenizer, result.tokens, before)
          for prompt, before, results in zip(PROMPT.value, ids, found, strict=True)
          for result in results])
@@ -158,14 +157,14 @@ def _chat(loaded, model, variables, sampling) -> None:
 
   if loaded.chat_format is None:
     raise ValueError(f'--chat: {MODEL.value} has no chat template; use --prompt')
-  encode, stop, stop_ids = loaded.chat_format
+  chat_format = loaded.chat_format
 
   def write(text: str) -> None:
     print(text, end='', flush=True)
 
   write(f'{chat.HELP}\n')
-  chat.converse(model, variables, loaded.tokenizer, encode, sampling, _lines(), write, SYSTEM.value,
-                (*STOP.value, *stop), stop_ids)
+  chat.converse(model, variables, loaded.tokenizer, chat_format.encode, sampling, _lines(), write,
+                SYSTEM.value, (*STOP.value, *chat_format.stop), chat_format.eos_token_ids)
 
 
 def _lines() -> Iterator[str]:

@@ -10,7 +10,6 @@ import pytest
 from jaxllm import loading
 from jaxllm.data import tokenizers
 from jaxllm.interop import tokenizer_export
-from jaxllm.loading import LoadedModel
 from jaxllm.tasks import encoding
 from jaxllm.tasks.chat import Chat
 from jaxllm.tasks.records import RecordsConfig, RecordSource
@@ -164,7 +163,7 @@ def model_of(content, template, eos):
   tokenizer = tokenizers.from_files({
     'tokenizer.json': content.encode(), 'chat_template.jinja': template.encode(),
     'tokenizer_config.json': json.dumps({'bos_token': '<s>', 'eos_token': eos}).encode()})
-  return LoadedModel(None, None, tokenizer, add_bos=False, stop_ids=(tokenizer.eos_id,))
+  return loading.make_model(None, None, tokenizer)
 
 
 def examples_of(tmp_path, model, messages):
@@ -194,7 +193,7 @@ def test_trained_is_what_is_asked_the_answer_and_its_end(tmp_path, name, kind, r
       at = weights.index(0.0, start) if 0.0 in weights[start:] else len(weights)
       turn = next(learnt)
       assert list(ids[:start]) == model.chat_format.encode(talk[:turn])
-      assert ids[at - 1] in model.chat_format.stop_ids
+      assert ids[at - 1] in model.chat_format.eos_token_ids
       said = ''.join(names.get(i) or model.tokenizer.decode([i]) for i in ids[start:at])
       content = talk[turn]['content']
       if kind is metaspace:

@@ -17,6 +17,7 @@ FLOORS: list[set[str]] = [
   {'sharding', 'storage'},
   {'models', 'data', 'optim'},
   {'objectives', 'adapters', 'checkpoints', 'generation'},
+  {'model'},
   {'interop', 'tasks', 'evaluation'},
   {'experiment'},
   {'loading'},

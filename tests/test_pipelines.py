@@ -1,13 +1,15 @@
 """Pipelines: the shapes of their results, a batch equals one at a time, offsets point right."""
 
+import dataclasses
+
 import jax
 import pytest
 
 import jaxllm
 from jaxllm import loading, pipelines
 from jaxllm.data import tokenizers
+from jaxllm.data.records import DataConfig
 from jaxllm.data.tokenizers import TokenizerConfig
-from jaxllm.loading import LoadedModel
 from jaxllm.models import decoder
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.models.linear import InitializerConfig
@@ -29,19 +31,20 @@ class Run:
   """Stands for the experiment of a run that was fine-tuned on a task."""
 
   classifier = None
+  data = DataConfig(context_length=8)
 
   def __init__(self, task):
     self.task = task
 
 
 def tuned(model, task):
-  return LoadedModel(model.config, model.variables, BYTES, Run(task))
+  return loading.make_model(model.config, model.variables, BYTES, Run(task))
 
 
 @pytest.fixture(scope='module')
 def model():
   variables = jax.jit(decoder.init, static_argnums=0)(MODEL, jax.random.key(0))
-  return LoadedModel(MODEL, variables, BYTES)
+  return dataclasses.replace(loading.make_model(MODEL, variables, BYTES), add_bos=True)
 
 
 @pytest.mark.parametrize('task, key', [
@@ -75,7 +78,7 @@ def test_labels_may_be_ones_own(model):
 def test_offsets_point_at_the_answer(model, monkeypatch):
   said = {}
 
-  def predict(config, examples, speaker):
+  def predict(config, examples, model, batch_size):
     task = pipelines.TASKS[config.kind]
     answer = pipelines.predict.Answer(text=said['text'], score=0.5)
     return [task.read(config, example, answer) for example in examples]
@@ -169,16 +172,18 @@ def test_a_fine_tuned_model_answers_in_its_own_form(model):
 
 def test_a_chat_follows_the_template_of_the_run(model):
   template = ChatTemplate(prefix='<{role}>', suffix='</>', controls=())
-  encode, ends, _ = tuned(model, Chat(template=template)).chat_format
+  own = tuned(model, Chat(template=template)).chat_format
   messages = [{'role': 'user', 'content': 'Hi'}]
-  assert encode(messages) == [BYTES.bos_id, *b'<user>Hi</><assistant>'] and ends == ('</>',)
+  assert own.encode(messages) == [BYTES.bos_id, *b'<user>Hi</><assistant>'] and own.stop == ('</>',)
   silent = tuned(model, Chat(template=template.replace(suffix=''))).chat_format
   assert silent.encode(messages) == [BYTES.bos_id, *b'<user>Hi<assistant>'] and silent.stop == ()
   # By the tokenizer's own template, with the BOS that it was trained with.
-  by_own = LoadedModel(model.config, model.variables, chat_bytes(), Run(Chat(template=None)))
+  by_own = loading.make_model(
+    model.config, model.variables, chat_bytes(), Run(Chat(template=None)))
   assert by_own.chat_format.encode(messages) == [BYTES.bos_id, *b'<user>Hi<assistant>']
-  encode, ends, _ = loading.chat_format(model, PLAIN)
-  assert encode(messages) == [BYTES.bos_id, *b'User:\nHi\n\nAssistant:\n'] and ends == ('\n\n',)
+  plain = loading.chat_format(model, PLAIN)
+  assert plain.encode(messages) == [BYTES.bos_id, *b'User:\nHi\n\nAssistant:\n']
+  assert plain.stop == ('\n\n',)
 
 
 def test_what_is_asked_wrongly_is_said(model):
@@ -197,7 +202,8 @@ def chat_bytes():
 
 
 def test_a_chat_model_is_asked_by_its_template_unless_it_was_tuned(model):
-  chat = LoadedModel(model.config, model.variables, chat_bytes())
+  chat = dataclasses.replace(
+    loading.make_model(model.config, model.variables, chat_bytes()), add_bos=True)
   asked = jaxllm.pipeline('translation', chat, max_new_tokens=5)('Hi {there}', target='fr')
   request = '<user>Translate from {source_language} to {target_language}: {source}<assistant>'
   assert asked == jaxllm.pipeline(
@@ -208,7 +214,7 @@ def test_a_chat_model_is_asked_by_its_template_unless_it_was_tuned(model):
   assert prompted == jaxllm.pipeline(
     'translation', chat, prompt='{source}=', max_new_tokens=5)('Hi')
   task = Translation(prompt='{source}=', request='{source}', max_new_tokens=5)
-  run = LoadedModel(model.config, model.variables, chat_bytes(), Run(task))
+  run = loading.make_model(model.config, model.variables, chat_bytes(), Run(task))
   assert prompted == jaxllm.pipeline('translation', run)('Hi')
 
 

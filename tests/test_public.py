@@ -31,7 +31,7 @@ def path(tmp_path_factory):
 def test_a_model_says_what_it_is_in_a_line(path):
   model = jaxllm.load(path)
   count = decoder.parameter_count(tiny.MODEL)
-  assert repr(model).startswith(f'<LoadedModel: {count:,} parameters') and len(repr(model)) < 100
+  assert repr(model).startswith(f'<Model: {count:,} parameters') and len(repr(model)) < 100
   assert len(repr(model.tokenizer)) < 100
 
 

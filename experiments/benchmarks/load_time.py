@@ -101,12 +101,13 @@ def load_jaxllm():
   import jax
   import numpy as np
 
-  from jaxllm.interop import huggingface
+  from jaxllm.interop import huggingface, weights
 
   jax.devices()
 
   def load(path: str) -> list:
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(huggingface.load(path).variables)]
+    source = huggingface.open_model(path)
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(weights.load(source))]
 
   return load
 

@@ -60,18 +60,19 @@ def continue_ours(path: pathlib.Path, count: int):
   from jaxllm.data import tokenizers
   from jaxllm.generation import decode
   from jaxllm.generation.sampling import SamplingConfig
-  from jaxllm.interop import chat, sources
+  from jaxllm.interop import chat, sources, weights
   from jaxllm.models.decoder import Decoder, unstack
 
   begin = time.perf_counter()
-  loaded = sources.load(path)
+  loaded = sources.open_model(path)
+  variables = weights.load(loaded)
   print(f'loaded in {time.perf_counter() - begin:.1f} s')
   tokenizer = tokenizers.from_files(loaded.files)
   ids = [tokenizer.encode(prompt) for prompt in PROMPTS]
   asked = [{'role': 'user', 'content': QUESTION}]
   ids.append(chat.encode(tokenizer, tokenizer.chat_templates, asked))
   done = decode.generate(
-    Decoder(loaded.config), unstack(loaded.variables), ids,
+    Decoder(loaded.config), unstack(variables), ids,
     SamplingConfig(temperature=0.0, max_new_tokens=count), tokenizer.eos_token_ids,
   )
   return [*PROMPTS, QUESTION], (ids, [generation.tokens for generation in done]), tokenizer.decode

@@ -23,28 +23,9 @@ from jaxllm.interop import (
 )
 from jaxllm.interop.report import ConversionError
 from jaxllm.interop.weights import Source
-from jaxllm.models.config import DecoderConfig
+from jaxllm.model import Model
 
 FORMATS = ('huggingface', 'jaxllm', 'exported')
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-  """A model to be written.
-
-  Attributes:
-    config: of the model.
-    variables: {'params': ...}, layers stacked.
-    files: of the tokenizer.
-    add_bos: whether prompts begin with BOS; None: as the files say.
-    model_type: the Hugging Face family; None: the first that can say all of the config.
-  """
-
-  config: DecoderConfig
-  variables: Mapping[str, Any]
-  files: Mapping[str, bytes]
-  add_bos: bool | None = None
-  model_type: str | None = None
 
 
 def from_source(
@@ -68,13 +49,14 @@ def from_source(
       the source does; nothing is left behind.
   """
   path = check_target(target, form)
-  loaded = huggingface.load_source(source, dtype)
-  model = Model(loaded.config, loaded.variables, loaded.files, model_type=loaded.model_type)
+  tokenizer: Any = None  # Its files go into the target unread.
+  model = Model(
+    source.config, weights.load(source, dtype), tokenizer, family=source.form.model_type)
   ids = report.fixed_prompt(model.config)
   # The reference sees the numbers as rounded as the result will have them.
   reference_TV = source.reference(ids, weights.DTYPES[dtype or 'float32'])
   with storage.replaced(path) as partial:
-    result = _write(model, partial, form, buckets, {'source': source.path})
+    result = _write(model, source.files, None, partial, form, buckets, {'source': source.path})
     proof = report.prove(reference_TV, result.config, result.variables, ids)
     if form == 'exported':
       _check_program(partial, ids, reference_TV)
@@ -100,7 +82,7 @@ def from_model(
     rounded = jax.tree.map(lambda leaf: leaf.astype(weights.DTYPES[dtype]), model.variables)
     model = dataclasses.replace(model, variables=rounded)
   with storage.replaced(path) as partial:
-    again = _write(model, partial, form, buckets, {})
+    again = _write(model, model.tokenizer.files(), model.add_bos, partial, form, buckets, {})
     summary: dict[str, Any] = {'format': form, 'dtype': dtype or 'as stored'}
     if form == 'huggingface':
       # What was written, read independently, against the model that it was written from; and
@@ -134,23 +116,23 @@ def check_target(target: str | os.PathLike[str], form: str) -> pathlib.Path:
 
 
 def _write(
-  model: Model, directory: pathlib.Path, form: str, buckets: Sequence[int],
-  origin: Mapping[str, Any],
+  model: Model, files: Mapping[str, bytes], add_bos: bool | None, directory: pathlib.Path,
+  form: str, buckets: Sequence[int], origin: Mapping[str, Any],
 ) -> Model:
   """Write a model, and return what is read back (of an exported program, the model itself)."""
-  config, variables, files = model.config, model.variables, model.files
+  config, variables = model.config, model.variables
   if form == 'huggingface':
-    huggingface_writer.save(directory, config, variables, files, model_type=model.model_type,
-                            add_bos=model.add_bos)
-    again = huggingface.load(directory, None)
-    return dataclasses.replace(model, config=again.config, variables=again.variables)
+    huggingface_writer.save(
+      directory, config, variables, files, model_type=model.family, add_bos=add_bos)
+    again = huggingface.open_model(directory)
+    return dataclasses.replace(model, config=again.config, variables=weights.load(again, None))
   if form == 'jaxllm':
-    native.save(directory, config, variables, files, {**origin, 'model_type': model.model_type})
+    native.save(directory, config, variables, files, {**origin, 'model_type': model.family})
     params, bundle = store.restore_params(directory)
     return dataclasses.replace(
       model, config=native.model_config(bundle), variables={'params': params}
     )
-  exported.save(directory, config, variables, files, buckets, add_bos=model.add_bos)
+  exported.save(directory, config, variables, files, buckets, add_bos=add_bos)
   return model
 
 

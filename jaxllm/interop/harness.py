@@ -8,32 +8,19 @@ model does it. Needs the extra `harness`.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.generation import scoring
 from jaxllm.generation import text as texts
 from jaxllm.generation.sampling import SamplingConfig
 from jaxllm.interop import chat
-from jaxllm.models.decoder import Decoder, DecoderConfig
+from jaxllm.model import Model
 
 MAX_NEW_TOKENS = 256
 
 
-class Readable(Protocol):
-  """What is needed of a loaded model; `jaxllm.load` gives it."""
-
-  config: DecoderConfig
-  tokenizer: Tokenizer
-  add_bos: bool
-  stop_ids: tuple[int, ...]
-
-  @property
-  def unstacked(self) -> Any:
-    """The variables, with one tree per layer."""
-
-
-def language_model(model: Readable, batch_size: int = 8, max_length: int | None = None) -> Any:
+def language_model(model: Model, batch_size: int = 8, max_length: int | None = None) -> Any:
   """Return a model as an `lm_eval.api.model.LM`.
 
   Args:
@@ -58,7 +45,7 @@ def language_model(model: Readable, batch_size: int = 8, max_length: int | None 
 
   def log_likelihoods(pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
     return scoring.score_continuations(
-      Decoder(model.config), model.unstacked, [context for context, _ in pairs],
+      model.decoder, model.unstacked, [context for context, _ in pairs],
       [target for _, target in pairs], window)
 
   class LanguageModel(TemplateLM):
@@ -146,7 +133,7 @@ def _chat_text(
 
 
 def _generate(
-  model: Readable, prompts: Sequence[list[int]], options: Sequence[Mapping[str, Any]], window: int,
+  model: Model, prompts: Sequence[list[int]], options: Sequence[Mapping[str, Any]], window: int,
   batch_size: int,
 ) -> list[str]:
   """Continue prompts up to the first of their stop texts."""
@@ -162,8 +149,8 @@ def _generate(
     for places in _batches([len(prompts[row]) for row in rows], batch_size):
       batch = [rows[place] for place in places]
       found = texts.complete(
-        Decoder(model.config), model.unstacked, model.tokenizer,
-        [prompts[row][-room:] for row in batch], sampling, stop, model.stop_ids,
+        model.decoder, model.unstacked, model.tokenizer,
+        [prompts[row][-room:] for row in batch], sampling, stop, model.eos_token_ids,
       )
       for row, one in zip(batch, found, strict=True):
         text = model.tokenizer.decode(one.tokens)

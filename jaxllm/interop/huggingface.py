@@ -1,18 +1,16 @@
-"""Hugging Face directories: `open_model` checks one, `load` reads it, `save` writes one.
+"""Hugging Face directories: `open_model` checks one, and `weights.load` then reads it.
 
 Nothing from outside is run: weights are safetensors, config.json is read by an allow-list of keys,
 and everything is checked before anything is allocated or written.
 """
 
 import collections
-import dataclasses
 import json
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxllm.interop import (
@@ -27,67 +25,19 @@ from jaxllm.interop.weights import Source
 from jaxllm.models.config import DecoderConfig
 from jaxllm.models.families import HUGGINGFACE
 from jaxllm.models.families.huggingface import Format
-from jaxllm.sharding import MeshConfig
 
 MAX_CONFIG_BYTES = 10_000_000
-
-
-@dataclasses.dataclass(frozen=True)
-class Loaded:
-  """A model from outside.
-
-  Attributes:
-    config: sizes and switches of the decoder.
-    variables: {'params': ...}, layers stacked on axis 0.
-    files: file name -> content, for `data.tokenizers.from_files` and `tokenizer_files`.
-    model_type: the family, for writing it back as the same.
-  """
-
-  config: DecoderConfig
-  variables: dict[str, Any]
-  files: dict[str, bytes]
-  model_type: str
-
-
-def load(
-  directory: str | os.PathLike[str],
-  dtype: str | None = 'float32',
-  mesh: jax.sharding.Mesh | None = None,
-  mesh_config: MeshConfig | None = None,
-  ignore_auto_map: bool = False,
-) -> Loaded:
-  """Load a model from a Hugging Face directory.
-
-  Args:
-    directory: holds config.json and model.safetensors, or its shards and their index.
-    dtype: of the parameters, 'float32' or 'bfloat16'; None: as they are stored.
-    mesh: where they go, split by `mesh_config`; None: the first local device.
-    mesh_config: gives the rules; needed with a mesh.
-    ignore_auto_map: read a model whose config.json names code, which is not run.
-
-  Raises:
-    ValueError: a file is missing, damaged, hostile, or of a model that is not supported.
-  """
-  return load_source(open_model(directory, ignore_auto_map), dtype, mesh, mesh_config)
-
-
-def load_source(
-  source: Source,
-  dtype: str | None = 'float32',
-  mesh: jax.sharding.Mesh | None = None,
-  mesh_config: MeshConfig | None = None,
-) -> Loaded:
-  """Check the numbers of an open model, and read it; arguments as in `load`."""
-  weights.check_values(source)
-  variables = weights.read(source, dtype, mesh, mesh_config)
-  return Loaded(source.config, variables, dict(source.files), source.form.model_type)
 
 
 def open_model(directory: str | os.PathLike[str], ignore_auto_map: bool = False) -> Source:
   """Check everything about a model but its numbers; nothing is allocated.
 
+  Args:
+    directory: holds config.json and model.safetensors, or its shards and their index.
+    ignore_auto_map: read a model whose config.json names code, which is not run.
+
   Raises:
-    ValueError: as in `load`.
+    ValueError: a file is missing, damaged, hostile, or of a model that is not supported.
   """
   path = pathlib.Path(directory).expanduser()
   if not path.is_dir():

@@ -57,12 +57,3 @@ def model_config(bundle: Bundle) -> DecoderConfig:
   if not isinstance(fields, dict) or not isinstance(fields.get('model'), dict):
     raise ValueError('the config of this checkpoint has no model')
   return DecoderConfig(**fields['model'])
-
-
-def model_type(path: str | os.PathLike[str]) -> str | None:
-  """Return the Hugging Face family that a checkpoint was converted from; None: trained by jaxllm.
-
-  Raises:
-    ValueError: there is no checkpoint.
-  """
-  return store.read_bundle(path).manifest.get(CONVERTED, {}).get('model_type')

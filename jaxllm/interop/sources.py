@@ -3,13 +3,9 @@
 import os
 import pathlib
 
-import jax
-
 from jaxllm.interop import gguf, gguf_file, hub, huggingface
-from jaxllm.interop.huggingface import Loaded
 from jaxllm.interop.weights import Source
 from jaxllm.mistakes import no_such_path
-from jaxllm.sharding import MeshConfig
 
 HUB = 'hf:'
 """What a name of the Hugging Face hub begins with; everything else is a path, and stays here."""
@@ -74,20 +70,3 @@ def open_model(
   if local.is_file():
     return gguf.open_model(local)
   return huggingface.open_model(local, ignore_auto_map)
-
-
-def load(
-  path: str | os.PathLike[str],
-  dtype: str | None = 'float32',
-  mesh: jax.sharding.Mesh | None = None,
-  mesh_config: MeshConfig | None = None,
-  revision: str | None = None,
-  ignore_auto_map: bool = False,
-) -> Loaded:
-  """Load a model from outside; arguments as in `open_model` and `huggingface.load`.
-
-  Raises:
-    ValueError: as `open_model`, or a number is not finite.
-  """
-  source = open_model(path, revision, ignore_auto_map)
-  return huggingface.load_source(source, dtype, mesh, mesh_config)

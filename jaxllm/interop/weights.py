@@ -109,6 +109,21 @@ def check_values(source: Source) -> None:
                        'damaged, or the training it comes from has diverged')
 
 
+def load(
+  source: Source,
+  dtype: str | None = 'float32',
+  mesh: jax.sharding.Mesh | None = None,
+  mesh_config: MeshConfig | None = None,
+) -> dict[str, Any]:
+  """Check the numbers of a source and return its variables; arguments as in `read`.
+
+  Raises:
+    ValueError: as `check_values` and `read`.
+  """
+  check_values(source)
+  return read(source, dtype, mesh, mesh_config)
+
+
 def read(
   source: Source,
   dtype: str | None = 'float32',

@@ -10,8 +10,7 @@ import numpy as np
 from jaxllm.generation.decode import Top
 from jaxllm.generation.requests import Request
 from jaxllm.generation.sampling import SamplingConfig
-from jaxllm.loading import LoadedModel
-from jaxllm.models.decoder import Decoder
+from jaxllm.model import Model
 from jaxllm.serving import prefixes, programs
 
 # A chunk for short prompts has this share of a whole one, but at least so many tokens.
@@ -61,14 +60,14 @@ class Batch:
   """
 
   def __init__(
-    self, model: LoadedModel, num_slots: int, context_length: int, chunk: int, cache_dtype: Any
+    self, model: Model, num_slots: int, context_length: int, chunk: int, cache_dtype: Any
   ):
     self.num_slots, self.context_length = num_slots, context_length
     self.chunk = min(chunk, context_length)
     self.small = min(max(self.chunk // SMALL_SHARE, LEAST_SMALL), self.chunk)
     self.held: list[Sequence[int]] = [()] * num_slots
     """Tokens of each row whose keys and values another prompt may take over."""
-    self._config, self._model = model.config, Decoder(model.config)
+    self._config, self._model = model.config, model.decoder
     self._variables = model.unstacked
     self._slots, self._logits_BV = programs.empty_rows(
       model.config, num_slots, context_length, cache_dtype)

@@ -22,7 +22,7 @@ from jaxllm.generation.constraint import ConstraintError
 from jaxllm.generation.requests import Request, make_requests
 from jaxllm.generation.sampling import SamplingConfig
 from jaxllm.generation.text import TextPiece
-from jaxllm.loading import LoadedModel
+from jaxllm.model import Model
 from jaxllm.serving import prefixes, programs
 from jaxllm.serving.batch import Batch, Chunk, first
 from jaxllm.serving.rows import Embedding, Generation, Row
@@ -100,7 +100,7 @@ class Engine:
     ValueError: the model's context is shorter than the config's.
   """
 
-  def __init__(self, model: LoadedModel, config: EngineConfig | None = None):
+  def __init__(self, model: Model, config: EngineConfig | None = None):
     self.config = config or EngineConfig()
     longest = model.config.max_length
     self.context_length = self.config.context_length or min(longest, DEFAULT_CONTEXT)

@@ -19,7 +19,7 @@ from jaxllm.generation.constraint import Constraint, JsonConstraint, JsonConstra
 from jaxllm.generation.sampling import MAX_SEED
 from jaxllm.generation.text import TextPiece, text_of
 from jaxllm.interop import chat as templates
-from jaxllm.loading import LoadedModel
+from jaxllm.model import Model
 from jaxllm.serving import bodies, protocol
 from jaxllm.serving.engine import ClosedError, Engine, Job, QueueFullError, Ticket
 from jaxllm.serving.errors import ApiError, busy, invalid, unavailable
@@ -63,7 +63,7 @@ class Service:
     limits: what is accepted.
   """
 
-  def __init__(self, model: LoadedModel, engine: Engine, name: str, limits: LimitsConfig):
+  def __init__(self, model: Model, engine: Engine, name: str, limits: LimitsConfig):
     self.engine, self.name = engine, name
     context_length, most = engine.context_length, engine.config
     self.limits = limits.replace(
@@ -270,7 +270,7 @@ class Service:
     turn = self._model.chat_format if isinstance(request, ChatCompletionRequest) else None
     # What is bound to a schema ends when that is complete, not where a text happens to stand.
     ends = turn.stop if turn and constraint is None else ()
-    return Job(prompt, sampling, seed, (*request.stop, *ends), turn.stop_ids if turn else (),
+    return Job(prompt, sampling, seed, (*request.stop, *ends), turn.eos_token_ids if turn else (),
                request.num_top or 0, score_prompt, constraint)
 
   def _constraint(self, request: GenerationRequest) -> JsonConstraint | None:

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxllm.generation import scoring
+from jaxllm.model import Model
 from jaxllm.objectives.completion import Tokens
 from jaxllm.tasks import predict
 from jaxllm.tasks.base import BOS, Prediction, Segment
 from jaxllm.tasks.encoding import encode
-from jaxllm.tasks.predict import Speaker
 
 # Up to the next white space, and the last one to the end.
 _PASSAGE = re.compile(r'(?s).{2000}(?:.{,2000}\Z|\S*\s*)|.+')
@@ -26,14 +26,17 @@ def split(text: str) -> list[str]:
   return [match.group() for match in _PASSAGE.finditer(text)]
 
 
-def measure(speaker: Speaker, text: str, context_length: int, stride: int) -> list[Prediction]:
+def measure(
+  model: Model, text: str, context_length: int, stride: int, batch_size: int = predict.BATCH_SIZE
+) -> list[Prediction]:
   """Measure a text by overlapping windows, in which each token is predicted once.
 
   Args:
-    speaker: the model.
+    model: what scores.
     text: of any length; it is tokenized whole.
     context_length: most tokens of a window.
     stride: tokens that a window after the first predicts; the others are only context.
+    batch_size: windows of one call.
 
   Returns:
     {'log_likelihood' in nats, 'tokens', 'bytes'} of each passage, as `language_modeling.read`
@@ -42,16 +45,16 @@ def measure(speaker: Speaker, text: str, context_length: int, stride: int) -> li
   Raises:
     ValueError: the lengths do not fit the model.
   """
-  if not 2 <= context_length <= speaker.model.config.max_length:
+  if not 2 <= context_length <= model.config.max_length:
     raise ValueError(f'context_length={context_length}: between 2 and the context of the model, '
-                     f'{speaker.model.config.max_length}')
+                     f'{model.config.max_length}')
   if not 1 <= stride < context_length:
     raise ValueError(f'stride={stride}: between 1 and context_length - 1, {context_length - 1}')
-  ids = encode([BOS, Segment(text, 1.0)], speaker.tokenizer, None, speaker.add_bos).ids
+  ids = encode([BOS, Segment(text, 1.0)], model.tokenizer, None, model.add_bos).ids
   if len(ids) < 2:
     return []
-  log_probs = _log_probs(speaker, ids, context_length, stride)
-  lengths = np.array([len(speaker.tokenizer.id_bytes[token]) for token in ids], float)
+  log_probs = _log_probs(model, ids, context_length, stride, batch_size)
+  lengths = np.array([len(model.tokenizer.id_bytes[token]) for token in ids], float)
   sizes = [len(passage.encode()) for passage in split(text)]
   # Where each token begins; a tokenizer that normalises has other bytes than the text.
   starts = (np.cumsum(lengths) - lengths) * (sum(sizes) / max(lengths.sum(), 1))
@@ -66,14 +69,14 @@ def measure(speaker: Speaker, text: str, context_length: int, stride: int) -> li
 
 
 def _log_probs(
-  speaker: Speaker, ids: Sequence[int], context_length: int, stride: int
+  model: Model, ids: Sequence[int], context_length: int, stride: int, batch_size: int
 ) -> np.ndarray:
   """Return the float64 log-probability of every token but the first."""
   windows = list(predict.windows(Tokens(ids, [1.0] * len(ids)), context_length - 1, stride))
   found = []
-  for start in range(0, len(windows), speaker.batch_size):
-    batch = windows[start : start + speaker.batch_size]
+  for start in range(0, len(windows), batch_size):
+    batch = windows[start : start + batch_size]
     found += scoring.score_from(
-      speaker.model, speaker.variables, [window.ids for window in batch],
+      model.decoder, model.unstacked, [window.ids for window in batch],
       [int(np.argmax(np.asarray(window.weights[1:]) > 0)) + 1 for window in batch])
   return np.concatenate([one.log_probs_N for one in found]).astype(np.float64)

@@ -1,17 +1,17 @@
 """A model does a task: prompts go in, answers come out and are read back as predictions."""
 
 import functools
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Container, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 
-from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.generation import decode, scoring
 from jaxllm.generation.sampling import SamplingConfig
 from jaxllm.generation.text import TextDecoder
+from jaxllm.model import Model
 from jaxllm.models.decoder import Decoder
 from jaxllm.objectives import classification, completion
 from jaxllm.objectives.classification import ClassifierConfig
@@ -21,40 +21,10 @@ from jaxllm.tasks.base import Answer, Example, Prediction, Record, Segment, Task
 from jaxllm.tasks.encoding import encode
 from jaxllm.tasks.records import rows
 
+BATCH_SIZE = 8
 _LEAST_LENGTH = 32
 # Decoding steps between two looks at whether the answers are complete.
 _STEPS_PER_LOOK = 8
-
-
-class Speaker(NamedTuple):
-  """What answers: a model and how it reads and writes.
-
-  Attributes:
-    model: the decoder.
-    variables: its variables; those of `decoder.unstack` generate faster.
-    tokenizer: text to ids and back.
-    special_ids: spelling -> id of special tokens that chat templates use.
-    add_bos: whether the model wants BOS.
-    batch_size: rows of one call.
-    stop_ids: tokens that end an answer, besides EOS.
-    ask: requests of a user -> the prompts of a chat in which they are answered; None: the model
-      gets the prompts of the task.
-    classifier: the head at params/classifier, where the model has one; tasks with the labels that
-      it was trained on are done by it.
-    instructed: whether it is given the instructions of examples: it was not fine-tuned.
-  """
-
-  model: Decoder
-  variables: Any
-  tokenizer: Tokenizer
-  special_ids: Mapping[str, int] | None = None
-  add_bos: bool = True
-  batch_size: int = 8
-  stop_ids: tuple[int, ...] = ()
-  classifier: ClassifierConfig | None = None
-  ask: Callable[[Sequence[str]], list[list[int]]] | None = None
-  labels: tuple[Any, ...] = ()
-  instructed: bool = False
 
 
 def examples(config: Any, split: str) -> list[Example]:
@@ -83,44 +53,48 @@ def _read(config: Any, split: str, read: Callable[[Any, Record, bool], Any]) -> 
   return found
 
 
-def predict(config: Any, examples: Sequence[Example], speaker: Speaker) -> list[Prediction]:
+def predict(
+  config: Any, examples: Sequence[Example], model: Model, batch_size: int = BATCH_SIZE
+) -> list[Prediction]:
   """Answer examples, greedily where text is generated.
 
-  A prompt that leaves no room in the context loses its beginning, BOS excepted.
+  A prompt that leaves no room in the context loses its beginning, BOS excepted. A model with a
+  classifier does the task with its labels by that; a chat model that was not fine-tuned is asked
+  through its template where the task has a request.
 
   Args:
     config: of the task.
     examples: from `examples`, or from `TASKS[config.kind].example` for records without answers.
-    speaker: the model.
+    model: what answers.
+    batch_size: rows of one call.
 
   Returns:
     One prediction per example, in order.
   """
   task = TASKS[config.kind]
   answer = {'generate': _generate, 'choose': _choose, 'measure': _measure}[task.kind]
-  head = speaker.classifier
-  if head is not None and speaker.labels and getattr(config, 'labels', None) == speaker.labels:
+  if model.classifier and model.labels and getattr(config, 'labels', None) == model.labels:
     answer = _classify
-  answers = answer(config, examples, speaker)
+  answers = answer(config, examples, model, batch_size)
   return [
     task.read(config, example, answer) for example, answer in zip(examples, answers, strict=True)
   ]
 
 
-def log_likelihoods(speaker: Speaker, sequences: Sequence[Tokens]) -> list[float]:
+def log_likelihoods(model: Model, sequences: Sequence[Tokens]) -> list[float]:
   """Return the weighted log-likelihood of each sequence, in nats.
 
   Args:
-    speaker: the model.
+    model: what scores.
     sequences: one longer than the context loses the start of what has no weight.
   """
-  context_length = speaker.model.config.max_length
+  context_length = model.config.max_length
   fitting = [completion.truncate(s, context_length, 'start') or Tokens([0], [0]) for s in sequences]
   _tell(sum(len(s.ids) > context_length + 1 for s in sequences), len(sequences), context_length)
   firsts = [next((i for i, weight in enumerate(s.weights) if i and weight), len(s.ids))
             for s in fitting]
   scores = scoring.score_from(
-    speaker.model, speaker.variables, [s.ids for s in fitting], firsts)
+    model.decoder, model.variables, [s.ids for s in fitting], firsts)
   return [sum(weight * float(value)
               for weight, value in zip(s.weights[first:], one.log_probs_N, strict=True) if weight)
           for s, first, one in zip(fitting, firsts, scores, strict=True)]
@@ -149,30 +123,34 @@ def _bucket(length: int) -> int:
   return max(_LEAST_LENGTH, 1 << max(length - 1, 0).bit_length())
 
 
-def _generate(config: TaskConfig, examples: Sequence[Example], speaker: Speaker) -> list[Answer]:
-  context_length = speaker.model.config.max_length
+def _generate(
+  config: TaskConfig, examples: Sequence[Example], model: Model, batch_size: int
+) -> list[Answer]:
+  context_length = model.config.max_length
   # In a short context prompt and answer have a half each.
   max_new_tokens = min(config.max_new_tokens, max(context_length // 2, 1))
   room = max(context_length - max_new_tokens, 1)
-  if not speaker.instructed:
+  if model.task is not None:
     examples = [example._replace(instruction='') for example in examples]
   requests = [example.request + (f' {example.instruction}' if example.instruction else '')
               for example in examples if example.request is not None]
-  if speaker.ask is not None and len(requests) == len(examples):
-    prompts = speaker.ask(requests)
+  chat = model.chat_format if model.task is None else None
+  if chat is not None and len(requests) == len(examples):
+    prompts = chat.encode_all([[{'role': 'user', 'content': request}] for request in requests])
   else:
-    prompts = [list(_encode(speaker, _instructed(example)).ids) for example in examples]
-  begins = {speaker.tokenizer.bos_id, *(speaker.special_ids or {}).values()}
+    prompts = [list(_encode(model, _instructed(example)).ids) for example in examples]
+  eos_ids = model.eos_token_ids if chat is None else chat.eos_token_ids
+  begins = {model.tokenizer.bos_id, *model.tokenizer.special_tokens.values()}
   _tell(sum(len(ids) > room for ids in prompts), len(prompts), room)
   prompts = [_cut(ids, room, begins) for ids in prompts]
   order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
   answers: list[Answer] = [Answer()] * len(prompts)
-  for start in scoring.batches(len(order), speaker.batch_size):
-    rows = order[start : start + speaker.batch_size]
+  for start in scoring.batches(len(order), batch_size):
+    rows = order[start : start + batch_size]
     # A last, smaller batch is filled up, which is cheaper than compiling for its size.
-    padding = rows[:1] * (speaker.batch_size - len(rows)) if start else []
+    padding = rows[:1] * (batch_size - len(rows)) if start else []
     found = _answer(
-      config.stop, max_new_tokens, speaker, [prompts[i] for i in rows + padding])
+      config.stop, max_new_tokens, model, eos_ids, [prompts[i] for i in rows + padding])
     for i, answer in zip(rows, found, strict=False):
       answers[i] = answer
   return answers
@@ -199,18 +177,18 @@ def _cut(ids: list[int], room: int, begins: Container[int | None]) -> list[int]:
 
 
 def _answer(
-  stop: str | None, max_new_tokens: int, speaker: Speaker, prompts: Sequence[list[int]]
+  stop: str | None, max_new_tokens: int, model: Model, eos_ids: Sequence[int],
+  prompts: Sequence[list[int]],
 ) -> list[Answer]:
   """Continue prompts until all answers are complete."""
-  tokenizer = speaker.tokenizer
+  tokenizer = model.tokenizer
   sampling = SamplingConfig(temperature=0.0, max_new_tokens=max_new_tokens)
-  eos_ids = (*tokenizer.eos_token_ids, *speaker.stop_ids)
   logprobs: list[list[float]] = [[] for _ in prompts]
   texts, used = [''] * len(prompts), [0] * len(prompts)
   decoders = [TextDecoder(tokenizer, context=prompt) for prompt in prompts]
   open_rows = set(range(len(prompts)))
   for piece in decode.stream(
-    speaker.model, speaker.variables, prompts, sampling, eos_ids, bos_id=tokenizer.bos_id,
+    model.decoder, model.unstacked, prompts, sampling, eos_ids, bos_id=tokenizer.bos_id,
     steps_per_piece=_STEPS_PER_LOOK,
   ):
     row = piece.row
@@ -241,7 +219,9 @@ def _until(stop: str | None, text: str) -> tuple[str, bool]:
   return before, bool(found)
 
 
-def _choose(config: TaskConfig, examples: Sequence[Example], speaker: Speaker) -> list[Answer]:
+def _choose(
+  config: TaskConfig, examples: Sequence[Example], model: Model, batch_size: int
+) -> list[Answer]:
   asked: dict[tuple[tuple[Segment, ...], str], int] = {}
   sequences: list[Tokens] = []
 
@@ -250,12 +230,12 @@ def _choose(config: TaskConfig, examples: Sequence[Example], speaker: Speaker) -
     pair = prompt_of(segments), choice
     if pair not in asked:
       asked[pair] = len(sequences)
-      sequences.append(_encode(speaker, (*pair[0], Segment(choice, 1.0))))
+      sequences.append(_encode(model, (*pair[0], Segment(choice, 1.0))))
     return asked[pair]
 
   plain = [[ask(e.segments, choice) for choice in e.choices] for e in examples]
   neutral = [[ask(e.neutral, choice) for choice in e.choices if e.neutral] for e in examples]
-  found = log_likelihoods(speaker, sequences)
+  found = log_likelihoods(model, sequences)
   return [
     Answer(
       log_likelihoods=tuple(found[i] for i in first),
@@ -271,47 +251,51 @@ def _class_logits(head: ClassifierConfig, model: Decoder, variables: Any, batch:
   return classification.class_logits(head, model, variables, batch)
 
 
-def _classify(config: TaskConfig, examples: Sequence[Example], speaker: Speaker) -> list[Answer]:
+def _classify(
+  config: TaskConfig, examples: Sequence[Example], model: Model, batch_size: int
+) -> list[Answer]:
   """Answer with the log-probabilities of the classes; each prompt is read once."""
-  head: Any = speaker.classifier
-  context_length = speaker.model.config.max_length
+  head: Any = model.classifier
+  context_length = model.config.max_length
   # Every text gets an answer, also where it would not be trained on.
   policy: Truncation = 'end' if config.truncation == 'end' else 'start'
-  prompts = encoding.prompts(examples, speaker.tokenizer, context_length, policy, speaker.add_bos)
+  prompts = encoding.prompts(examples, model.tokenizer, context_length, policy, model.add_bos)
   answers: list[Answer] = [Answer()] * len(examples)
   order = sorted(range(len(prompts)), key=lambda i: len(prompts[i] or ''))
-  for start in scoring.batches(len(order), speaker.batch_size):
-    rows = order[start : start + speaker.batch_size]
+  for start in scoring.batches(len(order), batch_size):
+    rows = order[start : start + batch_size]
     texts = [prompts[i] or Tokens([0], [0]) for i in rows]
-    texts += [Tokens([], [])] * (speaker.batch_size - len(rows))
+    texts += [Tokens([], [])] * (batch_size - len(rows))
     length = min(_bucket(max(len(text.ids) for text in texts)), context_length)
-    records = completion.pack(texts, length, speaker.model.config.vocab_size, together=False)
+    records = completion.pack(texts, length, model.config.vocab_size, together=False)
     logits_BC = _class_logits(
-      head, speaker.model, speaker.variables, completion.batch_arrays(records))
+      head, model.decoder, model.variables, completion.batch_arrays(records))
     for i, log_probs_C in zip(rows, jax.nn.log_softmax(logits_BC).tolist(), strict=False):
       answers[i] = Answer(log_likelihoods=tuple(log_probs_C))
   return answers
 
 
-def _measure(config: TaskConfig, examples: Sequence[Example], speaker: Speaker) -> list[Answer]:
-  context_length = speaker.model.config.max_length
-  encoded = [encoding.sequences(example.segments, speaker.tokenizer, speaker.special_ids,
-                                speaker.add_bos) for example in examples]
+def _measure(
+  config: TaskConfig, examples: Sequence[Example], model: Model, batch_size: int
+) -> list[Answer]:
+  context_length = model.config.max_length
+  encoded = [encoding.sequences(example.segments, model.tokenizer, model.tokenizer.special_tokens,
+                                model.add_bos) for example in examples]
   parts = [[part for one in several
             for part in windows(one, context_length, context_length // 2 or 1)]
            for several in encoded]
-  found = iter(log_likelihoods(speaker, [part for group in parts for part in group]))
+  found = iter(log_likelihoods(model, [part for group in parts for part in group]))
   return [
     Answer(
       log_likelihoods=tuple(next(found) for _ in group),
       num_tokens=tuple(sum(map(bool, part.weights[1:])) for part in group),
       # Without BOS nothing predicts the first token.
-      unpredicted_bytes=sum(len(speaker.tokenizer.id_bytes[one.ids[0]])
+      unpredicted_bytes=sum(len(model.tokenizer.id_bytes[one.ids[0]])
                             for one in several if any(one.weights[:1])),
     )
     for several, group in zip(encoded, parts, strict=True)
   ]
 
 
-def _encode(speaker: Speaker, segments: Sequence[Segment]) -> Tokens:
-  return encode(segments, speaker.tokenizer, speaker.special_ids, speaker.add_bos)
+def _encode(model: Model, segments: Sequence[Segment]) -> Tokens:
+  return encode(segments, model.tokenizer, model.tokenizer.special_tokens, model.add_bos)

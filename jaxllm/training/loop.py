@@ -196,7 +196,7 @@ def _initial_state(run: _Run, latest: int) -> tuple[TrainState, Bundle]:
   files = tokenizer.files()
   if experiment.init_from is not None:
     # With what says how to use the model, such as its chat template.
-    files = {**loading.describe(experiment.init_from).files, **files}
+    files = {**loading.describe(experiment.init_from).tokenizer.files(), **files}
   state = state_lib.create_state(experiment, run.tx, run.mesh, base, teacher)
   return state, Bundle(experiment.to_json(), files, manifest)
 

@@ -50,7 +50,7 @@ def resolve(experiment: Experiment, begun: Experiment | None = None) -> Experime
     changes['model'] = found.config
   if experiment.tokenizer is None:
     directory = pathlib.Path(experiment.records_dir) / experiment.name / 'tokenizer'
-    changes['tokenizer'] = _write_tokenizer(found.files, directory)
+    changes['tokenizer'] = _write_tokenizer(found.tokenizer.files(), directory)
     changes['data'] = experiment.data.replace(add_bos=found.add_bos)
   return experiment.replace(**changes)
 
@@ -66,7 +66,7 @@ def check_start(experiment: Experiment) -> None:
     found, ours = loading.describe(experiment.init_from), experiment.tokenizer
     check_parameters(experiment, decoder.abstract(found.config)[0]['params'])
     if ours is not None and not ours.trained:
-      _check_vocabulary('init_from', experiment.init_from, tokenizers.from_files(found.files),
+      _check_vocabulary('init_from', experiment.init_from, found.tokenizer,
                         tokenizers.train_or_load(ours, ()))
   if isinstance(experiment.objective, Distillation):
     sources.check_exists(experiment.objective.teacher, field='config.objective.teacher: ')

@@ -1,6 +1,7 @@
 """What is measured of a model while it is trained: its held-out loss, and how it does tasks."""
 
 import collections
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -11,11 +12,8 @@ from jaxllm import loading, sharding
 from jaxllm.data import batches as batches_lib
 from jaxllm.evaluation import perplexity, scores
 from jaxllm.experiment import TOKEN_OBJECTIVES, Experiment
-from jaxllm.models import decoder
-from jaxllm.models.decoder import Decoder
 from jaxllm.tasks import TASKS, predict
 from jaxllm.tasks.base import Example
-from jaxllm.tasks.predict import Speaker
 from jaxllm.training import losses
 from jaxllm.training.dataset import Dataset
 
@@ -128,20 +126,14 @@ def make_tasks(experiment: Experiment, dataset: Dataset) -> Measure | None:
     subset = task.replace(data=task.data.replace(limit=chosen))
     examples.append((task, loading.task_examples(subset, config.split, dataset.tokenizer)))
     _check_installed(task)
-  speaker = Speaker(
-    # As `loading` uses it: plain attention, no recomputation.
-    Decoder(experiment.decoder.replace(attention='xla', remat='none')), None, dataset.tokenizer,
-    dataset.tokenizer.special_tokens, experiment.data.add_bos, config.batch_size,
-    dataset.tokenizer.eos_token_ids, experiment.classifier,
-    labels=getattr(experiment.task, 'labels', ()),
-  )
+  bare = loading.make_model(
+    loading.to_use(experiment.decoder), None, dataset.tokenizer, experiment)
 
   def measure(variables: Any) -> Scores:
-    if any(TASKS[task.kind].kind == 'generate' for task, _ in examples):
-      variables = decoder.unstack(variables)
+    model = dataclasses.replace(bare, variables=variables)
     found: Scores = {}
     for task, some in examples:
-      predictions = predict.predict(task, some, speaker._replace(variables=variables))
+      predictions = predict.predict(task, some, model, config.batch_size)
       values = score(task, some, predictions)
       found |= {f'{task.kind}/{name}': value for name, value in values.items()}
     return found

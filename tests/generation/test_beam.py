@@ -69,7 +69,7 @@ def pair(tmp_path_factory):
   """Return the same random model, theirs and ours."""
   torch = pytest.importorskip('torch')
   transformers = pytest.importorskip('transformers')
-  from jaxllm.interop import huggingface
+  from jaxllm.interop import huggingface, weights
 
   torch.manual_seed(0)
   theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
@@ -78,8 +78,8 @@ def pair(tmp_path_factory):
   )).eval()
   path = tmp_path_factory.mktemp('model')
   theirs.save_pretrained(path)
-  loaded = huggingface.load(path)
-  return theirs, Decoder(loaded.config), decoder.unstack(loaded.variables)
+  source = huggingface.open_model(path)
+  return theirs, Decoder(source.config), decoder.unstack(weights.load(source))
 
 
 @pytest.mark.parity

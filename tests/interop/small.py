@@ -1,12 +1,13 @@
 """Small models of every family as our configs, in sizes that no two axes share by accident."""
 
 import json
+import types
 
 import jax
 import numpy as np
 
 from jaxllm.data import tokenizers
-from jaxllm.interop import huggingface_writer
+from jaxllm.interop import huggingface_writer, sources, weights
 from jaxllm.models import decoder
 from jaxllm.models.families import PRESETS
 from jaxllm.models.positions import (
@@ -49,6 +50,18 @@ CONFIGS = {
 }
 # Which family a config belongs to, where its name does not say it.
 MODEL_TYPES = {'llama3': 'llama', 'llama_yarn': 'llama'}
+
+
+def load(path, dtype='float32', ignore_auto_map=False, **options):
+  """Return (config, variables, files, model_type) of a directory or file as a namespace."""
+  return read(sources.open_model(path, ignore_auto_map=ignore_auto_map), dtype, **options)
+
+
+def read(source, dtype='float32', **options):
+  """Do the same with an open source."""
+  return types.SimpleNamespace(
+    config=source.config, variables=weights.load(source, dtype, **options), files=source.files,
+    model_type=source.form.model_type)
 
 
 def variables(config, seed=0):

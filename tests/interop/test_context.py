@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import small
 
-from jaxllm.interop import huggingface, huggingface_writer, report
+from jaxllm.interop import huggingface, huggingface_writer, report, weights
 from jaxllm.models.families import HUGGINGFACE
 from jaxllm.models.positions import DynamicScaling, LinearScaling, RotaryPositions, YarnScaling
 
@@ -85,4 +85,4 @@ def test_the_sharpness_of_yarn_is_proven(rope, sharpness, tmp_path):
     assert scaling.attention_factor == pytest.approx(sharpness)
   ids = report.fixed_prompt(source.config)
   reference = source.reference(ids, np.dtype(np.float32))
-  report.prove(reference, source.config, huggingface.load_source(source).variables, ids)
+  report.prove(reference, source.config, weights.load(source), ids)

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+import small
 import small_gguf
 
 from jaxllm.data import tokenizer_settings, tokenizers
-from jaxllm.interop import chat, gguf_vocabulary, huggingface, report, sources
+from jaxllm.interop import chat, gguf_vocabulary, report, sources
 from jaxllm.models.positions import LinearScaling, RotaryPositions, YarnScaling
 
 gguf = pytest.importorskip('gguf')
@@ -15,8 +16,8 @@ KINDS = ['llama', 'qwen2', 'qwen3', 'gemma', 'gemma2', 'gemma3']
 @pytest.mark.parametrize('kind', KINDS)
 def test_every_architecture_is_what_it_was_made_from(kind, tmp_path):
   small_gguf.write(tmp_path / 'model.gguf', tmp_path / 'model', kind)
-  loaded = sources.load(tmp_path / 'model.gguf')
-  original = huggingface.load(tmp_path / 'model')
+  loaded = small.load(tmp_path / 'model.gguf')
+  original = small.load(tmp_path / 'model')
   plain = {'initializer': original.config.initializer}
   assert loaded.config.replace(**plain) == original.config.replace(**plain)
   layers, expected = (m.variables['params']['layers'] for m in (loaded, original))
@@ -41,7 +42,7 @@ def test_quantised_files(quantization, tmp_path):
   source = sources.open_model(tmp_path / 'model.gguf')
   kinds = {tensor.kind for tensor in source.tensors.values()}
   assert kinds == {quantization, 'F32'}
-  loaded = huggingface.load_source(source)
+  loaded = small.read(source)
   prove(source, loaded)
 
 
@@ -56,7 +57,7 @@ def test_divisors_of_the_rotation(tmp_path, monkeypatch):
   small_gguf.write(tmp_path / 'model.gguf', tmp_path / 'model', 'llama')
   source = sources.open_model(tmp_path / 'model.gguf')
   assert source.config.positions.scaling.short_factors[-1] == 9
-  prove(source, huggingface.load_source(source))
+  prove(source, small.read(source))
   first = 0
   small_gguf.write(tmp_path / 'zero.gguf', tmp_path / 'zero', 'llama')
   with pytest.raises(ValueError, match='finite numbers above 0'):
@@ -72,7 +73,7 @@ def test_scaled_rotations(scaling, tmp_path, monkeypatch):
   small_gguf.write(tmp_path / 'model.gguf', tmp_path / 'model', 'llama')
   source = sources.open_model(tmp_path / 'model.gguf')
   assert source.config.positions == rotary
-  prove(source, huggingface.load_source(source))
+  prove(source, small.read(source))
 
 
 def test_the_tokenizer(tmp_path):
@@ -130,7 +131,7 @@ def test_damaged_files(tmp_path):
   def refused(changed, message):
     path.write_bytes(changed)
     with pytest.raises(ValueError, match=message):
-      sources.load(path)
+      small.load(path)
 
   for size in (10, 100, 3000, len(content) - 1000):
     refused(content[:size], 'cut off|are read')

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import small_gguf
 
-from jaxllm.interop import gguf_config, huggingface, report, sources
+from jaxllm.interop import gguf_config, report, sources, weights
 from jaxllm.interop.gguf import ARCHITECTURES
 from jaxllm.interop.gguf_file import Tensor
 from jaxllm.interop.huggingface import Reading
@@ -172,7 +172,7 @@ def test_the_reference_reads_the_same(kind, extra, tmp_path, caplog):
   assert source.unread == (f'{kind}.invented',) and f'{kind}.invented' in caplog.text
   ids = report.fixed_prompt(source.config)
   reference = source.reference(ids, np.dtype(np.float32))
-  report.prove(reference, source.config, huggingface.load_source(source).variables, ids)
+  report.prove(reference, source.config, weights.load(source), ids)
 
 
 def test_a_llama_with_biases_of_queries_keys_and_values_alone(tmp_path, monkeypatch):

@@ -6,10 +6,9 @@ import sys
 
 import numpy as np
 import pytest
+import small
 import small_gguf
 from test_parity import assert_same, our_logits, their_logits
-
-from jaxllm.interop import sources
 
 pytestmark = pytest.mark.parity
 
@@ -26,7 +25,7 @@ def test_small_files(kind, quantization, tmp_path):
   model = transformers.AutoModelForCausalLM.from_pretrained(
     tmp_path, gguf_file='model.gguf', dtype=torch.float32
   ).eval()
-  loaded = sources.load(tmp_path / 'model.gguf')
+  loaded = small.load(tmp_path / 'model.gguf')
   tokens = np.random.default_rng(0).integers(0, 260, (2, 40))
   assert_same(our_logits(loaded, tokens), their_logits(model, tokens))
 

@@ -26,7 +26,7 @@ def same_bytes(first, second):
 def test_every_family_comes_back_and_computes_what_the_reference_does(name, tmp_path):
   config, variables = small.save(tmp_path / 'model', name)
   source = huggingface.open_model(tmp_path / 'model')
-  loaded = huggingface.load_source(source)
+  loaded = small.read(source)
   assert huggingface_writer.normal(loaded.config) == huggingface_writer.normal(config)
   padded = loaded.config.padded_vocab_size - config.padded_vocab_size
   embedding = np.pad(variables['params']['embed']['embedding'], ((0, padded), (0, 0)))
@@ -40,7 +40,7 @@ def test_every_family_comes_back_and_computes_what_the_reference_does(name, tmp_
 def test_a_wrong_model_is_not_proven(tmp_path):
   small.save(tmp_path / 'model')
   source = huggingface.open_model(tmp_path / 'model')
-  loaded = huggingface.load_source(source)
+  loaded = small.read(source)
   ids = report.fixed_prompt(loaded.config)
   reference = source.reference(ids, np.dtype(np.float32))
   query = loaded.variables['params']['layers']['attention']['query']
@@ -138,8 +138,8 @@ def test_parameters_are_born_sharded(name, tmp_path):
   config, _ = small.save(tmp_path / 'model', name)
   mesh_config = MeshConfig(data=2, fsdp=2, tensor=2)
   mesh = sharding.make_mesh(mesh_config)
-  alone = huggingface.load(tmp_path / 'model')
-  split = huggingface.load(tmp_path / 'model', mesh=mesh, mesh_config=mesh_config)
+  alone = small.load(tmp_path / 'model')
+  split = small.load(tmp_path / 'model', mesh=mesh, mesh_config=mesh_config)
   assert same_bytes(split.variables, alone.variables)
   kernel = split.variables['params']['layers']['mlp']['up']['kernel']
   assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, 'fsdp', 'tensor')
@@ -163,15 +163,15 @@ def test_a_device_reads_only_its_part(tmp_path, monkeypatch):
     return make(shape, where, read)
 
   monkeypatch.setattr(jax, 'make_array_from_callback', spy)
-  huggingface.load(tmp_path / 'model', mesh=mesh, mesh_config=mesh_config)
+  small.load(tmp_path / 'model', mesh=mesh, mesh_config=mesh_config)
   halves = [part for shape, part in asked if len(shape) == 3 and shape[1:] == (24, 20)]
   assert halves and all(part == (3, 24, 10) for part in halves)
 
 
 def test_dtypes(tmp_path):
   _, variables = small.save(tmp_path / 'half', dtype='bfloat16')
-  kept = huggingface.load(tmp_path / 'half', dtype=None).variables
-  wide = huggingface.load(tmp_path / 'half').variables
+  kept = small.load(tmp_path / 'half', dtype=None).variables
+  wide = small.load(tmp_path / 'half').variables
   assert {leaf.dtype.name for leaf in jax.tree.leaves(kept)} == {'bfloat16'}
   assert {leaf.dtype.name for leaf in jax.tree.leaves(wide)} == {'float32'}
   layers = variables['params']['layers']
@@ -179,7 +179,7 @@ def test_dtypes(tmp_path):
   assert same_bytes(kept['params']['layers'], rounded)
   assert same_bytes(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), kept), wide)
   with pytest.raises(ValueError, match="dtype='float8'.*float32, bfloat16"):
-    huggingface.load(tmp_path / 'half', dtype='float8')
+    small.load(tmp_path / 'half', dtype='float8')
 
 
 def test_shards_the_files_and_the_vocabulary_without_its_padding(tmp_path):
@@ -189,8 +189,8 @@ def test_shards_the_files_and_the_vocabulary_without_its_padding(tmp_path):
   assert names[0] == f'model-00001-of-{len(names):05}.safetensors' and len(names) > 2
   index = json.loads((tmp_path / 'many' / 'model.safetensors.index.json').read_text())
   assert set(index['weight_map'].values()) == set(names)
-  one = huggingface.load(tmp_path / 'one')
-  assert same_bytes(huggingface.load(tmp_path / 'many').variables, one.variables)
+  one = small.load(tmp_path / 'one')
+  assert same_bytes(small.load(tmp_path / 'many').variables, one.variables)
   stored = tensorfile.read_header(tmp_path / 'one' / 'model.safetensors')
   assert stored['model.embed_tokens.weight'].shape == (config.vocab_size, config.embed_dim)
   assert stored['lm_head.weight'].shape == (config.vocab_size, config.embed_dim)
@@ -209,7 +209,7 @@ def test_the_directory_is_complete_and_its_tokenizer_comes_back(tmp_path):
     'config.json', 'generation_config.json', 'model.safetensors', 'tokenizer.json',
     'tokenizer_config.json', 'special_tokens_map.json',
   }
-  loaded = huggingface.load(tmp_path / 'model')
+  loaded = small.load(tmp_path / 'model')
   made, original = tokenizers.from_files(loaded.files), tokenizers.from_files(small.files())
   text = 'Grüße \t\n <|endoftext|> 机器'
   assert made.encode(text) == original.encode(text) and made.decode(made.encode(text)) == text
@@ -231,7 +231,7 @@ def test_gpt2_with_and_without_prefix_and_masks(prefix, tmp_path):
   tensorfile.write(path, layout, arrays.__getitem__)
   source = huggingface.open_model(tmp_path / 'model')
   assert set(source.ignored.values()) == {'causal mask'} and len(source.ignored) == 2
-  loaded = huggingface.load_source(source)
+  loaded = small.read(source)
   assert same_bytes(loaded.variables['params']['layers'], variables['params']['layers'])
 
 
@@ -260,7 +260,7 @@ def test_the_text_model_of_a_multimodal_gemma3(tmp_path):
   tensorfile.write(weights, layout, arrays.__getitem__)
   source = huggingface.open_model(tmp_path / 'model')
   assert list(source.ignored) == ['vision_tower.patch.weight']
-  loaded = huggingface.load_source(source)
+  loaded = small.read(source)
   assert same_bytes(loaded.variables['params']['layers'], variables['params']['layers'])
   ids = report.fixed_prompt(loaded.config)
   report.prove(source.reference(ids, np.dtype(np.float32)), loaded.config, loaded.variables, ids)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import models
 import numpy as np
 import pytest
+import small
 
 from jaxllm.generation import decode
 from jaxllm.generation.sampling import SamplingConfig
@@ -74,7 +75,7 @@ def pair(request, tmp_path_factory):
   path = tmp_path_factory.mktemp(request.param)
   model = models.make(request.param)
   model.save_pretrained(path)
-  return request.param, model, huggingface.load(path), path
+  return request.param, model, small.load(path), path
 
 
 def test_logits_of_a_full_and_of_a_padded_batch(pair):
@@ -150,7 +151,7 @@ def test_import_after_export_is_byte_equal(pair, tmp_path):
   huggingface_writer.save(tmp_path / 'out', loaded.config, loaded.variables,
                           model_type=loaded.model_type, shard_bytes=20_000)
   assert len(list((tmp_path / 'out').glob('model-*.safetensors'))) > 1
-  again = huggingface.load(tmp_path / 'out')
+  again = small.load(tmp_path / 'out')
   assert again.config == loaded.config
   same = jax.tree.map(lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes(),
                       again.variables, loaded.variables)

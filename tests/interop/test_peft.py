@@ -268,7 +268,7 @@ def test_peft_computes_the_same(kind, tmp_path):
   torch = pytest.importorskip('torch')
   transformers = pytest.importorskip('transformers')
   theirs = pytest.importorskip('peft')
-  from jaxllm.interop import huggingface
+  from jaxllm.interop import huggingface, weights
 
   torch.manual_seed(0)
   name, sizes, targets = THEIRS[kind]
@@ -276,7 +276,7 @@ def test_peft_computes_the_same(kind, tmp_path):
   family = getattr(transformers, name)
   base = family(family.config_class(**sizes)).eval()
   base.save_pretrained(tmp_path / 'base')
-  loaded = huggingface.load(tmp_path / 'base')
+  loaded = huggingface.open_model(tmp_path / 'base')
   tokens = np.random.default_rng(0).integers(3, 50, (2, 9))
 
   def their_logits(model):
@@ -284,7 +284,7 @@ def test_peft_computes_the_same(kind, tmp_path):
       return model(torch.tensor(tokens)).logits.numpy()
 
   def our_logits(adapters):
-    variables = {**loaded.variables, 'lora': adapters}
+    variables = {**weights.load(loaded), 'lora': adapters}
     return jax.jit(Decoder(loaded.config).apply)(variables, jnp.asarray(tokens))[..., :50]
 
   # From PEFT to us, some modules with another rank.

@@ -14,9 +14,9 @@ import jax
 import tokenizers
 import uvicorn
 
+from jaxllm import loading
 from jaxllm.data import tokenizers as tokenizer_lib
 from jaxllm.interop import huggingface_writer
-from jaxllm.loading import LoadedModel
 from jaxllm.models import decoder
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.models.linear import InitializerConfig
@@ -59,7 +59,7 @@ def tiny_model(max_length=512):
     vocab_size=259, vocab_multiple=8, embed_dim=16, num_layers=1, num_heads=2, mlp_dim=16,
     max_length=max_length, initializer=InitializerConfig(stddev=None))
   variables = decoder.init(config, jax.random.key(2))
-  return LoadedModel(config, variables, tokenizer(), add_bos=False, stop_ids=(END,))
+  return loading.make_model(config, variables, tokenizer())
 
 
 def save(model, directory):

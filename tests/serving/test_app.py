@@ -35,6 +35,7 @@ from openai.types import Completion, CreateEmbeddingResponse, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel
 
+from jaxllm import loading
 from jaxllm.data import tokenizers
 from jaxllm.generation import scoring
 from jaxllm.generation.text import TextPiece, text_of
@@ -279,8 +280,10 @@ def test_chats_end_with_the_turn_and_go_through_the_template(client):
 
 def test_a_run_tuned_on_chats_is_served_by_their_template():
   template = ChatTemplate(prefix='[{role}]', suffix='a', controls=())
-  run = types.SimpleNamespace(task=Chat(template=template), data=None)
-  model = dataclasses.replace(tiny_model(), experiment=run)
+  run = types.SimpleNamespace(
+    task=Chat(template=template), data=types.SimpleNamespace(add_bos=False))
+  small = tiny_model()
+  model = loading.make_model(small.config, small.variables, small.tokenizer, run)
   engine = make_engine(model)
   with running(model, engine) as server, openai.OpenAI(
       base_url=f'{server.url}/v1', api_key='x') as client:
@@ -488,7 +491,7 @@ def planned(model, body):
 def test_templates_get_tools_calls_and_variables():
   model, _ = shared()
   files = model.tokenizer.files() | {'chat_template.jinja': TOOL_TEMPLATE.encode()}
-  tooled = dataclasses.replace(model, tokenizer=tokenizers.from_files(files))
+  tooled = loading.make_model(model.config, model.variables, tokenizers.from_files(files))
   tools = [{'type': 'function', 'function': {'name': 'f', 'parameters': {'type': 'object'}}}]
   history = [
     {'role': 'user', 'content': 'x'},

@@ -12,7 +12,7 @@ from jaxllm.data import tokenizers
 from jaxllm.data.tokenizers import TokenizerConfig
 from jaxllm.generation import scoring, text
 from jaxllm.generation.sampling import SamplingConfig
-from jaxllm.loading import LoadedModel
+from jaxllm.model import Model
 from jaxllm.models import decoder
 from jaxllm.models.decoder import Decoder, DecoderConfig
 from jaxllm.models.linear import InitializerConfig
@@ -40,7 +40,7 @@ SYSTEM = (*range(60, 97),)
 
 def load(config):
   variables = jax.jit(decoder.init, static_argnums=0)(config, jax.random.key(2))
-  return LoadedModel(config, variables, TOKENIZER)
+  return Model(config, variables, TOKENIZER)
 
 
 MODEL = load(ROTARY)

@@ -8,13 +8,13 @@ from jaxllm.adapters.lora import LoraConfig
 from jaxllm.data import tokenizers
 from jaxllm.data.tokenizers import TokenizerConfig
 from jaxllm.evaluation import scores
+from jaxllm.model import Model
 from jaxllm.models import decoder
 from jaxllm.models.decoder import Decoder, DecoderConfig
 from jaxllm.objectives import completion
 from jaxllm.objectives.next_token import ObjectiveConfig, next_token_loss
 from jaxllm.tasks import TASKS, predict
 from jaxllm.tasks.classification import Sentiment
-from jaxllm.tasks.predict import Speaker
 from tests.training.tiny_run import training_records
 
 BYTES = tokenizers.train_or_load(TokenizerConfig(kind='bytes'), [])
@@ -54,7 +54,7 @@ def test_adapters_learn_a_task():
     (adapters, tx.init(adapters)))
   assert losses[-1] < 0.1 * losses[0]
 
-  speaker = Speaker(model, {'params': params, 'lora': adapters}, BYTES)
-  found = predict.predict(config, examples, speaker)
+  found = predict.predict(config, examples, Model(
+    model.config, {'params': params, 'lora': adapters}, BYTES))
   labels = [prediction['label'] for prediction in found]
   assert scores.score('accuracy', labels, [e.reference for e in examples]) == {'accuracy': 1.0}

@@ -281,11 +281,11 @@ def test_a_run_is_talked_to_as_it_was_trained(base, tmp_path):
   task = Chat(template=template, data=RecordsConfig(sources=(RecordSource(location=str(chats)),)))
   train(experiment(base, task=task, name='talks', finetune=FinetuneConfig()), base / 'talks')
   model = loading.load(base / 'talks')
-  encode, stop, _ = model.chat_format
+  own = model.chat_format
   example, = chat.examples([{'messages': said}], template)
   trained = encoding.encode(example.segments, model.tokenizer, add_bos=model.add_bos).ids
-  asked = encode(said[:1])
-  assert trained[: len(asked)] == asked and stop == ('[end]',)
+  asked = own.encode(said[:1])
+  assert trained[: len(asked)] == asked and own.stop == ('[end]',)
   # Whoever loads or serves the model elsewhere renders the same.
   exported = base / 'exported'
   huggingface_writer.save(exported, model.config, model.variables, model.tokenizer.files(),
@@ -295,7 +295,7 @@ def test_a_run_is_talked_to_as_it_was_trained(base, tmp_path):
   # Trained on, as the model's own template.
   again = task.replace(template=None)
   for tokenizer in (elsewhere.tokenizer,
-                    tokenizers.from_files(loading.describe(base / 'talks').files)):
+                    loading.describe(base / 'talks').tokenizer):
     found = loading.task_examples(again, 'train', tokenizer)[0]
     # To the model the end of its turn is text, which nothing stops at; EOS is in its place.
     messages = found.record['messages']

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxllm import loading, pipelines, sharding
+from jaxllm import loading, sharding
 from jaxllm.checkpoints import store
 from jaxllm.config import ConfigError
 from jaxllm.experiment import Distillation, Experiment, FinetuneConfig, TrainingConfig
@@ -96,16 +96,15 @@ def test_a_classifier_learns_and_is_loaded_with_its_head(base, finetune):
   assert summary['validation']['accuracy'] == lines(path, 'task/sentiment/accuracy')[-1] == 1.0
   model = loading.load(path)
   assert model.variables['params']['classifier']['kernel'].shape == (16, 2)
-  speaker = pipelines.speaker(model)
   # The score of a run is that of its checkpoint, which the head decides.
   held_out = predict.examples(config.task, 'validation')
-  scored = scoring.score(config.task, held_out, predict.predict(config.task, held_out, speaker))
+  scored = scoring.score(config.task, held_out, predict.predict(config.task, held_out, model))
   assert {name: lines(path, f'task/sentiment/{name}')[-1] for name in scored} == pytest.approx(
     scored, rel=1e-5)
   examples = predict.examples(config.task, 'test')
-  found = predict.predict(config.task, examples, speaker)
+  found = predict.predict(config.task, examples, model)
   assert [p['label'] for p in found] == [e.reference for e in examples]
-  alone = predict.predict(config.task, examples[:1], speaker)[0]
+  alone = predict.predict(config.task, examples[:1], model)[0]
   assert alone['score'] == pytest.approx(found[0]['score'], rel=1e-5)
 
 

@@ -12,7 +12,6 @@ from jaxllm.checkpoints.store import CheckpointConfig
 from jaxllm.config import ConfigError
 from jaxllm.experiment import BestConfig, ScoringConfig, TrainingConfig
 from jaxllm.tasks import predict
-from jaxllm.tasks.predict import Speaker
 from jaxllm.training import loop, report, scoring, selection
 from jaxllm.training.selection import Selection
 from tests.training import test_finetune, tiny_run
@@ -90,9 +89,7 @@ def test_scores_are_those_of_the_model_on_the_same_examples(stopped):
   model = loading.load(directory / 'base')
   found = scoring.make_tasks(config, dataset)(model.variables)
   examples = predict.examples(config.task, 'validation')
-  speaker = Speaker(loop.scoring.Decoder(model.config), model.variables, model.tokenizer,
-                    add_bos=model.add_bos)
-  predictions = predict.predict(config.task, examples, speaker)
+  predictions = predict.predict(config.task, examples, model)
   right = [p['label'] == e.reference for p, e in zip(predictions, examples, strict=True)]
   assert len(examples) == 8 and found['sentiment/accuracy'] == np.mean(right)
   assert 0 <= found['sentiment/ece'] <= 1
