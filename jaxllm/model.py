@@ -104,7 +104,8 @@ class Model:
 
   def hidden(self, ids: Sequence[int]) -> np.ndarray:
     """Return the final hidden states, (T, D), of token ids."""
-    return np.asarray(_apply(self.decoder, self.variables, self._batch(ids), 'hidden')[0])
+    hidden_BTD, _ = _apply(self.decoder, self.variables, self._batch(ids), 'hidden')
+    return np.asarray(hidden_BTD[0])
 
   def logits(self, ids: Sequence[int]) -> np.ndarray:
     """Return the float32 logits of the next token at each position, (T, vocab_size)."""

@@ -155,7 +155,7 @@ def _score(
   model: Decoder, variables: Any, tokens_BS: jax.Array, places_BK: jax.Array, num_top: int
 ) -> log_probs.TokenScores:
   """Score the tokens that follow K places of each row."""
-  hidden_BTD: Any = model.apply(variables, tokens_BS[:, :-1], method='hidden')
-  hidden_BKD = jnp.take_along_axis(hidden_BTD, places_BK[..., None], axis=1)
+  hidden: Any = model.apply(variables, tokens_BS[:, :-1], method='hidden')
+  hidden_BKD = jnp.take_along_axis(hidden[0], places_BK[..., None], axis=1)
   targets_BK = jnp.take_along_axis(tokens_BS, places_BK + 1, axis=1)
   return log_probs.score_tokens(model, variables, hidden_BKD, targets_BK, num_top)

@@ -45,6 +45,11 @@ REMAT_POLICIES: Mapping[str, Callable[..., Any]] = {
   ),
 }
 
+Aux = dict[str, jax.Array]
+AUX = 'aux'
+"""Collection of what modules of a block `sow`: float32 scalars, each a mean over the tokens of the
+batch. `Decoder.hidden` adds them over the layers by name, for objectives to weigh."""
+
 # Collections that hold one tree per layer.
 _LAYERED = ('params', 'lora')
 
@@ -133,7 +138,7 @@ class Decoder(nn.Module):
     Returns:
       logits_BTV float32; those of padded vocabulary entries are -1e30.
     """
-    return self.logits(self.hidden(tokens_BT, segment_ids_BT, positions_BT, deterministic))
+    return self.logits(self.hidden(tokens_BT, segment_ids_BT, positions_BT, deterministic)[0])
 
   def hidden(
     self,
@@ -141,8 +146,8 @@ class Decoder(nn.Module):
     segment_ids_BT: jax.Array | None = None,
     positions_BT: jax.Array | None = None,
     deterministic: bool = True,
-  ) -> jax.Array:
-    """Return the normalised hidden states (B, T, D); arguments as in `__call__`."""
+  ) -> tuple[jax.Array, Aux]:
+    """Return (hidden_BTD, normalised; what the layers report); arguments as in `__call__`."""
     length = tokens_BT.shape[1]
     if positions_BT is None:
       positions_BT = _default_positions(self.config, length, segment_ids_BT)
@@ -152,8 +157,9 @@ class Decoder(nn.Module):
       (lambda window: None) if attention.is_fused(self.config) else mask,
       positions_BT, jnp.max(positions_BT + 1, axis=1, where=is_real_BT, initial=1), segment_ids_BT,
     )
-    x_BTD, _ = self._run(self._embed(tokens_BT, positions_BT, deterministic), views, deterministic)
-    return self.final_norm(x_BTD)
+    x_BTD = self._embed(tokens_BT, positions_BT, deterministic)
+    x_BTD, _, aux = self._run(x_BTD, views, deterministic)
+    return self.final_norm(x_BTD), aux
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """Return float32 logits (..., V) of hidden states (..., D); padded entries are -1e30."""
@@ -189,7 +195,7 @@ class Decoder(nn.Module):
       num_slots=jnp.max(lengths_B, where=counts_B > 0, initial=1),
     )
     x_BTD = self._embed(tokens_BT, positions_BT, True)
-    x_BTD, written = self._run(x_BTD, views, True, cache, slots_BT)
+    x_BTD, written, _ = self._run(x_BTD, views, True, cache, slots_BT)
     assert written is not None
     return self.final_norm(x_BTD), dataclasses.replace(written, lengths_B=lengths_B)
 
@@ -232,7 +238,7 @@ class Decoder(nn.Module):
     deterministic: bool,
     cache: KVCache | None = None,
     slots_BT: jax.Array | None = None,
-  ) -> tuple[jax.Array, KVCache | None]:
+  ) -> tuple[jax.Array, KVCache | None, Aux]:
     """Run all layers, by a scan where everything is stacked, else one by one."""
     config = self.config
     layers = {
@@ -245,9 +251,10 @@ class Decoder(nn.Module):
 
     def run_block(variables, x_BTD, view, cache, layer):
       rngs = None if key is None else {'dropout': jax.random.fold_in(key, layer)}
-      return Block(config, parent=None).apply(
-        variables, x_BTD, view, key is None, cache, layer, slots_BT, rngs=rngs
+      (x_BTD, cache), sown = Block(config, parent=None).apply(
+        variables, x_BTD, view, key is None, cache, layer, slots_BT, rngs=rngs, mutable=[AUX]
       )
+      return x_BTD, cache, _add_aux({}, sown.get(AUX, {}))
 
     if config.remat != 'none':
       run_block = jax.checkpoint(
@@ -256,10 +263,12 @@ class Decoder(nn.Module):
     if scanned:
       return _scan(run_block, layers, x_BTD, views, cache, config.layer_kinds)
     single = {name: _single_layers(tree, config.num_layers) for name, tree in layers.items()}
+    aux: Aux = {}
     for layer, kind in enumerate(config.layer_kinds):
       variables = {name: trees[layer] for name, trees in single.items()}
-      x_BTD, cache = run_block(variables, x_BTD, views[kind], cache, layer)
-    return x_BTD, cache
+      x_BTD, cache, added = run_block(variables, x_BTD, views[kind], cache, layer)
+      aux = _add_aux(aux, added)
+    return x_BTD, cache, aux
 
   def _init_layers(self, key: jax.Array) -> Any:
     """Return the parameters of all blocks, boxed with their axes, stacked on axis 0."""
@@ -368,6 +377,15 @@ def _single_layers(layers: Mapping[str, Any], num_layers: int) -> list[Any]:
   return jax.tree.transpose(jax.tree.structure(layers), inner, parts)
 
 
+def _add_aux(totals: Aux, sown: Mapping[str, Any]) -> Aux:
+  """Add the leaves of what modules have sown to the totals of their names."""
+  totals = dict(totals)
+  for path, value in jax.tree_util.tree_leaves_with_path(sown):
+    name = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)][-1]
+    totals[name] = totals.get(name, 0.0) + jnp.asarray(value, jnp.float32)
+  return totals
+
+
 def _scan(run_block, layers, x_BTD, views, cache, kinds):
   """Scan `run_block` over the layers; where kinds differ, each layer picks its view by number."""
   names = list(views)
@@ -378,10 +396,10 @@ def _scan(run_block, layers, x_BTD, views, cache, kinds):
     view = views[names[0]]
     if len(names) > 1:
       view = jax.tree.map(lambda leaf: leaf[kind], stacked_views)
-    x_BTD, cache = run_block(variables, carry[0], view, carry[1], layer)
-    return (x_BTD, cache), None
+    x_BTD, cache, aux = run_block(variables, carry[0], view, carry[1], layer)
+    return (x_BTD, cache), aux
 
   layer_L = jnp.arange(len(kinds), dtype=jnp.int32)
   kind_L = jnp.asarray([names.index(kind) for kind in kinds], jnp.int32)
-  (x_BTD, cache), _ = jax.lax.scan(body, (x_BTD, cache), (layers, layer_L, kind_L))
-  return x_BTD, cache
+  (x_BTD, cache), aux = jax.lax.scan(body, (x_BTD, cache), (layers, layer_L, kind_L))
+  return x_BTD, cache, {name: value_L.sum() for name, value_L in aux.items()}

@@ -4,7 +4,6 @@ The head is {'kernel': (D, C), 'bias': (C,)}, kept beside the decoder's paramete
 `classifier`. Axis letter: C, classes.
 """
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -13,9 +12,7 @@ import pydantic
 
 from jaxllm.config import Config
 from jaxllm.models.decoder import Decoder, DecoderConfig
-
-Batch = Mapping[str, jax.Array]
-Sums = dict[str, jax.Array]
+from jaxllm.objectives.base import Batch, Sums, hidden_states, with_aux
 
 
 class ClassifierConfig(Config):
@@ -57,12 +54,12 @@ def class_logits(
     batch: `tokens` and `segment_ids` (0 = padding, on the right), (B, T).
     dropout_key: None turns dropout off.
   """
-  hidden_BTD: Any = model.apply(
-    variables, batch['tokens'], batch['segment_ids'],
-    deterministic=dropout_key is None,
-    rngs=None if dropout_key is None else {'dropout': dropout_key},
-    method='hidden',
-  )
+  return _logits(config, variables, batch, hidden_states(model, variables, batch, dropout_key)[0])
+
+
+def _logits(
+  config: ClassifierConfig, variables: Any, batch: Batch, hidden_BTD: jax.Array
+) -> jax.Array:
   hidden_BTD = hidden_BTD.astype(jnp.float32)
   real_BT = (batch['segment_ids'] > 0).astype(jnp.float32)
   if config.pooling == 'last':
@@ -94,15 +91,16 @@ def classification_loss(
   Returns:
     The float32 sum of losses, the number of labels, and {'cross_entropy_sum', 'correct_sum'}.
   """
-  logits_BC = class_logits(config, model, variables, batch, dropout_key)
+  hidden_BTD, aux = hidden_states(model, variables, batch, dropout_key)
+  logits_BC = _logits(config, variables, batch, hidden_BTD)
   labels_B = batch['labels'][:, 0]
   weights_B = (labels_B >= 0).astype(jnp.float32)
   log_probs_BC = jax.nn.log_softmax(logits_BC)
   target_B = jnp.take_along_axis(log_probs_BC, jnp.maximum(labels_B, 0)[:, None], axis=1)[:, 0]
   smoothing = config.label_smoothing
   loss_B = -(1 - smoothing) * target_B - smoothing * log_probs_BC.mean(axis=1)
-  aux = {
+  sums = {
     'cross_entropy_sum': -jnp.sum(weights_B * target_B),
     'correct_sum': jnp.sum(weights_B * (logits_BC.argmax(axis=1) == labels_B)),
   }
-  return jnp.sum(weights_B * loss_B), weights_B.sum(), aux
+  return with_aux(jnp.sum(weights_B * loss_B), weights_B.sum(), sums, aux)

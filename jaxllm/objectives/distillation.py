@@ -1,6 +1,5 @@
 """Distillation: a student learns the distribution that a teacher gives to the next token."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,9 +8,7 @@ import pydantic
 
 from jaxllm.config import Config
 from jaxllm.models.decoder import Decoder
-
-Batch = Mapping[str, jax.Array]
-Sums = dict[str, jax.Array]
+from jaxllm.objectives.base import Batch, Sums, hidden_states, with_aux
 
 
 class DistillationConfig(Config):
@@ -59,12 +56,11 @@ def distillation_loss(
   if teacher.config.vocab_size != vocab_size:
     raise ValueError(f'the teacher has a vocabulary of {teacher.config.vocab_size} tokens, the '
                      f'student one of {vocab_size}; both must use the same tokenizer')
-  inputs = batch['tokens'], batch['segment_ids'], batch['positions']
-  student_BTV: Any = model.apply(
-    variables, *inputs, deterministic=dropout_key is None,
-    rngs=None if dropout_key is None else {'dropout': dropout_key},
-  )
-  teacher_BTV: Any = jax.lax.stop_gradient(teacher.apply(teacher_variables, *inputs))
+  hidden_BTD, aux = hidden_states(model, variables, batch, dropout_key)
+  student_BTV: Any = model.apply(variables, hidden_BTD, method='logits')
+  hidden_BTD, _ = hidden_states(teacher, teacher_variables, batch, None)
+  teacher_BTV: Any = jax.lax.stop_gradient(
+    teacher.apply(teacher_variables, hidden_BTD, method='logits'))
   student_BTV, teacher_BTV = student_BTV[..., :vocab_size], teacher_BTV[..., :vocab_size]
 
   soft_BTV = jax.nn.log_softmax(student_BTV / config.temperature)
@@ -75,9 +71,9 @@ def distillation_loss(
   loss_BT = (config.weight * config.temperature**2 * divergence_BT
              - (1 - config.weight) * target_BT)
   weights_BT = batch['weights']
-  aux = {
+  sums = {
     'cross_entropy_sum': -jnp.sum(weights_BT * target_BT),
     'correct_sum': jnp.sum(weights_BT * (target_BT >= log_probs_BTV.max(axis=-1))),
     'divergence_sum': jnp.sum(weights_BT * divergence_BT),
   }
-  return jnp.sum(weights_BT * loss_BT), weights_BT.sum(), aux
+  return with_aux(jnp.sum(weights_BT * loss_BT), weights_BT.sum(), sums, aux)

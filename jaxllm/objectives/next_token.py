@@ -8,12 +8,10 @@ import jax.numpy as jnp
 import pydantic
 
 from jaxllm.config import Config
+from jaxllm.objectives.base import Batch, Sums, hidden_states, with_aux
 
 if TYPE_CHECKING:
   from jaxllm.models.decoder import Decoder
-
-Sums = dict[str, jax.Array]
-
 
 class ObjectiveConfig(Config):
   """What is added to the cross-entropy, and how much of the logits exists at once."""
@@ -33,7 +31,7 @@ def next_token_loss(
   config: ObjectiveConfig,
   model: 'Decoder',
   variables: Any,
-  batch: dict[str, jax.Array],
+  batch: Batch,
   dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, Sums]:
   """Sum the weighted loss of a batch; divide by the count only after all sums are added.
@@ -48,16 +46,11 @@ def next_token_loss(
 
   Returns:
     The float32 sums of weighted loss and of weights, and a dict of weighted sums that are part of
-    neither: `cross_entropy_sum` in nats without smoothing and z-loss, `z_loss_sum`, and
-    `correct_sum`, the tokens to which no other was preferred; with `is_text`, also `text_sum`, the
+    neither: `cross_entropy_sum` in nats without smoothing and z-loss, and `correct_sum`, the tokens
+    to which no other was preferred; with a z-loss `z_loss_sum`, and with `is_text` `text_sum`, the
     cross-entropy of text. Where all weights are 0, all are 0.
   """
-  hidden_BTD: Any = model.apply(
-    variables, batch['tokens'], batch['segment_ids'], batch['positions'],
-    deterministic=dropout_key is None,
-    rngs=None if dropout_key is None else {'dropout': dropout_key},
-    method='hidden',
-  )
+  hidden_BTD, aux = hidden_states(model, variables, batch, dropout_key)
 
   def sums(hidden_BTD: jax.Array, *of_targets: jax.Array) -> Sums:
     logits_BTV: Any = model.apply(variables, hidden_BTD, method='logits')
@@ -68,7 +61,7 @@ def next_token_loss(
     totals = sums(hidden_BTD, *of_targets)
   else:
     totals = _add_chunks(jax.checkpoint(sums), config.chunk_size, hidden_BTD, *of_targets)
-  return totals.pop('loss_sum'), totals.pop('weight_sum'), totals
+  return with_aux(totals.pop('loss_sum'), totals.pop('weight_sum'), totals, aux)
 
 
 def token_sums(
@@ -103,8 +96,10 @@ def token_sums(
   log_partition_BT = jnp.log(jnp.sum(jnp.exp(logits_BTV - best_BT1), axis=-1)) + best_BT1[..., 0]
   target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
   cross_entropy_BT = log_partition_BT - target_BT
-  z_BT = config.z_loss * jnp.square(log_partition_BT)
-  loss_BT = cross_entropy_BT + z_BT
+  loss_BT, extra = cross_entropy_BT, {}
+  if config.z_loss:
+    extra['z_loss_sum'] = config.z_loss * jnp.square(log_partition_BT)
+    loss_BT = loss_BT + extra['z_loss_sum']
   if config.label_smoothing:
     index_BTV = jax.lax.broadcasted_iota(jnp.int32, logits_BTV.shape, logits_BTV.ndim - 1)
     mean_BT = jnp.sum(jnp.where(index_BTV < vocab_size, logits_BTV, 0), axis=-1) / vocab_size
@@ -114,22 +109,15 @@ def token_sums(
     # A target that cannot be (a padding id) has infinite loss, and 0 * inf is NaN.
     return jnp.sum(weights_BT * jnp.where(weights_BT == 0, 0, x_BT))
 
-  text = {}
   if is_text_BT is not None:
-    text['text_sum'] = weighted(jnp.where(is_text_BT, cross_entropy_BT, 0))
+    extra['text_sum'] = jnp.where(is_text_BT, cross_entropy_BT, 0)
   return {
     'loss_sum': weighted(loss_BT),
     'weight_sum': jnp.sum(weights_BT),
     'cross_entropy_sum': weighted(cross_entropy_BT),
-    'z_loss_sum': weighted(z_BT),
     'correct_sum': weighted(target_BT >= best_BT1[..., 0]),
-    **text,
+    **{name: weighted(x_BT) for name, x_BT in extra.items()},
   }
-
-
-def average(total: jax.Array, count: jax.Array) -> jax.Array:
-  """Divide a sum by its count; 0 where nothing was counted."""
-  return total / jnp.where(count == 0, 1, count)
 
 
 def _add_chunks(

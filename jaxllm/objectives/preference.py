@@ -13,10 +13,8 @@ import pydantic
 
 from jaxllm.config import Config
 from jaxllm.models.decoder import Decoder
-from jaxllm.objectives.likelihood import sequence_log_probs
-
-Batch = Mapping[str, jax.Array]
-Sums = dict[str, jax.Array]
+from jaxllm.models.log_probs import target_log_probs
+from jaxllm.objectives.base import Batch, Sums, hidden_states, with_aux
 
 
 class Pair(NamedTuple):
@@ -159,37 +157,58 @@ def preference_loss(
   Raises:
     ValueError: the loss needs a reference and there is none.
   """
-  log_probs, counts = _both(model, variables, batch, dropout_key)
-  reference_log_probs: tuple[Any, Any] = (None, None)
+  theirs: tuple[Any, ...] = (None, None)
   if config.kind in NEED_REFERENCE:
     if reference is not None:
-      found, _ = _both(model, jax.lax.stop_gradient(reference), batch, None)
-      reference_log_probs = jax.lax.stop_gradient(found)
+      theirs = _both(model, jax.lax.stop_gradient(reference), batch, None)[:2]
     elif 'reference_log_probs' in batch:
-      reference_log_probs = batch['reference_log_probs'][:, 0], batch['reference_log_probs'][:, 1]
+      theirs = batch['reference_log_probs'][:, 0], batch['reference_log_probs'][:, 1]
     else:
       raise ValueError(f'{config.kind} compares with a reference: give its variables, or '
                        'reference_log_probs in the batch')
-  pair = Pair(*log_probs, *counts, *reference_log_probs)
+  *ours, aux = _both(model, variables, batch, dropout_key)
+  pair = Pair(*ours, *jax.lax.stop_gradient(theirs))
   loss_B, margin_B = PREFERENCES[config.kind](config, pair)
   real_B = (pair.chosen_count > 0).astype(jnp.float32)
 
   def add(x_B: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(real_B > 0, x_B, 0))
 
-  aux = {'correct_sum': add(margin_B > 0), 'margin_sum': add(margin_B)}
-  return add(loss_B), real_B.sum(), aux
+  sums = {'correct_sum': add(margin_B > 0), 'margin_sum': add(margin_B)}
+  return with_aux(add(loss_B), real_B.sum(), sums, aux)
+
+
+def sequence_log_probs(
+  model: Decoder, variables: Any, batch: Batch, dropout_key: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array, Sums]:
+  """Sum the log-probabilities of each row's weighted targets.
+
+  Args:
+    model: the decoder.
+    variables: of the model.
+    batch: tokens, targets, weights, segment_ids and positions, each (B, T).
+    dropout_key: None turns dropout off.
+
+  Returns:
+    (log_probs_B in nats, counts_B: sums of the weights, the model's aux scalars), float32.
+  """
+  hidden_BTD, aux = hidden_states(model, variables, batch, dropout_key)
+  logits_BTV: Any = model.apply(variables, hidden_BTD, method='logits')
+  weights_BT = batch['weights']
+  # A target that cannot be (a padding id) has infinite loss, and 0 * inf is NaN.
+  log_probs_BT = jnp.where(
+    weights_BT == 0, 0, target_log_probs(logits_BTV, batch['targets']))
+  return jnp.sum(weights_BT * log_probs_BT, axis=1), jnp.sum(weights_BT, axis=1), aux
 
 
 def _both(
   model: Decoder, variables: Any, batch: Batch, dropout_key: jax.Array | None
-) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-  """Return log-probabilities and counts of preferred and other answers, by one forward pass."""
+) -> tuple[Any, ...]:
+  """Return log-probabilities and counts as in `Pair`, and aux, by one forward pass."""
   names = ('tokens', 'targets', 'weights', 'segment_ids', 'positions')
   joined = {name: jnp.concatenate([batch[name], batch[f'rejected_{name}']]) for name in names}
-  log_probs, counts = sequence_log_probs(model, variables, joined, dropout_key)
-  half = log_probs.shape[0] // 2
-  return (log_probs[:half], log_probs[half:]), (counts[:half], counts[half:])
+  log_probs_B, counts_B, aux = sequence_log_probs(model, variables, joined, dropout_key)
+  return *jnp.split(log_probs_B, 2), *jnp.split(counts_B, 2), aux
 
 
 def _log_ratio(pair: Pair) -> jax.Array:

@@ -17,7 +17,7 @@ from jaxllm import loading
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.experiment import Experiment
 from jaxllm.models.decoder import Decoder
-from jaxllm.objectives import completion, likelihood, preference
+from jaxllm.objectives import completion, preference
 from jaxllm.objectives.completion import Tokens
 from jaxllm.tasks import encoding
 from jaxllm.tasks.base import Example
@@ -155,7 +155,7 @@ def _make_pairs(
 def reference_log_probs(experiment: Experiment, rows: np.ndarray) -> np.ndarray:
   """Return (rows, 2): log-probabilities of both answers under `init_from`, in nats."""
   model = loading.load(experiment.init_from or '')
-  log_probs = jax.jit(likelihood.sequence_log_probs, static_argnums=0)
+  log_probs = jax.jit(preference.sequence_log_probs, static_argnums=0)
   size = experiment.training.batch_size
   found = np.zeros((len(rows), 2), np.float32)
   for start in range(0, len(rows), size):
@@ -164,7 +164,7 @@ def reference_log_probs(experiment: Experiment, rows: np.ndarray) -> np.ndarray:
     padded[: len(part)] = part
     for i, name in enumerate(('chosen', 'rejected')):
       batch = completion.batch_arrays(padded[name])
-      values, _ = log_probs(Decoder(model.config), model.variables, batch)
+      values, *_ = log_probs(Decoder(model.config), model.variables, batch)
       found[start : start + size, i] = np.asarray(values)[: len(part)]
   return found
 

@@ -16,14 +16,14 @@ from jax.sharding import Mesh
 
 from jaxllm import sharding
 from jaxllm.experiment import Experiment, SpikeConfig
-from jaxllm.objectives import next_token
+from jaxllm.objectives.base import average
 from jaxllm.training import losses, rows
 from jaxllm.training import state as train_state
 from jaxllm.training.state import TrainState
 
 Batch = Mapping[str, jax.Array]
-# What only some objectives have, besides what every step tells.
-TOLD = ('margin', 'divergence')
+SUMS = ('loss_sum', 'weight_sum', 'cross_entropy_sum', 'correct_sum')
+"""Sums of every loss; the averages of others are metrics by their own names."""
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
 
@@ -41,7 +41,7 @@ def make_train_step(experiment: Experiment, tx: optax.GradientTransformation, me
     scalars: `loss` (nats per token), `objective` (what was minimised), `accuracy`, `tokens` (what
     has weight; examples, where a whole answer is judged), `tokens_read` (prompts included),
     `grad_norm`, `param_norm`, `learning_rate`, `applied` (1 or 0), `skipped`, `skipped_in_a_row`,
-    and `TOLD`.
+    and the averages of what else the objective sums.
   """
   abstract = train_state.abstract_state(experiment, tx, mesh)
   state_sharding = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -78,8 +78,8 @@ def make_pure_step(experiment: Experiment, tx: optax.GradientTransformation) -> 
     key = jax.random.fold_in(jax.random.key(experiment.seed), state.step)
     grads, sums = accumulate_gradients(experiment, state, batch, key)
     count = sums['weight_sum']
-    grads = jax.tree.map(lambda grad: next_token.average(grad, count), grads)
-    loss = next_token.average(sums['cross_entropy_sum'], count)
+    grads = jax.tree.map(lambda grad: average(grad, count), grads)
+    loss = average(sums['cross_entropy_sum'], count)
     grad_norm = optax.global_norm(grads)
     applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     applied &= ~_is_spike(experiment.training.spike, state, loss)
@@ -89,8 +89,8 @@ def make_pure_step(experiment: Experiment, tx: optax.GradientTransformation) -> 
     new_state = _next_state(experiment, state, params, opt_state, loss, applied)
     return new_state, {
       'loss': loss,
-      'objective': next_token.average(sums['loss_sum'], count),
-      'accuracy': next_token.average(sums['correct_sum'], count),
+      'objective': average(sums['loss_sum'], count),
+      'accuracy': average(sums['correct_sum'], count),
       'tokens': sums['weight_sum'],
       'tokens_read': sum(
         jnp.sum(array > 0, dtype=jnp.float32) for name, array in batch.items()
@@ -102,8 +102,8 @@ def make_pure_step(experiment: Experiment, tx: optax.GradientTransformation) -> 
       'applied': applied.astype(jnp.float32),
       'skipped': new_state.skipped.astype(jnp.float32),
       'skipped_in_a_row': new_state.skipped_in_a_row.astype(jnp.float32),
-    } | {name: next_token.average(sums[f'{name}_sum'], count) for name in TOLD
-         if f'{name}_sum' in sums}
+    } | {name.removesuffix('_sum'): average(value, count) for name, value in sums.items()
+         if name not in SUMS}
 
   return pure_step
 

@@ -103,7 +103,7 @@ def test_int8_caches(unstacked):
   extend = jax.jit(lambda *args: model.apply(*args, method='extend'))
   hidden, cache = extend(variables, TOKENS[:, :16], cache, jnp.array([16, 16]))
   more, cache = extend(variables, TOKENS[:, 16:17], cache, jnp.array([1, 1]))
-  want = model.apply(variables, TOKENS[:, :17], method='hidden')
+  want, _ = model.apply(variables, TOKENS[:, :17], method='hidden')
   np.testing.assert_allclose(hidden, want[:, :16], atol=0.1)
   np.testing.assert_allclose(more[:, 0], want[:, 16], atol=0.1)
   assert jax.tree.leaves(cache.keys)[0].dtype == jnp.int8

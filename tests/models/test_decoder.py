@@ -3,6 +3,7 @@
 import functools
 
 import flax
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 import tiny
 from flax import nnx
 
-from jaxllm.models import attention
+from jaxllm.models import attention, mlp
+from jaxllm.models import decoder as decoder_lib
 from jaxllm.models.attention import MASKED
 from jaxllm.models.decoder import (
   REMAT_POLICIES,
@@ -31,7 +33,7 @@ def setting(name):
   variables, tokens_BT = tiny.variables_of(config), tiny.tokens_of(config, 2, LENGTH)
   model = Decoder(config)
   hidden_BTD, logits_BTV = jax.jit(
-    lambda *args: (model.apply(*args, method='hidden'), model.apply(*args))
+    lambda *args: (model.apply(*args, method='hidden')[0], model.apply(*args))
   )(variables, tokens_BT)
   return config, variables, tokens_BT, hidden_BTD, logits_BTV
 
@@ -51,7 +53,7 @@ def test_gradient_to_the_future_is_zero(name):
   tokens_BT = jnp.arange(LENGTH)[None]  # all different: row t of the table is token t's input
 
   def output_at(params, t):
-    hidden_BTD = Decoder(config).apply({'params': params}, tokens_BT, method='hidden')
+    hidden_BTD, _ = Decoder(config).apply({'params': params}, tokens_BT, method='hidden')
     return jnp.square(hidden_BTD[0, t, :5]).sum()
 
   gradient = jax.jit(jax.grad(output_at))
@@ -126,7 +128,7 @@ def test_every_layer_drops_something_else(scan_layers):
   variables['params']['final_norm']['scale'] = jnp.ones(16)
   hidden = functools.partial(Decoder(config).apply, deterministic=False, method='hidden')
   rngs = {'dropout': jax.random.key(0, impl='rbg')}
-  hidden_BTD = jax.jit(hidden)(variables, jnp.zeros((1, 20), jnp.int32), rngs=rngs)
+  hidden_BTD, _ = jax.jit(hidden)(variables, jnp.zeros((1, 20), jnp.int32), rngs=rngs)
   assert max(len(np.unique(hidden_D)) for hidden_D in hidden_BTD[0]) == 3
 
 
@@ -167,7 +169,8 @@ def test_remat_changes_nothing():
 
     def loss(variables):
       rngs = {'dropout': jax.random.key(3, impl='rbg')}
-      hidden = model.apply(variables, tokens_BT, deterministic=False, rngs=rngs, method='hidden')
+      hidden, _ = model.apply(
+        variables, tokens_BT, deterministic=False, rngs=rngs, method='hidden')
       return jnp.square(hidden - 1).mean()
 
     return jax.jit(jax.value_and_grad(loss))(variables)
@@ -183,7 +186,7 @@ def test_remat_changes_nothing():
 def test_bfloat16_activations_stay_close_and_logits_are_float32():
   config, variables, tokens_BT, full_BTD, _ = setting('llama')
   low = Decoder(config.replace(dtype='bfloat16'))
-  got = jax.jit(functools.partial(low.apply, method='hidden'))(variables, tokens_BT)
+  got, _ = jax.jit(functools.partial(low.apply, method='hidden'))(variables, tokens_BT)
   assert got.dtype == jnp.bfloat16
   error = jnp.abs(got - full_BTD).mean() / jnp.abs(full_BTD).mean()
   assert 1e-4 < error < 0.05
@@ -319,3 +322,33 @@ def test_nnx_wraps_the_decoder():
   assert jax.tree.structure(params) == jax.tree.structure(abstract(config)[0]['params'])
   want = jax.jit(Decoder(config).apply)({'params': params}, tokens_BT)
   np.testing.assert_array_equal(got, want)
+
+
+class Reporting(mlp.Mlp):
+  """An MLP that reports the mean of its input's square."""
+
+  @nn.compact
+  def __call__(self, x_BTD):
+    self.sow('aux', 'square', jnp.square(x_BTD.astype(jnp.float32)).mean())
+    return super().__call__(x_BTD)
+
+
+def test_what_layers_report_is_added_and_costs_nothing_where_there_is_none(monkeypatch):
+  config, variables, tokens_BT, *_ = setting('gpt2')
+  variables = jax.tree_util.tree_map_with_path(
+    lambda path, leaf: jnp.full_like(leaf, path[-1].key == 'scale')
+    if path[-2].key == 'mlp_norm' else leaf, variables)
+
+  def run(**changes):
+    model = Decoder(config.replace(**changes))
+    return jax.jit(lambda v: model.apply(v, tokens_BT, method='hidden'))(variables)
+
+  plain, aux = run()
+  assert aux == {}
+  monkeypatch.setattr(decoder_lib, 'Mlp', Reporting)
+  cases = [run(**changes) for changes in (
+    {}, {'scan_layers': not config.scan_layers}, {'remat': 'full'})]
+  for hidden_BTD, aux in cases:
+    np.testing.assert_allclose(hidden_BTD, plain, atol=1e-5)
+    assert aux['square'].dtype == jnp.float32
+    np.testing.assert_allclose(aux['square'], config.num_layers, rtol=1e-2)  # Of what is normal.

@@ -13,8 +13,7 @@ from jaxllm.models import decoder
 from jaxllm.models.decoder import Decoder, DecoderConfig
 from jaxllm.objectives import completion, preference
 from jaxllm.objectives.completion import Tokens
-from jaxllm.objectives.likelihood import sequence_log_probs
-from jaxllm.objectives.preference import Dpo, Ipo, Orpo, Pair, SimPo
+from jaxllm.objectives.preference import Dpo, Ipo, Orpo, Pair, SimPo, sequence_log_probs
 
 init = jax.jit(decoder.init, static_argnums=0)
 log_probs_of = jax.jit(sequence_log_probs, static_argnums=0)
@@ -100,7 +99,7 @@ def test_dpo_at_the_reference_is_log_two():
 
 def test_log_probs_equal_a_loop_over_tokens():
   variables = init(MODEL, jax.random.key(0))
-  found, counts = log_probs_of(Decoder(MODEL), variables, BATCH)
+  found, counts, _ = log_probs_of(Decoder(MODEL), variables, BATCH)
   log_probs = jax.nn.log_softmax(
     jax.jit(Decoder(MODEL).apply)(variables, jnp.asarray([[1, 2, 3]])))
   assert float(found[0]) == pytest.approx(float(log_probs[0, 1, 3] + log_probs[0, 2, 4]), rel=1e-5)
@@ -110,10 +109,10 @@ def test_log_probs_equal_a_loop_over_tokens():
 def test_reference_may_be_computed_before():
   variables, reference = (init(MODEL, jax.random.key(i)) for i in range(2))
   model = Decoder(MODEL)
-  chosen, _ = log_probs_of(model, reference, BATCH)
+  chosen, *_ = log_probs_of(model, reference, BATCH)
   rejected_batch = {name: BATCH[f'rejected_{name}'] for name in
                     ('tokens', 'targets', 'weights', 'segment_ids', 'positions')}
-  rejected, _ = log_probs_of(model, reference, rejected_batch)
+  rejected, *_ = log_probs_of(model, reference, rejected_batch)
   stored = {**BATCH, 'reference_log_probs': jnp.stack([chosen, rejected], axis=1)}
   now = loss_of(Dpo(), model, variables, BATCH, reference=reference)[0]
   before = loss_of(Dpo(), model, variables, stored)[0]

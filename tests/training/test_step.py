@@ -1,5 +1,6 @@
 """Laws of the train step: accumulating, sharding and skipping change only what they should."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +9,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from jaxllm import sharding
+from jaxllm.models import decoder
+from jaxllm.objectives import base
 from jaxllm.optim import optimizers
 from jaxllm.training import state as state_lib
 from jaxllm.training import step as step_lib
@@ -89,6 +92,42 @@ def test_microbatches_are_weighted_by_their_tokens(tmp_path):
   whole = take_steps(tiny.experiment(tmp_path), 1, [batch])
   parts = take_steps(tiny.experiment(tmp_path, training__microbatches=4), 1, [batch])
   assert_same_run(parts, whole, 1e-5)
+
+
+class Reporting(decoder.Mlp):
+  """An MLP that reports the mean of its output's square."""
+
+  @nn.compact
+  def __call__(self, x_BTD):
+    added_BTD = super().__call__(x_BTD)
+    self.sow('aux', 'square', jnp.square(added_BTD).mean())
+    return added_BTD
+
+
+def test_what_layers_report_is_part_of_the_loss_and_averaged_like_it(tmp_path, monkeypatch):
+  monkeypatch.setattr(decoder, 'Mlp', Reporting)
+  experiment = tiny.experiment(tmp_path)
+  mesh = sharding.make_mesh(experiment.mesh, jax.devices()[:1])
+  state = state_lib.create_state(experiment, state_lib.make_optimizer(experiment), mesh)
+  batch, key = make_batch(8), jax.random.key(0)
+
+  def sums(batch, weight, microbatches=1):
+    monkeypatch.setattr(base, 'AUX_WEIGHTS', {'square': weight})
+    config = tiny.experiment(tmp_path, training__microbatches=microbatches)
+    return jax.jit(lambda *args: step_lib.accumulate_gradients(config, *args))(state, batch, key)
+
+  parts = [sums({name: x[i::4] for name, x in batch.items()}, 1e6) for i in range(4)]
+  expected = jax.tree.map(lambda *leaves: sum(leaves), *parts)
+  found = sums(batch, 1e6, microbatches=4)
+  for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4)
+  total = found[1]
+  added = total['loss_sum'] - total['cross_entropy_sum']
+  assert added > 0
+  np.testing.assert_allclose(added, 1e6 * total['square_sum'], rtol=1e-2)
+  without = sums(batch, 0.0, microbatches=4)
+  assert without[1]['loss_sum'] == without[1]['cross_entropy_sum']
+  assert optax.global_norm(jax.tree.map(jnp.subtract, found[0], without[0])) > 1e-3
 
 
 def test_chunked_loss_and_ema_train_the_same(tmp_path, one_device):
