@@ -9,7 +9,6 @@ draw is part of the program, so that the same seed gives the same tokens as in t
 import functools
 import hashlib
 import json
-import os
 import pathlib
 import shutil
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm import storage
 from jaxllm.checkpoints import tree
 from jaxllm.data import tokenizers
 from jaxllm.generation import sampling, slots
@@ -35,7 +33,7 @@ MANIFEST = 'manifest.json'
 
 
 def save(
-  directory: str | os.PathLike[str],
+  directory: pathlib.Path,
   config: DecoderConfig,
   variables: Mapping[str, Any],
   files: Mapping[str, bytes],
@@ -46,7 +44,7 @@ def save(
   """Write a deployment artefact.
 
   Args:
-    directory: must not exist, or be empty.
+    directory: is created.
     config: of the model.
     variables: {'params': ...}; adapters must be merged before.
     files: of the tokenizer.
@@ -56,13 +54,10 @@ def save(
     add_bos: whether prompts begin with BOS; None: as the files say.
 
   Raises:
-    ValueError: the directory is in use, the tokenizer has no equal in a tokenizer.json, or the
-      package flatbuffers is missing.
-    OSError: the disk is full; nothing is left behind.
+    ValueError: the tokenizer has no equal in a tokenizer.json, or the package flatbuffers is
+      missing.
+    OSError: the disk is full.
   """
-  path = pathlib.Path(directory).expanduser()
-  if path.exists() and (not path.is_dir() or any(path.iterdir())):
-    raise ValueError(f'{path} is not empty; choose another target')
   if 'lora' in variables:
     raise ValueError('variables hold adapters; merge them into the parameters first')
   beside, _ = tokenizer_export.huggingface_files(files, config, add_bos)
@@ -70,22 +65,11 @@ def save(
     raise ValueError('the model has no tokenizer, without which the artefact cannot be used')
   config = config.replace(attention='xla', remat='none')
   params = tree.flatten(decoder.unstack(variables)['params'])
-  with storage.replaced(path) as partial:
-    partial.mkdir()
-    lengths = sorted({min(bucket, config.max_length) for bucket in buckets})
-    for length in lengths:
-      for name, program in _programs(config, params, length, platforms).items():
-        (partial / f'{name}_{length}.bin').write_bytes(program)
-    _write_rest(partial, params, beside)
-    manifest = _manifest(config, beside, lengths, platforms)
-    manifest['sha256'] = {file.name: _sha256(file) for file in sorted(partial.iterdir())}
-    (partial / MANIFEST).write_bytes(tokenizer_export.json_bytes(manifest))
-
-
-def _write_rest(
-  directory: pathlib.Path, params: Mapping[str, Any], beside: Mapping[str, bytes]
-) -> None:
-  """Write weights, tokenizer and runner."""
+  directory.mkdir(parents=True)
+  lengths = sorted({min(bucket, config.max_length) for bucket in buckets})
+  for length in lengths:
+    for name, program in _programs(config, params, length, platforms).items():
+      (directory / f'{name}_{length}.bin').write_bytes(program)
   tensorfile.write(
     directory / 'weights.safetensors',
     {name: (leaf.shape, np.dtype(leaf.dtype)) for name, leaf in params.items()},
@@ -94,23 +78,12 @@ def _write_rest(
   for name, content in beside.items():
     (directory / name).write_bytes(content)
   shutil.copy(pathlib.Path(__file__).with_name('exported_runner.py'), directory / 'run.py')
-
-
-def _sha256(path: pathlib.Path) -> str:
-  with path.open('rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()
-
-
-def _manifest(
-  config: DecoderConfig, files: Mapping[str, bytes], lengths: Sequence[int],
-  platforms: Sequence[str],
-) -> dict[str, Any]:
-  tokenizer = tokenizers.from_files(files)
-  return {
+  tokenizer = tokenizers.from_files(beside)
+  manifest = {
     'format': 1,
     'jax': jax.__version__,
     'platforms': list(platforms),
-    'buckets': list(lengths),
+    'buckets': lengths,
     'vocab_size': config.vocab_size,
     'max_length': config.max_length,
     'slot_axis': _slot_axis(config),
@@ -118,7 +91,14 @@ def _manifest(
     'bos_id': tokenizer.bos_id,
     'stop_ids': list(tokenizer.eos_token_ids),
     'model': json.loads(config.to_json()),
+    'sha256': {file.name: _sha256(file) for file in sorted(directory.iterdir())},
   }
+  (directory / MANIFEST).write_bytes(tokenizer_export.json_bytes(manifest))
+
+
+def _sha256(path: pathlib.Path) -> str:
+  with path.open('rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def _slot_axis(config: DecoderConfig) -> int:
@@ -133,50 +113,35 @@ def _slot_axis(config: DecoderConfig) -> int:
 def _programs(
   config: DecoderConfig, params: Mapping[str, Any], length: int, platforms: Sequence[str]
 ) -> dict[str, bytes]:
-  """Return the serialised programs of one bucket."""
+  """Return the serialised programs of one bucket, which give the next token, (1,), and the cache.
+
+  `prefill` reads a prompt of `count` tokens, `decode` appends one.
+  """
   from jax import export
 
-  shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in params.items()}
-  cache = jax.eval_shape(lambda: _lists(init_cache(config, 1, length, stacked=False)))
-  request = {
-    'seed': jax.ShapeDtypeStruct((1,), np.uint32), 'index': jax.ShapeDtypeStruct((1,), np.int32),
-    'rules': {name: jax.ShapeDtypeStruct((1,), dtype) for name, dtype in RULES.items()},
-  }
+  def empty() -> dict[str, Any]:
+    return _lists(init_cache(config, 1, length, stacked=False))
 
-  def tokens(count: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((1, count), np.int32)
+  def shape(dims: tuple[int, ...], dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(dims, dtype)
 
-  count = jax.ShapeDtypeStruct((1,), np.int32)
-  made = {
-    'prefill': export.export(
-      jax.jit(functools.partial(_prefill, config, length)), platforms=platforms
-    )(shapes, tokens(length), count, request),
-    'decode': export.export(jax.jit(functools.partial(_decode, config)), platforms=platforms)(
-      shapes, cache, tokens(1), request
-    ),
+  weights = {name: shape(leaf.shape, leaf.dtype) for name, leaf in params.items()}
+  request = {'seed': shape((1,), np.uint32), 'index': shape((1,)),
+             'rules': {name: shape((1,), dtype) for name, dtype in RULES.items()}}
+  step = functools.partial(_step, config)
+  calls = {
+    'prefill': (lambda w, tokens, count, r: step(w, empty(), tokens, count, r),
+                (weights, shape((1, length)), shape((1,)), request)),
+    'decode': (lambda w, cache, token, r: step(w, cache, token, jnp.ones(1, jnp.int32), r),
+               (weights, jax.eval_shape(empty), shape((1, 1)), request)),
   }
   try:
-    return {name: bytes(program.serialize()) for name, program in made.items()}
+    return {
+      name: bytes(export.export(jax.jit(call), platforms=platforms)(*shapes).serialize())
+      for name, (call, shapes) in calls.items()}
   except ImportError:
     raise ValueError('exported programs need the package flatbuffers: '
                      'pip install "jaxllm[export]"') from None
-
-
-def _prefill(
-  config: DecoderConfig, length: int, weights: Mapping[str, jax.Array], tokens_1T: jax.Array,
-  count_1: jax.Array, request: Mapping[str, Any],
-) -> tuple[jax.Array, dict[str, Any]]:
-  """Read a prompt of `count` tokens; return the next token, (1,), and the cache."""
-  cache = _lists(init_cache(config, 1, length, stacked=False))
-  return _step(config, weights, cache, tokens_1T, count_1, request)
-
-
-def _decode(
-  config: DecoderConfig, weights: Mapping[str, jax.Array], cache: dict[str, Any],
-  token_11: jax.Array, request: Mapping[str, Any],
-) -> tuple[jax.Array, dict[str, Any]]:
-  """Append one token; return the next one, (1,), and the cache."""
-  return _step(config, weights, cache, token_11, jnp.ones(1, jnp.int32), request)
 
 
 def _step(

@@ -1,7 +1,7 @@
 """Sample from this directory: python run.py --prompt="Once upon a time" --max_new_tokens=64.
 
-Needs jax, numpy and tokenizers; the model itself is in the programs beside this file. As a library:
-`artefact = load(directory)`, then `generate(artefact, ids, ...)`.
+Needs jax, numpy, safetensors and tokenizers; the model itself is in the programs beside this file.
+As a library: `artefact = load(directory)`, then `generate(artefact, ids, ...)`.
 """
 
 import argparse
@@ -12,12 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import tokenizers
 from jax import export
-
-DTYPES = {'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16}
+from safetensors import safe_open
 
 
 def load(directory: str | pathlib.Path) -> dict[str, Any]:
@@ -30,29 +28,17 @@ def load(directory: str | pathlib.Path) -> dict[str, Any]:
     with open(directory / name, 'rb') as file:
       if hashlib.file_digest(file, 'sha256').hexdigest() != digest:
         raise ValueError(f'{directory / name} differs from what the manifest says')
+  with safe_open(directory / 'weights.safetensors', 'np') as file:
+    weights = {name: jnp.asarray(file.get_tensor(name)) for name in file.keys()}
   tokenizer = tokenizers.Tokenizer.from_file(str(directory / 'tokenizer.json'))
   tokenizer.encode_special_tokens = True  # Text that spells a special token stays text.
   return {
     'manifest': manifest,
-    'weights': load_weights(directory / 'weights.safetensors'),
+    'weights': weights,
     'tokenizer': tokenizer,
     'programs': {},
     'directory': directory,
   }
-
-
-def load_weights(path: pathlib.Path) -> dict[str, jax.Array]:
-  """Read all tensors of a safetensors file."""
-  with open(path, 'rb') as file:
-    start = int.from_bytes(file.read(8), 'little')
-    header = json.loads(file.read(start))
-  header.pop('__metadata__', None)
-  weights = {}
-  for name, entry in header.items():
-    place = 8 + start + entry['data_offsets'][0]
-    shape = tuple(entry['shape'])
-    weights[name] = jnp.asarray(np.memmap(path, DTYPES[entry['dtype']], 'r', place, shape))
-  return weights
 
 
 def program(artefact: dict[str, Any], name: str) -> Any:
@@ -96,13 +82,11 @@ def generate(
     raise ValueError(f'1 or more token ids below {manifest["vocab_size"]} are needed')
   if len(ids) > manifest['buckets'][-1]:
     raise ValueError(f'{len(ids)} tokens, but programs exist for {manifest["buckets"][-1]}')
+  rules = {'temperature': temperature, 'top_p': top_p, 'min_p': min_p}
   request: dict[str, Any] = {
-    'seed': np.array([seed], np.uint32),
-    'index': np.zeros(1, np.int32),
-    'rules': {
-      'temperature': np.array([temperature], np.float32), 'top_k': np.array([top_k], np.int32),
-      'top_p': np.array([top_p], np.float32), 'min_p': np.array([min_p], np.float32),
-    },
+    'seed': np.array([seed], np.uint32), 'index': np.zeros(1, np.int32),
+    'rules': {name: np.array([value], np.float32) for name, value in rules.items()}
+    | {'top_k': np.array([top_k], np.int32)},
   }
   size = bucket(artefact, len(ids))
   tokens = np.zeros((1, size), np.int32)
