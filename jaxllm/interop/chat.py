@@ -27,6 +27,9 @@ _AT_ONCE = 256
 CPU_SECONDS, MEMORY_BYTES, MAX_CHARACTERS = 5, 512_000_000, 10_000_000
 MAX_TEMPLATE_CHARACTERS = 1_000_000
 
+# As a file it would put its own directory, with modules of common names, on the path.
+_START = 'import runpy, sys; runpy.run_path(sys.argv[1], run_name="__main__")'
+
 Message = Mapping[str, Any]
 Templates = str | Mapping[str, str]
 
@@ -40,7 +43,7 @@ def render(
   tools: Sequence[Any] | None = None, documents: Sequence[Any] | None = None, *,
   cpu_seconds: int = CPU_SECONDS, memory_bytes: int = MEMORY_BYTES, **variables: Any,
 ) -> list[str]:
-  """Render conversations by a chat template, as `transformers` does.
+  """Render conversations by a chat template, one text each, as `transformers` does.
 
   Args:
     template: Jinja, as in tokenizer_config.json.
@@ -52,9 +55,6 @@ def render(
     cpu_seconds: how long the template may compute.
     memory_bytes: how much the process may take, Python itself included.
     **variables: other variables of the template: `bos_token`, `enable_thinking`, ...
-
-  Returns:
-    One text per conversation.
 
   Raises:
     TemplateError: the template is damaged, refuses the conversation, or exceeds the limits.
@@ -95,14 +95,10 @@ def render(
 
 
 def encode(
-  tokenizer: Tokenizer, template: Templates, messages: Sequence[Message],
-  add_generation_prompt: bool = True, tools: Sequence[Any] | None = None,
-  documents: Sequence[Any] | None = None, *, bos_id: int | None = None, **variables: Any,
+  tokenizer: Tokenizer, template: Templates, messages: Sequence[Message], *args: Any, **options: Any
 ) -> list[int]:
-  """Return the token ids of a conversation; see `encode_all`."""
-  return encode_all(
-    tokenizer, template, [messages], add_generation_prompt, tools, documents, bos_id=bos_id,
-    **variables)[0]
+  """Return the token ids of one conversation; arguments as in `encode_all`."""
+  return encode_all(tokenizer, template, [messages], *args, **options)[0]
 
 
 def encode_all(
@@ -134,7 +130,7 @@ def encode_all(
   stand_ins = StandIns(special, given)
   conversations, tools, documents, variables = stand_ins.hide(given)
   texts = render(
-    chosen(template, tools), conversations, add_generation_prompt, tools, documents,
+    _choose(template, tools), conversations, add_generation_prompt, tools, documents,
     **{**tokenizer.named_tokens, **variables})
   begin = [] if bos_id is None else [bos_id]
   result = []
@@ -144,12 +140,8 @@ def encode_all(
   return result
 
 
-def chosen(template: Templates, tools: Sequence[Any] | None = None) -> str:
-  """Return which of a model's templates is for a conversation with or without tools.
-
-  Raises:
-    TemplateError: none of them is the default.
-  """
+def _choose(template: Templates, tools: Sequence[Any] | None = None) -> str:
+  """Return the template for a conversation with or without tools."""
   if isinstance(template, str):
     return template
   name = 'tool_use' if tools is not None and 'tool_use' in template else 'default'
@@ -171,29 +163,24 @@ def encode_with_special(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def turn_ends(special: Mapping[str, int]) -> tuple[int, ...]:
-  """Return which of the special tokens end the assistant's turn in the usual templates."""
+  """Return the special tokens that end the assistant's turn in the usual templates."""
   # Where there are two more ends, this one is between the parts of a turn.
   between = '<|end|>' if {'<|return|>', '<|call|>'} <= special.keys() else None
   return tuple(special[text] for text in _TURN_ENDS if text in special and text != between)
 
 
 def answer_ends(tokenizer: Tokenizer, template: Templates) -> tuple[int, ...]:
-  """Return the special tokens that end an answer: the usual ones, and what the template writes."""
+  """Return the special tokens that end an answer: the usual ones, and the template's own."""
   special = tokenizer.special_tokens
-  ends = turn_ends(special)
-  said = '\ufdd0'
+  ends, said = turn_ends(special), '\ufdd0'
   talk = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': said}]
   try:
-    text, = render(chosen(template), [talk], False, **tokenizer.named_tokens)
+    text, = render(_choose(template), [talk], False, **tokenizer.named_tokens)
   except TemplateError:
     return ends
   _, found, after = text.rpartition(said)
   first = tokenizer_parts.spelled(special).search(after) if found else None
   return tuple(dict.fromkeys([*ends, *([special[first[0]]] if first else [])]))
-
-
-# As a file it would put its own directory, with modules of common names, on the path.
-_START = 'import runpy, sys; runpy.run_path(sys.argv[1], run_name="__main__")'
 
 
 def _plain(message: Message) -> Message:

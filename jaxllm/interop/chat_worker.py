@@ -30,21 +30,15 @@ def main() -> None:
   resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
   try:
     texts = _render(jinja2, request)
+    answer: dict[str, object] = {'texts': texts}
+    if any(len(text) > request['max_characters'] for text in texts):
+      answer = {'error': f'the result is longer than {request["max_characters"]} characters'}
   except MemoryError:
-    _answer({'error': 'it takes more memory than is allowed'})
-    return
+    answer = {'error': 'it takes more memory than is allowed'}
   # Whatever a template raises is what the caller wants to read; the process ends here.
   except Exception as error:  # noqa: BLE001
-    _answer({'error': f'{type(error).__name__}: {error}'})
-    return
-  if any(len(text) > request['max_characters'] for text in texts):
-    _answer({'error': f'the result is longer than {request["max_characters"]} characters'})
-    return
-  _answer({'texts': texts})
-
-
-def _answer(value: object) -> None:
-  sys.stdout.write(json.dumps(value))
+    answer = {'error': f'{type(error).__name__}: {error}'}
+  sys.stdout.write(json.dumps(answer))
   sys.stdout.flush()
 
 

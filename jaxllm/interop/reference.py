@@ -109,10 +109,7 @@ def logits(keys: Keys, get: Get, ids: list[int], gguf: bool = False) -> np.ndarr
     before = x_TD if spec.parallel else mixed
     added = _mlp(spec, find, _norm(spec, find, 'norm2', before))
     x_TD = mixed + _norm(spec, find, 'after2', added)
-  weight, bias = get(names['final'] + '.weight'), None
-  if spec.layer_norm:
-    bias = get(names['final'] + '.bias')
-  x_TD = _normalise(spec, x_TD, weight, bias)
+  x_TD = _norm(spec, _finder(names, get, None), 'final', x_TD)
   table = get(names['embed' if spec.tied else 'head'])
   # In pieces: a large vocabulary in float32 would take gigabytes.
   pieces = [x_TD @ _f32(table[i : i + 16384]).T for i in range(0, len(table), 16384)]
@@ -122,11 +119,13 @@ def logits(keys: Keys, get: Get, ids: list[int], gguf: bool = False) -> np.ndarr
 Find = Callable[[str, str], Any]
 
 
-def _finder(names: Mapping[str, str], get: Get, layer: int) -> Find:
+def _finder(names: Mapping[str, str], get: Get, layer: int | None) -> Find:
   """Return the function (part, 'weight' or 'bias') -> tensor of this layer, or None."""
+  start = '' if layer is None else names['layer'].format(layer)
+
   def find(part: str, leaf: str) -> Any:
     try:
-      return _f32(get(names['layer'].format(layer) + names[part] + '.' + leaf))
+      return _f32(get(f'{start}{names[part]}.{leaf}'))
     except KeyError:
       return None
 
@@ -141,20 +140,16 @@ def _cap(x: np.ndarray, cap: float | None) -> np.ndarray:
   return x if cap is None else np.float32(cap) * np.tanh(x / np.float32(cap))
 
 
-def _normalise(
-  spec: _Spec, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None
-) -> np.ndarray:
+def _norm(spec: _Spec, find: Find, part: str, x: np.ndarray) -> np.ndarray:
+  """Apply a norm of the layer, if it has one of that name."""
+  weight, bias = find(part, 'weight'), find(part, 'bias')
+  if weight is None:
+    return x
   if spec.layer_norm:
     x = x - x.mean(-1, keepdims=True)
   x = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + np.float32(spec.epsilon))
-  x = x * (_f32(weight) + np.float32(spec.plus_one))
-  return x if bias is None else x + _f32(bias)
-
-
-def _norm(spec: _Spec, find: Find, part: str, x: np.ndarray) -> np.ndarray:
-  """Normalise by a norm of the layer; where it has none of that name, return `x`."""
-  weight = find(part, 'weight')
-  return x if weight is None else _normalise(spec, x, weight, find(part, 'bias'))
+  x = x * (weight + np.float32(spec.plus_one))
+  return x if bias is None else x + bias
 
 
 def _linear(spec: _Spec, find: Find, part: str, x_TD: np.ndarray) -> np.ndarray:
@@ -173,12 +168,10 @@ def _attend(spec: _Spec, find: Find, layer: int, x_TD: np.ndarray) -> np.ndarray
     q, k, v = np.split(y_TO, ends, axis=1)
   else:
     q, k, v = (_linear(spec, find, part, x_TD) for part in 'qkv')
-  over_all = (weight := find('q_norm', 'weight')) is not None and weight.size > dim
-  if over_all:
-    q, k = _norm(spec, find, 'q_norm', q), _norm(spec, find, 'k_norm', k)
+  by_head = (weight := find('q_norm', 'weight')) is None or weight.size == dim
+  shape = (length, -1, dim) if by_head else (length, -1)
+  q, k = (_norm(spec, find, f'{part}_norm', x.reshape(shape)) for part, x in (('q', q), ('k', k)))
   q, k, v = (part.reshape(length, -1, dim) for part in (q, k, v))
-  if not over_all:
-    q, k = _norm(spec, find, 'q_norm', q), _norm(spec, find, 'k_norm', k)
   turns = spec.local_turns if spec.local(layer) and spec.local_turns else spec.turns
   if turns is not None and not spec.unrotated(layer):
     q, k = _rotate(spec, q, *turns), _rotate(spec, k, *turns)
@@ -211,14 +204,14 @@ def _rotate(spec: _Spec, x_TNH: np.ndarray, turns_P: np.ndarray, factor: float) 
 
 
 def _mlp(spec: _Spec, find: Find, x_TD: np.ndarray) -> np.ndarray:
-  act = _ACTIVATIONS[spec.act]
+  act, gate = _ACTIVATIONS[spec.act], None
   if 'gate_up' in spec.names:
     gate, up = np.split(_linear(spec, find, 'gate_up', x_TD), 2, axis=1)
-    return _linear(spec, find, 'down', act(gate) * up)
-  up = _linear(spec, find, 'up', x_TD)
-  if 'gate' in spec.names:
-    return _linear(spec, find, 'down', act(_linear(spec, find, 'gate', x_TD)) * up)
-  return _linear(spec, find, 'down', act(up))
+  else:
+    up = _linear(spec, find, 'up', x_TD)
+    if 'gate' in spec.names:
+      gate = _linear(spec, find, 'gate', x_TD)
+  return _linear(spec, find, 'down', act(up) if gate is None else act(gate) * up)
 
 
 def _gelu(x: np.ndarray) -> np.ndarray:
