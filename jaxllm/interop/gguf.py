@@ -6,25 +6,18 @@ llama.cpp's converter did to them is undone: rows of queries and keys are put ba
 """
 
 import dataclasses
-import functools
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from absl import logging
 
-from jaxllm.interop import (
-  gguf_config,
-  gguf_file,
-  gguf_vocabulary,
-  layout,
-  reference,
-  weights,
-)
+from jaxllm.interop import gguf_config, gguf_file, gguf_vocabulary, layout, reference, weights
 from jaxllm.interop import tokenizer_files as files_lib
 from jaxllm.interop.huggingface import Reading
+from jaxllm.interop.tensorfile import Tensor
 from jaxllm.interop.weights import Source, Stored
 from jaxllm.models.families import HUGGINGFACE
 
@@ -111,30 +104,29 @@ def open_model(path: str | os.PathLike[str]) -> Source:
 
 def _names(architecture: _Architecture, depth: int) -> dict[str, str]:
   """Return name in the file -> Hugging Face name."""
-  names = {'token_embd.weight': 'model.embed_tokens.weight',
-           'output_norm.weight': 'model.norm.weight', 'output.weight': 'lm_head.weight'}
-  parts = _LAYER | dict(architecture.norms)
-  for layer in range(depth):
-    for ours, theirs in parts.items():
-      for leaf in ('weight', 'bias'):
-        names[f'blk.{layer}.{ours}.{leaf}'] = f'model.layers.{layer}.{theirs}.{leaf}'
-  return names
+  return {
+    'token_embd.weight': 'model.embed_tokens.weight', 'output_norm.weight': 'model.norm.weight',
+    'output.weight': 'lm_head.weight',
+    **{f'blk.{layer}.{ours}.{leaf}': f'model.layers.{layer}.{theirs}.{leaf}'
+       for layer in range(depth) for ours, theirs in (_LAYER | dict(architecture.norms)).items()
+       for leaf in ('weight', 'bias')}}
 
 
 def _stored(
-  tensor: gguf_file.Tensor, name: str, keys: Mapping[str, Any], architecture: _Architecture
+  tensor: Tensor, name: str, keys: Mapping[str, Any], architecture: _Architecture
 ) -> Stored:
-  """Describe a tensor, undoing what the converter did to it."""
-  undo: Callable[[np.ndarray], np.ndarray] = lambda array: array  # noqa: E731
-  if architecture.norms_plus_one and 'norm' in name:
-    undo = lambda array: array - np.float32(1)  # noqa: E731
-  for part, heads in (('q_proj', 'num_attention_heads'), ('k_proj', 'num_key_value_heads')):
-    if architecture.interleaved and f'.{part}.' in name:
-      undo = functools.partial(_uninterleave, heads=keys[heads])
-  return Stored(
-    tensor.name, tensor.kind, np.dtype(np.float32), tensor.shape,
-    lambda: undo(gguf_file.data(tensor)), lambda: gguf_file.raw(tensor),
-  )
+  """Describe a tensor as it was before the converter changed it."""
+  heads = next((keys[count] for part, count in (
+    ('.q_proj.', 'num_attention_heads'), ('.k_proj.', 'num_key_value_heads')) if part in name), 0)
+
+  def array() -> np.ndarray:
+    found = gguf_file.data(tensor)
+    if architecture.norms_plus_one and 'norm' in name:
+      return found - np.float32(1)
+    return _uninterleave(found, heads) if architecture.interleaved and heads else found
+
+  return Stored(tensor.name, tensor.kind, np.dtype(np.float32), tensor.shape, array,
+                lambda: gguf_file.raw(tensor))
 
 
 def _uninterleave(array: np.ndarray, heads: int) -> np.ndarray:

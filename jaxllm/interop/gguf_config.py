@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxllm.interop import gguf_file
 from jaxllm.interop.huggingface import Reading
+from jaxllm.interop.tensorfile import Tensor
 from jaxllm.models.families.huggingface import MAX_LAYERS
 
 # Divisors of the frequencies of Llama 3.1 and later, stored as a tensor.
@@ -39,7 +40,7 @@ _CHANGES_TEXT = ('remove_extra_whitespaces', 'precompiled_charsmap', 'normalizer
 
 
 def keys(
-  metadata: Reading, found: Mapping[str, gguf_file.Tensor], model_type: str
+  metadata: Reading, found: Mapping[str, Tensor], model_type: str
 ) -> dict[str, Any]:
   """Return the keys of the config.json that the metadata stand for.
 
@@ -133,7 +134,7 @@ def _windows(metadata: Reading, get: Get, kind: str, base: float) -> dict[str, A
 
 
 def _scaling(
-  get: Get, kind: str, found: Mapping[str, gguf_file.Tensor], head_dim: int
+  get: Get, kind: str, found: Mapping[str, Tensor], head_dim: int
 ) -> dict[str, Any] | None:
   """Return `rope_scaling`: a factor without a type is linear."""
   way, length = get('rope.scaling.type', 'linear'), get('context_length')

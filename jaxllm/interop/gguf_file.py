@@ -3,20 +3,23 @@
 The format is a header with two counts, key-value metadata, the name, shape, type and place of each
 tensor, and the bytes. Numbers are little-endian; strings and arrays begin with their length.
 
+By hand, because `gguf.GGUFReader` allocates by what counts and lengths claim, and makes an array of
+every string.
+
 Reference:
   docs/gguf.md in github.com/ggml-org/ggml.
 """
 
-import dataclasses
 import math
 import mmap
 import pathlib
 import re
 import struct
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+
+from jaxllm.interop.tensorfile import Tensor
 
 _SCALARS = {0: 'B', 1: 'b', 2: 'H', 3: 'h', 4: 'I', 5: 'i', 6: 'f', 7: '?', 10: 'Q', 11: 'q',
             12: 'd'}
@@ -26,27 +29,6 @@ MAX_KEYS, MAX_TENSORS, MAX_ELEMENTS = 10_000, 100_000, 2**40
 MAX_METADATA_BYTES = 1_000_000_000
 # The name of one of several files of a model.
 _PART = re.compile(r'(.*)-\d{5}-of-(\d{5})\.gguf')
-
-
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-  """Where one tensor lies.
-
-  Attributes:
-    name: its name in the file.
-    path: the file.
-    kind: its type, such as 'Q4_1'.
-    shape: rows first, as NumPy has it (GGUF lists axes the other way round).
-    offset: of its first byte in the file.
-    num_bytes: its size in the file.
-  """
-
-  name: str
-  path: pathlib.Path
-  kind: str
-  shape: tuple[int, ...]
-  offset: int
-  num_bytes: int
 
 
 def raw(tensor: Tensor) -> np.ndarray:
@@ -159,12 +141,18 @@ def _read(path: pathlib.Path, content: mmap.mmap) -> tuple[dict[str, Any], dict[
       raise ValueError(f'tensor {name!r} begins at {offset}, no multiple of {alignment}')
     kind_name, size = _size(name, shape, kind)
     tensors[name] = Tensor(name, path, kind_name, shape, start + offset, size)
-  _check_places(tensors, len(content))
+  end = 0
+  for tensor in sorted(tensors.values(), key=lambda tensor: tensor.offset):
+    if tensor.offset < end:
+      raise ValueError(f'tensor {tensor.name!r} overlaps the one before it')
+    end = tensor.offset + tensor.num_bytes
+  if end > len(content):
+    raise ValueError(f'cut off: tensor {tensor.name!r} ends at {end}, the file at {len(content)}')
   return metadata, tensors
 
 
 class _Cursor:
-  """A place in the file that never moves past its end."""
+  """A place in the file, which never moves past its end."""
 
   def __init__(self, content: mmap.mmap):
     self.content, self.at = content, 0
@@ -234,11 +222,3 @@ def _size(name: str, shape: tuple[int, ...], kind: int) -> tuple[str, int]:
   return quantization.name, math.prod(shape) // block * block_bytes
 
 
-def _check_places(tensors: Mapping[str, Tensor], size: int) -> None:
-  end = 0
-  for tensor in sorted(tensors.values(), key=lambda tensor: tensor.offset):
-    if tensor.offset < end:
-      raise ValueError(f'tensor {tensor.name!r} overlaps the one before it')
-    end = tensor.offset + tensor.num_bytes
-    if end > size:
-      raise ValueError(f'cut off: tensor {tensor.name!r} ends at {end}, the file at {size}')

@@ -3,7 +3,10 @@
 The format is 8 bytes of header length, a JSON header that gives each tensor's dtype, shape and byte
 range, and the bytes. `read_headers` believes none of it: it refuses duplicate names, ranges that
 overlap, leave holes or reach past the end of the file, and other files in disguise, before anything
-is allocated. `data` then maps one tensor, `check_finite` looks for NaN in it.
+is allocated. `data` then maps one tensor, `is_finite` looks for NaN in it.
+
+By hand, because the library accepts duplicate names and 100,000 empty tensors, does not say which
+tensor is wrong, and writes only what lies in memory as a whole.
 """
 
 import dataclasses
@@ -46,26 +49,28 @@ _CHUNK = 1 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """Where one stored tensor lies.
+  """The place of one stored tensor.
 
   Attributes:
     name: its name in the file.
     path: the file.
-    dtype: of the stored numbers.
-    shape: as stored.
+    kind: its type, such as 'BF16', or 'Q4_1' in a GGUF file.
+    shape: rows first.
     offset: of its first byte in the file.
+    num_bytes: its size in the file.
   """
 
   name: str
   path: pathlib.Path
-  dtype: np.dtype
+  kind: str
   shape: tuple[int, ...]
   offset: int
+  num_bytes: int
 
   @property
-  def num_bytes(self) -> int:
-    """Its size in the file."""
-    return math.prod(self.shape) * self.dtype.itemsize
+  def dtype(self) -> np.dtype:
+    """The type of its numbers; only safetensors files have numbers alone."""
+    return DTYPES[self.kind]
 
 
 def data(tensor: Tensor) -> np.ndarray:
@@ -168,10 +173,8 @@ def write(
 ) -> None:
   """Write a file, one tensor at a time.
 
-  Args:
-    path: the new file.
-    layout: name -> (shape, dtype).
-    produce: returns the tensor of a name, called once for each, in the order of the file.
+  `layout` says name -> (shape, dtype); `produce` returns the tensor of a name, and is called once
+  for each, in the order of the file.
   """
   order = sorted(layout, key=lambda name: (-layout[name][1].itemsize, name))
   header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
@@ -246,7 +249,6 @@ def _read_json_header(
 
 
 def _tensor(path: pathlib.Path, name: str, entry: Any, start: int) -> Tensor:
-  """Return one tensor; whether ranges fit together is checked by the caller."""
   where = f'{path}: tensor {name!r}'
   if not isinstance(entry, dict) or set(entry) != {'dtype', 'shape', 'data_offsets'}:
     raise ValueError(f'{where}: dtype, shape and data_offsets are needed, and nothing else')
@@ -258,11 +260,11 @@ def _tensor(path: pathlib.Path, name: str, entry: Any, start: int) -> Tensor:
     raise ValueError(f'{where} has shape {str(shape)[:80]}; up to 8 positive numbers are needed')
   if not _counts(offsets) or len(offsets) != 2:
     raise ValueError(f'{where} has data_offsets {str(offsets)[:80]}; two numbers are needed')
-  tensor = Tensor(name, path, dtype, tuple(shape), start + offsets[0])
-  if offsets[1] - offsets[0] != tensor.num_bytes:
-    raise ValueError(f'{where} of shape {shape} takes {tensor.num_bytes} bytes, but data_offsets '
+  num_bytes = math.prod(shape) * dtype.itemsize
+  if offsets[1] - offsets[0] != num_bytes:
+    raise ValueError(f'{where} of shape {shape} takes {num_bytes} bytes, but data_offsets '
                      f'{offsets} give it {offsets[1] - offsets[0]}')
-  return tensor
+  return Tensor(name, path, entry['dtype'], tuple(shape), start + offsets[0], num_bytes)
 
 
 def _counts(value: Any) -> bool:
