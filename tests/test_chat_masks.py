@@ -133,11 +133,9 @@ def byte_level(rstrip):
   signs = sorted(library.pre_tokenizers.ByteLevel.alphabet())
   pairs = [('Ċ', 'Ċ'), ('Ġ', 'Ġ'), ('H', 'i'), ('Ġ', 'H'), ('Ġ', 'B'), (':', 'Ċ'), ('.', 'Ċ')]
   vocab = {sign: i for i, sign in enumerate([*signs, *map(''.join, pairs)])}
-  cut = library.pre_tokenizers.Sequence([
-    library.pre_tokenizers.Split(library.Regex(r'\s*\n+|\s+(?!\S)|\s?\S+|\s+'), 'isolated'),
-    library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+  cut = r'\s*\n+|\s+(?!\S)|\s?\S+|\s+'
   made = library.Tokenizer.from_str(
-    tokenizer_export.byte_level_bpe(vocab, pairs, pre_tokenizer=cut).decode())
+    tokenizer_export.byte_level_bpe(vocab, pairs, cuts=[cut]).decode())
   made.add_special_tokens([
     library.AddedToken(text, special=True, normalized=False, rstrip=rstrip and text[:2] == '<|')
     for text in SPECIAL])

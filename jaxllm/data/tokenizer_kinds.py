@@ -1,8 +1,4 @@
-"""The kinds of tokenizers, each built from the bytes of its files.
-
-- `Tokenizer` is what all kinds share.
-- `from_bytes`, `from_sentencepiece`, `from_library` build one.
-"""
+"""The kinds of tokenizers: `Tokenizer`, and a function that builds each kind from its files."""
 
 import dataclasses
 import functools
@@ -54,7 +50,7 @@ class Tokenizer:
     """Return the ids of a text.
 
     Raises:
-      ValueError: the vocabulary cannot express the text, or the tokenizer fails on it.
+      ValueError: the vocabulary cannot express the text, or the library fails on it.
     """
     return self._never_special(text, self._encode(_valid(text)))
 
@@ -102,7 +98,7 @@ class Tokenizer:
     return self._decode(ids)
 
   def files(self) -> dict[str, bytes]:
-    """Return all that is needed to build this tokenizer again, by file name."""
+    """Return the files that build this tokenizer again, by name."""
     return dict(self._files)
 
   @functools.cached_property
@@ -152,12 +148,10 @@ def _valid(text: str) -> str:
 def from_bytes(files: Files) -> Tokenizer:
   """Build the tokenizer whose ids are the 256 bytes, then one that begins and ends documents."""
   id_bytes = [*(bytes([value]) for value in range(256)), b'']
-
-  def encode(text: str) -> list[int]:
-    return list(text.encode())
-
-  return Tokenizer(id_bytes, 256, 256, 256, {}, encode, lambda texts: [*map(encode, texts)],
-                   functools.partial(_join_bytes, id_bytes), files)
+  return Tokenizer(
+    id_bytes, 256, 256, 256, {}, lambda text: [*text.encode()],
+    lambda texts: [[*text.encode()] for text in texts],
+    functools.partial(_join_bytes, id_bytes), files)
 
 
 def _join_bytes(id_bytes: Sequence[bytes], ids: Sequence[int]) -> str:
@@ -201,7 +195,7 @@ def from_sentencepiece(files: Files) -> Tokenizer:
     processor.bos_id(), processor.eos_id(), processor.pad_id()))
   special = {processor.id_to_piece(i): i for i in range(processor.vocab_size())
              if processor.is_control(i)}
-  return Tokenizer(id_bytes, bos, eos, _first(pad, eos, 0), special, encode,
+  return Tokenizer(id_bytes, bos, eos, _padding(pad, eos), special, encode,
                    functools.partial(_map_threads, encode), decode, files)
 
 
@@ -238,24 +232,20 @@ def from_library(files: Files) -> Tokenizer:
   def special(name: str) -> int | None:
     return vocab.get(tokenizer_settings.text_of(named.get(name)))
 
-  def encode(text: str) -> list[int]:
-    return _no_panic(inner.encode, text, add_special_tokens=False).ids
-
   def encode_batch(texts: Sequence[str]) -> list[list[int]]:
     done = _no_panic(inner.encode_batch_fast, list(texts), add_special_tokens=False)
     return [encoding.ids for encoding in done]
 
-  def decode(ids: Sequence[int]) -> str:
-    return _no_panic(inner.decode, ids, skip_special_tokens=True)
-
-  eos = special('eos_token')
+  bos, eos, pad = (special(f'{name}_token') for name in ('bos', 'eos', 'pad'))
   # Bytes, which some trainers list as special, are what text falls back to.
   fallback = getattr(inner.model, 'byte_fallback', False)
   added = {token.content: i for i, token in inner.get_added_tokens_decoder().items()
            if token.special and not (fallback and _BYTE.fullmatch(token.content))}
   id_bytes, joins = _library_bytes(inner, vocab, size)
-  return Tokenizer(id_bytes, special('bos_token'), eos, _first(special('pad_token'), eos, 0), added,
-                   encode, encode_batch, decode, files, inner, joins)
+  return Tokenizer(
+    id_bytes, bos, eos, _padding(pad, eos), added,
+    lambda text: _no_panic(inner.encode, text, add_special_tokens=False).ids, encode_batch,
+    lambda ids: _no_panic(inner.decode, ids, skip_special_tokens=True), files, inner, joins)
 
 
 def _inner(files: Files) -> tuple[Any, Mapping[str, Any]]:
@@ -272,20 +262,22 @@ def _inner(files: Files) -> tuple[Any, Mapping[str, Any]]:
       inner = tokenizers.Tokenizer.from_str(files['tokenizer.json'].decode())
     except Exception as error:  # The library raises bare Exception.
       raise ValueError(f'tokenizer.json: {error}') from None
-    tokenizer_settings.add_tokens(inner, files, named)
-    return inner, named
-  try:
-    vocab = json.loads(files['vocab.json'])
-    lines = files['merges.txt'].decode().replace('\r\n', '\n').split('\n')
-    merges: Any = [tuple(line.split(' ')) for line in lines
-                   if line and not line.startswith('#version')]
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=merges))
-  except Exception as error:  # The library raises bare Exception.
-    raise ValueError(f'vocab.json and merges.txt: not a byte-level BPE: {error}') from None
-  missing = set(BYTE_SIGNS) - set(vocab)
-  if missing:
-    raise ValueError(f'vocab.json: {len(missing)} of the 256 bytes have no id of their own')
-  return inner, tokenizer_settings.build(inner, files, named)
+  else:
+    known = tokenizer_settings.class_of(named)
+    try:
+      vocab = json.loads(files['vocab.json'])
+      lines = files['merges.txt'].decode().replace('\r\n', '\n').split('\n')
+      merges: Any = [tuple(line.split(' ')) for line in lines
+                     if line and not line.startswith('#version')]
+      inner = tokenizer_settings.byte_level(
+        vocab, merges, known.cuts, known.composed, bool(named.get('add_prefix_space')))
+    except Exception as error:  # The library raises bare Exception.
+      raise ValueError(f'vocab.json and merges.txt: not a byte-level BPE: {error}') from None
+    if missing := set(BYTE_SIGNS) - set(vocab):
+      raise ValueError(f'vocab.json: {len(missing)} of the 256 bytes have no id of their own')
+    named = {**known.tokens, **named}
+  tokenizer_settings.add_tokens(inner, files, named)
+  return inner, named
 
 
 def _no_panic(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -301,7 +293,7 @@ def _no_panic(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def _library_bytes(
   inner: Any, vocab: Mapping[str, int], size: int
 ) -> tuple[list[bytes], bool]:
-  """Return the bytes that each id adds to a text, and whether they are all of it."""
+  """Return the bytes that each id adds to a text, and whether they join to all of it."""
   steps = _decoding_steps(json.loads(inner.to_str())['decoder'])
   added = inner.get_added_tokens_decoder()
   id_bytes = [b''] * size
@@ -356,5 +348,5 @@ def _byte_signs() -> dict[str, int]:
 BYTE_SIGNS = _byte_signs()
 
 
-def _first(*values: int | None) -> int:
-  return next(value for value in values if value is not None)
+def _padding(pad: int | None, eos: int | None) -> int:
+  return next(i for i in (pad, eos, 0) if i is not None)

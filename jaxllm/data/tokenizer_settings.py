@@ -8,13 +8,14 @@ Reference:
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 Files = Mapping[str, bytes]
 
 CONFIG, GENERATION, CHAT = (
   'tokenizer_config.json', 'generation_config.json', 'chat_template.jinja')
+DIGIT = r'\p{N}'
 _END = '<|endoftext|>'
 _ENDS = {'bos_token': _END, 'eos_token': _END, 'unk_token': _END}
 _NAMES = tuple(f'{name}_token' for name in ('bos', 'eos', 'unk', 'sep', 'pad', 'cls', 'mask'))
@@ -23,17 +24,17 @@ _LISTS = ('additional_special_tokens', 'extra_special_tokens')
 
 
 class ByteLevelClass(NamedTuple):
-  """How a class of byte-level BPE treats text.
+  """A class of byte-level BPE.
 
   Attributes:
     tokens: names of its special tokens, where the files do not name them.
     composed: whether text is composed first (Unicode NFC).
-    pattern: what is cut out before merging; None: what GPT-2 cuts out.
+    cuts: see `byte_level`.
   """
 
   tokens: Mapping[str, str] = _ENDS
   composed: bool = False
-  pattern: str | None = None
+  cuts: tuple[str, ...] = ()
 
 
 _ROBERTA = ByteLevelClass({
@@ -47,32 +48,32 @@ CLASSES: Mapping[str, ByteLevelClass] = {
   'BartTokenizer': _ROBERTA,
   'Qwen2Tokenizer': ByteLevelClass(
     {'eos_token': _END, 'unk_token': _END, 'pad_token': _END}, composed=True,
-    pattern=r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
-            r' ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'),
+    cuts=(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+          r' ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+',)),
 }
 
 
 def settings(files: Files) -> dict[str, Any]:
-  """Return what tokenizer_config.json and special_tokens_map.json say.
+  """Return the keys of tokenizer_config.json and special_tokens_map.json.
 
   Where the former lists its added tokens, it is newer than the latter, which is not read.
 
   Raises:
     ValueError: one is damaged, or a special token is no text.
   """
-  read: dict[str, Any] = {}
+  keys: dict[str, Any] = {}
   for name in (CONFIG, 'special_tokens_map.json'):
-    if 'added_tokens_decoder' in read:
+    if 'added_tokens_decoder' in keys:
       break
     try:
-      read.update(json.loads(files.get(name, b'{}')).items())
+      keys.update(json.loads(files.get(name, b'{}')).items())
     except (ValueError, AttributeError) as error:
       raise ValueError(f'{name}: not a JSON object: {error}') from None
   for name in _NAMES:
-    token = text_of(read.get(name))
+    token = text_of(keys.get(name))
     if token is not None and not isinstance(token, str):
-      raise ValueError(f'{name}={read[name]!r}: a text, or an object with its content, is needed')
-  return read
+      raise ValueError(f'{name}={keys[name]!r}: a text, or an object with its content, is needed')
+  return keys
 
 
 def eos_token_ids(files: Files) -> tuple[int, ...]:
@@ -111,22 +112,22 @@ def chat_templates(files: Files) -> dict[str, str]:
           if isinstance(item.get('name'), str) and isinstance(item.get('template'), str)}
 
 
-def named_tokens(read: Mapping[str, Any]) -> dict[str, str]:
+def named_tokens(keys: Mapping[str, Any]) -> dict[str, str]:
   """Return the special tokens that the settings name: {'bos_token': '<s>', ...}."""
-  said = {key: value for key, value in read.items() if key.endswith('_token')}
+  said = {key: value for key, value in keys.items() if key.endswith('_token')}
   for name in ('extra_special_tokens', 'model_specific_special_tokens'):
-    said |= read[name] if isinstance(read.get(name), dict) else {}
+    said |= keys[name] if isinstance(keys.get(name), dict) else {}
   named = {key: text_of(value) for key, value in said.items()}
   return {key: text for key, text in named.items() if isinstance(text, str)}
 
 
-def class_of(read: Mapping[str, Any]) -> ByteLevelClass:
-  """Return how the class that the settings name cuts text; GPT-2's where they name none.
+def class_of(keys: Mapping[str, Any]) -> ByteLevelClass:
+  """Return the class that the settings name, GPT-2's where they name none.
 
   Raises:
-    ValueError: it is not known, or says nothing of how text is cut.
+    ValueError: it is not known.
   """
-  name = read.get('tokenizer_class') or 'GPT2Tokenizer'
+  name = keys.get('tokenizer_class') or 'GPT2Tokenizer'
   known = CLASSES.get(str(name).removesuffix('Fast'))
   if known is None:
     raise ValueError(
@@ -140,43 +141,46 @@ def text_of(token: Any) -> Any:
   return token.get('content') if isinstance(token, Mapping) else token
 
 
-def build(inner: Any, files: Files, read: Mapping[str, Any]) -> dict[str, Any]:
-  """Let a BPE model over bytes treat text as the class that the settings name.
+def byte_level(
+  vocab: dict[str, int], merges: Sequence[tuple[str, str]], cuts: Sequence[str] = (),
+  composed: bool = False, prefix_space: bool = False, ignore_merges: bool = False,
+) -> Any:
+  """Build a byte-level BPE of the tokenizers library.
 
-  Returns:
-    The settings, with the special tokens that the class has where they name none.
-
-  Raises:
-    ValueError: as `class_of` and `add_tokens`.
+  Args:
+    vocab: piece in GPT-2's signs for bytes -> id.
+    merges: pairs of pieces, in order.
+    cuts: patterns that cut text one after the other before it is merged; none: as GPT-2 does.
+    composed: whether text is composed first (Unicode NFC).
+    prefix_space: whether a space is put before a text that begins without one.
+    ignore_merges: whether a whole stretch that is a token becomes it, merges or not.
   """
-  from tokenizers import Regex, decoders, normalizers, pre_tokenizers
+  import tokenizers as library
 
-  known = class_of(read)
-  inner.pre_tokenizer = pre_tokenizers.ByteLevel(
-    bool(read.get('add_prefix_space')), use_regex=known.pattern is None)
-  if known.pattern is not None:
-    inner.pre_tokenizer = pre_tokenizers.Sequence(
-      [pre_tokenizers.Split(Regex(known.pattern), 'isolated'), inner.pre_tokenizer])
-  if known.composed:
-    inner.normalizer = normalizers.NFC()
-  inner.decoder = decoders.ByteLevel()
-  named = {**known.tokens, **read}
-  add_tokens(inner, files, named)
-  return named
+  made = library.Tokenizer(library.models.BPE(vocab, merges, ignore_merges=ignore_merges))
+  kinds = library.pre_tokenizers
+  made.pre_tokenizer = kinds.Sequence([
+    *(kinds.Digits(individual_digits=True) if cut == DIGIT
+      else kinds.Split(library.Regex(cut), 'isolated') for cut in cuts),
+    kinds.ByteLevel(prefix_space, use_regex=tuple(cuts) in ((), (DIGIT,)))])
+  if composed:
+    made.normalizer = library.normalizers.NFC()
+  made.decoder = library.decoders.ByteLevel()
+  return made
 
 
-def add_tokens(inner: Any, files: Files, read: Mapping[str, Any]) -> None:
+def add_tokens(inner: Any, files: Files, keys: Mapping[str, Any]) -> None:
   """Give a tokenizer of the tokenizers library the tokens that only the other files have.
 
   Args:
     inner: the tokenizer, which is changed.
     files: may hold added_tokens.json.
-    read: from `settings`.
+    keys: from `settings`.
 
   Raises:
     ValueError: a token has an id that belongs to another, or is damaged.
   """
-  for i, token in sorted(listed(files, read).items()):
+  for i, token in sorted(listed(files, keys).items()):
     size = inner.get_vocab_size(with_added_tokens=True)
     if not size <= i < 2 * size + 1024 and inner.id_to_token(i) != token.content:
       raise ValueError(f'added token {token.content!r} has id {i}, which is '
@@ -188,19 +192,19 @@ def add_tokens(inner: Any, files: Files, read: Mapping[str, Any]) -> None:
     inner.add_special_tokens([f'<|unused {hole}|>' for hole in range(size, i)])
     inner.add_tokens([token])
   added = {token.content for token in inner.get_added_tokens_decoder().values()}
-  inner.add_tokens([token for token in special(read) if token.content not in added
+  inner.add_tokens([token for token in special(keys) if token.content not in added
                     and inner.token_to_id(token.content) is not None])
 
 
-def listed(files: Files, read: Mapping[str, Any]) -> dict[int, Any]:
+def listed(files: Files, keys: Mapping[str, Any]) -> dict[int, Any]:
   """Return the added tokens that a file gives an id."""
   from tokenizers import AddedToken
 
-  named = {text_of(read.get(name)) for name in _NAMES}
-  found = read.get('added_tokens_decoder')
+  named = {text_of(keys.get(name)) for name in _NAMES}
+  found = keys.get('added_tokens_decoder')
   try:
     if found is None:
-      texts = {token.content for token in special(read)}
+      texts = {token.content for token in special(keys)}
       ids = json.loads(files.get('added_tokens.json', b'{}'))
       found = {i: {'content': text, 'special': text in texts, 'normalized': False}
                for text, i in ids.items()}
@@ -214,12 +218,12 @@ def listed(files: Files, read: Mapping[str, Any]) -> dict[int, Any]:
                      f'of tokens and ids: {error!r}') from None
 
 
-def special(read: Mapping[str, Any]) -> Iterator[Any]:
+def special(keys: Mapping[str, Any]) -> Iterator[Any]:
   """Yield the special tokens that the settings name."""
   from tokenizers import AddedToken
 
-  lists = [read.get(name) or () for name in _LISTS]
-  tokens = [read.get(name) for name in _NAMES]
+  lists = [keys.get(name) or () for name in _LISTS]
+  tokens = [keys.get(name) for name in _NAMES]
   for token in [*tokens, *(token for one in lists for token in (
       one.values() if isinstance(one, Mapping) else one))]:
     text = text_of(token)

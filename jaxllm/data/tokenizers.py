@@ -1,8 +1,4 @@
-"""Tokenizers: which one, how it is trained, where its files lie.
-
-- `TokenizerConfig` names one, and `train_or_load` makes it.
-- `from_files`, `save` and `load` rebuild it; `BUILDERS` tells the kinds apart by their files.
-"""
+"""Tokenizers: `TokenizerConfig` names one, `train_or_load` makes it, `from_files` rebuilds it."""
 
 import collections
 import hashlib
@@ -77,6 +73,11 @@ class TokenizerConfig(Config):
   def trained(self) -> bool:
     """Whether the corpus decides the vocabulary."""
     return self.kind == 'sentencepiece' and self.path is None
+
+  @property
+  def has_bytes(self) -> bool:
+    """Whether rare characters are left to their bytes: a character model has all."""
+    return self.byte_fallback and self.model_type != 'char'
 
   @pydantic.model_validator(mode='after')
   def _check(self) -> 'TokenizerConfig':
@@ -165,10 +166,10 @@ def same_vocabulary(first: Tokenizer, second: Tokenizer) -> bool:
     files = tokenizer.files()
     # A directory may hold the same tokenizer twice; the first file is the one that is read.
     read = next(name for name in BUILDERS if name in files)
-    said = tokenizer_settings.settings(files)
-    words = {i: token.content for i, token in tokenizer_settings.listed(files, said).items()
+    keys = tokenizer_settings.settings(files)
+    words = {i: token.content for i, token in tokenizer_settings.listed(files, keys).items()
              if not token.special}
-    named = tokenizer_settings.class_of(said) if read == 'vocab.json' else None
+    named = tokenizer_settings.class_of(keys) if read == 'vocab.json' else None
     return [read, files[read], files.get('merges.txt'), named, words]
 
   return vocabulary(first) == vocabulary(second)
@@ -188,8 +189,7 @@ def load(directory: str | os.PathLike[str]) -> Tokenizer:
   Raises:
     ValueError: none is there, or it is damaged.
   """
-  directory = pathlib.Path(directory)
-  paths = [directory / name for name in FILE_NAMES]
+  paths = [pathlib.Path(directory) / name for name in FILE_NAMES]
   found = {path.name: path.read_bytes() for path in paths if path.is_file()}
   if not found:
     raise ValueError(f'no tokenizer in {str(directory)!r}: expected {" or ".join(BUILDERS)}')
@@ -217,16 +217,11 @@ def _train(config: TokenizerConfig, texts: Iterable[str]) -> bytes:
       size = int(largest[1])
       logging.warning('config.tokenizer.vocab_size=%s: this corpus gives %s pieces, and the '
                       'tokenizer has no more', config.vocab_size, size)
-    elif 'required_chars' in message and _has_bytes(config) and room > 2:
+    elif 'required_chars' in message and config.has_bytes and room > 2:
       sample = _without_rare(sample, room * 2 // 3)
     else:
       break
   raise ValueError(_explained(config, message))
-
-
-def _has_bytes(config: TokenizerConfig) -> bool:
-  """Return whether rare characters are left to their bytes: a character model has all."""
-  return config.byte_fallback and config.model_type != 'char'
 
 
 def _fit(config: TokenizerConfig, sample: Sequence[str], vocab_size: int | None) -> bytes:
@@ -240,7 +235,7 @@ def _fit(config: TokenizerConfig, sample: Sequence[str], vocab_size: int | None)
     use_all_vocab=vocab_size is None,
     model_type=config.model_type,
     byte_fallback=config.byte_fallback,
-    character_coverage=0.9995 if _has_bytes(config) else 1.0,
+    character_coverage=0.9995 if config.has_bytes else 1.0,
     max_sentence_length=4 * 4000,  # In bytes; longer ones would be skipped.
     normalization_rule_name='identity',
     remove_extra_whitespaces=False,
@@ -268,9 +263,9 @@ def _without_rare(sample: Sequence[str], count: int) -> list[str]:
 def _explained(config: TokenizerConfig, message: str) -> str:
   field = f'config.tokenizer.vocab_size={config.vocab_size}'
   if smallest := re.search(r'required_chars\. \d+ vs (\d+)', message):
-    least = _OTHER_PIECES + 3 if _has_bytes(config) else smallest[1]
+    least = _OTHER_PIECES + 3 if config.has_bytes else smallest[1]
     advice = f'raise it to at least {least}, and config.model.vocab_size with it'
-    if not _has_bytes(config):
+    if not config.has_bytes:
       advice += (", or leave rare characters to their bytes (config.tokenizer.model_type='bpe' and "
                  'config.tokenizer.byte_fallback=True)')
     return f'{field} is too small for the characters of this corpus and their bytes: {advice}'
@@ -290,7 +285,7 @@ def _chunks(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _sample(chunks: Iterable[str], limit: int) -> list[str]:
-  """Keep at most `limit` bytes: the chunks with the lowest hashes, which is the same every time."""
+  """Keep the chunks with the lowest hashes, at most `limit` bytes."""
   kept: list[tuple[int, int, str]] = []
   size, ceiling = 0, 2**64
   for chunk in chunks:

@@ -9,6 +9,9 @@ Reference:
 
 from typing import Any
 
+from jaxllm.data import tokenizer_settings
+from jaxllm.data.tokenizer_settings import DIGIT as _DIGIT
+
 _SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORD = r'[^\r\n\p{L}\p{N}]?\p{L}+'
 _SIGNS = r' ?[^\s\p{L}\p{N}]+[\r\n]*'
@@ -28,8 +31,7 @@ def _cased(numbers: str, suffix: str) -> str:
               r' ?[^\s\p{L}\p{N}]+[\r\n/]*', _SPACE)
 
 
-_DIGIT, _DIGITS, _NUMBER = r'\p{N}', r'\p{N}{1,3}', r'\p{N}+'
-_QWEN = _any(_SUFFIX, _WORD, _DIGIT, _SIGNS, _SPACE)
+_DIGITS, _NUMBER = r'\p{N}{1,3}', r'\p{N}+'
 _LLAMA = _any(_SUFFIX, _WORD, _DIGITS, _SIGNS, _SPACE)
 _O200K = _cased(_DIGITS, _SUFFIX + '?')
 _BLOOM = ' ?[^(\\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+'
@@ -42,7 +44,8 @@ _GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
   ('smollm starcoder refact command-r codeshell exaone minerva-7b mellum2', (_DIGIT,)),
   ('llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano dbrx smaug-bpe '
    'glm4 chatglm-bpe', (_LLAMA,)),
-  ('qwen2 deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open grok-2', (_QWEN,)),
+  ('qwen2 deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open grok-2',
+   tokenizer_settings.CLASSES['Qwen2Tokenizer'].cuts),
   ('qwen35', (_any(_SUFFIX, r'[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+', _DIGIT,
                    r' ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*', _SPACE),)),
   ('seed-coder', (_any(_SUFFIX, _WORD, _DIGIT, r' ?[^\s\p{L}\p{N}\r\n]+', _SPACE),)),
@@ -60,28 +63,20 @@ _GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
 _CUTS = {name: cuts for names, cuts in _GROUPS for name in names.split()}
 
 # A whole stretch of text that is a token becomes it, merges or not.
-WHOLE = ('llama-bpe', 'llama3', 'llama-v3', 'falcon3', 'falcon-h1', 'pixtral', 'midm-2.0', 'lfm2',
+_WHOLE = ('llama-bpe', 'llama3', 'llama-v3', 'falcon3', 'falcon-h1', 'pixtral', 'midm-2.0', 'lfm2',
          'jina-v5-nano', 'tekken', 'minicpm5')
 # Texts begin with BOS where the file does not say.
-WITH_BOS = tuple(name for name in WHOLE if name != 'minicpm5')
+WITH_BOS = tuple(name for name in _WHOLE if name != 'minicpm5')
 _COMPOSED = ('qwen2', 'qwen35', 'command-r', 'mpt', 'olmo')
 
 
-def build(name: Any) -> tuple[Any, Any]:
-  """Return the pre-tokenizer and the normalizer (or None) of a name.
+def treatment(name: Any) -> dict[str, Any]:
+  """Return what `tokenizer_settings.byte_level` takes besides vocabulary and merges.
 
   Raises:
-    ValueError: there is none here.
+    ValueError: there is no such name here.
   """
-  import tokenizers as library
-
   if name not in _CUTS:
     raise ValueError(f'tokenizer.ggml.pre {name!r} is not supported (supported: '
                      f'{", ".join(_CUTS)}); take the model from its Hugging Face directory')
-  kinds, cuts = library.pre_tokenizers, _CUTS[name]
-  steps: list[Any] = [
-    kinds.Digits(individual_digits=True) if cut == _DIGIT
-    else kinds.Split(library.Regex(cut), 'isolated') for cut in cuts
-  ]
-  steps.append(kinds.ByteLevel(add_prefix_space=False, use_regex=cuts in ((), (_DIGIT,))))
-  return kinds.Sequence(steps), library.normalizers.NFC() if name in _COMPOSED else None
+  return {'cuts': _CUTS[name], 'composed': name in _COMPOSED, 'ignore_merges': name in _WHOLE}

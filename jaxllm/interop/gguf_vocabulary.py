@@ -6,7 +6,7 @@ from typing import Any
 from absl import logging
 
 from jaxllm.data.tokenizer_kinds import MARK
-from jaxllm.data.tokenizer_settings import GENERATION
+from jaxllm.data.tokenizer_settings import CONFIG, GENERATION
 from jaxllm.interop import chat, gguf_pre_tokenizers, sentencepiece_model, tokenizer_export
 from jaxllm.interop.sentencepiece_model import CONTROL, UNKNOWN, USER_DEFINED
 from jaxllm.interop.tokenizer_export import json_bytes
@@ -37,20 +37,17 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
   settings = {name.removesuffix('_id'): tokens[value] for name, value in ids.items()}
   settings |= {'tokenizer_class': 'PreTrainedTokenizerFast', 'add_bos_token': _adds_bos(metadata),
                'clean_up_tokenization_spaces': False}
-  template = metadata.get('tokenizer.chat_template')
-  if isinstance(template, str):
+  if isinstance(template := metadata.get('tokenizer.chat_template'), str):
     settings['chat_template'] = template
-  files['tokenizer_config.json'] = json_bytes(settings)
   generation: dict[str, Any] = {name: i for name, i in ids.items() if name != 'unk_token_id'}
-  ends = [*([ids['eos_token_id']] if 'eos_token_id' in ids else []), *_ends(metadata, tokens)]
-  if ends := list(dict.fromkeys(ends)):
+  eos = [ids['eos_token_id']] if 'eos_token_id' in ids else []
+  if ends := list(dict.fromkeys([*eos, *_ends(metadata, tokens)])):
     generation['eos_token_id'] = ends if len(ends) > 1 else ends[0]
-  files[GENERATION] = json_bytes(generation)
-  return files
+  return {**files, CONFIG: json_bytes(settings), GENERATION: json_bytes(generation)}
 
 
 def _special_ids(metadata: Mapping[str, Any], count: int) -> dict[str, int]:
-  # What llama.cpp takes for granted of SentencePiece models.
+  # llama.cpp's defaults of SentencePiece models.
   usual = {'bos': 1, 'eos': 2} if metadata.get(_KEY + 'model') == 'llama' else {}
   ids = {}
   for theirs, ours in (('bos', 'bos'), ('eos', 'eos'), ('padding', 'pad'), ('unknown', 'unk')):
@@ -67,15 +64,15 @@ def _id(name: str, value: Any, count: int) -> int:
 
 
 def _ends(metadata: Mapping[str, Any], tokens: list[str]) -> list[int]:
-  """Return the tokens besides EOS that end a generation: named by a key, or known by their text."""
+  """Return the tokens besides EOS that end a generation, by a key or by their text."""
   named = ('eot_token_id', 'eom_token_id', 'fim_pad_token_id', 'fim_rep_token_id',
            'fim_sep_token_id')
-  ids = [_id(name, metadata[_KEY + name], len(tokens)) for name in named if _KEY + name in metadata]
   several = metadata.get(_KEY + 'eos_token_ids', [])
-  ids += [_id('eos_token_ids', i, len(tokens))
-          for i in (several if isinstance(several, list) else [several])]
+  found = [(name, metadata[_KEY + name]) for name in named if _KEY + name in metadata]
+  found += [('eos_token_ids', i) for i in (several if isinstance(several, list) else [several])]
+  ids = [_id(name, i, len(tokens)) for name, i in found]
   kinds = _list(metadata, 'token_type', len(tokens), sentencepiece_model.NORMAL)
-  # Struck-out text ends in HTML with what elsewhere ends a text.
+  # In HTML '</s>' ends struck-out text.
   known = {token: i for i, token in enumerate(tokens)
            if (token, kinds[i]) != ('</s>', sentencepiece_model.NORMAL)}
   return [*ids, *chat.turn_ends(known)]
@@ -121,7 +118,7 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str, byt
   pre = metadata.get(_KEY + 'pre', 'default')
   if pre == 'default':
     logging.warning('%spre does not say how text is cut; it is as for GPT-2', _KEY)
-  pre_tokenizer, normalizer = gguf_pre_tokenizers.build(pre)
+  treatment = gguf_pre_tokenizers.treatment(pre)
   lines = metadata.get(_KEY + 'merges')
   if not isinstance(lines, list):
     raise ValueError(f'{_KEY}merges is missing')
@@ -139,9 +136,7 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str, byt
     vocab, merges,
     special=[token for token, kind in zip(tokens, kinds, strict=True) if kind == CONTROL],
     words=[token for token, kind in zip(tokens, kinds, strict=True) if kind == USER_DEFINED],
-    pre_tokenizer=pre_tokenizer, normalizer=normalizer,
-    ignore_merges=pre in gguf_pre_tokenizers.WHOLE,
-    first=tokens[ids['bos_token_id']] if with_bos else None,
+    first=tokens[ids['bos_token_id']] if with_bos else None, **treatment,
   )
   return {'tokenizer.json': content}
 

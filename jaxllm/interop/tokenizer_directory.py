@@ -1,4 +1,4 @@
-"""What a directory leaves to the class of its tokenizer, said in the tokenizer's own files."""
+"""Facts that a directory leaves to the class of its tokenizer, put into the tokenizer's files."""
 
 import json
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ _ANY_CLASS = (None, 'PreTrainedTokenizer', 'PreTrainedTokenizerFast', 'Tokenizer
 def complete(
   files: Mapping[str, bytes], keys: Mapping[str, Any], vocab_size: int
 ) -> dict[str, bytes]:
-  """Return the files with what only config.json, or the class of the tokenizer, says.
+  """Return the files with the facts that only config.json or the tokenizer's class holds.
 
   Older directories have no generation_config.json, and leave the special tokens of a family, and
   how it cuts text, to the class that `transformers` has for it.
@@ -41,48 +41,48 @@ def complete(
   kind = next((name for name in tokenizers.BUILDERS if name in files), None)
   if kind is None:
     return completed
-  said = tokenizer_settings.settings(files)
-  if said.get('tokenizer_class') in _ANY_CLASS and keys.get('tokenizer_class') is not None:
-    said['tokenizer_class'] = keys['tokenizer_class']
+  settings = tokenizer_settings.settings(files)
+  if settings.get('tokenizer_class') in _ANY_CLASS and keys.get('tokenizer_class') is not None:
+    settings['tokenizer_class'] = keys['tokenizer_class']
   model_type = str(keys.get('model_type'))
   if kind == 'tokenizer.model':
-    return _from_sentencepiece(completed, said, model_type, vocab_size)
+    return _from_sentencepiece(completed, settings, model_type, vocab_size)
   if kind == 'vocab.json':
-    if said.get('tokenizer_class') in _ANY_CLASS:
-      said['tokenizer_class'] = _CLASSES.get(model_type, f'none for model_type {model_type}')
-    vocab, tokens = json.loads(files[kind]), tokenizer_settings.class_of(said).tokens
-    said = {**tokens, 'add_bos_token': 'cls_token' in tokens, **said}
+    if settings.get('tokenizer_class') in _ANY_CLASS:
+      settings['tokenizer_class'] = _CLASSES.get(model_type, f'none for model_type {model_type}')
+    vocab, tokens = json.loads(files[kind]), tokenizer_settings.class_of(settings).tokens
+    settings = {**tokens, 'add_bos_token': 'cls_token' in tokens, **settings}
   else:
     content = json.loads(files[kind])
     added = {token.get('content'): token['id'] for token in content.get('added_tokens') or []}
     texts = {i: text for text, i in added.items()}
-    said = {name.removesuffix('_id'): texts[value] for name, value in ids.items()
-            if isinstance(value, int) and value in texts} | said
+    settings = {name.removesuffix('_id'): texts[value] for name, value in ids.items()
+            if isinstance(value, int) and value in texts} | settings
     model = content.get('model')
     pieces = model.get('vocab') if isinstance(model, dict) else None
     vocab = added | (pieces if isinstance(pieces, dict) else {
       piece[0]: i for i, piece in enumerate(pieces or ()) if isinstance(piece, list) and piece})
-  return _with_settings(completed, _numbered(files, said, vocab, vocab_size))
+  return _with_settings(completed, _numbered(files, settings, vocab, vocab_size))
 
 
 def _numbered(
-  files: Mapping[str, bytes], said: dict[str, Any], vocab: Mapping[str, int], vocab_size: int
+  files: Mapping[str, bytes], settings: dict[str, Any], vocab: Mapping[str, int], vocab_size: int
 ) -> dict[str, Any]:
   """Return the settings with the next ids for special tokens that have none, in their order."""
-  listed = tokenizer_settings.listed(files, said)
+  listed = tokenizer_settings.listed(files, settings)
   known = {**vocab, **{token.content: i for i, token in listed.items()}}
-  texts = dict.fromkeys(token.content for token in tokenizer_settings.special(said))
+  texts = dict.fromkeys(token.content for token in tokenizer_settings.special(settings))
   end = max(known.values(), default=-1) + 1
   missing = enumerate((text for text in texts if text not in known), end)
   tokens = {i: {'content': text, 'special': True} for i, text in missing if i < vocab_size}
   if not tokens:
-    return said
-  old = {i: {**token.__getstate__()} for i, token in listed.items()}
-  return {**said, 'added_tokens_decoder': {str(i): token for i, token in (old | tokens).items()}}
+    return settings
+  tokens = {i: {**token.__getstate__()} for i, token in listed.items()} | tokens
+  return {**settings, 'added_tokens_decoder': {str(i): token for i, token in tokens.items()}}
 
 
 def _from_sentencepiece(
-  files: dict[str, bytes], said: dict[str, Any], model_type: str, vocab_size: int
+  files: dict[str, bytes], settings: dict[str, Any], model_type: str, vocab_size: int
 ) -> dict[str, bytes]:
   """Make a tokenizer.json where a model of SentencePiece does not say all of its tokenizer.
 
@@ -95,10 +95,10 @@ def _from_sentencepiece(
   own: dict[str, Any] = {'add_bos_token': True} | {
     f'{name}_token': model.pieces[i] for name, i in (
       ('bos', model.bos_id), ('eos', model.eos_id), ('unk', model.unk_id)) if i >= 0}
-  named = _numbered(files, own | said, vocab, vocab_size)
+  named = _numbered(files, own | settings, vocab, vocab_size)
   added = tokenizer_settings.listed(files, named)
   beyond = {i: token.content for i, token in added.items() if token.content not in vocab}
-  prefix = _prefix(said, model_type)
+  prefix = _prefix(settings, model_type)
   if not beyond and all(named[name] == token for name, token in own.items()) and (
       prefix == 'sentencepiece' or not model.dummy_prefix):
     return files
@@ -115,18 +115,18 @@ def _from_sentencepiece(
   return _with_settings({**files, 'tokenizer.json': content}, named)
 
 
-def _prefix(said: Mapping[str, Any], model_type: str) -> tokenizer_export.Prefix:
+def _prefix(settings: Mapping[str, Any], model_type: str) -> tokenizer_export.Prefix:
   """Return where a class of `transformers` puts the space before a text."""
-  name = str(said.get('tokenizer_class')).removesuffix('Fast')
+  name = str(settings.get('tokenizer_class')).removesuffix('Fast')
   if name not in ('LlamaTokenizer', 'CodeLlamaTokenizer') or model_type in _GENERIC:
-    return 'sentencepiece' if said.get('legacy', True) else 'first'
-  if said.get('add_prefix_space') is False:
+    return 'sentencepiece' if settings.get('legacy', True) else 'first'
+  if settings.get('add_prefix_space') is False:
     return 'never'
-  return 'always' if name == 'LlamaTokenizer' and said.get('legacy') else 'first'
+  return 'always' if name == 'LlamaTokenizer' and settings.get('legacy') else 'first'
 
 
-def _with_settings(files: dict[str, bytes], said: Mapping[str, Any]) -> dict[str, bytes]:
-  if said == tokenizer_settings.settings(files):
+def _with_settings(files: dict[str, bytes], settings: Mapping[str, Any]) -> dict[str, bytes]:
+  if settings == tokenizer_settings.settings(files):
     return files
   kept = {name: content for name, content in files.items() if name != 'special_tokens_map.json'}
-  return {**kept, CONFIG: tokenizer_export.json_bytes(said)}
+  return {**kept, CONFIG: tokenizer_export.json_bytes(settings)}

@@ -1,4 +1,4 @@
-"""The tokenizer in the files that `transformers` reads, whatever kind it is.
+"""Any tokenizer as the files that `transformers` reads.
 
 A `tokenizer.json` is passed on; of SentencePiece models, GPT-2 vocabularies and bytes one is made,
 and checked to give the same ids as the original.
@@ -10,17 +10,17 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from jaxllm.data import tokenizer_kinds, tokenizers
-from jaxllm.data.tokenizer_settings import CHAT, GENERATION
+from jaxllm.data import tokenizer_kinds, tokenizer_settings, tokenizers
+from jaxllm.data.tokenizer_kinds import MARK
+from jaxllm.data.tokenizer_settings import CHAT, CONFIG, GENERATION
 from jaxllm.data.tokenizers import Tokenizer
-from jaxllm.interop import sentencepiece_model
+from jaxllm.interop import sentencepiece_model, tokenizer_files
 from jaxllm.models.config import DecoderConfig
 
 Files = Mapping[str, bytes]
 
 Prefix = Literal['sentencepiece', 'always', 'first', 'never']
 
-_MARK = '\u2581'
 # Kinds of pieces that no text gives.
 _NEVER = (sentencepiece_model.CONTROL, sentencepiece_model.UNKNOWN, sentencepiece_model.UNUSED,
           sentencepiece_model.BYTE)
@@ -37,7 +37,7 @@ _PROBES = (
 def huggingface_files(
   files: Files, config: DecoderConfig, add_bos: bool | None = None
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
-  """Return the files beside config.json, and what config.json says of special tokens.
+  """Return the files beside config.json, and the ids of special tokens for config.json.
 
   Args:
     files: of the tokenizer, as `Tokenizer.files()` or a model directory gives them; may be empty.
@@ -47,9 +47,10 @@ def huggingface_files(
   Raises:
     ValueError: the tokenizer has ids that the model has not, or has no equal in a tokenizer.json.
   """
-  nothing = {'bos_token_id': None, 'eos_token_id': None, 'pad_token_id': None}
+  import tokenizers as library
+
   if not files:
-    return {}, nothing
+    return {}, dict.fromkeys(tokenizer_files.SPECIAL_IDS)
   tokenizer = tokenizers.from_files(files)
   if tokenizer.vocab_size > config.vocab_size:
     raise ValueError(f'the tokenizer has {tokenizer.vocab_size} ids, the model only '
@@ -63,14 +64,18 @@ def huggingface_files(
     kind = next(name for name in _MAKERS if name in files)
     content = _MAKERS[kind](files)
     check_equal(tokenizer, tokenizers.from_files({'tokenizer.json': content}), pieces(files))
-    made['tokenizer.json'] = _with_bos(content, tokenizer.bos_id) if add_bos else content
+    if add_bos and tokenizer.bos_id is not None:
+      inner: Any = library.Tokenizer.from_str(content.decode())
+      _begin_with(inner, inner.id_to_token(tokenizer.bos_id), tokenizer.bos_id)
+      content = inner.to_str().encode()
+    made['tokenizer.json'] = content
     made.pop('bytes.txt', None)
   ids = {'bos_token_id': tokenizer.bos_id, 'eos_token_id': tokenizer.eos_id,
          'pad_token_id': tokenizer.pad_id if tokenizer.pad_id != tokenizer.eos_id else None}
-  library = tokenizers.from_files({'tokenizer.json': made['tokenizer.json']}).library
-  tokens = {name: library.id_to_token(i) for name, i in ids.items() if i is not None}
-  names = {name.removesuffix('_id'): token for name, token in tokens.items() if token is not None}
-  settings = json.loads(made.get('tokenizer_config.json', b'{}'))
+  inner = tokenizers.from_files({'tokenizer.json': made['tokenizer.json']}).library
+  names = {name.removesuffix('_id'): token for name, i in ids.items()
+           if i is not None and (token := inner.id_to_token(i)) is not None}
+  settings = json.loads(made.get(CONFIG, b'{}'))
   settings.pop('auto_map', None)
   if CHAT in made:
     settings['chat_template'] = made.pop(CHAT).decode()
@@ -78,7 +83,7 @@ def huggingface_files(
     'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False,
     'model_max_length': config.max_length, 'add_bos_token': add_bos,
   }
-  made['tokenizer_config.json'] = json_bytes({**defaults, **names, **settings})
+  made[CONFIG] = json_bytes({**defaults, **names, **settings})
   made.setdefault('special_tokens_map.json', json_bytes(names))
   generation = json.loads(made.get(GENERATION, b'{}'))
   ids = {name: generation.get(name, value) for name, value in ids.items()}
@@ -122,13 +127,12 @@ def from_sentencepiece(
     normalizers += [library.normalizers.Replace(library.Regex(r'\A +| +\z'), ''),
                     library.normalizers.Replace(library.Regex(' {2,}'), ' ')]
   if prefix == 'sentencepiece':
-    normalizers.append(library.normalizers.Prepend(_MARK))
+    normalizers.append(library.normalizers.Prepend(MARK))
   made.normalizer = library.normalizers.Sequence(
-    [*normalizers, library.normalizers.Replace(' ', _MARK)]
-  )
+    [*normalizers, library.normalizers.Replace(' ', MARK)])
   cuts: list[Any] = []
   if prefix in ('always', 'first'):
-    cuts.append(library.pre_tokenizers.Metaspace(_MARK, prepend_scheme=prefix, split=False))
+    cuts.append(library.pre_tokenizers.Metaspace(MARK, prepend_scheme=prefix, split=False))
   words = model.of_kind(sentencepiece_model.USER_DEFINED)
   if words and model.algorithm != sentencepiece_model.UNIGRAM:
     # A stretch between two of them that spells a piece which no text gives is kept from it.
@@ -138,13 +142,12 @@ def from_sentencepiece(
              for pattern in patterns]
   if cuts:
     made.pre_tokenizer = library.pre_tokenizers.Sequence(cuts)
-  decoders: list[Any] = [library.decoders.Replace(_MARK, ' '), library.decoders.ByteFallback(),
-              library.decoders.Fuse()]
+  decoders: list[Any] = [library.decoders.Replace(MARK, ' '), library.decoders.ByteFallback(),
+                         library.decoders.Fuse()]
   if prefix != 'never':
     decoders.append(library.decoders.Strip(' ', 1, 0))
   made.decoder = library.decoders.Sequence(decoders)
-  made.add_special_tokens(
-    model.of_kind(sentencepiece_model.CONTROL, sentencepiece_model.UNKNOWN))
+  made.add_special_tokens(model.of_kind(sentencepiece_model.CONTROL, sentencepiece_model.UNKNOWN))
   return made.to_str().encode()
 
 
@@ -152,7 +155,6 @@ def _inner(model: sentencepiece_model.Model) -> Any:
   """Return the model of the tokenizers library that has the pieces of SentencePiece's."""
   import tokenizers as library
 
-  words = model.of_kind(sentencepiece_model.USER_DEFINED)
   if model.algorithm == sentencepiece_model.UNIGRAM:
     # A text that spells '<s>' must not give that piece. SentencePiece scores with -0.1 what always
     # is a piece.
@@ -163,18 +165,17 @@ def _inner(model: sentencepiece_model.Model) -> Any:
   vocab = {piece: i for i, piece in enumerate(model.pieces)}
   return library.models.BPE(
     vocab, _merges(model, vocab), unk_token=model.pieces[model.unk_id], fuse_unk=True,
-    byte_fallback=model.byte_fallback, ignore_merges=bool(words))
+    byte_fallback=model.byte_fallback,
+    ignore_merges=sentencepiece_model.USER_DEFINED in model.kinds)
 
 
 def byte_level_bpe(
-  vocab: Mapping[str, int],
+  vocab: dict[str, int],
   merges: Sequence[tuple[str, str]],
   special: Sequence[str] = (),
   words: Sequence[str] = (),
-  pre_tokenizer: Any = None,
-  normalizer: Any = None,
-  ignore_merges: bool = False,
   first: str | None = None,
+  **treatment: Any,
 ) -> bytes:
   """Make a tokenizer.json of GPT-2's kind.
 
@@ -183,40 +184,32 @@ def byte_level_bpe(
     merges: pairs of pieces, in order.
     special: tokens that are never found in plain text.
     words: tokens that are always found in it.
-    pre_tokenizer: cuts text before merging; None: as GPT-2 does.
-    normalizer: changes text before that; None: nothing.
-    ignore_merges: whether a whole stretch that is a token becomes it, merges or not.
     first: the token that begins a text when special tokens are asked for.
+    **treatment: `cuts`, `composed`, ... of `tokenizer_settings.byte_level`.
   """
   import tokenizers as library
 
-  made = library.Tokenizer(library.models.BPE(dict(vocab), merges, ignore_merges=ignore_merges))
-  made.pre_tokenizer = pre_tokenizer or library.pre_tokenizers.ByteLevel(add_prefix_space=False)
-  if normalizer is not None:
-    made.normalizer = normalizer
-  made.decoder = library.decoders.ByteLevel()
+  made = tokenizer_settings.byte_level(vocab, merges, **treatment)
   made.post_processor = library.processors.ByteLevel(trim_offsets=False)
   if first is not None:
-    made.post_processor = library.processors.TemplateProcessing(
-      single=f'{first} $A', pair=f'{first} $A {first} $B', special_tokens=[(first, vocab[first])]
-    )
+    _begin_with(made, first, vocab[first])
   made.add_special_tokens(list(special))
   made.add_tokens([library.AddedToken(word, normalized=False) for word in words])
   return made.to_str().encode()
 
 
-def _from_bytes(files: Files) -> bytes:
+def _begin_with(made: Any, token: str, i: int) -> None:
+  """Let texts begin with a token where special tokens are asked for."""
   import tokenizers as library
 
-  del files
-  cut = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-  vocab = tokenizer_kinds.BYTE_SIGNS | {END: 256}
-  return byte_level_bpe(vocab, [], special=[END], pre_tokenizer=cut)
+  made.post_processor = library.processors.TemplateProcessing(
+    single=f'{token} $A', pair=f'{token} $A {token} $B', special_tokens=[(token, i)])
 
 
 _MAKERS: dict[str, Callable[[Files], bytes]] = {
   'tokenizer.model': lambda files: from_sentencepiece(files['tokenizer.model']),
-  'bytes.txt': _from_bytes,
+  # Nothing is merged, wherever text is cut.
+  'bytes.txt': lambda _: byte_level_bpe(tokenizer_kinds.BYTE_SIGNS | {END: 256}, [], special=[END]),
 }
 
 
@@ -227,23 +220,21 @@ def _any_of(texts: Sequence[str]) -> str:
 
 def _merges(model: sentencepiece_model.Model, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
   """Return the merges of a BPE model: every pair of pieces that makes a piece, best piece first."""
-  found = []
   normal = set(model.of_kind(sentencepiece_model.NORMAL))
-  for piece, score in zip(model.pieces, model.scores, strict=True):
-    if piece not in normal:
-      continue
-    pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
-    found += [(-score, vocab[first], vocab[second], first, second)
-              for first, second in pairs if first in normal and second in normal]
+  found = [
+    (-score, vocab[first], vocab[second], first, second)
+    for piece, score in zip(model.pieces, model.scores, strict=True) if piece in normal
+    for cut in range(1, len(piece))
+    if (first := piece[:cut]) in normal and (second := piece[cut:]) in normal]
   return [(first, second) for *_, first, second in sorted(found)]
 
 
 def _has_all(content: bytes, inner: Any) -> bool:
   """Whether a tokenizer.json has all added tokens of a tokenizer."""
-  listed = {token['id']: token for token in json.loads(content).get('added_tokens') or ()}
+  keys = json.loads(content)
   added = {i: {'id': i, **token.__getstate__()}
            for i, token in inner.get_added_tokens_decoder().items()}
-  return bool(json.loads(content)) and listed == added
+  return bool(keys) and {token['id']: token for token in keys.get('added_tokens') or ()} == added
 
 
 def pieces(files: Files) -> Sequence[str]:
@@ -254,7 +245,7 @@ def pieces(files: Files) -> Sequence[str]:
   kinds = [sentencepiece_model.USER_DEFINED]
   if model.algorithm != sentencepiece_model.UNIGRAM:
     kinds += [sentencepiece_model.CONTROL, sentencepiece_model.BYTE]
-  return [piece.replace(_MARK, ' ') for piece in model.of_kind(*kinds)]
+  return [piece.replace(MARK, ' ') for piece in model.of_kind(*kinds)]
 
 
 def check_equal(original: Tokenizer, made: Tokenizer, words: Sequence[str] = ()) -> None:
@@ -281,15 +272,3 @@ def check_equal(original: Tokenizer, made: Tokenizer, words: Sequence[str] = ())
                        f'{made.encode(text)} instead of {expected}')
 
 
-def _with_bos(content: bytes, bos_id: int | None) -> bytes:
-  """Let a tokenizer.json begin texts with BOS where special tokens are asked for."""
-  import tokenizers as library
-
-  made = library.Tokenizer.from_str(content.decode())
-  if bos_id is None:
-    return content
-  token = made.id_to_token(bos_id)
-  made.post_processor = library.processors.TemplateProcessing(
-    single=f'{token} $A', pair=f'{token} $A {token} $B', special_tokens=[(token, bos_id)]
-  )
-  return made.to_str().encode()

@@ -1,4 +1,4 @@
-"""The files beside the weights: which are read, and what may not be in them."""
+"""The files beside the weights, read and checked."""
 
 import json
 import logging
@@ -40,60 +40,55 @@ def read(directory: pathlib.Path) -> dict[str, bytes]:
   named = {path.stem: path.read_bytes() for path in sorted(directory.glob(MORE_CHATS))}
   if named:
     named |= {'default': files.pop(CHAT)} if CHAT in files else {}
-    where = CONFIG
-    settings = parse_json(files.get(where, b'{}'), f'{directory}/{where}')
+    settings = parse_json(files.get(CONFIG, b'{}'), f'{directory}/{CONFIG}')
     settings['chat_template'] = [{'name': name, 'template': template.decode('utf-8')}
                                  for name, template in named.items()]
-    files[where] = json.dumps(settings).encode()
+    files[CONFIG] = json.dumps(settings).encode()
   return files
 
 
 def overlaid(files: Mapping[str, bytes], others: Mapping[str, bytes]) -> dict[str, bytes]:
   """Return the files of a model with `others`, a whole tokenizer or parts of it, in their place."""
-  if any(name in others for name in ('tokenizer.json', 'tokenizer.model', 'vocab.json')):
-    template = tokenizer_settings.chat_templates(files).get('default')
-    files = {name: files[name] for name in [GENERATION] if name in files}
-    files |= {} if template is None else {CHAT: template.encode()}
+  if others.keys() & {'tokenizer.json', 'tokenizer.model', 'vocab.json'}:
+    templates = tokenizer_settings.chat_templates(files)
+    files = {name: content for name, content in files.items() if name == GENERATION}
+    files |= {CHAT: templates['default'].encode()} if 'default' in templates else {}
   if tokenizer_settings.chat_templates(others):
     files = {name: content for name, content in files.items() if name != CHAT}
   return {**files, **others}
 
 
 def check(files: Mapping[str, bytes], vocab_size: int, where: object) -> dict[str, bytes]:
-  """Check that every id that the files speak of is in the model's vocabulary.
+  """Check that every id that the files name is in the model's vocabulary.
 
   Returns:
     The files, without special tokens past the rows of the model that nothing uses: a tokenizer may
     have one for what this model does not do, as Gemma 3's for images.
 
   Raises:
-    ValueError: an id is not, or a file is damaged, or wants its own code to be run.
+    ValueError: an id is not, or a file is damaged.
   """
-  objects = {
-    name: parse_json(content, f'{where}/{name}')
-    for name, content in files.items() if name.endswith('.json')
-  }
+  objects = {name: parse_json(content, f'{where}/{name}')
+             for name, content in files.items() if name.endswith('.json')}
   for name, content in objects.items():
     if not isinstance(content, dict):
       raise ValueError(f'{where}/{name}: {type(content).__name__}, an object is needed')
-  _ids_in_tokenizer(objects.get('tokenizer.json') or {}, f'{where}/tokenizer.json')
+  tokenizer = objects.get('tokenizer.json') or {}
+  ids = _ids_in_tokenizer(tokenizer, f'{where}/tokenizer.json')
   kept = dict(files)
-  if past := _unused(files, objects.get('tokenizer.json') or {}, vocab_size):
+  if past := _unused(files, tokenizer, vocab_size):
     logging.warning('%s: the model has %d tokens; the special tokens past them are left out: %s',
                     where, vocab_size, past)
-    for name in set(objects) & {'tokenizer.json', CONFIG, 'special_tokens_map.json',
-                                'added_tokens.json'}:
+    for name in objects.keys() & {'tokenizer.json', CONFIG, 'special_tokens_map.json',
+                                  'added_tokens.json'}:
       model = objects[name].get('model')
       pieces = model.get('vocab') if isinstance(model, dict) else None
       objects[name] = _without(objects[name], past, pieces if isinstance(pieces, list) else None)
       kept[name] = json.dumps(objects[name], ensure_ascii=False).encode()
-  ids: dict[str, Any] = {}
-  for name, content in objects.items():
-    if name in ('vocab.json', 'added_tokens.json'):
-      ids |= {f'{name}: {token!r}': i for token, i in content.items()}
-    if name == GENERATION:
-      ids |= special_ids(content, name)
-  ids |= _ids_in_tokenizer(objects.get('tokenizer.json') or {}, f'{where}/tokenizer.json')
+    ids = _ids_in_tokenizer(objects.get('tokenizer.json') or {}, f'{where}/tokenizer.json')
+  for name in objects.keys() & {'vocab.json', 'added_tokens.json'}:
+    ids |= {f'{name}: {token!r}': i for token, i in objects[name].items()}
+  ids |= special_ids(objects.get(GENERATION, {}), GENERATION)
   listed = tokenizer_settings.listed(kept, tokenizer_settings.settings(kept))
   ids |= {f'added token {token.content!r}': i for i, token in listed.items()}
   for what, value in ids.items():
@@ -109,19 +104,17 @@ def _unused(files: Mapping[str, bytes], content: Mapping[str, Any], vocab_size: 
   settings = tokenizer_settings.settings(files)
   used = [json.dumps(content.get('post_processor'), ensure_ascii=False), *(
     tokenizer_settings.text_of(settings.get(name)) or '' for name in ('bos_token', 'eos_token'))]
-  past = {token.content: i for i, token in tokenizer_settings.listed(files, settings).items()
-          if i >= vocab_size and token.special}
-  past |= {token['content']: token['id'] for token in content.get('added_tokens') or ()
-           if token.get('special') and isinstance(token.get('id'), int)
-           and token['id'] >= vocab_size and isinstance(token.get('content'), str)}
-  return {text: i for text, i in past.items() if not any(text in one for one in used)}
+  special = [(token.content, i) for i, token in tokenizer_settings.listed(files, settings).items()
+             if token.special]
+  special += [(token.get('content'), token.get('id')) for token in content.get('added_tokens') or ()
+              if token.get('special')]
+  return {text: i for text, i in special
+          if isinstance(i, int) and i >= vocab_size and isinstance(text, str)
+          and not any(text in one for one in used)}
 
 
 def _without(value: Any, texts: Mapping[str, int], whole: Any = None) -> Any:
-  """Remove tokens from a JSON value: entries under their text, and items that are or hold it.
-
-  `whole` is a part that stays as it is.
-  """
+  """Remove tokens from a JSON value, but for the part `whole`: keys, and items that name one."""
   def is_token(item: Any) -> bool:
     text = tokenizer_settings.text_of(item)
     return isinstance(text, str) and text in texts
@@ -135,17 +128,12 @@ def _without(value: Any, texts: Mapping[str, int], whole: Any = None) -> Any:
 
 
 def special_ids(keys: Mapping[str, Any], where: str) -> dict[str, Any]:
-  """Return the ids of begin, end and padding that a config names, by where they stand."""
-  ids: dict[str, Any] = {}
-  for name in SPECIAL_IDS:
-    value = keys.get(name)
-    values = value if isinstance(value, list) else [value]
-    ids |= {
-      f'{where}: {name}[{i}]': item for i, item in enumerate(values)
-      # -1 stands for none, in older files.
-      if item is not None and item != -1
-    }
-  return ids
+  """Return the ids of BOS, EOS and padding that a config names, by where they stand."""
+  values = {name: value if isinstance(value := keys.get(name), list) else [value]
+            for name in SPECIAL_IDS}
+  # -1 stands for none, in older files.
+  return {f'{where}: {name}[{i}]': item for name, items in values.items()
+          for i, item in enumerate(items) if item not in (None, -1)}
 
 
 def _ids_in_tokenizer(content: Mapping[str, Any], where: str) -> dict[str, Any]:

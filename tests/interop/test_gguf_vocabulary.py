@@ -173,17 +173,17 @@ CUTS = {
 @pytest.mark.parametrize(('name', 'cuts'), [
   (name, cuts) for names, cuts in CUTS.items() for name in names.split()])
 def test_how_text_is_cut(name, cuts):
-  pre_tokenizer, _ = gguf_pre_tokenizers.build(name)
-  places = [place for _, place in pre_tokenizer.pre_tokenize_str(TEXT)]
+  made = tokenizer_settings.byte_level({}, [], **gguf_pre_tokenizers.treatment(name))
+  places = [place for _, place in made.pre_tokenizer.pre_tokenize_str(TEXT)]
   assert [TEXT[begin:end] for begin, end in places] == cuts.split('|')
 
 
 def test_marks_that_combine_belong_to_words_where_the_family_says_so():
   text = 'e\u0301a'
   for name, parts in (('qwen35', 1), ('qwen2', 2)):
-    pre_tokenizer, normalizer = gguf_pre_tokenizers.build(name)
-    assert len(pre_tokenizer.pre_tokenize_str(text)) == parts
-    assert normalizer.normalize_str(text) == '\u00e9a'
+    made = tokenizer_settings.byte_level({}, [], **gguf_pre_tokenizers.treatment(name))
+    assert len(made.pre_tokenizer.pre_tokenize_str(text)) == parts
+    assert made.normalizer.normalize_str(text) == '\u00e9a'
 
 
 def test_a_text_cut_in_an_unknown_way_is_refused(caplog):
