@@ -195,14 +195,11 @@ def from_sentencepiece(files: Files) -> Tokenizer:
     processor.bos_id(), processor.eos_id(), processor.pad_id()))
   special = {processor.id_to_piece(i): i for i in range(processor.vocab_size())
              if processor.is_control(i)}
-  return Tokenizer(id_bytes, bos, eos, _padding(pad, eos), special, encode,
-                   functools.partial(_map_threads, encode), decode, files)
-
-
-def _map_threads(encode: Callable[[str], list[int]], texts: Sequence[str]) -> list[list[int]]:
-  # SentencePiece lets go of Python's lock; its own batches do not.
   threads = os.cpu_count() or 1
-  return list(parallel.map_ahead(encode, texts, threads, 4 * threads))
+  # SentencePiece lets go of Python's lock; its own batches do not.
+  return Tokenizer(
+    id_bytes, bos, eos, _padding(pad, eos), special, encode,
+    lambda texts: [*parallel.map_ahead(encode, texts, threads, 4 * threads)], decode, files)
 
 
 def _piece_bytes(processor: Any, i: int) -> bytes:
@@ -337,15 +334,10 @@ def _token_bytes(token: str, steps: set[str]) -> bytes:
   return (token.replace(MARK, ' ') if steps & {'Metaspace', 'Replace'} else token).encode()
 
 
-def _byte_signs() -> dict[str, int]:
-  """Return GPT-2's sign of every byte: itself where it prints, else a letter from U+0100 on."""
-  printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-  others = [value for value in range(256) if value not in printable]
-  return {chr(value): value for value in printable} | {
-    chr(0x100 + i): value for i, value in enumerate(others)}
-
-
-BYTE_SIGNS = _byte_signs()
+# GPT-2's sign of every byte: itself where it prints, else a letter from U+0100 on.
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+BYTE_SIGNS = {chr(value): value for value in _PRINTABLE} | {
+  chr(0x100 + i): value for i, value in enumerate(sorted({*range(256)} - {*_PRINTABLE}))}
 
 
 def _padding(pad: int | None, eos: int | None) -> int:

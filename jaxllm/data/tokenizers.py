@@ -27,18 +27,15 @@ BUILDERS: dict[str, Callable[[Files], Tokenizer]] = {
   'bytes.txt': tokenizer_kinds.from_bytes,
 }
 
-# The names that belong to a tokenizer among all files of a model directory.
-FILE_NAMES = (
-  *BUILDERS, 'merges.txt', 'tokenizer_config.json', 'special_tokens_map.json',
-  'added_tokens.json', 'chat_template.jinja',
-)
-
-# What each kind needs: our name of a file first, then others that it goes by.
-_WANTED: dict[str, tuple[tuple[str, ...], ...]] = {
-  'sentencepiece': (('tokenizer.model',),),
-  'gpt2': (('vocab.json', 'encoder.json'), ('merges.txt', 'vocab.bpe')),
-  'json': (('tokenizer.json',),),
-}
+# The files beside a vocabulary.
+SETTINGS = ('tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json',
+            'chat_template.jinja')
+# The names that belong to a tokenizer among all files of a model directory, and older ones.
+FILE_NAMES = (*BUILDERS, 'merges.txt', *SETTINGS)
+_RENAMED = {'encoder.json': 'vocab.json', 'vocab.bpe': 'merges.txt'}
+_NEEDED = {'sentencepiece': ('tokenizer.model',), 'gpt2': ('vocab.json', 'merges.txt'),
+           'json': ('tokenizer.json',)}
+_MAX_BYTES = 200_000_000
 
 # SentencePiece's signs for a space and for what is unknown.
 _SIGNS = re.compile(f'[{tokenizer_kinds.MARK}\u2585]')
@@ -127,24 +124,37 @@ def read_files(config: TokenizerConfig) -> dict[str, bytes]:
     return {'bytes.txt': b'ids 0 to 255 are bytes, 256 begins and ends a document\n'}
   if config.path is None:
     return {}
-  path = pathlib.Path(config.path)
-  folder = path if path.is_dir() else path.parent
-  wanted = _WANTED[config.kind]
-  files = {}
-  for names in wanted:
-    own = [path] if path.is_file() and (len(wanted) == 1 or path.name in names) else []
-    found = next((p for p in [*own, *(folder / name for name in names)] if p.is_file()), None)
-    if found is None:
-      raise ValueError(f'no {" or ".join(names)} at {config.path!r} (config.tokenizer.path)')
-    files[names[0]] = found.read_bytes()
-  for name in FILE_NAMES[len(BUILDERS) + 1:]:
-    if (folder / name).is_file():
-      files[name] = (folder / name).read_bytes()
+  path, needed = pathlib.Path(config.path), _NEEDED[config.kind]
+  found = read_directory(path if path.is_dir() else path.parent)
+  own = needed[0] if len(needed) == 1 else _RENAMED.get(path.name, path.name)
+  if path.is_file() and own in needed:
+    found[own] = path.read_bytes()
+  if missing := [name for name in needed if name not in found]:
+    raise ValueError(f'no {missing[0]} at {config.path!r} (config.tokenizer.path)')
+  files = {name: found[name] for name in (*needed, *SETTINGS) if name in found}
   chosen = {name: token for name in ('bos_token', 'eos_token') if (token := getattr(config, name))}
   if chosen:
     known = tokenizer_settings.settings(files)
     files['tokenizer_config.json'] = json.dumps(known | chosen).encode()
     files.pop('special_tokens_map.json', None)
+  return files
+
+
+def read_directory(
+  directory: pathlib.Path, names: Iterable[str] = FILE_NAMES
+) -> dict[str, bytes]:
+  """Read the files of a tokenizer that lie in a directory, under their names of today.
+
+  Raises:
+    ValueError: one is absurdly large.
+  """
+  files: dict[str, bytes] = {}
+  for path in (directory / name for name in (*names, *_RENAMED)):
+    name = _RENAMED.get(path.name, path.name)
+    if name not in files and path.is_file():
+      if path.stat().st_size > _MAX_BYTES:
+        raise ValueError(f'{path}: larger than {_MAX_BYTES} bytes')
+      files[name] = path.read_bytes()
   return files
 
 
@@ -189,8 +199,7 @@ def load(directory: str | os.PathLike[str]) -> Tokenizer:
   Raises:
     ValueError: none is there, or it is damaged.
   """
-  paths = [pathlib.Path(directory) / name for name in FILE_NAMES]
-  found = {path.name: path.read_bytes() for path in paths if path.is_file()}
+  found = read_directory(pathlib.Path(directory))
   if not found:
     raise ValueError(f'no tokenizer in {str(directory)!r}: expected {" or ".join(BUILDERS)}')
   return from_files(found)
@@ -218,7 +227,10 @@ def _train(config: TokenizerConfig, texts: Iterable[str]) -> bytes:
       logging.warning('config.tokenizer.vocab_size=%s: this corpus gives %s pieces, and the '
                       'tokenizer has no more', config.vocab_size, size)
     elif 'required_chars' in message and config.has_bytes and room > 2:
-      sample = _without_rare(sample, room * 2 // 3)
+      counts = collections.Counter(itertools.chain.from_iterable(sample))
+      common = ''.join(character for character, _ in counts.most_common(room * 2 // 3))
+      stretches = re.compile(f'[{re.escape(common)}]+')
+      sample = [stretch for text in sample for stretch in stretches.findall(text)]
     else:
       break
   raise ValueError(_explained(config, message))
@@ -251,13 +263,6 @@ def _fit(config: TokenizerConfig, sample: Sequence[str], vocab_size: int | None)
   if vocab_size not in (None, size):
     raise RuntimeError(f'set it to a value <= {size}')
   return model
-
-
-def _without_rare(sample: Sequence[str], count: int) -> list[str]:
-  """Cut the most frequent `count` characters' stretches out of a sample."""
-  common = collections.Counter(itertools.chain.from_iterable(sample)).most_common(count)
-  stretches = re.compile('[' + re.escape(''.join(character for character, _ in common)) + ']+')
-  return [stretch for text in sample for stretch in stretches.findall(text)]
 
 
 def _explained(config: TokenizerConfig, message: str) -> str:

@@ -58,7 +58,10 @@ def huggingface_files(
   made = dict(files)
   add_bos = tokenizer.add_bos if add_bos is None else add_bos
   if tokenizer.library is not None:
-    if not _has_all(files.get('tokenizer.json', b'{}'), tokenizer.library):
+    keys = json.loads(files.get('tokenizer.json', b'{}'))
+    added = {i: {'id': i, **token.__getstate__()}
+             for i, token in tokenizer.library.get_added_tokens_decoder().items()}
+    if not keys or {token['id']: token for token in keys.get('added_tokens') or ()} != added:
       made['tokenizer.json'] = tokenizer.library.to_str().encode()
   elif 'tokenizer.json' not in made:
     kind = next(name for name in _MAKERS if name in files)
@@ -227,14 +230,6 @@ def _merges(model: sentencepiece_model.Model, vocab: Mapping[str, int]) -> list[
     for cut in range(1, len(piece))
     if (first := piece[:cut]) in normal and (second := piece[cut:]) in normal]
   return [(first, second) for *_, first, second in sorted(found)]
-
-
-def _has_all(content: bytes, inner: Any) -> bool:
-  """Whether a tokenizer.json has all added tokens of a tokenizer."""
-  keys = json.loads(content)
-  added = {i: {'id': i, **token.__getstate__()}
-           for i, token in inner.get_added_tokens_decoder().items()}
-  return bool(keys) and {token['id']: token for token in keys.get('added_tokens') or ()} == added
 
 
 def pieces(files: Files) -> Sequence[str]:

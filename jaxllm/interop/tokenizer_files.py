@@ -10,11 +10,9 @@ from jaxllm.data import tokenizer_settings, tokenizers
 from jaxllm.data.tokenizer_settings import CHAT, CONFIG, GENERATION
 from jaxllm.interop.tensorfile import parse_json
 
-FILE_NAMES = (*tokenizers.FILE_NAMES, GENERATION)
+FILE_NAMES = (*(name for name in tokenizers.FILE_NAMES if name != 'bytes.txt'), GENERATION)
 MORE_CHATS = 'additional_chat_templates/*.jinja'
-_RENAMED = {'encoder.json': 'vocab.json', 'vocab.bpe': 'merges.txt'}
 SPECIAL_IDS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
-MAX_BYTES = 200_000_000
 
 
 def read(directory: pathlib.Path) -> dict[str, bytes]:
@@ -23,15 +21,7 @@ def read(directory: pathlib.Path) -> dict[str, bytes]:
   Raises:
     ValueError: one is absurdly large, or the only tokenizer is one of tiktoken.
   """
-  files = {}
-  names = {name: name for name in FILE_NAMES}
-  names |= {old: new for old, new in _RENAMED.items() if not (directory / new).is_file()}
-  for name, ours in names.items():
-    path = directory / name
-    if path.is_file() and ours != 'bytes.txt':
-      if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f'{path}: larger than {MAX_BYTES} bytes')
-      files[ours] = path.read_bytes()
+  files = tokenizers.read_directory(directory, FILE_NAMES)
   if not files.keys() & set(tokenizers.BUILDERS):
     for path in sorted(directory.glob('*')):
       if path.name in ('tekken.json', 'tiktoken.model') or path.suffix == '.tiktoken':

@@ -197,7 +197,7 @@ def test_tokens_that_join_an_answer_with_what_follows_split_the_sequence():
   signs = sorted(library.pre_tokenizers.ByteLevel.alphabet())
   content = tokenizer_export.byte_level_bpe(
     {sign: i for i, sign in enumerate([*signs, 'ĊĊ'])}, [('Ċ', 'Ċ')],
-    cuts=['(?s).+'])
+    cuts=[r'[\s\S]+'])
   joining = tokenizers.from_files({'tokenizer.json': content})
   template = ChatTemplate(prefix='{role}\n', suffix='\n', controls=())
   for said, count in (('b', 1), ('\nb', 2), ('b\n', 1)):
