@@ -123,14 +123,11 @@ def _stored(
     found = gguf_file.data(tensor)
     if architecture.norms_plus_one and 'norm' in name:
       return found - np.float32(1)
-    return _uninterleave(found, heads) if architecture.interleaved and heads else found
+    if not architecture.interleaved or not heads:
+      return found
+    # Rows are pairs (2i, 2i + 1) of each head, which belong at i and i + P.
+    pairs = found.reshape(heads, -1, 2, *found.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(found.shape)
 
   return Stored(tensor.name, tensor.kind, np.dtype(np.float32), tensor.shape, array,
                 lambda: gguf_file.raw(tensor))
-
-
-def _uninterleave(array: np.ndarray, heads: int) -> np.ndarray:
-  """Put rows (pairs 2i, 2i + 1 of each head) back in the order i, i + P."""
-  pairs = array.reshape(heads, -1, 2, *array.shape[1:])
-  return pairs.swapaxes(1, 2).reshape(array.shape)
-

@@ -7,12 +7,7 @@ from typing import NamedTuple
 
 
 class Package(NamedTuple):
-  """Where a model lies.
-
-  Attributes:
-    module: name in Python of the package that holds its GGUF file.
-    hub: its name on the Hugging Face hub.
-  """
+  """The package that holds a model's GGUF file, and the model's name on the Hugging Face hub."""
 
   module: str
   hub: str
@@ -24,12 +19,9 @@ MODELS: Mapping[str, Package] = {
 
 
 def find(name: str) -> str:
-  """Return what `jaxllm.load` takes: the file of a package, or `hf:NAME` of the hub without it.
+  """Return the GGUF file of one of `MODELS`, or `hf:NAME` where its package is not installed.
 
   The package is not imported.
-
-  Args:
-    name: one of `MODELS`.
 
   Raises:
     ValueError: there is no such model.

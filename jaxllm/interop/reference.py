@@ -214,18 +214,16 @@ def _mlp(spec: _Spec, find: Find, x_TD: np.ndarray) -> np.ndarray:
   return _linear(spec, find, 'down', act(up) if gate is None else act(gate) * up)
 
 
-def _gelu(x: np.ndarray) -> np.ndarray:
-  return 0.5 * x * (1 + np.vectorize(math.erf, otypes=[np.float32])(x / np.float32(2**0.5)))
-
-
 def _gelu_tanh(x: np.ndarray) -> np.ndarray:
   return 0.5 * x * (1 + np.tanh(np.float32((2 / math.pi) ** 0.5) * (x + 0.044715 * x**3)))
 
 
+_ERF = np.vectorize(math.erf, otypes=[np.float32])
 _ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
   'silu': lambda x: x / (1 + np.exp(-x)), 'swish': lambda x: x / (1 + np.exp(-x)),
-  'relu': lambda x: np.maximum(x, 0), 'gelu': _gelu, 'gelu_new': _gelu_tanh,
-  'gelu_pytorch_tanh': _gelu_tanh, 'gelu_fast': _gelu_tanh,
+  'relu': lambda x: np.maximum(x, 0),
+  'gelu': lambda x: 0.5 * x * (1 + _ERF(x / np.float32(2**0.5))),
+  'gelu_new': _gelu_tanh, 'gelu_pytorch_tanh': _gelu_tanh, 'gelu_fast': _gelu_tanh,
 }
 
 
@@ -384,13 +382,14 @@ def _llama_cpp_turns(
   value: Callable[..., Any], get: Get, base: float, dim: int, length: int
 ) -> tuple[np.ndarray, float]:
   """Return `_turns` of the metadata of a GGUF file."""
-  kind = value('rope.scaling.type', 'linear')
-  by = value('rope.scaling.factor') or value('rope.scale_linear') or 1.0
-  longest, rope = value('context_length'), {'type': kind, 'factor': by}
-  rope['original_max_position_embeddings'] = value('rope.scaling.original_context_length')
-  rope['beta_fast'] = value('rope.scaling.yarn_beta_fast')
-  rope['beta_slow'] = value('rope.scaling.yarn_beta_slow')
-  turns_P, factor = _turns({}, rope, base, dim, longest, length)
+  rope = {
+    'type': value('rope.scaling.type', 'linear'),
+    'factor': value('rope.scaling.factor') or value('rope.scale_linear') or 1.0,
+    'original_max_position_embeddings': value('rope.scaling.original_context_length'),
+    'beta_fast': value('rope.scaling.yarn_beta_fast'),
+    'beta_slow': value('rope.scaling.yarn_beta_slow'),
+  }
+  turns_P, factor = _turns({}, rope, base, dim, value('context_length'), length)
   try:
     turns_P = turns_P / _f32(get('rope_freqs.weight'))
   except KeyError:

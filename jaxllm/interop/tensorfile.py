@@ -182,9 +182,7 @@ def write(
   for name in order:
     shape, dtype = layout[name]
     begin, end = end, end + math.prod(shape) * dtype.itemsize
-    header[name] = {
-      'dtype': DTYPE_NAMES[dtype], 'shape': list(shape), 'data_offsets': [begin, end]
-    }
+    header[name] = {'dtype': DTYPE_NAMES[dtype], 'shape': [*shape], 'data_offsets': [begin, end]}
   text = json.dumps(header, separators=(',', ':')).encode()
   text += b' ' * (-len(text) % 8)
   with path.open('wb') as file:
@@ -222,17 +220,13 @@ def _read_index(path: pathlib.Path) -> dict[str, str]:
     raise ValueError(f'{path}: larger than {MAX_INDEX_BYTES} bytes')
   index = parse_json(path.read_bytes(), path)
   names = index.get('weight_map') if isinstance(index, dict) else None
-  if not isinstance(names, dict) or not names or not all(
-    isinstance(name, str) for name in names.values()
-  ):
+  if not isinstance(names, dict) or not names or {*map(type, names.values())} != {str}:
     raise ValueError(f'{path}: weight_map is missing or no object of file names')
   return names
 
 
-def _read_json_header(
-  path: pathlib.Path, file: BinaryIO, size: int
-) -> tuple[dict[str, Any], int]:
-  """Return the header and where the data starts."""
+def _read_json_header(path: pathlib.Path, file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
+  """Return the header and the offset of the data."""
   first = file.read(32)
   for magic, what in _DISGUISES:
     if first.startswith(magic) and first[8:9] != b'{':
@@ -268,6 +262,4 @@ def _tensor(path: pathlib.Path, name: str, entry: Any, start: int) -> Tensor:
 
 
 def _counts(value: Any) -> bool:
-  return isinstance(value, list) and all(
-    isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in value
-  )
+  return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
