@@ -44,7 +44,7 @@ class LoraConfig(Config):
 
 
 def init(config: LoraConfig, params: Tree, key: jax.Array) -> Tree:
-  """Return new adapters, under which a model computes what it did before.
+  """Return new adapters, which do not change the model yet.
 
   Args:
     config: rank, alpha and targets.
@@ -93,7 +93,7 @@ def abstract(config: LoraConfig, params: Tree, axes: Tree) -> tuple[Tree, Tree]:
 
 
 def merge(params: Tree, lora: Tree) -> Tree:
-  """Return parameters that compute alone what they do with the adapters.
+  """Return the parameters with the adapters folded into them.
 
   Args:
     params: kernels of any float dtype, which is kept; the product is taken in float32.
@@ -167,7 +167,7 @@ def check(lora: Tree, params: Tree) -> None:
 
 
 def _targets(config: LoraConfig, params: Tree) -> list[tuple[str, Any]]:
-  """Return (path, kernel) of what is adapted, in the order of the tree."""
+  """Return (path, kernel) of the adapted modules, in the order of the tree."""
   kernels = dict(kernels_of(params))
   chosen = {}
   for pattern in config.targets:
@@ -180,7 +180,7 @@ def _targets(config: LoraConfig, params: Tree) -> list[tuple[str, Any]]:
 
 
 def kernels_of(params: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-  """Yield (path of the module, kernel); of a quantised one, what it would be as an array."""
+  """Yield (path of the module, kernel); a quantised kernel by its shape as an array."""
   leaves = flatten_dict(params, sep='/', is_leaf=lambda _, node: is_quantized(node))
   for path, leaf in leaves.items():
     if path.endswith('/kernel'):

@@ -56,7 +56,7 @@ def dequantize_tree(variables: Mapping[str, Any], dtype: Any = jnp.float32) -> d
 
 
 def stored_bytes(variables: Mapping[str, Any]) -> int:
-  """Return what the variables take in memory; two int4 numbers share a byte."""
+  """Return the bytes of the variables in memory; two int4 numbers share one."""
   return sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
 
 

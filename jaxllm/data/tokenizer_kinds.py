@@ -39,7 +39,7 @@ class Tokenizer:
   library: Any = dataclasses.field(repr=False, default=None)
   """The tokenizer of the tokenizers library that does the work; None: another library does."""
   joins_bytes: bool = True
-  """Whether the text of ids is their bytes, one after the other; if not, only `decode` knows it."""
+  """Whether the text of ids is their bytes joined; if not, only `decode` gives it."""
 
   @property
   def vocab_size(self) -> int:
@@ -162,7 +162,7 @@ def from_sentencepiece(files: Files) -> Tokenizer:
   """Build a SentencePiece tokenizer from `tokenizer.model`.
 
   A literal U+2581, SentencePiece's sign for a space, is given by its three bytes, so that it comes
-  back. What else is lost depends on the model's normalizer; models trained here have none.
+  back. The model's normalizer may lose more; models trained here have none.
   """
   import sentencepiece
 
@@ -234,7 +234,7 @@ def from_library(files: Files) -> Tokenizer:
     return [encoding.ids for encoding in done]
 
   bos, eos, pad = (special(f'{name}_token') for name in ('bos', 'eos', 'pad'))
-  # Bytes, which some trainers list as special, are what text falls back to.
+  # Text falls back to bytes, which some trainers list as special.
   fallback = getattr(inner.model, 'byte_fallback', False)
   added = {token.content: i for i, token in inner.get_added_tokens_decoder().items()
            if token.special and not (fallback and _BYTE.fullmatch(token.content))}
@@ -304,7 +304,7 @@ def _library_bytes(
   alone = inner.decode_batch([[i] for i in plain])
   word = next(((i, text) for i, text in zip(plain, alone, strict=True) if text.isalpha()), None)
   if word is not None:
-    # What it adds after a word, a space perhaps.
+    # After a word a token may add a space.
     after = inner.decode_batch([[word[0], i] for i in plain])
     alone = [text.removeprefix(word[1]) for text in after]
   for i, text in zip(plain, alone, strict=True):

@@ -37,7 +37,7 @@ _NEEDED = {'sentencepiece': ('tokenizer.model',), 'gpt2': ('vocab.json', 'merges
            'json': ('tokenizer.json',)}
 _MAX_BYTES = 200_000_000
 
-# SentencePiece's signs for a space and for what is unknown.
+# SentencePiece's signs for a space and for an unknown character.
 _SIGNS = re.compile(f'[{tokenizer_kinds.MARK}\u2585]')
 _OTHER_PIECES = 4 + 256  # Special tokens and bytes.
 _CHUNK = re.compile(r'(?s).{1,3999}\n|.{1,4000}')
@@ -98,7 +98,7 @@ def train_or_load(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
 
   Args:
     config: the kind and its settings.
-    texts: what a trained tokenizer is trained on; not read for others.
+    texts: the corpus, read only where the tokenizer is trained.
 
   Raises:
     ValueError: files are missing or damaged, or the corpus does not give such a vocabulary.

@@ -1,7 +1,7 @@
 """Chat templates: conversations to token ids, without trusting the template or the messages.
 
 The template, a program from outside, is rendered by `chat_worker` in a process of its own, in
-Jinja's sandbox, with limits of CPU time and memory. What messages say is plain text: a user who
+Jinja's sandbox, with limits of CPU time and memory. Messages stay plain text: a user who
 writes '<|im_end|>' does not end the turn.
 """
 
@@ -16,7 +16,7 @@ from jaxllm.data import tokenizer_parts
 from jaxllm.data.tokenizer_parts import StandIns
 from jaxllm.data.tokenizers import Tokenizer
 
-# What ends a turn in the usual templates.
+# Special tokens that end a turn in the usual templates.
 _TURN_ENDS = (
   '<|im_end|>', '<|eot_id|>', '<|eom_id|>', '<end_of_turn>', '<turn|>', '<|end|>', '<|return|>',
   '<|call|>', '<|endoftext|>', '<|end_of_text|>', '<end_of_utterance>', '</s>', '<eos>', '<EOT>',

@@ -35,7 +35,7 @@ def main() -> None:
       answer = {'error': f'the result is longer than {request["max_characters"]} characters'}
   except MemoryError:
     answer = {'error': 'it takes more memory than is allowed'}
-  # Whatever a template raises is what the caller wants to read; the process ends here.
+  # The caller reads any error of the template; the process ends here.
   except Exception as error:  # noqa: BLE001
     answer = {'error': f'{type(error).__name__}: {error}'}
   sys.stdout.write(json.dumps(answer))
@@ -44,7 +44,7 @@ def main() -> None:
 
 def _render(jinja2, request) -> list[str]:
   class Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks what the assistant said; here it changes nothing."""
+    """`{% generation %}` marks the text of the assistant; here it changes nothing."""
 
     tags = {'generation'}
 
@@ -59,7 +59,7 @@ def _render(jinja2, request) -> list[str]:
   environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
     trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
   )
-  # Jinja's own filter escapes what HTML reserves.
+  # Jinja's own filter escapes the characters that HTML reserves.
   environment.filters['tojson'] = (
     lambda value, ensure_ascii=False, indent=None, separators=None, sort_keys=False: json.dumps(
       value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys))

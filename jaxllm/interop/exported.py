@@ -50,7 +50,7 @@ def save(
     files: of the tokenizer.
     buckets: numbers of tokens, prompt and continuation together, for which programs are made; those
       beyond the model's context become its context.
-    platforms: what the programs run on.
+    platforms: of the programs.
     add_bos: whether prompts begin with BOS; None: as the files say.
 
   Raises:

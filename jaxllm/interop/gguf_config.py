@@ -1,6 +1,6 @@
-"""What the metadata of a GGUF file say about a model, as the keys of a config.json.
+"""The metadata of a GGUF file as the keys of a config.json.
 
-llama.cpp says what they mean: its defaults hold here, and a key of its that is neither read nor
+llama.cpp defines their meaning: its defaults hold here, and a key of its that is neither read nor
 known to change nothing is refused.
 
 Reference:
@@ -23,7 +23,7 @@ from jaxllm.models.families.huggingface import MAX_LAYERS
 ROPE_DIVISORS = 'rope_freqs.weight'
 
 Get = Callable[..., Any]
-# Keys of an architecture that change no logits, and values that say what would hold anyway.
+# Keys of an architecture that change no logits, and values that are the default anyway.
 _HARMLESS = ('vocab_size', 'tensor_data_layout', 'rope.scaling.finetuned', 'pooling_type',
              'attention.layer_norm_epsilon')
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -113,7 +113,7 @@ def keys(
 
 
 def _windows(metadata: Reading, get: Get, kind: str, base: float) -> dict[str, Any]:
-  """Return which layers see a window, and how these rotate."""
+  """Return the keys of layers with a window and of their rotation."""
   window = get('attention.sliding_window', 4096 if kind == 'gemma2' else 0)
   local_base = get('rope.freq_base_swa', 1e4 if kind == 'gemma3' else base)
   if kind != 'gemma3' and local_base != base:

@@ -71,7 +71,7 @@ _COMPOSED = ('qwen2', 'qwen35', 'command-r', 'mpt', 'olmo')
 
 
 def treatment(name: Any) -> dict[str, Any]:
-  """Return what `tokenizer_settings.byte_level` takes besides vocabulary and merges.
+  """Return the arguments of `tokenizer_settings.byte_level` besides vocabulary and merges.
 
   Raises:
     ValueError: there is no such name here.

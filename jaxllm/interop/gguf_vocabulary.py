@@ -27,7 +27,7 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
     raise ValueError(f'{_KEY}model {kind!r} is not supported (supported: {", ".join(_KINDS)})')
   if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
     raise ValueError(f'{_KEY}tokens is no list of strings')
-  # llama.cpp's name for what has none.
+  # llama.cpp's name for a token without one.
   tokens = [token or f'[EMPTY_{i}]' for i, token in enumerate(tokens)]
   if len(set(tokens)) != len(tokens):
     twice = next(token for token in tokens if tokens.count(token) > 1)

@@ -139,7 +139,7 @@ def save(
   adapters = dict(lora_lib.adapters(jax.device_get(lora)))
   arrays: dict[str, np.ndarray] = {}
   ranks: dict[str, int] = {}
-  # One alpha / rank for all; what differs from it goes into B.
+  # One alpha / rank for all; another factor goes into B.
   scale = float(np.ravel(next(iter(adapters.values()))['scale'])[0])
   torch_form = dataclasses.replace(form, kernels='out_in')
   shapes = layout.parameter_shapes(config)
@@ -239,7 +239,7 @@ def _join(
   form: Format, slot: layout.Slot, shapes: Mapping[str, tuple[int, ...]],
   adapters: Mapping[str, Any], scale: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Return A (R, I) and B (O, R) of one matrix; the ranks of what is fused add up."""
+  """Return A (R, I) and B (O, R) of one matrix; the ranks of fused kernels add up."""
   layer: Any = ... if slot.layer is None else slot.layer
   found = {target: [np.asarray(adapter[name][layer], np.float32) for name in ('a', 'b', 'scale')]
            for target in slot.targets

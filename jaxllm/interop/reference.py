@@ -1,4 +1,4 @@
-"""An independent forward pass in NumPy: what a model's logits have to be.
+"""An independent forward pass in NumPy, against which a model's logits are proven.
 
 It reads tensors by the names of their own format and the config by its own keys, shares no code,
 table or config with the decoder, and prefers plainness to speed. Every conversion is measured

@@ -52,7 +52,7 @@ class Model:
     bos_id: -1 where there is none, like the next two.
     eos_id: ends a text.
     pad_id: padding.
-    unk_id: stands for what cannot be expressed.
+    unk_id: stands for an unknown piece.
   """
 
   pieces: Sequence[str]

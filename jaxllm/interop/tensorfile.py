@@ -6,7 +6,7 @@ overlap, leave holes or reach past the end of the file, and other files in disgu
 is allocated. `data` then maps one tensor, `is_finite` looks for NaN in it.
 
 By hand, because the library accepts duplicate names and 100,000 empty tensors, does not say which
-tensor is wrong, and writes only what lies in memory as a whole.
+tensor is wrong, and writes only tensors that all lie in memory.
 """
 
 import dataclasses
