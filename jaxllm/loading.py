@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import math
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any, overload
 
 import jax
 
+from jaxllm import sharding
 from jaxllm.adapters import lora
 from jaxllm.adapters.quantization import dequantize_tree, quantize
 from jaxllm.checkpoints import fingerprint, store
@@ -27,6 +29,7 @@ from jaxllm.models import decoder
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.objectives import classification
 from jaxllm.objectives.classification import ClassifierConfig
+from jaxllm.sharding import Placement
 from jaxllm.tasks import TASKS, chat, encoding, predict
 from jaxllm.tasks.base import Example
 from jaxllm.tasks.chat import ChatTemplate
@@ -86,36 +89,82 @@ def _own_template(experiment: Experiment | None) -> ChatTemplate | None:
   return task.template if isinstance(task, chat.Chat) else None
 
 
-def load(path: Model | str | os.PathLike[str]) -> Model:
-  """Load a model with its tokenizer.
+def load(
+  path: Model | str | os.PathLike[str], mesh: Any = None, dtype: str | None = None
+) -> Model:
+  """Load a model with its tokenizer; no array of it is ever whole where the mesh splits it.
 
   Args:
     path: a workdir, its `checkpoints` directory, one checkpoint in it, a Hugging Face directory, a
       `.gguf` file, `hf:NAME` of the Hugging Face hub, or a directory of adapters that PEFT wrote,
       which are added to the model that it names; its tokenizer and chat template, if it has them,
       take the place of that model's. A loaded model is returned as it is.
+    mesh: the devices to split it over: sizes of mesh axes, {'fsdp': 4, 'tensor': 2}, a `MeshConfig`
+      or a `jax.sharding.Mesh`; None: one device. A run is split by its own rules. Key and value
+      heads that `tensor` does not divide lie on all devices.
+    dtype: of the parameters, 'float32' or 'bfloat16', which then is the one of activations too.
+      None: as it is stored where jaxllm made it, so that its scores are those of the run; a model
+      from outside gets float32 on CPU, which computes fastest with it, and bfloat16 elsewhere, for
+      which these models are made.
 
   Raises:
-    ValueError: there is no model at that path, or its files do not fit together.
+    ValueError: there is no model at that path, its files do not fit together, or the mesh does not
+      divide it.
     checkpoints.store.CheckpointError: the files are damaged.
   """
   if isinstance(path, Model):
+    if (mesh, dtype) != (None, None):
+      raise ValueError('mesh, dtype: the model is loaded already; give them to jaxllm.load')
     return path
+  if dtype not in (None, *weights.DTYPES):
+    raise ValueError(f'dtype={dtype!r}: one of {", ".join(weights.DTYPES)} or None')
   logging.info('Loading %s.', os.path.basename(os.path.normpath(path)))
   if (base := peft.base_model(path)) is not None:
-    return _with_adapters(path, *base)
+    return _with_adapters(path, *base, mesh, dtype)
   if sources.is_foreign(path):
-    source = sources.open_model(path)
-    return _foreign(source, weights.load(source))
+    return _read(sources.open_model(path), mesh, dtype)
   step = store.find_step(path)
   bundle = store.read_bundle(step)
   config, experiment = _described(bundle)
+  placement = _placement(mesh, config, experiment)
+  shapes, axes = abstract(experiment) if experiment else (
+    tree['params'] for tree in decoder.abstract(config))
+  where = placement and sharding.shardings(axes, shapes, placement.mesh, placement.config)
   if experiment and experiment.finetune.lora:
-    params = _merged(step, bundle, experiment)
+    params = _merged(step, bundle, experiment, placement, where, dtype)
   else:
     # A converted model may be stored in bfloat16; a run's parameters are float32.
-    params, _ = store.restore_params(step, _shapes(experiment) if experiment else None)
-  return _stored(bundle, {'params': params}, config, experiment)
+    params, _ = store.restore_params(
+      step, abstract(experiment)[0] if experiment else None, where, dtype)
+  return _on(_stored(bundle, {'params': params}, config, experiment), placement, dtype)
+
+
+def _on(model: Model, placement: Placement | None, dtype: str | None) -> Model:
+  """Return a model whose variables are of a dtype on a placement."""
+  config = model.config.replace(dtype='bfloat16') if dtype == 'bfloat16' else model.config
+  return dataclasses.replace(model, config=config, placement=placement)
+
+
+def _placement(
+  mesh: Any, config: DecoderConfig, experiment: Experiment | None = None
+) -> Placement | None:
+  """Return where a model goes, with rules that fit its key and value heads."""
+  rules = experiment.mesh.rules if experiment else sharding.DEFAULT_RULES
+  placement = sharding.make_placement(mesh, rules)
+  if placement is None:
+    return None
+  splits = dict(placement.config.rules)
+  if config.kv_heads % math.prod(placement.mesh.shape[axis] for axis in splits['kv_heads']):
+    rules = tuple((splits | {'kv_heads': ()}).items())
+    return Placement(placement.mesh, placement.config.replace(rules=rules))
+  return placement
+
+
+def _read(source: Source, mesh: Any, dtype: str | None) -> Model:
+  placement = _placement(mesh, source.config)
+  device = placement.mesh.devices.flat[0] if placement else jax.devices()[0]
+  dtype = dtype or ('float32' if device.platform == 'cpu' else 'bfloat16')
+  return _on(_foreign(source, weights.load(source, dtype, placement)), placement, dtype)
 
 
 def describe(path: str | os.PathLike[str]) -> Model:
@@ -143,27 +192,27 @@ def to_use(config: DecoderConfig) -> DecoderConfig:
   return config.replace(attention='xla', remat='none')
 
 
-def _shapes(experiment: Experiment) -> Any:
-  """Return the shapes of the parameters of a run without adapters."""
-  shapes, _ = decoder.abstract(experiment.decoder)
+def abstract(experiment: Experiment) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Return the shapes and the logical axes of the parameters that a run trains and stores."""
+  full, full_axes = decoder.abstract(experiment.decoder)
+  shapes, axes = full['params'], full_axes['params']
+  if experiment.finetune.lora is not None:
+    shapes, axes = lora.abstract(experiment.finetune.lora, shapes, axes)
   if isinstance(experiment.objective, ClassifierConfig):
-    return {**shapes['params'], HEAD: _head_shapes(experiment, experiment.objective)}
-  return shapes['params']
-
-
-def _head_shapes(experiment: Experiment, config: ClassifierConfig) -> Any:
-  return jax.eval_shape(
-    lambda key: classification.init(config, experiment.decoder, key), jax.random.key(0))
+    head = jax.eval_shape(functools.partial(
+      classification.init, experiment.objective, experiment.decoder), jax.random.key(0))
+    shapes, axes = {**shapes, HEAD: head}, {**axes, HEAD: classification.AXES}
+  return shapes, axes
 
 
 def _with_adapters(
-  directory: str | os.PathLike[str], base: str, revision: str | None
+  directory: str | os.PathLike[str], base: str, revision: str | None, mesh: Any, dtype: str | None
 ) -> Model:
   source = _base_source(directory, base, revision)
-  params = weights.load(source)['params']
-  config, params = peft.merge(directory, source.form, source.config, params)
-  return dataclasses.replace(
-    _foreign(source, {'params': params}, _with_files_beside(directory, source)), config=config)
+  model = _read(source, mesh, dtype)
+  config, params = peft.merge(directory, source.form, model.config, model.variables['params'])
+  own = _foreign(source, {'params': params}, _with_files_beside(directory, source))
+  return dataclasses.replace(own, config=config, placement=model.placement)
 
 
 def _base_source(
@@ -185,26 +234,38 @@ def _with_files_beside(directory: str | os.PathLike[str], source: Source) -> dic
   return tokenizer_files.overlaid(source.files, files)
 
 
-def _merged(step: os.PathLike[str], bundle: Bundle, experiment: Experiment) -> Any:
+def _merged(
+  step: os.PathLike[str], bundle: Bundle, experiment: Experiment, placement: Placement | None,
+  where: Any, dtype: str | None,
+) -> Any:
   """Return the parameters of the model that the run began with, its adapters added.
+
+  Args:
+    step: the checkpoint.
+    bundle: what travels with it.
+    experiment: the run.
+    placement: the devices of the base.
+    where: the shardings of the adapters.
+    dtype: of the result; None: float32.
 
   Raises:
     ValueError: that model is gone, or another one lies there.
   """
-  where = sources.named(experiment.init_from or '')
+  path = sources.named(experiment.init_from or '')
   try:
-    base = load(where).variables['params']
+    base = load(path, placement, 'float32').variables['params']
   except (OSError, ValueError) as error:
-    raise ValueError(f'{step} holds adapters to {where!r}, which cannot be loaded: {error}') from (
+    raise ValueError(f'{step} holds adapters to {path!r}, which cannot be loaded: {error}') from (
       error)
-  check_model('init_from', where, base, bundle.manifest[BASE])
-  adapters, _ = store.restore_params(step)
+  check_model('init_from', path, base, bundle.manifest[BASE])
+  adapters, _ = store.restore_params(step, shardings=where)
   # The adapters were trained beside what quantisation had left.
   if experiment.finetune.base is not None:
     base = dequantize_tree(quantize({'params': base}, experiment.finetune.base))['params']
   head = {name: adapters.pop(name) for name in [HEAD] if name in adapters}
   base = {name: params for name, params in base.items() if name != HEAD}
-  return {**lora.merge(base, adapters), **head}
+  params = {**lora.merge(base, adapters), **head}
+  return params if dtype is None else jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
 def adapters(path: str | os.PathLike[str]) -> tuple[Experiment, dict[str, Any]]:

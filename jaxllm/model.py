@@ -14,6 +14,7 @@ from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.models import decoder
 from jaxllm.models.decoder import Decoder, DecoderConfig
 from jaxllm.objectives.classification import ClassifierConfig
+from jaxllm.sharding import Placement
 
 Message = Mapping[str, Any]
 
@@ -56,6 +57,7 @@ class Model:
     add_bos: whether prompts begin with BOS, as the training documents did.
     chat_format: how to talk to it; None: it has no chat template.
     family: its Hugging Face model_type, where it came from there.
+    placement: the devices that the variables are split over; None: one.
   """
 
   config: DecoderConfig
@@ -65,6 +67,7 @@ class Model:
   add_bos: bool = True
   chat_format: ChatFormat | None = None
   family: str | None = None
+  placement: Placement | None = None
 
   def __repr__(self) -> str:
     name = f' {self.experiment.name}' if self.experiment else ''
@@ -75,7 +78,7 @@ class Model:
   @property
   def decoder(self) -> Decoder:
     """The module that `variables` belong to."""
-    return Decoder(self.config)
+    return Decoder(self.config, self.placement)
 
   @functools.cached_property
   def unstacked(self) -> Any:

@@ -29,7 +29,7 @@ Pipeline = Callable[..., Any]
 
 def pipeline(
   task: str, model: Model | str | os.PathLike[str], batch_size: int = predict.BATCH_SIZE,
-  **fields: Any,
+  mesh: Any = None, dtype: str | None = None, **fields: Any,
 ) -> Pipeline:
   """Return a function that does a task.
 
@@ -49,6 +49,8 @@ def pipeline(
     task: one of `PIPELINES`.
     model: from `jaxllm.load`, or what it takes.
     batch_size: inputs that are computed together.
+    mesh: the devices to split the model over, and
+    dtype: of its parameters, as in `jaxllm.load`.
     **fields: of the task's config, such as `prompt`, `labels`, `max_new_tokens`; for
       text-generation and chat those of `SamplingConfig`, and `stop`, texts that end an answer.
 
@@ -59,7 +61,7 @@ def pipeline(
     raise ValueError(f'task={task!r}: one of {", ".join(PIPELINES)}')
   if batch_size < 1:
     raise ValueError(f'batch_size={batch_size}: at least 1')
-  loaded = loading.load(model)
+  loaded = loading.load(model, mesh, dtype)
   own = PIPELINES[task](loaded, batch_size, fields)
   named = inspect.signature(own).parameters
 

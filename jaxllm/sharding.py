@@ -7,6 +7,7 @@ tensor parallel and their mixtures differ in `MeshConfig` alone.
 
 import contextlib
 import contextvars
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -116,6 +117,52 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
   return Mesh(array, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
+@dataclasses.dataclass(frozen=True)
+class Placement:
+  """The devices that a model lies on, and the rules that split it over them."""
+
+  mesh: Mesh
+  config: MeshConfig
+
+  def sharding(self, shape: Sequence[int], *axes: str | None) -> NamedSharding:
+    """Return the sharding of an array by the logical names of its axes; see `constrain`."""
+    return NamedSharding(self.mesh, _dividing(shape, axes, self.mesh, self.config))
+
+
+def make_placement(
+  mesh: Placement | Mesh | MeshConfig | Mapping[str, Any] | None,
+  rules: Sequence[tuple[str, tuple[str, ...]]] = DEFAULT_RULES,
+) -> Placement | None:
+  """Return where a model is to lie; None: on one device.
+
+  Args:
+    mesh: sizes of mesh axes, {'fsdp': 4, 'tensor': 2}, those left out being 1; a config; or a mesh
+      with some of MESH_AXES. A config takes the first devices, as many as it has.
+    rules: what is split over them, where `mesh` does not say it.
+
+  Raises:
+    ValueError: there are not so many devices, or there is no such axis.
+  """
+  if mesh is None or isinstance(mesh, Placement):
+    return mesh
+  if isinstance(mesh, Mesh):
+    if unknown := [axis for axis in mesh.axis_names if axis not in MESH_AXES]:
+      raise ValueError(f'mesh: {unknown[0]!r} is no mesh axis (mesh axes: {", ".join(MESH_AXES)})')
+    own = [axis for axis in MESH_AXES if axis in mesh.axis_names]
+    devices = mesh.devices.transpose([mesh.axis_names.index(axis) for axis in own])
+    devices = devices.reshape([mesh.shape.get(axis, 1) for axis in MESH_AXES])
+    automatic = Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return Placement(automatic, MeshConfig(rules=tuple(rules)))
+  config = mesh if isinstance(mesh, MeshConfig) else MeshConfig(
+    **{'data': 1, 'rules': tuple(rules), **mesh})
+  sizes = [getattr(config, axis) for axis in MESH_AXES]
+  number = jax.device_count() if -1 in sizes else math.prod(sizes)
+  if number > jax.device_count():
+    shape = ', '.join(f'{axis}={size}' for axis, size in zip(MESH_AXES, sizes, strict=True))
+    raise ValueError(f'mesh ({shape}) needs {number} devices but there are {jax.device_count()}')
+  return Placement(make_mesh(config, jax.devices()[:number]), config)
+
+
 def abstract_mesh(config: MeshConfig, num_devices: int) -> AbstractMesh:
   """Return the mesh that `config` describes without devices: for shapes and shardings alone.
 
@@ -145,6 +192,21 @@ def partition_spec(
       raise ValueError(f'config.mesh.rules maps two axes of {tuple(axes)} to {mesh_axes}')
     used |= set(mesh_axes)
     entries.append(mesh_axes if len(mesh_axes) > 1 else mesh_axes[0] if mesh_axes else None)
+  return PartitionSpec(*entries)
+
+
+def _dividing(
+  shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh, config: MeshConfig
+) -> PartitionSpec:
+  """Return the spec of an array without the mesh axes that do not divide its dimensions."""
+  entries: list[Any] = []
+  for size, entry in zip(shape, partition_spec(axes, config.rules), strict=True):
+    kept: list[str] = []
+    for axis in (entry,) if isinstance(entry, str) else entry or ():
+      if size % math.prod(mesh.shape[name] for name in [*kept, axis]):
+        break
+      kept.append(axis)
+    entries.append(tuple(kept) if len(kept) > 1 else kept[0] if kept else None)
   return PartitionSpec(*entries)
 
 
@@ -225,6 +287,11 @@ _ACTIVE: contextvars.ContextVar[tuple[Mesh, MeshConfig] | None] = contextvars.Co
 )
 
 
+def active(placement: Placement | None) -> contextlib.AbstractContextManager[None]:
+  """Make `constrain` effective for a placement; None: leave things as they are."""
+  return activate(placement.mesh, placement.config) if placement else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def activate(mesh: Mesh, config: MeshConfig) -> Iterator[None]:
   """Make `constrain` effective for what is traced inside."""
@@ -238,6 +305,8 @@ def activate(mesh: Mesh, config: MeshConfig) -> Iterator[None]:
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   """Pin the sharding of an activation by logical axis names; outside `activate` return it as is.
 
+  Where the mesh axes of a rule do not divide a dimension, only the first ones that do split it.
+
   Args:
     x: array of any dtype.
     *axes: one logical name, or None, per dimension.
@@ -247,7 +316,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return x
   mesh, config = active
   return jax.lax.with_sharding_constraint(
-    x, NamedSharding(mesh, partition_spec(axes, config.rules))
+    x, NamedSharding(mesh, _dividing(x.shape, axes, mesh, config))
   )
 
 

@@ -108,8 +108,15 @@ def merge(params: Tree, lora: Tree) -> Tree:
     kernel = merged[f'{path}/kernel']
     if is_quantized(kernel):
       raise ValueError(f'{path}: the kernel is quantised; merge into the unquantised parameters')
-    merged[f'{path}/kernel'] = (kernel.astype(jnp.float32) + delta(adapter)).astype(kernel.dtype)
+    is_split = isinstance(kernel, jax.Array) and len(kernel.sharding.device_set) > 1
+    # Of a kernel that is split the product must never be made whole on every device.
+    add: Any = jax.jit(_add, out_shardings=kernel.sharding) if is_split else _add
+    merged[f'{path}/kernel'] = add(kernel, adapter)
   return nest(merged)
+
+
+def _add(kernel: jax.Array, adapter: Mapping[str, jax.Array]) -> jax.Array:
+  return (kernel.astype(jnp.float32) + delta(adapter)).astype(kernel.dtype)
 
 
 def delta(adapter: Mapping[str, jax.Array]) -> jax.Array:

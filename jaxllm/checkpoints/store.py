@@ -297,7 +297,7 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
 
 
 def restore_params(
-  path: str | os.PathLike[str], abstract: Any = None, shardings: Any = None
+  path: str | os.PathLike[str], abstract: Any = None, shardings: Any = None, dtype: Any = None
 ) -> tuple[Any, Bundle]:
   """Restore only the parameters: the moving average where the run kept one.
 
@@ -307,6 +307,7 @@ def restore_params(
       is stored, as nested dicts.
     shardings: one sharding, or a tree of them in the form of the parameters; None: those of
       `abstract`, else the first local device.
+    dtype: of all that is returned; None: as it is stored.
 
   Returns:
     (params, bundle).
@@ -328,7 +329,7 @@ def restore_params(
   elif isinstance(shardings, jax.sharding.Sharding):
     shardings = jax.tree.map(lambda leaf: shardings, wanted)
   leaves = jax.tree.map(
-    lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+    lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=where),
     wanted, shardings,
   )
   restored = _read(step, {f'{name}/{path}': leaf for path, leaf in tree.flatten(leaves).items()})

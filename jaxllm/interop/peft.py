@@ -103,7 +103,8 @@ def merge(
         raise ValueError(f'{name}: made for (tokens, size) = {made.shape}, but the base model has '
                          f'{rows_VD.shape}; resize that, save it and name it as the base model')
     rows_VD[:] = whole_VD + delta_VD
-    table = jnp.asarray(table_VD.T if is_head else table_VD, old.dtype)
+    table = (table_VD.T if is_head else table_VD).astype(old.dtype)
+    table = jax.device_put(table, getattr(old, 'sharding', None))
     params[part] = {**params[part], leaf: table}
   if not matrices:
     return config, params

@@ -24,7 +24,7 @@ from jaxllm.interop.layout import Slot
 from jaxllm.models import decoder
 from jaxllm.models.config import DecoderConfig
 from jaxllm.models.families.huggingface import Format
-from jaxllm.sharding import MeshConfig
+from jaxllm.sharding import Placement
 
 DTYPES = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
 
@@ -112,8 +112,7 @@ def check_values(source: Source) -> None:
 def load(
   source: Source,
   dtype: str | None = 'float32',
-  mesh: jax.sharding.Mesh | None = None,
-  mesh_config: MeshConfig | None = None,
+  placement: Placement | None = None,
 ) -> dict[str, Any]:
   """Check the numbers of a source and return its variables; arguments as in `read`.
 
@@ -121,36 +120,32 @@ def load(
     ValueError: as `check_values` and `read`.
   """
   check_values(source)
-  return read(source, dtype, mesh, mesh_config)
+  return read(source, dtype, placement)
 
 
 def read(
   source: Source,
   dtype: str | None = 'float32',
-  mesh: jax.sharding.Mesh | None = None,
-  mesh_config: MeshConfig | None = None,
+  placement: Placement | None = None,
 ) -> dict[str, Any]:
   """Return the variables of a source, {'params': ...}, layers stacked on axis 0.
 
   Args:
     source: whose tensors; their values are checked by `check_values`, not here.
     dtype: of the parameters, 'float32' or 'bfloat16'; None: as they are stored.
-    mesh: where they go, split by `mesh_config`; None: the first local device.
-    mesh_config: gives the rules; needed with a mesh.
+    placement: the devices that they are split over; None: the first local one.
 
   Raises:
     ValueError: a dimension does not divide over the mesh.
   """
   shapes, axes = decoder.abstract(source.config)
   targets = tree.flatten(shapes['params'])
-  if mesh is None:
+  if placement is None:
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     places = dict.fromkeys(targets, device)
   else:
-    if mesh_config is None:
-      raise ValueError('mesh_config=None: a mesh needs the rules that split parameters over it')
-    split = sharding_lib.shardings(axes['params'], shapes['params'], mesh, mesh_config)
-    places = tree.flatten(split)
+    places = tree.flatten(sharding_lib.shardings(
+      axes['params'], shapes['params'], placement.mesh, placement.config))
   unpadded = layout.parameter_shapes(source.config)
   holders: dict[str, list[Slot]] = {target: [] for target in targets}
   for slot in source.slots:

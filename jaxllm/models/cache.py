@@ -8,7 +8,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from jaxllm import sharding
 from jaxllm.models.config import DecoderConfig
+from jaxllm.sharding import Placement
+
+_AXES = ('layers', 'batch', 'kv_heads', None, None)
 
 
 @flax.struct.dataclass
@@ -36,6 +40,7 @@ def init_cache(
   length: int,
   dtype: jnp.dtype | None = None,
   stacked: bool = True,
+  placement: Placement | None = None,
 ) -> KVCache:
   """Return an empty cache.
 
@@ -46,21 +51,33 @@ def init_cache(
     dtype: of keys and values; the config's by default. int8: each is quantised on its own.
     stacked: one array for all layers (for scanned layers), or one per layer, which is updated in
       place by unrolled layers (fast decoding on CPU; see `unstack`).
+    placement: the devices of the model; None: the default one.
   """
   shape = (batch_size, config.kv_heads, length, config.head_size)
   dtype = jnp.dtype(dtype or config.dtype)
 
+  def zeros(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    where = placement and placement.sharding(shape, *_AXES[-len(shape) :])
+    return jnp.zeros(shape, dtype, device=where)
+
   def make(shape: tuple[int, ...], dtype: Any) -> jax.Array | tuple[jax.Array, ...]:
     if stacked:
-      return jnp.zeros((config.num_layers, *shape), dtype)
-    return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
+      return zeros((config.num_layers, *shape), dtype)
+    return tuple(zeros(shape, dtype) for _ in range(config.num_layers))
 
   empty = functools.partial(make, shape, dtype)
-  lengths_B = jnp.zeros(batch_size, jnp.int32)
+  lengths_B = jnp.zeros(
+    batch_size, jnp.int32, device=placement and placement.sharding((batch_size,), None))
   if dtype != jnp.int8:
     return KVCache(empty(), empty(), lengths_B)
   scales = functools.partial(make, (*shape[:-1], 1), jnp.float32)
   return KVCache(empty(), empty(), lengths_B, scales(), scales())
+
+
+def constrain(cache: KVCache) -> KVCache:
+  """Pin the sharding of a cache to that of `init_cache`."""
+  return jax.tree.map(
+    lambda leaf: sharding.constrain(leaf, *_AXES[-leaf.ndim :] if leaf.ndim > 1 else [None]), cache)
 
 
 def write(

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.models import attention, splash
+from jaxllm.models import cache as kv_cache
 from jaxllm.models.attention import MASKED, Attention, View, softcap
 from jaxllm.models.cache import KVCache, init_cache
 from jaxllm.models.config import DecoderConfig
@@ -29,7 +30,7 @@ from jaxllm.models.positions import (
   rotations,
   segment_positions,
 )
-from jaxllm.sharding import constrain
+from jaxllm.sharding import Placement, active, constrain
 
 __all__ = [
   'Decoder', 'DecoderConfig', 'KVCache', 'abstract', 'init', 'init_cache', 'parameter_count',
@@ -95,9 +96,14 @@ class Decoder(nn.Module):
 
   `variables` is {'params': ...} and optionally 'lora', plain nested dicts; the `layers` of each may
   be stacked (from `init`) or a dict of single layers (from `unstack`).
+
+  Attributes:
+    config: sizes and switches.
+    placement: the devices that the variables are split over; None: one, or those of `activate`.
   """
 
   config: DecoderConfig
+  placement: Placement | None = None
 
   def setup(self):  # noqa: D102
     config = self.config
@@ -148,6 +154,12 @@ class Decoder(nn.Module):
     deterministic: bool = True,
   ) -> tuple[jax.Array, Aux]:
     """Return (hidden_BTD, normalised; what the layers report); arguments as in `__call__`."""
+    with active(self.placement):
+      return self._hidden(tokens_BT, segment_ids_BT, positions_BT, deterministic)
+
+  def _hidden(
+    self, tokens_BT, segment_ids_BT, positions_BT, deterministic
+  ) -> tuple[jax.Array, Aux]:
     length = tokens_BT.shape[1]
     if positions_BT is None:
       positions_BT = _default_positions(self.config, length, segment_ids_BT)
@@ -164,7 +176,8 @@ class Decoder(nn.Module):
   def logits(self, hidden: jax.Array) -> jax.Array:
     """Return float32 logits (..., V) of hidden states (..., D); padded entries are -1e30."""
     config = self.config
-    logits = self.embed.attend(hidden) if config.tied_head else self.head(hidden)
+    with active(self.placement):
+      logits = self.embed.attend(hidden) if config.tied_head else self.head(hidden)
     logits = softcap(logits, config.logit_softcap)
     if config.padded_vocab_size == config.vocab_size:
       return logits
@@ -185,6 +198,10 @@ class Decoder(nn.Module):
     Returns:
       (hidden_BTD, of which only the real positions mean anything; the cache with new lengths).
     """
+    with active(self.placement):
+      return self._extend(tokens_BT, cache, counts_B)
+
+  def _extend(self, tokens_BT, cache: KVCache, counts_B) -> tuple[jax.Array, KVCache]:
     offsets_1T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
     positions_BT = cache.lengths_B[:, None] + offsets_1T
     num_slots = cache.keys[0].shape[-2]
@@ -197,7 +214,8 @@ class Decoder(nn.Module):
     x_BTD = self._embed(tokens_BT, positions_BT, True)
     x_BTD, written, _ = self._run(x_BTD, views, True, cache, slots_BT)
     assert written is not None
-    return self.final_norm(x_BTD), dataclasses.replace(written, lengths_B=lengths_B)
+    cache = kv_cache.constrain(dataclasses.replace(written, lengths_B=lengths_B))
+    return self.final_norm(x_BTD), cache
 
   def _embed(self, tokens_BT, positions_BT, deterministic: bool) -> jax.Array:
     config = self.config

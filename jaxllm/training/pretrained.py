@@ -109,7 +109,7 @@ def load(
   ):
     params = None
     if path is not None and (lasting or not begun):
-      model = loading.load(path)
+      model = loading.load(path, dtype='float32')
       _check_vocabulary(field, path, model.tokenizer, tokenizer)
       params = model.variables['params']
       if lasting:

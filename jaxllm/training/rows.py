@@ -154,7 +154,7 @@ def _make_pairs(
 
 def reference_log_probs(experiment: Experiment, rows: np.ndarray) -> np.ndarray:
   """Return (rows, 2): log-probabilities of both answers under `init_from`, in nats."""
-  model = loading.load(experiment.init_from or '')
+  model = loading.load(experiment.init_from or '', dtype='float32')
   log_probs = jax.jit(preference.sequence_log_probs, static_argnums=0)
   size = experiment.training.batch_size
   found = np.zeros((len(rows), 2), np.float32)

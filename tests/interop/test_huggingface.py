@@ -139,7 +139,7 @@ def test_parameters_are_born_sharded(name, tmp_path):
   mesh_config = MeshConfig(data=2, fsdp=2, tensor=2)
   mesh = sharding.make_mesh(mesh_config)
   alone = small.load(tmp_path / 'model')
-  split = small.load(tmp_path / 'model', mesh=mesh, mesh_config=mesh_config)
+  split = small.load(tmp_path / 'model', placement=sharding.Placement(mesh, mesh_config))
   assert same_bytes(split.variables, alone.variables)
   kernel = split.variables['params']['layers']['mlp']['up']['kernel']
   assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, 'fsdp', 'tensor')
@@ -163,7 +163,7 @@ def test_a_device_reads_only_its_part(tmp_path, monkeypatch):
     return make(shape, where, read)
 
   monkeypatch.setattr(jax, 'make_array_from_callback', spy)
-  small.load(tmp_path / 'model', mesh=mesh, mesh_config=mesh_config)
+  small.load(tmp_path / 'model', placement=sharding.Placement(mesh, mesh_config))
   halves = [part for shape, part in asked if len(shape) == 3 and shape[1:] == (24, 20)]
   assert halves and all(part == (3, 24, 10) for part in halves)
 
