@@ -39,12 +39,13 @@ LIMITS = flags.DEFINE_string(
 def main(_) -> None:  # noqa: D103
   import uvicorn
 
-  from jaxllm.serving import connections, limits
+  from jaxllm.serving import connections, keys
+  from jaxllm.serving.limits import LimitsConfig
 
-  bounds = connections.fitting(limits.LimitsConfig.from_json(LIMITS.value))
-  keys = limits.read_keys(API_KEYS_FILE.value)
-  local = HOST.value in limits.LOOPBACK
-  if not (local or keys or ANONYMOUS.value):
+  bounds = connections.fitting(LimitsConfig.from_json(LIMITS.value))
+  api_keys = keys.read_keys(API_KEYS_FILE.value)
+  local = HOST.value in keys.LOOPBACK
+  if not (local or api_keys or ANONYMOUS.value):
     raise ValueError(f'--host={HOST.value}: without API keys everyone who reaches this address '
                      'could use the model; give --api_keys_file or JAXLLM_API_KEYS, or --anonymous')
   listener = _bind(HOST.value, PORT.value)
@@ -65,9 +66,9 @@ def main(_) -> None:  # noqa: D103
   name = NAME.value or pathlib.Path(MODEL.value).resolve().name
   name = name.removeprefix('hf:').removesuffix('.gguf')
   service = Service(model, engine, name, bounds)
-  hosts = (*limits.LOOPBACK, *ALLOWED_HOSTS.value) if local else None
+  hosts = (*keys.LOOPBACK, *ALLOWED_HOSTS.value) if local else None
   server = connections.Server(
-    uvicorn.Config(http.make_app(service, keys, hosts), HOST.value, PORT.value,
+    uvicorn.Config(http.make_app(service, api_keys, hosts), HOST.value, PORT.value,
                    **connections.settings(bounds)),
     functools.partial(engine.close, bounds.drain_seconds))
   # uvicorn drains on either, then raises it again, to end what is ended already.

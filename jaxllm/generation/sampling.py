@@ -82,7 +82,7 @@ class SamplingConfig(Config):
 
 def row_values(
   configs: Sequence[SamplingConfig], stop_ids: Sequence[Sequence[int]] | None = None,
-  every_rule: bool = False,
+  every_rule: bool = False, least_biases: tuple[int, int] = (4, 2),
 ) -> dict[str, Any]:
   """Return the value of every rule for each row, name -> arrays whose first axis is the row.
 
@@ -91,6 +91,7 @@ def row_values(
     stop_ids: tokens that end each row, which no bad word of one token forbids.
     every_rule: whether rules that no row asks for get an entry too. By default only the basic ones
       do; any other one brings in all, so that a program has one of two sets of rules.
+    least_biases: the least numbers of entries, and of tokens of each, in the table of biases.
   """
   names = list(RULES)
   if not every_rule and not any(map(_asks_for_more, configs)):
@@ -101,7 +102,7 @@ def row_values(
     for name in names if name != 'biases'
   }
   if 'biases' in names:
-    values['biases'] = _biases(configs, stop_ids or [()] * len(configs))
+    values['biases'] = _biases(configs, stop_ids or [()] * len(configs), least_biases)
   return values
 
 
@@ -174,7 +175,7 @@ def _asks_for_more(config: SamplingConfig) -> bool:
 
 
 def _biases(
-  configs: Sequence[SamplingConfig], stop_ids: Sequence[Sequence[int]]
+  configs: Sequence[SamplingConfig], stop_ids: Sequence[Sequence[int]], least: tuple[int, int]
 ) -> Biases:
   """Put biases and bad words of all rows into one table, in sizes that are powers of two."""
   tables: list[dict[tuple[int, ...], float]] = []
@@ -186,8 +187,8 @@ def _biases(
     table |= {word: -np.inf for word in config.bad_words
               if not (len(word) == 1 and word[0] in stops)}
     tables.append(table)
-  width = power_of_two(max(map(len, tables)), 4)
-  length = power_of_two(max((len(ids) for table in tables for ids in table), default=1), 2)
+  width = power_of_two(max(map(len, tables)), least[0])
+  length = power_of_two(max((len(ids) for table in tables for ids in table), default=1), least[1])
   sequences_BWN = np.full((len(configs), width, length), NO_TOKEN, np.int32)
   biases_BW = np.zeros((len(configs), width), np.float32)
   for row, table in enumerate(tables):

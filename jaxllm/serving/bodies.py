@@ -3,6 +3,7 @@
 Texts are never repeated in messages, for they may be prompts.
 """
 
+import asyncio
 import json
 import math
 from collections.abc import Mapping
@@ -10,20 +11,17 @@ from typing import Annotated, Any, TypeVar
 
 import pydantic
 from pydantic_core import PydanticCustomError
+from starlette.requests import Request
 
 from jaxllm import mistakes
-from jaxllm.serving.errors import invalid
+from jaxllm.serving.errors import ApiError, invalid
+from jaxllm.serving.limits import LimitsConfig
 
 # Of a name that a client made up, so much is repeated.
 _NAME_LENGTH = 64
 _MESSAGES = {'missing': 'a value is required', 'model_type': 'Input should be an object',
              'dict_type': 'Input should be an object',
              'string_unicode': 'half of a surrogate pair is in it; send whole characters'}
-_CODES = {'missing': 'missing_field', 'unknown_field': 'unknown_field',
-          'unsupported_field': 'unsupported_field'}
-# Kinds of errors whose messages say all.
-_COMPLETE = {'missing', 'too_short', 'too_long', 'string_too_short', 'string_too_long',
-             'string_unicode'}
 B = TypeVar('B', bound='Body')
 
 
@@ -49,26 +47,60 @@ class Body(pydantic.BaseModel):
   def _check_names(cls, value: Any) -> Any:
     if not isinstance(value, dict):
       return value
-    known = {field.alias or name: field for name, field in cls.model_fields.items()}
-    for name in value.keys() - known.keys():
-      served = [name for name, field in known.items() if field.annotation is not type(None)]
-      hint = mistakes.hint(name[:_NAME_LENGTH], served) or f'; known are {", ".join(served)}'
-      raise field_error(f'there is no such field{hint}', name, 'unknown_field')
-    return {name: item for name, item in value.items() if item is not None}
+    known = {field.alias or name: field.json_schema_extra
+             for name, field in cls.model_fields.items()}
+    for name, item in value.items():
+      if name not in known:
+        served = [name for name, refused in known.items() if refused is None]
+        hint = mistakes.hint(name[:_NAME_LENGTH], served) or f'; known are {", ".join(served)}'
+        raise field_error(f'there is no such field{hint}', name, 'unknown_field')
+      refused: Any = known[name]
+      if refused and item is not None and (type(item), item) not in refused['neutral']:
+        raise field_error(f'not supported; {refused["instead"]}', name, 'unsupported_field')
+    return {name: item for name, item in value.items() if item is not None and not known[name]}
 
 
-def unsupported(instead: str, *neutral: Any) -> pydantic.BeforeValidator:
-  """Refuse a field of OpenAI's API.
+def unsupported(instead: str, *neutral: Any) -> Any:
+  """Return a field of OpenAI's API that is refused.
 
   Args:
     instead: what to do.
     *neutral: values that ask for nothing, and are accepted.
   """
-  def check(value: Any) -> None:
-    if not any(type(value) is type(other) and value == other for other in neutral):
-      raise field_error(f'not supported; {instead}', code='unsupported_field')
+  extra: Any = {'instead': instead, 'neutral': [(type(value), value) for value in neutral]}
+  return pydantic.Field(None, json_schema_extra=extra)
 
-  return pydantic.BeforeValidator(check)
+
+async def receive(request: Request, limits: LimitsConfig) -> bytes:
+  """Return the body of a request.
+
+  Raises:
+    ApiError: it is not JSON by its header, too large, or too slow.
+    ClientDisconnect: the client has gone.
+  """
+  kind, _, parameters = request.headers.get('content-type', '').lower().partition(';')
+  charset = parameters.partition('charset=')[2].strip(' "\'')
+  if kind.strip() != 'application/json' or charset not in ('', 'utf-8', 'utf8'):
+    raise ApiError(415, 'Content-Type: it must be application/json, in UTF-8',
+                   code='unsupported_media_type')
+  if request.headers.get('content-encoding', 'identity').lower() != 'identity':
+    raise ApiError(415, 'Content-Encoding: send the body uncompressed',
+                   code='unsupported_media_type')
+  too_large = ApiError(413, f'the body has more than {limits.max_body_bytes} bytes',
+                       code='request_too_large')
+  if int(request.headers.get('content-length', 0)) > limits.max_body_bytes:
+    raise too_large
+  body = bytearray()
+  try:
+    async with asyncio.timeout(limits.body_seconds):
+      async for part in request.stream():
+        body += part
+        if len(body) > limits.max_body_bytes:
+          raise too_large
+  except TimeoutError:
+    raise ApiError(408, f'the body did not arrive within {limits.body_seconds:g} seconds',
+                   code='request_timeout', headers={'Connection': 'close'}) from None
+  return bytes(body)
 
 
 def parse(body: bytes) -> dict[str, Any]:
@@ -111,12 +143,13 @@ def read(model: type[B], body: Mapping[str, Any], **context: Any) -> B:
     problem = error.errors()[0]
   kind, details = problem['type'], problem.get('ctx', {})
   message = _MESSAGES.get(kind, problem['msg'])
-  if 'message' not in details and kind not in _COMPLETE:
+  if 'message' not in details and not kind.endswith(('missing', 'short', 'long', 'unicode')):
     message += f', not {shown(problem["input"])}'
   parts = [*problem['loc'], details.get('field', '')]
   param = ''.join(f'[{part}]' if isinstance(part, int) else f'.{part[:_NAME_LENGTH]}'
                   for part in parts if part not in ('', '[key]'))
-  raise invalid(param.removeprefix('.'), message, _CODES.get(kind))
+  code = {'missing': 'missing_field'}.get(kind, kind if kind.endswith('_field') else None)
+  raise invalid(param.removeprefix('.'), message, code)
 
 
 def shown(value: Any) -> str:

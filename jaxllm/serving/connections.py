@@ -114,13 +114,12 @@ class LimitedProtocol(H11Protocol):
 
   def _refuse(self, error: ApiError) -> None:
     """Send an error without asking the app, and close."""
-    body = error.body()
-    headers = [('content-type', 'application/json'), ('content-length', str(len(body))),
-               ('connection', 'close'), *error.headers.items()]
+    response = error.response()
+    headers = [*response.raw_headers, (b'connection', b'close')]
     reason = http.HTTPStatus(error.status).phrase
     try:
       for event in (h11.Response(status_code=error.status, headers=headers, reason=reason),
-                    h11.Data(data=body), h11.EndOfMessage()):
+                    h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
         self.transport.write(self.conn.send(event) or b'')
     except h11.LocalProtocolError:
       # A response is under way.

@@ -1,8 +1,8 @@
 """The engine: continuous batching over a slotted cache, in a thread of its own.
 
-Each turn of the thread admits what waits into free slots, reads at most `prefill_chunk` tokens of
-prompts, and draws one token for every row whose prompt has been read. Rows begin and end at any
-turn; a row's tokens depend on its own job alone, bit for bit (see `programs`).
+Each step of the thread admits waiting requests into free slots, prefills at most `prefill_chunk`
+tokens of prompts, and samples one token for every row whose prompt has been prefilled. Rows begin
+and end at any step; a row's tokens depend on its own request alone, bit for bit (see `programs`).
 """
 
 import collections
@@ -19,21 +19,22 @@ import pydantic
 
 from jaxllm.config import Config
 from jaxllm.generation.constraint import ConstraintError
-from jaxllm.generation.requests import Request, make_requests
+from jaxllm.generation.requests import make_requests
 from jaxllm.generation.sampling import SamplingConfig
 from jaxllm.generation.text import TextPiece
 from jaxllm.model import Model
 from jaxllm.serving import prefixes, programs
-from jaxllm.serving.batch import Batch, Chunk, first
+from jaxllm.serving.batch import Batch, pairs
 from jaxllm.serving.rows import Embedding, Generation, Row
-from jaxllm.serving.tickets import ClosedError, FailedError, Job, QueueFullError, Ticket
+from jaxllm.serving.streams import (
+  ClosedError,
+  FailedError,
+  QueueFullError,
+  Request,
+  RequestStream,
+)
 
-__all__ = [
-  'ClosedError', 'Engine', 'EngineConfig', 'FailedError', 'Job', 'QueueFullError', 'Statistics',
-  'Ticket',
-]
-
-# Cache slots per row where the config names no number.
+# Tokens of a row where the config names no number.
 DEFAULT_CONTEXT = 2048
 # Seconds that a step of the device may take after the engine was told to give up.
 LAST_STEP = 10.0
@@ -50,7 +51,7 @@ class EngineConfig(Config):
   max_queue: int = pydantic.Field(default=64, ge=0)
   """Requests that may wait for a slot."""
   prefill_chunk: int = pydantic.Field(default=128, gt=0)
-  """Prompt tokens read between two tokens of the rows that are under way."""
+  """Prompt tokens prefilled between two tokens of the rows that are decoded."""
   cache_dtype: Literal['int8'] | None = None
   """How keys and values are stored; None: in the model's dtype."""
 
@@ -60,18 +61,14 @@ class Statistics:
   """A snapshot of the engine.
 
   Attributes:
-    num_slots: rows that there are.
-    busy_slots: rows that are in use.
+    num_slots: rows that there are; `busy_slots` of them are in use.
     queued: requests that wait for one.
     prompt_tokens: of all requests that have begun, those from the cache included.
-    completion_tokens: drawn.
+    completion_tokens: sampled so far, in `decode_steps`.
     prefix_hit_tokens: prompt tokens whose keys and values were taken over from another request.
-    decode_steps: rounds in which every open row got a token.
-    cached_tokens: in the rows that are in use.
-    capacity_tokens: that all rows can hold.
+    cached_tokens: in the rows that are in use, of `capacity_tokens` in all.
     compilations: programs compiled since the engine was made; constant once it is.
-    finished: how many requests ended for which reason: 'stop', 'length', 'cancelled', 'error',
-      'embedded'.
+    finished: reason ('stop', 'length', 'cancelled', 'error', 'embedded') -> number of requests.
   """
 
   num_slots: int
@@ -88,7 +85,7 @@ class Statistics:
 
 
 class Engine:
-  """Serves one model to many listeners. All methods are thread-safe and, but `close`, never block.
+  """Serves one model to many clients. All methods are thread-safe and, but `close`, never block.
 
   The constructor compiles every program, then starts the thread.
 
@@ -117,64 +114,56 @@ class Engine:
     self._failure: Exception | None = None
     # Slots that are free, the one that has been for longest first.
     self._free = list(range(self.config.num_slots))
-    self._reading: collections.deque[Row] = collections.deque()
-    self._open: list[Generation] = []
+    self._prefilling: collections.deque[Row] = collections.deque()
+    self._decoding: list[Generation] = []
     self._counts: collections.Counter[str] = collections.Counter()
     self._finished: collections.Counter[str] = collections.Counter()
     self._thread = threading.Thread(target=self._run, name='jaxllm-engine', daemon=True)
     self._thread.start()
 
-  def submit(self, jobs: Sequence[Job]) -> list[Ticket]:
-    """Take jobs, all or none; they are served in the order in which they come.
-
-    Returns:
-      One ticket per job.
+  def submit(self, requests: Sequence[Request]) -> RequestStream:
+    """Take requests, all or none; they are served in the order in which they come.
 
     Raises:
-      ValueError: a job cannot be served: its prompt is empty or too long, an id is not in the
+      ValueError: a request cannot be served: its prompt is empty or too long, an id is not in the
         vocabulary, or it asks for more than a row has room for.
       QueueFullError: too many requests wait.
       ClosedError: the engine was closed; or it failed (FailedError).
     """
-    requests = [self._check(job) for job in jobs]
-    tickets = [Ticket(job, self._notify) for job in jobs]
-    self._enqueue([Generation(ticket, request, self._model.tokenizer)
-                   for ticket, request in zip(tickets, requests, strict=True)])
-    return tickets
+    stream = RequestStream(len(requests), self._notify)
+    self._enqueue([Generation(self._checked(request), stream, index, self._model.tokenizer)
+                   for index, request in enumerate(requests)])
+    return stream
 
   def embed(
     self, prompts: Sequence[Sequence[int]]
   ) -> 'concurrent.futures.Future[list[np.ndarray]]':
     """Average the final hidden states of each prompt; all of them wait as one request.
 
-    Args:
-      prompts: token ids, at least one prompt.
-
     Returns:
       A future of one (D,) float32 array per prompt. Cancelling it frees its slot.
 
     Raises:
-      ValueError: as `submit`; or there is no prompt.
-      QueueFullError: too many requests wait.
-      ClosedError: as `submit`.
+      ValueError: there is no prompt; this and all others as `submit`.
     """
     if not prompts:
       raise ValueError('prompts: none given; give at least one')
-    jobs = [Job(tuple(prompt), SamplingConfig(max_new_tokens=1), 0) for prompt in prompts]
+    requests = [self._checked(Request(tuple(prompt), SamplingConfig(max_new_tokens=1), 0))
+                for prompt in prompts]
     future: concurrent.futures.Future[list[np.ndarray]] = concurrent.futures.Future()
-    self._enqueue([Embedding(future, [self._check(job).prompt for job in jobs])])
+    self._enqueue([Embedding(future, requests)])
     return future
 
   def statistics(self) -> Statistics:
     """Return a snapshot."""
     with self._changed:
       queued = sum(not row.is_cancelled for row in self._queue)
-      rows = [*self._reading, *self._open]
+      rows = [*self._prefilling, *self._decoding]
     counts = {name: self._counts[name] for name in (
       'prompt_tokens', 'completion_tokens', 'prefix_hit_tokens', 'decode_steps')}
     return Statistics(
       num_slots=self.config.num_slots, busy_slots=len(rows), queued=queued,
-      cached_tokens=sum(row.fed + row.new_tokens for row in rows),
+      cached_tokens=sum(row.prefilled + row.new_tokens for row in rows),
       capacity_tokens=self.config.num_slots * self.context_length,
       compilations=self._batch.compilations, finished=dict(self._finished), **counts,
     )
@@ -193,20 +182,22 @@ class Engine:
       self._changed.notify_all()
     self._thread.join(LAST_STEP)
 
-  def _check(self, job: Job) -> Request:
-    if not job.prompt:
+  def _checked(self, request: Request) -> Request:
+    """Return a request with all tokens that end it, or raise the ValueError of `submit`."""
+    if not request.prompt:
       raise ValueError('prompt: no tokens; give at least one')
-    if len(job.prompt) > self.context_length:
-      raise ValueError(f'prompt: {len(job.prompt)} tokens, but a row holds {self.context_length}; '
-                       'shorten it')
-    if not 0 <= job.num_top <= programs.NUM_TOP:
-      raise ValueError(f'num_top={job.num_top}: between 0 and {programs.NUM_TOP} are given')
-    if '' in job.stop:
+    if len(request.prompt) > self.context_length:
+      raise ValueError(f'prompt: {len(request.prompt)} tokens, but a row holds '
+                       f'{self.context_length}; shorten it')
+    if not 0 <= request.num_top <= programs.NUM_TOP:
+      raise ValueError(f'num_top={request.num_top}: between 0 and {programs.NUM_TOP} are given')
+    if '' in request.stop:
       raise ValueError("stop: '' would end the text before it begins; leave it out")
-    stop_ids = tuple(dict.fromkeys((*self._model.tokenizer.eos_token_ids, *job.stop_ids)))
-    request, = make_requests(self._model.config, [job.prompt], [job.sampling], stop_ids, [job.seed])
-    programs.row_fields(request, self.context_length)
-    return request
+    stop_ids = dict.fromkeys((*self._model.tokenizer.eos_token_ids, *request.stop_ids))
+    plain, = make_requests(
+      self._model.config, [request.prompt], [request.sampling], [*stop_ids], [request.seed])
+    programs.row_fields(plain, self.context_length)
+    return dataclasses.replace(request, prompt=plain.prompt, stop_ids=plain.stop_ids)
 
   def _enqueue(self, rows: Sequence[Row]) -> None:
     with self._changed:
@@ -230,9 +221,9 @@ class Engine:
 
   def _run(self) -> None:
     try:
-      while self._wait():
-        self._read()
-        self._decode()
+      while self._admit():
+        self._prefill()
+        self._decode_step()
     except Exception as error:
       # Not the message, which may repeat a prompt.
       logging.error('the engine failed: %s\n%s', type(error).__name__,
@@ -242,11 +233,11 @@ class Engine:
     finally:
       self._end_all()
 
-  def _wait(self) -> bool:
-    """Wait for something to do and admit it; return whether the thread goes on."""
+  def _admit(self) -> bool:
+    """Block until work arrives and admit queued requests. Returns False on shutdown."""
     with self._changed:
       self._sweep()
-      while not (self._queue or self._reading or self._open or self._closing):
+      while not (self._queue or self._prefilling or self._decoding or self._closing):
         self._changed.wait()
         self._sweep()
       while self._queue and self._free:
@@ -254,12 +245,12 @@ class Engine:
         row.slot = prefixes.choose(
           row.request.prompt, self._batch.held, self._free, self._batch.chunk)
         self._free.remove(row.slot)
-        self._reading.append(row)
-      return not self._abandoned and bool(self._reading or self._open)
+        self._prefilling.append(row)
+      return not self._abandoned and bool(self._prefilling or self._decoding)
 
   def _sweep(self) -> None:
-    """Let go of rows that were cancelled."""
-    gone = [row for row in (*self._queue, *self._reading, *self._open) if row.is_cancelled]
+    """Release cancelled rows."""
+    gone = [row for row in (*self._queue, *self._prefilling, *self._decoding) if row.is_cancelled]
     if gone:
       self._queue = collections.deque(row for row in self._queue if row not in gone)
     for row in gone:
@@ -269,65 +260,61 @@ class Engine:
   def _release(self, row: Row, reason: str) -> None:
     self._finished[reason] += 1
     with self._changed:
-      if row in self._reading:
-        self._reading.remove(row)
-      if row in self._open:
-        self._open.remove(row)
+      if row in self._prefilling:
+        self._prefilling.remove(row)
+      if row in self._decoding:
+        self._decoding.remove(row)
       if row.slot >= 0:
         self._free.append(row.slot)
 
-  def _read(self) -> None:
-    """Read prompts, the oldest first, for as many tokens as a turn has."""
+  def _prefill(self) -> None:
+    """Prefill prompts, the oldest first, for as many tokens as a step has."""
     left = self._batch.chunk
-    while self._reading:
-      row = self._reading[0]
+    while self._prefilling:
+      row = self._prefilling[0]
       if not row.started:
         row.started = True
-        row.fed = self._batch.start(row.slot, row.request, row.reuse)
-        self._counts['prefix_hit_tokens'] += row.fed
+        row.prefilled = self._batch.start(row.slot, row.request, row.reuse)
+        self._counts['prefix_hit_tokens'] += row.prefilled
         self._counts['prompt_tokens'] += len(row.request.prompt)
-      size = self._batch.size(len(row.request.prompt), row.fed)
-      if size > left:
+      left -= self._batch.chunk_size(len(row.request.prompt), row.prefilled)
+      if left < 0:
         return
-      left -= size
-      chunk = self._batch.feed(row.slot, row.request.prompt, row.fed)
-      row.fed += chunk.count
+      chunk = self._batch.prefill(row.slot, row.request.prompt, row.prefilled)
+      row.prefilled = chunk.end
       row.after_chunk(self._batch, chunk)
       if not row.started:
         # It has turned to its next prompt: those that wait come first.
-        self._reading.rotate(-1)
-      elif row.fed == len(row.request.prompt):
-        self._after_reading(row, chunk)
+        self._prefilling.rotate(-1)
+      elif row.prefilled < len(row.request.prompt):
+        continue
+      elif isinstance(row, Embedding):
+        self._release(row, 'embedded')
+        row.deliver()
+      else:
+        self._batch.finish_prefill(row.slot, chunk)
+        with self._changed:
+          self._prefilling.popleft()
+          self._decoding.append(row)
 
-  def _after_reading(self, row: Row, chunk: Chunk) -> None:
-    if isinstance(row, Embedding):
-      self._release(row, 'embedded')
-      row.deliver()
-    elif isinstance(row, Generation):
-      self._batch.open(row.slot, chunk)
-      with self._changed:
-        self._reading.popleft()
-        self._open.append(row)
-
-  def _decode(self) -> None:
-    """Draw one token for every open row."""
+  def _decode_step(self) -> None:
+    """Sample one token for every row that is decoded."""
     masks = self._masks()
-    rows = list(self._open)
+    rows = list(self._decoding)
     if not rows:
       return
-    goes_on = any(row.fed + row.new_tokens < self._limit(row) - 1 for row in rows)
-    wants_top = any(row.job.num_top for row in rows)
-    drawn = self._batch.round([row.slot for row in rows], masks, wants_top, goes_on)
+    goes_on = any(row.new_tokens + 1 < self._room(row) for row in rows)
+    wants_top = any(row.request.num_top for row in rows)
+    sampled = self._batch.decode_step([row.slot for row in rows], masks, wants_top, goes_on)
     self._counts['decode_steps'] += 1
     self._counts['completion_tokens'] += len(rows)
     for row in rows:
-      slot, top = row.slot, []
-      if drawn.top is not None:
-        ids_BA, logprobs_BA = drawn.top
-        top = first(ids_BA[slot], logprobs_BA[slot], row.job.num_top)
+      slot = row.slot
+      top = [] if sampled.top is None else pairs(
+        sampled.top[0][slot], sampled.top[1][slot], row.request.num_top)
       try:
-        piece = row.take(int(drawn.ids_B[slot]), float(drawn.logprobs_B[slot]), top,
-                         bool(drawn.finished_B[slot]))
+        piece = row.take(int(sampled.ids_B[slot]), float(sampled.logprobs_B[slot]), top,
+                         bool(sampled.finished_B[slot]))
       except Exception as error:
         self._fail_one(row, error)
       else:
@@ -336,27 +323,30 @@ class Engine:
   def _masks(self) -> dict[int, np.ndarray]:
     """Return what constrained rows allow; a row that allows nothing ends."""
     masks = {}
-    for row in list(self._open):
+    for row in list(self._decoding):
+      if row.request.constraint is None:
+        continue
       try:
-        mask = row.mask()
+        mask = row.request.constraint.allowed()
       except Exception as error:
         self._fail_one(row, error)
         continue
-      if mask is not None and not mask.any():
-        self._give(row, row.stop())
-      elif mask is not None:
+      if mask.any():
         masks[row.slot] = mask
+      else:
+        self._give(row, row.stop())
     return masks
 
   def _give(self, row: Generation, piece: TextPiece) -> None:
     # Whoever sees the last piece may count on a free slot.
     if piece.finish_reason is not None:
       self._release(row, piece.finish_reason)
-    row.ticket.put(piece)
+    row.stream.put(piece)
 
-  def _limit(self, row: Row) -> int:
-    asked = len(row.request.prompt) + row.request.sampling.max_new_tokens
-    return min(asked, self.context_length + 1)
+  def _room(self, row: Row) -> int:
+    """Return how many tokens may follow a row's prompt; the last one is never fed."""
+    return min(row.request.sampling.max_new_tokens,
+               self.context_length + 1 - len(row.request.prompt))
 
   def _fail_one(self, row: Row, error: Exception) -> None:
     """End one row whose constraint or text failed; only a `ConstraintError` is told as it is."""
@@ -371,12 +361,12 @@ class Engine:
     """Tell everyone who still waits that nothing more comes."""
     with self._changed:
       self._closing = True
-      rows = [*self._queue, *self._reading, *self._open]
+      rows = [*self._queue, *self._prefilling, *self._decoding]
       self._queue.clear()
     for row in rows:
+      self._release(row, 'error')
       error: Exception = ClosedError('the engine was closed before this request was finished')
       if self._failure is not None:
         error = FailedError('the engine failed; see its log')
         error.__cause__ = self._failure
-      self._release(row, 'error')
       row.fail(error)

@@ -1,7 +1,8 @@
 """Errors as OpenAI's API gives them: {"error": {"message", "type", "param", "code"}}."""
 
-import json
 from typing import Any
+
+from starlette.responses import JSONResponse
 
 _TYPES = {401: 'authentication_error', 403: 'permission_error', 429: 'rate_limit_error'}
 
@@ -26,14 +27,14 @@ class ApiError(Exception):
     self.headers = headers or {}
 
   def content(self) -> dict[str, Any]:
-    """Return the body of the response."""
+    """Return the body of the response, as an object."""
     kind = _TYPES.get(self.status, 'invalid_request_error' if self.status < 500 else 'server_error')
     return {'error': {'message': self.message, 'type': kind, 'param': self.param,
                       'code': self.code}}
 
-  def body(self) -> bytes:
-    """Return the body of the response as bytes of JSON."""
-    return json.dumps(self.content()).encode()
+  def response(self) -> JSONResponse:
+    """Return the response."""
+    return JSONResponse(self.content(), self.status, self.headers)
 
 
 def invalid(param: str | None, message: str, code: str | None = None) -> ApiError:
@@ -47,13 +48,7 @@ def busy(message: str) -> ApiError:
 
 
 def unavailable(message: str, code: str, again: bool = True) -> ApiError:
-  """Return the error of a server that cannot answer.
-
-  Args:
-    message: why.
-    code: for programs.
-    again: whether OpenAI's client should try again, as it does by itself after an error of a
-      server.
-  """
+  """Return the error of a server that cannot answer; `again`: whether clients should try again."""
+  # OpenAI's client does so by itself after an error of a server, if it is not told otherwise.
   headers = {'Retry-After': '5'} if again else {'X-Should-Retry': 'false'}
   return ApiError(503, message, code=code, headers=headers)

@@ -107,23 +107,23 @@ class _Message(Body):
   role: Literal['system', 'developer', 'user', 'assistant', 'tool']
   content: Content
   type: Literal['text'] = 'text'
-  name: Annotated[None, unsupported('write the name into the content')] = None
-  function_call: Annotated[None, unsupported('send tool_calls')] = None
-  audio: Annotated[None, unsupported('leave it out')] = None
-  annotations: Annotated[None, unsupported('leave it out', [])] = None
+  name: None = unsupported('write the name into the content')
+  function_call: None = unsupported('send tool_calls')
+  audio: None = unsupported('leave it out')
+  annotations: None = unsupported('leave it out', [])
 
 
 class _UserMessage(_Message):
-  tool_calls: Annotated[None, unsupported('only the assistant calls tools', [])] = None
-  tool_call_id: Annotated[None, unsupported('only a message of the role tool has one')] = None
-  refusal: Annotated[None, unsupported('leave it out')] = None
+  tool_calls: None = unsupported('only the assistant calls tools', [])
+  tool_call_id: None = unsupported('only a message of the role tool has one')
+  refusal: None = unsupported('leave it out')
 
 
 class _AssistantMessage(_Message):
   content: Content = ''
   refusal: String = ''
   tool_calls: list[_ToolCall] = []
-  tool_call_id: Annotated[None, unsupported('only a message of the role tool has one')] = None
+  tool_call_id: None = unsupported('only a message of the role tool has one')
   reasoning_content: String = ''
   # Of the client's own messages: the content once more.
   parsed: Any = None
@@ -131,8 +131,8 @@ class _AssistantMessage(_Message):
 
 class _ToolMessage(_Message):
   tool_call_id: Text
-  tool_calls: Annotated[None, unsupported('only the assistant calls tools', [])] = None
-  refusal: Annotated[None, unsupported('leave it out')] = None
+  tool_calls: None = unsupported('only the assistant calls tools', [])
+  refusal: None = unsupported('leave it out')
 
 
 def _message(value: Any) -> dict[str, Any]:

@@ -1,36 +1,31 @@
-"""Which rows of the cache hold the beginning of a prompt, and in what pieces prompts are read.
+"""Which rows of the cache hold the beginning of a prompt, and in what chunks prompts are prefilled.
 
-A prompt is read on a grid: whole chunks from its first token on, then small ones for a short rest.
-What a whole chunk leaves in the cache is a function of the tokens up to its end alone, computed by
-one program at one place of the grid. So a prompt that shares whole chunks with a row may take over
-its keys and values, and goes on exactly as if it had computed them.
+A prompt is prefilled on a grid: whole chunks from its first token on, then small ones for a short
+rest. What a whole chunk leaves in the cache is a function of the tokens up to its end alone,
+computed by one program at one place of the grid. So a prompt that shares whole chunks with a row
+may take over its keys and values, and goes on exactly as if it had computed them.
 """
 
 from collections.abc import Sequence
 
 
-def chunk_size(length: int, fed: int, chunk: int, small: int) -> int:
-  """Return the size of the program that reads the next tokens of a prompt.
+def chunk_size(length: int, prefilled: int, chunk: int, small: int) -> int:
+  """Return the size of the program that prefills the next tokens of a prompt.
 
   Args:
     length: tokens of the prompt.
-    fed: tokens read so far.
+    prefilled: tokens that are in the cache.
     chunk: size of whole chunks.
     small: size for what is left where a whole chunk would be half empty.
   """
-  on_grid = fed % chunk == 0
-  return chunk if on_grid and 2 * (length - fed) > chunk else small
+  on_grid = prefilled % chunk == 0
+  return chunk if on_grid and 2 * (length - prefilled) > chunk else small
 
 
 def shared(prompt: Sequence[int], held: Sequence[int], chunk: int) -> int:
-  """Return how many tokens of a prompt need not be read where `held` is in the cache.
+  """Return how many tokens of a prompt whole chunks of the tokens `held` in the cache cover.
 
-  At least one token is left to read: what follows the prompt is predicted from it.
-
-  Args:
-    prompt: token ids.
-    held: tokens whose keys and values whole chunks have left.
-    chunk: size of whole chunks.
+  At least one token is left over: what follows the prompt is predicted from it.
   """
   count, most = 0, min(len(prompt) - 1, len(held))
   while count + chunk <= most and prompt[count : count + chunk] == held[count : count + chunk]:
@@ -50,16 +45,10 @@ def best(
 def choose(
   prompt: Sequence[int], held: Sequence[Sequence[int]], free: Sequence[int], chunk: int
 ) -> int:
-  """Return the free row that a prompt goes to.
+  """Return the row, of those that are `free`, to which a prompt goes.
 
-  One that holds the prompt's beginning, unless more than half of what it holds would be lost; else
-  the first.
-
-  Args:
-    prompt: token ids.
-    held: of all rows.
-    free: rows, the one that has been free for longest first; not empty.
-    chunk: size of whole chunks.
+  It is the one that holds the prompt's beginning, unless more than half of what it holds would be
+  lost; else the first.
   """
   counts = {row: shared(prompt, held[row], chunk) for row in free}
   row = max(free, key=lambda row: counts[row])

@@ -1,10 +1,11 @@
-"""What the engine runs on the device: few programs of fixed shapes, each compiled once.
+"""The programs that the engine runs on the device: few, of fixed shapes, each compiled once.
 
-The life of a row: `start_row` puts a request into it, `copy_prefix` may bring keys and values of
-another row, `feed_row` reads the prompt chunk by chunk, `open_row` predicts what follows. Then each
-round `draw_rows` draws a token for all rows that are open, and `step_rows` feeds them. A row's
-numbers never depend on the others: every program has one shape, whoever is in the batch, and its
-arithmetic goes row by row. A is a letter for the most probable tokens.
+`start_row` puts a request into a row, `copy_prefix` may bring keys and values of another row,
+`prefill_chunk` reads the prompt piece by piece, `finish_prefill` predicts what follows. Then each
+step `sample_rows` samples a token for all open rows and `decode_step` feeds them. A row's numbers
+never depend on the others: every program has one shape, whoever is in the batch, and its arithmetic
+goes row by row. All are pure functions of (model, variables, state). A is a letter for the most
+probable tokens.
 """
 
 import dataclasses
@@ -23,39 +24,41 @@ from jaxllm.generation.slots import Slots
 from jaxllm.models import log_probs
 from jaxllm.models.decoder import Decoder, DecoderConfig, init_cache
 
-# Room in the arrays of every row: stop ids, entries of logit_bias and the like, tokens of each.
+# Room in the arrays of every row: stop ids, entries of logit_bias and the like, tokens of each;
+# powers of two.
 MAX_STOP_IDS, MAX_BIASES, MAX_BIAS_TOKENS = 16, 512, 8
 # The most probable tokens that are found where any request wants some.
 NUM_TOP = 20
 
 
-class Drawn(NamedTuple):
-  """The tokens of one round, as they go to the host.
+class Sampled(NamedTuple):
+  """One token of every open row.
 
   Attributes:
     ids_B: int32.
     logprobs_B: float32, before any rule.
     finished_B: bool, whether a stop id came or the row's limit is reached.
+    top: (ids_BA, logprobs_BA) of the most probable tokens, where a row wants them.
   """
 
-  ids_B: jax.Array  # noqa: N815
-  logprobs_B: jax.Array  # noqa: N815
-  finished_B: jax.Array  # noqa: N815
+  ids_B: Any  # noqa: N815
+  logprobs_B: Any  # noqa: N815
+  finished_B: Any  # noqa: N815
+  top: tuple[Any, Any] | None = None
 
 
-def empty_rows(
+def init_state(
   config: DecoderConfig, num_slots: int, context_length: int, cache_dtype: Any
 ) -> tuple[Slots, jax.Array]:
   """Return rows of which none is open, and their logits."""
-  nobody = Request((0,), sampling.SamplingConfig(), 0)
-  fields = [row_fields(nobody, context_length)] * num_slots
-  host = jax.tree.map(lambda *leaves: np.stack(leaves), *fields)
+  fields = row_fields(Request((0,), sampling.SamplingConfig(), 0), context_length)
+  host = jax.tree.map(lambda leaf: np.stack([leaf] * num_slots), fields)
   shape = num_slots, context_length + 1
   host |= {
     'lengths_B': host['prompt_lengths_B'].copy(),
     'finished_B': np.ones(num_slots, bool),
     'logprobs_BS': np.zeros(shape, np.float32),
-    # Found by `most_probable`, where a request wants them.
+    # Found by `top_logprobs`, where a request wants them.
     'top_ids_BSA': np.zeros((*shape, 0), np.int32),
     'top_logprobs_BSA': np.zeros((*shape, 0), np.float32),
   }
@@ -72,8 +75,16 @@ def row_fields(request: Request, context_length: int) -> dict[str, Any]:
   """
   if len(request.stop_ids) > MAX_STOP_IDS:
     raise ValueError(f'stop_ids: {len(request.stop_ids)} tokens; at most {MAX_STOP_IDS} are served')
-  values = sampling.row_values([request.sampling], [request.stop_ids], every_rule=True)
+  values = sampling.row_values([request.sampling], [request.stop_ids], every_rule=True,
+                               least_biases=(MAX_BIASES, MAX_BIAS_TOKENS))
   values = {name: jax.tree.map(lambda leaf: leaf[0], value) for name, value in values.items()}
+  width, length = values['biases'].sequences_BWN.shape
+  if width > MAX_BIASES:
+    raise ValueError(f'logit_bias, bad_words, sequence_bias: more than {MAX_BIASES} entries; at '
+                     'most that many are served')
+  if length > MAX_BIAS_TOKENS:
+    raise ValueError(f'bad_words, sequence_bias: a sequence of more than {MAX_BIAS_TOKENS} tokens; '
+                     'at most that many are served')
   tokens_S = np.zeros(context_length + 1, np.int32)
   tokens_S[: len(request.prompt)] = request.prompt
   stop_ids_E = np.full(MAX_STOP_IDS, NO_TOKEN, np.int32)
@@ -86,24 +97,8 @@ def row_fields(request: Request, context_length: int) -> dict[str, Any]:
     'limits_B': np.int32(limit),
     'stop_ids_BE': stop_ids_E,
     'seeds_B': np.uint32(request.seed),
-    'values': values | {'biases': _pad_biases(values['biases'])},
+    'values': values,
   }
-
-
-def _pad_biases(biases: Biases) -> Biases:
-  sequences_WN, biases_W = np.asarray(biases.sequences_BWN), np.asarray(biases.biases_BW)
-  width, length = sequences_WN.shape
-  if width > MAX_BIASES:
-    raise ValueError(
-      f'logit_bias, bad_words, sequence_bias: more than {MAX_BIASES} entries; at most that many '
-      'are served'
-    )
-  if length > MAX_BIAS_TOKENS:
-    raise ValueError(f'bad_words, sequence_bias: a sequence of more than {MAX_BIAS_TOKENS} tokens; '
-                     'at most that many are served')
-  places = (0, MAX_BIASES - width), (MAX_BIAS_TOKENS - length, 0)
-  sequences_WN = np.pad(sequences_WN, places, constant_values=NO_TOKEN)
-  return Biases(sequences_WN, np.pad(biases_W, places[:1]))  # type: ignore[arg-type]
 
 
 @functools.partial(jax.jit, donate_argnames='slots')
@@ -138,7 +133,7 @@ def copy_prefix(slots: Slots, source: jax.Array, target: jax.Array) -> Slots:
 
 
 @functools.partial(jax.jit, static_argnames='model', donate_argnames='slots')
-def feed_row(
+def prefill_chunk(
   model: Decoder, variables: Any, slots: Slots, row: jax.Array, tokens_T: jax.Array,
   count: jax.Array,
 ) -> tuple[Slots, jax.Array]:
@@ -164,7 +159,7 @@ def feed_row(
 
 
 @functools.partial(jax.jit, static_argnames='model', donate_argnames=('slots', 'logits_BV'))
-def open_row(
+def finish_prefill(
   model: Decoder, variables: Any, slots: Slots, logits_BV: jax.Array, row: jax.Array,
   hidden_TD: jax.Array, last: jax.Array,
 ) -> tuple[Slots, jax.Array]:
@@ -180,21 +175,21 @@ def open_row(
 
 
 @jax.jit
-def forbid(logits_BV: jax.Array, allowed_BV: jax.Array) -> jax.Array:
+def mask_logits(logits_BV: jax.Array, allowed_BV: jax.Array) -> jax.Array:
   """Return logits with -inf for tokens that may not come."""
   return jnp.where(allowed_BV, logits_BV, -jnp.inf)
 
 
 @functools.partial(jax.jit, donate_argnames='slots')
-def draw_rows(
+def sample_rows(
   slots: Slots, logits_BV: jax.Array, allowed_BV: jax.Array, live_B: jax.Array
-) -> tuple[Slots, Drawn]:
-  """Draw a token for every open row.
+) -> tuple[Slots, Sampled]:
+  """Sample a token for every open row.
 
   Args:
     slots: all rows.
     logits_BV: of the model.
-    allowed_BV: the same array, or what `forbid` made of it.
+    allowed_BV: the same array, or what `mask_logits` made of it.
     live_B: bool; other rows are closed, if they were open.
   """
   finished_B = slots.finished_B | ~live_B
@@ -205,8 +200,8 @@ def draw_rows(
   def last(leaf_BS: jax.Array) -> jax.Array:
     return jnp.take_along_axis(leaf_BS, after.lengths_B[:, None] - 1, axis=1)[:, 0]
 
-  drawn = Drawn(last(after.tokens_BS), last(after.logprobs_BS), after.finished_B)
-  return dataclasses.replace(after, values=slots.values), drawn
+  sampled = Sampled(last(after.tokens_BS), last(after.logprobs_BS), after.finished_B)
+  return dataclasses.replace(after, values=slots.values), sampled
 
 
 def _rest(name: str, value: Any, finished_B: jax.Array) -> Any:
@@ -219,7 +214,7 @@ def _rest(name: str, value: Any, finished_B: jax.Array) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames='model', donate_argnames='slots')
-def step_rows(model: Decoder, variables: Any, slots: Slots) -> tuple[Slots, jax.Array]:
+def decode_step(model: Decoder, variables: Any, slots: Slots) -> tuple[Slots, jax.Array]:
   """Feed the last token of every open row.
 
   Returns:
@@ -232,7 +227,7 @@ def step_rows(model: Decoder, variables: Any, slots: Slots) -> tuple[Slots, jax.
 
 
 @jax.jit
-def most_probable(logits_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
+def top_logprobs(logits_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Return (ids_BA, logprobs_BA) of the most probable tokens, best first."""
   return log_probs.top_log_probs(logits_BV, NUM_TOP)
 
@@ -255,7 +250,7 @@ def pool_chunk(hidden_TD: jax.Array, count: jax.Array) -> jax.Array:
 def compilation_count() -> int:
   """Return how many programs of this file were compiled in this process."""
   programs: tuple[Any, ...] = (
-    start_row, copy_prefix, feed_row, open_row, forbid, draw_rows, step_rows, most_probable,
-    score_chunk, pool_chunk,
+    start_row, copy_prefix, prefill_chunk, finish_prefill, mask_logits, sample_rows, decode_step,
+    top_logprobs, score_chunk, pool_chunk,
   )
   return sum(program._cache_size() for program in programs)

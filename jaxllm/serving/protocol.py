@@ -106,7 +106,7 @@ class _ResponseFormat(Body):
 
 class _StreamOptions(Body):
   include_usage: bool = False
-  include_obfuscation: Annotated[None, unsupported('leave it out', False)] = None
+  include_obfuscation: None = unsupported('leave it out', False)
 
 
 class ModelRequest(Body):
@@ -141,13 +141,10 @@ class GenerationRequest(ModelRequest):
   prompt_cache_retention: Ignored[str] = None
   prompt_cache_options: Ignored[dict[str, Any]] = None
   prediction: Ignored[dict[str, Any]] = None
-  store: Annotated[
-    None, unsupported('nothing is stored here; send false or leave it out', False)] = None
-  service_tier: Annotated[
-    None, unsupported('there is one; leave it out', 'auto', 'default')] = None
-  suffix: Annotated[None, unsupported('text is only continued; leave it out')] = None
-  best_of: Annotated[
-    None, unsupported('use n, and choose among the choices by their logprobs', 1)] = None
+  store: None = unsupported('nothing is stored here; send false or leave it out', False)
+  service_tier: None = unsupported('there is one; leave it out', 'auto', 'default')
+  suffix: None = unsupported('text is only continued; leave it out')
+  best_of: None = unsupported('use n, and choose among the choices by their logprobs', 1)
 
   @pydantic.model_validator(mode='after')
   def _check_stream(self) -> 'GenerationRequest':
@@ -193,9 +190,9 @@ class CompletionRequest(GenerationRequest):
   max_tokens: Length | None = 16
   logprobs: int | None = Field(None, ge=0, le=5)
   echo: bool = False
-  messages: Annotated[None, unsupported('send a conversation to /v1/chat/completions')] = None
-  max_completion_tokens: Annotated[None, unsupported('here it is max_tokens')] = None
-  top_logprobs: Annotated[None, unsupported('here logprobs is their number, 0 to 5')] = None
+  messages: None = unsupported('send a conversation to /v1/chat/completions')
+  max_completion_tokens: None = unsupported('here it is max_tokens')
+  top_logprobs: None = unsupported('here logprobs is their number, 0 to 5')
 
   @property
   def num_top(self) -> int | None:  # noqa: D102
@@ -214,16 +211,15 @@ class ChatCompletionRequest(GenerationRequest):
   max_completion_tokens: Length | None = None
   logprobs: bool = False
   top_logprobs: int = Field(0, ge=0, le=20)
-  functions: Annotated[None, unsupported('send tools', [])] = None
-  function_call: Annotated[None, unsupported('send tool_choice', 'none')] = None
-  audio: Annotated[None, unsupported('text is all there is; leave it out')] = None
-  modalities: Annotated[
-    None, unsupported("text is all there is; send ['text'] or leave it out", ['text'])] = None
-  moderation: Annotated[None, unsupported('leave it out')] = None
-  verbosity: Annotated[None, unsupported('ask for it in a message', 'medium')] = None
-  web_search_options: Annotated[None, unsupported('leave it out')] = None
-  prompt: Annotated[None, unsupported('send a text to /v1/completions')] = None
-  echo: Annotated[None, unsupported('only /v1/completions echoes')] = None
+  functions: None = unsupported('send tools', [])
+  function_call: None = unsupported('send tool_choice', 'none')
+  audio: None = unsupported('text is all there is; leave it out')
+  modalities: None = unsupported("text is all there is; send ['text'] or leave it out", ['text'])
+  moderation: None = unsupported('leave it out')
+  verbosity: None = unsupported('ask for it in a message', 'medium')
+  web_search_options: None = unsupported('leave it out')
+  prompt: None = unsupported('send a text to /v1/completions')
+  echo: None = unsupported('only /v1/completions echoes')
 
   @pydantic.model_validator(mode='after')
   def _check_chat(self) -> 'ChatCompletionRequest':
@@ -260,8 +256,7 @@ class EmbeddingRequest(ModelRequest):
   input: Annotated[Prompts, _bounded('max_inputs', 'inputs')]
   encoding_format: Literal['float', 'base64'] = 'float'
   user: Ignored[str] = None
-  dimensions: Annotated[
-    None, unsupported('embeddings have the width of the model; leave it out')] = None
+  dimensions: None = unsupported('embeddings have the width of the model; leave it out')
 
 
 class TokenizeRequest(ModelRequest):

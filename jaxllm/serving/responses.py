@@ -14,6 +14,7 @@ from typing import Any
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.generation.decode import FinishReason, Top
 from jaxllm.generation.text import TextPiece
+from jaxllm.serving.protocol import ChatCompletionRequest, GenerationRequest
 
 # What stands for the logarithm of 0, which JSON does not have.
 LEAST_LOGPROB = -9999.0
@@ -61,138 +62,117 @@ class Delta:
   finish_reason: FinishReason | None = None
 
 
-def total(deltas: Sequence[Delta]) -> Delta:
-  """Return what all deltas of a choice, in order, add up to."""
-  return Delta(
-    deltas[0].index, ''.join(delta.text for delta in deltas),
-    tuple(item for delta in deltas for item in delta.scored), deltas[-1].finish_reason)
-
-
 class Choice:
-  """Turn the pieces of one row into deltas.
+  """Turns the pieces of one row into deltas.
 
   Args of the constructor:
     names: of tokens.
     index: number of the choice.
     echo: the text of the prompt, where the choice begins with it.
-    scored: whether log-probabilities are wanted; of the prompt too, where it is echoed.
+    scored: whether log-probabilities are wanted, those of an echoed prompt among them.
   """
 
   def __init__(self, names: Names, index: int, echo: str | None, scored: bool):
     self._names, self._index, self._echo, self._scored = names, index, echo, scored
     self._utf8 = codecs.getincrementaldecoder('utf-8')(errors='replace')
     self._offset = 0
-    self._begun = False
+    self.deltas: list[Delta] = []
     self.num_tokens = 0
-    """Tokens drawn so far."""
+    """Tokens sampled so far."""
 
   def take(self, piece: TextPiece) -> Delta:
     """Return what a piece adds."""
-    if not self._begun:
-      self._begun = True
-      if self._echo is not None and self._scored:
-        return self._prompt_delta(self._echo, piece)
-      self._offset = len(self._echo or '')
-      text = (self._echo or '') + piece.text
+    echo = self._echo if not self.deltas else None
+    if echo is not None and self._scored:
+      scored = self._score(piece)
+      # A tokenizer may put a space before every text, which is not echoed.
+      extra = max(len(piece.text) - len(echo), 0)
+      scored = [dataclasses.replace(item, offset=max(item.offset - extra, 0)) for item in scored]
+      self._offset, text = len(echo), echo
+      self._utf8.reset()
     else:
-      text = piece.text
-    self.num_tokens += len(piece.tokens)
-    scored = self._score(piece.tokens, piece.logprobs, piece.top) if self._scored else []
-    return Delta(self._index, text, tuple(scored), piece.finish_reason)
+      self._offset += len(echo or '')
+      text = (echo or '') + piece.text
+      self.num_tokens += len(piece.tokens)
+      scored = self._score(piece) if self._scored else []
+    self.deltas.append(Delta(self._index, text, tuple(scored), piece.finish_reason))
+    return self.deltas[-1]
 
-  def _prompt_delta(self, echo: str, piece: TextPiece) -> Delta:
-    """Return what the first piece of a scored prompt, which is the prompt, adds."""
-    scored = self._score(piece.tokens, piece.logprobs, piece.top)
-    # A tokenizer may put a space before every text, which is not echoed.
-    extra = max(len(piece.text) - len(echo), 0)
-    scored = [dataclasses.replace(item, offset=max(item.offset - extra, 0)) for item in scored]
-    self._offset = len(echo)
-    self._utf8.reset()
-    return Delta(self._index, echo, tuple(scored), piece.finish_reason)
+  def total(self) -> Delta:
+    """Return the sum of all deltas so far."""
+    return Delta(self._index, ''.join(delta.text for delta in self.deltas),
+                 tuple(item for delta in self.deltas for item in delta.scored),
+                 self.deltas[-1].finish_reason)
 
-  def _score(
-    self, tokens: Sequence[int], logprobs: Sequence[float | None], top: Sequence[Top]
-  ) -> list[Scored]:
+  def _score(self, piece: TextPiece) -> list[Scored]:
     result = []
-    for place, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
-      result.append(Scored(token, logprob, top[place] if top else [], self._offset))
+    for place, (token, logprob) in enumerate(zip(piece.tokens, piece.logprobs, strict=True)):
+      result.append(Scored(token, logprob, piece.top[place] if piece.top else [], self._offset))
       self._offset += len(self._utf8.decode(bytes(self._names.bytes_of(token) or ())))
     return result
 
 
-@dataclasses.dataclass(frozen=True)
 class Answer:
-  """What all parts of an answer have in common.
+  """The answer to a request, while it grows.
 
-  Attributes:
+  Args of the constructor:
+    request: what was asked for.
     names: of tokens.
-    model: name of the model.
-    is_chat: whether it is a message, or a text.
-    scored: whether log-probabilities are wanted.
-    include_usage: whether a stream ends with the numbers of tokens.
-    name: unique.
-    created: seconds since 1970.
+    echoes: the text that each choice begins with, if any.
+    prompt_tokens: of all prompts, each counted once.
   """
 
-  names: Names
-  model: str
-  is_chat: bool
-  scored: bool
-  include_usage: bool = False
-  name: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
-  created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+  def __init__(self, request: GenerationRequest, names: Names, echoes: Sequence[str | None],
+               prompt_tokens: int):
+    self._names, self._model, self._prompt_tokens = names, request.model, prompt_tokens
+    self._is_chat = isinstance(request, ChatCompletionRequest)
+    self._scored = request.num_top is not None
+    self.stream, self.include_usage = request.stream, request.include_usage
+    self.choices = [Choice(names, index, echo, self._scored) for index, echo in enumerate(echoes)]
+    self._id = f'{"chatcmpl" if self._is_chat else "cmpl"}-{uuid.uuid4().hex}'
+    self._created = int(time.time())
+
+  def whole(self) -> dict[str, Any]:
+    """Return an answer that is not streamed."""
+    choices = []
+    for delta in (choice.total() for choice in self.choices):
+      message = {'role': 'assistant', 'content': delta.text, 'refusal': None}
+      choices.append(self._choice(delta, 'message', message))
+    return {**self._frame('', choices), 'usage': self._usage()}
+
+  def chunk(self, delta: Delta, is_first: bool) -> dict[str, Any]:
+    """Return a part of a stream; `is_first`: of this choice."""
+    said: dict[str, Any] = {'role': 'assistant'} if is_first else {}
+    if delta.text or is_first:
+      said['content'] = delta.text
+    part = self._frame('.chunk', [self._choice(delta, 'delta', said)])
+    return {**part, 'usage': None} if self.include_usage else part
+
+  def last_chunk(self) -> dict[str, Any]:
+    """Return the part of a stream that tells the numbers of tokens."""
+    return {**self._frame('.chunk', []), 'usage': self._usage()}
+
+  def _usage(self) -> dict[str, int]:
+    new_tokens = sum(choice.num_tokens for choice in self.choices)
+    return {'prompt_tokens': self._prompt_tokens, 'completion_tokens': new_tokens,
+            'total_tokens': self._prompt_tokens + new_tokens}
+
+  def _frame(self, suffix: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    kind = f'chat.completion{suffix}' if self._is_chat else 'text_completion'
+    return {'id': self._id, 'object': kind, 'created': self._created, 'model': self._model,
+            'choices': choices}
+
+  def _choice(self, delta: Delta, key: str, said: dict[str, Any]) -> dict[str, Any]:
+    logprobs = _chat_logprobs if self._is_chat else _text_logprobs
+    return {
+      'index': delta.index,
+      **({key: said} if self._is_chat else {'text': delta.text}),
+      'logprobs': logprobs(self._names, delta.scored) if self._scored else None,
+      'finish_reason': delta.finish_reason,
+    }
 
 
-def whole(answer: Answer, choices: Sequence[Delta], prompt_tokens: int, new_tokens: int
-          ) -> dict[str, Any]:
-  """Return an answer that was not streamed."""
-  kind = 'chat.completion' if answer.is_chat else 'text_completion'
-  said = []
-  for choice in choices:
-    message = {'role': 'assistant', 'content': choice.text, 'refusal': None}
-    said.append(_choice(answer, choice, 'message', message))
-  return {**_frame(answer, kind, said), 'usage': usage(prompt_tokens, new_tokens)}
-
-
-def chunk(answer: Answer, delta: Delta, first: bool) -> dict[str, Any]:
-  """Return a part of a stream; `first`: of this choice."""
-  kind = 'chat.completion.chunk' if answer.is_chat else 'text_completion'
-  said: dict[str, Any] = {'role': 'assistant'} if first else {}
-  if delta.text or first:
-    said['content'] = delta.text
-  part = _frame(answer, kind, [_choice(answer, delta, 'delta', said)])
-  return {**part, 'usage': None} if answer.include_usage else part
-
-
-def last_chunk(answer: Answer, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
-  """Return the part of a stream that tells the numbers of tokens."""
-  kind = 'chat.completion.chunk' if answer.is_chat else 'text_completion'
-  return {**_frame(answer, kind, []), 'usage': usage(prompt_tokens, new_tokens)}
-
-
-def usage(prompt_tokens: int, new_tokens: int) -> dict[str, int]:
-  """Return the numbers of tokens."""
-  return {'prompt_tokens': prompt_tokens, 'completion_tokens': new_tokens,
-          'total_tokens': prompt_tokens + new_tokens}
-
-
-def _frame(answer: Answer, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-  prefix = 'chatcmpl' if answer.is_chat else 'cmpl'
-  return {'id': f'{prefix}-{answer.name}', 'object': kind, 'created': answer.created,
-          'model': answer.model, 'choices': choices}
-
-
-def _choice(answer: Answer, delta: Delta, key: str, said: dict[str, Any]) -> dict[str, Any]:
-  scores = _chat_scores if answer.is_chat else _text_scores
-  return {
-    'index': delta.index,
-    **({key: said} if answer.is_chat else {'text': delta.text}),
-    'logprobs': scores(answer.names, delta.scored) if answer.scored else None,
-    'finish_reason': delta.finish_reason,
-  }
-
-
-def _chat_scores(names: Names, scored: Sequence[Scored]) -> dict[str, Any]:
+def _chat_logprobs(names: Names, scored: Sequence[Scored]) -> dict[str, Any]:
   def entry(token: int, logprob: float | None) -> dict[str, Any]:
     return {'token': names.name(token), 'bytes': names.bytes_of(token),
             'logprob': _number(logprob)}
@@ -202,8 +182,8 @@ def _chat_scores(names: Names, scored: Sequence[Scored]) -> dict[str, Any]:
     for item in scored]}
 
 
-def _text_scores(names: Names, scored: Sequence[Scored]) -> dict[str, Any]:
-  """Return scores in the form of completions: lists, of which the top ones hold the token too."""
+def _text_logprobs(names: Names, scored: Sequence[Scored]) -> dict[str, Any]:
+  """Return log-probabilities as completions have them; the top ones hold the token too."""
   top: list[dict[str, float | None] | None] = []
   for item in scored:
     found: dict[str, float | None] = {}

@@ -1,7 +1,7 @@
-"""From requests to the engine and back: tokens, jobs, tickets.
+"""From bodies of requests to the engine: tokens, constraints, limits.
 
 `Service` knows the model's tokenizer, template and limits, and turns a body into a `Plan`; that
-takes time, and runs in threads. `gather` follows the tickets of a plan on the event loop.
+takes time, and runs in threads.
 """
 
 import asyncio
@@ -12,21 +12,22 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from jaxllm.generation.constraint import Constraint, JsonConstraint, JsonConstraints
+from jaxllm.generation.constraint import JsonConstraint, JsonConstraints
 from jaxllm.generation.sampling import MAX_SEED
-from jaxllm.generation.text import TextPiece, text_of
+from jaxllm.generation.text import text_of
 from jaxllm.interop import chat as templates
 from jaxllm.model import Model
 from jaxllm.serving import bodies, protocol
-from jaxllm.serving.engine import ClosedError, Engine, Job, QueueFullError, Ticket
+from jaxllm.serving.engine import Engine
 from jaxllm.serving.errors import ApiError, busy, invalid, unavailable
 from jaxllm.serving.limits import LimitsConfig
 from jaxllm.serving.metrics import Metrics
 from jaxllm.serving.protocol import ChatCompletionRequest, GenerationRequest, Prompt
 from jaxllm.serving.responses import Answer, Names
+from jaxllm.serving.streams import ClosedError, QueueFullError, Request
 
 THREADS, SCHEMA_THREADS = 4, 2
 _JSON = '{"a": [-1.5, true]}'
@@ -36,21 +37,10 @@ R = TypeVar('R', bound=protocol.ModelRequest)
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What a request of text asks of the engine.
+  """What a request of text asks of the engine, one request per choice, and its answer."""
 
-  Attributes:
-    request: what was asked for.
-    jobs: one per choice.
-    echoes: the text that each choice begins with, if any.
-    answer: what is said of all choices.
-    prompt_tokens: of all prompts, each counted once.
-  """
-
-  request: GenerationRequest
-  jobs: tuple[Job, ...]
-  echoes: tuple[str | None, ...]
+  requests: tuple[Request, ...]
   answer: Answer
-  prompt_tokens: int
 
 
 class Service:
@@ -64,20 +54,19 @@ class Service:
   """
 
   def __init__(self, model: Model, engine: Engine, name: str, limits: LimitsConfig):
-    self.engine, self.name = engine, name
-    context_length, most = engine.context_length, engine.config
+    self.engine, self.name, self.tokenizer = engine, name, model.tokenizer
+    self._context_length, most = engine.context_length, engine.config
     self.limits = limits.replace(
       # More could never be taken, however long a client waits.
       max_rows=min(limits.max_rows, most.num_slots + most.max_queue),
-      max_prompt_tokens=min(limits.max_prompt_tokens or context_length, context_length - 1))
-    self.created, self.metrics, self.active = int(time.time()), Metrics(), 0
-    self._model, self.tokenizer = model, model.tokenizer
-    self._context_length = context_length
+      max_prompt_tokens=min(limits.max_prompt_tokens or self._context_length,
+                            self._context_length - 1))
+    self.created, self.active = int(time.time()), 0
+    self.metrics = Metrics(engine, lambda: self.active)
+    self._model = model
     self._vocab_size = min(model.config.vocab_size, model.tokenizer.vocab_size)
-    self._special = model.tokenizer.special_tokens
     self._names = Names(model.tokenizer)
-    self._template = '\n'.join(
-      model.tokenizer.chat_templates.values())
+    self._template = '\n'.join(model.tokenizer.chat_templates.values())
     self._pool = concurrent.futures.ThreadPoolExecutor(THREADS, 'jaxllm-tokens')
     # What may compile a schema, which can take seconds, keeps nobody else waiting.
     self._schema_pool = concurrent.futures.ThreadPoolExecutor(SCHEMA_THREADS, 'jaxllm-schemas')
@@ -86,11 +75,7 @@ class Service:
 
   @contextlib.contextmanager
   def admitted(self) -> Iterator[None]:
-    """Take part in the requests that are worked on.
-
-    Raises:
-      ApiError: there are as many as there may be.
-    """
+    """Count among the requests that are worked on, or raise where there are too many."""
     if self.active >= self.limits.max_concurrency:
       raise busy(f'{self.active} requests are being worked on; come back later')
     self.active += 1
@@ -110,11 +95,7 @@ class Service:
       pool.shutdown(wait=False, cancel_futures=True)
 
   def completion(self, body: bytes) -> Plan:
-    """Plan the answer to the body of a completion.
-
-    Raises:
-      ApiError: it is not accepted.
-    """
+    """Plan the answer to the body of a completion, or raise an ApiError."""
     request = self._read(protocol.CompletionRequest, body)
     prompts = self._tokens('prompt', request.prompt)
     echoes = [None] * len(prompts) if not request.echo else [
@@ -123,18 +104,14 @@ class Service:
     return self._plan(request, prompts, echoes)
 
   def chat(self, body: bytes) -> Plan:
-    """Plan the answer to the body of a chat completion; raises as `completion`."""
+    """Plan the answer to the body of a chat completion, or raise an ApiError."""
     request = self._read(protocol.ChatCompletionRequest, body)
     if self._model.chat_format is None:
       raise invalid('messages', 'this model has no chat template; send a text to /v1/completions',
                     'no_chat_template')
     self._check_template(request)
-    try:
+    with _expressible('messages'):
       ids = self._model.chat_format.encode(request.messages, **request.variables)
-    except templates.TemplateError as error:
-      raise invalid('messages', str(error)[:200], 'chat_template') from None
-    except ValueError:
-      raise invalid('messages', 'the tokenizer cannot express the text') from None
     return self._plan(request, [self._fitting('messages', ids)], [None])
 
   def _check_template(self, request: protocol.ChatCompletionRequest) -> None:
@@ -164,10 +141,8 @@ class Service:
     """
     request = self._read(protocol.TokenizeRequest, body)
     begin = self._model.encode_prompt('') if request.add_special_tokens else []
-    try:
+    with _expressible('prompt'):
       return begin + templates.encode_with_special(self.tokenizer, request.prompt)
-    except ValueError:
-      raise invalid('prompt', 'the tokenizer cannot express the text') from None
 
   def detokenize(self, body: bytes) -> str:
     """Return the text of the tokens in the body of a detokenize request."""
@@ -175,7 +150,7 @@ class Service:
 
   def tokenizer_info(self) -> dict[str, Any]:
     """Return what clients need to know of the tokenizer."""
-    named = {token: text for text, token in self._special.items()}
+    named = {token: text for text, token in self.tokenizer.special_tokens.items()}
     ids = {'bos_token': self.tokenizer.bos_id, 'eos_token': self.tokenizer.eos_id,
            'pad_token': self.tokenizer.pad_id}
     return {
@@ -184,20 +159,6 @@ class Service:
       **{name: named.get(value) if value is not None else None for name, value in ids.items()},
       'chat_template': self.tokenizer.chat_template,
     }
-
-  def submit(self, plan: Plan) -> list[Ticket]:
-    """Give the jobs of a plan to the engine.
-
-    Raises:
-      ApiError: it does not take them, or not now.
-    """
-    with _engine_errors():
-      return self.engine.submit(plan.jobs)
-
-  def embed(self, prompts: Sequence[tuple[int, ...]]) -> 'concurrent.futures.Future[Any]':
-    """Give prompts to the engine to embed; raises as `submit`."""
-    with _engine_errors():
-      return self.engine.embed(prompts)
 
   def check_model(self, model: str | None) -> None:
     """Raise an `ApiError` if a model is named that is not this one."""
@@ -215,10 +176,8 @@ class Service:
     result = []
     for index, prompt in enumerate(prompts):
       at = name if len(prompts) == 1 else f'{name}[{index}]'
-      try:
+      with _expressible(at):
         ids = self._model.encode_prompt(prompt) if isinstance(prompt, str) else prompt
-      except ValueError:
-        raise invalid(at, 'the tokenizer cannot express the text') from None
       result.append(self._fitting(at, ids))
     return result
 
@@ -246,32 +205,22 @@ class Service:
     if length * rows > self.limits.max_new_tokens:
       raise invalid('max_tokens', f'{length} tokens for each of {rows} choices are more than '
                     f'{self.limits.max_new_tokens}; ask for fewer')
+    turn = self._model.chat_format if isinstance(request, ChatCompletionRequest) else None
     constraint = self._constraint(request)
-    jobs = [
-      self._job(request, prompt, length, choice, echo is not None,
-                constraint and constraint.copy())
-      for prompt, echo in zip(prompts, echoes, strict=True)
-      for choice in range(request.n)
-    ]
-    answer = Answer(self._names, self.name, isinstance(request, ChatCompletionRequest),
-                    request.num_top is not None, request.include_usage)
-    return Plan(request, tuple(jobs), tuple(echo for echo in echoes for _ in range(request.n)),
-                answer, sum(map(len, prompts)))
-
-  def _job(self, request: GenerationRequest, prompt: tuple[int, ...], length: int, choice: int,
-           echo: bool, constraint: Constraint | None) -> Job:
-    score_prompt = echo and request.num_top is not None
+    # What is bound to a schema ends when that is complete, not where a text happens to stand.
+    ends = turn.stop if turn and constraint is None else ()
+    score_prompt = request.num_top is not None and echoes[0] is not None
     sampling = request.sampling.replace(
       max_new_tokens=length,
       # Whoever only wants a prompt scored counts on one more token, which EOS would not be.
       min_new_tokens=int(score_prompt and length == 1))
-    seed = (secrets.randbelow(MAX_SEED + 1) if request.seed is None
-            else (request.seed + choice) % (MAX_SEED + 1))
-    turn = self._model.chat_format if isinstance(request, ChatCompletionRequest) else None
-    # What is bound to a schema ends when that is complete, not where a text happens to stand.
-    ends = turn.stop if turn and constraint is None else ()
-    return Job(prompt, sampling, seed, (*request.stop, *ends), turn.eos_token_ids if turn else (),
-               request.num_top or 0, score_prompt, constraint)
+    requests = tuple(
+      Request(prompt, sampling, _seed(request.seed, choice), turn.eos_token_ids if turn else (),
+              (*request.stop, *ends), request.num_top or 0, score_prompt,
+              constraint and constraint.copy())
+      for prompt in prompts for choice in range(request.n))
+    echoes = [echo for echo in echoes for _ in range(request.n)]
+    return Plan(requests, Answer(request, self._names, echoes, sum(map(len, prompts))))
 
   def _constraint(self, request: GenerationRequest) -> JsonConstraint | None:
     schema = request.text_schema
@@ -301,7 +250,25 @@ class Service:
 
 
 @contextlib.contextmanager
-def _engine_errors() -> Iterator[None]:
+def _expressible(name: str) -> Iterator[None]:
+  """Name the field whose text cannot become tokens."""
+  try:
+    yield
+  except templates.TemplateError as error:
+    raise invalid(name, str(error)[:200], 'chat_template') from None
+  except ValueError:
+    raise invalid(name, 'the tokenizer cannot express the text') from None
+
+
+def _seed(seed: int | None, choice: int) -> int:
+  if seed is None:
+    return secrets.randbelow(MAX_SEED + 1)
+  return (seed + choice) % (MAX_SEED + 1)
+
+
+@contextlib.contextmanager
+def engine_errors() -> Iterator[None]:
+  """Turn what the engine raises when it takes requests into errors for their client."""
   try:
     yield
   except QueueFullError:
@@ -310,54 +277,3 @@ def _engine_errors() -> Iterator[None]:
     raise unavailable('the server takes no requests any more', 'closed') from None
   except ValueError as error:
     raise invalid(None, str(error)[:200]) from None
-
-
-async def gather(
-  tickets: Sequence[Ticket], metrics: Metrics, started: float
-) -> AsyncGenerator[tuple[int, TextPiece], None]:
-  """Yield (row, piece) of all tickets as they come, until all have ended.
-
-  Args:
-    tickets: of one request.
-    metrics: notes the times between tokens.
-    started: when the request came.
-
-  Raises:
-    Exception: what a ticket raises.
-  """
-  queue: asyncio.Queue[tuple[int, TextPiece | Exception | None]] = asyncio.Queue()
-
-  async def follow(row: int, ticket: Ticket) -> None:
-    first, last, count, is_prompt = 0.0, 0.0, 0, ticket.job.score_prompt
-    try:
-      async for piece in ticket:
-        if piece.tokens and not is_prompt:
-          last = time.monotonic()
-          first = first or last
-          count += len(piece.tokens)
-          if count == len(piece.tokens):
-            metrics.first_token(first - started)
-        is_prompt = False
-        queue.put_nowait((row, piece))
-    except Exception as error:  # noqa: BLE001 - raised where the request is answered.
-      queue.put_nowait((row, error))
-      return
-    if count > 1:
-      metrics.per_token((last - first) / (count - 1))
-    queue.put_nowait((row, None))
-
-  tasks = [asyncio.create_task(follow(row, ticket)) for row, ticket in enumerate(tickets)]
-  try:
-    left = len(tasks)
-    while left:
-      row, item = await queue.get()
-      if isinstance(item, Exception):
-        raise item
-      if item is None:
-        left -= 1
-      else:
-        yield row, item
-  finally:
-    for task in tasks:
-      task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)

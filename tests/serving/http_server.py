@@ -23,7 +23,8 @@ from jaxllm.models.linear import InitializerConfig
 from jaxllm.serving import connections
 from jaxllm.serving.app import make_app
 from jaxllm.serving.engine import Engine, EngineConfig
-from jaxllm.serving.limits import Keys, LimitsConfig
+from jaxllm.serving.keys import Keys
+from jaxllm.serving.limits import LimitsConfig
 from jaxllm.serving.service import Service
 
 TEMPLATE = (

@@ -403,8 +403,10 @@ def test_metrics(server, client):
     return {line.rpartition(' ')[0]: float(line.rpartition(' ')[2])
             for line in lines if not line.startswith('#')}
 
+  server.get('/')
   server.wait_until_idle()
   before = read()
+  assert before['jaxllm_requests_total{route="/",status="200"}'] >= 1
   client.completions.create(**TEXT | {'logit_bias': {str(END): -100}}, n=2)
   server.wait_until_idle()
   after = read()
@@ -485,7 +487,7 @@ def planned(model, body):
     plan = service.chat(json.dumps(CHAT | body).encode())
   finally:
     service.close()
-  return bytes(plan.jobs[0].prompt).decode()
+  return bytes(plan.requests[0].prompt).decode()
 
 
 def test_templates_get_tools_calls_and_variables():
@@ -529,5 +531,5 @@ def test_json_needs_a_tokenizer_whose_text_is_that_of_its_bytes():
   for served, works in ((model, True), (pieces, False)):
     service = Service(served, shared()[1], NAME, LimitsConfig())
     with contextlib.nullcontext() if works else pytest.raises(ApiError, match='cannot spell JSON'):
-      assert service.completion(json.dumps(body).encode()).jobs[0].constraint is not None
+      assert service.completion(json.dumps(body).encode()).requests[0].constraint is not None
     service.close()

@@ -1,6 +1,7 @@
 """The engine: a request under load is the request alone, bit for bit; no slot is ever lost."""
 
 import asyncio
+import collections
 import contextlib
 import random
 
@@ -17,14 +18,8 @@ from jaxllm.models import decoder
 from jaxllm.models.decoder import Decoder, DecoderConfig
 from jaxllm.models.linear import InitializerConfig
 from jaxllm.models.positions import LearnedPositions
-from jaxllm.serving.engine import (
-  ClosedError,
-  Engine,
-  EngineConfig,
-  FailedError,
-  Job,
-  QueueFullError,
-)
+from jaxllm.serving.engine import Engine, EngineConfig
+from jaxllm.serving.streams import ClosedError, FailedError, QueueFullError, Request
 
 TOKENIZER = tokenizers.train_or_load(TokenizerConfig(kind='bytes'), [])
 ROTARY = DecoderConfig(
@@ -62,21 +57,21 @@ class Lowercase:
     self.count += 1
 
 
-def jobs():
-  """Return jobs of every kind, new each time: constraints have a state."""
+def requests():
+  """Return requests of every kind, new each time: constraints have a state."""
   warm = SamplingConfig(temperature=0.9, top_p=0.9, max_new_tokens=14)
   eager = warm.replace(logit_bias=((256, -100.0), (101, 12.0)), frequency_penalty=0.4)
   return [
-    Job((5, 6, 7), GREEDY, 0, num_top=4),
-    Job((*SYSTEM, 1, 2, 3), GREEDY, 0),
-    Job((*SYSTEM, 9, 8), warm, 3, num_top=1),
-    Job((*SYSTEM, *range(25)), GREEDY.replace(max_new_tokens=30), 0),
-    Job((200, 201), eager, 5, stop=('ee', 'x')),
-    Job((9,) * 33, warm.replace(typical_p=0.9, no_repeat_ngram=2), 7, stop_ids=(9, 10)),
-    Job((104, 105), warm, 9, constraint=Lowercase()),
-    Job((*range(30),), GREEDY.replace(max_new_tokens=1), 0, num_top=2, score_prompt=True),
-    Job((*range(1, 70),), GREEDY.replace(max_new_tokens=90), 0),
-    Job((42,), warm.replace(min_p=0.05, repetition_penalty=1.3, top_k=40), 11),
+    Request((5, 6, 7), GREEDY, 0, num_top=4),
+    Request((*SYSTEM, 1, 2, 3), GREEDY, 0),
+    Request((*SYSTEM, 9, 8), warm, 3, num_top=1),
+    Request((*SYSTEM, *range(25)), GREEDY.replace(max_new_tokens=30), 0),
+    Request((200, 201), eager, 5, stop=('ee', 'x')),
+    Request((9,) * 33, warm.replace(typical_p=0.9, no_repeat_ngram=2), 7, stop_ids=(9, 10)),
+    Request((104, 105), warm, 9, constraint=Lowercase()),
+    Request((*range(30),), GREEDY.replace(max_new_tokens=1), 0, num_top=2, score_prompt=True),
+    Request((*range(1, 70),), GREEDY.replace(max_new_tokens=90), 0),
+    Request((42,), warm.replace(min_p=0.05, repetition_penalty=1.3, top_k=40), 11),
   ]
 
 
@@ -90,22 +85,24 @@ def running(model=MODEL, **changes):
     assert not engine._thread.is_alive()
 
 
-async def collect(ticket):
-  """Return the pieces as one tuple, floats and all."""
-  pieces = [piece async for piece in ticket]
-  return (
+async def collect(stream):
+  """Return what each request of a stream gave as one tuple, floats and all."""
+  rows = collections.defaultdict(list)
+  async for piece in stream:
+    rows[piece.row].append(piece)
+  return [(
     ''.join(piece.text for piece in pieces), sum((piece.tokens for piece in pieces), []),
     sum((piece.logprobs for piece in pieces), []), sum((piece.top for piece in pieces), []),
-    pieces[-1].finish_reason if pieces else None, pieces[-1].stop if pieces else None,
-  )
+    pieces[-1].finish_reason, pieces[-1].stop,
+  ) for _, pieces in sorted(rows.items())]
 
 
 async def together(engine, given):
-  return await asyncio.gather(*map(collect, engine.submit(given)))
+  return await collect(engine.submit(given))
 
 
-def alone(engine, job):
-  return asyncio.run(together(engine, [job]))[0]
+def alone(engine, request):
+  return asyncio.run(together(engine, [request]))[0]
 
 
 async def settled(engine, cancelled=0, **want):
@@ -123,19 +120,19 @@ def test_under_load_is_alone_bit_for_bit(config, cache_dtype):
   model = MODEL if config == ROTARY else load(config)
   with running(model, cache_dtype=cache_dtype) as engine:
     engine._batch.held = _Forgetful([()] * 3)
-    want = [alone(engine, job) for job in jobs()]
+    want = [alone(engine, request) for request in requests()]
     assert engine.statistics().prefix_hit_tokens == 0
 
-  async def arrive(engine, job, pause):
+  async def arrive(engine, request, pause):
     await asyncio.sleep(pause)
-    return (await together(engine, [job]))[0]
+    return (await together(engine, [request]))[0]
 
   async def load_it(engine, seed):
     chance = random.Random(seed)
-    arriving = [arrive(engine, job, chance.random() / 5) for job in jobs()]
+    arriving = [arrive(engine, request, chance.random() / 5) for request in requests()]
     return await asyncio.gather(*arriving)
 
-  for seed in range(3):
+  for seed in range(2):
     with running(model, cache_dtype=cache_dtype) as engine:
       assert asyncio.run(load_it(engine, seed)) == want
       assert engine.statistics().busy_slots == 0
@@ -151,32 +148,32 @@ class _Forgetful(list):
 
 
 def test_tokens_are_those_of_complete():
-  greedy = [job for job in jobs() if job.sampling.temperature == 0]
+  greedy = [request for request in requests() if request.sampling.temperature == 0]
   assert len(greedy) == 5
   wanted = text.complete(
-    Decoder(ROTARY), MODEL.unstacked, TOKENIZER, [job.prompt for job in greedy],
-    [job.sampling for job in greedy])
+    Decoder(ROTARY), MODEL.unstacked, TOKENIZER, [request.prompt for request in greedy],
+    [request.sampling for request in greedy])
   with running() as engine:
-    for job, want, got in zip(greedy, wanted, asyncio.run(together(engine, greedy)), strict=True):
-      echoed = len(job.prompt) if job.score_prompt else 0
+    found = asyncio.run(together(engine, greedy))
+    for request, want, got in zip(greedy, wanted, found, strict=True):
+      echoed = len(request.prompt) if request.score_prompt else 0
       assert got[1][echoed:] == want.tokens and got[0].endswith(want.text)
       assert got[4:] == (want.finish_reason, want.stop)
       np.testing.assert_allclose(got[2][echoed:], want.logprobs, atol=3e-5)
 
 
 def test_shared_prefixes_are_taken_over_exactly():
-  first, second, longer = (Job((*SYSTEM, *rest), GREEDY, 0, num_top=2)
+  first, second, longer = (Request((*SYSTEM, *rest), GREEDY, 0, num_top=2)
                            for rest in ((1, 2), (3,), (4,) * 30))
   with running() as engine:
-    want = [alone(engine, job) for job in (second, longer)]
+    want = [alone(engine, request) for request in (second, longer)]
   with running() as engine:
     engine._batch.held = _Forgetful([()] * 3)
-    assert [alone(engine, job) for job in (second, longer)] == want
+    assert [alone(engine, request) for request in (second, longer)] == want
   with running() as engine:
 
     async def while_the_first_runs():
-      ticket, = engine.submit([first])
-      pieces = ticket.__aiter__()
+      pieces = engine.submit([first]).__aiter__()
       await anext(pieces)
       got = await together(engine, [second, longer])
       await pieces.aclose()
@@ -187,60 +184,61 @@ def test_shared_prefixes_are_taken_over_exactly():
 
 
 def test_a_cancelled_row_frees_its_slot():
-  long = Job((1, 2), GREEDY.replace(max_new_tokens=80, logit_bias=((256, -100.0),)), 0)
+  long = Request((1, 2), GREEDY.replace(max_new_tokens=80, logit_bias=((256, -100.0),)), 0)
 
   async def run(engine):
-    listening, unheard, waiting, patient = engine.submit([long, long, long, jobs()[0]])
+    listening, unheard, waiting, patient = (
+      engine.submit([request]) for request in (long, long, long, requests()[0]))
     pieces = listening.__aiter__()
     await anext(pieces)
     waiting.cancel()
     await pieces.aclose()
     unheard.cancel()
     unheard.cancel()
-    result = await collect(patient)
-    assert (await collect(unheard))[4] is None
-    assert (await collect(waiting))[1] == (await collect(waiting))[1] == []
+    result, = await collect(patient)
+    assert await collect(unheard) == await collect(waiting) == await collect(waiting) == []
     await settled(engine, 3, busy_slots=0, queued=0)
     return result
 
   with running(num_slots=1) as engine:
-    assert asyncio.run(run(engine)) == alone(engine, jobs()[0])
+    assert asyncio.run(run(engine)) == alone(engine, requests()[0])
     assert engine.statistics().finished['cancelled'] == 3
 
 
 def test_a_full_queue_takes_all_or_nothing():
-  job = Job((1, 2), GREEDY.replace(max_new_tokens=90), 0)
+  request = Request((1, 2), GREEDY.replace(max_new_tokens=90), 0)
   with running(num_slots=1, max_queue=2) as engine:
     with pytest.raises(QueueFullError, match='max_queue=2'):
-      engine.submit([job] * 4)
+      engine.submit([request] * 4)
     assert engine.statistics().queued == engine.statistics().busy_slots == 0
-    tickets = engine.submit([job] * 3)
+    streams = [engine.submit([request] * 2), engine.submit([request])]
     with pytest.raises(QueueFullError):
       engine.embed([[1]])
-    tickets[2].cancel()
-    tickets += engine.submit([job])
+    streams[1].cancel()
+    streams.append(engine.submit([request]))
 
     async def all_of_them():
-      return [result[4] for result in await asyncio.gather(*map(collect, tickets))]
+      found = await asyncio.gather(*map(collect, streams))
+      return [[result[4] for result in results] for results in found]
 
-    assert asyncio.run(all_of_them()) == ['length', 'length', None, 'length']
+    assert asyncio.run(all_of_them()) == [['length'] * 2, [], ['length']]
 
 
-@pytest.mark.parametrize('job, message', [
-  (Job((), GREEDY, 0), 'no tokens'),
-  (Job((1,) * 97, GREEDY, 0), '97 tokens, but a row holds 96'),
-  (Job((257,), GREEDY, 0), '257 is no token id'),
-  (Job((1,), GREEDY, 0, stop=('',)), 'stop'),
-  (Job((1,), GREEDY, 0, stop_ids=(300,)), '300 is no token id'),
-  (Job((1,), GREEDY, 0, stop_ids=(*range(17),)), 'at most 16'),
-  (Job((1,), GREEDY, 0, num_top=21), 'num_top=21'),
-  (Job((1,), GREEDY, -1), 'seed'),
-  (Job((1,), GREEDY.replace(bad_words=((1,) * 9,)), 0), 'more than 8 tokens'),
+@pytest.mark.parametrize('refused, message', [
+  (Request((), GREEDY, 0), 'no tokens'),
+  (Request((1,) * 97, GREEDY, 0), '97 tokens, but a row holds 96'),
+  (Request((257,), GREEDY, 0), '257 is no token id'),
+  (Request((1,), GREEDY, 0, stop=('',)), 'stop'),
+  (Request((1,), GREEDY, 0, stop_ids=(300,)), '300 is no token id'),
+  (Request((1,), GREEDY, 0, stop_ids=(*range(17),)), 'at most 16'),
+  (Request((1,), GREEDY, 0, num_top=21), 'num_top=21'),
+  (Request((1,), GREEDY, -1), 'seed'),
+  (Request((1,), GREEDY.replace(bad_words=((1,) * 9,)), 0), 'more than 8 tokens'),
 ])
-def test_what_cannot_be_served_is_refused(job, message):
+def test_what_cannot_be_served_is_refused(refused, message):
   with running() as engine:
     with pytest.raises(ValueError, match=message):
-      engine.submit([jobs()[0], job])
+      engine.submit([requests()[0], refused])
     assert engine.statistics().queued == engine.statistics().busy_slots == 0
 
 
@@ -252,23 +250,22 @@ def test_nothing_is_compiled_after_the_start():
     assert compiled, 'compilations are seen'
     before = engine.statistics().compilations
     compiled.clear()
-    asyncio.run(together(engine, jobs()))
+    asyncio.run(together(engine, requests()))
     engine.embed([[1, 2], [3] * 90]).result(30)
     assert engine.statistics().compilations == before and not compiled
 
 
 def test_a_failing_step_fails_everyone(monkeypatch):
   with running() as engine:
-    monkeypatch.setattr(engine._batch, 'round', lambda *args: 1 / 0)
+    monkeypatch.setattr(engine._batch, 'decode_step', lambda *args: 1 / 0)
     future = engine.embed([[1] * 90] * 20)
-    tickets = engine.submit(jobs())
-    for ticket in tickets:
-      with pytest.raises(FailedError):
-        asyncio.run(collect(ticket))
+    stream = engine.submit(requests())
+    with pytest.raises(FailedError):
+      asyncio.run(collect(stream))
     with pytest.raises(FailedError):
       future.result(10)
     with pytest.raises(FailedError) as caught:
-      engine.submit(jobs())
+      engine.submit(requests())
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
     assert engine.statistics().busy_slots == engine.statistics().queued == 0
 
@@ -279,50 +276,53 @@ def test_a_failing_constraint_fails_its_row_alone():
       raise KeyError('secret')
 
   async def run(engine):
-    bad, good = engine.submit([Job((1,), GREEDY, 0, constraint=Broken()), jobs()[1]])
+    bad = engine.submit([Request((1,), GREEDY, 0, constraint=Broken())])
+    good = engine.submit([requests()[1]])
     with pytest.raises(RuntimeError, match='failed on the server: KeyError$'):
       await collect(bad)
     return await collect(good)
 
   with running() as engine:
-    assert asyncio.run(run(engine)) == alone(engine, jobs()[1])
+    assert asyncio.run(run(engine)) == [alone(engine, requests()[1])]
 
 
 def test_closing_finishes_what_was_taken():
   with running() as engine:
-    want = [alone(engine, job) for job in jobs()[:6]]
+    want = [alone(engine, request) for request in requests()[:6]]
 
   async def run(engine):
-    tickets = engine.submit(jobs()[:6])
+    stream = engine.submit(requests()[:6])
     closing = asyncio.get_running_loop().run_in_executor(None, engine.close, 60)
-    got = await asyncio.gather(*map(collect, tickets))
+    got = await collect(stream)
     await closing
     return got
 
   with running() as engine:
     assert asyncio.run(run(engine)) == want
     with pytest.raises(ClosedError):
-      engine.submit(jobs()[:1])
+      engine.submit(requests()[:1])
   with running(num_slots=1) as engine:
-    tickets = engine.submit([Job((1,), GREEDY.replace(max_new_tokens=90), 0)] * 4)
+    long = Request((1,), GREEDY.replace(max_new_tokens=90), 0)
+    streams = [engine.submit([long]) for _ in range(4)]
     engine.close(0)
-    for ticket in tickets[1:]:
+    for stream in streams[1:]:
       with pytest.raises(ClosedError):
-        asyncio.run(collect(ticket))
+        asyncio.run(collect(stream))
 
 
 def test_a_long_prompt_does_not_stall_and_a_silent_listener_does_not_either(monkeypatch):
   with running() as engine:
     steps = []
-    feed, draw = engine._batch.feed, engine._batch.round
-    monkeypatch.setattr(engine._batch, 'feed', lambda row, prompt, fed: (
-      steps.append(engine._batch.size(len(prompt), fed)) or feed(row, prompt, fed)))
-    monkeypatch.setattr(engine._batch, 'round', lambda *args: steps.append(0) or draw(*args))
+    prefill, decode = engine._batch.prefill, engine._batch.decode_step
+    monkeypatch.setattr(engine._batch, 'prefill', lambda row, prompt, start: (
+      steps.append(engine._batch.chunk_size(len(prompt), start)) or prefill(row, prompt, start)))
+    monkeypatch.setattr(
+      engine._batch, 'decode_step', lambda *args: steps.append(0) or decode(*args))
 
     async def run():
-      silent, = engine.submit([Job((1,), GREEDY.replace(max_new_tokens=40), 0)])
-      await together(engine, [Job((*range(90),), GREEDY, 0), Job((3,) * 80, GREEDY, 0)])
-      return await collect(silent)
+      silent = engine.submit([Request((1,), GREEDY.replace(max_new_tokens=40), 0)])
+      await together(engine, [Request((*range(90),), GREEDY, 0), Request((3,) * 80, GREEDY, 0)])
+      return (await collect(silent))[0]
 
     assert asyncio.run(run())[4] in ('length', 'stop')
   between = ''.join('.' if step else '|' for step in steps).strip('.').split('|')
@@ -333,7 +333,7 @@ def test_a_long_prompt_does_not_stall_and_a_silent_listener_does_not_either(monk
 def test_embeddings_are_means_of_hidden_states():
   prompts = [[1, 2, 3], [*range(50)], [7]]
   with running() as engine:
-    tickets = engine.submit(jobs())
+    engine.submit(requests())
     means = engine.embed(prompts).result(60)
     for prompt, mean in zip(prompts, means, strict=True):
       assert mean.shape == (24,) and mean.dtype == np.float32
@@ -341,16 +341,15 @@ def test_embeddings_are_means_of_hidden_states():
     cancelled = engine.embed([[1]] * 500)
     assert cancelled.cancel()
     assert asyncio.run(settled(engine, 1, busy_slots=0, queued=0)).finished['cancelled'] == 1
-    assert len(tickets) == len(jobs())
 
 
 def test_scored_prompts_are_scored_as_elsewhere():
   prompt = (*range(3, 53),)
   with running() as engine:
-    ticket, = engine.submit([Job(prompt, GREEDY, 0, num_top=3, score_prompt=True)])
+    stream = engine.submit([Request(prompt, GREEDY, 0, num_top=3, score_prompt=True)])
 
     async def first_piece():
-      return [piece async for piece in ticket][0]
+      return [piece async for piece in stream][0]
 
     piece = asyncio.run(first_piece())
   want, = scoring.score(Decoder(ROTARY), MODEL.unstacked, [prompt], 3)

@@ -19,8 +19,8 @@ from http_server import CLIENT, NAME, make_engine, running, shared, tiny_model, 
 
 from jaxllm.generation import constraint
 from jaxllm.serving import connections
-from jaxllm.serving.engine import ClosedError, FailedError
 from jaxllm.serving.limits import LimitsConfig
+from jaxllm.serving.streams import ClosedError, FailedError
 
 SECRET = 'my-very-secret-text'
 LONG = {'max_tokens': 480, 'logit_bias': {'256': -100}}
@@ -318,7 +318,7 @@ def test_a_full_queue_and_too_much_concurrency_are_told(server):
 def test_requests_one_after_another_are_never_too_many():
   with running(*shared(), max_concurrency=1) as server, httpx.Client() as other:
     for path, field in (('/v1/completions', 'prompt'), ('/v1/embeddings', 'input'),
-                        ('/tokenize', 'prompt')) * 100:
+                        ('/tokenize', 'prompt')) * 30:
       for client in (CLIENT, other):
         answer = client.post(server.url + path, json={'model': NAME, field: 'ab'})
         assert answer.status_code == 200, answer.text
@@ -383,20 +383,20 @@ class Stalled:
     self.context_length, self.config, self.error = engine.context_length, engine.config, error
     self.cancelled = 0
 
-  def submit(self, jobs):
+  def submit(self, requests):
     if isinstance(self.error, ClosedError):
       raise self.error
-    return [Halted(job, self) for job in jobs]
+    return Halted(self)
 
   def statistics(self):
     raise ValueError(SECRET)
 
 
 class Halted:
-  """The ticket of a stalled engine."""
+  """The stream of a stalled engine."""
 
-  def __init__(self, job, engine):
-    self.job, self.engine = job, engine
+  def __init__(self, engine):
+    self.engine = engine
 
   async def __aiter__(self):
     if self.engine.error is not None:

@@ -1,12 +1,15 @@
 """What bodies of requests mean, and that every field is either understood or refused by name."""
 
 import json
+import types
 
 import pytest
 
 from jaxllm.serving import bodies, protocol
+from jaxllm.serving.engine import Statistics
 from jaxllm.serving.errors import ApiError
-from jaxllm.serving.limits import Keys, LimitsConfig, read_keys
+from jaxllm.serving.keys import Keys, read_keys
+from jaxllm.serving.limits import LimitsConfig
 from jaxllm.serving.metrics import Metrics
 
 LIMITS = LimitsConfig(max_rows=4, max_inputs=2)
@@ -34,7 +37,7 @@ def refusal(read, *args, **changes):
   assert error.status == 400
   assert set(error.content()) == {'error'}
   assert set(error.content()['error']) == {'message', 'type', 'param', 'code'}
-  assert json.loads(error.body()) == error.content()
+  assert json.loads(error.response().body) == error.content()
   return error
 
 
@@ -274,15 +277,18 @@ def test_keys(tmp_path):
 
 
 def test_metrics_are_cumulative():
-  metrics = Metrics()
+  statistics = Statistics(4, 2, 1, 7, 8, 0, 9, 20, 80, 5, {'stop': 3})
+  metrics = Metrics(types.SimpleNamespace(statistics=lambda: statistics), lambda: 2)
   for seconds in (0.001, 0.02, 0.02, 1000.0):
-    metrics.first_token(seconds)
-  metrics.request('/x', 200, 0.1)
-  metrics.request('/x', 200, 0.1)
-  text = metrics.text([('jaxllm_a', 'gauge', [({}, 2)])])
+    metrics.first_token_seconds.observe(seconds)
+  metrics.requests.labels('/x', 200).inc(2)
+  text = metrics.text().decode()
   name = 'jaxllm_time_to_first_token_seconds'
   for line in (f'{name}_bucket{{le="0.005"}} 1', f'{name}_bucket{{le="0.025"}} 3',
-               f'{name}_bucket{{le="600"}} 3', f'{name}_bucket{{le="+Inf"}} 4',
-               f'{name}_sum 1000.041', f'{name}_count 4', '# TYPE jaxllm_a gauge', 'jaxllm_a 2',
-               'jaxllm_requests_total{route="/x",status="200"} 2'):
-    assert f'{line}\n' in text
+               f'{name}_bucket{{le="600.0"}} 3', f'{name}_bucket{{le="+Inf"}} 4',
+               f'{name}_sum 1000.041', f'{name}_count 4', '# TYPE jaxllm_slots gauge',
+               'jaxllm_requests_active 2', 'jaxllm_batch_fill_ratio 0.5',
+               '# TYPE jaxllm_decode_steps_total counter', 'jaxllm_decode_steps_total 9',
+               'jaxllm_requests_total{route="/x",status="200"} 2',
+               'jaxllm_rows_finished_total{reason="stop"} 3'):
+    assert f'{line}\n' in text.replace('.0\n', '\n')

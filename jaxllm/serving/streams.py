@@ -1,4 +1,4 @@
-"""What is asked of the engine, and the stream that answers: `Job`, `Ticket` and the errors."""
+"""A request to the engine, and the stream that answers it: `Request`, `RequestStream`, errors."""
 
 import asyncio
 import collections
@@ -6,8 +6,8 @@ import dataclasses
 import threading
 from collections.abc import AsyncIterator, Callable
 
+from jaxllm.generation import requests
 from jaxllm.generation.constraint import Constraint
-from jaxllm.generation.sampling import SamplingConfig
 from jaxllm.generation.text import TextPiece
 
 
@@ -24,58 +24,48 @@ class FailedError(ClosedError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-  """A prompt to continue: one row.
+class Request(requests.Request):
+  """A prompt to continue, in a row of its own.
 
-  Attributes:
-    prompt: token ids, at least one.
-    sampling: how tokens are drawn, and how many.
-    seed: of the draws, in place of the config's.
-    stop: strings that end the row, across the borders of tokens.
-    stop_ids: tokens that end the row, besides the model's own.
+  Attributes besides the base's, whose `stop_ids` come on top of the model's:
+    stop: strings that end the text, across the borders of tokens.
     num_top: how many of the most probable tokens come with each token.
     score_prompt: whether the first piece is the prompt itself, with its log-probabilities (None for
       the first token) and most probable tokens.
-    constraint: says which tokens may come; the engine's alone from now on.
+    constraint: masks tokens; the engine's alone from now on.
   """
 
-  prompt: tuple[int, ...]
-  sampling: SamplingConfig
-  seed: int
   stop: tuple[str, ...] = ()
-  stop_ids: tuple[int, ...] = ()
   num_top: int = 0
   score_prompt: bool = False
   constraint: Constraint | None = None
 
 
-class Ticket:
-  """The stream of one row: `async for piece in ticket`, by one listener.
+class RequestStream:
+  """Text of requests that were submitted together: `async for piece in stream`, by one listener.
 
-  Nothing is lost while nobody listens. A listener that goes away cancels the row.
+  Nothing is lost while nobody listens. A listener that goes away cancels the requests.
 
   Args of the constructor:
-    job: what was asked for.
-    on_cancel: tells the engine to look at its cancelled tickets.
+    num_rows: number of the requests; `TextPiece.row` says to which one a piece belongs.
+    on_cancel: tells the engine to look for cancelled requests.
   """
 
-  def __init__(self, job: Job, on_cancel: Callable[[], None]):
-    self.job = job
+  def __init__(self, num_rows: int, on_cancel: Callable[[], None]):
     self.cancelled = False
-    self._on_cancel = on_cancel
+    self._on_cancel, self._num_open = on_cancel, num_rows
     self._lock = threading.Lock()
-    self._pieces: collections.deque[TextPiece | Exception | None] = collections.deque()
-    self._ended = False
+    self._pieces: collections.deque[TextPiece | Exception] = collections.deque()
     self._wake: Callable[[], object] | None = None
 
   async def __aiter__(self) -> AsyncIterator[TextPiece]:
-    """Yield what the row gains; the last piece has a `finish_reason`, unless it was cancelled.
+    """Yield text as it grows; the last piece of a row has a `finish_reason`, unless cancelled.
 
     Raises:
       FailedError: the engine failed.
-      ClosedError: the engine was closed before the row ended.
-      ConstraintError: no token continues the form that the row is bound to.
-      RuntimeError: the row failed, and no other.
+      ClosedError: the engine was closed before the last row ended.
+      ConstraintError: no token continues the JSON that a row is bound to.
+      RuntimeError: a row failed, and no other request.
     """
     loop, arrived = asyncio.get_running_loop(), asyncio.Event()
     with self._lock:
@@ -83,16 +73,12 @@ class Ticket:
     try:
       while True:
         arrived.clear()
-        ended = self._ended
+        ended = not self._num_open
         while self._pieces:
           piece = self._pieces.popleft()
-          if piece is None:
-            return
           if isinstance(piece, Exception):
             raise piece
           yield piece
-          if piece.finish_reason is not None:
-            return
         if ended:
           return
         await arrived.wait()
@@ -102,16 +88,18 @@ class Ticket:
       self.cancel()
 
   def cancel(self) -> None:
-    """End the row, if it has not ended: its slot is free at the next step."""
-    if not self._ended and not self.cancelled:
+    """End the rows that have not ended: their slots are free at the next step."""
+    if self._num_open and not self.cancelled:
       self.cancelled = True
       self._on_cancel()
 
   def put(self, piece: TextPiece | Exception | None) -> None:
     """Add a piece, an error, or None for the end of a cancelled row; for the engine alone."""
     with self._lock:
-      self._pieces.append(piece)
-      self._ended = not isinstance(piece, TextPiece) or piece.finish_reason is not None
+      if piece is not None:
+        self._pieces.append(piece)
+      if not isinstance(piece, TextPiece) or piece.finish_reason is not None:
+        self._num_open -= 1
       try:
         if self._wake is not None:
           self._wake()
