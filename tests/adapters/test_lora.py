@@ -21,6 +21,7 @@ MODEL = DecoderConfig(
   mlp_dim=12, max_length=16,
 )
 ALL = LoraConfig(rank=3, alpha=6, targets=('layers/.*', 'head'))
+start = jax.jit(lora_lib.init, static_argnums=0)
 init = jax.jit(decoder.init, static_argnums=0)
 apply = jax.jit(Decoder.apply, static_argnums=0)
 TOKENS = jnp.asarray([[1, 2, 3, 4, 5]])
@@ -33,7 +34,7 @@ def _params():
 
 def _trained(config=ALL, seed=1):
   """Return adapters whose b is not 0."""
-  adapters = lora_lib.init(config, _params(), jax.random.key(seed))
+  adapters = start(config, _params(), jax.random.key(seed))
   keys = iter(jax.random.split(jax.random.key(seed + 1), 100))
   return jax.tree_util.tree_map_with_path(
     lambda path, leaf: jax.random.normal(next(keys), leaf.shape) if path[-1].key == 'b' else leaf,
@@ -41,7 +42,7 @@ def _trained(config=ALL, seed=1):
 
 
 def test_shapes_literally():
-  adapters = lora_lib.init(LoraConfig(rank=3, alpha=6), _params(), jax.random.key(0))
+  adapters = start(LoraConfig(rank=3, alpha=6), _params(), jax.random.key(0))
   found = {path: (a['a'].shape, a['b'].shape, a['scale'].tolist())
            for path, a in lora_lib.adapters(adapters)}
   assert found == {
@@ -165,9 +166,9 @@ def test_other_targets_start_the_same_adapters_alike():
 @pytest.mark.parametrize('kind', ['int8', 'int4'])
 def test_quantised_kernels_are_adapted_but_not_merged(kind):
   config = QuantizationConfig(kind=kind, group_size=4)
-  quantised = quantize({'params': _params()}, config)['params']
+  quantised = jax.jit(quantize, static_argnums=1)({'params': _params()}, config)['params']
   adapters = _trained()
-  started = lora_lib.init(ALL, quantised, jax.random.key(1))
+  started = jax.eval_shape(lambda tree: lora_lib.init(ALL, tree, jax.random.key(1)), quantised)
   assert jax.tree.map(jnp.shape, started) == jax.tree.map(jnp.shape, adapters)
   rounded = dequantize_tree(quantised)
   np.testing.assert_allclose(
@@ -181,9 +182,9 @@ def test_quantised_kernels_are_adapted_but_not_merged(kind):
 def test_what_does_not_fit_is_named():
   with pytest.raises(ValueError, match="'layers/attn/.*' matches no kernel"):
     lora_lib.init(LoraConfig(targets=('head', 'layers/attn/.*')), _params(), jax.random.key(0))
-  other = init(MODEL.replace(mlp_dim=16), jax.random.key(0))['params']
+  other = decoder.abstract(MODEL.replace(mlp_dim=16))[0]['params']
   with pytest.raises(ValueError, match=r"adapter 'layers/mlp/(gate|up|down)'.*do not fit"):
     lora_lib.merge(other, _trained())
-  tied = init(MODEL.replace(tied_head=True), jax.random.key(0))['params']
+  tied = decoder.abstract(MODEL.replace(tied_head=True))[0]['params']
   with pytest.raises(ValueError, match="adapter 'head': the model has no such kernel"):
     lora_lib.check(_trained(), tied)

@@ -1,16 +1,14 @@
 """Quantised weights: bounded errors, exact sizes, the same product by every path, int8 caches."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.adapters.quantization import (
-  QuantizationConfig,
-  dequantize_tree,
-  quantize,
-  stored_bytes,
-)
+from jaxllm.adapters import quantization
+from jaxllm.adapters.quantization import QuantizationConfig, stored_bytes
 from jaxllm.generation import decode
 from jaxllm.generation.requests import make_requests
 from jaxllm.generation.sampling import SamplingConfig
@@ -25,24 +23,31 @@ BASE = DecoderConfig(
 TOKENS = np.random.default_rng(0).integers(0, 61, size=(2, 20)).astype(np.int32)
 KINDS = [QuantizationConfig(), QuantizationConfig(kind='int4', group_size=16)]
 APPLY = jax.jit(lambda model, variables: model.apply(variables, TOKENS), static_argnums=0)
+HIDDEN = jax.jit(
+  lambda model, variables, tokens: model.apply(variables, tokens, method='hidden')[0],
+  static_argnums=0)
+init = functools.cache(lambda config: jax.jit(decoder.init, static_argnums=0)(
+  config, jax.random.key(0)))
+quantize = jax.jit(quantization.quantize, static_argnums=1)
+dequantize_tree = jax.jit(quantization.dequantize_tree)
 
 
 def make(tied=False, unstacked=False):
   config = BASE.replace(tied_head=tied)
-  variables = decoder.init(config, jax.random.key(0))
+  variables = init(config)
   return Decoder(config), decoder.unstack(variables) if unstacked else variables
 
 
-@pytest.mark.parametrize('config', KINDS, ids=lambda config: config.kind)
-@pytest.mark.parametrize('tied', [False, True])
+@pytest.mark.parametrize(('config', 'tied'), [*((config, False) for config in KINDS),
+                                               (KINDS[0], True)])
 def test_the_model_runs_as_with_the_rounded_weights(config, tied):
   model, variables = make(tied)
   small = quantize(variables, config)
   rounded = dequantize_tree(small)
   assert jax.tree.structure(rounded) == jax.tree.structure(variables)
-  for unstacked in (lambda tree: tree, decoder.unstack):
-    got, want = APPLY(model, unstacked(small)), APPLY(model, unstacked(rounded))
-    np.testing.assert_allclose(got[..., :61], want[..., :61], atol=1e-4)
+  want = APPLY(model, rounded)
+  for stacked_or_not in (small, decoder.unstack(small)):
+    np.testing.assert_allclose(APPLY(model, stacked_or_not)[..., :61], want[..., :61], atol=1e-4)
   # Quantisation and unstacking commute.
   jax.tree.map(np.testing.assert_array_equal, quantize(decoder.unstack(variables), config),
                decoder.unstack(small))
@@ -103,7 +108,7 @@ def test_int8_caches(unstacked):
   extend = jax.jit(lambda *args: model.apply(*args, method='extend'))
   hidden, cache = extend(variables, TOKENS[:, :16], cache, jnp.array([16, 16]))
   more, cache = extend(variables, TOKENS[:, 16:17], cache, jnp.array([1, 1]))
-  want, _ = model.apply(variables, TOKENS[:, :17], method='hidden')
+  want = HIDDEN(model, variables, TOKENS[:, :17])
   np.testing.assert_allclose(hidden, want[:, :16], atol=0.1)
   np.testing.assert_allclose(more[:, 0], want[:, 16], atol=0.1)
   assert jax.tree.leaves(cache.keys)[0].dtype == jnp.int8
@@ -122,8 +127,8 @@ def test_gradients_pass_through_to_what_is_not_quantised(config):
     params = {**tree['params'], 'final_norm': {'scale': scale}}
     return model.apply({'params': params}, TOKENS)[..., :61].var()
 
-  scale = variables['params']['final_norm']['scale']
-  got, want = (jax.jit(jax.grad(loss))(scale, tree) for tree in (small, rounded))
+  scale, grad = variables['params']['final_norm']['scale'], jax.jit(jax.grad(loss))
+  got, want = grad(scale, small), grad(scale, rounded)
   np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-5)
   embed = jax.grad(lambda x: linear.dense(x, small['params']['head']['kernel'], 1,
                                           jnp.float32).sum())(jnp.ones((2, 32)))
