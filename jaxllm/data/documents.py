@@ -1,7 +1,6 @@
-"""Sources of text: files, packages, TFDS; each yields documents, one after the other, in order.
+"""Sources of rows: files, packages, TFDS, Hugging Face; each in an order that never changes.
 
-- `SourceConfig` names a source; `documents` streams it, `rows` also gives rows without a text.
-- `files` lists what a source reads, so that a change of it can be noticed.
+- `SourceConfig` names a source; `documents` streams its texts, `find` gives its files and rows.
 - `SCHEMES` lists the kinds of location; everything else is a path.
 """
 
@@ -10,15 +9,15 @@ import dataclasses
 import glob
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any, Literal, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import pydantic
 
 from jaxllm.config import Config
-from jaxllm.data import catalogs, readers
-from jaxllm.data.catalogs import package_available as package_available
+from jaxllm.data import catalogs, packages, readers
 from jaxllm.data.files import TextFile, ending
+from jaxllm.data.packages import package_available as package_available
 from jaxllm.data.readers import File, Row
 
 
@@ -35,16 +34,24 @@ Encoding = Annotated[str, pydantic.AfterValidator(_known_encoding)]
 """The encoding of files, by its name in Python."""
 
 
+def _known_format(name: str) -> str:
+  if name not in readers.FORMATS:
+    raise ValueError(f'expected one of {", ".join(readers.FORMATS)}')
+  return name
+
+
 class SourceConfig(Config):
   """One source of documents."""
 
   location: str
-  """A file, directory or glob, 'package:NAME' for texts inside an installed package, 'stdlib' for
-  Python's own library, or 'tfds:NAME[/CONFIG][:VERSION][?split=train&data_dir=...]'."""
-  format: Literal['text', 'markdown', 'jsonl', 'json', 'csv', 'tsv', 'parquet'] | None = None
-  """How files are read; None goes by their names, and refuses unknown endings. 'markdown' is text
-  without its emphasis, heading and line break marks; 'csv' has quotation marks, in 'tsv' they are
-  text. Files packed as .gz, .bz2, .xz or .zst are unpacked as they are read."""
+  """A file, directory or glob; 'package:NAME[/PART]' for a data set of `packages.PACKAGES`, or
+  'package:MODULE/GLOB' for files inside an installed package; 'stdlib' for Python's own library;
+  'tfds:NAME[/CONFIG][:VERSION][?split=train&data_dir=...]'; or 'hf:NAME[:CONFIG]?split=SPLIT'."""
+  format: Annotated[str, pydantic.AfterValidator(_known_format)] | None = None
+  """How files are read: as 'text', 'markdown' (text without its emphasis, heading and line break
+  marks), 'lines' (each a text), 'jsonl', 'json', 'csv' (with quotation marks), 'tsv' (where they
+  are text) or 'parquet'; None goes by their names, and refuses unknown endings. Files packed as
+  .gz, .bz2, .xz or .zst are unpacked as they are read."""
   text_field: str = 'text'
   """The field of a row that holds the text."""
   separator: str | None = None
@@ -57,6 +64,9 @@ class SourceConfig(Config):
   """Whether bytes that are invalid in this encoding are an error or become U+FFFD."""
   column_names: tuple[str, ...] = ()
   """Names of the columns of a CSV or TSV; () where its first row names them."""
+
+  plain_text: ClassVar[str] = 'text'
+  """The format in which files of text without a separator are read."""
 
   @pydantic.model_validator(mode='after')
   def _check(self) -> 'SourceConfig':
@@ -107,7 +117,7 @@ def documents(source: SourceConfig) -> Iterator[Document]:
       file, the place in it, and what is there instead.
   """
   name, index = None, 0
-  for row in rows(source):
+  for row in find(source).rows:
     name, index = row.source, index + 1 if row.source == name else 0
     text = row.fields.pop(source.text_field, None)
     if not isinstance(text, str):
@@ -140,50 +150,44 @@ def _check_unicode(text: str, where: str) -> None:
                      f'({text[error.start]!r}), which is not text') from None
 
 
-def rows(source: SourceConfig) -> Iterator[Row]:
-  """Yield the rows of a source with all their fields; a text file gives its text as one field.
-
-  Raises:
-    ValueError: as in `documents`.
-  """
-  yield from _scheme(source).rows(source)
-
-
-def files(source: SourceConfig) -> list[File]:
-  """List the files that a source reads, in order.
-
-  Raises:
-    ValueError: there are none.
-  """
-  return _scheme(source).files(source)
-
-
-class _Scheme(NamedTuple):
-  """A kind of location: lists its files and yields its rows."""
-
-  files: Callable[[SourceConfig], list[File]]
-  rows: Callable[[SourceConfig], Iterator[Row]]
-
-
 def has_scheme(source: SourceConfig) -> bool:
   """Return whether the location names something, rather than being a path."""
   return source.location.partition(':')[0] in SCHEMES
 
 
-def _scheme(source: SourceConfig) -> _Scheme:
-  return SCHEMES.get(source.location.partition(':')[0], _PATH)
+class Found(NamedTuple):
+  """What a location stands for.
+
+  Attributes:
+    files: files, in order.
+    rows: rows; they are read when they are iterated.
+    shared: whether other locations may be other parts of the same files.
+  """
+
+  files: list[File]
+  rows: Iterator[Row]
+  shared: bool = False
 
 
-def _rest(source: SourceConfig) -> str:
-  return source.location.partition(':')[2]
+Scheme = Callable[[SourceConfig, str], Found]
 
 
-def _path_files(source: SourceConfig) -> list[File]:
+def find(source: SourceConfig) -> Found:
+  """Find what a source reads.
+
+  Raises:
+    ValueError: there is nothing.
+  """
+  scheme, _, rest = source.location.partition(':')
+  return SCHEMES[scheme](source, rest) if scheme in SCHEMES else _path(source)
+
+
+def _path(source: SourceConfig) -> Found:
   location = pathlib.Path(source.location).expanduser()
   if location.is_file():
     found = [File(location.name, location)]
   elif location.is_dir():
-    found = catalogs.visible_files(location)
+    found = packages.visible_files(location)
   elif glob.has_magic(source.location):
     # Brackets in the name of a directory that exists are part of it.
     root = next(parent for parent in location.parents if parent.is_dir())
@@ -196,48 +200,51 @@ def _path_files(source: SourceConfig) -> list[File]:
     raise ValueError(f'no files in {source.location!r} (a source of data)')
   for file in found if source.format is None else ():
     readers.format_of(file.path)
-  return found
+  return Found(found, _file_rows(source, found, source.format))
 
 
-def _path_rows(source: SourceConfig) -> Iterator[Row]:
-  for file in _path_files(source):
-    yield from _file_rows(source, file.path, source.format)
+def _file_rows(source: SourceConfig, files: Sequence[File], format_: str | None) -> Iterator[Row]:
+  for path in (file.path for file in files):
+    name = format_ or readers.format_of(path)
+    if name == 'text' and source.separator is None:
+      name = source.plain_text
+    file = TextFile(path, source.encoding, source.encoding_errors, source.separator, source.slice,
+                    source.text_field, source.column_names)
+    yield from (Row(str(path), *row) for row in readers.FORMATS[name](file))
 
 
-def _package_rows(source: SourceConfig) -> Iterator[Row]:
-  found, known_format = catalogs.package_files(_rest(source))
-  for file in found:
-    yield from _file_rows(source, file.path, source.format or known_format)
+def _package(source: SourceConfig, name: str) -> Found:
+  files, read = packages.find(name)
+  if not callable(read):
+    return Found(files, _file_rows(source, files, source.format or read))
+  pieces = readers.part(lambda: enumerate(read(), 1), source.slice)
+  rows = (Row(source.location, f'row {number}', fields) for (number, fields), _ in pieces)
+  return Found(files, rows, shared=True)
 
 
-def _file_rows(source: SourceConfig, path: pathlib.Path, format_: str | None) -> Iterator[Row]:
-  format_ = format_ or readers.format_of(path)
-  file = TextFile(path, source.encoding, source.encoding_errors)
-  if format_ in readers.TEXTS:
-    texts = readers.TEXTS[format_](file, source.separator, source.slice)
-    items = ((f'text {i}', {source.text_field: text}) for i, text in enumerate(texts, 1))
-  else:
-    read = readers.ROWS[format_]
-    pieces = readers.part(lambda: read(file, source.column_names), source.slice, _one)
-    items = (item for item, _ in pieces)
-  for place, fields in items:
-    yield Row(str(path), place, fields)
+def _stdlib(source: SourceConfig, name: str) -> Found:
+  files = packages.stdlib_files()
+  pieces = readers.part(
+    lambda: ((file, text) for file in files for text in enumerate(packages.stdlib_texts(file))),
+    source.slice)
+  rows = (Row(str(file.path), f'document {number}', {source.text_field: text})
+          for (file, (number, text)), _ in pieces)
+  return Found(files, rows)
 
 
-def _stdlib_rows(source: SourceConfig) -> Iterator[Row]:
-  pieces = readers.part(lambda: catalogs.stdlib_rows(source.text_field), source.slice, _one)
-  return (row for row, _ in pieces)
+def _catalog(open_: Callable[[str, tuple[float, float]], catalogs.Catalog]) -> Scheme:
+  def scheme(source: SourceConfig, name: str) -> Found:
+    files, rows = open_(name, source.slice)
+    title = source.location.partition('?')[0]
+    return Found(files, (Row(title, where, readers.plain(fields)) for where, fields in rows), True)
+
+  return scheme
 
 
-def _one(_: Any) -> int:
-  return 1
-
-
-_PATH = _Scheme(_path_files, _path_rows)
-
-SCHEMES = {
-  'package': _Scheme(lambda source: catalogs.package_files(_rest(source))[0], _package_rows),
-  'stdlib': _Scheme(lambda _: catalogs.stdlib_files(), _stdlib_rows),
-  'tfds': _Scheme(lambda source: catalogs.tfds_files(_rest(source)),
-                  lambda source: catalogs.tfds_rows(_rest(source), source.slice)),
+SCHEMES: Mapping[str, Scheme] = {
+  'package': _package,
+  'stdlib': _stdlib,
+  'tfds': _catalog(catalogs.tfds),
+  'hf': _catalog(catalogs.hugging_face),
 }
+"""What a location begins with, which is not a path -> function of the source and the rest of it."""

@@ -23,11 +23,15 @@ MAX_UNPACKED = 1 << 28
 
 
 class TextFile(NamedTuple):
-  """A file and how its bytes become characters."""
+  """A file and how it is read; the fields are those of `documents.SourceConfig`."""
 
   path: pathlib.Path
   encoding: str = 'utf-8'
   errors: str = 'strict'
+  separator: str | None = None
+  slice: tuple[float, float] = (0.0, 1.0)
+  text_field: str = 'text'
+  column_names: tuple[str, ...] = ()
 
 
 def _zstd(file: Any) -> Any:

@@ -1,23 +1,27 @@
-"""Files to texts or rows, one function per format; all but .json streams.
+"""Files to rows, one function per format; all but .json streams.
 
-- `ROWS` and `TEXTS` list the formats, `ENDINGS` says which file names mean which, `format_of` looks
-  a file up there.
+- `FORMATS` lists the formats, `ENDINGS` says which file names mean which, `format_of` looks a file
+  up there.
 - `part` cuts a fraction out of any stream.
 """
 
 import csv
+import functools
 import io
 import itertools
 import json
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from jaxllm.data import files
 from jaxllm.data.files import TextFile
 
-Rows = Iterator[tuple[str, dict[str, Any]]]
+Fields = dict[str, Any]
+Rows = Iterator[tuple[str, Fields]]
+"""(place, such as 'line 3'; fields) of each row."""
+Reader = Callable[[TextFile], Rows]
 
 # Text between runs of * or _ that open before and close after a word.
 _EMPHASIS = re.compile(r'(?<![\w\\*_])[*_]+(?![\s*_])(.{1,1000}?)(?<!\s)[*_]+(?!\w)', re.DOTALL)
@@ -36,7 +40,7 @@ class Row(NamedTuple):
 
   source: str
   place: str
-  fields: dict[str, Any]
+  fields: Fields
 
   @property
   def where(self) -> str:
@@ -45,7 +49,8 @@ class Row(NamedTuple):
 
 
 def part(
-  items: Callable[[], Iterator[Any]], fractions: tuple[float, float], size: Callable[[Any], int]
+  items: Callable[[], Iterator[Any]], fractions: tuple[float, float],
+  size: Callable[[Any], int] = lambda _: 1,
 ) -> Iterator[tuple[Any, slice]]:
   """Yield (item, slice of it) for what lies between two fractions of a stream's total size.
 
@@ -68,27 +73,39 @@ def part(
     first, last = first - size(item), last - size(item)
 
 
-def read_text(
-  file: TextFile, separator: str | None, fractions: tuple[float, float]
-) -> Iterator[str]:
-  r"""Yield the texts of a file.
+def _sliced(read: Reader) -> Reader:
+  """Let a reader give the rows of `file.slice` alone."""
+  @functools.wraps(read)
+  def rows(file: TextFile) -> Rows:
+    return (row for row, _ in part(lambda: read(file), file.slice))
+
+  return rows
+
+
+def plain(value: Any) -> Any:
+  """Turn arrays and NumPy's numbers into those of Python, tuples into lists, bytes into text."""
+  if isinstance(value, bytes):
+    try:
+      return value.decode('utf-8')
+    except UnicodeDecodeError:  # A picture, for example.
+      return value
+  if isinstance(value, Mapping):
+    return {key: plain(item) for key, item in value.items()}
+  if isinstance(value, list | tuple):
+    return [plain(item) for item in value]
+  return plain(value.tolist()) if hasattr(value, 'tolist') else value
+
+
+def read_text(file: TextFile) -> Rows:
+  r"""Yield ('text N', text) of a file, cut at `file.separator`; empty texts between are dropped.
 
   A byte order mark is dropped, and CRLF and CR become \n; all else stays.
-
-  Args:
-    file: the file.
-    separator: splits the file into texts; the separator itself and empty texts are dropped.
-    fractions: which part of the characters to take.
-
-  Raises:
-    ValueError: the file is no text; see `files.blocks`.
   """
-  pieces = part(lambda: _translated(file), fractions, len)
+  pieces = part(lambda: _translated(file), file.slice, len)
   blocks = (block[span] for block, span in pieces)
-  if separator is None:
-    yield files.whole(file, blocks)
-  else:
-    yield from filter(None, files.split(file, blocks, separator))
+  texts = ([files.whole(file, blocks)] if file.separator is None
+           else filter(None, files.split(file, blocks, file.separator)))
+  return ((f'text {i}', {file.text_field: text}) for i, text in enumerate(texts, 1))
 
 
 def _translated(file: TextFile) -> Iterator[str]:
@@ -98,11 +115,17 @@ def _translated(file: TextFile) -> Iterator[str]:
   yield newlines.decode('', final=True)
 
 
-def read_markdown(
-  file: TextFile, separator: str | None, fractions: tuple[float, float]
-) -> Iterator[str]:
+def read_markdown(file: TextFile) -> Rows:
   """Like `read_text`, without Markdown's marks for headings, emphasis and line breaks."""
-  return map(strip_markdown, read_text(file, separator, fractions))
+  return ((place, {name: strip_markdown(text) for name, text in fields.items()})
+          for place, fields in read_text(file))
+
+
+@_sliced
+def read_lines(file: TextFile) -> Rows:
+  """Yield ('line N', text) of each line that is not blank, stripped."""
+  return ((f'line {i}', {file.text_field: line.strip()})
+          for i, line in enumerate(files.lines(file), 1) if line.strip())
 
 
 def strip_markdown(text: str) -> str:
@@ -113,7 +136,8 @@ def strip_markdown(text: str) -> str:
   return re.sub(r'\\([!-/:-@\[-`{-~])', r'\1', text).lstrip('\n')
 
 
-def read_jsonl(file: TextFile, column_names: Sequence[str] = ()) -> Rows:
+@_sliced
+def read_jsonl(file: TextFile) -> Rows:
   """Yield ('line N', object) of a file with one JSON object a line; blank lines are skipped."""
   for number, line in enumerate(files.lines(file), 1):
     if not line.strip():
@@ -127,7 +151,8 @@ def read_jsonl(file: TextFile, column_names: Sequence[str] = ()) -> Rows:
     yield f'line {number}', _object(fields, where)
 
 
-def read_json(file: TextFile, column_names: Sequence[str] = ()) -> Rows:
+@_sliced
+def read_json(file: TextFile) -> Rows:
   """Yield ('item N', object) of a file with an array of objects, or with objects in a row."""
   text = files.whole(file, files.blocks(file))
 
@@ -173,16 +198,13 @@ def _object(value: Any, where: str) -> dict[str, Any]:
   return value
 
 
-def read_csv(file: TextFile, column_names: Sequence[str] = ()) -> Rows:
+@_sliced
+def read_csv(file: TextFile) -> Rows:
   r"""Yield ('line N', fields) of a file with quoted values, cut at tabs where its name says .tsv.
 
   CRLF and CR become \n, as in texts.
-
-  Args:
-    file: the file.
-    column_names: names of the columns; () where the first row names them.
   """
-  return _table(file, _csv_rows(file), column_names)
+  return _table(file, _csv_rows(file))
 
 
 def _csv_rows(file: TextFile) -> Iterator[tuple[int, list[str]]]:
@@ -197,16 +219,15 @@ def _csv_rows(file: TextFile) -> Iterator[tuple[int, list[str]]]:
     raise ValueError(f'{file.path}, line {reader.line_num}: not CSV: {error}') from None
 
 
-def read_tsv(file: TextFile, column_names: Sequence[str] = ()) -> Rows:
+@_sliced
+def read_tsv(file: TextFile) -> Rows:
   r"""Yield ('line N', fields) of a file that is cut at \n and tabs; quotation marks are text."""
   rows = enumerate((line.removesuffix('\r') for line in files.lines(file)), 1)
-  return _table(file, ((i, line.split('\t') if line else []) for i, line in rows), column_names)
+  return _table(file, ((i, line.split('\t') if line else []) for i, line in rows))
 
 
-def _table(
-  file: TextFile, rows: Iterator[tuple[int, list[str]]], column_names: Sequence[str]
-) -> Rows:
-  names = list(column_names)
+def _table(file: TextFile, rows: Iterator[tuple[int, list[str]]]) -> Rows:
+  names = list(file.column_names)
   named_by = 'column_names has' if names else 'the first row names'
   for number, values in rows:
     if not values:
@@ -225,7 +246,8 @@ def _table(
     yield f'line {number}', dict(zip(names, values, strict=True))
 
 
-def read_parquet(file: TextFile, columns: Sequence[str] = ()) -> Rows:
+@_sliced
+def read_parquet(file: TextFile) -> Rows:
   """Yield ('row N', fields) of a Parquet file."""
   import pyarrow
   from pyarrow import parquet
@@ -258,11 +280,9 @@ def format_of(path: pathlib.Path) -> str:
   return ENDINGS[ending]
 
 
-TEXTS = {'text': read_text, 'markdown': read_markdown}
-
-ROWS: dict[str, Callable[[TextFile, Sequence[str]], Rows]] = {
-  'jsonl': read_jsonl, 'json': read_json, 'csv': read_csv, 'tsv': read_tsv,
-  'parquet': read_parquet,
+FORMATS: dict[str, Reader] = {
+  'text': read_text, 'markdown': read_markdown, 'lines': read_lines, 'jsonl': read_jsonl,
+  'json': read_json, 'csv': read_csv, 'tsv': read_tsv, 'parquet': read_parquet,
 }
 
 ENDINGS = {

@@ -44,23 +44,24 @@ def survey(
   sources = []
   read: dict[Any, list[_Read]] = {}
   for number, source in enumerate([*train, *validation]):
-    digest, size, found = hashlib.sha256(), 0, documents.files(source)
-    for name, path in found:
+    digest, size, found = hashlib.sha256(), 0, documents.find(source)
+    for name, path in found.files:
       content = storage.file_digest(path, hashes)
-      _check_overlap(read, content, _Read(path, source, number < len(train)))
+      _check_overlap(read, content, _Read(path, source, number < len(train), found.shared))
       digest.update(f'{name}\0{content}\0'.encode())
       size += path.stat().st_size
-    sources.append(SourceCounts(location=source.location, files=len(found), file_bytes=size,
+    sources.append(SourceCounts(location=source.location, files=len(found.files), file_bytes=size,
                                 sha256=digest.hexdigest(), documents=0, dropped=0))
   return sources
 
 
 class _Read(NamedTuple):
-  """A file, the source that reads it, and whether that is for training."""
+  """A file, the source that reads it, whether for training, and whether maybe only a part."""
 
   path: pathlib.Path
   source: SourceConfig
   train: bool
+  shared: bool
 
 
 def _check_overlap(read: dict[Any, list[_Read]], content: str, new: _Read) -> None:
@@ -75,7 +76,7 @@ def _check_overlap(read: dict[Any, list[_Read]], content: str, new: _Read) -> No
   for old in [*read.get(path, ()), *read.get((content, not new.train), ())]:
     starts, stops = zip(old.source.slice, new.source.slice, strict=True)
     common = max(starts) < min(stops) and old.source.text_field == new.source.text_field
-    if new.source.location.startswith('tfds:'):  # A file may hold parts of several splits.
+    if new.shared:
       common = common and old.source.location == new.source.location
     if common and path.stat().st_size:
       fields = ['config.data.' + ('sources' if who.train else 'validation') for who in (old, new)]

@@ -12,6 +12,7 @@ import numpy as np
 import pydantic
 
 from jaxllm.config import Config
+from jaxllm.data.readers import plain
 from jaxllm.objectives.completion import Truncation
 from jaxllm.tasks import fields
 from jaxllm.tasks.fields import Reader
@@ -173,7 +174,7 @@ class Task(NamedTuple):
     Raises:
       ValueError: a field is refused, or missing where all are needed, as they are when `scored`.
     """
-    shaped = self.shape(config, fields.plain(record))
+    shaped = self.shape(config, plain(record))
     for name in self.fields if scored else ():
       if name not in shaped:
         raise ValueError(f'there is no field {name!r} (fields: {", ".join(map(str, record))}); '

@@ -30,20 +30,6 @@ def shown(value: Any) -> str:
   return f'the {next((k for c, k in kinds.items() if isinstance(value, c)), "value")} {text}'
 
 
-def plain(value: Any) -> Any:
-  """Turn arrays and NumPy's numbers into those of Python, tuples into lists, bytes into text."""
-  if isinstance(value, bytes):
-    try:
-      return value.decode('utf-8')
-    except UnicodeDecodeError:  # A picture, for example.
-      return value
-  if isinstance(value, Mapping):
-    return {key: plain(item) for key, item in value.items()}
-  if isinstance(value, list | tuple):
-    return [plain(item) for item in value]
-  return plain(value.tolist()) if hasattr(value, 'tolist') else value
-
-
 def any_text(value: Any, name: str) -> str:
   """Read a text, which may be empty."""
   if not isinstance(value, str):

@@ -1,4 +1,4 @@
-"""Records of a task: rows of files, packages, TFDS or Hugging Face datasets, divided into splits.
+"""Records of a task: the rows of sources of data, divided into splits.
 
 `load` is deterministic: which split a record belongs to, and which records a limit keeps, depends
 on what the records say, not on their order.
@@ -7,37 +7,30 @@ on what the records say, not on their order.
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import pydantic
 
 from jaxllm.config import Config
-from jaxllm.data import documents, files, readers
-from jaxllm.data.documents import Encoding, SourceConfig
+from jaxllm.data import documents, files
+from jaxllm.data.documents import SourceConfig
 from jaxllm.data.files import TextFile
 from jaxllm.data.readers import Row
-from jaxllm.tasks import packages
-from jaxllm.tasks.fields import plain
 
 Pair = tuple[str, str]
 _NUMBERS = ('', 'id', '_id', 'idx', 'index', 'guid', 'uid', 'uuid', 'qid', 'unnamed: 0')
 
 
-class RecordSource(Config):
-  """Where rows come from."""
+class RecordSource(SourceConfig):
+  """Where rows come from.
 
-  location: str | None = None
-  """A file, directory or glob (.jsonl, .json, also SQuAD's, .csv, .tsv, .parquet; of .txt and its
-  like each line is a row with the field 'text'; all but .parquet also as .gz, .bz2, .xz or .zst),
-  'package:NAME[/PART]' for one of `tasks.packages`, 'tfds:NAME[/CONFIG][:VERSION]?split=SPLIT' or
-  'hf:NAME[:CONFIG]?split=SPLIT'."""
-  format: Literal['text', 'jsonl', 'json', 'csv', 'tsv', 'parquet'] | None = None
-  """How a file is read; None goes by its name, and refuses unknown endings."""
-  encoding: Encoding = 'utf-8'
-  """The encoding of files, by its name in Python."""
-  column_names: tuple[str, ...] = ()
-  """Names of the columns of a CSV or TSV; () where its first row names them."""
+  A file of text gives a row for each line, or for each text where there is a `separator`; a .json
+  may have the form of SQuAD.
+  """
+
+  location: str | None = None  # type: ignore[assignment]
+  """As for `SourceConfig`; None where there are `columns`."""
   columns: tuple[Pair, ...] = ()
   """Instead of a location: (field, text file) pairs; line i of every file makes row i."""
   split: str | None = None
@@ -45,8 +38,10 @@ class RecordSource(Config):
   constants: tuple[Pair, ...] = ()
   """(field, value) pairs that every row gets, such as the label that a whole file has."""
 
+  plain_text: ClassVar[str] = 'lines'
+
   @pydantic.model_validator(mode='after')
-  def _check(self) -> 'RecordSource':
+  def _check_columns(self) -> 'RecordSource':
     if (self.location is None) == (not self.columns):
       raise ValueError(f'location={self.location!r} and columns={self.columns!r}: set one of them')
     return self
@@ -163,24 +158,10 @@ def _look_up(row: Row, path: str) -> Any:
 
 def _read(source: RecordSource) -> Iterator[Row]:
   if source.location is None:
-    return _aligned(source)
-  kind, _, rest = source.location.partition(':')
-  if kind in LIBRARIES and rest:
-    return (Row(str(source.location), f'row {number}', dict(fields))
-            for number, fields in enumerate(LIBRARIES[kind](rest), 1))
-  return _files(source)
-
-
-def _files(source: RecordSource) -> Iterator[Row]:
-  place = SourceConfig(location=str(source.location), format=source.format)
-  for _, path in documents.files(place):
-    file, format_ = TextFile(path, source.encoding), source.format or readers.format_of(path)
-    if format_ == 'text':
-      rows = ((f'line {i}', {'text': line.strip()}) for i, line in enumerate(files.lines(file), 1))
-      yield from (Row(str(path), *row) for row in rows if row[1]['text'])
-    else:
-      for where, fields in readers.ROWS[format_](file, source.column_names):
-        yield from _unnested(Row(str(path), where, fields))
+    yield from _aligned(source)
+  else:
+    for row in documents.find(source).rows:
+      yield from _unnested(row)
 
 
 def _unnested(row: Row) -> Iterator[Row]:
@@ -223,33 +204,3 @@ def _aligned(source: RecordSource) -> Iterator[Row]:
   for number, values in enumerate(zip(*lines.values(), strict=True), 1):
     fields = {field: value.strip() for field, value in zip(lines, values, strict=True)}
     yield Row(' and '.join(name for _, name in columns), f'line {number}', fields)
-
-
-def _package(rest: str) -> Iterator[Mapping[str, Any]]:
-  name, _, part = rest.partition('/')
-  return packages.read(name, part or None)
-
-
-def _tfds(rest: str) -> Iterator[Mapping[str, Any]]:
-  for row in documents.rows(SourceConfig(location=f'tfds:{rest}')):
-    yield plain(row.fields)
-
-
-def _hugging_face(rest: str) -> Iterator[Mapping[str, Any]]:
-  try:
-    import datasets
-  except ImportError as error:
-    raise ImportError(f"hf:{rest} needs datasets: pip install 'jaxllm[tasks]'") from error
-  name, _, split = rest.partition('?split=')
-  name, _, config_name = name.partition(':')
-  if not split:
-    raise ValueError(f'hf:{rest}: say which split, as in hf:{rest}?split=train')
-  return iter(datasets.load_dataset(name, config_name or None, split=split))
-
-
-LIBRARIES: Mapping[str, Callable[[str], Iterator[Mapping[str, Any]]]] = {
-  'package': _package,
-  'tfds': _tfds,
-  'hf': _hugging_face,
-}
-"""What a location begins with -> function from the rest of it to rows."""

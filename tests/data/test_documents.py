@@ -11,7 +11,7 @@ import pytest
 from jaxllm.config import ConfigError
 from jaxllm.data import catalogs, readers
 from jaxllm.data import files as files_lib
-from jaxllm.data.documents import SourceConfig, documents, files, package_available, rows
+from jaxllm.data.documents import SourceConfig, documents, find, package_available
 
 
 def _texts(location, **fields):
@@ -31,7 +31,7 @@ def test_paths_directories_and_globs_are_sorted(tmp_path):
   assert _texts(tmp_path) == ['a.txt', 'b.txt', 'sub/c.md']
   assert _texts(tmp_path / '*.txt') == ['a.txt', 'b.txt']
   assert _texts(tmp_path / '**' / '*.md') == ['sub/c.md']
-  names = [name for name, _ in files(SourceConfig(location=str(tmp_path / '**' / '*.md')))]
+  names = [name for name, _ in find(SourceConfig(location=str(tmp_path / '**' / '*.md'))).files]
   assert names == ['sub/c.md']
 
 
@@ -126,7 +126,7 @@ def test_tables_give_text_and_the_other_fields(tmp_path, suffix):
   found = list(documents(SourceConfig(location=str(path), format=format_)))
   assert [d.text for d in found] == [row['text'] for row in ROWS]
   assert [d.metadata for d in found] == [{'label': 'a'}, {'label': 'b'}]
-  assert [row.fields for row in rows(SourceConfig(location=str(path), format=format_))] == ROWS
+  assert [row.fields for row in find(SourceConfig(location=str(path), format=format_)).rows] == ROWS
   assert _texts(path, text_field='label', format=format_) == ['a', 'b']
   place = {'.jsonl': 'line 1', '.json': 'item 1', '.parquet': 'row 1'}.get(suffix, 'line 3')
   with pytest.raises(ValueError, match=rf"{place}.*'body' is missing.*'text', 'label'"):
@@ -210,7 +210,7 @@ def test_markdown_loses_its_marks(markdown, text):
 
 def test_the_standard_library():
   source = SourceConfig(location='stdlib')
-  names = [name for name, _ in files(source)]
+  names = [name for name, _ in find(source).files]
   assert 'json/decoder.py' in names and names == sorted(names)
   assert not any('site-packages' in name or '/test/' in name for name in names)
   found = list(documents(source))
@@ -244,7 +244,7 @@ def test_tfds_reads_a_prepared_copy_and_needs_no_network(tmp_path):
   assert all(d.text == f'text {d.metadata["label"]} 你' for d in found)
   assert _texts(f'{location}&split=train[:30%]') == [d.text for d in found[:3]]
   assert _texts(location, slice=(0.5, 1.0)) == [d.text for d in found[5:]]
-  assert [name for name, _ in files(SourceConfig(location=f'{location}&split=test'))] == [
+  assert [name for name, _ in find(SourceConfig(location=f'{location}&split=test')).files] == [
     'tiny_texts-test.array_record-00000-of-00001']
   with pytest.raises(ValueError, match="no split 'dev'; it has .*train"):
     _texts(f'{location}&split=dev')

@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
+from jaxllm.data.readers import plain
 from jaxllm.evaluation import scores
-from jaxllm.tasks import TASKS, fields, predict, suite
+from jaxllm.tasks import TASKS, predict, suite
 from jaxllm.tasks.base import BOS, CONVERSATION, EOS, Segment, prompt_of
 from jaxllm.tasks.chat import PLAIN, Chat, ChatTemplate
 from jaxllm.tasks.classification import Classification
@@ -114,7 +115,7 @@ def test_values_of_numpy_are_those_of_python():
                   answer=np.int64(1))
   assert found.reference == 1 and found.choices == (' a', ' b')
   assert example('classification', text=b'a', label=np.float64(1.0)).reference == '1'
-  assert fields.plain({'a': (np.arange(2), b'\xff')}) == {'a': [[0, 1], b'\xff']}
+  assert plain({'a': (np.arange(2), b'\xff')}) == {'a': [[0, 1], b'\xff']}
 
 
 @pytest.mark.parametrize('label, expected', [

