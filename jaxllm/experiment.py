@@ -24,22 +24,8 @@ from jaxllm.objectives.preference import Dpo, Ipo, Orpo, SimPo
 from jaxllm.optim.optimizers import OptimizerConfig
 from jaxllm.optim.schedules import ScheduleConfig
 from jaxllm.sharding import MeshConfig
-from jaxllm.tasks import TASKS
-from jaxllm.tasks.chat import Chat
-from jaxllm.tasks.classification import Classification, Sentiment
-from jaxllm.tasks.language_modeling import LanguageModeling
-from jaxllm.tasks.multiple_choice import MultipleChoice
-from jaxllm.tasks.preference import Preference
-from jaxllm.tasks.question_answering import ExtractiveQuestionAnswering, QuestionAnswering
-from jaxllm.tasks.summarization import Summarization
-from jaxllm.tasks.translation import Translation
-
-AnyTask = Annotated[
-  Translation | Summarization | Sentiment | Classification | QuestionAnswering
-  | ExtractiveQuestionAnswering | MultipleChoice | Preference | LanguageModeling | Chat,
-  pydantic.Field(discriminator='kind'),
-]
-"""The config of any task, by its `kind`."""
+from jaxllm.tasks import TASKS, AnyTask
+from jaxllm.tasks.classification import Classification
 
 
 class Distillation(DistillationConfig):

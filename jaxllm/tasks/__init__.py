@@ -1,6 +1,9 @@
 """Applications: records become prompts and targets, answers become predictions with a metric."""
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Union
+
+import pydantic
 
 from jaxllm.tasks import (
   chat,
@@ -27,3 +30,10 @@ TASKS: Mapping[str, Task] = {
   'chat': chat.TASK,
 }
 """The `kind` of a task's config -> task."""
+
+if TYPE_CHECKING:
+  AnyTask = Any
+else:
+  AnyTask = Annotated[Union[tuple(task.config for task in TASKS.values())],  # noqa: UP007
+                      pydantic.Field(discriminator='kind')]
+"""The config of any task, by its `kind`."""

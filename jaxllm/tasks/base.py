@@ -5,7 +5,7 @@ A task is a config class (its data, its prompt as plain text with {fields}) and 
 """
 
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -223,17 +223,23 @@ def fill(template: str, record: Record) -> str:
 
 def completion(config: CompletionConfig, record: Record) -> tuple[Segment, ...]:
   """Return the prompt and the target of a record as segments, between BOS and EOS."""
-  return (
-    BOS,
-    Segment(fill(config.prompt, record)),
-    Segment(fill(config.target, record), 1.0),
-    EOS,
-  )
+  return (BOS, Segment(fill(config.prompt, record)), Segment(fill(config.target, record), 1.0), EOS)
 
 
-def request(config: CompletionConfig, record: Record) -> str | None:
-  """Return what a chat model is asked about a record; None: nothing but the prompt."""
-  return None if config.request is None else fill(config.request, record)
+def written(config: CompletionConfig, record: Record, reference: Any, **named: Any) -> Example:
+  """Return the example of a task whose answer is written, with more fields for its templates."""
+  filled = {**record, **named}
+  asked = None if config.request is None else fill(config.request, filled)
+  return Example(completion(config, filled), reference, record, request=asked)
+
+
+def chosen(
+  config: CompletionConfig, record: Record, name: str, choices: Iterable[str], right: int | None
+) -> Example:
+  """Return the example of a task whose answer is one of `choices`, `name` in its templates."""
+  filled = [{**record, name: choice} for choice in choices]
+  return Example(completion(config, filled[right or 0]), right, record,
+                 tuple(fill(config.target, one) for one in filled))
 
 
 def probabilities(log_likelihoods: Sequence[float] | np.ndarray) -> np.ndarray:

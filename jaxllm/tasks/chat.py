@@ -14,18 +14,7 @@ import pydantic
 from jaxllm.config import Config
 from jaxllm.data.tokenizer_parts import StandIns
 from jaxllm.generation.chat import without_oldest
-from jaxllm.tasks import conversations, language_modeling
-from jaxllm.tasks.base import (
-  CONVERSATION,
-  EOS,
-  Answer,
-  Example,
-  Prediction,
-  Record,
-  Segment,
-  Task,
-  TaskConfig,
-)
+from jaxllm.tasks import base, conversations, language_modeling
 from jaxllm.tasks.records import RecordsConfig, RecordSource
 
 Message = Mapping[str, Any]
@@ -120,7 +109,7 @@ PLAIN = ChatTemplate(
 """For a tokenizer without chat tokens."""
 
 
-class Chat(TaskConfig):
+class Chat(base.TaskConfig):
   """Say what the assistant says in `messages`.
 
   The default data are a chat bot's conversations.
@@ -141,7 +130,7 @@ class Chat(TaskConfig):
   """A generated answer ends before this text; None: only with the end of the turn."""
 
 
-def example(config: Chat, record: Record) -> Example:
+def example(config: Chat, record: base.Record) -> base.Example:
   """Return the example of a record.
 
   Raises:
@@ -153,15 +142,15 @@ def example(config: Chat, record: Record) -> Example:
   return examples([record], config.template)[0]
 
 
-def examples(records: Sequence[Record], template: Template) -> list[Example]:
+def examples(records: Sequence[base.Record], template: Template) -> list[base.Example]:
   """Return the examples of records by any template, such as a model's own; see `segments`."""
   found = segments([record['messages'] for record in records], template)
-  return [Example(one, None, record) for one, record in zip(found, records, strict=True)]
+  return [base.Example(one, None, record) for one, record in zip(found, records, strict=True)]
 
 
 def fitting(
-  records: Sequence[Record], template: Template, too_long: Callable[[Example], bool]
-) -> list[Example]:
+  records: Sequence[base.Record], template: Template, too_long: Callable[[base.Example], bool]
+) -> list[base.Example]:
   """Return the examples of records, those that are too long without their oldest exchanges."""
   found = examples(records, template)
   left = {i: list(records[i]['messages']) for i, one in enumerate(found) if too_long(one)}
@@ -177,7 +166,7 @@ def fitting(
 
 def segments(
   conversations: Sequence[Sequence[Message]], template: Template
-) -> list[tuple[Segment, ...]]:
+) -> list[tuple[base.Segment, ...]]:
   """Return conversations as segments; the assistant's contents and their ends have weight.
 
   An answer ends with the first of the template's stops after it, or, where no stop is known, with
@@ -213,18 +202,18 @@ def segments(
   asked_texts = iter(opened_texts)
   result = []
   for messages in conversations:
-    found: list[Segment] = []
+    found: list[base.Segment] = []
     written: str | None = None
     for weight in list(filter(None, map(_weight, messages))) or [0.0]:
       asked = next(asked_texts)
       if written is None or not asked.startswith(written):
-        found.append(CONVERSATION)
+        found.append(base.CONVERSATION)
         written = ''
       found += _split(stand_ins, asked[len(written):], 0.0)
       if weight:
         said, end, written = _turn(asked, next(whole_texts), next(whole_texts), stand_ins, template)
         found += _split(stand_ins, said, weight)
-        found += _split(stand_ins, end, weight) or [EOS._replace(weight=weight)]
+        found += _split(stand_ins, end, weight) or [base.EOS._replace(weight=weight)]
     result.append(tuple(found))
   return result
 
@@ -269,17 +258,17 @@ def _turn(
   return text[len(asked) : stop], end, (text[: stop + len(end)] if end else None)
 
 
-def _split(stand_ins: StandIns, text: str, weight: float) -> list[Segment]:
-  return [Segment(piece, weight, control) for piece, control in stand_ins.cut(text)]
+def _split(stand_ins: StandIns, text: str, weight: float) -> list[base.Segment]:
+  return [base.Segment(piece, weight, control) for piece, control in stand_ins.cut(text)]
 
 
-def read(config: Chat, example: Example, answer: Answer) -> Prediction:
+def read(config: Chat, example: base.Example, answer: base.Answer) -> base.Prediction:
   """Return {'log_likelihood', 'tokens', 'bytes'} of what the assistant says."""
   measured: Any = config
   return language_modeling.read(measured, example, answer)
 
 
-TASK = Task(
+TASK = base.Task(
   Chat, 'measure', {'messages': conversations.messages}, example, read,
   # The end of a turn has no bytes.
   {'perplexity': language_modeling.METRICS['perplexity']},

@@ -6,22 +6,11 @@ from typing import Any, Literal
 import numpy as np
 import pydantic
 
-from jaxllm.tasks import fields
-from jaxllm.tasks.base import (
-  Answer,
-  CompletionConfig,
-  Example,
-  Prediction,
-  Record,
-  Task,
-  completion,
-  fill,
-  probabilities,
-)
+from jaxllm.tasks import base, fields
 from jaxllm.tasks.records import RecordsConfig, RecordSource
 
 
-class Classification(CompletionConfig):
+class Classification(base.CompletionConfig):
   """Choose one of a fixed set of labels for `text`.
 
   The label whose word is the most likely continuation of the prompt is predicted. With
@@ -81,27 +70,28 @@ CHINESE = Sentiment(
 )
 
 
-def example(config: Classification, record: Record) -> Example:
+def example(config: Classification, record: base.Record) -> base.Example:
   """Return the example of a record; without a `label` it can only be answered.
 
   Raises:
     ValueError: the record's label is none of the config's.
   """
-  words = dict(config.labels)
+  names, words = zip(*config.labels, strict=True)
   label = record.get('label')
-  if label is not None and label not in words:
-    raise ValueError(f'label {label!r} is none of {", ".join(map(repr, words))}; name it in labels')
-  choices = tuple(fill(config.target, {**record, 'label': word}) for word in words.values())
-  filled = {**record, 'label': words.get(label or '', '')}
-  neutral = None
+  if label is not None and label not in names:
+    raise ValueError(f'label {label!r} is none of {", ".join(map(repr, names))}; name it in labels')
+  right = None if label is None else names.index(label)
+  found = base.chosen(config, record, 'label', words, right)
   if config.neutral_text is not None:
-    neutral = completion(config, {**filled, 'text': config.neutral_text})
-  return Example(completion(config, filled), label, record, choices, neutral)
+    without = base.chosen(config, {**record, 'text': config.neutral_text}, 'label', words, right)
+    found = found._replace(neutral=without.segments)
+  return found._replace(reference=label)
 
 
-def read(config: Classification, example: Example, answer: Answer) -> Prediction:
+def read(config: Classification, example: base.Example, answer: base.Answer) -> base.Prediction:
   """Return {'label', 'score', 'scores'}: the label, its probability, and those of all labels."""
-  share_C = probabilities(np.subtract(answer.log_likelihoods, answer.neutral_log_likelihoods or 0))
+  share_C = base.probabilities(
+    np.subtract(answer.log_likelihoods, answer.neutral_log_likelihoods or 0))
   best = int(share_C.argmax())
   names = [name for name, _ in config.labels]
   return {
@@ -114,5 +104,5 @@ def read(config: Classification, example: Example, answer: Answer) -> Prediction
 METRICS: Any = {'classification': itemgetter('label'), 'calibration': itemgetter('label', 'score')}
 
 FIELDS = {'text': fields.text, 'label': fields.label}
-TASK = Task(Classification, 'choose', FIELDS, example, read, METRICS)
-SENTIMENT = Task(Sentiment, 'choose', FIELDS, example, read, METRICS)
+TASK = base.Task(Classification, 'choose', FIELDS, example, read, METRICS)
+SENTIMENT = base.Task(Sentiment, 'choose', FIELDS, example, read, METRICS)

@@ -19,8 +19,7 @@ def encode(
 ) -> Tokens:
   """Tokenize each segment by itself, so that weights and tokens cannot come apart.
 
-  Of a conversation, it is what stands before an answer that is tokenized by itself, as one text;
-  and of several sequences the last is returned, see `sequences`.
+  A conversation is tokenized as `sequences` does; the last of its sequences is returned.
 
   Args:
     segments: texts and control tokens.
@@ -62,14 +61,8 @@ def sequences(
   begin with the ids so far, as a tokenizer joins the end of an answer with what follows, another
   sequence begins.
 
-  Args:
-    segments: as in `encode`, like the rest.
-    tokenizer: text to ids.
-    special_ids: of its special tokens.
-    add_bos: whether the model wants BOS.
-
   Returns:
-    Sequences in which each answer has its weight once.
+    Sequences in which each answer has its weight once; arguments are those of `encode`.
   """
   if not segments or segments[0] != CONVERSATION:
     return [encode(segments, tokenizer, special_ids, add_bos)]

@@ -3,12 +3,11 @@
 from operator import itemgetter
 from typing import Literal
 
-from jaxllm.tasks import fields
-from jaxllm.tasks.base import BOS, Answer, Example, Prediction, Record, Segment, Task, TaskConfig
+from jaxllm.tasks import base, fields
 from jaxllm.tasks.records import RecordsConfig, RecordSource
 
 
-class LanguageModeling(TaskConfig):
+class LanguageModeling(base.TaskConfig):
   """Measure `text`.
 
   The default data are the help topics of Python.
@@ -20,12 +19,12 @@ class LanguageModeling(TaskConfig):
   """Records with `text`."""
 
 
-def example(config: LanguageModeling, record: Record) -> Example:
+def example(config: LanguageModeling, record: base.Record) -> base.Example:
   """Return the example of a record: the whole text, without a token for its end."""
-  return Example((BOS, Segment(record['text'], 1.0)), None, record)
+  return base.Example((base.BOS, base.Segment(record['text'], 1.0)), None, record)
 
 
-def read(config: LanguageModeling, example: Example, answer: Answer) -> Prediction:
+def read(config: LanguageModeling, example: base.Example, answer: base.Answer) -> base.Prediction:
   """Return {'log_likelihood', 'tokens', 'bytes'}: in nats, of the whole text."""
   return {
     'log_likelihood': sum(answer.log_likelihoods),
@@ -38,4 +37,4 @@ def read(config: LanguageModeling, example: Example, answer: Answer) -> Predicti
 METRICS = dict.fromkeys(
   ('perplexity', 'bits_per_byte'), itemgetter('log_likelihood', 'tokens', 'bytes'))
 
-TASK = Task(LanguageModeling, 'measure', {'text': fields.any_text}, example, read, METRICS)
+TASK = base.Task(LanguageModeling, 'measure', {'text': fields.any_text}, example, read, METRICS)

@@ -6,24 +6,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxllm.tasks import fields
-from jaxllm.tasks.base import (
-  Answer,
-  CompletionConfig,
-  Example,
-  Prediction,
-  Record,
-  Task,
-  completion,
-  fill,
-  probabilities,
-)
+from jaxllm.tasks import base, fields
 from jaxllm.tasks.records import RecordsConfig, RecordSource
 
 _LABELS = 'choices.label'
 
 
-class MultipleChoice(CompletionConfig):
+class MultipleChoice(base.CompletionConfig):
   """Choose the answer to `question` among `choices`.
 
   The default data are functions of Python's standard library with four docstring lines, one of
@@ -43,7 +32,7 @@ class MultipleChoice(CompletionConfig):
   """An answer; {choice} stands for the choice's text."""
 
 
-def example(config: MultipleChoice, record: Record) -> Example:
+def example(config: MultipleChoice, record: base.Record) -> base.Example:
   """Return the example of a record; without an `answer` it can only be answered.
 
   Raises:
@@ -53,9 +42,7 @@ def example(config: MultipleChoice, record: Record) -> Example:
   reference = None
   if 'answer' in record:
     reference = _answer_index(record['answer'], texts, record.get(_LABELS, ()))
-  choices = tuple(fill(config.target, {**record, 'choice': text}) for text in texts)
-  filled = {**record, 'choice': texts[reference or 0]}
-  return Example(completion(config, filled), reference, record, choices)
+  return base.chosen(config, record, 'choice', texts, reference)
 
 
 def _answer_index(answer: Any, texts: list[str], labels: Sequence[Any]) -> int:
@@ -79,7 +66,7 @@ def _answer_index(answer: Any, texts: list[str], labels: Sequence[Any]) -> int:
   return meant.pop()
 
 
-def shape(config: MultipleChoice, record: Record) -> Record:
+def shape(config: MultipleChoice, record: base.Record) -> base.Record:
   """Return a record whose choices are texts, and their labels besides where they have some."""
   record = {'answer': record['answerKey'], **record} if 'answerKey' in record else record
   choices = fields.from_json(record.get('choices'))
@@ -93,22 +80,22 @@ def shape(config: MultipleChoice, record: Record) -> Record:
   return {**record, 'choices': choices['text'], _LABELS: choices['label']}
 
 
-def read(config: MultipleChoice, example: Example, answer: Answer) -> Prediction:
+def read(config: MultipleChoice, example: base.Example, answer: base.Answer) -> base.Prediction:
   """Return the choice by likelihood, by likelihood per character, and the shares of both.
 
   'choice' and 'normalized_choice' are numbers from 0; 'score' and 'normalized_score' lie in [0, 1].
   """
   log_likelihoods_C = np.array(answer.log_likelihoods)
   per_character_C = log_likelihoods_C / [len(choice.strip()) or 1 for choice in example.choices]
-  found: Prediction = {}
+  found: base.Prediction = {}
   for prefix, values_C in (('', log_likelihoods_C), ('normalized_', per_character_C)):
     best = int(values_C.argmax())
     found[f'{prefix}choice'] = best
-    found[f'{prefix}score'] = float(probabilities(values_C)[best])
+    found[f'{prefix}score'] = float(base.probabilities(values_C)[best])
   return found
 
 
-TASK = Task(
+TASK = base.Task(
   MultipleChoice, 'choose',
   {'question': fields.text, 'choices': fields.listed(fields.text, 2, 'at least two texts'),
    'answer': lambda value, name: value}, example, read,

@@ -6,25 +6,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxllm.tasks import chat, conversations, fields
-from jaxllm.tasks.base import (
-  Answer,
-  CompletionConfig,
-  Example,
-  Prediction,
-  Record,
-  Segment,
-  Task,
-  completion,
-  fill,
-  probabilities,
-  prompt_of,
-)
+from jaxllm.tasks import base, chat, conversations, fields
 from jaxllm.tasks.chat import ChatTemplate
 from jaxllm.tasks.records import RecordsConfig, RecordSource
 
 
-class Preference(CompletionConfig):
+class Preference(base.CompletionConfig):
   """Find the `chosen` answer to `prompt` likelier than the `rejected` one.
 
   The default data are functions of Python's standard library, each with the first line of its
@@ -47,7 +34,7 @@ class Preference(CompletionConfig):
   the 'model'; None: by prompt and target, for which they may hold one question alone."""
 
 
-def example(config: Preference, record: Record) -> Example:
+def example(config: Preference, record: base.Record) -> base.Example:
   """Return the example of a record: to be trained on the chosen answer, with both as choices.
 
   Raises:
@@ -62,35 +49,32 @@ def example(config: Preference, record: Record) -> Example:
     roles = ', '.join(message['role'] for message in record['prompt'])
     raise ValueError(f"field 'prompt' has messages of {roles}; only one of the user is a prompt by "
                      "itself: set task.template to 'model' or to a template")
-  record = {**record, 'prompt': question['content']}
-  choices = tuple(fill(config.target, {**record, 'answer': record[name]})
-                  for name in ('chosen', 'rejected'))
-  segments = completion(config, {**record, 'answer': record['chosen']})
-  return Example(segments, 0, record, choices)
+  answers = record['chosen'], record['rejected']
+  return base.chosen(config, {**record, 'prompt': question['content']}, 'answer', answers, 0)
 
 
 def examples(
-  config: Preference, records: Sequence[Record], template: chat.Template, *unused: Any
-) -> list[Example]:
+  config: Preference, records: Sequence[base.Record], template: chat.Template, *unused: Any
+) -> list[base.Example]:
   """Return the examples of records as conversations; see `chat.segments`."""
   written = chat.examples(
     [{'messages': [*record['prompt'], {'role': 'assistant', 'content': record[name]}]}
      for name in ('chosen', 'rejected') for record in records], template)
-  said = [one.segments[len(prompt_of(one.segments))].text for one in written]
+  said = [one.segments[len(base.prompt_of(one.segments))].text for one in written]
   return [
-    Example(written[i].segments, 0, record, (said[i], said[i + len(records)]))
+    base.Example(written[i].segments, 0, record, (said[i], said[i + len(records)]))
     for i, record in enumerate(records)
   ]
 
 
-def rejected(example: Example) -> Example:
+def rejected(example: base.Example) -> base.Example:
   """Return the example whose target is the rejected answer."""
-  prompt = prompt_of(example.segments)
+  prompt = base.prompt_of(example.segments)
   _, *end = example.segments[len(prompt) :]
-  return example._replace(segments=(*prompt, Segment(example.choices[1], 1.0), *end))
+  return example._replace(segments=(*prompt, base.Segment(example.choices[1], 1.0), *end))
 
 
-def shape(config: Preference, record: Record) -> Record:
+def shape(config: Preference, record: base.Record) -> base.Record:
   """Return a record with messages as `prompt`, and texts as answers, where it has conversations.
 
   Raises:
@@ -122,13 +106,13 @@ def shape(config: Preference, record: Record) -> Record:
   return {**record, **found, **({} if prompt is None else {'prompt': prompt})}
 
 
-def read(config: Preference, example: Example, answer: Answer) -> Prediction:
+def read(config: Preference, example: base.Example, answer: base.Answer) -> base.Prediction:
   """Return {'choice', 'score'}: 0 where the chosen answer is likelier, and its share."""
-  share_C = probabilities(answer.log_likelihoods)
+  share_C = base.probabilities(answer.log_likelihoods)
   return {'choice': int(np.argmax(share_C)), 'score': float(share_C.max())}
 
 
-TASK = Task(
+TASK = base.Task(
   Preference, 'choose',
   {'prompt': conversations.asked, 'chosen': fields.text, 'rejected': fields.text},
   example, read, {'accuracy': itemgetter('choice')}, shape=shape, by_template=examples,

@@ -11,24 +11,13 @@ from typing import Any, Literal
 
 import pydantic
 
-from jaxllm.tasks import fields
-from jaxllm.tasks.base import (
-  Answer,
-  CompletionConfig,
-  Example,
-  Prediction,
-  Record,
-  Task,
-  completion,
-  fill,
-  request,
-)
+from jaxllm.tasks import base, fields
 from jaxllm.tasks.records import RecordsConfig, RecordSource
 
 Span = tuple[int, int]
 
 
-class QuestionAnswering(CompletionConfig):
+class QuestionAnswering(base.CompletionConfig):
   """Answer `question`, from `context` where the record has one.
 
   The default data are a chat bot's questions and answers, without context.
@@ -75,26 +64,25 @@ class ExtractiveQuestionAnswering(QuestionAnswering):
   """Records with `question`, `context` and `answers`."""
 
 
-def example(config: QuestionAnswering, record: Record) -> Example:
+def example(config: QuestionAnswering, record: base.Record) -> base.Example:
   """Return the example of a record; without `answers` it can only be answered."""
   if not record.get('context'):
     config = config.replace(
       prompt=config.prompt_without_context, request=config.request_without_context)
   answers = record.get('answers')
   first = answers[0] if answers else config.unanswerable
-  return Example(completion(config, {**record, 'answer': first}), answers, record,
-                 request=request(config, record))
+  return base.written(config, record, answers, answer=first)
 
 
-def instructed(config: QuestionAnswering, examples: list[Example]) -> list[Example]:
+def instructed(config: QuestionAnswering, examples: list[base.Example]) -> list[base.Example]:
   """Return examples with the instruction, all of them, where one has no answer."""
   if all(example.reference for example in examples):
     return examples
-  told = fill(config.instruction, {'unanswerable': config.unanswerable})
+  told = base.fill(config.instruction, {'unanswerable': config.unanswerable})
   return [example._replace(instruction=told) for example in examples]
 
 
-def read(config: QuestionAnswering, example: Example, answer: Answer) -> Prediction:
+def read(config: QuestionAnswering, example: base.Example, answer: base.Answer) -> base.Prediction:
   """Return {'answer', 'score', 'start', 'end'}.
 
   The offsets are those of the answer's first occurrence in the context; None where it is not there,
@@ -108,8 +96,8 @@ def read(config: QuestionAnswering, example: Example, answer: Answer) -> Predict
 
 
 def read_span(
-  config: ExtractiveQuestionAnswering, example: Example, answer: Answer
-) -> Prediction:
+  config: ExtractiveQuestionAnswering, example: base.Example, answer: base.Answer
+) -> base.Prediction:
   """Return {'answer', 'score', 'start', 'end'}, where context[start:end] is the answer."""
   said = read(config, example, answer)
   if not said['answer']:
@@ -167,12 +155,12 @@ def read_answers(value: Any, name: str) -> list[str]:
   return fields.listed(fields.text, 0, 'texts, [] where there is no answer')(value, name)
 
 
-TASK = Task(
+TASK = base.Task(
   QuestionAnswering, 'generate', {'question': fields.text, 'answers': read_answers}, example, read,
   {'squad': itemgetter('answer')}, {'context': fields.optional(fields.any_text)},
   together=instructed,
 )
-EXTRACTIVE = Task(
+EXTRACTIVE = base.Task(
   ExtractiveQuestionAnswering, 'generate', {**TASK.fields, 'context': fields.text}, example,
   read_span, {'squad': itemgetter('answer')}, together=instructed,
 )

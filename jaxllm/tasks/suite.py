@@ -37,15 +37,15 @@ def select(
   if data and len(listed) > 1:
     raise ValueError(f'--data={data} is for one task, not for {", ".join(listed)}; name the data '
                      'of several in a JSON file')
+  changes: dict[str, Any] = {} if limit is None else {'limit': limit}
+  if data:
+    changes |= {'sources': (RecordSource(location=data, split=split),), 'group': None}
   found = {}
   for name, (fields, where) in listed.items():
-    if own is not None and fields == {'kind': own.kind}:
-      config = own
+    if own is None or fields != {'kind': own.kind}:
+      config = _config({'data': changes, **fields} if data else fields, where)
     else:
-      config = _config({'data': _records(data, split), **fields} if data else fields, where)
-    changes: dict[str, Any] = _records(data, split) if data else {}
-    if limit is not None:
-      changes['limit'] = limit
+      config = own
     found[name] = config.replace(data=config.data.replace(**changes))
   return found
 
@@ -58,17 +58,10 @@ def in_format_of(config: Any, own: Any) -> Any:
     own: the task that the model was fine-tuned on; of another kind, or with other labels, it says
       nothing about `config`.
   """
-  if own is None or own.kind != config.kind or _labels(own) != _labels(config):
+  if own is None or own.kind != config.kind:
     return config
-  return own.replace(data=config.data)
-
-
-def _labels(config: Any) -> set[str]:
-  return {label for label, _ in getattr(config, 'labels', ())}
-
-
-def _records(location: str, split: str) -> dict[str, Any]:
-  return {'sources': (RecordSource(location=location, split=split),), 'group': None}
+  labels = [{label for label, _ in getattr(one, 'labels', ())} for one in (own, config)]
+  return own.replace(data=config.data) if labels[0] == labels[1] else config
 
 
 def _config(fields: Any, where: str) -> Any:

@@ -5,21 +5,11 @@ from typing import Literal
 
 import pydantic
 
-from jaxllm.tasks import fields
-from jaxllm.tasks.base import (
-  Answer,
-  CompletionConfig,
-  Example,
-  Prediction,
-  Record,
-  Task,
-  completion,
-  request,
-)
+from jaxllm.tasks import base, fields
 from jaxllm.tasks.records import RecordsConfig, RecordSource
 
 
-class Summarization(CompletionConfig):
+class Summarization(base.CompletionConfig):
   """Say what `document` says in the words of `summary`.
 
   The default data are functions of Python's standard library and the first lines of their
@@ -43,19 +33,18 @@ class Summarization(CompletionConfig):
   """Most tokens of a summary."""
 
 
-def example(config: Summarization, record: Record) -> Example:
+def example(config: Summarization, record: base.Record) -> base.Example:
   """Return the example of a record; without a `summary` it can only be answered."""
   summary = record.get('summary')
-  filled = {**record, 'summary': fields.first(summary or '')}
-  return Example(completion(config, filled), summary, record, request=request(config, record))
+  return base.written(config, record, summary, summary=fields.first(summary or ''))
 
 
-def read(config: Summarization, example: Example, answer: Answer) -> Prediction:
+def read(config: Summarization, example: base.Example, answer: base.Answer) -> base.Prediction:
   """Return {'summary_text'}."""
   return {'summary_text': answer.text.strip()}
 
 
-TASK = Task(
+TASK = base.Task(
   Summarization, 'generate', {'document': fields.text, 'summary': fields.several}, example, read,
   {'rouge': itemgetter('summary_text')},
 )

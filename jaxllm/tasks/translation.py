@@ -6,17 +6,7 @@ from typing import Any, Literal
 
 import pydantic
 
-from jaxllm.tasks import fields
-from jaxllm.tasks.base import (
-  Answer,
-  CompletionConfig,
-  Example,
-  Prediction,
-  Record,
-  Task,
-  completion,
-  request,
-)
+from jaxllm.tasks import base, fields
 from jaxllm.tasks.records import RecordsConfig, RecordSource
 
 LANGUAGES: Mapping[str, str] = {
@@ -30,7 +20,7 @@ LANGUAGES: Mapping[str, str] = {
 """Code -> how prompts spell the language; any other code or name stands for itself."""
 
 
-class Translation(CompletionConfig):
+class Translation(base.CompletionConfig):
   """Translate `source` into `target`.
 
   The default data are English interface messages and their German translations.
@@ -58,7 +48,7 @@ class Translation(CompletionConfig):
   """Most tokens of a translation."""
 
 
-def example(config: Translation, record: Record) -> Example:
+def example(config: Translation, record: base.Record) -> base.Example:
   """Return the example of a record; without a `target` it can only be answered."""
   languages = {
     field: LANGUAGES.get(name, name)
@@ -66,11 +56,10 @@ def example(config: Translation, record: Record) -> Example:
     if (name := record.get(field) or getattr(config, field))
   }
   target = record.get('target')
-  filled = {**record, **languages, 'target': fields.first(target or '')}
-  return Example(completion(config, filled), target, record, request=request(config, filled))
+  return base.written(config, record, target, **languages, target=fields.first(target or ''))
 
 
-def shape(config: Translation, record: Record) -> Record:
+def shape(config: Translation, record: base.Record) -> base.Record:
   """Return a record with source and target, also where they stand by language."""
   texts = record.get('translation')
   if 'source' in record or not isinstance(texts, Mapping):
@@ -79,14 +68,14 @@ def shape(config: Translation, record: Record) -> Record:
     ('source', config.source_language), ('target', config.target_language)) if code in texts}}
 
 
-def read(config: Translation, example: Example, answer: Answer) -> Prediction:
+def read(config: Translation, example: base.Example, answer: base.Answer) -> base.Prediction:
   """Return {'translation_text'}."""
   return {'translation_text': answer.text.strip()}
 
 
 TEXT: Any = itemgetter('translation_text')
 
-TASK = Task(
+TASK = base.Task(
   Translation, 'generate', {'source': fields.text, 'target': fields.several}, example, read,
   {'bleu': TEXT, 'chrf': TEXT},
   dict.fromkeys(('source_language', 'target_language'), fields.optional(fields.text)), shape,
