@@ -62,7 +62,7 @@ def chat_format(model: Model, template: ChatTemplate) -> ChatFormat:
       raise templates.TemplateError("the model's chat template knows neither tools nor documents")
     prompts = chat.segments(
       [[{**one, 'weight': 0} for one in messages] for messages in conversations], template)
-    return [list(encoding.encode(prompt, model.tokenizer, special, model.add_bos).ids)
+    return [list(encoding.encode(prompt, model.tokenizer, model.add_bos).ids)
             for prompt in prompts]
 
   end = template.suffix.rstrip() or template.suffix

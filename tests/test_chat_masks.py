@@ -179,7 +179,7 @@ def test_trained_is_what_is_asked_the_answer_and_its_end(tmp_path, name, kind, r
   talk = TALK if name == 'mistral-0.3' else [SYSTEM, *TALK]
   example, = examples_of(tmp_path, model, talk)
   found, _ = encoding.training_sequences(
-    [example], model.tokenizer, 4000, 'start', model.tokenizer.special_tokens, add_bos=False)
+    [example], model.tokenizer, 4000, 'start', add_bos=False)
   assert len(found) == count
   names = {i: text for text, i in model.tokenizer.special_tokens.items()}
   answers = [i for i, message in enumerate(talk) if message['role'] == 'assistant']

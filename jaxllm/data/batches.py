@@ -74,13 +74,8 @@ class Batches:
 
 
 def make_batches(
-  directory: str | os.PathLike[str],
-  split: str,
-  batch_size: int,
-  seed: int,
-  process_index: int = 0,
-  process_count: int = 1,
-  shuffle: bool = True,
+  directory: str | os.PathLike[str], split: str, batch_size: int, seed: int,
+  process_index: int = 0, process_count: int = 1, shuffle: bool = True,
   num_epochs: int | None = None,
 ) -> Batches:
   """Open the records of a split.
@@ -107,31 +102,17 @@ def make_batches(
 
 
 def from_records(
-  rows: np.ndarray,
-  decode: Decode,
-  vocab_size: int,
-  batch_size: int,
-  seed: int,
-  process_index: int = 0,
-  process_count: int = 1,
-  shuffle: bool = True,
+  rows: np.ndarray, decode: Decode, vocab_size: int, batch_size: int, seed: int,
+  process_index: int = 0, process_count: int = 1, shuffle: bool = True,
   num_epochs: int | None = None,
 ) -> Batches:
-  """Give the same access to records that are already in memory.
+  """Give the same access to records in memory; as `make_batches` but for these arguments.
 
   Args:
     rows: structured array, (records,); every process has all of them.
     decode: rows -> arrays of a batch.
     vocab_size: ids are below it.
     batch_size: as in `make_batches`, like the rest.
-    seed: decides the order.
-    process_index: which process this is.
-    process_count: how many there are.
-    shuffle: visit the records in a new random order each epoch.
-    num_epochs: how often all records are visited; None never ends.
-
-  Raises:
-    ValueError: the batch does not divide.
   """
   source = [row.tobytes() for row in rows]
   plain = Batches(len(rows), batch_size, num_epochs, range(0), source, rows.dtype, vocab_size,
@@ -179,9 +160,6 @@ def _open(paths: Sequence[pathlib.Path], counts: Sequence[int]) -> Any:
 def prefetch(
   batches: Batches, start_step: int, stop_step: int, num_threads: int = 2, buffer_size: int = 4
 ) -> Iterator[dict[str, np.ndarray]]:
-  """Yield the batches of steps start_step .. stop_step - 1 in order, made ahead by threads.
-
-  An error in a thread is raised where its batch would have come. Leaving the loop early is fine.
-  """
+  """Yield the batches of steps start_step .. stop_step - 1; see `parallel.map_ahead`."""
   return parallel.map_ahead(
     batches.batch_at, range(start_step, stop_step), num_threads, buffer_size)

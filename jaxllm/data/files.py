@@ -1,8 +1,4 @@
-r"""Files as characters: decompressed, decoded, in blocks or lines. All of it streams.
-
-- `blocks`, `lines` and `whole` give the characters of a file; a line ends at \n alone.
-- `ending` is what the format of a file goes by, `COMPRESSIONS` what is read through.
-"""
+"""Files as characters: decompressed, decoded, in blocks or lines. All of it streams."""
 
 import bz2
 import codecs

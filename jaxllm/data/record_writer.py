@@ -1,5 +1,6 @@
 """Texts to record files: tokenized in groups ahead, packed, counted, written in shards."""
 
+import collections
 import errno
 import os
 import pathlib
@@ -21,7 +22,7 @@ def tokenize(
 ) -> Iterator[tuple[str, str, list[int]]]:
   """Yield (split, text, ids) for each (split, text).
 
-  One group of texts is tokenized on all cores while the group before is being used.
+  A group of texts is tokenized on all cores while the one before is being used.
   """
   def groups() -> Iterator[list[tuple[str, str]]]:
     group, size = [], 0
@@ -41,7 +42,7 @@ def tokenize(
     yield from group
 
 
-class ShardWriter:
+class _ShardWriter:
   """Writes records into `NAME-00000.array_record`, `-00001` and so on, a fixed number into each."""
 
   def __init__(self, directory: pathlib.Path, name: str, records_per_shard: int):
@@ -50,11 +51,6 @@ class ShardWriter:
     self.counts: list[int] = []
 
   def write(self, record: bytes) -> None:
-    """Append one record.
-
-    Raises:
-      OSError: the disk is full or cannot be written.
-    """
     from array_record.python import array_record_module
     if self._writer is None or self.counts[-1] == self._limit:
       self.close()
@@ -65,7 +61,6 @@ class ShardWriter:
     self.counts[-1] += 1
 
   def close(self) -> None:
-    """Finish the open shard."""
     writer, self._writer = self._writer, None
     if writer is not None:
       self._io(writer.close)
@@ -91,28 +86,22 @@ class SplitWriter:
   Args:
     directory: where the shards go.
     name: of the split.
-    tokenizer: gives the borders of documents and the bytes of tokens.
-    policy: of `packing.PACKERS`.
-    context_length: T.
-    add_bos: begin each document with BOS.
-    add_eos: end each document with EOS.
+    tokenizer: gives BOS, EOS and the bytes of tokens.
+    data: packing, context length and whether documents have BOS and EOS.
 
   Raises:
-    ValueError: the tokenizer has no such border.
+    ValueError: the tokenizer has no BOS or EOS where it is wanted.
   """
 
-  def __init__(
-    self, directory: pathlib.Path, name: str, tokenizer: Tokenizer, *, policy: str,
-    context_length: int, add_bos: bool, add_eos: bool,
-  ):
-    self._tokenizer, self._joined = tokenizer, policy == 'stream'
-    self._prefix = _border(tokenizer.bos_id, 'bos') if add_bos else []
-    self._suffix = _border(tokenizer.eos_id, 'eos') if add_eos else []
-    dtype = packing.record_dtype(context_length, tokenizer.vocab_size)
-    self._packer = packing.PACKERS[policy](dtype)
-    self._shards = ShardWriter(directory, name, max(1, _SHARD_TOKENS // context_length))
-    self._counts = dict.fromkeys(
-      ('documents', 'tokens', 'target_tokens', 'text_bytes', 'target_bytes'), 0)
+  def __init__(self, directory: pathlib.Path, name: str, tokenizer: Tokenizer, data: Any):
+    self._tokenizer, self._joined = tokenizer, data.packing == 'stream'
+    self._prefix = _border(tokenizer.bos_id, 'bos') if data.add_bos else []
+    self._suffix = _border(tokenizer.eos_id, 'eos') if data.add_eos else []
+    dtype = packing.record_dtype(data.context_length, tokenizer.vocab_size)
+    self._packer = packing.PACKERS[data.packing](dtype)
+    self._shards = _ShardWriter(directory, name, max(1, _SHARD_TOKENS // data.context_length))
+    self._counts = collections.Counter(
+      dict.fromkeys(('documents', 'tokens', 'target_tokens', 'text_bytes', 'target_bytes'), 0))
 
   def add(self, text: str, encoded: list[int]) -> int:
     """Append a document and return how many tokens it has, borders included.
@@ -130,7 +119,7 @@ class SplitWriter:
     predicted = size
     if not (self._joined and self._counts['documents']):  # Nothing predicts the first token.
       predicted -= len(self._tokenizer.id_bytes[ids[0]])
-    self._count(documents=1, tokens=len(ids), text_bytes=size, target_bytes=predicted)
+    self._counts.update(documents=1, tokens=len(ids), text_bytes=size, target_bytes=predicted)
     self._write(self._packer.add(ids))
     return len(ids)
 
@@ -143,12 +132,8 @@ class SplitWriter:
 
   def _write(self, records: Iterator[np.ndarray]) -> None:
     for record in records:
-      self._count(target_tokens=packing.count_targets(record))
+      self._counts.update(target_tokens=packing.count_targets(record))
       self._shards.write(record.tobytes())
-
-  def _count(self, **amounts: int) -> None:
-    for name, amount in amounts.items():
-      self._counts[name] += amount
 
 
 def _border(token_id: int | None, name: str) -> list[int]:

@@ -127,8 +127,7 @@ class Manifest(Config):
 
   def split(self, name: str) -> Split:
     """Return a split by name, 'train' or 'validation'."""
-    found = {'train': self.train, 'validation': self.validation}.get(name)
-    if found is None:
+    if (found := {'train': self.train, 'validation': self.validation}.get(name)) is None:
       raise ValueError(f'no split {name!r} was prepared; set config.data.validation')
     return found
 
@@ -164,8 +163,7 @@ def prepare(
     raise ValueError(f'data.sources={data.sources} and tokenizer={tokenizer}: preparing documents '
                      'needs both')
   directory = pathlib.Path(directory)
-  known = storage.read_json(directory / _HASHES)
-  hashes = dict(known)
+  hashes = dict(known := storage.read_json(directory / _HASHES))
   sources = survey.survey(data.sources, _own_validation(data), hashes)
   fingerprint = _fingerprint(data, tokenizer, sources)
   manifest = _prepared(directory, fingerprint)
@@ -232,17 +230,13 @@ def _prepared(directory: pathlib.Path, fingerprint: str) -> Manifest | None:
     manifest = load_manifest(directory)
   except ValueError:
     return None
-  paths = [path for split in _split_names(manifest.data)
-           for path in shard_paths(directory, manifest, split)]
-  return manifest if all(path.is_file() for path in paths) else None
+  complete = all(path.is_file() for split in _split_names(manifest.data)
+                 for path in shard_paths(directory, manifest, split))
+  return manifest if complete else None
 
 
 def _split_names(data: DataConfig) -> list[str]:
   return ['train'] if data.validation is None else ['train', 'validation']
-
-
-def _all_sources(data: DataConfig) -> tuple[SourceConfig, ...]:
-  return data.sources + _own_validation(data)
 
 
 def _own_validation(data: DataConfig) -> tuple[SourceConfig, ...]:
@@ -265,7 +259,7 @@ def _fingerprint(
     'version': VERSION,
     'data': data.model_dump(mode='json', exclude={'sources', 'shuffle', 'validation'}),
     'validation': len(data.sources) if isinstance(data.validation, tuple) else data.validation,
-    'sources': [without_paths(source) for source in _all_sources(data)],
+    'sources': [without_paths(source) for source in (*data.sources, *_own_validation(data))],
     'contents': [source.sha256 for source in sources],
     'tokenizer': tokenizer.model_dump(mode='json', exclude={'path'}),
     'tokenizer_files': {name: hashlib.sha256(content).hexdigest()
@@ -274,27 +268,33 @@ def _fingerprint(
   return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _texts(
-  data: DataConfig, counts: Sequence[collections.Counter[str]], ends: bool
-) -> Iterator[tuple[str, str]]:
-  """Yield (split, cleaned text) of every document that is kept, counting them per source.
+Counters = Sequence[collections.Counter[str]]
 
-  Args:
-    data: the settings.
-    counts: one of each source.
-    ends: hold out the end of each document instead of whole ones.
-  """
-  fraction = data.validation if isinstance(data.validation, float) else 0.0
-  for number, source in enumerate(_all_sources(data)):
-    own = number >= len(data.sources)
+
+def _counters(sources: Sequence[Any]) -> Counters:
+  return [collections.Counter() for _ in sources]
+
+
+def _cleaned(data: DataConfig, counts: Counters) -> Iterator[tuple[str, bool]]:
+  """Yield (text, whether it is of a source for validation), counting documents per source."""
+  sources = (*data.sources, *_own_validation(data))
+  for number, (source, count) in enumerate(zip(sources, counts, strict=True)):
     for document in documents.documents(source):
       text = clean(document.text, data.cleaning)
-      counts[number].update(documents=1, dropped=not text)
-      if text and ends and not own:
-        cut = _line_end_before(text, len(text) - int(len(text) * fraction))
-        yield from (part for part in (('train', text[:cut]), ('validation', text[cut:])) if part[1])
-      elif text:
-        yield 'validation' if own or _draw(text) < fraction else 'train', text
+      count.update(documents=1, dropped=not text)
+      if text:
+        yield text, number >= len(data.sources)
+
+
+def _texts(data: DataConfig, counts: Counters, ends: bool) -> Iterator[tuple[str, str]]:
+  """Yield (split, text), holding out the `ends` of documents or whole ones."""
+  fraction = data.validation if isinstance(data.validation, float) else 0.0
+  for text, own in _cleaned(data, counts):
+    if ends and not own:
+      cut = _line_end_before(text, len(text) - int(len(text) * fraction))
+      yield from (part for part in (('train', text[:cut]), ('validation', text[cut:])) if part[1])
+    else:
+      yield 'validation' if own or _sample(text) < fraction else 'train', text
 
 
 def _line_end_before(text: str, place: int) -> int:
@@ -308,13 +308,10 @@ def _too_few(data: DataConfig) -> bool:
     return False
   sides: set[bool] = set()
   number = 0
-  for source in data.sources:
-    for document in documents.documents(source):
-      text = clean(document.text, data.cleaning)
-      number += bool(text)
-      sides |= {_draw(text) < data.validation} if text else set()
-      if len(sides) > 1:
-        return False
+  for number, (text, _) in enumerate(_cleaned(data, _counters(data.sources)), 1):  # noqa: B007
+    sides.add(_sample(text) < data.validation)
+    if len(sides) > 1:
+      return False
   if number:
     whose = 'the document' if number == 1 else f'each of the {number} documents'
     logging.warning('config.data.validation=%s: the end of %s is held out, as no whole document '
@@ -322,7 +319,7 @@ def _too_few(data: DataConfig) -> bool:
   return True
 
 
-def _draw(text: str) -> float:
+def _sample(text: str) -> float:
   """Return a number in [0, 1) that depends on the text alone: duplicates share their split."""
   return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) / 2**64
 
@@ -331,10 +328,10 @@ def _write(
   data: DataConfig, config: TokenizerConfig, staging: pathlib.Path,
   sources: Sequence[SourceCounts], fingerprint: str, progress: bool,
 ) -> Manifest:
-  counts, ends = _counters(sources), _too_few(data)
+  ends = _too_few(data)
   with _bar('tokenizer', ' documents', progress and config.trained) as bar:
     def training() -> Iterator[str]:
-      for split, text in _texts(data, counts, ends):
+      for split, text in _texts(data, _counters(sources), ends):
         bar.update()
         if split == 'train':
           yield text
@@ -342,12 +339,8 @@ def _write(
   tokenizers.save(tokenizer, staging / 'tokenizer')
 
   counts = _counters(sources)
-  writers = {
-    name: record_writer.SplitWriter(
-      staging, name, tokenizer, policy=data.packing, context_length=data.context_length,
-      add_bos=data.add_bos, add_eos=data.add_eos)
-    for name in _split_names(data)
-  }
+  writers = {name: record_writer.SplitWriter(staging, name, tokenizer, data)
+             for name in _split_names(data)}
   with _bar('records', ' tokens', progress) as bar:
     items = record_writer.tokenize(_texts(data, counts, ends), tokenizer.encode_batch)
     for number, (split, text, ids) in enumerate(items, 1):
@@ -362,10 +355,6 @@ def _write(
     tokenizer_fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size,
     sources=sources, train=splits['train'], validation=splits.get('validation'),
   )
-
-
-def _counters(sources: Sequence[SourceCounts]) -> list[collections.Counter[str]]:
-  return [collections.Counter() for _ in sources]
 
 
 def _bar(name: str, unit: str, show: bool) -> Any:

@@ -149,7 +149,7 @@ class Task(NamedTuple):
       scored.
     make: (config, record, as its readers return it) -> example.
     read: (config, example, answer) -> prediction, in the shape of the pipeline of that name.
-    metrics: name in `evaluation.scores.METRICS` -> what of a prediction it compares.
+    metrics: name in `evaluation.scores.METRICS` -> the part of a prediction that it compares.
     optional: what a record may have -> reader.
     shape: (config, record) -> record with `fields`, from the other forms that people have.
     together: (config, examples) -> examples, where they depend on one another.

@@ -1,7 +1,7 @@
 """Segments to token ids and weights: the only place where a task meets a tokenizer."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from jaxllm.data.tokenizer_parts import Part
@@ -11,32 +11,26 @@ from jaxllm.objectives.completion import Tokens, Truncation
 from jaxllm.tasks.base import CONVERSATION, Example, Segment, prompt_of
 
 
-def encode(
-  segments: Sequence[Segment],
-  tokenizer: Tokenizer,
-  special_ids: Mapping[str, int] | None = None,
-  add_bos: bool = True,
-) -> Tokens:
+def encode(segments: Sequence[Segment], tokenizer: Tokenizer, add_bos: bool = True) -> Tokens:
   """Tokenize each segment by itself, so that weights and tokens cannot come apart.
 
   A conversation is tokenized as `sequences` does; the last of its sequences is returned.
 
   Args:
     segments: texts and control tokens.
-    tokenizer: BOS or EOS is left out where it has none.
-    special_ids: spelling -> id of its other special tokens; a control segment that is not among
-      them is tokenized as text.
+    tokenizer: BOS or EOS is left out where it has none; a control segment that names none of its
+      other special tokens is tokenized as text.
     add_bos: whether the model wants BOS; without, it is left out.
 
   Returns:
     ids and the weight of each as a target.
   """
   if segments and segments[0] == CONVERSATION:
-    return sequences(segments, tokenizer, special_ids, add_bos)[-1]
+    return sequences(segments, tokenizer, add_bos)[-1]
   ids: list[int] = []
   weights: list[float] = []
   continues = False
-  parts = _parts(segments, tokenizer, special_ids, add_bos)
+  parts = _parts(segments, tokenizer, add_bos)
   for segment, part in zip(segments, parts, strict=True):
     if segment.control and part != segment.text:
       new = [part] if isinstance(part, int) else []
@@ -50,27 +44,24 @@ def encode(
 
 
 def sequences(
-  segments: Sequence[Segment],
-  tokenizer: Tokenizer,
-  special_ids: Mapping[str, int] | None = None,
-  add_bos: bool = True,
+  segments: Sequence[Segment], tokenizer: Tokenizer, add_bos: bool = True
 ) -> list[Tokens]:
-  """Tokenize segments, of which conversations may need several sequences.
+  """Tokenize segments; a conversation may need several sequences.
 
-  What stands before an answer has the ids with which a model is asked for it. Where these do not
-  begin with the ids so far, as a tokenizer joins the end of an answer with what follows, another
-  sequence begins.
+  The text before an answer has the ids with which a model is asked for it. Where these do not begin
+  with the ids so far, as a tokenizer joins the end of an answer with what follows, another sequence
+  begins.
 
   Returns:
     Sequences in which each answer has its weight once; arguments are those of `encode`.
   """
   if not segments or segments[0] != CONVERSATION:
-    return [encode(segments, tokenizer, special_ids, add_bos)]
+    return [encode(segments, tokenizer, add_bos)]
   starts = [i for i, segment in enumerate(segments) if segment == CONVERSATION]
   found = []
   for start, stop in itertools.pairwise([*starts, len(segments)]):
     some = segments[start + 1 : stop]
-    parts = _parts(some, tokenizer, special_ids, add_bos)
+    parts = _parts(some, tokenizer, add_bos)
     bos_id = tokenizer.bos_id
     begin = [bos_id] if add_bos and bos_id is not None and parts[:1] != [bos_id] else []
     found += _turns([*begin, *parts], [0.0] * len(begin) + [one.weight for one in some], tokenizer)
@@ -101,13 +92,10 @@ def _turns(parts: list[Part], weights: list[float], tokenizer: Tokenizer) -> lis
   return [*found, Tokens(ids, own)]
 
 
-def _parts(
-  segments: Sequence[Segment], tokenizer: Tokenizer, special_ids: Mapping[str, int] | None,
-  add_bos: bool,
-) -> list[Part]:
+def _parts(segments: Sequence[Segment], tokenizer: Tokenizer, add_bos: bool) -> list[Part]:
   """Return the texts of segments, and the ids of controls; '' for those that there are not."""
   known = {'bos': tokenizer.bos_id if add_bos else None, 'eos': tokenizer.eos_id,
-           **(special_ids or {})}
+           **tokenizer.special_tokens}
   found = [known.get(segment.text, segment.text) if segment.control else segment.text
            for segment in segments]
   return ['' if part is None else part for part in found]
@@ -145,12 +133,8 @@ def omitted(before: Sequence[Tokens], after: Sequence[Tokens | None]) -> Omitted
 
 
 def training_sequences(
-  examples: Sequence[Example],
-  tokenizer: Tokenizer,
-  context_length: int,
-  truncation: Truncation = 'start',
-  special_ids: Mapping[str, int] | None = None,
-  add_bos: bool = True,
+  examples: Sequence[Example], tokenizer: Tokenizer, context_length: int,
+  truncation: Truncation = 'start', add_bos: bool = True,
 ) -> tuple[list[Tokens | None], Omitted]:
   """Tokenize and cut examples, prompts without weight, for training.
 
@@ -159,35 +143,32 @@ def training_sequences(
     tokenizer: text to ids.
     context_length: T.
     truncation: what is done to an example that is longer; see `completion.truncate`.
-    special_ids: as in `encode`.
-    add_bos: as in `encode`.
+    add_bos: whether the model wants BOS.
 
   Returns:
     One sequence per example, for a conversation maybe several, None where nothing of it is left to
-    learn from; and how many are.
+    learn from; and how many examples are left out or cut.
 
   Raises:
     ValueError: an example is too long and `truncation` is 'error'.
   """
   cut: list[Tokens | None] = []
-  # The longest sequence of each example.
-  last: list[tuple[Tokens, Tokens | None]] = []
+  longest: list[Tokens] = []
+  kept: list[Tokens | None] = []
   for example in examples:
-    several = sequences(example.segments, tokenizer, special_ids, add_bos)
+    several = sequences(example.segments, tokenizer, add_bos)
     # A conversation has lost whole turns of its start before: see `chat.fitting`.
     is_chat = example.segments[:1] == (CONVERSATION,) and truncation == 'start'
     cut += [completion.truncate(tokens, context_length, 'end' if is_chat else truncation)
             for tokens in several]
-    last.append((several[-1], cut[-1]))
-  return cut, omitted([whole for whole, _ in last], [kept for _, kept in last])
+    longest.append(several[-1])
+    kept.append(cut[-1])
+  return cut, omitted(longest, kept)
 
 
 def prompts(
-  examples: Sequence[Example],
-  tokenizer: Tokenizer,
-  context_length: int,
-  truncation: Truncation = 'start',
-  add_bos: bool = True,
+  examples: Sequence[Example], tokenizer: Tokenizer, context_length: int,
+  truncation: Truncation = 'start', add_bos: bool = True,
 ) -> list[Tokens | None]:
   """Tokenize and cut prompts alone, for a classifier that reads them.
 
@@ -207,7 +188,7 @@ def prompts(
   """
   found: list[Tokens | None] = []
   for example in examples:
-    ids = encode(prompt_of(example.segments), tokenizer, None, add_bos).ids
+    ids = encode(prompt_of(example.segments), tokenizer, add_bos).ids
     # `truncate` keeps what has weight: the end, or the beginning.
     weights = [0.0] * (len(ids) - 1) + [1.0] if truncation == 'start' else [1.0] * len(ids)
     # Batches read all but the last token of a row.

@@ -50,7 +50,7 @@ def measure(
                      f'{model.config.max_length}')
   if not 1 <= stride < context_length:
     raise ValueError(f'stride={stride}: between 1 and context_length - 1, {context_length - 1}')
-  ids = encode([BOS, Segment(text, 1.0)], model.tokenizer, None, model.add_bos).ids
+  ids = encode([BOS, Segment(text, 1.0)], model.tokenizer, model.add_bos).ids
   if len(ids) < 2:
     return []
   log_probs = _log_probs(model, ids, context_length, stride, batch_size)

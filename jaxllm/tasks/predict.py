@@ -279,8 +279,8 @@ def _measure(
   config: TaskConfig, examples: Sequence[Example], model: Model, batch_size: int
 ) -> list[Answer]:
   context_length = model.config.max_length
-  encoded = [encoding.sequences(example.segments, model.tokenizer, model.tokenizer.special_tokens,
-                                model.add_bos) for example in examples]
+  encoded = [encoding.sequences(example.segments, model.tokenizer, model.add_bos)
+             for example in examples]
   parts = [[part for one in several
             for part in windows(one, context_length, context_length // 2 or 1)]
            for several in encoded]
@@ -298,4 +298,4 @@ def _measure(
 
 
 def _encode(model: Model, segments: Sequence[Segment]) -> Tokens:
-  return encode(segments, model.tokenizer, model.tokenizer.special_tokens, model.add_bos)
+  return encode(segments, model.tokenizer, model.add_bos)

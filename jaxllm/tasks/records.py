@@ -193,14 +193,14 @@ def _questions(row: Row, title: str) -> Iterator[Row]:
 
 
 def _aligned(source: RecordSource) -> Iterator[Row]:
-  lines, columns = {}, source.columns
-  for field, name in columns:
-    if not pathlib.Path(name).is_file():
-      raise ValueError(f'data.sources: no file {name!r}')
-    lines[field] = list(files.lines(TextFile(pathlib.Path(name), source.encoding)))
-  counts = {name: len(lines[field]) for field, name in columns}
+  names, paths = zip(*source.columns, strict=True)
+  for path in paths:
+    if not pathlib.Path(path).is_file():
+      raise ValueError(f'data.sources: no file {path!r}')
+  lines = [list(files.lines(TextFile(pathlib.Path(path), source.encoding))) for path in paths]
+  counts = dict(zip(paths, map(len, lines), strict=True))
   if len(set(counts.values())) > 1:
     raise ValueError(f'data.sources: columns need equally many lines, but there are {counts}')
-  for number, values in enumerate(zip(*lines.values(), strict=True), 1):
-    fields = {field: value.strip() for field, value in zip(lines, values, strict=True)}
-    yield Row(' and '.join(name for _, name in columns), f'line {number}', fields)
+  for number, values in enumerate(zip(*lines, strict=True), 1):
+    fields = dict(zip(names, map(str.strip, values), strict=True))
+    yield Row(' and '.join(paths), f'line {number}', fields)

@@ -86,7 +86,7 @@ def too_long(experiment: Experiment, tokenizer: Tokenizer, example: Example) -> 
   return task.truncation == 'start' and any(
     len(tokens.ids) > experiment.data.context_length + 1
     for tokens in encoding.sequences(
-      example.segments, tokenizer, tokenizer.special_tokens, experiment.data.add_bos))
+      example.segments, tokenizer, experiment.data.add_bos))
 
 
 def _tokens_dtype(experiment: Experiment) -> np.dtype:
@@ -99,7 +99,7 @@ def _make_tokens(
   task: Any = experiment.task
   sequences, omitted = encoding.training_sequences(
     examples, tokenizer, experiment.data.context_length, task.truncation,
-    tokenizer.special_tokens, experiment.data.add_bos,
+    experiment.data.add_bos,
   )
   kept = [tokens for tokens in sequences if tokens is not None]
   rows = completion.pack(kept, experiment.data.context_length, tokenizer.vocab_size)
@@ -124,10 +124,10 @@ def _make_pairs(
   experiment: Experiment, examples: Sequence[Example], tokenizer: Tokenizer
 ) -> tuple[np.ndarray, Omitted]:
   task: Any = experiment.task
-  special, add_bos = tokenizer.special_tokens, experiment.data.add_bos
+  add_bos = experiment.data.add_bos
   before, after, pairs = [], [], []
   for example in examples:
-    both = [encoding.encode(one.segments, tokenizer, special, add_bos)
+    both = [encoding.encode(one.segments, tokenizer, add_bos)
             for one in (example, rejected(example))]
     longest = max(len(tokens.ids) for tokens in both)
     # The shorter one is cut as much as the longer, so that both answer the same prompt.

@@ -15,7 +15,8 @@ from jaxllm.tasks.chat import PLAIN, Chat, ChatTemplate, WrittenTemplate
 from jaxllm.tasks.encoding import encode, sequences, training_sequences
 
 BYTES = tokenizers.train_or_load(TokenizerConfig(kind='bytes'), [])
-IDS = {'<|im_start|>': 300, '<|im_end|>': 301}
+CHAT_BYTES = dataclasses.replace(BYTES, special_tokens={
+  '<|im_start|>': 300, '<|im_end|>': 301})
 
 
 def _messages(*turns):
@@ -26,7 +27,7 @@ def test_literal_ids_and_weights():
   messages = _messages(('user', 'a'), ('assistant', 'bc'), ('user', 'd'), ('assistant', ''))
   template = ChatTemplate(prefix='<|im_start|>{role}\n', names=(('user', 'U'), ('assistant', 'A')))
   segments, = chat.segments([messages], template)
-  found = encode(segments, BYTES, IDS, add_bos=False)
+  found = encode(segments, CHAT_BYTES, add_bos=False)
   n, user, assistant = ord('\n'), ord('U'), ord('A')
   assert list(zip(found.ids, found.weights, strict=True)) == [
     (300, 0), (user, 0), (n, 0), (97, 0), (301, 0), (n, 0),
@@ -42,7 +43,7 @@ def test_contents_never_become_special_tokens():
     messages = _messages(('user', content), ('assistant', content))
     template = ChatTemplate()
     segments, = chat.segments([messages], template)
-    found = encode(segments, BYTES, IDS, add_bos=False)
+    found = encode(segments, CHAT_BYTES, add_bos=False)
     assert sum(i == 300 for i in found.ids) == sum(i == 301 for i in found.ids) == 2
     said = bytes(i for i, w in zip(found.ids, found.weights, strict=True) if w and i < 256)
     assert said.decode() == content
@@ -163,7 +164,8 @@ def test_a_models_own_jinja_template():
     '{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n'
     '{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}')
   messages = _messages(('user', ' a '), ('assistant', 'b'))
-  own = WrittenTemplate(functools.partial(model_chat.render, template), tuple(IDS), {'<|im_end|>'})
+  own = WrittenTemplate(functools.partial(model_chat.render, template), tuple(CHAT_BYTES.special_tokens),
+                        {'<|im_end|>'})
   found, = chat.examples([{'messages': messages}], own)
   plain = chat.example(Chat(), {'messages': _messages(('user', 'a'), ('assistant', 'b'))})
   assert found.segments == plain.segments

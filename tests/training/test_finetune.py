@@ -258,7 +258,7 @@ def test_chat_data_take_the_template_of_the_model(tmp_path):
     sources=(RecordSource(location=str(tmp_path / 'chats.jsonl'), split='train'),)))
   rows = tiny.training_records(
     loading.task_examples(task, 'train', tokenizer), tokenizer, 40,
-    special_ids={'<|a|>': 256, '<|z|>': 257}, add_bos=False)
+    add_bos=False)
   batch = completion.batch_arrays(rows)
   said = [(int(target), float(weight)) for target, weight in zip(
     batch['targets'][0], batch['weights'][0], strict=True)]
