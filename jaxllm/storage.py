@@ -87,10 +87,8 @@ def explained(directory: pathlib.Path) -> Iterator[None]:
 def file_digest(path: pathlib.Path, known: dict[str, Any]) -> str:
   """Return the SHA-256 of a file.
 
-  Args:
-    path: the file.
-    known: path -> [size, mtime_ns, digest], read and updated: a file whose size and modification
-      time have not changed is not read again.
+  `known`, path -> [size, mtime_ns, digest], is read and updated: a file whose size and modification
+  time have not changed is not read again.
   """
   stat = path.stat()
   key, stamp = str(path.resolve()), [stat.st_size, stat.st_mtime_ns]

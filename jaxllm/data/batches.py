@@ -1,10 +1,9 @@
 """Batches as a pure function of the step: nothing to save, nothing to lose on a restart.
 
 `sequence` visits every record once per epoch, in a new random order each epoch. Step s takes its
-items s * batch_size .. (s + 1) * batch_size - 1, and process p its share of these rows, so that the
-batch of a step does not depend on the number of processes. Where the batch size does not divide
-the records, a batch continues with the next epoch; after the last epoch it is filled with rows of
-weight 0.
+items s * batch_size .. (s + 1) * batch_size - 1, each process its share of these rows. Where the
+batch size does not divide the records, a batch continues with the next epoch; after the last epoch
+it is filled with rows of weight 0.
 """
 
 import dataclasses
@@ -44,11 +43,7 @@ class Batches:
     return -(-self.num_records * (self.num_epochs or 1) // self.batch_size)
 
   def batch_at(self, step: int) -> dict[str, np.ndarray]:
-    """Return this process's rows of the batch of a step.
-
-    Returns:
-      What `decode` gives: `tokens`, `targets`, `segment_ids`, `positions` int32 and `weights`
-      float32, each (B, T), where it is `packing.batch_arrays`.
+    """Return this process's rows of the batch of a step, as `decode` gives them.
 
     Raises:
       IndexError: the step is negative or past the last epoch.

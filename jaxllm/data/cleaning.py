@@ -1,5 +1,6 @@
 """Cleaning of text: a list of steps, each a function from text to text."""
 
+import functools
 import html.parser
 import re
 import unicodedata
@@ -63,11 +64,6 @@ def drop_control_characters(text: str) -> str:
   return _CONTROL.sub('', _BETWEEN_WORDS.sub(' ', _LINE_END.sub('\n', text)))
 
 
-def compose(text: str) -> str:
-  """Return Unicode normal form C."""
-  return unicodedata.normalize('NFC', text)
-
-
 def join_whitespace(text: str) -> str:
   """Make runs of blanks one space and runs of empty lines one, and strip lines and text."""
   text = re.sub(r'[^\S\n]+', ' ', text)
@@ -79,7 +75,7 @@ STEPS: dict[str, Callable[[str], str]] = {
   'mojibake': repair_mojibake,
   'html': strip_html,
   'control': drop_control_characters,
-  'nfc': compose,
+  'nfc': functools.partial(unicodedata.normalize, 'NFC'),
   'whitespace': join_whitespace,
 }
 

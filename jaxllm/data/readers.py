@@ -54,10 +54,7 @@ def part(
 ) -> Iterator[tuple[Any, slice]]:
   """Yield (item, slice of it) for what lies between two fractions of a stream's total size.
 
-  Args:
-    items: starts the stream; called twice unless the whole of it is wanted.
-    fractions: (0.0, 1.0) is all.
-    size: an item's size.
+  `items` starts the stream; it is called twice unless the whole of it is wanted.
   """
   if fractions == (0.0, 1.0):
     yield from ((item, slice(None)) for item in items())

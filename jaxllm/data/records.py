@@ -60,6 +60,16 @@ class DataConfig(Config):
   shuffle: bool = True
   """Visit the training records in a new random order each epoch."""
 
+  @property
+  def splits(self) -> tuple[str, ...]:
+    """Names of the splits."""
+    return ('train',) if self.validation is None else ('train', 'validation')
+
+  @property
+  def own_validation(self) -> tuple[SourceConfig, ...]:
+    """The sources that are held out whole."""
+    return self.validation if isinstance(self.validation, tuple) else ()
+
   @pydantic.model_validator(mode='after')
   def _check(self) -> 'DataConfig':
     fraction = self.validation if isinstance(self.validation, float) else 0.5
@@ -164,7 +174,7 @@ def prepare(
                      'needs both')
   directory = pathlib.Path(directory)
   hashes = dict(known := storage.read_json(directory / _HASHES))
-  sources = survey.survey(data.sources, _own_validation(data), hashes)
+  sources = survey.survey(data.sources, data.own_validation, hashes)
   fingerprint = _fingerprint(data, tokenizer, sources)
   manifest = _prepared(directory, fingerprint)
   if manifest is None:
@@ -193,7 +203,7 @@ def fingerprint(
   if tokenizer is None:
     raise ValueError('tokenizer=None: preparing documents needs one')
   hashes = storage.read_json(pathlib.Path(directory) / _HASHES)
-  return _fingerprint(data, tokenizer, survey.survey(data.sources, _own_validation(data), hashes))
+  return _fingerprint(data, tokenizer, survey.survey(data.sources, data.own_validation, hashes))
 
 
 def load_manifest(directory: str | os.PathLike[str]) -> Manifest:
@@ -230,17 +240,9 @@ def _prepared(directory: pathlib.Path, fingerprint: str) -> Manifest | None:
     manifest = load_manifest(directory)
   except ValueError:
     return None
-  complete = all(path.is_file() for split in _split_names(manifest.data)
+  complete = all(path.is_file() for split in manifest.data.splits
                  for path in shard_paths(directory, manifest, split))
   return manifest if complete else None
-
-
-def _split_names(data: DataConfig) -> list[str]:
-  return ['train'] if data.validation is None else ['train', 'validation']
-
-
-def _own_validation(data: DataConfig) -> tuple[SourceConfig, ...]:
-  return data.validation if isinstance(data.validation, tuple) else ()
 
 
 def _fingerprint(
@@ -259,7 +261,7 @@ def _fingerprint(
     'version': VERSION,
     'data': data.model_dump(mode='json', exclude={'sources', 'shuffle', 'validation'}),
     'validation': len(data.sources) if isinstance(data.validation, tuple) else data.validation,
-    'sources': [without_paths(source) for source in (*data.sources, *_own_validation(data))],
+    'sources': [without_paths(source) for source in (*data.sources, *data.own_validation)],
     'contents': [source.sha256 for source in sources],
     'tokenizer': tokenizer.model_dump(mode='json', exclude={'path'}),
     'tokenizer_files': {name: hashlib.sha256(content).hexdigest()
@@ -277,7 +279,7 @@ def _counters(sources: Sequence[Any]) -> Counters:
 
 def _cleaned(data: DataConfig, counts: Counters) -> Iterator[tuple[str, bool]]:
   """Yield (text, whether it is of a source for validation), counting documents per source."""
-  sources = (*data.sources, *_own_validation(data))
+  sources = (*data.sources, *data.own_validation)
   for number, (source, count) in enumerate(zip(sources, counts, strict=True)):
     for document in documents.documents(source):
       text = clean(document.text, data.cleaning)
@@ -340,7 +342,7 @@ def _write(
 
   counts = _counters(sources)
   writers = {name: record_writer.SplitWriter(staging, name, tokenizer, data)
-             for name in _split_names(data)}
+             for name in data.splits}
   with _bar('records', ' tokens', progress) as bar:
     items = record_writer.tokenize(_texts(data, counts, ends), tokenizer.encode_batch)
     for number, (split, text, ids) in enumerate(items, 1):

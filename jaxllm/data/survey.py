@@ -31,15 +31,10 @@ class SourceCounts(Config):
 def survey(
   train: Sequence[SourceConfig], validation: Sequence[SourceConfig], hashes: dict[str, Any]
 ) -> list[SourceCounts]:
-  """Look at the files of every source.
-
-  Args:
-    train: the sources that are trained on.
-    validation: those that are held out.
-    hashes: see `storage.file_digest`.
+  """Count and hash the files of every source; `hashes` are those of `storage.file_digest`.
 
   Raises:
-    ValueError: there are none, or texts of validation are trained on.
+    ValueError: there are no files, or texts of `validation` are trained on.
   """
   sources = []
   read: dict[Any, list[_Read]] = {}
@@ -67,10 +62,7 @@ class _Read(NamedTuple):
 def _check_overlap(read: dict[Any, list[_Read]], content: str, new: _Read) -> None:
   """Refuse a file that is read before, and for validation a copy of what is trained on.
 
-  Args:
-    read: path or (SHA-256, train) of a file -> who reads it; grows by `new`.
-    content: SHA-256 of the file of `new`.
-    new: the next file.
+  `read` maps a path or (SHA-256 `content`, train) to who reads it, and grows by `new`.
   """
   path = new.path.resolve()
   for old in [*read.get(path, ()), *read.get((content, not new.train), ())]:

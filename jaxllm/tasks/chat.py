@@ -98,8 +98,7 @@ class ChatTemplate(Config):
 
 def _quoted(text: str) -> str:
   """Return a literal of Jinja."""
-  escaped = text.encode('unicode_escape').decode().replace("'", "\\'")
-  return f"'{escaped}'"
+  return "'" + text.encode('unicode_escape').decode().replace("'", "\\'") + "'"
 
 
 PLAIN = ChatTemplate(
@@ -184,8 +183,9 @@ def segments(
     ValueError: a message is not of that form, or what the assistant says cannot be told apart.
   """
   for messages in conversations:
-    for count, message in enumerate(messages):
-      _check(message, count)
+    for i, message in enumerate(messages):
+      if not all(isinstance(message.get(key), str) for key in ('role', 'content')):
+        raise ValueError(f"messages[{i}]={message!r}: expected {{'role': text, 'content': text}}")
   stand_ins = StandIns(template.controls, list(map(list, conversations)))
   whole: list[list[dict[str, Any]]] = []
   opened: list[list[dict[str, Any]]] = []
@@ -222,22 +222,12 @@ def _weight(message: Message) -> float:
   return float(message.get('weight', 1.0)) if message['role'] == 'assistant' else 0.0
 
 
-def _check(message: Message, count: int) -> None:
-  if not isinstance(message.get('role'), str) or not isinstance(message.get('content'), str):
-    raise ValueError(f"messages[{count}]={message!r}: expected {{'role': text, 'content': text}}")
-
-
 def _turn(
   asked: str, text: str, marked: str, stand_ins: StandIns, template: Template
 ) -> tuple[str, str, str | None]:
   """Return (answer, its end, the text up to there); '' and None where it has no end.
 
-  Args:
-    asked: the text before the answer.
-    text: with it.
-    marked: with a stand-in as its content.
-    stand_ins: which tell controls from text.
-    template: of the texts.
+  `asked` is the text before the answer, `text` the one with it, `marked` with a stand-in for it.
   """
   _, stand_in, after = marked.partition(_STAND_IN)
   stop = len(text) - len(after)
@@ -262,14 +252,8 @@ def _split(stand_ins: StandIns, text: str, weight: float) -> list[base.Segment]:
   return [base.Segment(piece, weight, control) for piece, control in stand_ins.cut(text)]
 
 
-def read(config: Chat, example: base.Example, answer: base.Answer) -> base.Prediction:
-  """Return {'log_likelihood', 'tokens', 'bytes'} of what the assistant says."""
-  measured: Any = config
-  return language_modeling.read(measured, example, answer)
-
-
 TASK = base.Task(
-  Chat, 'measure', {'messages': conversations.messages}, example, read,
+  Chat, 'measure', {'messages': conversations.messages}, example, language_modeling.read,
   # The end of a turn has no bytes.
   {'perplexity': language_modeling.METRICS['perplexity']},
   shape=lambda config, record: conversations.shape(record),

@@ -23,11 +23,7 @@ _WRITTEN = re.compile(r'''\s*\[\s*\{\s*['"](role|from|content|value)['"]\s*:''')
 
 
 def messages(value: Any, name: str) -> Messages:
-  """Read a conversation; see `fields`.
-
-  Raises:
-    ValueError: it is no list of messages, or a message holds what would be lost.
-  """
+  """Read a conversation, as the readers of `fields` do; a message with unread keys is refused."""
   return fields.listed(_message, 1, "messages {'role', 'content'}")(value, name)
 
 
@@ -93,8 +89,7 @@ def shape(record: Mapping[str, Any]) -> Mapping[str, Any]:
 def opening(record: Mapping[str, Any]) -> Messages:
   """Return the message of a record's `system` or `system_prompt`, which stands first.
 
-  Raises:
-    ValueError: the record has tools or earlier turns in fields of their own.
+  A record with tools or earlier turns in fields of their own is refused.
   """
   for name in ('tools', 'functions', 'history'):
     if fields.from_json(record.get(name)):

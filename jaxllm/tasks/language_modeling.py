@@ -24,8 +24,8 @@ def example(config: LanguageModeling, record: base.Record) -> base.Example:
   return base.Example((base.BOS, base.Segment(record['text'], 1.0)), None, record)
 
 
-def read(config: LanguageModeling, example: base.Example, answer: base.Answer) -> base.Prediction:
-  """Return {'log_likelihood', 'tokens', 'bytes'}: in nats, of the whole text."""
+def read(config: base.TaskConfig, example: base.Example, answer: base.Answer) -> base.Prediction:
+  """Return {'log_likelihood', 'tokens', 'bytes'}: in nats, of all that has weight."""
   return {
     'log_likelihood': sum(answer.log_likelihoods),
     'tokens': sum(answer.num_tokens),

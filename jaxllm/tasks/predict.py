@@ -118,11 +118,6 @@ def windows(tokens: Tokens, context_length: int, stride: int) -> Iterator[Tokens
     done = stop
 
 
-def _bucket(length: int) -> int:
-  """Return the next power of two, so that few lengths are ever compiled."""
-  return max(_LEAST_LENGTH, 1 << max(length - 1, 0).bit_length())
-
-
 def _generate(
   config: TaskConfig, examples: Sequence[Example], model: Model, batch_size: int
 ) -> list[Answer]:
@@ -138,7 +133,8 @@ def _generate(
   if chat is not None and len(requests) == len(examples):
     prompts = chat.encode_all([[{'role': 'user', 'content': request}] for request in requests])
   else:
-    prompts = [list(_encode(model, _instructed(example)).ids) for example in examples]
+    prompts = [list(encode(_instructed(example), model.tokenizer, model.add_bos).ids)
+               for example in examples]
   eos_ids = model.eos_token_ids if chat is None else chat.eos_token_ids
   begins = {model.tokenizer.bos_id, *model.tokenizer.special_tokens.values()}
   _tell(sum(len(ids) > room for ids in prompts), len(prompts), room)
@@ -230,7 +226,8 @@ def _choose(
     pair = prompt_of(segments), choice
     if pair not in asked:
       asked[pair] = len(sequences)
-      sequences.append(_encode(model, (*pair[0], Segment(choice, 1.0))))
+      sequences.append(
+        encode((*pair[0], Segment(choice, 1.0)), model.tokenizer, model.add_bos))
     return asked[pair]
 
   plain = [[ask(e.segments, choice) for choice in e.choices] for e in examples]
@@ -266,7 +263,9 @@ def _classify(
     rows = order[start : start + batch_size]
     texts = [prompts[i] or Tokens([0], [0]) for i in rows]
     texts += [Tokens([], [])] * (batch_size - len(rows))
-    length = min(_bucket(max(len(text.ids) for text in texts)), context_length)
+    # A power of two, so that few lengths are ever compiled.
+    longest = max(_LEAST_LENGTH, *(len(text.ids) for text in texts))
+    length = min(1 << (longest - 1).bit_length(), context_length)
     records = completion.pack(texts, length, model.config.vocab_size, together=False)
     logits_BC = _class_logits(
       head, model.decoder, model.variables, completion.batch_arrays(records))
@@ -295,7 +294,3 @@ def _measure(
     )
     for several, group in zip(encoded, parts, strict=True)
   ]
-
-
-def _encode(model: Model, segments: Sequence[Segment]) -> Tokens:
-  return encode(segments, model.tokenizer, model.add_bos)

@@ -75,7 +75,7 @@ def example(config: QuestionAnswering, record: base.Record) -> base.Example:
 
 
 def instructed(config: QuestionAnswering, examples: list[base.Example]) -> list[base.Example]:
-  """Return examples with the instruction, all of them, where one has no answer."""
+  """Give all examples the instruction, where one of them has no answer."""
   if all(example.reference for example in examples):
     return examples
   told = base.fill(config.instruction, {'unanswerable': config.unanswerable})

@@ -43,8 +43,9 @@ def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
 
 def _describe(path: pathlib.Path) -> dict[str, Any]:
   """Return all that the template shows."""
-  config, summary = _read_json(path / 'config.json'), _read_json(path / 'summary.json')
-  environment, data = _read_json(path / 'environment.json'), _read_json(path / 'data.json')
+  config, summary, environment, data = (
+    storage.read_json(path / f'{name}.json')
+    for name in ('config', 'summary', 'environment', 'data'))
   records = [r for r in _read_lines(path / 'metrics.jsonl') if isinstance(r.get('step'), int)]
   train = [r for r in records if 'train/loss' in r]
   validation = [r for r in records if 'validation/loss' in r]
@@ -274,15 +275,6 @@ def _count(number: float) -> str:
     if number >= limit:
       return f'{number / limit:.3g} {word}'
   return f'{number:,.0f}'
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-  """Read a JSON object; empty where there is none."""
-  try:
-    value = json.loads(path.read_text(encoding='utf-8'))
-  except (OSError, ValueError):
-    return {}
-  return value if isinstance(value, dict) else {}
 
 
 def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -164,8 +164,8 @@ def test_a_models_own_jinja_template():
     '{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n'
     '{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}')
   messages = _messages(('user', ' a '), ('assistant', 'b'))
-  own = WrittenTemplate(functools.partial(model_chat.render, template), tuple(CHAT_BYTES.special_tokens),
-                        {'<|im_end|>'})
+  own = WrittenTemplate(functools.partial(model_chat.render, template),
+                        tuple(CHAT_BYTES.special_tokens), {'<|im_end|>'})
   found, = chat.examples([{'messages': messages}], own)
   plain = chat.example(Chat(), {'messages': _messages(('user', 'a'), ('assistant', 'b'))})
   assert found.segments == plain.segments
