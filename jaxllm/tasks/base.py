@@ -128,8 +128,10 @@ class CompletionConfig(TaskConfig):
   @pydantic.model_validator(mode='before')
   @classmethod
   def _prompt_alone(cls, values: Any) -> Any:
-    alone = isinstance(values, Mapping) and 'prompt' in values and 'request' not in values
-    return {**values, 'request': None} if alone else values
+    if not isinstance(values, Mapping):
+      return values
+    asked = (name.replace('prompt', 'request') for name in values if name.startswith('prompt'))
+    return {**{name: None for name in asked if name in cls.model_fields}, **values}
 
   @pydantic.model_validator(mode='after')
   def _check_templates(self) -> 'CompletionConfig':

@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from operator import itemgetter
 from typing import Any, Literal
 
-import pydantic
-
 from jaxllm.tasks import base, fields
 from jaxllm.tasks.records import RecordsConfig, RecordSource
 
@@ -40,13 +38,6 @@ class QuestionAnswering(base.CompletionConfig):
   """What a chat model is asked."""
   request_without_context: str | None = 'Answer in one sentence: {question}'
   """The same for a record without context."""
-
-  @pydantic.model_validator(mode='before')
-  @classmethod
-  def _prompt_without_context_alone(cls, values: Any) -> Any:
-    one, other = 'prompt_without_context', 'request_without_context'
-    alone = isinstance(values, Mapping) and one in values and other not in values
-    return {**values, other: None} if alone else values
 
   unanswerable: str = 'unanswerable'
   """What the model says where there is no answer."""
