@@ -54,7 +54,7 @@ def get_config(variant: str = 'h100') -> Experiment:
     ),
     data=DataConfig(
       sources=(SourceConfig(location='openwebtext/*.parquet'),), validation=0.0005,
-      context_length=1024, packing='stream', add_bos=False,
+      context_length=1024, packing='concat', add_bos=False,
     ),
     tokenizer=TokenizerConfig(kind='gpt2', path='gpt2'),
     training=TrainingConfig(

@@ -36,7 +36,7 @@ def get_config(path: str = 'input.txt') -> Experiment:
       sources=(SourceConfig(location=path, slice=(0.0, 0.9)),),
       validation=(SourceConfig(location=path, slice=(0.9, 1.0)),),
       context_length=64,
-      packing='stream',
+      packing='concat',
       add_bos=False,
       add_eos=False,
     ),

@@ -120,8 +120,8 @@ class BestFit:
 
 PACKERS: dict[str, Callable[[np.dtype], EndToEnd | BestFit]] = {
   'packed': lambda dtype: EndToEnd(dtype, joined=False),
-  'whole': BestFit,
-  'stream': lambda dtype: EndToEnd(dtype, joined=True),
+  'best_fit': BestFit,
+  'concat': lambda dtype: EndToEnd(dtype, joined=True),
 }
 
 

@@ -94,7 +94,7 @@ class SplitWriter:
   """
 
   def __init__(self, directory: pathlib.Path, name: str, tokenizer: Tokenizer, data: Any):
-    self._tokenizer, self._joined = tokenizer, data.packing == 'stream'
+    self._tokenizer, self._joined = tokenizer, data.packing == 'concat'
     self._prefix = _border(tokenizer.bos_id, 'bos') if data.add_bos else []
     self._suffix = _border(tokenizer.eos_id, 'eos') if data.add_eos else []
     dtype = packing.record_dtype(data.context_length, tokenizer.vocab_size)

@@ -32,6 +32,9 @@ from jaxllm.data.tokenizers import Tokenizer, TokenizerConfig
 # Part of every fingerprint: to be raised when the same settings give other records.
 VERSION = 1
 
+# Names of before, which fingerprints keep.
+_OLD_PACKING = {'best_fit': 'whole', 'concat': 'stream'}
+
 _HASHES = '.source_hashes.json'
 
 
@@ -49,16 +52,21 @@ class DataConfig(Config):
   """What is done to each text before it is tokenized."""
   context_length: int = pydantic.Field(gt=0)
   """Tokens that the model reads at once."""
-  packing: Literal['packed', 'whole', 'stream'] = 'packed'
+  packing: Literal['packed', 'best_fit', 'concat'] = 'packed'
   """'packed': documents share records without seeing each other, and are cut where a record ends;
-  'whole': the same, but no document that fits a record is cut; 'stream': all documents are one
-  running text, cut every context_length tokens."""
+  'best_fit': the same, but no document that fits a record is cut; 'concat': all documents are one
+  running text, cut every context_length tokens. Were once 'whole' and 'stream'."""
   add_bos: bool = True
   """Begin each document with the tokenizer's BOS."""
   add_eos: bool = True
   """End each document with the tokenizer's EOS."""
   shuffle: bool = True
   """Visit the training records in a new random order each epoch."""
+
+  @pydantic.field_validator('packing', mode='before')
+  @classmethod
+  def _renamed(cls, value: Any) -> Any:
+    return next((new for new, old in _OLD_PACKING.items() if old == value), value)
 
   @property
   def splits(self) -> tuple[str, ...]:
@@ -259,7 +267,8 @@ def _fingerprint(
 
   facts = {
     'version': VERSION,
-    'data': data.model_dump(mode='json', exclude={'sources', 'shuffle', 'validation'}),
+    'data': {**data.model_dump(mode='json', exclude={'sources', 'shuffle', 'validation'}),
+             'packing': _OLD_PACKING.get(data.packing, data.packing)},
     'validation': len(data.sources) if isinstance(data.validation, tuple) else data.validation,
     'sources': [without_paths(source) for source in (*data.sources, *data.own_validation)],
     'contents': [source.sha256 for source in sources],

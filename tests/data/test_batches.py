@@ -28,7 +28,7 @@ def directory(tmp_path_factory):
   text = ''.join(f'{i:02x}' + '-' * (LENGTH - 2) for i in range(RECORDS)) + '-'
   (root / 'text.txt').write_text(text, encoding='utf-8')
   data = DataConfig(
-    sources=(SourceConfig(location=str(root / 'text.txt')),), validation=None, packing='stream',
+    sources=(SourceConfig(location=str(root / 'text.txt')),), validation=None, packing='concat',
     context_length=LENGTH, add_bos=False, add_eos=False)
   # Small shards, so that several are read.
   with pytest.MonkeyPatch.context() as patch:

@@ -44,7 +44,7 @@ def test_no_sequence_begins_where_it_could_have_no_target():
 
 
 def test_stream_literal():
-  records = _pack('stream', [[1, 2, 3], [4, 5], [6], [7, 8, 9, 10]], 4)
+  records = _pack('concat', [[1, 2, 3], [4, 5], [6], [7, 8, 9, 10]], 4)
   assert records['tokens'].tolist() == [[1, 2, 3, 4, 5], [5, 6, 7, 8, 9], [9, 10, 0, 0, 0]]
   batch = packing.batch_arrays(records)
   assert batch['segment_ids'].tolist() == [[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0]]
@@ -53,7 +53,7 @@ def test_stream_literal():
 
 
 def test_whole_literal():
-  records = _pack('whole', [[1, 2, 3], [4, 5, 6, 7], [8, 9], [10, 11, 12, 13, 14, 15, 16]], 4)
+  records = _pack('best_fit', [[1, 2, 3], [4, 5, 6, 7], [8, 9], [10, 11, 12, 13, 14, 15, 16]], 4)
   # The seven tokens are cut; 8 and 9 fill the record of 1, 2, 3 and what is left begins another.
   assert sorted(records['tokens'].tolist()) == [
     [1, 2, 3, 8, 9], [4, 5, 6, 7, 0], [10, 11, 12, 13, 14], [14, 15, 16, 0, 0]]
@@ -71,7 +71,7 @@ def _random_sequences(seed, longest):
 @pytest.mark.parametrize('longest', [2, 5, 16])
 def test_every_pair_of_a_sequence_is_trained_exactly_once(policy, context_length, longest):
   sequences = _random_sequences(context_length, longest)
-  joined = [np.concatenate(sequences)] if policy == 'stream' else sequences
+  joined = [np.concatenate(sequences)] if policy == 'concat' else sequences
   expected = sorted((int(a), int(b)) for s in joined for a, b in zip(s[:-1], s[1:], strict=True))
   records = _pack(policy, sequences, context_length)
   assert _pairs(records) == expected
@@ -80,7 +80,7 @@ def test_every_pair_of_a_sequence_is_trained_exactly_once(policy, context_length
 
 def test_whole_cuts_nothing_that_fits_and_wastes_little():
   sequences = _random_sequences(3, 20) * 5
-  records = _pack('whole', sequences, 31)
+  records = _pack('best_fit', sequences, 31)
   segments = records['segment_ids']
   pieces = sum(int(row.max()) for row in segments)
   assert pieces == len(sequences)
@@ -90,7 +90,7 @@ def test_whole_cuts_nothing_that_fits_and_wastes_little():
 
 
 def test_whole_keeps_a_bounded_number_of_records_open():
-  packer = packing.PACKERS['whole'](packing.record_dtype(9, 1000))
+  packer = packing.PACKERS['best_fit'](packing.record_dtype(9, 1000))
   early = [row for _ in range(200) for row in packer.add(np.arange(6))]
   assert len(early) == 200 - packing._OPEN_RECORDS
   assert len(list(packer.finish())) == packing._OPEN_RECORDS

@@ -77,7 +77,7 @@ def test_every_document_is_in_exactly_one_split_and_whole(corpus, out):
   assert train == [text for text in TEXTS if text in train]  # In their order.
 
 
-@pytest.mark.parametrize('packing', ['packed', 'whole', 'stream'])
+@pytest.mark.parametrize('packing', ['packed', 'best_fit', 'concat'])
 @pytest.mark.parametrize('borders', [(True, True), (False, True), (False, False)])
 @pytest.mark.parametrize('tokenizer', [BYTES, TokenizerConfig(vocab_size=325)])
 def test_counts_equal_what_the_batches_hold(corpus, out, packing, borders, tokenizer):
@@ -94,7 +94,7 @@ def test_counts_equal_what_the_batches_hold(corpus, out, packing, borders, token
     assert split.target_tokens == len(targets)
     assert split.target_bytes == sum(len(id_bytes[i]) for i in targets)
     assert split.bytes_per_token == split.target_bytes / len(targets)
-    starts = split.documents if packing != 'stream' else 1
+    starts = split.documents if packing != 'concat' else 1
     assert split.target_tokens == split.tokens - starts
     if add_bos:
       assert split.target_bytes == split.text_bytes
@@ -141,7 +141,7 @@ def test_unchanged_is_reused_and_changed_is_prepared_anew(corpus, out, tmp_path,
   changed = _jsonl(tmp_path / 'changed' / corpus.name, [*TEXTS[:-1], 'something else'])
   for data, tok in (
     (_data(corpus, context_length=17), tokenizer),
-    (_data(corpus, packing='whole'), tokenizer),
+    (_data(corpus, packing='best_fit'), tokenizer),
     (_data(corpus, add_bos=False), tokenizer),
     (_data(corpus, validation=0.3), tokenizer),
     (_data(corpus, validation=(SourceConfig(location=str(other)),)), tokenizer),
@@ -507,3 +507,15 @@ def test_what_is_no_source_is_named():
   with pytest.raises(ConfigError, match='config.sources=3: expected paths with commas'):
     override(_data('old'), {'sources': '3'})
   assert override(_data('old'), {'validation': '0.3'}).validation == 0.3
+
+
+@pytest.mark.parametrize('old, new, fingerprint', [
+  ('packed', 'packed', '1d50f53abb8f9592'),
+  ('whole', 'best_fit', '9f2555ccf2cf83e3'),
+  ('stream', 'concat', '40290aa8346a721f'),
+])
+def test_records_of_earlier_versions_stay_valid(tmp_path, old, new, fingerprint):
+  (tmp_path / 'a.txt').write_text('words\n' * 20)
+  data = _data(tmp_path / 'a.txt', packing=old)
+  assert data.packing == new
+  assert records.fingerprint(data, BYTES, tmp_path)[:16] == fingerprint

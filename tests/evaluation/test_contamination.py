@@ -61,7 +61,7 @@ def test_training_texts_come_back_from_records(tmp_path):
   (tmp_path / 'a.jsonl').write_text(''.join(json.dumps({'text': line}) + '\n' for line in lines))
   data = DataConfig(
     sources=(SourceConfig(location=str(tmp_path / 'a.jsonl')),), validation=None,
-    context_length=90, packing='whole',
+    context_length=90, packing='best_fit',
   )
   manifest = records.prepare(data, TokenizerConfig(kind='bytes'), tmp_path / 'records', False)
   assert manifest.train.records < 9
