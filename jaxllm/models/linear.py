@@ -15,6 +15,7 @@ import pydantic
 from jax.typing import DTypeLike
 
 from jaxllm.config import Config
+from jaxllm.models import cpu_kernels
 from jaxllm.sharding import constrain, num_parts, platform
 
 
@@ -31,12 +32,6 @@ class InitializerConfig(Config):
 
 # A quantised kernel: {'int8', 'scale'} or {'int4', 'scale'}, see `adapters.quantization`.
 Quantized = Mapping[str, jax.Array]
-# How many products of a row with int8 numbers are added up in registers on CPU.
-TERMS, LANES = 16, 64
-# Stretches of an int8 table that are multiplied one after the other on CPU.
-ROW_PARTS = 16
-# Parts of a product with a single row on CPU, which the cores share.
-PARTS = 4
 
 
 def is_quantized(kernel: Any) -> bool:
@@ -52,9 +47,8 @@ def dequantize(kernel: Quantized, dtype: Any) -> jax.Array:
   packed = kernel['int4']
   # The grouped axis: two inputs per byte, `scale.shape[axis]` groups.
   axis = next(i for i in range(packed.ndim) if packed.shape[i] != scale.shape[i])
-  groups = scale.shape[axis]
   outer, inner = packed.shape[:axis], packed.shape[axis + 1 :]
-  packed = packed.reshape(*outer, groups, -1, *inner)
+  packed = packed.reshape(*outer, scale.shape[axis], -1, *inner)
   # Shifting back and forth extends the sign.
   halves = [jax.lax.shift_right_arithmetic(jax.lax.shift_left(packed, jnp.int8(4)), jnp.int8(4)),
             jax.lax.shift_right_arithmetic(packed, jnp.int8(4))]
@@ -68,17 +62,16 @@ def dense(
 ) -> jax.Array:
   """Contract the trailing `num_in` axes of `x` with the leading ones of `kernel`.
 
-  All other axes are folded into one on either side, which leaves a plain matrix product: faster
-  than a contraction over several axes on CPU, and equal elsewhere. Only a length that is split over
-  devices stays an axis of its own: folded, it would be gathered first.
+  All other axes are folded into one, which is faster on CPU and equal elsewhere. Only a length that
+  is split over devices stays an axis of its own: folded, it would be gathered first.
 
   Args:
     x: activations (..., in...).
     kernel: weights (in..., out...), or a quantised kernel.
     num_in: how many axes are contracted.
     dtype: dtype of the operands; products are accumulated in float32.
-    result_dtype: what the caller makes of the result. Partial sums of several devices are added up
-      in it. CPUs return float32 all the same, which is twice as fast for bfloat16 operands.
+    result_dtype: dtype in which partial sums of several devices are added up. CPUs return float32
+      all the same, which is twice as fast for bfloat16 operands.
 
   Returns:
     (..., out...) in float32 or `result_dtype`.
@@ -86,113 +79,40 @@ def dense(
   if isinstance(kernel, Mapping):
     return _dense_quantized(x, kernel, num_in, dtype)
   lead, out = x.shape[: x.ndim - num_in], kernel.shape[num_in:]
-  inputs = math.prod(kernel.shape[:num_in])
-  single = math.prod(lead) == 1 and inputs % PARTS == 0
-  if single and platform() == 'cpu' and jnp.dtype(dtype) == jnp.float32:
-    return _one_row(x.reshape(-1), kernel.reshape(inputs, -1)).reshape(*lead, *out)
+  kernel_IO = kernel.reshape(math.prod(kernel.shape[:num_in]), -1)
   rows = lead if num_parts('length') > 1 else (-1,)
-  y = jnp.matmul(
-    x.reshape(*rows, inputs).astype(dtype),
-    kernel.reshape(inputs, -1).astype(dtype),
-    preferred_element_type=jnp.float32 if platform() == 'cpu' else result_dtype,
-  )
+  x = x.reshape(*rows, len(kernel_IO))
+  if platform() == 'cpu':
+    y = cpu_kernels.matmul(x, kernel_IO, dtype)
+  else:
+    y = jnp.matmul(x.astype(dtype), kernel_IO.astype(dtype), preferred_element_type=result_dtype)
   return y.reshape(*lead, *out)
 
 
-def _matmul(x: jax.Array, kernel: jax.Array, dtype: DTypeLike) -> jax.Array:
-  return jnp.matmul(x.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32)
+def _dense_quantized(x: jax.Array, kernel: Quantized, num_in: int, dtype: DTypeLike) -> jax.Array:
+  name, lead = 'int4' if 'int4' in kernel else 'int8', x.shape[: x.ndim - num_in]
+  x, levels = _tie(x, kernel[name])
+  stored: Any = {name: levels, 'scale': kernel['scale']} if name == 'int4' else levels
 
+  def read(part: Any) -> jax.Array:
+    return dequantize(part, dtype) if name == 'int4' else part.astype(dtype)
 
-def _one_row(x_I: jax.Array, kernel_IO: jax.Array) -> jax.Array:
-  """Multiply a single row in parts: XLA's CPU backend would leave the whole to one core.
-
-  Reading the kernel once is all the time that it takes, and one core does not use all of the
-  machine's bandwidth: the parts take 0.7 to 0.9 of the time on two cores.
-  """
-  x_PI = x_I.astype(jnp.float32).reshape(PARTS, -1)
-  kernel_PIO = kernel_IO.astype(jnp.float32).reshape(*x_PI.shape, -1)
-  return jnp.einsum('PI,PIO->PO', x_PI, kernel_PIO).sum(axis=0)
-
-
-def _dense_quantized(
-  x: jax.Array, kernel: Quantized, num_in: int, dtype: DTypeLike
-) -> jax.Array:
-  # A kernel that is reshaped before it is tied, and after that again, would be copied.
-  scale = kernel['scale']
-  if 'int4' in kernel:
-    x, packed = _together(x, kernel['int4'])
-    return _in_parts(x, {'int4': packed, 'scale': scale}, num_in,
-                     lambda part: dequantize(part, dtype), dtype)
-  x, levels = _together(x, kernel['int8'])
-  lead, out = x.shape[: x.ndim - num_in], levels.shape[num_in:]
-  inputs = math.prod(levels.shape[:num_in])
-  if math.prod(lead) == 1 and inputs % TERMS == 0 and platform() == 'cpu':
-    y = _one_row_of_levels(x.reshape(-1), levels.reshape(inputs, -1)).reshape(*lead, *out)
+  if platform() == 'cpu':
+    y = cpu_kernels.matmul_stored(x.reshape(math.prod(lead), -1), stored, read, dtype)
+    y = y.reshape(*lead, *jax.eval_shape(read, stored).shape[num_in:])
   else:
-    y = _in_parts(x, levels, num_in, lambda part: part.astype(dtype), dtype)
-  return y * scale.reshape(*[1] * len(lead), *out)
+    y = dense(x, read(stored), num_in, dtype)
+  if name == 'int8':
+    y *= kernel['scale'].reshape(*[1] * len(lead), *y.shape[len(lead):])
+  return y
 
 
-def _together(x: jax.Array, stored: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Tie a kernel to an activation: else a decoding loop keeps a float32 copy of it, made before."""
+def _tie(x: jax.Array, stored: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Tie a kernel to an activation: else a decode loop keeps a float32 copy of it, made before.
+
+  Reshape the kernel only after this barrier: XLA copies one that is reshaped on both sides of it.
+  """
   return jax.lax.optimization_barrier((x, stored))
-
-
-def _in_parts(
-  x: jax.Array, stored: Any, num_in: int, read: Callable[[Any], jax.Array], dtype: DTypeLike
-) -> jax.Array:
-  """Do as `dense` with a kernel that is stored smaller, part after part on CPU.
-
-  Its backend would first write out all kernels of a model as float32: memory that the small ones
-  were to save, and the time to fault it in. A part is still in the cache when it is multiplied: for
-  8 to 64 rows that takes 0.5 to 0.9 of the time of a float32 kernel.
-
-  Args:
-    x: activations (..., in...).
-    stored: arrays whose first axis is that of the inputs, or of groups of them.
-    num_in: how many axes are contracted.
-    read: makes a kernel (in..., out...) of stretches of the arrays.
-    dtype: of the operands.
-  """
-  lengths = [leaf.shape[0] for leaf in jax.tree.leaves(stored)]
-  parts = next((n for n in (2, 3) if all(length % n == 0 for length in lengths)), 1)
-  if platform() != 'cpu' or parts == 1:
-    return dense(x, read(stored), num_in, dtype)
-  kernel = jax.eval_shape(read, stored)
-  lead, out = x.shape[: x.ndim - num_in], kernel.shape[num_in:]
-  rows = math.prod(lead)
-  x_PRJ = x.astype(dtype).reshape(rows, parts, -1).swapaxes(0, 1)
-  split = jax.tree.map(lambda leaf: leaf.reshape(parts, -1, *leaf.shape[1:]), stored)
-
-  # A gradient reads the parts again.
-  @jax.checkpoint
-  def add(y_RO, part):
-    x_RJ, stretch = part
-    return y_RO + _matmul(x_RJ, read(stretch).reshape(x_RJ.shape[1], -1), dtype), None
-
-  y_RO, _ = jax.lax.scan(add, jnp.zeros((rows, math.prod(out))), (x_PRJ, split))
-  return y_RO.reshape(*lead, *out)
-
-
-def _one_row_of_levels(x_I: jax.Array, levels_IO: jax.Array) -> jax.Array:
-  """Multiply one row with int8 numbers as they lie in memory.
-
-  XLA's CPU backend would first write a float32 copy of the kernel, four times its size. A sum of
-  `TERMS` element-wise products is one loop over the outputs, which it vectorises; the barrier keeps
-  the remaining sum out of that loop. Twice as fast as a float32 product of one row.
-  """
-  x_GC = x_I.astype(jnp.float32).reshape(-1, TERMS)
-  levels_GCO = levels_IO.reshape(*x_GC.shape, -1)
-  part_GO = sum(x_GC[:, c, None] * levels_GCO[:, c].astype(jnp.float32) for c in range(TERMS))
-  return jnp.ones((1, x_GC.shape[0])) @ jax.lax.optimization_barrier(part_GO)
-
-
-def _one_row_of_levels_transposed(x_I: jax.Array, levels_OI: jax.Array) -> jax.Array:
-  """Do the same for a kernel whose outputs come first."""
-  x_CJ = x_I.astype(jnp.float32).reshape(-1, LANES)
-  levels_OCJ = levels_OI.reshape(-1, *x_CJ.shape)
-  part_OJ = sum(x_CJ[None, c] * levels_OCJ[:, c].astype(jnp.float32) for c in range(len(x_CJ)))
-  return jnp.ones((1, LANES)) @ jax.lax.optimization_barrier(part_OJ).T
 
 
 class Linear(nn.Module):
@@ -289,15 +209,13 @@ class Embed(nn.Module):
     """Return the product (..., num_rows) of `x` (..., D) with every row, in float32."""
     if not is_quantized(self.embedding):
       return _matmul(x, self.embedding.T, self.dtype)
-    levels_VD, scale_V1 = self.embedding['int8'], self.embedding['scale']
-    x_RD, levels_VD = _together(x.reshape(-1, self.embed_dim), levels_VD)
-    if len(x_RD) == 1 and self.embed_dim % LANES == 0 and platform() == 'cpu':
-      y_RV = _one_row_of_levels_transposed(x_RD[0], levels_VD)
-    elif platform() == 'cpu' and self.num_rows % ROW_PARTS == 0:
-      levels_PCD = levels_VD.reshape(ROW_PARTS, -1, self.embed_dim)
-      y_PRC = jax.lax.map(
-        jax.checkpoint(lambda part_CD: _matmul(x_RD, part_CD.T, self.dtype)), levels_PCD)
-      y_RV = y_PRC.swapaxes(0, 1).reshape(len(x_RD), -1)
+    x_RD, levels_VD = _tie(x.reshape(-1, self.embed_dim), self.embedding['int8'])
+    if platform() == 'cpu':
+      y_RV = cpu_kernels.matmul_table(x_RD, levels_VD, self.dtype)
     else:
       y_RV = _matmul(x_RD, levels_VD.T, self.dtype)
-    return (y_RV * scale_V1.T).reshape(*x.shape[:-1], -1)
+    return (y_RV * self.embedding['scale'].T).reshape(*x.shape[:-1], -1)
+
+
+def _matmul(x: jax.Array, kernel: jax.Array, dtype: DTypeLike) -> jax.Array:
+  return jnp.matmul(x.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32)

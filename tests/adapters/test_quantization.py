@@ -12,7 +12,7 @@ from jaxllm.adapters.quantization import QuantizationConfig, stored_bytes
 from jaxllm.generation import decode
 from jaxllm.generation.requests import make_requests
 from jaxllm.generation.sampling import SamplingConfig
-from jaxllm.models import decoder, linear
+from jaxllm.models import cpu_kernels, decoder, linear
 from jaxllm.models.decoder import Decoder, DecoderConfig
 from jaxllm.models.linear import InitializerConfig
 
@@ -86,8 +86,10 @@ def test_products_without_a_copy_are_the_same():
   x = jnp.asarray(rng.normal(size=(64,)), jnp.float32)
   levels = jnp.asarray(rng.integers(-127, 128, size=(64, 40)), jnp.int8)
   want = np.asarray(x)[None] @ np.asarray(levels, np.float32)
-  for found in (jax.jit(linear._one_row_of_levels)(x, levels),
-                jax.jit(linear._one_row_of_levels_transposed)(x, levels.T)):
+  stored = jax.jit(lambda x, levels: cpu_kernels.matmul_stored(
+    x, levels, lambda part: part.astype('float32'), 'float32'))
+  table = jax.jit(lambda x, levels: cpu_kernels.matmul_table(x, levels, 'float32'))
+  for found in (stored(x[None], levels), table(x[None], levels.T)):
     np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-2)
 
 

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from jaxllm.adapters.quantization import QuantizationConfig, quantize
-from jaxllm.models.linear import PARTS, dense, dequantize
+from jaxllm.models.cpu_kernels import PARTS
+from jaxllm.models.linear import dense, dequantize
 
 
 @pytest.mark.parametrize('lead', [(), (1,), (1, 1), (2, 1), (1, 3), (8,)])
