@@ -36,19 +36,8 @@ PRESETS: dict[str, DecoderConfig] = {
 HUGGINGFACE: dict[str, Format] = {
   form.model_type: form
   for form in (
-    gpt2.HUGGINGFACE,
-    llama.HUGGINGFACE,
-    smollm.HUGGINGFACE,
-    mistral.HUGGINGFACE,
-    mistral.MIXTRAL,
-    qwen.HUGGINGFACE,
-    qwen.QWEN3,
-    gemma.HUGGINGFACE,
-    gemma.GEMMA2,
-    gemma.GEMMA3,
-    gemma.GEMMA3_MULTIMODAL,
-    phi.HUGGINGFACE,
-    olmo.HUGGINGFACE,
-    neox.HUGGINGFACE,
+    gpt2.HUGGINGFACE, llama.HUGGINGFACE, smollm.HUGGINGFACE, mistral.HUGGINGFACE, mistral.MIXTRAL,
+    qwen.HUGGINGFACE, qwen.QWEN3, gemma.HUGGINGFACE, gemma.GEMMA2, gemma.GEMMA3,
+    gemma.GEMMA3_MULTIMODAL, phi.HUGGINGFACE, olmo.HUGGINGFACE, neox.HUGGINGFACE,
   )
 }

@@ -8,27 +8,17 @@ Reference:
   width 5,120 instead of 5,140; both then meet the published counts.
 """
 
-from jaxllm.models.config import DecoderConfig
-from jaxllm.models.families import gpt2
-
-
-def _preset(embed_dim: int, num_layers: int, num_heads: int) -> DecoderConfig:
-  return gpt2.PRESETS['gpt2_124m'].replace(
-    embed_dim=embed_dim,
-    num_layers=num_layers,
-    num_heads=num_heads,
-    mlp_dim=4 * embed_dim,
-    max_length=2048,
-  )
-
+from jaxllm.models.families.gpt2 import preset
 
 PRESETS = {
-  'gpt3_125m': _preset(768, 12, 12),
-  'gpt3_350m': _preset(1024, 24, 16),
-  'gpt3_760m': _preset(1536, 24, 16),
-  'gpt3_1.3b': _preset(2048, 24, 16),
-  'gpt3_2.7b': _preset(2560, 32, 32),
-  'gpt3_6.7b': _preset(4096, 32, 32),
-  'gpt3_13b': _preset(5120, 40, 40),
-  'gpt3_175b': _preset(12288, 96, 96),
+  f'gpt3_{name}': preset(*size, max_length=2048) for name, size in {
+    '125m': (768, 12, 12),
+    '350m': (1024, 24, 16),
+    '760m': (1536, 24, 16),
+    '1.3b': (2048, 24, 16),
+    '2.7b': (2560, 32, 32),
+    '6.7b': (4096, 32, 32),
+    '13b': (5120, 40, 40),
+    '175b': (12288, 96, 96),
+  }.items()
 }

@@ -3,7 +3,8 @@
 `Format` is what a family file declares once and everything reads: import, export and the checks.
 The rest is what families share: `rms_decoder` and `rms_config` translate the keys that most of
 them have, `rotary` and `rotary_keys` the rotary positions with their scalings, `layer_types` and
-`pattern` the layer kinds, `size`, `number`, `flag` single values of an untrusted config.json.
+`pattern` the layer kinds, `size`, `number`, `flag` single values of an untrusted config.json,
+`affine_names` and `qkv_names` the names of tensors.
 """
 
 import collections
@@ -39,6 +40,11 @@ ACTIVATION_NAMES = {
   'silu': 'silu', 'relu': 'relu', 'gelu': 'gelu', 'gelu_tanh': 'gelu_pytorch_tanh',
 }
 KINDS = {'full_attention': 'global', 'sliding_attention': 'local'}
+# Field of `DecoderConfig` -> key of config.json, in most families.
+SIZES = {
+  'vocab_size': 'vocab_size', 'embed_dim': 'hidden_size', 'num_layers': 'num_hidden_layers',
+  'num_heads': 'num_attention_heads', 'mlp_dim': 'intermediate_size',
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +83,7 @@ class Format:
 
 
 def size(keys: Keys, name: str, default: int | None = None, limit: int = MAX_SIZE) -> int:
-  """Return a count from config.json.
-
-  Raises:
-    ValueError: it is missing, no whole number, below 1 or absurdly large.
-  """
+  """Return a count from config.json, or raise a ValueError."""
   value = keys.get(name)
   value = default if value is None else value
   if isinstance(value, float) and value.is_integer():
@@ -92,11 +94,7 @@ def size(keys: Keys, name: str, default: int | None = None, limit: int = MAX_SIZ
 
 
 def number(keys: Keys, name: str, default: float | None = None) -> float:
-  """Return a finite number from config.json.
-
-  Raises:
-    ValueError: it is missing or something else.
-  """
+  """Return a finite number from config.json, or raise a ValueError."""
   value = keys.get(name)
   value = default if value is None else value
   if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
@@ -105,16 +103,44 @@ def number(keys: Keys, name: str, default: float | None = None) -> float:
 
 
 def flag(keys: Keys, name: str, default: bool = False) -> bool:
-  """Return a boolean from config.json.
-
-  Raises:
-    ValueError: it is something else.
-  """
+  """Return a boolean from config.json, or raise a ValueError."""
   value = keys.get(name)
   value = default if value is None else value
   if not isinstance(value, bool):
     raise ValueError(f'config.json: {name}={value!r}; true or false is needed')
   return value
+
+
+def sizes(keys: Keys, names: Mapping[str, str]) -> dict[str, int]:
+  """Return fields of `DecoderConfig` from config.json, by a table such as `SIZES`."""
+  return {field: size(keys, name, limit=MAX_LAYERS if field == 'num_layers' else MAX_SIZE)
+          for field, name in names.items()}
+
+
+def common_keys(config: DecoderConfig, names: Mapping[str, str]) -> dict[str, Any]:
+  """Return the keys that every family has; `names` as in `sizes`."""
+  return {name: getattr(config, field) for field, name in names.items()} | {
+    'initializer_range': config.initializer.stddev or 0.02,
+    'tie_word_embeddings': config.tied_head,
+  }
+
+
+def affine_names(names: Mapping[str, str]) -> dict[str, str]:
+  """Return the names of the weight and the bias of kernels and norms."""
+  return {
+    f'{path}/{leaf}': f'{name}.{kind}' for path, name in names.items()
+    for leaf, kind in (('scale' if 'norm' in path else 'kernel', 'weight'), ('bias', 'bias'))
+  }
+
+
+def qkv_names(
+  name: str, leaves: Mapping[str, str] = {'kernel': 'weight', 'bias': 'bias'}  # noqa: B006
+) -> dict[tuple[str, ...], str]:
+  """Return the names of queries, keys and values that are fused into one tensor."""
+  return {
+    tuple(f'layers/attention/{part}/{leaf}' for part in ('query', 'key', 'value')): f'{name}.{kind}'
+    for leaf, kind in leaves.items()
+  }
 
 
 def with_defaults(keys: Keys, defaults: Keys) -> Keys:
@@ -218,29 +244,27 @@ def rotary_keys(config: DecoderConfig) -> dict[str, Any]:
   return keys
 
 
+_SCALING_KEYS = {
+  'factor': 'factor', 'attention_factor': 'attention_factor',
+  'original_length': 'original_max_position_embeddings',
+  'low_frequency_factor': 'low_freq_factor', 'high_frequency_factor': 'high_freq_factor',
+  'fast_turns': 'beta_fast', 'slow_turns': 'beta_slow', 'whole_pairs': 'truncate',
+  'short_factors': 'short_factor', 'long_factors': 'long_factor',
+}
+
+
 def scaling_keys(config: DecoderConfig, scaling: Scaling | None) -> dict[str, Any] | None:
   """Return `rope_scaling` for config.json."""
   if scaling is None:
     return None
   keys: dict[str, Any] = {'rope_type': scaling.kind}
+  for field, value in dict(scaling).items():
+    if field in _SCALING_KEYS and value is not None and value is not True:
+      keys[_SCALING_KEYS[field]] = list(value) if isinstance(value, tuple) else value
+  if isinstance(scaling, DynamicScaling):
+    del keys['original_max_position_embeddings']
   if isinstance(scaling, LongRopeScaling):
-    keys |= {
-      'short_factor': list(scaling.short_factors), 'long_factor': list(scaling.long_factors),
-      'factor': max(1.0, config.max_length / scaling.original_length),
-      'attention_factor': scaling.attention_factor,
-    }
-  else:
-    keys['factor'] = scaling.factor
-  if isinstance(scaling, Llama3Scaling):
-    keys |= {'low_freq_factor': scaling.low_frequency_factor,
-             'high_freq_factor': scaling.high_frequency_factor}
-  if isinstance(scaling, YarnScaling):
-    keys |= {'beta_fast': scaling.fast_turns, 'beta_slow': scaling.slow_turns}
-    keys |= {} if scaling.whole_pairs else {'truncate': False}
-    if scaling.attention_factor is not None:
-      keys['attention_factor'] = scaling.attention_factor
-  if isinstance(scaling, Llama3Scaling | YarnScaling | LongRopeScaling):
-    keys['original_max_position_embeddings'] = scaling.original_length
+    keys['factor'] = max(1.0, config.max_length / scaling.original_length)
   return keys
 
 
@@ -285,20 +309,17 @@ def rms_decoder(keys: Keys, partial: bool = False, **fields: Any) -> DecoderConf
     partial: whether this family may rotate a part of each head.
     **fields: of `DecoderConfig`, where a family differs.
   """
-  width, heads = size(keys, 'hidden_size'), size(keys, 'num_attention_heads')
+  found = sizes(keys, SIZES)
+  width, heads = found['embed_dim'], found['num_heads']
   biases = ('qkv', 'attention_out') if flag(keys, 'attention_bias') else ()
   positions = fields.pop('positions', None) or rotary(keys)
   if positions.fraction != 1 and not partial:
     raise ValueError(f'config.json: partial_rotary_factor={positions.fraction} is not supported '
                      'for this model_type')
   shared = {
-    'vocab_size': size(keys, 'vocab_size'),
-    'embed_dim': width,
-    'num_layers': size(keys, 'num_hidden_layers', limit=MAX_LAYERS),
-    'num_heads': heads,
+    **found,
     'num_kv_heads': size(keys, 'num_key_value_heads', heads),
     'head_dim': size(keys, 'head_dim', max(1, width // heads)),
-    'mlp_dim': size(keys, 'intermediate_size'),
     'max_length': context_length(keys, positions),
     'positions': positions,
     'norm': NormConfig(kind='rmsnorm', epsilon=number(keys, 'rms_norm_eps', 1e-6)),
@@ -312,19 +333,13 @@ def rms_decoder(keys: Keys, partial: bool = False, **fields: Any) -> DecoderConf
 def rms_config(config: DecoderConfig, **keys: Any) -> dict[str, Any]:
   """Return the keys that `rms_decoder` reads; `keys` replaces and adds some."""
   return {
-    'vocab_size': config.vocab_size,
-    'hidden_size': config.embed_dim,
-    'intermediate_size': config.mlp_dim,
-    'num_hidden_layers': config.num_layers,
-    'num_attention_heads': config.num_heads,
+    **common_keys(config, SIZES),
     'num_key_value_heads': config.kv_heads,
     'head_dim': config.head_size,
     'hidden_act': ACTIVATION_NAMES[config.activation],
     **context_keys(config),
     'rms_norm_eps': config.norm.epsilon,
-    'initializer_range': config.initializer.stddev or 0.02,
     'attention_dropout': config.attention_dropout_rate,
-    'tie_word_embeddings': config.tied_head,
     **rotary_keys(config),
     **keys,
   }

@@ -7,11 +7,11 @@ Reference:
 from typing import Any, NoReturn
 
 from jaxllm.models.config import DecoderConfig
+from jaxllm.models.families import huggingface as hf
 from jaxllm.models.families import llama
-from jaxllm.models.families.huggingface import Format, Keys, rms_config, rms_decoder, size
 from jaxllm.models.positions import RotaryPositions
 
-_V3 = llama.PRESETS['llama3_8b'].replace(
+_V3 = llama.LLAMA3.replace(
   vocab_size=32768, max_length=32768, positions=RotaryPositions(base=1_000_000.0)
 )
 
@@ -23,19 +23,15 @@ PRESETS = {
 }
 
 
-def window_in_all_layers(keys: Keys) -> dict[str, Any]:
-  """Return the fields of a config whose every layer has the window of config.json, if any."""
-  if keys.get('sliding_window') is None:
-    return {}
-  return {'layer_pattern': ('local',), 'window': size(keys, 'sliding_window')}
-
-
-def _decode(keys: Keys) -> DecoderConfig:
-  return rms_decoder(keys, **window_in_all_layers(keys))
+def decode(keys: hf.Keys, **fields: Any) -> DecoderConfig:
+  """Translate the keys of a family whose every layer may have the window of config.json."""
+  if keys.get('sliding_window') is not None:
+    fields |= {'layer_pattern': ('local',), 'window': hf.size(keys, 'sliding_window')}
+  return hf.rms_decoder(keys, **fields)
 
 
 def _encode(config: DecoderConfig) -> dict[str, Any]:
-  return rms_config(config, sliding_window=config.window)
+  return hf.rms_config(config, sliding_window=config.window)
 
 
 def _no_experts(_: Any) -> NoReturn:
@@ -43,5 +39,5 @@ def _no_experts(_: Any) -> NoReturn:
                    'yet')
 
 
-HUGGINGFACE = Format('mistral', 'MistralForCausalLM', llama.NAMES, _decode, _encode)
-MIXTRAL = Format('mixtral', 'MixtralForCausalLM', {}, _no_experts, _no_experts)
+HUGGINGFACE = hf.Format('mistral', 'MistralForCausalLM', llama.NAMES, decode, _encode)
+MIXTRAL = hf.Format('mixtral', 'MixtralForCausalLM', {}, _no_experts, _no_experts)

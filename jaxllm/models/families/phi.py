@@ -7,26 +7,23 @@ Reference:
 from typing import Any
 
 from jaxllm.models.config import DecoderConfig
-from jaxllm.models.families import llama
-from jaxllm.models.families.huggingface import Format, Keys, rms_config, rms_decoder, with_defaults
-from jaxllm.models.families.mistral import window_in_all_layers
+from jaxllm.models.families import huggingface as hf
+from jaxllm.models.families import llama, mistral
 from jaxllm.models.positions import LongRopeScaling
 
 PRESETS = {
-  'phi3_mini_4k': llama.PRESETS['llama2_7b'].replace(
-    vocab_size=32064, embed_dim=3072, num_layers=32, num_heads=32, mlp_dim=8192, max_length=4096,
-    layer_pattern=('local',), window=2047,
+  'phi3_mini_4k': llama.sized(
+    llama.LLAMA2, 3072, 32, 32, 8192, vocab_size=32064, layer_pattern=('local',), window=2047
   ),
 }
 
 
-def _decode(keys: Keys) -> DecoderConfig:
-  keys = with_defaults(keys, {'rms_norm_eps': 1e-5})
-  return rms_decoder(keys, partial=True, **window_in_all_layers(keys))
+def _decode(keys: hf.Keys) -> DecoderConfig:
+  return mistral.decode(hf.with_defaults(keys, {'rms_norm_eps': 1e-5}), partial=True)
 
 
 def _encode(config: DecoderConfig) -> dict[str, Any]:
-  keys = rms_config(config, sliding_window=config.window)
+  keys = hf.rms_config(config, sliding_window=config.window)
   scaling = getattr(config.positions, 'scaling', None)
   if isinstance(scaling, LongRopeScaling):
     keys['original_max_position_embeddings'] = scaling.original_length
@@ -35,17 +32,16 @@ def _encode(config: DecoderConfig) -> dict[str, Any]:
   return keys
 
 
-_FUSED = ('q_proj', 'k_proj', 'v_proj', 'gate_proj', 'up_proj')
+_QKV = hf.qkv_names('model.layers.{}.self_attn.qkv_proj', leaves={'kernel': 'weight'})
+_GATE_UP = ('layers/mlp/gate/kernel', 'layers/mlp/up/kernel')
+_FUSED = [path for paths in (*_QKV, _GATE_UP) for path in paths]
 
-HUGGINGFACE = Format(
+HUGGINGFACE = hf.Format(
   'phi3', 'Phi3ForCausalLM', decode=_decode, encode=_encode,
   names={
-    **{
-      path: name for path, name in llama.NAMES.items()
-      if not name.endswith('.bias') and not any(part in name for part in _FUSED)
-    },
-    tuple(f'layers/attention/{part}/kernel' for part in ('query', 'key', 'value')):
-      'model.layers.{}.self_attn.qkv_proj.weight',
-    ('layers/mlp/gate/kernel', 'layers/mlp/up/kernel'): 'model.layers.{}.mlp.gate_up_proj.weight',
+    **{path: name for path, name in llama.NAMES.items()
+       if path not in _FUSED and not path.endswith('/bias')},
+    **_QKV,
+    _GATE_UP: 'model.layers.{}.mlp.gate_up_proj.weight',
   },
 )
