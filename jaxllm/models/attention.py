@@ -98,26 +98,9 @@ def attend(
   Returns:
     (B, T, N, H) in the dtype of the queries.
   """
-  dtype = query_BTNH.dtype
-  batch, length, num_heads, dim = query_BTNH.shape
-  num_kv_heads, num_slots = key_BKSH.shape[1:3]
-  query_BTKGH = (query_BTNH * scale).astype(dtype).reshape(batch, length, num_kv_heads, -1, dim)
-  query_BKTGH = query_BTKGH.swapaxes(1, 2)
-  logits_BKRS = jnp.einsum(
-    'BKRH,BKSH->BKRS', query_BKTGH.reshape(batch, num_kv_heads, -1, dim), key_BKSH.astype(dtype),
-    preferred_element_type=jnp.float32,
-  )
-  logits_BKTGS = softcap(logits_BKRS, cap).reshape(*query_BKTGH.shape[:-1], num_slots)
-  logits_BKTGS += jnp.where(mask_BTS, 0, MASKED)[:, None, :, None]
-  top_BKTG1 = jax.lax.stop_gradient(logits_BKTGS.max(axis=-1, keepdims=True))
-  weights_BKTGS = jnp.exp(logits_BKTGS - top_BKTG1)
-  total_BKTG1 = weights_BKTGS.sum(axis=-1, keepdims=True)
-  weights_BKRS = dropout(weights_BKTGS).astype(dtype).reshape(logits_BKRS.shape)
-  mixed_BKRH = jnp.einsum(
-    'BKRS,BKSH->BKRH', weights_BKRS, value_BKSH.astype(dtype), preferred_element_type=jnp.float32
-  )
-  mixed_BKTGH = (mixed_BKRH.reshape(query_BKTGH.shape) / total_BKTG1).astype(dtype)
-  return mixed_BKTGH.swapaxes(1, 2).reshape(batch, length, num_heads, dim)
+  query_BKTGH = _grouped(query_BTNH, key_BKSH.shape[1], scale)
+  _, total_BKTG1, mixed_BKTGH = _weigh(query_BKTGH, key_BKSH, value_BKSH, mask_BTS, cap, dropout)
+  return _ungrouped(mixed_BKTGH / total_BKTG1, query_BTNH)
 
 
 def attend_cache(
@@ -144,39 +127,59 @@ def attend_cache(
   # A GPU would wait for the host before every block.
   if num_slots <= BLOCK or sharding.platform() == 'gpu':
     return attend(query_BTNH, *kv_cache.read(cache, layer), mask_BTS, scale, cap)
-  dtype = query_BTNH.dtype
-  batch, length, num_heads, dim = query_BTNH.shape
-  num_kv_heads = cache.keys[0].shape[-3]
-  query_BTKGH = (query_BTNH * scale).astype(dtype).reshape(batch, length, num_kv_heads, -1, dim)
-  shape_BKTGH = query_BTKGH.swapaxes(1, 2).shape
-  query_BKRH = query_BTKGH.swapaxes(1, 2).reshape(batch, num_kv_heads, -1, dim)
+  query_BKTGH = _grouped(query_BTNH, cache.keys[0].shape[-3], scale)
 
   def add(carry):
     block, top_BKTG1, total_BKTG1, mixed_BKTGH = carry
     # The last block overlaps the one before it where the slots are no multiple.
     start = jnp.minimum(block * BLOCK, num_slots - BLOCK)
-    key_BKSH, value_BKSH = kv_cache.read(cache, layer, start, BLOCK)
-    logits_BKRS = jnp.einsum(
-      'BKRH,BKSH->BKRS', query_BKRH, key_BKSH.astype(dtype), preferred_element_type=jnp.float32)
-    logits_BKTGS = softcap(logits_BKRS, cap).reshape(*shape_BKTGH[:-1], BLOCK)
     is_new_S = start + jnp.arange(BLOCK) >= block * BLOCK
     seen_BTS = jax.lax.dynamic_slice_in_dim(mask_BTS, start, BLOCK, 2) & is_new_S[None, None]
-    logits_BKTGS += jnp.where(seen_BTS, 0, MASKED)[:, None, :, None]
-    new_BKTG1 = jnp.maximum(top_BKTG1, logits_BKTGS.max(axis=-1, keepdims=True))
-    weights_BKTGS = jnp.exp(logits_BKTGS - new_BKTG1)
+    new_BKTG1, more_BKTG1, added_BKTGH = _weigh(
+      query_BKTGH, *kv_cache.read(cache, layer, start, BLOCK), seen_BTS, cap, least_BKTG1=top_BKTG1)
     keep_BKTG1 = jnp.exp(top_BKTG1 - new_BKTG1)
-    added_BKRH = jnp.einsum(
-      'BKRS,BKSH->BKRH', weights_BKTGS.astype(dtype).reshape(logits_BKRS.shape),
-      value_BKSH.astype(dtype), preferred_element_type=jnp.float32)
-    return (block + 1, new_BKTG1, total_BKTG1 * keep_BKTG1 + weights_BKTGS.sum(-1, keepdims=True),
-            mixed_BKTGH * keep_BKTG1 + added_BKRH.reshape(shape_BKTGH))
+    return (block + 1, new_BKTG1, total_BKTG1 * keep_BKTG1 + more_BKTG1,
+            mixed_BKTGH * keep_BKTG1 + added_BKTGH)
 
-  zeros_BKTG1 = jnp.zeros((*shape_BKTGH[:-1], 1), jnp.float32)
-  start = jnp.int32(0), zeros_BKTG1 + 2 * MASKED, zeros_BKTG1, jnp.zeros(shape_BKTGH, jnp.float32)
+  zeros_BKTG1 = jnp.zeros((*query_BKTGH.shape[:-1], 1), jnp.float32)
+  start = (jnp.int32(0), zeros_BKTG1 + 2 * MASKED, zeros_BKTG1,
+           jnp.zeros(query_BKTGH.shape, jnp.float32))
   _, _, total_BKTG1, mixed_BKTGH = jax.lax.while_loop(
     lambda carry: carry[0] * BLOCK < view.num_slots, add, start)
-  mixed_BTKGH = (mixed_BKTGH / total_BKTG1).astype(dtype).swapaxes(1, 2)
-  return mixed_BTKGH.reshape(batch, length, num_heads, dim)
+  return _ungrouped(mixed_BKTGH / total_BKTG1, query_BTNH)
+
+
+def _grouped(query_BTNH: jax.Array, num_kv_heads: int, scale: float) -> jax.Array:
+  batch, length, _, dim = query_BTNH.shape
+  scaled_BTNH = (query_BTNH * scale).astype(query_BTNH.dtype)
+  return scaled_BTNH.reshape(batch, length, num_kv_heads, -1, dim).swapaxes(1, 2)
+
+
+def _ungrouped(mixed_BKTGH: jax.Array, query_BTNH: jax.Array) -> jax.Array:
+  return mixed_BKTGH.astype(query_BTNH.dtype).swapaxes(1, 2).reshape(query_BTNH.shape)
+
+
+def _weigh(
+  query_BKTGH, key_BKSH, value_BKSH, mask_BTS, cap, dropout=lambda weights: weights,
+  least_BKTG1=None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Return the largest logit (at least `least_BKTG1`), the sum of weights and of weighted values."""
+  dtype = query_BKTGH.dtype
+  *lead, dim = query_BKTGH.shape
+  query_BKRH = query_BKTGH.reshape(*lead[:2], -1, dim)
+  logits_BKRS = jnp.einsum(
+    'BKRH,BKSH->BKRS', query_BKRH, key_BKSH.astype(dtype), preferred_element_type=jnp.float32)
+  logits_BKTGS = softcap(logits_BKRS, cap).reshape(*lead, -1)
+  logits_BKTGS += jnp.where(mask_BTS, 0, MASKED)[:, None, :, None]
+  top_BKTG1 = jax.lax.stop_gradient(logits_BKTGS.max(axis=-1, keepdims=True))
+  if least_BKTG1 is not None:
+    top_BKTG1 = jnp.maximum(least_BKTG1, top_BKTG1)
+  weights_BKTGS = jnp.exp(logits_BKTGS - top_BKTG1)
+  mixed_BKRH = jnp.einsum(
+    'BKRS,BKSH->BKRH', dropout(weights_BKTGS).astype(dtype).reshape(logits_BKRS.shape),
+    value_BKSH.astype(dtype), preferred_element_type=jnp.float32)
+  total_BKTG1 = weights_BKTGS.sum(axis=-1, keepdims=True)
+  return top_BKTG1, total_BKTG1, mixed_BKRH.reshape(query_BKTGH.shape)
 
 
 def cudnn_attention(
@@ -186,8 +189,10 @@ def cudnn_attention(
   segment_ids_BT: jax.Array | None,
   scale: float,
   window: int | None,
+  softcap: None = None,
 ) -> jax.Array:
   """Attend causally within segments by cuDNN's fused kernel; arguments as in `splash_attention`."""
+  assert softcap is None
   mask_B1TS = None
   if segment_ids_BT is not None:
     mask_B1TS = segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :]
@@ -248,24 +253,29 @@ class Attention(nn.Module):
       query, key = rotate(query, *view.rotation), rotate(key, *view.rotation)
     query = sharding.constrain(query, 'batch', 'length', 'heads', 'head_dim')
     if view.mask_BTS is None:
-      mixed_BTNH = self._fused(query, key, value, view.segment_ids_BT)
-    elif cache is not None and slots_BT is not None:
-      key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+      fused = splash_attention if config.attention == 'splash' else cudnn_attention
+      mixed_BTNH = fused(query, key, value, view.segment_ids_BT, config.query_scale,
+                         config.window, config.attention_softcap)
+      return self._out(mixed_BTNH), cache
+    key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+    if cache is not None and slots_BT is not None:
       cache = kv_cache.write(cache, layer, slots_BT, key, value)
       mixed_BTNH = attend_cache(
         query, cache, layer, view, config.query_scale, config.attention_softcap)
     else:
-      key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
       dropout = nn.Dropout(config.attention_dropout_rate, deterministic=deterministic)
       mixed_BTNH = attend(
-        query, key, value, view.mask_BTS, config.query_scale, config.attention_softcap, dropout
-      )
+        query, key, value, view.mask_BTS, config.query_scale, config.attention_softcap, dropout)
+    return self._out(mixed_BTNH), cache
+
+  def _out(self, mixed_BTNH: jax.Array) -> jax.Array:
+    config = self.config
     out = Linear(
       (config.num_heads, config.head_size), (config.embed_dim,), ('heads', 'head_dim', 'embed'),
       config.stddev(config.num_heads * config.head_size, residual=True),
       'attention_out' in config.biases, config.dtype, name='out',
     )
-    return out(mixed_BTNH), cache
+    return out(mixed_BTNH)
 
   def _project(self, name: str, heads: int, axis: str) -> Linear:
     config = self.config
@@ -280,14 +290,3 @@ class Attention(nn.Module):
       return Norm(config.norm, (config.head_size,), ('head_dim',), config.dtype, name=name)
     shape, axes = (heads, config.head_size), (axis, 'head_dim')
     return Norm(config.norm, shape, axes, config.dtype, name=name)
-
-  def _fused(self, query_BTNH, key_BTKH, value_BTKH, segment_ids_BT) -> jax.Array:
-    config = self.config
-    if config.attention == 'splash':
-      return splash_attention(
-        query_BTNH, key_BTKH, value_BTKH, segment_ids_BT, config.query_scale, config.window,
-        config.attention_softcap,
-      )
-    return cudnn_attention(
-      query_BTNH, key_BTKH, value_BTKH, segment_ids_BT, config.query_scale, config.window
-    )

@@ -5,7 +5,7 @@ applied (compute dtype, LoRA, quantised kernels) is changed here and nowhere els
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
