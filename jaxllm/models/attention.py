@@ -22,7 +22,7 @@ from jaxllm.models.splash import splash_attention
 
 # Finite, so that a row without any visible key gives no NaN, forward or backward.
 MASKED = -1e30
-# Slots of a cache that are read at a time.
+# Positions of a cache that are read at a time.
 BLOCK = 128
 
 
@@ -34,13 +34,13 @@ class View:
     mask_BTS: True where the key is visible; B may be 1. None: left to a fused kernel.
     rotation: (cos_BTP, sin_BTP), or None where nothing is rotated; B may be 1.
     segment_ids_BT: int32, or None: one segment; only read where there is no mask.
-    num_slots: int32 scalar, slots of a cache that are filled in any row; nothing beyond is read.
+    cache_length: int32 scalar, the filled positions of the longest row; nothing beyond is read.
   """
 
   mask_BTS: jax.Array | None  # noqa: N815
   rotation: tuple[jax.Array, jax.Array] | None
   segment_ids_BT: jax.Array | None = None  # noqa: N815
-  num_slots: jax.Array | None = None
+  cache_length: jax.Array | None = None
 
 
 def sequence_mask(
@@ -48,20 +48,20 @@ def sequence_mask(
 ) -> jax.Array:
   """Return which keys each query of a whole sequence sees, (B or 1, T, T).
 
-  A query sees itself and what stands before it in its own segment, at most `window` tokens.
-  Padding (segment 0) sees padding, so that no row is empty.
+  Those are itself and what stands before it in its own segment, at most `window` tokens; padding
+  (segment 0) sees padding, so that no row is empty.
   """
   index_T = jnp.arange(length, dtype=jnp.int32)
-  mask_BTS = slot_mask(index_T[None], length, window)
+  mask_BTS = cache_mask(index_T[None], length, window)
   if segment_ids_BT is not None:
     mask_BTS &= segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
   return mask_BTS
 
 
-def slot_mask(query_BT: jax.Array, num_slots: int, window: int | None) -> jax.Array:
-  """Return which of S slots the queries at slots `query_BT` see, (B, T, S)."""
-  slot_11S = jnp.arange(num_slots, dtype=jnp.int32)[None, None, :]
-  distance_BTS = query_BT[:, :, None] - slot_11S
+def cache_mask(query_BT: jax.Array, cache_length: int, window: int | None) -> jax.Array:
+  """Return which of S cache positions the queries at `query_BT` see, (B, T, S)."""
+  position_11S = jnp.arange(cache_length, dtype=jnp.int32)[None, None, :]
+  distance_BTS = query_BT[:, :, None] - position_11S
   mask_BTS = distance_BTS >= 0
   return mask_BTS if window is None else mask_BTS & (distance_BTS < window)
 
@@ -107,32 +107,24 @@ def attend_cache(
   query_BTNH: jax.Array, cache: kv_cache.KVCache, layer: int | jax.Array, view: View, scale: float,
   cap: float | None = None,
 ) -> jax.Array:
-  """Do the same with one layer of a cache, block by block, as far as any row is filled.
+  """Do as `attend` with one layer of a cache, block by block, as far as any row is filled.
 
   How many blocks are read never changes a row: what lies beyond its own tokens adds exactly 0.
-
-  Args:
-    query_BTNH: queries.
-    cache: with their keys and values in it.
-    layer: which one.
-    view: what the queries see.
-    scale: as in `attend`.
-    cap: as in `attend`.
 
   Reference:
     Milakov, Gimelshein, "Online normalizer calculation for softmax", arXiv 1805.02867, algorithm 3.
   """
-  assert view.mask_BTS is not None and view.num_slots is not None
-  mask_BTS, num_slots = view.mask_BTS, view.mask_BTS.shape[2]
+  assert view.mask_BTS is not None and view.cache_length is not None
+  mask_BTS, cache_length = view.mask_BTS, view.mask_BTS.shape[2]
   # A GPU would wait for the host before every block.
-  if num_slots <= BLOCK or sharding.platform() == 'gpu':
+  if cache_length <= BLOCK or sharding.platform() == 'gpu':
     return attend(query_BTNH, *kv_cache.read(cache, layer), mask_BTS, scale, cap)
   query_BKTGH = _grouped(query_BTNH, cache.keys[0].shape[-3], scale)
 
   def add(carry):
     block, top_BKTG1, total_BKTG1, mixed_BKTGH = carry
-    # The last block overlaps the one before it where the slots are no multiple.
-    start = jnp.minimum(block * BLOCK, num_slots - BLOCK)
+    # The last block overlaps the one before it where the length is no multiple.
+    start = jnp.minimum(block * BLOCK, cache_length - BLOCK)
     is_new_S = start + jnp.arange(BLOCK) >= block * BLOCK
     seen_BTS = jax.lax.dynamic_slice_in_dim(mask_BTS, start, BLOCK, 2) & is_new_S[None, None]
     new_BKTG1, more_BKTG1, added_BKTGH = _weigh(
@@ -145,7 +137,7 @@ def attend_cache(
   start = (jnp.int32(0), zeros_BKTG1 + 2 * MASKED, zeros_BKTG1,
            jnp.zeros(query_BKTGH.shape, jnp.float32))
   _, _, total_BKTG1, mixed_BKTGH = jax.lax.while_loop(
-    lambda carry: carry[0] * BLOCK < view.num_slots, add, start)
+    lambda carry: carry[0] * BLOCK < view.cache_length, add, start)
   return _ungrouped(mixed_BKTGH / total_BKTG1, query_BTNH)
 
 
@@ -163,7 +155,7 @@ def _weigh(
   query_BKTGH, key_BKSH, value_BKSH, mask_BTS, cap, dropout=lambda weights: weights,
   least_BKTG1=None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Return the largest logit (at least `least_BKTG1`), the sum of weights and of weighted values."""
+  """Return the largest logit, at least `least_BKTG1`, and the sums of weights and of values."""
   dtype = query_BKTGH.dtype
   *lead, dim = query_BKTGH.shape
   query_BKRH = query_BKTGH.reshape(*lead[:2], -1, dim)
@@ -189,7 +181,7 @@ def cudnn_attention(
   segment_ids_BT: jax.Array | None,
   scale: float,
   window: int | None,
-  softcap: None = None,
+  softcap: float | None = None,
 ) -> jax.Array:
   """Attend causally within segments by cuDNN's fused kernel; arguments as in `splash_attention`."""
   assert softcap is None
@@ -227,9 +219,9 @@ class Attention(nn.Module):
     deterministic: bool,
     cache: kv_cache.KVCache | None = None,
     layer: int | jax.Array = 0,
-    slots_BT: jax.Array | None = None,
+    cache_positions_BT: jax.Array | None = None,
   ) -> tuple[jax.Array, kv_cache.KVCache | None]:
-    """Mix values of visible tokens.
+    """Return (output_BTD, the cache with the new keys and values).
 
     Args:
       x_BTD: input, in the config's dtype.
@@ -237,10 +229,7 @@ class Attention(nn.Module):
       deterministic: whether dropout is off.
       cache: where earlier keys and values lie, or None: the sequence attends to itself.
       layer: this layer's place in the cache.
-      slots_BT: where the new ones go in the cache.
-
-    Returns:
-      (output_BTD, the cache with the new keys and values).
+      cache_positions_BT: where the new ones go in the cache.
     """
     config = self.config
     query = self._project('query', config.num_heads, 'heads')(x_BTD)
@@ -252,30 +241,23 @@ class Attention(nn.Module):
     if view.rotation is not None:
       query, key = rotate(query, *view.rotation), rotate(key, *view.rotation)
     query = sharding.constrain(query, 'batch', 'length', 'heads', 'head_dim')
+    scale, cap = config.query_scale, config.attention_softcap
+    heads_first = key.swapaxes(1, 2), value.swapaxes(1, 2)
     if view.mask_BTS is None:
       fused = splash_attention if config.attention == 'splash' else cudnn_attention
-      mixed_BTNH = fused(query, key, value, view.segment_ids_BT, config.query_scale,
-                         config.window, config.attention_softcap)
-      return self._out(mixed_BTNH), cache
-    key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
-    if cache is not None and slots_BT is not None:
-      cache = kv_cache.write(cache, layer, slots_BT, key, value)
-      mixed_BTNH = attend_cache(
-        query, cache, layer, view, config.query_scale, config.attention_softcap)
+      mixed_BTNH = fused(query, key, value, view.segment_ids_BT, scale, config.window, cap)
+    elif cache is not None and cache_positions_BT is not None:
+      cache = kv_cache.write(cache, layer, cache_positions_BT, *heads_first)
+      mixed_BTNH = attend_cache(query, cache, layer, view, scale, cap)
     else:
       dropout = nn.Dropout(config.attention_dropout_rate, deterministic=deterministic)
-      mixed_BTNH = attend(
-        query, key, value, view.mask_BTS, config.query_scale, config.attention_softcap, dropout)
-    return self._out(mixed_BTNH), cache
-
-  def _out(self, mixed_BTNH: jax.Array) -> jax.Array:
-    config = self.config
+      mixed_BTNH = attend(query, *heads_first, view.mask_BTS, scale, cap, dropout)
     out = Linear(
       (config.num_heads, config.head_size), (config.embed_dim,), ('heads', 'head_dim', 'embed'),
       config.stddev(config.num_heads * config.head_size, residual=True),
       'attention_out' in config.biases, config.dtype, name='out',
     )
-    return out(mixed_BTNH)
+    return out(mixed_BTNH), cache
 
   def _project(self, name: str, heads: int, axis: str) -> Linear:
     config = self.config
@@ -286,7 +268,6 @@ class Attention(nn.Module):
 
   def _norm(self, name: str, heads: int, axis: str) -> Norm:
     config = self.config
-    if config.query_key_norm == 'head':
-      return Norm(config.norm, (config.head_size,), ('head_dim',), config.dtype, name=name)
-    shape, axes = (heads, config.head_size), (axis, 'head_dim')
+    first = 1 if config.query_key_norm == 'head' else 0
+    shape, axes = (heads, config.head_size)[first:], (axis, 'head_dim')[first:]
     return Norm(config.norm, shape, axes, config.dtype, name=name)

@@ -17,12 +17,12 @@ _AXES = ('layers', 'batch', 'kv_heads', None, None)
 
 @flax.struct.dataclass
 class KVCache:
-  """Keys and values of every layer, S slots per row.
+  """Keys and values of every layer, S positions per row.
 
   Attributes:
     keys: (L, B, K, S, H), or one (B, K, S, H) per layer.
     values: as `keys`.
-    lengths_B: int32, how many slots of each row are filled, from slot 0 on.
+    lengths_B: int32, how many positions of each row are filled, from 0 on.
     key_scales: float32, like `keys` with H = 1, where these are int8; else None.
     value_scales: as `key_scales`.
   """
@@ -47,7 +47,7 @@ def init_cache(
   Args:
     config: sizes.
     batch_size: B.
-    length: S, slots per row: the longest prompt and continuation together.
+    length: S, the longest prompt and continuation together.
     dtype: of keys and values; the config's by default. int8: each is quantised on its own.
     stacked: one array for all layers (for scanned layers), or one per layer, which is updated in
       place by unrolled layers (fast decoding on CPU; see `unstack`).
@@ -81,48 +81,46 @@ def constrain(cache: KVCache) -> KVCache:
 
 
 def write(
-  cache: KVCache, layer: int | jax.Array, slots_BT: jax.Array, key_BKTH: jax.Array,
+  cache: KVCache, layer: int | jax.Array, positions_BT: jax.Array, key_BKTH: jax.Array,
   value_BKTH: jax.Array,
 ) -> KVCache:
-  """Put new keys and values of one layer into their slots; a slot past the end is dropped."""
-  if slots_BT.size == 1:
+  """Put new keys and values of one layer into their positions; one past the end is dropped."""
+  if positions_BT.size == 1:
     # XLA turns a scatter of a single row into an update that copies the cache; with a second row,
     # which is dropped, it happens in place.
-    slots_BT = jnp.pad(slots_BT, ((0, 0), (0, 1)), constant_values=cache.keys[0].shape[-2])
+    positions_BT = jnp.pad(positions_BT, ((0, 0), (0, 1)), constant_values=cache.keys[0].shape[-2])
     one_more = (0, 0), (0, 0), (0, 1), (0, 0)
     key_BKTH, value_BKTH = jnp.pad(key_BKTH, one_more), jnp.pad(value_BKTH, one_more)
-  row_B1 = jnp.arange(slots_BT.shape[0], dtype=jnp.int32)[:, None]
+  row_B1 = jnp.arange(positions_BT.shape[0], dtype=jnp.int32)[:, None]
 
   def put(old: jax.Array | tuple[jax.Array, ...], new_BKTH: jax.Array):
     new_BTKH = new_BKTH.swapaxes(1, 2).astype(old[0].dtype)
     if isinstance(old, tuple):
-      changed = old[layer].at[row_B1, :, slots_BT].set(new_BTKH, mode='drop')
+      changed = old[layer].at[row_B1, :, positions_BT].set(new_BTKH, mode='drop')
       return (*old[:layer], changed, *old[layer + 1 :])
-    return old.at[layer, row_B1, :, slots_BT].set(new_BTKH, mode='drop')
+    return old.at[layer, row_B1, :, positions_BT].set(new_BTKH, mode='drop')
 
-  if cache.key_scales is None or cache.value_scales is None:
-    return dataclasses.replace(
-      cache, keys=put(cache.keys, key_BKTH), values=put(cache.values, value_BKTH))
-  (key_BKTH, key_scale), (value_BKTH, value_scale) = map(_to_int8, (key_BKTH, value_BKTH))
+  new = {'keys': key_BKTH, 'values': value_BKTH}
+  if cache.key_scales is not None:
+    (new['keys'], new['key_scales']), (new['values'], new['value_scales']) = map(
+      _to_int8, (key_BKTH, value_BKTH))
   return dataclasses.replace(
-    cache, keys=put(cache.keys, key_BKTH), values=put(cache.values, value_BKTH),
-    key_scales=put(cache.key_scales, key_scale),
-    value_scales=put(cache.value_scales, value_scale),
-  )
+    cache, **{name: put(getattr(cache, name), leaf) for name, leaf in new.items()})
 
 
 def read(
   cache: KVCache, layer: int | jax.Array, start: int | jax.Array = 0, count: int | None = None
 ) -> tuple[jax.Array, jax.Array]:
-  """Return one layer's keys and values, (B, K, S, H) each; those of some slots where given."""
+  """Return one layer's keys and values, (B, K, S, H) each; those of some positions where given."""
 
   def cut(leaves: jax.Array | tuple[jax.Array, ...]) -> jax.Array:
     leaf = leaves[layer]
     return leaf if count is None else jax.lax.dynamic_slice_in_dim(leaf, start, count, 2)
 
+  keys, values = cut(cache.keys), cut(cache.values)
   if cache.key_scales is None or cache.value_scales is None:
-    return cut(cache.keys), cut(cache.values)
-  return cut(cache.keys) * cut(cache.key_scales), cut(cache.values) * cut(cache.value_scales)
+    return keys, values
+  return keys * cut(cache.key_scales), values * cut(cache.value_scales)
 
 
 def _to_int8(new_BKTH: jax.Array) -> tuple[jax.Array, jax.Array]:

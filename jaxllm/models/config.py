@@ -1,6 +1,8 @@
 """`DecoderConfig`: everything that tells one decoder-only transformer from another, as data."""
 
-from typing import Annotated, Literal
+import itertools
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
 import pydantic
 
@@ -126,7 +128,8 @@ class DecoderConfig(Config):
   @property
   def layer_kinds(self) -> tuple[LayerKind, ...]:
     """The kind of each of the L layers."""
-    return tuple(self.layer_pattern[i % len(self.layer_pattern)] for i in range(self.num_layers))
+    pattern = itertools.cycle(self.layer_pattern)
+    return tuple(itertools.islice(pattern, self.num_layers))
 
   def flops_per_token(self, context_length: int) -> float:
     """Return the floating-point operations of matrix products per token of a forward pass.
@@ -161,92 +164,56 @@ class DecoderConfig(Config):
 
   @pydantic.model_validator(mode='after')
   def _check(self) -> 'DecoderConfig':
-    for check in (_check_heads, _check_positions, _check_layers, _check_attention):
-      check(self)
+    for is_wrong, message in _problems(self):
+      if is_wrong:
+        raise ValueError(message)
     return self
 
 
-def _check_heads(config: DecoderConfig) -> None:
-  if config.head_dim is None and config.embed_dim % config.num_heads:
-    raise ValueError(
-      f'num_heads={config.num_heads} does not divide embed_dim={config.embed_dim}; '
-      'change one of them, or set head_dim'
-    )
-  if config.num_heads % config.kv_heads:
-    raise ValueError(
-      f'num_kv_heads={config.num_kv_heads} does not divide num_heads={config.num_heads}; '
-      'each key/value head serves the same number of query heads'
-    )
+def _problems(config: DecoderConfig) -> Iterator[tuple[Any, str]]:
+  """Yield conditions that no decoder meets, and what to do about each."""
+  name, pattern, kinds = config.attention, config.layer_pattern, config.layer_kinds
+  yield not pattern, "layer_pattern=(): name at least one kind, such as ('global',)"
+  yield config.head_dim is None and config.embed_dim % config.num_heads, (
+    f'num_heads={config.num_heads} does not divide embed_dim={config.embed_dim}; '
+    'change one of them, or set head_dim')
+  yield config.num_heads % config.kv_heads, (
+    f'num_kv_heads={config.num_kv_heads} does not divide num_heads={config.num_heads}; '
+    'each key/value head serves the same number of query heads')
+  for field in ('positions', 'local_positions'):
+    if isinstance(rotary := getattr(config, field), RotaryPositions):
+      yield from _rotary_problems(field, rotary, config.head_size)
+  yield config.local_positions and 'local' not in kinds, (
+    "local_positions is set but layer_pattern has no 'local' layer; set it to None")
+  yield config.local_positions and not isinstance(config.positions, RotaryPositions), (
+    'local_positions is set but positions are not rotary; set it to None')
+  yield ('local' in kinds) != (config.window is not None), (
+    f'window={config.window} with layer_pattern={pattern} over {config.num_layers} layers: local '
+    'layers need a window, and a window needs local layers')
+  yield config.tied_head and 'head' in config.biases, (
+    f"biases={config.biases} with tied_head=True: a tied head has no bias; leave 'head' out")
+  for field in {'xla': (), 'splash': ('attention_dropout_rate',),
+                'cudnn': ('attention_dropout_rate', 'attention_softcap')}[name]:
+    yield getattr(config, field), (
+      f"attention='{name}' has no {field}={getattr(config, field)}; turn it off or use 'xla'")
+  yield name != 'xla' and 'local' in kinds and {*kinds} != {'local'}, (
+    f"attention='{name}' has one mask for all layers, but layer_pattern={pattern} needs several; "
+    "use 'xla'")
+  yield name == 'cudnn' and (config.dtype != 'bfloat16' or config.head_size % 8), (
+    f"attention='cudnn' with dtype='{config.dtype}' and head_dim={config.head_size}: it needs "
+    "'bfloat16' and a multiple of 8; use 'xla'")
 
 
-def _check_positions(config: DecoderConfig) -> None:
-  for name in ('positions', 'local_positions'):
-    rotary = getattr(config, name)
-    if isinstance(rotary, RotaryPositions):
-      _check_rotary(name, rotary, config.head_size)
-  if config.local_positions is not None:
-    if 'local' not in config.layer_kinds:
-      raise ValueError(
-        "local_positions is set but layer_pattern has no 'local' layer; set it to None"
-      )
-    if not isinstance(config.positions, RotaryPositions):
-      raise ValueError('local_positions is set but positions are not rotary; set it to None')
-
-
-def _check_rotary(name: str, rotary: RotaryPositions, head_size: int) -> None:
-  dim = rotary_dim(rotary, head_size)
-  if dim < 2 or dim % 2:
-    raise ValueError(
-      f'{name}.fraction={rotary.fraction} of head_dim={head_size} rotates {dim} dimensions; they '
-      'must be an even number, at least 2'
-    )
-  if isinstance(rotary.scaling, DynamicScaling) and dim < 4:
-    raise ValueError(
-      f"{name}.scaling: 'dynamic' needs at least 4 rotated dimensions, {name}.fraction="
-      f'{rotary.fraction} of head_dim={head_size} rotates {dim}'
-    )
-  if isinstance(rotary.scaling, LongRopeScaling):
-    for field in ('short_factors', 'long_factors'):
-      count = len(getattr(rotary.scaling, field))
-      if count != dim // 2:
-        raise ValueError(
-          f'{name}.scaling.{field} has {count} numbers; one for each of the {dim // 2} pairs of '
-          'rotated dimensions is needed'
-        )
-
-
-def _check_layers(config: DecoderConfig) -> None:
-  pattern = config.layer_pattern
-  if not pattern:
-    raise ValueError("layer_pattern=(): name at least one kind, such as ('global',)")
-  if ('local' in config.layer_kinds) != (config.window is not None):
-    raise ValueError(
-      f'window={config.window} with layer_pattern={pattern} over {config.num_layers} layers: local '
-      'layers need a window, and a window needs local layers'
-    )
-  if config.tied_head and 'head' in config.biases:
-    raise ValueError(
-      f"biases={config.biases} with tied_head=True: a tied head has no bias; leave 'head' out"
-    )
-
-
-def _check_attention(config: DecoderConfig) -> None:
-  name = config.attention
-  if name == 'xla':
-    return
-  lacking = ['attention_dropout_rate'] + (['attention_softcap'] if name == 'cudnn' else [])
-  for field in lacking:
-    if getattr(config, field):
-      raise ValueError(
-        f"attention='{name}' has no {field}={getattr(config, field)}; turn it off or use 'xla'"
-      )
-  if 'local' in config.layer_kinds and set(config.layer_kinds) != {'local'}:
-    raise ValueError(
-      f"attention='{name}' has one mask for all layers, but layer_pattern={config.layer_pattern} "
-      "needs several; use 'xla'"
-    )
-  if name == 'cudnn' and (config.dtype != 'bfloat16' or config.head_size % 8):
-    raise ValueError(
-      f"attention='cudnn' with dtype='{config.dtype}' and head_dim={config.head_size}: it needs "
-      "'bfloat16' and a multiple of 8; use 'xla'"
-    )
+def _rotary_problems(
+  name: str, rotary: RotaryPositions, head_size: int
+) -> Iterator[tuple[Any, str]]:
+  dim, scaling = rotary_dim(rotary, head_size), rotary.scaling
+  rotated = f'{name}.fraction={rotary.fraction} of head_dim={head_size} rotates {dim}'
+  yield dim < 2 or dim % 2, f'{rotated} dimensions; they must be an even number, at least 2'
+  yield isinstance(scaling, DynamicScaling) and dim < 4, (
+    f"{name}.scaling: 'dynamic' needs at least 4 rotated dimensions, {rotated}")
+  for field in ('short_factors', 'long_factors') if isinstance(scaling, LongRopeScaling) else ():
+    count = len(getattr(scaling, field))
+    yield count != dim // 2, (
+      f'{name}.scaling.{field} has {count} numbers; one for each of the {dim // 2} pairs of '
+      'rotated dimensions is needed')

@@ -33,8 +33,8 @@ from jaxllm.models.positions import (
 from jaxllm.sharding import Placement, active, constrain
 
 __all__ = [
-  'Decoder', 'DecoderConfig', 'KVCache', 'abstract', 'init', 'init_cache', 'parameter_count',
-  'unstack',
+  'Decoder', 'DecoderConfig', 'KVCache', 'abstract', 'init', 'init_cache', 'is_unstacked',
+  'parameter_count', 'unstack',
 ]
 
 REMAT_POLICIES: Mapping[str, Callable[..., Any]] = {
@@ -68,12 +68,12 @@ class Block(nn.Module):
     deterministic: bool,
     cache: KVCache | None = None,
     layer: int | jax.Array = 0,
-    slots_BT: jax.Array | None = None,
+    cache_positions_BT: jax.Array | None = None,
   ) -> tuple[jax.Array, KVCache | None]:
     """Return (x_BTD, cache) after this layer; arguments as in `Attention`."""
     config = self.config
     added, cache = Attention(config, name='attention')(
-      self._before('attention_norm', x_BTD), view, deterministic, cache, layer, slots_BT
+      self._before('attention_norm', x_BTD), view, deterministic, cache, layer, cache_positions_BT
     )
     added = self._after('attention_post_norm', added, deterministic)
     mixed = x_BTD + added
@@ -191,7 +191,7 @@ class Decoder(nn.Module):
 
     Args:
       tokens_BT: int32; the first `counts_B[b]` of row b are real, the rest is ignored.
-      cache: of B rows; row b continues at slot and position `lengths_B[b]`.
+      cache: of B rows; row b continues at cache position `lengths_B[b]`.
       counts_B: int32 in [0, T]. The caller sees to it that lengths + counts fit the cache; what
         does not is dropped.
 
@@ -204,15 +204,15 @@ class Decoder(nn.Module):
   def _extend(self, tokens_BT, cache: KVCache, counts_B) -> tuple[jax.Array, KVCache]:
     offsets_1T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
     positions_BT = cache.lengths_B[:, None] + offsets_1T
-    num_slots = cache.keys[0].shape[-2]
-    slots_BT = jnp.where(offsets_1T < counts_B[:, None], positions_BT, num_slots)
+    cache_length = cache.keys[0].shape[-2]
+    cache_positions_BT = jnp.where(offsets_1T < counts_B[:, None], positions_BT, cache_length)
     lengths_B = cache.lengths_B + counts_B
     views = self._views(
-      functools.partial(attention.slot_mask, positions_BT, num_slots), positions_BT, lengths_B,
-      num_slots=jnp.max(lengths_B, where=counts_B > 0, initial=1),
+      functools.partial(attention.cache_mask, positions_BT, cache_length), positions_BT, lengths_B,
+      cache_length=jnp.max(lengths_B, where=counts_B > 0, initial=1),
     )
     x_BTD = self._embed(tokens_BT, positions_BT, True)
-    x_BTD, written, _ = self._run(x_BTD, views, True, cache, slots_BT)
+    x_BTD, written, _ = self._run(x_BTD, views, True, cache, cache_positions_BT)
     assert written is not None
     cache = kv_cache.constrain(dataclasses.replace(written, lengths_B=lengths_B))
     return self.final_norm(x_BTD), cache
@@ -233,7 +233,7 @@ class Decoder(nn.Module):
     positions_BT: jax.Array,
     length_B: jax.Array,
     segment_ids_BT: jax.Array | None = None,
-    num_slots: jax.Array | None = None,
+    cache_length: jax.Array | None = None,
   ) -> dict[str, View]:
     """Return what each kind of layer sees; `mask` makes the mask of a window."""
     config = self.config
@@ -246,7 +246,7 @@ class Decoder(nn.Module):
         if kind == 'global_nope':
           cos, sin = jnp.ones_like(cos), jnp.zeros_like(sin)
         rotation = cos, sin
-      views[kind] = View(mask(config.window_of(kind)), rotation, segment_ids_BT, num_slots)
+      views[kind] = View(mask(config.window_of(kind)), rotation, segment_ids_BT, cache_length)
     return views
 
   def _run(
@@ -255,7 +255,7 @@ class Decoder(nn.Module):
     views: Mapping[str, View],
     deterministic: bool,
     cache: KVCache | None = None,
-    slots_BT: jax.Array | None = None,
+    cache_positions_BT: jax.Array | None = None,
   ) -> tuple[jax.Array, KVCache | None, Aux]:
     """Run all layers, by a scan where everything is stacked, else one by one."""
     config = self.config
@@ -264,13 +264,14 @@ class Decoder(nn.Module):
       for name, tree in self.variables.items() if name in _LAYERED and 'layers' in tree
     }
     key = None if deterministic or not _has_dropout(config) else self.make_rng('dropout')
-    scanned = config.scan_layers and not any(map(_is_unstacked, layers.values()))
+    scanned = config.scan_layers and not any('0' in tree for tree in layers.values())
     scanned = scanned and (cache is None or not isinstance(cache.keys, tuple))
 
     def run_block(variables, x_BTD, view, cache, layer):
       rngs = None if key is None else {'dropout': jax.random.fold_in(key, layer)}
       (x_BTD, cache), sown = Block(config, parent=None).apply(
-        variables, x_BTD, view, key is None, cache, layer, slots_BT, rngs=rngs, mutable=[AUX]
+        variables, x_BTD, view, key is None, cache, layer, cache_positions_BT, rngs=rngs,
+        mutable=[AUX]
       )
       return x_BTD, cache, _add_aux({}, sown.get(AUX, {}))
 
@@ -333,10 +334,15 @@ def unstack(variables: Mapping[str, Any]) -> dict[str, Any]:
   result = dict(variables)
   for name in _LAYERED:
     layers = result.get(name, {}).get('layers')
-    if layers is not None and not _is_unstacked(layers):
+    if layers is not None and '0' not in layers:
       trees = _single_layers(layers, len(jax.tree.leaves(layers)[0]))
       result[name] = {**result[name], 'layers': {str(i): tree for i, tree in enumerate(trees)}}
   return result
+
+
+def is_unstacked(variables: Mapping[str, Any]) -> bool:
+  """Return whether variables come from `unstack`."""
+  return '0' in variables['params']['layers']
 
 
 def parameter_count(config: DecoderConfig) -> int:
@@ -379,13 +385,9 @@ def _boxed_init(config: DecoderConfig, key: jax.Array) -> dict[str, Any]:
   return dict(Decoder(config).init(key, jnp.zeros((1, 1), jnp.int32)))
 
 
-def _is_unstacked(layers: Mapping[str, Any]) -> bool:
-  return '0' in layers
-
-
 def _single_layers(layers: Mapping[str, Any], num_layers: int) -> list[Any]:
   """Return the tree of each layer, of stacked or unstacked layers."""
-  if _is_unstacked(layers):
+  if '0' in layers:
     return [layers[str(i)] for i in range(num_layers)]
   # Split, not sliced: the gradient is then one concatenation instead of a sum of padded arrays.
   parts = jax.tree.map(

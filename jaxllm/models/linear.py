@@ -118,8 +118,8 @@ def _tie(x: jax.Array, stored: jax.Array) -> tuple[jax.Array, jax.Array]:
 class Linear(nn.Module):
   """Affine map between groups of axes: (..., in...) -> (..., out...).
 
-  Given a `lora` collection with this module's path, its low-rank product is added:
-  `x a b * scale`, with a (in..., R), b (R, out...) and a constant scalar `scale` (1 if absent).
+  Adds the low-rank product `x a b * scale` of a `lora` collection with this module's path, with a
+  (in..., R), b (R, out...) and a constant scalar `scale` (1 if absent).
 
   Attributes:
     inputs: sizes of the contracted axes.
@@ -168,15 +168,7 @@ class Linear(nn.Module):
 
 
 class Embed(nn.Module):
-  """A table with one row of D numbers per id.
-
-  Attributes:
-    num_rows: size of the table.
-    embed_dim: D.
-    axes: logical names of the two axes.
-    stddev: standard deviation of the initial table.
-    dtype: dtype of operands and results.
-  """
+  """A table with one row of D numbers per id; attributes as in `Linear`."""
 
   num_rows: int
   embed_dim: int

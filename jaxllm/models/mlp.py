@@ -32,21 +32,14 @@ class Mlp(nn.Module):
     config = self.config
     activation = ACTIVATIONS[config.activation]
     up_BTF = self._widen('up')(x_BTD)
-    if config.gated:
-      hidden_BTF = activation(self._widen('gate')(x_BTD)) * up_BTF
-    else:
-      hidden_BTF = activation(up_BTF)
+    hidden_BTF = (activation(self._widen('gate')(x_BTD)) * up_BTF if config.gated
+                  else activation(up_BTF))
     hidden_BTF = constrain(hidden_BTF, 'batch', 'length', 'mlp')
-    down = Linear(
-      (config.mlp_dim,), (config.embed_dim,), ('mlp', 'embed'),
-      config.stddev(config.mlp_dim, residual=True), 'mlp' in config.biases,
-      config.dtype, name='down',
-    )
-    return down(hidden_BTF)
+    stddev = config.stddev(config.mlp_dim, residual=True)
+    return Linear((config.mlp_dim,), (config.embed_dim,), ('mlp', 'embed'), stddev,
+                  'mlp' in config.biases, config.dtype, name='down')(hidden_BTF)
 
   def _widen(self, name: str) -> Linear:
     config = self.config
-    return Linear(
-      (config.embed_dim,), (config.mlp_dim,), ('embed', 'mlp'),
-      config.stddev(config.embed_dim), 'mlp' in config.biases, config.dtype, name=name,
-    )
+    return Linear((config.embed_dim,), (config.mlp_dim,), ('embed', 'mlp'),
+                  config.stddev(config.embed_dim), 'mlp' in config.biases, config.dtype, name=name)

@@ -18,7 +18,6 @@ class LearnedPositions(Config):
   """A learned vector per position, added to the token embedding."""
 
   kind: Literal['learned'] = 'learned'
-  """'learned'."""
 
 
 class LinearScaling(Config):
@@ -30,7 +29,6 @@ class LinearScaling(Config):
   """
 
   kind: Literal['linear'] = 'linear'
-  """'linear'."""
   factor: float = pydantic.Field(ge=1)
   """How many times longer the context gets."""
 
@@ -44,7 +42,6 @@ class DynamicScaling(Config):
   """
 
   kind: Literal['dynamic'] = 'dynamic'
-  """'dynamic'."""
   factor: float = pydantic.Field(ge=1)
   """Strength: 1 keeps the frequencies reaching exactly the row's length."""
   original_length: int = pydantic.Field(gt=0)
@@ -59,7 +56,6 @@ class Llama3Scaling(Config):
   """
 
   kind: Literal['llama3'] = 'llama3'
-  """'llama3'."""
   factor: float = pydantic.Field(default=8.0, ge=1)
   """Divisor of the low frequencies."""
   low_frequency_factor: float = pydantic.Field(default=1.0, gt=0)
@@ -79,7 +75,6 @@ class YarnScaling(Config):
   """
 
   kind: Literal['yarn'] = 'yarn'
-  """'yarn'."""
   factor: float = pydantic.Field(ge=1)
   """Divisor of the low frequencies: how many times longer the context gets."""
   original_length: int = pydantic.Field(gt=0)
@@ -105,7 +100,6 @@ class LongRopeScaling(Config):
   """
 
   kind: Literal['longrope'] = 'longrope'
-  """'longrope'."""
   short_factors: tuple[float, ...]
   """Divisor of each pair's frequency in rows up to `original_length`."""
   long_factors: tuple[float, ...]
@@ -128,7 +122,6 @@ class RotaryPositions(Config):
   """
 
   kind: Literal['rotary'] = 'rotary'
-  """'rotary'."""
   base: float = pydantic.Field(default=10_000.0, gt=1)
   """Pair i turns by base ** (-i / P) radians per position."""
   fraction: float = pydantic.Field(default=1.0, gt=0, le=1)
@@ -145,20 +138,19 @@ def rotary_dim(config: RotaryPositions, head_dim: int) -> int:
 def rotations(
   config: RotaryPositions, head_dim: int, positions_BT: jax.Array, length_B: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Return the rotation of each position.
+  """Return (cos_BTP, sin_BTP) of each position, float32, times the scaling's attention factor.
 
   Args:
     config: base, fraction and scaling.
     head_dim: H.
     positions_BT: int32, from 0.
     length_B: int32, how many positions each row spans; read by length-dependent scalings only.
-
-  Returns:
-    (cos_BTP, sin_BTP), float32, times the scaling's attention factor.
   """
   frequencies_BP = _frequencies(config, rotary_dim(config, head_dim), length_B)
   angles_BTP = positions_BT[:, :, None].astype(jnp.float32) * frequencies_BP[:, None, :]
-  magnitude = _magnitude(config.scaling)
+  magnitude = getattr(config.scaling, 'attention_factor', 1.0)
+  if magnitude is None and isinstance(config.scaling, YarnScaling):
+    magnitude = 0.1 * math.log(config.scaling.factor) + 1
   return jnp.cos(angles_BTP) * magnitude, jnp.sin(angles_BTP) * magnitude
 
 
@@ -190,9 +182,13 @@ def _frequencies(config: RotaryPositions, dim: int, length_B: jax.Array) -> jax.
     case LinearScaling():
       frequencies_P = frequencies_P / scaling.factor
     case Llama3Scaling():
-      frequencies_P = _llama3(scaling, frequencies_P)
+      turns_P = scaling.original_length * frequencies_P / (2 * math.pi)
+      low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+      kept_P = np.clip((turns_P - low) / (high - low), 0, 1)
+      frequencies_P = frequencies_P * (kept_P + (1 - kept_P) / scaling.factor)
     case YarnScaling():
-      frequencies_P = _yarn(scaling, config.base, frequencies_P)
+      kept_P = _kept_by_yarn(scaling, config.base, dim // 2)
+      frequencies_P = frequencies_P * (kept_P + (1 - kept_P) / scaling.factor)
     case DynamicScaling():
       stretch_B = jnp.maximum(length_B / scaling.original_length, 1.0)
       growth_B = scaling.factor * stretch_B - (scaling.factor - 1)
@@ -208,32 +204,12 @@ def _frequencies(config: RotaryPositions, dim: int, length_B: jax.Array) -> jax.
   return jnp.asarray(frequencies_P, jnp.float32)[None]
 
 
-def _llama3(scaling: Llama3Scaling, frequencies_P: np.ndarray) -> np.ndarray:
-  turns_P = scaling.original_length * frequencies_P / (2 * math.pi)
-  low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
-  kept_P = np.clip((turns_P - low) / (high - low), 0, 1)
-  return frequencies_P * (kept_P + (1 - kept_P) / scaling.factor)
-
-
-def _yarn(scaling: YarnScaling, base: float, frequencies_P: np.ndarray) -> np.ndarray:
-  pairs = len(frequencies_P)
-
-  def pair_of(turns: float) -> float:
-    """Return the (fractional) pair that turns so often over the trained length."""
-    return pairs * math.log(scaling.original_length / (2 * math.pi * turns)) / math.log(base)
-
-  first, last = pair_of(scaling.fast_turns), pair_of(scaling.slow_turns)
+def _kept_by_yarn(scaling: YarnScaling, base: float, pairs: int) -> np.ndarray:
+  # The (fractional) pairs that turn so often over the trained length.
+  first, last = (
+    pairs * math.log(scaling.original_length / (2 * math.pi * turns)) / math.log(base)
+    for turns in (scaling.fast_turns, scaling.slow_turns))
   if scaling.whole_pairs:
     first, last = math.floor(first), math.ceil(last)
   first, last = max(first, 0), min(last, 2 * pairs - 1)
-  kept_P = 1 - np.clip((np.arange(pairs) - first) / max(last - first, 1e-3), 0, 1)
-  return frequencies_P * (kept_P + (1 - kept_P) / scaling.factor)
-
-
-def _magnitude(scaling: Scaling | None) -> float:
-  match scaling:
-    case YarnScaling():
-      return scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1
-    case LongRopeScaling():
-      return scaling.attention_factor
-  return 1.0
+  return 1 - np.clip((np.arange(pairs) - first) / max(last - first, 1e-3), 0, 1)

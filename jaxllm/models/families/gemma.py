@@ -94,10 +94,6 @@ def _softcap(keys: hf.Keys, name: str, default: float | None) -> float | None:
   return None if keys.get(name, default) is None else hf.number(keys, name, default)
 
 
-def _decode1(keys: hf.Keys) -> DecoderConfig:
-  return hf.rms_decoder(hf.with_defaults(keys, _DEFAULTS), **_common(keys))
-
-
 def _decode2(keys: hf.Keys) -> DecoderConfig:
   return hf.rms_decoder(
     hf.with_defaults(keys, _DEFAULTS), **_common(keys), **_layers(keys, every=2),
@@ -174,7 +170,10 @@ _SANDWICH = {
 }
 _NAMES3 = _SANDWICH | llama.QUERY_KEY_NORMS
 
-HUGGINGFACE = hf.Format('gemma', 'GemmaForCausalLM', llama.NAMES, _decode1, _encode1)
+HUGGINGFACE = hf.Format(
+  'gemma', 'GemmaForCausalLM', llama.NAMES, encode=_encode1,
+  decode=lambda keys: hf.rms_decoder(hf.with_defaults(keys, _DEFAULTS), **_common(keys)),
+)
 GEMMA2 = hf.Format('gemma2', 'Gemma2ForCausalLM', _SANDWICH, _decode2, _encode2)
 GEMMA3 = hf.Format('gemma3_text', 'Gemma3ForCausalLM', _NAMES3, _decode3, _encode3)
 GEMMA3_MULTIMODAL = hf.Format(

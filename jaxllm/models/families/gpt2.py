@@ -73,6 +73,7 @@ HUGGINGFACE = hf.Format(
   names={
     'embed/embedding': 'transformer.wte.weight',
     'positions/embedding': 'transformer.wpe.weight',
+    **hf.qkv_names(_LAYER + 'attn.c_attn'),
     **hf.affine_names({
       'layers/attention_norm': _LAYER + 'ln_1',
       'layers/attention/out': _LAYER + 'attn.c_proj',
@@ -81,7 +82,6 @@ HUGGINGFACE = hf.Format(
       'layers/mlp/down': _LAYER + 'mlp.c_proj',
       'final_norm': 'transformer.ln_f',
     }),
-    **hf.qkv_names(_LAYER + 'attn.c_attn'),
     'head/kernel': 'lm_head.weight',
   },
   ignored={r'.*\.attn\.(masked_)?bias': 'causal mask'},

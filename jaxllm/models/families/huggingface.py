@@ -1,10 +1,8 @@
 """How models are stored on the Hugging Face hub: the names of tensors and the keys of config.json.
 
-`Format` is what a family file declares once and everything reads: import, export and the checks.
-The rest is what families share: `rms_decoder` and `rms_config` translate the keys that most of
-them have, `rotary` and `rotary_keys` the rotary positions with their scalings, `layer_types` and
-`pattern` the layer kinds, `size`, `number`, `flag` single values of an untrusted config.json,
-`affine_names` and `qkv_names` the names of tensors.
+A family file declares a `Format`, which import, export and the checks read. Families share
+`rms_decoder` and `rms_config`, which translate the keys that most of them have, and their parts:
+rotary positions, layer kinds, single values of an untrusted config.json, names of tensors.
 """
 
 import collections
@@ -58,8 +56,8 @@ class Format:
       in which `{}` stands for the layer. Paths that a config does not have are skipped.
     decode: config.json -> config; raises a ValueError for what cannot be expressed.
     encode: config -> keys of config.json; what it cannot say is found by decoding again.
-    prefix: what the names of `names` begin with, except those of the head; files of the bare model
-      leave it out, and `other_prefixes` lists what else may stand there.
+    prefix: beginning of `names`, except those of the head; files of the bare model leave it out,
+      or have one of `other_prefixes` in its place.
     kernels: whether matrices are stored (out, in), as by torch, or (in, out).
     fused: whether fused tensors hold one part after the other, or the parts of each head.
     aliases: name in a file -> name in `names`.
@@ -84,8 +82,7 @@ class Format:
 
 def size(keys: Keys, name: str, default: int | None = None, limit: int = MAX_SIZE) -> int:
   """Return a count from config.json, or raise a ValueError."""
-  value = keys.get(name)
-  value = default if value is None else value
+  value = _get(keys, name, default)
   if isinstance(value, float) and value.is_integer():
     value = int(value)
   if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= limit:
@@ -95,8 +92,7 @@ def size(keys: Keys, name: str, default: int | None = None, limit: int = MAX_SIZ
 
 def number(keys: Keys, name: str, default: float | None = None) -> float:
   """Return a finite number from config.json, or raise a ValueError."""
-  value = keys.get(name)
-  value = default if value is None else value
+  value = _get(keys, name, default)
   if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
     raise ValueError(f'config.json: {name}={value!r}; a finite number is needed')
   return float(value)
@@ -104,11 +100,14 @@ def number(keys: Keys, name: str, default: float | None = None) -> float:
 
 def flag(keys: Keys, name: str, default: bool = False) -> bool:
   """Return a boolean from config.json, or raise a ValueError."""
-  value = keys.get(name)
-  value = default if value is None else value
+  value = _get(keys, name, default)
   if not isinstance(value, bool):
     raise ValueError(f'config.json: {name}={value!r}; true or false is needed')
   return value
+
+
+def _get(keys: Keys, name: str, default: Any) -> Any:
+  return default if keys.get(name) is None else keys[name]
 
 
 def sizes(keys: Keys, names: Mapping[str, str]) -> dict[str, int]:
@@ -158,11 +157,7 @@ def refuse(keys: Keys, name: str, *accepted: Any) -> None:
 
 
 def activation(keys: Keys, name: str, default: str) -> Any:
-  """Return our name of the activation that config.json names.
-
-  Raises:
-    ValueError: we have no such activation.
-  """
+  """Return our name of the activation that config.json names, or raise a ValueError."""
   value = keys.get(name) or default
   if value not in ACTIVATIONS:
     raise ValueError(f'config.json: {name}={value!r} is not supported (supported: '
@@ -172,18 +167,13 @@ def activation(keys: Keys, name: str, default: str) -> Any:
 
 def pattern(kinds: Sequence[str]) -> tuple[str, ...]:
   """Return the shortest sequence that, repeated, gives `kinds`."""
-  for length in range(1, len(kinds) + 1):
-    if all(kind == kinds[i % length] for i, kind in enumerate(kinds)):
-      return tuple(kinds[:length])
-  return tuple(kinds)
+  length = next(length for length in range(1, len(kinds) + 1)
+                if all(kind == kinds[i % length] for i, kind in enumerate(kinds)))
+  return tuple(kinds[:length])
 
 
 def layer_types(keys: Keys, default: Sequence[str]) -> list[str]:
-  """Return our kind of each layer, from `layer_types` or `default` (in their words).
-
-  Raises:
-    ValueError: a kind that we do not have, or one too many or too few.
-  """
+  """Return our kind of each layer, from `layer_types` or `default` (in their words)."""
   types = keys.get('layer_types') or default
   if not isinstance(types, list | tuple) or len(types) != len(default):
     raise ValueError(f'config.json: layer_types={types!r}; one of {", ".join(KINDS)} for each of '
@@ -210,10 +200,7 @@ def rotary(
     keys: of config.json: `rope_theta` with `rope_scaling`, or `rope_parameters`.
     base: where none is named.
     fraction: where none is named.
-    rope: what to read instead of `rope_parameters` (families with several).
-
-  Raises:
-    ValueError: a scaling that we do not have.
+    rope: to be read instead of `rope_parameters` (families with several).
   """
   if rope is None:
     rope = _rope(keys)
@@ -277,10 +264,8 @@ def context_length(keys: Keys, positions: RotaryPositions) -> int:
   longest, scaling = size(keys, 'max_position_embeddings'), positions.scaling
   if not isinstance(scaling, LinearScaling | DynamicScaling | YarnScaling):
     return longest
-  if isinstance(scaling, LinearScaling):
-    trained = _length(keys, _rope(keys))
-  else:
-    trained = scaling.original_length
+  trained = (_length(keys, _rope(keys)) if isinstance(scaling, LinearScaling)
+             else scaling.original_length)
   return max(longest, size({'context length': int(trained * scaling.factor)}, 'context length'))
 
 
@@ -352,14 +337,19 @@ def _length(keys: Keys, rope: Keys) -> int:
   return size(keys, 'original_max_position_embeddings', inner)
 
 
-def _yarn(keys: Keys, rope: Keys) -> YarnScaling:
+def _stretch(keys: Keys, rope: Keys) -> tuple[int, float]:
+  """The length of the training, and how many times further the scaling reaches."""
   length = _length(keys, rope)
-  factor = number(rope, 'factor', size(keys, 'max_position_embeddings') / length)
+  return length, number(rope, 'factor', size(keys, 'max_position_embeddings') / length)
+
+
+def _yarn(keys: Keys, rope: Keys) -> YarnScaling:
+  length, factor = _stretch(keys, rope)
   sharpness = rope.get('attention_factor')
   if sharpness is None and rope.get('mscale') and rope.get('mscale_all_dim'):
-    above, below = number(rope, 'mscale'), number(rope, 'mscale_all_dim')
     growth = 0.1 * math.log(max(factor, 1.0))
-    sharpness = (above * growth + 1) / (below * growth + 1)
+    above, below = (number(rope, name) * growth + 1 for name in ('mscale', 'mscale_all_dim'))
+    sharpness = above / below
   return YarnScaling(
     factor=factor, original_length=length, attention_factor=sharpness,
     fast_turns=number(rope, 'beta_fast', 32.0), slow_turns=number(rope, 'beta_slow', 1.0),
@@ -368,8 +358,7 @@ def _yarn(keys: Keys, rope: Keys) -> YarnScaling:
 
 
 def _longrope(keys: Keys, rope: Keys) -> LongRopeScaling:
-  length = _length(keys, rope)
-  factor = number(rope, 'factor', size(keys, 'max_position_embeddings') / length)
+  length, factor = _stretch(keys, rope)
   sharpness = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(length))
   return LongRopeScaling(
     short_factors=rope.get('short_factor') or (), long_factors=rope.get('long_factor') or (),

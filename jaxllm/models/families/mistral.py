@@ -30,14 +30,12 @@ def decode(keys: hf.Keys, **fields: Any) -> DecoderConfig:
   return hf.rms_decoder(keys, **fields)
 
 
-def _encode(config: DecoderConfig) -> dict[str, Any]:
-  return hf.rms_config(config, sliding_window=config.window)
-
-
 def _no_experts(_: Any) -> NoReturn:
   raise ValueError("model_type 'mixtral' is a mixture of experts, which the decoder does not have "
                    'yet')
 
 
-HUGGINGFACE = hf.Format('mistral', 'MistralForCausalLM', llama.NAMES, decode, _encode)
+HUGGINGFACE = hf.Format(
+  'mistral', 'MistralForCausalLM', llama.NAMES, decode,
+  lambda config: hf.rms_config(config, sliding_window=config.window))
 MIXTRAL = hf.Format('mixtral', 'MixtralForCausalLM', {}, _no_experts, _no_experts)

@@ -4,9 +4,6 @@ Reference:
   Team OLMo, "2 OLMo 2 Furious", arXiv 2501.00656; the released configurations.
 """
 
-from typing import Any
-
-from jaxllm.models.config import DecoderConfig
 from jaxllm.models.families import huggingface as hf
 from jaxllm.models.families import llama
 from jaxllm.models.norms import NormConfig
@@ -24,18 +21,11 @@ PRESETS = {
 }
 
 
-def _decode(keys: hf.Keys) -> DecoderConfig:
-  return hf.rms_decoder(
-    hf.with_defaults(keys, {'rms_norm_eps': 1e-5}), norm_placement='post', query_key_norm='width'
-  )
-
-
-def _encode(config: DecoderConfig) -> dict[str, Any]:
-  return hf.rms_config(config, attention_bias='qkv' in config.biases)
-
-
 HUGGINGFACE = hf.Format(
-  'olmo2', 'Olmo2ForCausalLM', decode=_decode, encode=_encode,
+  'olmo2', 'Olmo2ForCausalLM',
+  decode=lambda keys: hf.rms_decoder(
+    hf.with_defaults(keys, {'rms_norm_eps': 1e-5}), norm_placement='post', query_key_norm='width'),
+  encode=lambda config: hf.rms_config(config, attention_bias='qkv' in config.biases),
   names={
     **{path: name for path, name in llama.NAMES.items() if not path.endswith('_norm/scale')},
     **llama.QUERY_KEY_NORMS,

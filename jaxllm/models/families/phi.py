@@ -18,10 +18,6 @@ PRESETS = {
 }
 
 
-def _decode(keys: hf.Keys) -> DecoderConfig:
-  return mistral.decode(hf.with_defaults(keys, {'rms_norm_eps': 1e-5}), partial=True)
-
-
 def _encode(config: DecoderConfig) -> dict[str, Any]:
   keys = hf.rms_config(config, sliding_window=config.window)
   scaling = getattr(config.positions, 'scaling', None)
@@ -37,7 +33,8 @@ _GATE_UP = ('layers/mlp/gate/kernel', 'layers/mlp/up/kernel')
 _FUSED = [path for paths in (*_QKV, _GATE_UP) for path in paths]
 
 HUGGINGFACE = hf.Format(
-  'phi3', 'Phi3ForCausalLM', decode=_decode, encode=_encode,
+  'phi3', 'Phi3ForCausalLM', encode=_encode,
+  decode=lambda keys: mistral.decode(hf.with_defaults(keys, {'rms_norm_eps': 1e-5}), partial=True),
   names={
     **{path: name for path, name in llama.NAMES.items()
        if path not in _FUSED and not path.endswith('/bias')},

@@ -52,19 +52,13 @@ def _encode(config: DecoderConfig) -> dict[str, Any]:
   )
 
 
-def _decode2(keys: hf.Keys) -> DecoderConfig:
-  return hf.rms_decoder(keys, biases=('qkv',), **_layers(keys))
-
-
-def _decode3(keys: hf.Keys) -> DecoderConfig:
-  keys = hf.with_defaults(keys, {'head_dim': 128})
-  return hf.rms_decoder(keys, query_key_norm='head', **_layers(keys))
-
-
-def _encode3(config: DecoderConfig) -> dict[str, Any]:
-  return _encode(config) | {'attention_bias': 'qkv' in config.biases}
-
-
-HUGGINGFACE = hf.Format('qwen2', 'Qwen2ForCausalLM', llama.NAMES, _decode2, _encode)
+HUGGINGFACE = hf.Format(
+  'qwen2', 'Qwen2ForCausalLM', llama.NAMES, encode=_encode,
+  decode=lambda keys: hf.rms_decoder(keys, biases=('qkv',), **_layers(keys)),
+)
 QWEN3 = hf.Format(
-  'qwen3', 'Qwen3ForCausalLM', llama.NAMES | llama.QUERY_KEY_NORMS, _decode3, _encode3)
+  'qwen3', 'Qwen3ForCausalLM', llama.NAMES | llama.QUERY_KEY_NORMS,
+  decode=lambda keys: hf.rms_decoder(
+    hf.with_defaults(keys, {'head_dim': 128}), query_key_norm='head', **_layers(keys)),
+  encode=lambda config: _encode(config) | {'attention_bias': 'qkv' in config.biases},
+)
