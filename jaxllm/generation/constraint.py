@@ -1,13 +1,10 @@
 """Which tokens may come next, so that the text is JSON, or JSON of a schema.
 
-- `Constraint` is what a decoder asks before it draws, one per row.
-- `JsonConstraints` makes the constraints of a tokenizer.
-- `Brake` ends what would be valid and go on for ever: digits and nesting.
-
-llguidance computes the masks. A new schema is first compiled in a process with limits of time and
-memory (`constraint_worker`), and only then here. Documents are narrower than their schema: objects
-have their properties in the order of the schema, white space is a space or a new line with up to 32
-spaces, and only characters that must be escaped are.
+`JsonConstraints` makes the constraints of a tokenizer. llguidance computes the masks, and `Brake`
+ends what would be valid and go on for ever: digits and nesting. A new schema is first compiled in
+a process with limits of time and memory (`constraint_worker`), and only then here. Documents are
+narrower than their schema: objects have their properties in the order of the schema, white space is
+a space or a new line with up to 32 spaces, and only characters that must be escaped are.
 """
 
 import functools
@@ -42,21 +39,21 @@ class ConstraintError(ValueError):
 
 
 class Constraint(Protocol):
-  """Says which tokens may come next; one per row, on the host."""
+  """Tells which tokens may come next; one per row, on the host."""
 
   def allowed(self) -> np.ndarray:
     """Return bool (vocab_size,); EOS is allowed exactly when the text is complete."""
 
   def advance(self, token: int) -> None:
-    """Take the token that was drawn."""
+    """Take the token that was sampled."""
 
 
-class Vocabulary:
-  """The bytes of all tokens, as llguidance and the brake need them.
+class JsonConstraints:
+  """Makes constraints for the tokens of one tokenizer, and is it for llguidance; thread-safe.
 
   Args of the constructor:
     id_bytes: of each id; tokens without bytes never come.
-    eos_ids: end the text, and come at no other time.
+    eos_token_ids: end the text, and come at no other time.
     vocab_size: of masks; the number of ids by default.
 
   Raises:
@@ -66,48 +63,35 @@ class Vocabulary:
   is_tokenizer_wrapper, bos_token_id, special_token_ids = True, None, ()
 
   def __init__(
-    self, id_bytes: Sequence[bytes], eos_ids: Sequence[int], vocab_size: int | None = None
+    self, id_bytes: Sequence[bytes], eos_token_ids: Sequence[int], vocab_size: int | None = None
   ):
     self.size = len(id_bytes) if vocab_size is None else vocab_size
     if self.size < len(id_bytes):
       raise ValueError(f'vocab_size={vocab_size} is below the {len(id_bytes)} ids of the tokenizer')
-    if not eos_ids or not all(0 <= token < self.size for token in eos_ids):
-      raise ValueError(f'eos_ids={[*eos_ids]}: give at least one id below {self.size}, so that the '
-                       'text can end')
+    if not eos_token_ids or not all(0 <= token < self.size for token in eos_token_ids):
+      raise ValueError(f'eos_token_ids={[*eos_token_ids]}: give at least one id below {self.size}, '
+                       'so that the text can end')
     single = {text[0] for text in id_bytes if len(text) == 1}
     if missing := bytes(byte for byte in _NEEDED if byte not in single):
       raise ValueError('the vocabulary cannot spell every JSON document: it has no token for '
                        f'{", ".join(missing.decode())}')
     # A character may be begun only where every continuation of it is a token.
     splits = all(byte in single for byte in range(0x80, 0xC0))
-    tokens = [bytes(text) if splits or _is_whole(text) else b'' for text in id_bytes]
-    tokens += [b''] * (self.size - len(tokens))
-    for token in eos_ids:
-      tokens[token] = b''
-    self.tokens, self.eos_token_id = tokens, eos_ids[0]
-    self.brakes = [np.array([*map(count, tokens)], np.int8) for count in (
+    self.tokens = [bytes(text) if splits or _is_whole(text) else b'' for text in id_bytes]
+    self.tokens += [b''] * (self.size - len(id_bytes))
+    for token in eos_token_ids:
+      self.tokens[token] = b''
+    self.eos_token_id = eos_token_ids[0]
+    self.brakes = [np.array([*map(count, self.tokens)], np.int8) for count in (
       _leading_digits, lambda text: b'[' in text or b'{' in text,
       lambda text: re.search(rb'".*[\[{]', text, re.DOTALL) is not None)]
     import llguidance
 
-    self.compiled = llguidance.LLTokenizer(self, eos_token=[*eos_ids])  # type: ignore[arg-type]
+    self.compiled = llguidance.LLTokenizer(self, eos_token=[*eos_token_ids])  # type: ignore[arg-type]
 
   def __call__(self, text: str) -> list[int]:
     """Never called, for grammars are compiled with `no_forcing`."""
     raise NotImplementedError
-
-
-class JsonConstraints:
-  """Makes constraints for one tokenizer; thread-safe. Arguments as of `Vocabulary`."""
-
-  def __init__(
-    self, id_bytes: Sequence[bytes], eos_ids: Sequence[int], vocab_size: int | None = None
-  ):
-    self._vocabulary = Vocabulary(id_bytes, eos_ids, vocab_size)
-
-  def any_object(self) -> 'JsonConstraint':
-    """Return a constraint to JSON objects."""
-    return self.schema({'type': 'object'})
 
   def schema(self, schema: Any) -> 'JsonConstraint':
     """Return a constraint to the documents of a JSON Schema.
@@ -119,7 +103,14 @@ class JsonConstraints:
     grammar = json.dumps({'grammars': [
       {'lark_grammar': f'%llguidance {{"no_forcing": true}}\nstart: %json {text}'}]})
     _check(grammar)
-    return JsonConstraint(self._vocabulary, _compile(self._vocabulary, grammar))
+    import llguidance
+
+    limits = llguidance.LLParserLimits(
+      max_items_in_row=_MAX_ITEMS, max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False)
+    matcher = llguidance.LLMatcher(self.compiled, grammar, log_level=0, limits=limits)
+    if matcher.is_error() or not any(matcher.compute_bitmask()) or matcher.is_error():
+      raise ValueError(f'schema: {_reason(matcher.get_error()) or "no document satisfies it"}')
+    return JsonConstraint(self, matcher)
 
 
 class JsonConstraint:
@@ -129,7 +120,7 @@ class JsonConstraint:
   and is spent once it has met too many. Copies share it.
   """
 
-  def __init__(self, vocabulary: Vocabulary, matcher: Any):
+  def __init__(self, vocabulary: JsonConstraints, matcher: Any):
     self._vocabulary, self._matcher = vocabulary, matcher
     self._brake = Brake(vocabulary)
 
@@ -155,7 +146,7 @@ class JsonConstraint:
     return self._brake.apply(mask)
 
   def advance(self, token: int) -> None:
-    """Take the token that was drawn.
+    """Take the token that was sampled.
 
     Raises:
       ValueError: the token was not allowed.
@@ -164,7 +155,7 @@ class JsonConstraint:
     if not self._matcher.consume_token(token):
       if re.search(r'\bmax is\b|too |limit', self._matcher.get_error()):
         raise ConstraintError(_TOO_COSTLY)
-      raise ValueError(f'token={token} is not allowed here; draw among allowed()')
+      raise ValueError(f'token={token} is not allowed here; sample among allowed()')
     self._brake.advance(self._vocabulary.tokens[token])
 
 
@@ -175,7 +166,7 @@ class Brake:
   schema asks for more.
   """
 
-  def __init__(self, vocabulary: Vocabulary):
+  def __init__(self, vocabulary: JsonConstraints):
     self._digits_V, self._opens_V, self._opens_later_V = vocabulary.brakes
     self._in_string = self._escaped = False
     self._depth = self._digits = 0
@@ -236,17 +227,6 @@ def _check(grammar: str) -> None:
                      'bytes of memory; make it simpler') from None
   if error:
     raise ValueError(f'schema: {_reason(error)}')
-
-
-def _compile(vocabulary: Vocabulary, grammar: str) -> Any:
-  import llguidance
-
-  limits = llguidance.LLParserLimits(
-    max_items_in_row=_MAX_ITEMS, max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False)
-  matcher = llguidance.LLMatcher(vocabulary.compiled, grammar, log_level=0, limits=limits)
-  if matcher.is_error() or not any(matcher.compute_bitmask()) or matcher.is_error():
-    raise ValueError(f'schema: {_reason(matcher.get_error()) or "no document satisfies it"}')
-  return matcher
 
 
 def _reason(error: str) -> str:

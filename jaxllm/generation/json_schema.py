@@ -87,23 +87,14 @@ def check_depth(schema: Any) -> None:
     raise ValueError(_TOO_DEEP)
 
 
-def _parts(schema: Any) -> Iterator[Any]:
-  """Yield the schemas directly inside of a schema."""
-  for key, value in schema.items() if isinstance(schema, Mapping) else ():
-    if key in _SINGLE:
-      yield value
-    elif key in _LISTS and isinstance(value, list):
-      yield from value
-    elif key in _MAPS and isinstance(value, Mapping):
-      yield from value.values()
-
-
 def _all(schema: Any) -> Iterator[Mapping[str, Any]]:
   """Yield a schema and all those inside of it that are objects."""
   if isinstance(schema, Mapping):
     yield schema
-  for part in _parts(schema):
-    yield from _all(part)
+    parts: list[Any] = []
+    _mapped(schema, parts.append)
+    for part in parts:
+      yield from _all(part)
 
 
 def _mapped(schema: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:

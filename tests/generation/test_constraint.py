@@ -234,7 +234,7 @@ def vocabulary(seed, extra=0):
 
 
 def make(constraints, schema):
-  return constraints.any_object() if schema is None else constraints.schema(schema)
+  return constraints.schema({'type': 'object'} if schema is None else schema)
 
 
 def spelled(id_bytes, text, draw):
@@ -370,7 +370,7 @@ def test_a_schema_may_ask_for_more_than_the_brake_allows():
 
 def test_masks_follow_a_tokenizer():
   tokenizer = tokenizers.train_or_load(TokenizerConfig(kind='bytes'), [])
-  constraint = JsonConstraints(tokenizer.id_bytes, [tokenizer.eos_id]).any_object()
+  constraint = JsonConstraints(tokenizer.id_bytes, [tokenizer.eos_id]).schema({'type': 'object'})
   assert bytes(np.flatnonzero(constraint.allowed()).tolist()) == b'{'
   for token in tokenizer.encode('{"a":1}'):
     constraint.advance(token)
@@ -515,5 +515,5 @@ def test_a_dead_end_is_told():
 def test_a_vocabulary_must_spell_json():
   with pytest.raises(ValueError, match='no token for "'):
     JsonConstraints([b'{', b'}', b''], [2])
-  with pytest.raises(ValueError, match='eos_ids'):
+  with pytest.raises(ValueError, match='eos_token_ids'):
     JsonConstraints(BYTES, [])
