@@ -2,7 +2,7 @@
 
 On the device a prompt has K running beams and K places for finished ones; each step looks at the
 best C candidates of all beams. The caches of beams are rows of one cache, which follow them.
-Letters: P prompts, K beams, C candidates, S slots.
+Letters: P prompts, K beams, C candidates.
 """
 
 import dataclasses
@@ -13,21 +13,22 @@ from typing import Any, Literal
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pydantic
 
 from jaxllm.config import Config
-from jaxllm.generation import sampling, slots
+from jaxllm.generation import decode, decode_state, sampling
+from jaxllm.generation.decode import Completion
+from jaxllm.generation.decode_state import DecodeState
 from jaxllm.generation.requests import make_requests
 from jaxllm.generation.sampling import SamplingConfig
-from jaxllm.generation.slots import Slots
+from jaxllm.models import decoder
 from jaxllm.models.decoder import Decoder
 
 # Worse than any score; finite as in Transformers, so that sums stay numbers.
 NEVER = -1e9
-# Rules that change how greedy or beam search ranks tokens; the others only shape draws.
+# Rules that change how greedy or beam search ranks tokens; the others only shape sampling.
 RANKING = ('biases', 'repetition_penalty', 'presence_penalty', 'frequency_penalty',
-           'no_repeat_ngram', 'min_new_tokens', 'forced_bos_id', 'forced_eos_id')
+           'no_repeat_ngram_size', 'min_new_tokens', 'forced_bos_id', 'forced_eos_id')
 
 
 class BeamConfig(Config):
@@ -50,27 +51,12 @@ class BeamConfig(Config):
     return self
 
 
-@dataclasses.dataclass(frozen=True)
-class Beam:
-  """A sequence that beam search found.
-
-  Attributes:
-    tokens: new ids, without the token that ended it.
-    score: the sum of log-probabilities (after the rules) divided by the length penalty.
-    finish_reason: 'stop' or 'length'.
-  """
-
-  tokens: list[int]
-  score: float
-  finish_reason: Literal['stop', 'length']
-
-
 @flax.struct.dataclass
-class _State:
+class _Beams:
   """Beams in the middle of the search; finished ones have `done_` in front.
 
   Attributes:
-    slots: rows of all beams, P * K; its tokens are the running sequences.
+    rows: rows of all beams, P * K; its tokens are the running sequences.
     scores_PK: float32, log-probability of each running beam.
     done_tokens_PKS: int32.
     done_lengths_PK: int32, prompt included.
@@ -79,7 +65,7 @@ class _State:
     open_P: bool, whether running beams may still improve the finished ones.
   """
 
-  slots: Any
+  rows: Any
   scores_PK: jax.Array  # noqa: N815
   done_tokens_PKS: jax.Array  # noqa: N815
   done_lengths_PK: jax.Array  # noqa: N815
@@ -94,9 +80,9 @@ def beam_search(
   prompts: Sequence[Sequence[int]],
   beams: BeamConfig,
   sampling_config: SamplingConfig | None = None,
-  eos_ids: Sequence[int] = (),
+  eos_token_ids: Sequence[int] = (),
   bos_id: int | None = None,
-) -> list[list[Beam]]:
+) -> list[list[Completion]]:
   """Search for the most probable continuations of prompts.
 
   Args:
@@ -105,12 +91,12 @@ def beam_search(
     prompts: token ids. Each is searched as if it were alone.
     beams: how beams compete.
     sampling_config: `max_new_tokens` and the rules that rank tokens (penalties, n-grams, bad words,
-      biases, forced tokens); nothing is drawn, so temperature and the like are not read.
-    eos_ids: tokens that end a beam.
+      biases, forced tokens); nothing is sampled, so temperature and the like are not read.
+    eos_token_ids: tokens that end a beam.
     bos_id: what an empty prompt begins with.
 
   Returns:
-    For each prompt `num_return` beams, best first.
+    For each prompt `num_return` continuations with a score, best first.
 
   Raises:
     ValueError: as `decode.generate`.
@@ -119,26 +105,25 @@ def beam_search(
     The search of Transformers 5, whose results it equals: scores and stopping included.
   """
   config = sampling_config or SamplingConfig()
-  requests = make_requests(model.config, prompts, config, eos_ids, bos_id=bos_id)
+  requests = make_requests(model.config, prompts, config, eos_token_ids, bos_id=bos_id)
   # A prompt pads the bucket of prompts, never that of beams.
   used, count = len(requests), beams.num_beams
   if not used:
     return []
-  padded = requests + [requests[-1]] * (slots.bucket(used) - used)
-  rows = [request for request in padded for _ in range(count)]
-  stacked = '0' not in variables['params']['layers']
-  laid_out = slots.lay_out(model.config, rows, stacked, exact_rows=True)
-  longest = max(len(request.prompt) for request in requests)
-  state = _search(
-    model, variables, laid_out, slots.prompt_bucket(laid_out, longest), count,
-    max(2, 1 + len(set(eos_ids))) * count, beams.early_stopping,
+  padded = requests + [requests[-1]] * (sampling.power_of_two(used) - used)
+  state = decode_state.init_decode_state(
+    model.config, [request for request in padded for _ in range(count)],
+    not decoder.is_unstacked(variables), exact_rows=True)
+  found = _search(
+    model, variables, state, decode_state.prompt_bucket(state, requests), count,
+    max(2, 1 + len(set(eos_token_ids))) * count, beams.early_stopping,
     jnp.float32(beams.length_penalty),
   )
   tokens_PKS, lengths_PK, scores_PK = jax.device_get(
-    (state.done_tokens_PKS, state.done_lengths_PK, state.done_scores_PK))
+    (found.done_tokens_PKS, found.done_lengths_PK, found.done_scores_PK))
   return [
-    [_to_beam(tokens_PKS[row, beam, len(request.prompt) : lengths_PK[row, beam]],
-              scores_PK[row, beam], request.stop_ids) for beam in range(beams.num_return)]
+    [decode.completion(request, tokens_PKS[row, beam], (), lengths_PK[row, beam],
+                       float(scores_PK[row, beam])) for beam in range(beams.num_return)]
     for row, request in enumerate(requests)
   ]
 
@@ -151,117 +136,109 @@ def compilation_count() -> int:
 
 @functools.partial(
   jax.jit, static_argnames=('model', 'length', 'num_beams', 'num_candidates', 'early_stopping'),
-  donate_argnames='laid_out',
+  donate_argnames='rows',
 )
 def _search(
-  model: Decoder, variables: Any, laid_out: Slots, length: int, num_beams: int,
+  model: Decoder, variables: Any, rows: DecodeState, length: int, num_beams: int,
   num_candidates: int, early_stopping: str, length_penalty: jax.Array,
-) -> _State:
+) -> _Beams:
   """Read the prompts, then step until no prompt can improve."""
-  rows, width = laid_out.tokens_BS.shape
-  shape = rows // num_beams, num_beams
-  logits_BV, cache = slots.feed(
-    model, variables, laid_out.cache, laid_out.tokens_BS[:, :length], laid_out.prompt_lengths_B)
-  state = _State(
-    slots=dataclasses.replace(laid_out, cache=cache),
+  num_rows, width = rows.tokens_BS.shape
+  shape = num_rows // num_beams, num_beams
+  rows, logits_BV = decode_state.prompt_logits(model, variables, rows, length)
+  start = _Beams(
+    rows=rows,
     # All beams of a prompt begin equal: only the first may grow at first.
     scores_PK=jnp.broadcast_to(jnp.where(jnp.arange(num_beams) == 0, 0.0, NEVER), shape),
-    done_tokens_PKS=laid_out.tokens_BS.reshape(*shape, width),
-    done_lengths_PK=laid_out.lengths_B.reshape(shape),
+    done_tokens_PKS=rows.tokens_BS.reshape(*shape, width),
+    done_lengths_PK=rows.lengths_B.reshape(shape),
     done_scores_PK=jnp.full(shape, NEVER, jnp.float32),
     is_done_PK=jnp.zeros(shape, bool),
     open_P=jnp.ones(shape[0], bool),
   )
   step = functools.partial(_step, num_candidates, early_stopping, length_penalty)
 
-  def body(state: _State) -> _State:
-    last_B1 = jnp.take_along_axis(state.slots.tokens_BS, state.slots.lengths_B[:, None] - 1, axis=1)
-    counts_B = jnp.repeat(state.open_P.astype(jnp.int32), num_beams)
-    logits_BV, cache = slots.feed(model, variables, state.slots.cache, last_B1, counts_B)
-    slots_now = dataclasses.replace(state.slots, cache=cache)
-    return step(dataclasses.replace(state, slots=slots_now), logits_BV)
+  def body(beams: _Beams) -> _Beams:
+    rows, logits_BV = decode_state.next_logits(model, variables, beams.rows)
+    return step(dataclasses.replace(beams, rows=rows), logits_BV)
 
-  return jax.lax.while_loop(lambda state: state.open_P.any(), body, step(state, logits_BV))
+  return jax.lax.while_loop(lambda beams: beams.open_P.any(), body, step(start, logits_BV))
 
 
 def _step(
-  num_candidates: int, early_stopping: str, length_penalty: jax.Array, state: _State,
+  num_candidates: int, early_stopping: str, length_penalty: jax.Array, old: _Beams,
   logits_BV: jax.Array,
-) -> _State:
+) -> _Beams:
   """Let every beam of the open prompts grow by one token."""
-  old = state.slots
-  prompts, beams = state.scores_PK.shape
-  history = sampling.History(
-    old.tokens_BS, old.prompt_lengths_B, old.lengths_B, old.limits_B, old.stop_ids_BE)
-  values = {name: value for name, value in old.values.items() if name in RANKING}
-  logprobs_BV = sampling.apply_rules(jax.nn.log_softmax(logits_BV), values, history)
-  total_PKV = logprobs_BV.reshape(prompts, beams, -1) + state.scores_PK[..., None]
+  rows = old.rows
+  prompts, beams = old.scores_PK.shape
+  values = {name: value for name, value in rows.values.items() if name in RANKING}
+  logprobs_BV = sampling.apply_rules(
+    jax.nn.log_softmax(logits_BV), values, decode_state.history(rows))
+  total_PKV = logprobs_BV.reshape(prompts, beams, -1) + old.scores_PK[..., None]
   best_PC, place_PC = jax.lax.top_k(total_PKV.reshape(prompts, -1), num_candidates)
   from_PC, ids_PC = jnp.divmod(place_PC, logprobs_BV.shape[1])
-  lengths_P = old.lengths_B.reshape(prompts, beams)[:, 0]
-  starts_P = old.prompt_lengths_B.reshape(prompts, beams)[:, 0]
-  limits_P = old.limits_B.reshape(prompts, beams)[:, 0]
-  tokens_PCS = _pick(old.tokens_BS.reshape(prompts, beams, -1), from_PC)
+  lengths_P, starts_P, limits_P = (leaf_B.reshape(prompts, beams)[:, 0] for leaf_B in (
+    rows.lengths_B, rows.prompt_lengths_B, rows.limits_B))
+  tokens_PCS = _pick(rows.tokens_BS.reshape(prompts, beams, -1), from_PC)
   tokens_PCS = tokens_PCS.at[jnp.arange(prompts)[:, None], jnp.arange(num_candidates)[None],
                              lengths_P[:, None]].set(ids_PC.astype(jnp.int32), mode='drop')
-  stop_ids_PE = old.stop_ids_BE.reshape(prompts, beams, -1)[:, 0]
+  stop_ids_PE = rows.stop_ids_BE.reshape(prompts, beams, -1)[:, 0]
   full_P1 = (lengths_P + 1 >= limits_P)[:, None]
   ends_PC = (ids_PC[..., None] == stop_ids_PE[:, None]).any(axis=-1) | full_P1
 
   running_PK, kept_PK = jax.lax.top_k(best_PC + ends_PC * NEVER, beams)
-  ended = _finish(state, early_stopping, length_penalty, tokens_PCS, best_PC, ends_PC,
+  ended = _finish(old, early_stopping, length_penalty, tokens_PCS, best_PC, ends_PC,
                   lengths_P + 1 - starts_P, lengths_P + 1)
-  next_tokens_PKS = _pick(tokens_PCS, kept_PK)
   open_P = _may_improve(ended, running_PK, early_stopping, length_penalty,
-                        (lengths_P + 1 - starts_P), limits_P - starts_P) & ~ends_PC.all(axis=1)
+                        lengths_P + 1 - starts_P, limits_P - starts_P) & ~ends_PC.all(axis=1)
   rows_B = (jnp.arange(prompts)[:, None] * beams + _pick(from_PC, kept_PK)).reshape(-1)
-  new = dataclasses.replace(
-    old, cache=_follow(old.cache, rows_B), tokens_BS=next_tokens_PKS.reshape(rows_B.size, -1),
-    lengths_B=old.lengths_B + 1,
-  )
   # A prompt that is done stays as it is.
-  is_open_B = jnp.repeat(state.open_P, beams)
-  frozen = jax.tree.map(
-    lambda was, now: jnp.where(state.open_P.reshape(-1, *[1] * (now.ndim - 1)), now, was),
-    dataclasses.replace(state, slots=None),
-    dataclasses.replace(ended, slots=None, scores_PK=running_PK, open_P=open_P))
-  return dataclasses.replace(frozen, slots=dataclasses.replace(
-    new, tokens_BS=jnp.where(is_open_B[:, None], new.tokens_BS, old.tokens_BS),
-    lengths_B=jnp.where(is_open_B, new.lengths_B, old.lengths_B),
+  is_open_B = jnp.repeat(old.open_P, beams)
+  tokens_BS = _pick(tokens_PCS, kept_PK).reshape(rows_B.size, -1)
+  new = jax.tree.map(
+    lambda was, now: jnp.where(old.open_P.reshape(-1, *[1] * (now.ndim - 1)), now, was),
+    dataclasses.replace(old, rows=None),
+    dataclasses.replace(ended, rows=None, scores_PK=running_PK, open_P=open_P))
+  return dataclasses.replace(new, rows=dataclasses.replace(
+    rows, cache=_follow(rows.cache, rows_B),
+    tokens_BS=jnp.where(is_open_B[:, None], tokens_BS, rows.tokens_BS),
+    lengths_B=jnp.where(is_open_B, rows.lengths_B + 1, rows.lengths_B),
+    finished_B=~jnp.repeat(new.open_P, beams),
   ))
 
 
-def _finish(state, early_stopping, length_penalty, tokens_PCS, best_PC, ends_PC, news_P, lengths_P):
+def _finish(old, early_stopping, length_penalty, tokens_PCS, best_PC, ends_PC, news_P, lengths_P):
   """Put the candidates that ended among the finished sequences, if they are good enough."""
-  beams = state.scores_PK.shape[1]
+  beams = old.scores_PK.shape[1]
   in_time_PC = ends_PC & (jnp.arange(best_PC.shape[1]) < beams)[None]
   scores_PC = best_PC / (news_P.astype(jnp.float32) ** length_penalty)[:, None]
   if early_stopping == 'yes':
-    scores_PC += state.is_done_PK.all(axis=1, keepdims=True) * NEVER
+    scores_PC += old.is_done_PK.all(axis=1, keepdims=True) * NEVER
   scores_PC += ~in_time_PC * NEVER
   lengths_PC = jnp.broadcast_to(lengths_P[:, None], best_PC.shape)
 
   def merge(old: jax.Array, new: jax.Array) -> jax.Array:
     return jnp.concatenate([old, new], axis=1)
 
-  scores_PK, kept_PK = jax.lax.top_k(merge(state.done_scores_PK, scores_PC), beams)
-  return state.replace(
+  scores_PK, kept_PK = jax.lax.top_k(merge(old.done_scores_PK, scores_PC), beams)
+  return old.replace(
     done_scores_PK=scores_PK,
-    done_tokens_PKS=_pick(merge(state.done_tokens_PKS, tokens_PCS), kept_PK),
-    done_lengths_PK=_pick(merge(state.done_lengths_PK, lengths_PC), kept_PK),
-    is_done_PK=_pick(merge(state.is_done_PK, in_time_PC), kept_PK),
+    done_tokens_PKS=_pick(merge(old.done_tokens_PKS, tokens_PCS), kept_PK),
+    done_lengths_PK=_pick(merge(old.done_lengths_PK, lengths_PC), kept_PK),
+    is_done_PK=_pick(merge(old.is_done_PK, in_time_PC), kept_PK),
   )
 
 
-def _may_improve(state, running_PK, early_stopping, length_penalty, news_P, most_P) -> jax.Array:
+def _may_improve(old, running_PK, early_stopping, length_penalty, news_P, most_P) -> jax.Array:
   """Return which prompts have a running beam that might still beat the finished ones."""
   lengths_P = news_P
   if early_stopping == 'never':
     lengths_P = jnp.where(length_penalty > 0, most_P, news_P)
   hoped_P = running_PK[:, 0] / lengths_P.astype(jnp.float32) ** length_penalty
-  worst_PK = jnp.where(state.is_done_PK, state.done_scores_PK.min(axis=1, keepdims=True), NEVER)
-  may_P = state.open_P & (hoped_P[:, None] > worst_PK).any(axis=1)
-  return may_P & ~state.is_done_PK.all(axis=1) if early_stopping == 'yes' else may_P
+  worst_PK = jnp.where(old.is_done_PK, old.done_scores_PK.min(axis=1, keepdims=True), NEVER)
+  may_P = old.open_P & (hoped_P[:, None] > worst_PK).any(axis=1)
+  return may_P & ~old.is_done_PK.all(axis=1) if early_stopping == 'yes' else may_P
 
 
 def _pick(values: jax.Array, index_PK: jax.Array) -> jax.Array:
@@ -275,10 +252,3 @@ def _follow(cache: Any, rows_B: jax.Array) -> Any:
   take = functools.partial(jnp.take, indices=rows_B, axis=axis)
   lengths_B = cache.lengths_B
   return jax.tree.map(take, cache.replace(lengths_B=None)).replace(lengths_B=lengths_B)
-
-
-def _to_beam(tokens_S: np.ndarray, score: float, stop_ids: Sequence[int]) -> Beam:
-  tokens = tokens_S.tolist()
-  if tokens and tokens[-1] in stop_ids:
-    return Beam(tokens[:-1], float(score), 'stop')
-  return Beam(tokens, float(score), 'length')

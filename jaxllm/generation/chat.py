@@ -24,7 +24,7 @@ def fit(
   Args:
     messages: maybe a system message, then user and assistant in turn; the last is the user's.
     encode: conversation to token ids.
-    max_tokens: that the ids may number.
+    max_tokens: most ids that fit.
 
   Returns:
     (the messages that are left, their ids).
@@ -46,9 +46,10 @@ def without_oldest(messages: Sequence[Message]) -> list[Message]:
   The system message stays. [] where there is no next one.
   """
   first = 1 if messages and messages[0]['role'] == 'system' else 0
-  later = (i for i in range(first + 1, len(messages)) if messages[i]['role'] == 'user')
-  start = next(later, None)
-  return [] if start is None else [*messages[:first], *messages[start:]]
+  for start in range(first + 1, len(messages)):
+    if messages[start]['role'] == 'user':
+      return [*messages[:first], *messages[start:]]
+  return []
 
 
 def converse(
@@ -61,28 +62,21 @@ def converse(
   write: Callable[[str], None],
   system: str | None = None,
   stop: Sequence[str] = (),
-  stop_ids: Sequence[int] = (),
+  stop_token_ids: Sequence[int] = (),
 ) -> list[Message]:
-  """Answer lines until there are no more, or one says /quit.
+  """Answer lines until there are no more, or one says /quit; return the conversation.
 
   Args:
-    model: the decoder.
-    variables: its variables.
-    tokenizer: of the model.
+    model: as all that are not named here, in `stream_text`.
     encode: conversation to token ids, up to where the assistant begins.
-    sampling: of the answers; each draws with the next seed.
-    lines: what the user says.
+    sampling: of the answers; each has the next seed.
+    lines: messages of the user.
     write: takes text as it comes.
     system: the system message, which `/reset` keeps.
-    stop: strings that end an answer.
-    stop_ids: tokens that end an answer, besides EOS.
-
-  Returns:
-    The conversation as it stands.
   """
   begin: list[Message] = [{'role': 'system', 'content': system}] if system else []
   messages, seeds = list(begin), itertools.count(sampling.seed)
-  # What is left of the context for the prompt when an answer has its length.
+  # The prompt leaves an answer room for its tokens.
   room = max(model.config.max_length - sampling.max_new_tokens, model.config.max_length // 2)
   for line in lines:
     line = line.strip()
@@ -102,7 +96,7 @@ def converse(
         continue
       parts = []
       try:
-        for piece in stream_text(model, variables, tokenizer, [ids], sampling, stop, stop_ids,
+        for piece in stream_text(model, variables, tokenizer, [ids], sampling, stop, stop_token_ids,
                                  [next(seeds) % (MAX_SEED + 1)]):
           parts.append(piece.text)
           write(piece.text)

@@ -1,55 +1,75 @@
 """Continue prompts: `generate` returns whole continuations, `stream` yields tokens as they come.
 
-This is the host's side of decoding, and `slots` the device's.
+This is the host's side of decoding, and `decode_state` the device's. `text` turns tokens into text.
 """
 
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.generation import slots as slots_lib
+from jaxllm.generation import decode_state
+from jaxllm.generation.decode_state import compilation_count
 from jaxllm.generation.requests import Request, make_requests
 from jaxllm.generation.sampling import SamplingConfig
-from jaxllm.generation.slots import compilation_count
+from jaxllm.models import decoder
 from jaxllm.models.decoder import Decoder
 
-__all__ = ['Generation', 'Piece', 'compilation_count', 'generate', 'run', 'stream']
+__all__ = ['Completion', 'TextPiece', 'compilation_count', 'generate', 'stream']
 
 FinishReason = Literal['stop', 'length']
-# The most probable tokens at one place, best first, with their log-probabilities.
+# The most probable tokens at one position, best first, with their log-probabilities.
 Top = list[tuple[int, float]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Generation:
-  """A finished continuation.
+class TextPiece:
+  """What a row gained since its last piece; the text may lag behind the tokens.
 
   Attributes:
-    tokens: new ids, without the prompt and without the token that ended it.
-    logprobs: natural log-probability of each under the model, before any sampling rule.
-    finish_reason: 'stop' (a token of `eos_ids` came) or 'length'.
-    top: the most probable tokens at each place, where they were asked for.
+    row: number of the prompt.
+    text: whole characters that no stop string can begin in any more; '' where only tokens are made.
+    tokens: new ids, without the stop token.
+    logprobs: natural log-probability of each under the model, before any logit rule.
+    top: the most probable tokens at each position, where they were asked for.
+    finish_reason: 'stop' (a stop string or token came), 'length', or None: more follows.
+    stop: the stop string that ended the row.
   """
 
+  row: int
+  text: str
   tokens: list[int]
   logprobs: list[float]
-  finish_reason: FinishReason
-  top: list[Top] = dataclasses.field(default_factory=list)
+  top: list[Top]
+  finish_reason: FinishReason | None
+  stop: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
-  """What one row gained since its last piece; only the last one has a `finish_reason`."""
+class Completion:
+  """A finished continuation.
 
-  row: int
-  tokens: list[int]
-  logprobs: list[float]
-  finish_reason: FinishReason | None
+  Attributes:
+    text: without the stop string; after the prompt's where that is echoed; '' from `generate`.
+    tokens: new ids, those of a stop string included; after the prompt's where that is echoed.
+    logprobs: of each, before any logit rule; None for the first token of an echoed prompt.
+    top: the most probable tokens at each position, where they were asked for.
+    finish_reason: as in `TextPiece`.
+    stop: as in `TextPiece`.
+    score: of beam search: the sum of log-probabilities, after the logit rules, divided by the
+      length penalty.
+  """
+
+  text: str = ''
+  tokens: list[int] = dataclasses.field(default_factory=list)
+  logprobs: list[Any] = dataclasses.field(default_factory=list)
   top: list[Top] = dataclasses.field(default_factory=list)
+  finish_reason: FinishReason = 'length'
+  stop: str | None = None
+  score: float | None = None
 
 
 def generate(
@@ -57,14 +77,14 @@ def generate(
   variables: Any,
   prompts: Sequence[Sequence[int]],
   sampling: SamplingConfig | Sequence[SamplingConfig],
-  eos_ids: Sequence[int] = (),
+  eos_token_ids: Sequence[int] = (),
   seeds: Sequence[int] | None = None,
   bos_id: int | None = None,
-) -> list[Generation]:
+) -> list[Completion]:
   """Continue every prompt until it stops, has its number of tokens, or fills the context.
 
-  A row gives what it would give alone: its draws depend on its seed and its own tokens. (Logits of
-  differently shaped batches may differ in the last bits; a tie that close can fall either way.)
+  A row gives what it would give alone: its samples depend on its seed and its own tokens. (Logits
+  of differently shaped batches may differ in the last bits; a tie that close can fall either way.)
   Programs are compiled per power-of-two bucket of rows, prompt length and total length.
 
   Args:
@@ -73,27 +93,21 @@ def generate(
     prompts: token ids, special tokens included.
     sampling: one config for all rows, or one per row. A `max_new_tokens` beyond what the context
       holds means: until the context is full.
-    eos_ids: tokens that end a row.
+    eos_token_ids: tokens that end a row.
     seeds: one per row; by default that of the row's config, plus the row's number where one config
       serves all.
     bos_id: what an empty prompt begins with.
 
   Returns:
-    One continuation per prompt, in order.
+    One continuation per prompt, in order, without text.
 
   Raises:
     ValueError: a prompt is longer than the context, or empty while there is no `bos_id`; an id is
       not in the vocabulary; the numbers of prompts, configs and seeds differ.
   """
-  results = [Generation([], [], 'length') for _ in prompts]
   steps = model.config.max_length
-  for piece in stream(model, variables, prompts, sampling, eos_ids, seeds, bos_id, steps):
-    result = results[piece.row]
-    results[piece.row] = Generation(
-      result.tokens + piece.tokens, result.logprobs + piece.logprobs,
-      piece.finish_reason or result.finish_reason,
-    )
-  return results
+  return collect(
+    stream(model, variables, prompts, sampling, eos_token_ids, seeds, bos_id, steps), len(prompts))
 
 
 def stream(
@@ -101,57 +115,65 @@ def stream(
   variables: Any,
   prompts: Sequence[Sequence[int]],
   sampling: SamplingConfig | Sequence[SamplingConfig],
-  eos_ids: Sequence[int] = (),
+  eos_token_ids: Sequence[int] = (),
   seeds: Sequence[int] | None = None,
   bos_id: int | None = None,
   steps_per_piece: int = 1,
-) -> Iterator[Piece]:
+  num_top: int = 0,
+  cancelled: Collection[int] = (),
+  cache_dtype: Any = None,
+) -> Iterator[TextPiece]:
   """Yield continuations while they grow; the pieces of a row add up to what `generate` returns.
 
-  Args:
-    model: as in `generate`, like all that follow but the last.
-    variables: see there.
-    prompts: see there.
-    sampling: see there.
-    eos_ids: see there.
-    seeds: see there.
-    bos_id: see there.
-    steps_per_piece: decoding steps between two pieces of a row.
-
-  Raises:
-    ValueError: as `generate`, at the call and not at the first piece.
-  """
-  requests = make_requests(model.config, prompts, sampling, eos_ids, seeds, bos_id)
-  return run(model, variables, requests, steps_per_piece)
-
-
-def run(
-  model: Decoder, variables: Any, requests: Sequence[Request], steps_per_piece: int,
-  num_top: int = 0, cancelled: Collection[int] = (), cache_dtype: Any = None,
-) -> Iterator[Piece]:
-  """Yield continuations of checked requests while they grow.
+  Arguments and errors as `generate`, at the call and not at the first piece, and:
 
   Args:
-    model: the decoder.
-    variables: its variables.
-    requests: from `make_requests`.
-    steps_per_piece: decoding steps between two pieces of a row.
+    steps_per_piece: decode steps between two pieces of a row.
     num_top: how many of the most probable tokens come with each token.
-    cancelled: rows that are to end; the caller may add to it between pieces. They get no more
-      pieces.
-    cache_dtype: of keys and values; the model's by default.
+    cancelled: rows that are to end; the caller may add to it between pieces.
+    cache_dtype: dtype of keys and values; the model's by default, int8 to quantise them.
   """
+  requests = make_requests(model.config, prompts, sampling, eos_token_ids, seeds, bos_id)
+  return _stream(model, variables, requests, steps_per_piece, num_top, cancelled, cache_dtype)
+
+
+def collect(pieces: Iterable[TextPiece], rows: int) -> list[Completion]:
+  """Join the pieces of each row."""
+  results = [Completion() for _ in range(rows)]
+  for piece in pieces:
+    old = results[piece.row]
+    results[piece.row] = Completion(
+      old.text + piece.text, old.tokens + piece.tokens, [*old.logprobs, *piece.logprobs],
+      old.top + piece.top, piece.finish_reason or 'length', piece.stop)
+  return results
+
+
+def completion(
+  request: Request, tokens_S: np.ndarray, logprobs_S: Sequence[float] | np.ndarray, length: int,
+  score: float | None = None,
+) -> Completion:
+  """Cut a finished continuation out of a row of `length` tokens."""
+  start, is_stopped = len(request.prompt), int(tokens_S[length - 1]) in request.stop_token_ids
+  end = length - is_stopped
+  return Completion(
+    tokens=tokens_S[start:end].tolist(), logprobs=[*map(float, logprobs_S[start:end])],
+    finish_reason='stop' if is_stopped else 'length', score=score)
+
+
+def _stream(
+  model: Decoder, variables: Any, requests: Sequence[Request], steps_per_piece: int,
+  num_top: int, cancelled: Collection[int], cache_dtype: Any,
+) -> Iterator[TextPiece]:
   if not requests:
     return
-  stacked = '0' not in variables['params']['layers']
-  slots = slots_lib.lay_out(model.config, requests, stacked, num_top, cache_dtype)
-  longest = max(len(request.prompt) for request in requests)
-  slots = slots_lib.prefill(model, variables, slots, slots_lib.prompt_bucket(slots, longest))
+  state = decode_state.init_decode_state(
+    model.config, requests, not decoder.is_unstacked(variables), num_top, cache_dtype)
+  state = decode_state.prefill(model, variables, state, decode_state.prompt_bucket(state, requests))
   seen = [len(request.prompt) for request in requests]
   live = list(range(len(requests)))
   while True:
-    host = jax.device_get((slots.tokens_BS, slots.logprobs_BS, slots.top_ids_BSA,
-                           slots.top_logprobs_BSA, slots.lengths_B, slots.finished_B))
+    host = jax.device_get((state.tokens_BS, state.logprobs_BS, state.top_ids_BSA,
+                           state.top_logprobs_BSA, state.lengths_B, state.finished_B))
     for row in live:
       if row not in cancelled:
         yield _piece(requests[row], row, seen[row], num_top, *(leaf[row] for leaf in host))
@@ -161,30 +183,22 @@ def run(
     if not live:
       return
     if ended:
-      slots = slots.replace(finished_B=slots.finished_B.at[np.array(ended)].set(True))
-    slots = slots_lib.advance(model, variables, slots, jnp.int32(steps_per_piece))
+      state = dataclasses.replace(
+        state, finished_B=state.finished_B.at[np.array(ended)].set(True))
+    state = decode_state.decode_steps(model, variables, state, jnp.int32(steps_per_piece))
 
 
 def _piece(
-  request: Request,
-  row: int,
-  start: int,
-  num_top: int,
-  tokens_S: np.ndarray,
-  logprobs_S: np.ndarray,
-  top_ids_SA: np.ndarray,
-  top_logprobs_SA: np.ndarray,
-  stop: int,
+  request: Request, row: int, start: int, num_top: int, tokens_S: np.ndarray,
+  logprobs_S: np.ndarray, top_ids_SA: np.ndarray, top_logprobs_SA: np.ndarray, length: int,
   finished: bool,
-) -> Piece:
-  """Cut out what a row gained after its first `start` tokens."""
-  reason: FinishReason | None = None
-  if finished:
-    reason = 'stop' if int(tokens_S[stop - 1]) in request.stop_ids else 'length'
-    stop = stop - 1 if reason == 'stop' else stop
+) -> TextPiece:
+  """Cut out what a row of `length` tokens gained after its first `start`."""
+  is_stopped = finished and int(tokens_S[length - 1]) in request.stop_token_ids
+  new = slice(start, length - is_stopped)
+  reason: FinishReason | None = 'stop' if is_stopped else 'length' if finished else None
   top = [
     [*zip(ids[:num_top].tolist(), logprobs[:num_top].tolist(), strict=True)]
-    for ids, logprobs in zip(top_ids_SA[start:stop], top_logprobs_SA[start:stop], strict=True)
-  ]
-  return Piece(row, tokens_S[start:stop].tolist(), logprobs_S[start:stop].tolist(), reason,
-               top if num_top else [])
+    for ids, logprobs in zip(top_ids_SA[new], top_logprobs_SA[new], strict=True)
+  ] if num_top else []
+  return TextPiece(row, '', tokens_S[new].tolist(), logprobs_S[new].tolist(), top, reason)

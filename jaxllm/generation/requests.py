@@ -1,4 +1,4 @@
-"""What is asked of the decoder, checked before anything reaches a device."""
+"""Requests to the decoder, checked before anything reaches a device."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,40 +13,26 @@ class Request:
 
   Attributes:
     prompt: token ids, at least one.
-    sampling: how tokens are drawn, and how many.
-    seed: of the draws, in place of the config's.
-    stop_ids: tokens that end the continuation.
+    sampling: how tokens are sampled, and how many.
+    seed: in place of the config's.
+    stop_token_ids: tokens that end the continuation.
   """
 
   prompt: tuple[int, ...]
   sampling: SamplingConfig
   seed: int
-  stop_ids: tuple[int, ...] = ()
+  stop_token_ids: tuple[int, ...] = ()
 
 
 def make_requests(
   config: DecoderConfig,
   prompts: Sequence[Sequence[int]],
   sampling: SamplingConfig | Sequence[SamplingConfig],
-  eos_ids: Sequence[int] = (),
+  eos_token_ids: Sequence[int] = (),
   seeds: Sequence[int] | None = None,
   bos_id: int | None = None,
 ) -> list[Request]:
-  """Check prompts and their options, and give each row its own.
-
-  Args:
-    config: of the model.
-    prompts: token ids; an empty one becomes `bos_id`.
-    sampling: one config for all rows, or one per row.
-    eos_ids: tokens that end any row.
-    seeds: one per row; by default that of the row's config, plus the row's number where one config
-      serves all.
-    bos_id: see `prompts`.
-
-  Raises:
-    ValueError: a prompt is longer than the context, or empty while there is no `bos_id`; an id is
-      not in the vocabulary; the numbers of prompts, configs and seeds differ.
-  """
+  """Check prompts and their options, and give each row its own; see `decode.generate`."""
   rows = len(prompts)
   if isinstance(sampling, SamplingConfig):
     configs = [sampling] * rows
@@ -56,39 +42,26 @@ def make_requests(
     default_seeds = [row_config.seed for row_config in configs]
   seeds = default_seeds if seeds is None else list(seeds)
   if len(configs) != rows or len(seeds) != rows:
-    raise ValueError(
-      f'{rows} prompts with {len(configs)} sampling configs and {len(seeds)} seeds; give one of '
-      'each per prompt'
-    )
-  for row, seed in enumerate(seeds):
+    raise ValueError(f'{rows} prompts with {len(configs)} sampling configs and {len(seeds)} seeds; '
+                     'give one of each per prompt')
+  stop_token_ids = check_ids(config, 'eos_token_ids', eos_token_ids)
+  requests = []
+  for row, (prompt, row_config, seed) in enumerate(zip(prompts, configs, seeds, strict=True)):
     if not 0 <= seed <= MAX_SEED:
       raise ValueError(f'seeds[{row}]={seed}: a seed is between 0 and {MAX_SEED}')
-  stop_ids = check_ids(config, 'eos_ids', eos_ids)
-  for row, row_config in enumerate(configs):
     check_ids(config, f'sampling[{row}]', sorted(row_config.ids()))
-  checked = [_check_prompt(config, row, prompt, bos_id) for row, prompt in enumerate(prompts)]
-  return [
-    Request(prompt, row_config, seed, stop_ids)
-    for prompt, row_config, seed in zip(checked, configs, seeds, strict=True)
-  ]
-
-
-def _check_prompt(
-  config: DecoderConfig, row: int, prompt: Sequence[int], bos_id: int | None
-) -> tuple[int, ...]:
-  if len(prompt) == 0:
-    if bos_id is None:
+    name = f'prompts[{row}]'
+    if len(prompt) == 0:
+      if bos_id is None:
+        raise ValueError(f'{name} is empty and the tokenizer has no token to begin with; give at '
+                         'least one token, or bos_id')
+      name, prompt = 'bos_id', [bos_id]
+    if len(prompt) > config.max_length:
       raise ValueError(
-        f'prompts[{row}] is empty and the tokenizer has no token to begin with; give at least one '
-        'token, or bos_id'
-      )
-    return check_ids(config, 'bos_id', [bos_id])
-  if len(prompt) > config.max_length:
-    raise ValueError(
-      f'prompts[{row}] has {len(prompt)} tokens but the context of the model is '
-      f'{config.max_length}; shorten it, or keep its last {config.max_length} tokens'
-    )
-  return check_ids(config, f'prompts[{row}]', prompt)
+        f'{name} has {len(prompt)} tokens but the context of the model is {config.max_length}; '
+        f'shorten it, or keep its last {config.max_length} tokens')
+    requests.append(Request(check_ids(config, name, prompt), row_config, seed, stop_token_ids))
+  return requests
 
 
 def check_ids(config: DecoderConfig, name: str, ids: Sequence[int]) -> tuple[int, ...]:
@@ -97,6 +70,5 @@ def check_ids(config: DecoderConfig, name: str, ids: Sequence[int]) -> tuple[int
     if int(token) != token or not 0 <= token < config.vocab_size:
       raise ValueError(
         f'{name}[{place}]={token} is no token id of the model (0 to {config.vocab_size - 1}); '
-        'it comes from another tokenizer'
-      )
+        'it comes from another tokenizer')
   return tuple(int(token) for token in ids)

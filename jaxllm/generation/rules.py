@@ -1,4 +1,4 @@
-"""Logit rules: pure functions `(logits_BV, value, history) -> logits_BV`.
+"""Logit rules (logits processors): pure functions `(logits_BV, value, history) -> logits_BV`.
 
 `RULES` lists them in the order in which they apply, that of Transformers: first those that look at
 the tokens so far, then those that look at probabilities. `value` holds a setting per row; most are
@@ -18,7 +18,7 @@ NO_TOKEN = -1
 
 @flax.struct.dataclass
 class History:
-  """What a rule may look at besides the logits.
+  """The tokens so far, which a rule may look at.
 
   Attributes:
     tokens_BS: int32, prompt and continuation; what stands at and past `lengths_B` is undefined.
@@ -41,7 +41,7 @@ class Biases:
 
   Attributes:
     sequences_BWN: int32, aligned on the right and filled up on the left with NO_TOKEN.
-    biases_BW: float32; -inf forbids.
+    biases_BW: float32; -inf masks the token.
   """
 
   sequences_BWN: jax.Array  # noqa: N815
@@ -94,8 +94,8 @@ def frequency_penalty(logits_BV: jax.Array, value_B: jax.Array, history: History
   return logits_BV - value_B[:, None] * _counts(logits_BV, history)
 
 
-def no_repeat_ngram(logits_BV: jax.Array, value_B: jax.Array, history: History) -> jax.Array:
-  """Forbid tokens that would complete a sequence of `value_B` tokens for the second time.
+def no_repeat_ngram_size(logits_BV: jax.Array, value_B: jax.Array, history: History) -> jax.Array:
+  """Mask tokens that would complete a sequence of `value_B` tokens for the second time.
 
   Reference:
     Paulus, Xiong, Socher, "A Deep Reinforced Model for Abstractive Summarization", arXiv
@@ -115,17 +115,15 @@ def no_repeat_ngram(logits_BV: jax.Array, value_B: jax.Array, history: History) 
   more = lambda carry: carry[0] < value_B.max()  # noqa: E731
   _, completes_BS = jax.lax.while_loop(more, narrow, (jnp.int32(1), completes_BS))
   long_enough_B1 = lengths_B[:, None] + 1 >= value_B[:, None]
-  banned_BS = jnp.where(completes_BS & long_enough_B1, tokens_BS, NO_TOKEN)
-  return _rows(logits_BV, banned_BS).set(-jnp.inf, mode='drop')
+  return _mask_logits(logits_BV, jnp.where(completes_BS & long_enough_B1, tokens_BS, NO_TOKEN))
 
 
 def min_new_tokens(logits_BV: jax.Array, value_B: jax.Array, history: History) -> jax.Array:
-  """Forbid tokens that end the row until it has `value_B` new ones."""
+  """Mask tokens that end the row until it has `value_B` new ones."""
   if history.stop_ids_BE is None:
     return logits_BV
   early_B1 = (history.lengths_B - history.prompt_lengths_B < value_B)[:, None]
-  banned_BE = jnp.where(early_B1, history.stop_ids_BE, NO_TOKEN)
-  return _rows(logits_BV, banned_BE).set(-jnp.inf, mode='drop')
+  return _mask_logits(logits_BV, jnp.where(early_B1, history.stop_ids_BE, NO_TOKEN))
 
 
 def forced_bos_id(logits_BV: jax.Array, value_B: jax.Array, history: History) -> jax.Array:
@@ -140,62 +138,54 @@ def forced_eos_id(logits_BV: jax.Array, value_B: jax.Array, history: History) ->
   return _force(logits_BV, value_B, history.lengths_B == history.limits_B - 1)
 
 
-def temperature(logits_BV: jax.Array, value_B: jax.Array, history: History) -> jax.Array:
+def temperature(logits_BV: jax.Array, value_B: jax.Array, _: History) -> jax.Array:
   """Divide logits, shifted so that the largest is 0, by the temperature; 0 leaves them as they are.
 
   Reference:
     Ackley, Hinton, Sejnowski, "A Learning Algorithm for Boltzmann Machines", 1985.
   """
-  del history
   shifted_BV = logits_BV - logits_BV.max(axis=-1, keepdims=True)
   return shifted_BV / jnp.where(value_B > 0, value_B, 1.0)[:, None]
 
 
-def top_k(logits_BV: jax.Array, value_B: jax.Array, history: History) -> jax.Array:
+def top_k(logits_BV: jax.Array, value_B: jax.Array, _: History) -> jax.Array:
   """Keep the `value_B` largest logits, and any equal to the smallest of them.
 
   Reference:
     Fan, Lewis, Dauphin, "Hierarchical Neural Story Generation", arXiv 1805.04833.
   """
-  del history
-  keep_BV = _fewest(logits_BV, jnp.ones_like(logits_BV), value_B.astype(jnp.float32))
-  return jnp.where(keep_BV, logits_BV, -jnp.inf)
+  return _keep_largest(logits_BV, logits_BV, jnp.ones_like(logits_BV), value_B.astype(jnp.float32))
 
 
-def top_p(logits_BV: jax.Array, value_B: jax.Array, history: History) -> jax.Array:
+def top_p(logits_BV: jax.Array, value_B: jax.Array, _: History) -> jax.Array:
   """Keep the smallest set of largest logits whose probabilities reach `value_B`.
 
   Reference:
     Holtzman et al., "The Curious Case of Neural Text Degeneration", arXiv 1904.09751.
   """
-  del history
-  keep_BV = _fewest(logits_BV, jax.nn.softmax(logits_BV), value_B)
-  return jnp.where(keep_BV, logits_BV, -jnp.inf)
+  return _keep_largest(logits_BV, logits_BV, jax.nn.softmax(logits_BV), value_B)
 
 
-def min_p(logits_BV: jax.Array, value_B: jax.Array, history: History) -> jax.Array:
+def min_p(logits_BV: jax.Array, value_B: jax.Array, _: History) -> jax.Array:
   """Keep tokens whose probability is at least `value_B` times the largest one.
 
   Reference:
     Nguyen et al., "Turning Up the Heat: Min-p Sampling", arXiv 2407.01082.
   """
-  del history
   least_B = logits_BV.max(axis=-1) + jnp.log(value_B)
   return jnp.where(logits_BV >= least_B[:, None], logits_BV, -jnp.inf)
 
 
-def typical_p(logits_BV: jax.Array, value_B: jax.Array, history: History) -> jax.Array:
+def typical_p(logits_BV: jax.Array, value_B: jax.Array, _: History) -> jax.Array:
   """Keep the tokens whose surprise is nearest to the expected one and adds up to `value_B`.
 
   Reference:
     Meister et al., "Locally Typical Sampling", arXiv 2202.00666, equation 9.
   """
-  del history
   logprobs_BV = jax.nn.log_softmax(logits_BV)
   p_BV = jnp.exp(logprobs_BV)
   entropy_B = -jnp.sum(jnp.where(p_BV > 0, p_BV * logprobs_BV, 0.0), axis=-1)
-  distance_BV = jnp.abs(-logprobs_BV - entropy_B[:, None])
-  return jnp.where(_fewest(-distance_BV, p_BV, value_B), logits_BV, -jnp.inf)
+  return _keep_largest(logits_BV, -jnp.abs(-logprobs_BV - entropy_B[:, None]), p_BV, value_B)
 
 
 RULES: Mapping[str, Rule] = {
@@ -203,7 +193,7 @@ RULES: Mapping[str, Rule] = {
   'repetition_penalty': Rule(repetition_penalty, 1.0),
   'presence_penalty': Rule(presence_penalty, 0.0),
   'frequency_penalty': Rule(frequency_penalty, 0.0),
-  'no_repeat_ngram': Rule(no_repeat_ngram, 0),
+  'no_repeat_ngram_size': Rule(no_repeat_ngram_size, 0),
   'min_new_tokens': Rule(min_new_tokens, 0),
   'forced_bos_id': Rule(forced_bos_id, NO_TOKEN),
   'forced_eos_id': Rule(forced_eos_id, NO_TOKEN),
@@ -241,13 +231,19 @@ def _rows(logits_BV: jax.Array, ids_BN: jax.Array) -> Any:
   return logits_BV.at[jnp.arange(ids_BN.shape[0])[:, None], ids_BN]
 
 
+def _mask_logits(logits_BV: jax.Array, ids_BN: jax.Array) -> jax.Array:
+  return _rows(logits_BV, ids_BN).set(-jnp.inf, mode='drop')
+
+
 def _force(logits_BV: jax.Array, ids_B: jax.Array, now_B: jax.Array) -> jax.Array:
   only_BV = jnp.where(jnp.arange(logits_BV.shape[1])[None] == ids_B[:, None], 0.0, -jnp.inf)
   return jnp.where(now_B[:, None], only_BV, logits_BV)
 
 
-def _fewest(scores_BV: jax.Array, weights_BV: jax.Array, target_B: jax.Array) -> jax.Array:
-  """Mark the fewest largest scores whose weights add up to a target; all, if they never do.
+def _keep_largest(
+  logits_BV: jax.Array, scores_BV: jax.Array, weights_BV: jax.Array, target_B: jax.Array
+) -> jax.Array:
+  """Keep the fewest largest scores whose weights add up to a target; all, if they never do.
 
   The threshold is found bit by bit, from the highest: 32 passes over the row, which cost less than
   sorting it and are exact.
@@ -263,4 +259,4 @@ def _fewest(scores_BV: jax.Array, weights_BV: jax.Array, target_B: jax.Array) ->
     return jnp.where(sum_B >= target_B, higher_B, threshold_B)
 
   threshold_B = jax.lax.fori_loop(0, 32, refine, jnp.zeros(scores_BV.shape[0], jnp.uint32))
-  return order_BV >= threshold_B[:, None]
+  return jnp.where(order_BV >= threshold_B[:, None], logits_BV, -jnp.inf)

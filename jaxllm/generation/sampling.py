@@ -1,4 +1,4 @@
-"""From logits to the next token: what a request asks for, the rules that change logits, the draw.
+"""From logits to the next token: the options of a request, the rules that change logits, sampling.
 
 The rules themselves are in `rules`. A new rule is a function and an entry of `RULES` there, and a
 field of `SamplingConfig`; its values travel as arrays with a row per request, so that one batch
@@ -14,18 +14,13 @@ import numpy as np
 import pydantic
 
 from jaxllm.config import Config
-from jaxllm.generation.rules import BASIC, NO_TOKEN, RULES, Biases, History, Rule
-
-__all__ = [
-  'NO_TOKEN', 'RULES', 'History', 'Rule', 'SamplingConfig', 'apply_rules', 'row_keys', 'row_values',
-  'sample',
-]
+from jaxllm.generation.rules import BASIC, NO_TOKEN, RULES, Biases, History
 
 MAX_SEED = 2**32 - 1
 
 
 class SamplingConfig(Config):
-  """How a continuation is drawn."""
+  """How the tokens of a continuation are sampled."""
 
   max_new_tokens: int = pydantic.Field(default=128, gt=0)
   """Tokens after which a row ends; it ends earlier where the context of the model is full."""
@@ -33,13 +28,13 @@ class SamplingConfig(Config):
   """Logits are divided by this; 0 always takes the most probable token. The default, everywhere:
   1, the distribution that the model has learned."""
   top_k: int = pydantic.Field(default=0, ge=0)
-  """Draw from this many most probable tokens only (equals of the last one included); 0: all."""
+  """Sample from this many most probable tokens only (equals of the last one included); 0: all."""
   top_p: float = pydantic.Field(default=1.0, gt=0, le=1)
-  """Draw from the smallest set of most probable tokens whose probabilities add up to this."""
+  """Sample from the smallest set of most probable tokens whose probabilities add up to this."""
   min_p: float = pydantic.Field(default=0.0, ge=0, le=1)
-  """Draw from tokens at least this fraction as probable as the most probable one."""
+  """Sample from tokens at least this fraction as probable as the most probable one."""
   typical_p: float = pydantic.Field(default=1.0, gt=0, le=1)
-  """Draw from the tokens nearest to the expected surprise whose probabilities add up to this."""
+  """Sample from the tokens nearest to the expected surprise whose probabilities add up to this."""
   repetition_penalty: float = pydantic.Field(default=1.0, gt=0)
   """Divide positive logits of tokens that occurred, in the prompt too, by this; multiply negative
   ones."""
@@ -47,7 +42,7 @@ class SamplingConfig(Config):
   """Subtracted from the logits of tokens that the continuation has."""
   frequency_penalty: float = 0.0
   """Subtracted from the logits of tokens for each time that the continuation has them."""
-  no_repeat_ngram: int = pydantic.Field(default=0, ge=0)
+  no_repeat_ngram_size: int = pydantic.Field(default=0, ge=0)
   """No sequence of this many tokens comes twice; 0: it may."""
   bad_words: tuple[tuple[int, ...], ...] = ()
   """Sequences of token ids that never come, except one that would only keep a row from ending."""
@@ -62,15 +57,22 @@ class SamplingConfig(Config):
   forced_eos_id: int = pydantic.Field(default=NO_TOKEN, ge=NO_TOKEN)
   """What a row that reaches its number of tokens ends with; -1: the model decides."""
   seed: int = pydantic.Field(default=0, ge=0, le=MAX_SEED)
-  """Seeds the draws."""
+  """Of the random numbers: the same seed gives the same continuation."""
+
+  @pydantic.model_validator(mode='before')
+  @classmethod
+  def _rename(cls, fields: Any) -> Any:
+    if isinstance(fields, dict) and 'no_repeat_ngram' in fields:
+      fields = {'no_repeat_ngram_size': fields['no_repeat_ngram'], **fields}
+      del fields['no_repeat_ngram']
+    return fields
 
   @pydantic.model_validator(mode='after')
   def _check(self) -> 'SamplingConfig':
-    for name in ('bad_words', 'sequence_bias'):
-      for entry in getattr(self, name):
-        ids = entry if name == 'bad_words' else entry[0]
-        if not ids:
-          raise ValueError(f'{name}: a sequence without tokens; leave it out')
+    for name, sequences in (('bad_words', self.bad_words),
+                            ('sequence_bias', [sequence for sequence, _ in self.sequence_bias])):
+      if not all(sequences):
+        raise ValueError(f'{name}: a sequence without tokens; leave it out')
     return self
 
   def ids(self) -> set[int]:
@@ -81,28 +83,26 @@ class SamplingConfig(Config):
 
 
 def row_values(
-  configs: Sequence[SamplingConfig], stop_ids: Sequence[Sequence[int]] | None = None,
+  configs: Sequence[SamplingConfig], stop_token_ids: Sequence[Sequence[int]] | None = None,
   every_rule: bool = False, least_biases: tuple[int, int] = (4, 2),
 ) -> dict[str, Any]:
   """Return the value of every rule for each row, name -> arrays whose first axis is the row.
 
   Args:
     configs: one per row.
-    stop_ids: tokens that end each row, which no bad word of one token forbids.
+    stop_token_ids: tokens that end each row, which no bad word of one token masks.
     every_rule: whether rules that no row asks for get an entry too. By default only the basic ones
       do; any other one brings in all, so that a program has one of two sets of rules.
     least_biases: the least numbers of entries, and of tokens of each, in the table of biases.
   """
-  names = list(RULES)
-  if not every_rule and not any(map(_asks_for_more, configs)):
-    names = list(BASIC)
+  names = RULES if every_rule or any(map(_asks_for_more, configs)) else BASIC
   values: dict[str, Any] = {
     name: np.asarray([getattr(config, name) for config in configs],
                      np.float32 if isinstance(RULES[name].off, float) else np.int32)
     for name in names if name != 'biases'
   }
   if 'biases' in names:
-    values['biases'] = _biases(configs, stop_ids or [()] * len(configs), least_biases)
+    values['biases'] = _biases(configs, stop_token_ids or [()] * len(configs), least_biases)
   return values
 
 
@@ -114,11 +114,8 @@ def apply_rules(
   Args:
     logits_BV: float32.
     values: name of a rule -> its values (see `row_values`); a rule without an entry is left out.
+      Rows with a rule's off value pass it unchanged.
     history: the tokens so far.
-
-  Returns:
-    logits_BV with -inf where a rule excludes the token. Rows with a rule's off value pass it
-    unchanged.
   """
   for name, rule in RULES.items():
     if name not in values:
@@ -135,7 +132,7 @@ def apply_rules(
 
 
 def row_keys(seeds_B: jax.Array, index_B: jax.Array) -> jax.Array:
-  """Return the key of each row's draw number `index_B`, independent of the rest of the batch."""
+  """Return the key of each row's new token number `index_B`, whatever the rest of the batch is."""
   # Threefry by name: other generators do not give under vmap what they give alone.
   return jax.vmap(
     lambda seed, index: jax.random.fold_in(jax.random.key(seed, impl='threefry2x32'), index)
@@ -145,7 +142,7 @@ def row_keys(seeds_B: jax.Array, index_B: jax.Array) -> jax.Array:
 def sample(
   keys_B: jax.Array, logits_BV: jax.Array, values: Mapping[str, Any], history: History
 ) -> jax.Array:
-  """Draw the next token of every row.
+  """Sample the next token of every row.
 
   Args:
     keys_B: one key per row (see `row_keys`).
@@ -158,28 +155,27 @@ def sample(
   """
   logits_BV = apply_rules(logits_BV, values, history)
   greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-  drawing_B = values['temperature'] > 0 if 'temperature' in values else jnp.ones_like(greedy_B) > 0
+  is_random_B = values['temperature'] > 0 if 'temperature' in values else greedy_B >= 0
 
-  def draw(logits_BV):
-    drawn_B = jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
-    return jnp.where(drawing_B, drawn_B, greedy_B)
+  def categorical(logits_BV):
+    ids_B = jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
+    return jnp.where(is_random_B, ids_B, greedy_B)
 
-  return jax.lax.cond(drawing_B.any(), draw, lambda _: greedy_B, logits_BV)
+  return jax.lax.cond(is_random_B.any(), categorical, lambda _: greedy_B, logits_BV)
 
 
 def _asks_for_more(config: SamplingConfig) -> bool:
-  if config.bad_words or config.logit_bias or config.sequence_bias:
-    return True
-  extra = (name for name in RULES if name not in (*BASIC, 'biases'))
-  return any(getattr(config, name) != RULES[name].off for name in extra)
+  extra = RULES.keys() - {*BASIC, 'biases'}
+  return bool(config.bad_words or config.logit_bias or config.sequence_bias) or any(
+    getattr(config, name) != RULES[name].off for name in extra)
 
 
 def _biases(
-  configs: Sequence[SamplingConfig], stop_ids: Sequence[Sequence[int]], least: tuple[int, int]
+  configs: Sequence[SamplingConfig], stop_token_ids: Sequence[Sequence[int]], least: tuple[int, int]
 ) -> Biases:
   """Put biases and bad words of all rows into one table, in sizes that are powers of two."""
   tables: list[dict[tuple[int, ...], float]] = []
-  for config, stops in zip(configs, stop_ids, strict=True):
+  for config, stops in zip(configs, stop_token_ids, strict=True):
     table: dict[tuple[int, ...], float] = {}
     single = (((token,), bias) for token, bias in config.logit_bias)
     for sequence, bias in (*single, *config.sequence_bias):

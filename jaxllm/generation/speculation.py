@@ -1,16 +1,16 @@
 """Speculation: drafts of several tokens, checked by one pass of the model.
 
-Drafts come from the row's own text (`lookup`) or from a smaller model. Tokens are drawn from the
-model's logits with the key of their place, as `slots.draw` does without any draft; a draft only
-saves the pass when it guessed what that draw gives. So the result is, token for token, that of
-plain decoding with the same seed, greedy or not, and its distribution is the same.
+Drafts come from the row's own text (`lookup`) or from a smaller model. Tokens are sampled from the
+model's logits with the key of their position, as without any draft; a draft only saves the pass
+when it guessed that sample. So the result is, token for token, that of plain decoding with the same
+seed, greedy or not, and its distribution is the same.
 
-A draft model draws with the same keys, which makes the two agree as often as their distributions
+A draft model samples with the same keys, which makes the two agree as often as their distributions
 overlap allows in practice. Letter: J drafted tokens.
 
 Reference:
   Leviathan, Kalman, Matias, "Fast Inference from Transformers via Speculative Decoding", arXiv
-  2211.17192. Where they accept at random, here both draws share their noise; the distribution of
+  2211.17192. Where they accept at random, here both samples share their noise; the distribution of
   the result is the model's by construction.
 """
 
@@ -21,15 +21,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pydantic
 
 from jaxllm.config import Config
-from jaxllm.generation import slots as slots_lib
-from jaxllm.generation.decode import Generation
+from jaxllm.generation import decode, decode_state
+from jaxllm.generation.decode import Completion
+from jaxllm.generation.decode_state import DecodeState
 from jaxllm.generation.requests import make_requests
 from jaxllm.generation.sampling import SamplingConfig
-from jaxllm.generation.slots import Slots
+from jaxllm.models import decoder
 from jaxllm.models.decoder import Decoder
 
 
@@ -57,22 +57,16 @@ def generate(
   sampling: SamplingConfig | Sequence[SamplingConfig],
   speculation: SpeculationConfig,
   draft: Draft | None = None,
-  eos_ids: Sequence[int] = (),
+  eos_token_ids: Sequence[int] = (),
   seeds: Sequence[int] | None = None,
   bos_id: int | None = None,
-) -> tuple[list[Generation], float]:
+) -> tuple[list[Completion], float]:
   """Continue prompts as `decode.generate` does, with fewer passes of the model.
 
   Args:
-    model: the decoder.
-    variables: its variables.
-    prompts: token ids.
-    sampling: one config for all rows, or one per row.
+    model: as all others in `decode.generate`, but:
     speculation: how tokens are guessed.
     draft: a model that guesses; None: guesses are looked up in the row itself.
-    eos_ids: tokens that end a row.
-    seeds: one per row.
-    bos_id: what an empty prompt begins with.
 
   Returns:
     (one continuation per prompt, new tokens per row and pass of the model).
@@ -82,26 +76,26 @@ def generate(
   """
   if draft is not None:
     _check_draft(model, draft)
-  requests = make_requests(model.config, prompts, sampling, eos_ids, seeds, bos_id)
+  requests = make_requests(model.config, prompts, sampling, eos_token_ids, seeds, bos_id)
   if not requests:
     return [], 0.0
-  spare = speculation.num_drafted + 1
-  lay_out = functools.partial(slots_lib.lay_out, spare_slots=spare)
-  slots = lay_out(model.config, requests, _is_stacked(variables))
-  draft_slots = None
+  init = functools.partial(
+    decode_state.init_decode_state, spare_positions=speculation.num_drafted + 1)
+  state = init(model.config, requests, not decoder.is_unstacked(variables))
+  draft_cache = None
   if draft is not None:
     config = draft.model.config.replace(max_length=model.config.max_length)
-    draft_slots = lay_out(config, requests, _is_stacked(draft.variables)).cache
-  longest = max(len(request.prompt) for request in requests)
-  slots, passes_B = _speculate(
-    model, variables, slots, draft.model if draft else None, draft.variables if draft else None,
-    draft_slots, slots_lib.prompt_bucket(slots, longest), speculation,
+    draft_cache = init(config, requests, not decoder.is_unstacked(draft.variables)).cache
+  state, passes_B = _speculate(
+    model, variables, state, draft.model if draft else None, draft.variables if draft else None,
+    draft_cache, decode_state.prompt_bucket(state, requests), speculation,
   )
-  host = jax.device_get((slots.tokens_BS, slots.logprobs_BS, slots.lengths_B, passes_B))
-  results = [_to_generation(request, *(leaf[row] for leaf in host[:3]))
+  tokens_BS, logprobs_BS, lengths_B, passes_B = jax.device_get(
+    (state.tokens_BS, state.logprobs_BS, state.lengths_B, passes_B))
+  results = [decode.completion(request, tokens_BS[row], logprobs_BS[row], int(lengths_B[row]))
              for row, request in enumerate(requests)]
-  new = sum(int(host[2][row]) - len(request.prompt) for row, request in enumerate(requests))
-  return results, new / int(host[3][: len(requests)].sum())
+  new = sum(int(lengths_B[row]) - len(request.prompt) for row, request in enumerate(requests))
+  return results, new / int(passes_B[: len(requests)].sum())
 
 
 def compilation_count() -> int:
@@ -110,18 +104,18 @@ def compilation_count() -> int:
   return program._cache_size()
 
 
-def lookup(slots: Slots, num_drafted: int, longest: int) -> jax.Array:
+def lookup(state: DecodeState, num_drafted: int, longest: int) -> jax.Array:
   """Guess what comes next: what followed the last earlier occurrence of the row's last tokens.
 
   Args:
-    slots: rows in the middle of decoding.
+    state: rows in the middle of decoding.
     num_drafted: J.
     longest: tokens that are compared at most; the longest match wins, then the latest.
 
   Returns:
     drafts_BJ int32; without a match, whatever stands at the beginning.
   """
-  tokens_BS, lengths_B = slots.tokens_BS, slots.lengths_B
+  tokens_BS, lengths_B = state.tokens_BS, state.lengths_B
   place_1S = jnp.arange(tokens_BS.shape[1])[None]
   matched_BS = jnp.zeros(tokens_BS.shape, jnp.int32)
   same_BS = (place_1S >= 1) & (place_1S < lengths_B[:, None])
@@ -140,87 +134,82 @@ def lookup(slots: Slots, num_drafted: int, longest: int) -> jax.Array:
 
 @functools.partial(
   jax.jit, static_argnames=('model', 'draft_model', 'length', 'speculation'),
-  donate_argnames='slots',
+  donate_argnames='state',
 )
 def _speculate(
-  model: Decoder, variables: Any, slots: Slots, draft_model: Decoder | None,
+  model: Decoder, variables: Any, state: DecodeState, draft_model: Decoder | None,
   draft_variables: Any, draft_cache: Any, length: int, speculation: SpeculationConfig,
-) -> tuple[Slots, jax.Array]:
+) -> tuple[DecodeState, jax.Array]:
   """Read the prompts and decode until all rows have ended; return the passes of each row too."""
-  prompts_BT = slots.tokens_BS[:, :length]
-  counts_B = jnp.where(slots.finished_B, 0, slots.prompt_lengths_B)
-  logits_BV, cache = slots_lib.feed(model, variables, slots.cache, prompts_BT, counts_B)
-  slots = slots_lib.draw(dataclasses.replace(slots, cache=cache), logits_BV)
   if draft_model is not None:
-    _, draft_cache = slots_lib.feed(
-      draft_model, draft_variables, draft_cache, prompts_BT, counts_B)
+    draft_state = dataclasses.replace(state, cache=draft_cache)
+    draft_state, _ = decode_state.prompt_logits(draft_model, draft_variables, draft_state, length)
+    draft_cache = draft_state.cache
+  state = decode_state.sample_step(
+    *decode_state.prompt_logits(model, variables, state, length))
 
-  def body(carry: tuple[Slots, Any, jax.Array]) -> tuple[Slots, Any, jax.Array]:
-    slots, draft_cache, passes_B = carry
+  def body(carry: tuple[DecodeState, Any, jax.Array]) -> tuple[DecodeState, Any, jax.Array]:
+    state, draft_cache, passes_B = carry
     if draft_model is None:
-      drafts_BJ = lookup(slots, speculation.num_drafted, speculation.longest_ngram)
+      drafts_BJ = lookup(state, speculation.num_drafted, speculation.longest_ngram)
     else:
       drafts_BJ, draft_cache = _guess(
-        draft_model, draft_variables, slots, draft_cache, speculation.num_drafted)
-    passes_B = passes_B + ~slots.finished_B
-    return _check(model, variables, slots, drafts_BJ), draft_cache, passes_B
+        draft_model, draft_variables, state, draft_cache, speculation.num_drafted)
+    passes_B = passes_B + ~state.finished_B
+    return _check(model, variables, state, drafts_BJ), draft_cache, passes_B
 
-  slots, _, passes_B = jax.lax.while_loop(
+  state, _, passes_B = jax.lax.while_loop(
     lambda carry: ~carry[0].finished_B.all(), body,
-    (slots, draft_cache, jnp.ones_like(slots.lengths_B)))
-  return slots, passes_B
+    (state, draft_cache, jnp.ones_like(state.lengths_B)))
+  return state, passes_B
 
 
 def _guess(
-  model: Decoder, variables: Any, slots: Slots, cache: Any, num_drafted: int
+  model: Decoder, variables: Any, state: DecodeState, cache: Any, num_drafted: int
 ) -> tuple[jax.Array, Any]:
-  """Draw a draft with the draft model, with the keys and rules of the row."""
+  """Sample a draft with the draft model, with the keys and rules of the row."""
   # Its cache may hold tokens that were refused, and lack the last one or two.
-  known_B = jnp.minimum(cache.lengths_B, slots.lengths_B - 2)
+  known_B = jnp.minimum(cache.lengths_B, state.lengths_B - 2)
   places_B2 = known_B[:, None] + jnp.arange(2)[None]
-  counts_B = jnp.where(slots.finished_B, 0, slots.lengths_B - known_B)
-  cache = dataclasses.replace(cache, lengths_B=known_B)
+  counts_B = jnp.where(state.finished_B, 0, state.lengths_B - known_B)
   tokens_B2 = jnp.take_along_axis(
-    slots.tokens_BS, jnp.clip(places_B2, 0, slots.tokens_BS.shape[1] - 1), axis=1)
-  logits_BV, cache = slots_lib.feed(model, variables, cache, tokens_B2, counts_B)
-  # Rows draw on, past their ends too, into a copy that is thrown away.
+    state.tokens_BS, jnp.clip(places_B2, 0, state.tokens_BS.shape[1] - 1), axis=1)
+  logits_BV, cache = decode_state.last_logits(
+    model, variables, dataclasses.replace(cache, lengths_B=known_B), tokens_B2, counts_B)
+  # Rows go on, past their ends too, in a copy that is thrown away.
   own = dataclasses.replace(
-    slots, cache=cache, tokens_BS=jnp.pad(slots.tokens_BS, ((0, 0), (0, num_drafted))))
+    state, cache=cache, tokens_BS=jnp.pad(state.tokens_BS, ((0, 0), (0, num_drafted))))
   drafts = []
   for index in range(num_drafted):
+    own = dataclasses.replace(own, finished_B=state.finished_B)
     if index:
-      last_B1 = jnp.take_along_axis(own.tokens_BS, own.lengths_B[:, None] - 1, axis=1)
-      counts_B = jnp.where(slots.finished_B, 0, 1)
-      logits_BV, cache = slots_lib.feed(model, variables, own.cache, last_B1, counts_B)
-      own = dataclasses.replace(own, cache=cache)
-    own = slots_lib.draw(dataclasses.replace(own, finished_B=slots.finished_B), logits_BV)
-    drafts.append(jnp.take_along_axis(own.tokens_BS, own.lengths_B[:, None] - 1, axis=1)[:, 0])
+      own, logits_BV = decode_state.next_logits(model, variables, own)
+    own = decode_state.sample_step(own, logits_BV)
+    drafts.append(own.last_tokens_B)
   return jnp.stack(drafts, axis=1), own.cache
 
 
-def _check(model: Decoder, variables: Any, slots: Slots, drafts_BJ: jax.Array) -> Slots:
-  """Draw the next tokens as long as the draft guessed the ones before."""
+def _check(model: Decoder, variables: Any, state: DecodeState, drafts_BJ: jax.Array) -> DecodeState:
+  """Sample the next tokens as long as the draft guessed the ones before."""
   num_drafted = drafts_BJ.shape[1]
-  last_B1 = jnp.take_along_axis(slots.tokens_BS, slots.lengths_B[:, None] - 1, axis=1)
-  tokens_BT = jnp.concatenate([last_B1, drafts_BJ], axis=1)
-  counts_B = jnp.where(slots.finished_B, 0, num_drafted + 1)
-  extended: Any = model.apply(variables, tokens_BT, slots.cache, counts_B, method='extend')
+  tokens_BT = jnp.concatenate([state.last_tokens_B[:, None], drafts_BJ], axis=1)
+  counts_B = jnp.where(state.finished_B, 0, num_drafted + 1)
+  extended: Any = model.apply(variables, tokens_BT, state.cache, counts_B, method='extend')
   hidden_BTD, cache = extended
   logits_BTV: Any = model.apply(variables, hidden_BTD, method='logits')
-  slots = dataclasses.replace(slots, cache=cache)
-  right_B = ~slots.finished_B
+  state = dataclasses.replace(state, cache=cache)
+  right_B = ~state.finished_B
   for index in range(num_drafted + 1):
     # Rows whose draft was wrong wait, as finished ones do.
-    ended_B = slots.finished_B
-    drawn = slots_lib.draw(
-      dataclasses.replace(slots, finished_B=ended_B | ~right_B), logits_BTV[:, index])
-    slots = dataclasses.replace(drawn, finished_B=jnp.where(right_B, drawn.finished_B, ended_B))
+    ended_B = state.finished_B
+    sampled = decode_state.sample_step(
+      dataclasses.replace(state, finished_B=ended_B | ~right_B), logits_BTV[:, index])
+    state = dataclasses.replace(sampled, finished_B=jnp.where(right_B, sampled.finished_B, ended_B))
     if index < num_drafted:
-      newest_B = jnp.take_along_axis(slots.tokens_BS, slots.lengths_B[:, None] - 1, axis=1)[:, 0]
-      right_B &= (newest_B == drafts_BJ[:, index]) & ~slots.finished_B
-  # What was refused is forgotten: only the newest token is still to be fed.
-  held_B = jnp.where(counts_B > 0, slots.lengths_B - 1, slots.cache.lengths_B)
-  return dataclasses.replace(slots, cache=dataclasses.replace(slots.cache, lengths_B=held_B))
+      right_B &= (state.last_tokens_B == drafts_BJ[:, index]) & ~state.finished_B
+  # The cache forgets what was refused, and does not hold the newest token.
+  held_B = jnp.where(counts_B > 0, state.lengths_B - 1, state.cache.lengths_B)
+  return dataclasses.replace(state, cache=dataclasses.replace(state.cache, lengths_B=held_B))
 
 
 def _check_draft(model: Decoder, draft: Draft) -> None:
@@ -231,17 +220,3 @@ def _check_draft(model: Decoder, draft: Draft) -> None:
   if theirs.max_length < ours.max_length:
     raise ValueError(f'the draft has a context of {theirs.max_length} and the model one of '
                      f'{ours.max_length}; the draft must read all that the model reads')
-
-
-def _is_stacked(variables: Any) -> bool:
-  return '0' not in variables['params']['layers']
-
-
-def _to_generation(
-  request: Any, tokens_S: np.ndarray, logprobs_S: np.ndarray, stop: int
-) -> Generation:
-  start = len(request.prompt)
-  ended = int(tokens_S[stop - 1]) in request.stop_ids
-  stop = stop - 1 if ended else stop
-  return Generation(tokens_S[start:stop].tolist(), logprobs_S[start:stop].tolist(),
-                    'stop' if ended else 'length')

@@ -8,64 +8,29 @@ and bytes that are no UTF-8 become U+FFFD.
 
 import codecs
 import dataclasses
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxllm.data.tokenizers import Tokenizer
-from jaxllm.generation import decode, scoring
-from jaxllm.generation.decode import FinishReason, Top
-from jaxllm.generation.requests import make_requests
+from jaxllm.generation import beam, decode, scoring, speculation
+from jaxllm.generation.beam import BeamConfig
+from jaxllm.generation.decode import Completion, TextPiece
 from jaxllm.generation.sampling import SamplingConfig
+from jaxllm.generation.speculation import Draft, SpeculationConfig
 from jaxllm.models.decoder import Decoder
 
-# Steps between two looks for stop strings where nobody waits for the text.
+__all__ = ['Completion', 'TextDecoder', 'TextPiece', 'complete', 'stream_text', 'text_of']
+
+# Decode steps between two looks for stop strings where nobody waits for the text.
 STEPS_PER_LOOK = 8
+Way = BeamConfig | SpeculationConfig | None
+"""How text is decoded, where that is not plain sampling."""
+
+# Fields of `SamplingConfig` that beam search does not read.
+SAMPLED = ('temperature', 'top_k', 'top_p', 'min_p', 'typical_p', 'seed')
 # Ids before a token that decide its text, where it is not that of its bytes.
 _WINDOW = 6
-
-
-@dataclasses.dataclass(frozen=True)
-class TextPiece:
-  """What one row gained; the text may lag behind the tokens.
-
-  Attributes:
-    row: number of the prompt.
-    text: whole characters that no stop string can begin in any more.
-    tokens: ids.
-    logprobs: of each, before any rule.
-    top: the most probable tokens at each place, where they were asked for.
-    finish_reason: 'stop' (a stop string or id came), 'length', or None: more follows.
-    stop: the stop string that ended the row.
-  """
-
-  row: int
-  text: str
-  tokens: list[int]
-  logprobs: list[float]
-  top: list[Top]
-  finish_reason: FinishReason | None
-  stop: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-  """A finished continuation.
-
-  Attributes:
-    text: without the stop string; with the prompt's where it was asked to echo it.
-    tokens: all that were drawn, those of the stop string included; with the prompt's when echoed.
-    logprobs: of each, before any rule; None for the first token of an echoed prompt.
-    top: the most probable tokens at each place, where they were asked for.
-    finish_reason: as in `TextPiece`.
-    stop: as in `TextPiece`.
-  """
-
-  text: str
-  tokens: list[int]
-  logprobs: list[float | None]
-  top: list[Top]
-  finish_reason: FinishReason
-  stop: str | None = None
 
 
 class TextDecoder:
@@ -76,9 +41,16 @@ class TextDecoder:
     stop: strings at the first of which the text ends; where several end with the same token, at
       the one that begins first.
     context: the ids before, which a tokenizer of words needs to know.
+    skip_space: whether white space at the beginning is left out.
   """
 
-  def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), context: Sequence[int] = ()):
+  def __init__(
+    self, tokenizer: Tokenizer, stop: Sequence[str] = (), context: Sequence[int] = (),
+    skip_space: bool = False,
+  ):
+    if any(not text for text in stop):
+      raise ValueError("stop: '' would end every row before it begins; leave it out")
+    self._skips_space = skip_space
     self._tokenizer, self._stops, self._held = tokenizer, tuple(stop), ''
     self._utf8 = codecs.getincrementaldecoder('utf-8')(errors='replace')
     # Where the tokenizer does not join bytes: the last ids, and how many of them have been said.
@@ -121,6 +93,9 @@ class TextDecoder:
   def _give(self, text: str, final: bool) -> str:
     if self.stop is not None:
       return ''
+    if self._skips_space:
+      text = text.lstrip()
+      self._skips_space = not text
     text = self._held + text
     found = [(place, stop) for stop in self._stops if (place := text.find(stop)) >= 0]
     if found:
@@ -133,6 +108,47 @@ class TextDecoder:
     return text[: len(text) - keep]
 
 
+def read_options(
+  options: Mapping[str, Any], num_return_sequences: int = 1, draft: Any = None
+) -> tuple[SamplingConfig, Way]:
+  """Sort options of generation into how tokens are sampled and how the text is decoded.
+
+  Args:
+    options: fields of `SamplingConfig`, `BeamConfig` and `SpeculationConfig` by name. `num_beams=1`
+      and `num_drafted=0` ask for plain decoding.
+    num_return_sequences: continuations of each prompt.
+    draft: a draft model, if there is one; it implies speculation.
+
+  Returns:
+    (sampling, the way to decode; None: plain).
+
+  Raises:
+    ValueError: a value is not accepted, or options exclude each other.
+  """
+  if num_return_sequences < 1:
+    raise ValueError(f'num_return_sequences={num_return_sequences}: at least 1')
+  fields = dict(options)
+  beams, drafts = ({name: fields.pop(name) for name in config.model_fields if name in fields}
+                   for config in (BeamConfig, SpeculationConfig))
+  has_beams = beams.get('num_beams', 1) != 1
+  has_drafts = drafts.get('num_drafted', 0) != 0 or draft is not None
+  if has_beams and has_drafts:
+    raise ValueError('num_beams with num_drafted or draft: these are different ways to decode; '
+                     'choose one')
+  if not has_beams and beams.keys() - {'num_beams'}:
+    raise ValueError(f'{max(beams.keys() - {"num_beams"})} works with num_beams above 1 only')
+  if not has_drafts and 'longest_ngram' in drafts:
+    raise ValueError('longest_ngram works with num_drafted only')
+  if has_beams and (sampled := {*SAMPLED} & fields.keys()):
+    raise ValueError(f'{min(sampled)} works without num_beams only: beams are not sampled')
+  sampling = SamplingConfig(**fields)
+  if has_beams:
+    return sampling, BeamConfig(**{'num_return': num_return_sequences, **beams})
+  if has_drafts:
+    return sampling, SpeculationConfig(**{**drafts, 'num_drafted': drafts.get('num_drafted') or 4})
+  return sampling, None
+
+
 def stream_text(
   model: Decoder,
   variables: Any,
@@ -140,37 +156,31 @@ def stream_text(
   prompts: Sequence[Sequence[int]],
   sampling: SamplingConfig | Sequence[SamplingConfig],
   stop: Sequence[str] = (),
-  stop_ids: Sequence[int] = (),
+  stop_token_ids: Sequence[int] = (),
   seeds: Sequence[int] | None = None,
   num_top: int = 0,
   steps_per_piece: int = 1,
   cache_dtype: Any = None,
+  skip_space: bool = False,
 ) -> Iterator[TextPiece]:
   """Yield text while it grows.
 
+  Arguments and errors as `decode.stream`, at the call, and:
+
   Args:
-    model: the decoder.
-    variables: its variables; unstacked ones decode faster.
-    tokenizer: of the model; its `eos_token_ids` end a row.
-    prompts: token ids.
-    sampling: one config for all rows, or one per row.
+    tokenizer: of the model; its EOS tokens end a row.
     stop: strings that end a row, across the borders of tokens; the prompt does not count.
-    stop_ids: more tokens that end a row.
-    seeds: one per row.
-    num_top: how many of the most probable tokens come with each token.
-    steps_per_piece: decoding steps between two pieces of a row.
-    cache_dtype: of keys and values; the model's by default, int8 to quantise them.
+    stop_token_ids: tokens that end a row, besides EOS.
+    skip_space: whether white space at the beginning is left out, and stops nothing.
 
   Raises:
-    ValueError: as `decode.generate`, or a stop string is empty; at the call.
+    ValueError: a stop string is empty.
   """
-  if any(not text for text in stop):
-    raise ValueError("stop: '' would end every row before it begins; leave it out")
-  requests = make_requests(
-    model.config, prompts, sampling, [*tokenizer.eos_token_ids, *stop_ids], seeds, tokenizer.bos_id)
   cancelled: set[int] = set()
-  pieces = decode.run(model, variables, requests, steps_per_piece, num_top, cancelled, cache_dtype)
-  decoders = [TextDecoder(tokenizer, stop, request.prompt) for request in requests]
+  pieces = decode.stream(
+    model, variables, prompts, sampling, (*tokenizer.eos_token_ids, *stop_token_ids), seeds,
+    tokenizer.bos_id, steps_per_piece, num_top, cancelled, cache_dtype)
+  decoders = [TextDecoder(tokenizer, stop, prompt, skip_space) for prompt in prompts]
   return _texts(pieces, decoders, cancelled)
 
 
@@ -181,37 +191,47 @@ def complete(
   prompts: Sequence[Sequence[int]],
   sampling: SamplingConfig | Sequence[SamplingConfig],
   stop: Sequence[str] = (),
-  stop_ids: Sequence[int] = (),
+  stop_token_ids: Sequence[int] = (),
   seeds: Sequence[int] | None = None,
   num_top: int = 0,
   echo: bool = False,
   cache_dtype: Any = None,
+  skip_space: bool = False,
+  way: Way = None,
+  draft: Draft | None = None,
 ) -> list[Completion]:
-  """Continue prompts; arguments and errors as `stream_text`.
+  """Continue prompts.
+
+  Arguments and errors as `stream_text`, and:
 
   Args:
-    model: see there, like all that follow but `echo`.
-    variables: see there.
-    tokenizer: see there.
-    prompts: see there.
-    sampling: see there.
-    stop: see there.
-    stop_ids: see there.
-    seeds: see there.
-    num_top: see there.
     echo: whether results begin with the prompt, scored like the rest.
-    cache_dtype: see there.
+    way: how beams compete, or how tokens are guessed. Beam search gives `num_return` completions of
+      each prompt, best first, and samples nothing; speculation gives what plain decoding gives.
+    draft: a smaller model that guesses the tokens of speculation.
+
+  Raises:
+    ValueError: `way` with an option that only plain decoding has.
   """
-  steps = STEPS_PER_LOOK if stop else model.config.max_length
-  empty = Completion('', [], [], [], 'length')
-  results = [empty] * len(prompts)
-  for piece in stream_text(model, variables, tokenizer, prompts, sampling, stop, stop_ids, seeds,
-                           num_top, steps, cache_dtype):
-    old = results[piece.row]
-    results[piece.row] = Completion(
-      old.text + piece.text, old.tokens + piece.tokens, [*old.logprobs, *piece.logprobs],
-      old.top + piece.top, piece.finish_reason or 'length', piece.stop,
-    )
+  if way is None:
+    steps = STEPS_PER_LOOK if stop else model.config.max_length
+    results = decode.collect(
+      stream_text(model, variables, tokenizer, prompts, sampling, stop, stop_token_ids, seeds,
+                  num_top, steps, cache_dtype, skip_space), len(prompts))
+  elif echo or num_top or cache_dtype is not None:
+    raise ValueError('echo, num_top and cache_dtype: not with beams or speculation; leave them '
+                     'out, or num_beams, num_drafted and draft')
+  else:
+    eos_token_ids = (*tokenizer.eos_token_ids, *stop_token_ids)
+    found = _decode_by(
+      way, model, variables, tokenizer.bos_id, prompts, sampling, eos_token_ids, seeds, draft)
+    count = len(found) // max(len(prompts), 1)
+    pieces = (TextPiece(row, '', one.tokens, one.logprobs, [], one.finish_reason)
+              for row, one in enumerate(found))
+    decoders = [TextDecoder(tokenizer, stop, prompts[row // count], skip_space)
+                for row in range(len(found))]
+    results = [dataclasses.replace(result, score=one.score) for result, one in zip(
+      decode.collect(_texts(pieces, decoders, set()), len(found)), found, strict=True)]
   if not echo:
     return results
   bos_id = tokenizer.bos_id
@@ -226,6 +246,20 @@ def complete(
   ]
 
 
+def _decode_by(
+  way: Way, model: Decoder, variables: Any, bos_id: int | None, prompts: Sequence[Sequence[int]],
+  sampling: Any, eos_token_ids: Sequence[int], seeds: Sequence[int] | None, draft: Draft | None,
+) -> list[Completion]:
+  if isinstance(way, BeamConfig):
+    beams = beam.beam_search(model, variables, prompts, way, sampling, eos_token_ids, bos_id)
+    return [found for several in beams for found in several]
+  assert way is not None
+  results, per_pass = speculation.generate(
+    model, variables, prompts, sampling, way, draft, eos_token_ids, seeds, bos_id)
+  logging.info('%.2f tokens per pass of the model.', per_pass)
+  return results
+
+
 def text_of(tokenizer: Tokenizer, ids: Sequence[int], context: Sequence[int] = ()) -> str:
   """Return the text of ids, which continues that of others: a leading space is kept."""
   decoder = TextDecoder(tokenizer, context=context)
@@ -233,21 +267,21 @@ def text_of(tokenizer: Tokenizer, ids: Sequence[int], context: Sequence[int] = (
 
 
 def _texts(
-  pieces: Iterator[decode.Piece], decoders: Sequence[TextDecoder], cancelled: set[int]
+  pieces: Iterator[TextPiece], decoders: Sequence[TextDecoder], cancelled: set[int]
 ) -> Iterator[TextPiece]:
   for piece in pieces:
-    decoder, parts, used = decoders[piece.row], [], 0
+    decoder, text, used = decoders[piece.row], '', 0
     while used < len(piece.tokens) and decoder.stop is None:
-      parts.append(decoder.push(piece.tokens[used]))
+      text += decoder.push(piece.tokens[used])
       used += 1
-    reason = piece.finish_reason
-    if reason is not None and decoder.stop is None:
-      parts.append(decoder.finish())
+    if piece.finish_reason is not None and decoder.stop is None:
+      text += decoder.finish()
     if decoder.stop is not None:
       cancelled.add(piece.row)
-      reason = 'stop'
-    yield TextPiece(piece.row, ''.join(parts), piece.tokens[:used], piece.logprobs[:used],
-                    piece.top[:used], reason, decoder.stop)
+    yield dataclasses.replace(
+      piece, text=text, tokens=piece.tokens[:used], logprobs=piece.logprobs[:used],
+      top=piece.top[:used], stop=decoder.stop,
+      finish_reason=piece.finish_reason if decoder.stop is None else 'stop')
 
 
 def _begun(text: str, stop: str) -> int:

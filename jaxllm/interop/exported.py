@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxllm.checkpoints import tree
 from jaxllm.data import tokenizers
-from jaxllm.generation import sampling, slots
+from jaxllm.generation import decode_state, sampling
 from jaxllm.interop import tensorfile, tokenizer_export
 from jaxllm.models import decoder
 from jaxllm.models.decoder import Decoder, DecoderConfig, KVCache, init_cache
@@ -150,7 +150,8 @@ def _step(
 ) -> tuple[jax.Array, dict[str, Any]]:
   kv_cache = KVCache(tuple(cache['keys']), tuple(cache['values']), cache['lengths'])
   variables = {'params': tree.nest(weights)}
-  logits_1V, kv_cache = slots.feed(Decoder(config), variables, kv_cache, tokens_1T, count_1)
+  logits_1V, kv_cache = decode_state.last_logits(
+    Decoder(config), variables, kv_cache, tokens_1T, count_1)
   keys_1 = sampling.row_keys(request['seed'], request['index'])
   # None of these rules looks at the tokens so far.
   token_1 = sampling.sample(keys_1, logits_1V, request['rules'], None)  # type: ignore[arg-type]

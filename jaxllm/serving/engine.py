@@ -193,11 +193,11 @@ class Engine:
       raise ValueError(f'num_top={request.num_top}: between 0 and {programs.NUM_TOP} are given')
     if '' in request.stop:
       raise ValueError("stop: '' would end the text before it begins; leave it out")
-    stop_ids = dict.fromkeys((*self._model.tokenizer.eos_token_ids, *request.stop_ids))
+    stop_token_ids = dict.fromkeys((*self._model.tokenizer.eos_token_ids, *request.stop_token_ids))
     plain, = make_requests(
-      self._model.config, [request.prompt], [request.sampling], [*stop_ids], [request.seed])
+      self._model.config, [request.prompt], [request.sampling], [*stop_token_ids], [request.seed])
     programs.row_fields(plain, self.context_length)
-    return dataclasses.replace(request, prompt=plain.prompt, stop_ids=plain.stop_ids)
+    return dataclasses.replace(request, prompt=plain.prompt, stop_token_ids=plain.stop_token_ids)
 
   def _enqueue(self, rows: Sequence[Row]) -> None:
     with self._changed:

@@ -16,11 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.generation import sampling
-from jaxllm.generation import slots as slots_lib
+from jaxllm.generation import decode_state, sampling
+from jaxllm.generation.decode_state import DecodeState
 from jaxllm.generation.requests import Request
 from jaxllm.generation.rules import NO_TOKEN, RULES, Biases
-from jaxllm.generation.slots import Slots
 from jaxllm.models import log_probs
 from jaxllm.models.decoder import Decoder, DecoderConfig, init_cache
 
@@ -49,7 +48,7 @@ class Sampled(NamedTuple):
 
 def init_state(
   config: DecoderConfig, num_slots: int, context_length: int, cache_dtype: Any
-) -> tuple[Slots, jax.Array]:
+) -> tuple[DecodeState, jax.Array]:
   """Return rows of which none is open, and their logits."""
   fields = row_fields(Request((0,), sampling.SamplingConfig(), 0), context_length)
   host = jax.tree.map(lambda leaf: np.stack([leaf] * num_slots), fields)
@@ -64,18 +63,19 @@ def init_state(
   }
   cache = init_cache(config, num_slots, context_length, cache_dtype, stacked=False)
   logits_BV = np.zeros((num_slots, config.padded_vocab_size), np.float32)
-  return Slots(cache, **jax.device_put(host)), jax.device_put(logits_BV)
+  return DecodeState(cache, **jax.device_put(host)), jax.device_put(logits_BV)
 
 
 def row_fields(request: Request, context_length: int) -> dict[str, Any]:
-  """Return the fields of `Slots` that a request decides, for one row.
+  """Return the fields of `DecodeState` that a request decides, for one row.
 
   Raises:
     ValueError: there are more stop ids or biases than a row has room for.
   """
-  if len(request.stop_ids) > MAX_STOP_IDS:
-    raise ValueError(f'stop_ids: {len(request.stop_ids)} tokens; at most {MAX_STOP_IDS} are served')
-  values = sampling.row_values([request.sampling], [request.stop_ids], every_rule=True,
+  if len(request.stop_token_ids) > MAX_STOP_IDS:
+    raise ValueError(f'stop_token_ids: {len(request.stop_token_ids)} tokens; at most '
+                     f'{MAX_STOP_IDS} are served')
+  values = sampling.row_values([request.sampling], [request.stop_token_ids], every_rule=True,
                                least_biases=(MAX_BIASES, MAX_BIAS_TOKENS))
   values = {name: jax.tree.map(lambda leaf: leaf[0], value) for name, value in values.items()}
   width, length = values['biases'].sequences_BWN.shape
@@ -88,7 +88,7 @@ def row_fields(request: Request, context_length: int) -> dict[str, Any]:
   tokens_S = np.zeros(context_length + 1, np.int32)
   tokens_S[: len(request.prompt)] = request.prompt
   stop_ids_E = np.full(MAX_STOP_IDS, NO_TOKEN, np.int32)
-  stop_ids_E[: len(request.stop_ids)] = request.stop_ids
+  stop_ids_E[: len(request.stop_token_ids)] = request.stop_token_ids
   # The last token of a row is never fed, so it needs no slot.
   limit = min(len(request.prompt) + request.sampling.max_new_tokens, context_length + 1)
   return {
@@ -102,7 +102,9 @@ def row_fields(request: Request, context_length: int) -> dict[str, Any]:
 
 
 @functools.partial(jax.jit, donate_argnames='slots')
-def start_row(slots: Slots, row: jax.Array, fields: dict[str, Any], cached: jax.Array) -> Slots:
+def start_row(
+  slots: DecodeState, row: jax.Array, fields: dict[str, Any], cached: jax.Array
+) -> DecodeState:
   """Give a row to a request; it is not open yet.
 
   Args:
@@ -120,7 +122,7 @@ def start_row(slots: Slots, row: jax.Array, fields: dict[str, Any], cached: jax.
 
 
 @functools.partial(jax.jit, donate_argnames='slots')
-def copy_prefix(slots: Slots, source: jax.Array, target: jax.Array) -> Slots:
+def copy_prefix(slots: DecodeState, source: jax.Array, target: jax.Array) -> DecodeState:
   """Copy keys and values of one row to another."""
   lengths_B = slots.cache.lengths_B
 
@@ -134,9 +136,9 @@ def copy_prefix(slots: Slots, source: jax.Array, target: jax.Array) -> Slots:
 
 @functools.partial(jax.jit, static_argnames='model', donate_argnames='slots')
 def prefill_chunk(
-  model: Decoder, variables: Any, slots: Slots, row: jax.Array, tokens_T: jax.Array,
+  model: Decoder, variables: Any, slots: DecodeState, row: jax.Array, tokens_T: jax.Array,
   count: jax.Array,
-) -> tuple[Slots, jax.Array]:
+) -> tuple[DecodeState, jax.Array]:
   """Append the first `count` of some tokens to one row of the cache.
 
   Returns:
@@ -160,9 +162,9 @@ def prefill_chunk(
 
 @functools.partial(jax.jit, static_argnames='model', donate_argnames=('slots', 'logits_BV'))
 def finish_prefill(
-  model: Decoder, variables: Any, slots: Slots, logits_BV: jax.Array, row: jax.Array,
+  model: Decoder, variables: Any, slots: DecodeState, logits_BV: jax.Array, row: jax.Array,
   hidden_TD: jax.Array, last: jax.Array,
-) -> tuple[Slots, jax.Array]:
+) -> tuple[DecodeState, jax.Array]:
   """Predict what follows place `last` of the chunk that ends a prompt; the row is open from now.
 
   Returns:
@@ -182,8 +184,8 @@ def mask_logits(logits_BV: jax.Array, allowed_BV: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, donate_argnames='slots')
 def sample_rows(
-  slots: Slots, logits_BV: jax.Array, allowed_BV: jax.Array, live_B: jax.Array
-) -> tuple[Slots, Sampled]:
+  slots: DecodeState, logits_BV: jax.Array, allowed_BV: jax.Array, live_B: jax.Array
+) -> tuple[DecodeState, Sampled]:
   """Sample a token for every open row.
 
   Args:
@@ -195,7 +197,7 @@ def sample_rows(
   finished_B = slots.finished_B | ~live_B
   values = {name: _rest(name, value, finished_B) for name, value in slots.values.items()}
   before = dataclasses.replace(slots, finished_B=finished_B, values=values)
-  after = slots_lib.draw(before, logits_BV, allowed_BV)
+  after = decode_state.sample_step(before, logits_BV, allowed_BV)
 
   def last(leaf_BS: jax.Array) -> jax.Array:
     return jnp.take_along_axis(leaf_BS, after.lengths_B[:, None] - 1, axis=1)[:, 0]
@@ -214,16 +216,15 @@ def _rest(name: str, value: Any, finished_B: jax.Array) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames='model', donate_argnames='slots')
-def decode_step(model: Decoder, variables: Any, slots: Slots) -> tuple[Slots, jax.Array]:
+def decode_step(
+  model: Decoder, variables: Any, slots: DecodeState
+) -> tuple[DecodeState, jax.Array]:
   """Feed the last token of every open row.
 
   Returns:
     (slots, logits_BV of what follows, meaningless in rows that are not open).
   """
-  last_B1 = jnp.take_along_axis(slots.tokens_BS, slots.lengths_B[:, None] - 1, axis=1)
-  counts_B = jnp.where(slots.finished_B, 0, 1)
-  logits_BV, cache = slots_lib.feed(model, variables, slots.cache, last_B1, counts_B)
-  return dataclasses.replace(slots, cache=cache), logits_BV
+  return decode_state.next_logits(model, variables, slots)
 
 
 @jax.jit

@@ -53,7 +53,7 @@ class Generation(_Row):
   def take(self, token: int, logprob: float, top: Top, is_last: bool) -> TextPiece:
     """Return what a sampled token adds."""
     self.new_tokens += 1
-    if is_last and token in self.request.stop_ids:
+    if is_last and token in self.request.stop_token_ids:
       return self.stop()
     text = self._decoder.push(token)
     if is_last:

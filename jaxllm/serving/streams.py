@@ -27,7 +27,7 @@ class FailedError(ClosedError):
 class Request(requests.Request):
   """A prompt to continue, in a row of its own.
 
-  Attributes besides the base's, whose `stop_ids` come on top of the model's:
+  Attributes besides the base's, whose `stop_token_ids` come on top of the model's:
     stop: strings that end the text, across the borders of tokens.
     num_top: how many of the most probable tokens come with each token.
     score_prompt: whether the first piece is the prompt itself, with its log-probabilities (None for

@@ -10,7 +10,6 @@ import pytest
 from jaxllm.adapters import quantization
 from jaxllm.adapters.quantization import QuantizationConfig, stored_bytes
 from jaxllm.generation import decode
-from jaxllm.generation.requests import make_requests
 from jaxllm.generation.sampling import SamplingConfig
 from jaxllm.models import cpu_kernels, decoder, linear
 from jaxllm.models.decoder import Decoder, DecoderConfig
@@ -114,8 +113,8 @@ def test_int8_caches(unstacked):
   np.testing.assert_allclose(hidden, want[:, :16], atol=0.1)
   np.testing.assert_allclose(more[:, 0], want[:, 16], atol=0.1)
   assert jax.tree.leaves(cache.keys)[0].dtype == jnp.int8
-  requests = make_requests(BASE, [[1, 2, 3]], SamplingConfig(temperature=0.0, max_new_tokens=5))
-  pieces = [*decode.run(model, variables, requests, 5, cache_dtype=jnp.int8)]
+  greedy = SamplingConfig(temperature=0.0, max_new_tokens=5)
+  pieces = decode.stream(model, variables, [[1, 2, 3]], greedy, cache_dtype=jnp.int8)
   assert sum(len(piece.tokens) for piece in pieces) == 5
 
 

@@ -37,9 +37,9 @@ def test_enough_beams_find_the_best_sequence_of_all():
 
 
 def test_one_beam_is_greedy():
-  config = SamplingConfig(max_new_tokens=9, temperature=0.0, no_repeat_ngram=2)
-  results = beam_search(MODEL, VARIABLES, PROMPTS, BeamConfig(num_beams=1), config, eos_ids=[2])
-  greedy = generate(MODEL, VARIABLES, PROMPTS, config, eos_ids=[2])
+  config = SamplingConfig(max_new_tokens=9, temperature=0.0, no_repeat_ngram_size=2)
+  results = beam_search(MODEL, VARIABLES, PROMPTS, BeamConfig(num_beams=1), config, [2])
+  greedy = generate(MODEL, VARIABLES, PROMPTS, config, eos_token_ids=[2])
   assert [beams[0].tokens for beams in results] == [result.tokens for result in greedy]
   assert [beams[0].finish_reason for beams in results] == [r.finish_reason for r in greedy]
 
@@ -48,13 +48,13 @@ def test_one_beam_is_greedy():
 def test_batched_equals_alone(early_stopping):
   config = BeamConfig(num_beams=3, num_return=3, early_stopping=early_stopping, length_penalty=0.7)
   limits = SamplingConfig(max_new_tokens=8)
-  together = beam_search(MODEL, VARIABLES, PROMPTS, config, limits, eos_ids=[0])
+  together = beam_search(MODEL, VARIABLES, PROMPTS, config, limits, eos_token_ids=[0])
   count = beam.compilation_count()
   beam_search(MODEL, VARIABLES, PROMPTS[::-1], config.replace(length_penalty=2.0),
-              limits.replace(repetition_penalty=1.0), eos_ids=[0])
+              limits.replace(repetition_penalty=1.0), eos_token_ids=[0])
   assert beam.compilation_count() == count
   for prompt, results in zip(PROMPTS, together, strict=True):
-    alone, = beam_search(MODEL, VARIABLES, [prompt], config, limits, eos_ids=[0])
+    alone, = beam_search(MODEL, VARIABLES, [prompt], config, limits, eos_token_ids=[0])
     assert [result.tokens for result in alone] == [result.tokens for result in results]
     np.testing.assert_allclose([r.score for r in alone], [r.score for r in results], atol=1e-5)
 
@@ -86,7 +86,8 @@ def pair(tmp_path_factory):
 @pytest.mark.parametrize('early_stopping', ['yes', 'no', 'never'])
 @pytest.mark.parametrize('fields', [
   {}, {'length_penalty': 0.0}, {'length_penalty': 2.0}, {'length_penalty': -1.0},
-  {'no_repeat_ngram': 2, 'repetition_penalty': 1.4}, {'min_new_tokens': 4, 'bad_words': ((5,),)},
+  {'no_repeat_ngram_size': 2, 'repetition_penalty': 1.4},
+  {'min_new_tokens': 4, 'bad_words': ((5,),)},
 ], ids=str)
 def test_equals_transformers(pair, early_stopping, fields):
   torch = pytest.importorskip('torch')
@@ -96,8 +97,8 @@ def test_equals_transformers(pair, early_stopping, fields):
   config = BeamConfig(num_beams=4, num_return=3, early_stopping=early_stopping, **penalty)
   prompts = np.random.default_rng(len(str(fields))).integers(4, 19, size=(4, 5)).tolist()
   ours = beam_search(model, variables, prompts, config,
-                     SamplingConfig(max_new_tokens=12, **rules), eos_ids=[3])
-  names = {'no_repeat_ngram': 'no_repeat_ngram_size', 'bad_words': 'bad_words_ids'}
+                     SamplingConfig(max_new_tokens=12, **rules), eos_token_ids=[3])
+  names = {'bad_words': 'bad_words_ids'}
   theirs_rules = {names.get(name, name): value for name, value in rules.items()}
   if 'bad_words_ids' in theirs_rules:
     theirs_rules['bad_words_ids'] = [list(word) for word in theirs_rules['bad_words_ids']]

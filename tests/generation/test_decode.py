@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxllm import sharding
-from jaxllm.generation import decode, sampling, slots
+from jaxllm.generation import decode, decode_state, sampling
 from jaxllm.generation.decode import generate, stream
 from jaxllm.generation.requests import make_requests
 from jaxllm.generation.sampling import SamplingConfig
@@ -79,12 +79,13 @@ def test_draws_depend_on_seed_and_index_alone():
 
 def test_finished_rows_do_not_change():
   configs = [GREEDY.replace(max_new_tokens=n) for n in (NEW, 1, 3, NEW)]
-  before = slots.lay_out(BASE, make_requests(BASE, PROMPTS, configs), stacked=False)
-  before = slots.prefill(MODEL, VARIABLES, before, 16)
+  requests = make_requests(BASE, PROMPTS, configs)
+  before = decode_state.init_decode_state(BASE, requests, stacked=False)
+  before = decode_state.prefill(MODEL, VARIABLES, before, 16)
   # Rows are replaced by row: every leaf has them on its first axis.
   rows = jax.tree.map(lambda leaf: np.array(leaf[1]), before)
   assert bool(rows.finished_B)
-  after = slots.advance(MODEL, VARIABLES, before, jnp.int32(5))
+  after = decode_state.decode_steps(MODEL, VARIABLES, before, jnp.int32(5))
   assert after.finished_B.tolist() == [False, True, True, False]
   assert after.lengths_B.tolist() == [14, 2, 18, 8]
   jax.tree.map(np.testing.assert_array_equal, rows, jax.tree.map(lambda leaf: leaf[1], after))
@@ -102,9 +103,9 @@ def test_batched_equals_alone():
     WARM.replace(min_p=0.2, temperature=2.0), GREEDY, WARM.replace(top_k=4, seed=9),
     WARM.replace(top_p=0.7, max_new_tokens=5),
   ]
-  together = generate(MODEL, VARIABLES, PROMPTS, configs, eos_ids=[2, 50])
+  together = generate(MODEL, VARIABLES, PROMPTS, configs, eos_token_ids=[2, 50])
   for prompt, config, result in zip(PROMPTS, configs, together, strict=True):
-    alone, = generate(MODEL, VARIABLES, [prompt], [config], eos_ids=[2, 50])
+    alone, = generate(MODEL, VARIABLES, [prompt], [config], eos_token_ids=[2, 50])
     assert alone.tokens == result.tokens and alone.finish_reason == result.finish_reason
     np.testing.assert_allclose(alone.logprobs, result.logprobs, atol=2e-5)
 
@@ -122,7 +123,7 @@ def test_seeds_belong_to_rows():
 def test_eos_ends_its_row_and_no_other():
   free = generate(MODEL, VARIABLES, PROMPTS, WARM)
   eos = free[0].tokens[4]
-  ended = generate(MODEL, VARIABLES, PROMPTS, WARM, eos_ids=[eos])
+  ended = generate(MODEL, VARIABLES, PROMPTS, WARM, eos_token_ids=[eos])
   for before, after in zip(free, ended, strict=True):
     cut = before.tokens.index(eos) if eos in before.tokens else None
     assert after.tokens == before.tokens[:cut]
@@ -132,7 +133,7 @@ def test_eos_ends_its_row_and_no_other():
 
 
 def test_eos_in_the_prompt_ends_nothing():
-  result, = generate(MODEL, VARIABLES, [[5, 5, 5]], GREEDY, eos_ids=[5])
+  result, = generate(MODEL, VARIABLES, [[5, 5, 5]], GREEDY, eos_token_ids=[5])
   free, = generate(MODEL, VARIABLES, [[5, 5, 5]], GREEDY)
   assert result.tokens == free.tokens[: len(result.tokens)] and 5 not in result.tokens
 
@@ -140,7 +141,7 @@ def test_eos_in_the_prompt_ends_nothing():
 @pytest.mark.parametrize('steps_per_piece', [1, 5])
 def test_streamed_equals_whole(steps_per_piece):
   configs = [WARM.replace(max_new_tokens=n) for n in (1, 3, NEW, 7)]
-  whole = generate(MODEL, VARIABLES, PROMPTS, configs, eos_ids=[2, 50])
+  whole = generate(MODEL, VARIABLES, PROMPTS, configs, eos_token_ids=[2, 50])
   pieces = list(stream(MODEL, VARIABLES, PROMPTS, configs, [2, 50],
                        steps_per_piece=steps_per_piece))
   for row, result in enumerate(whole):
@@ -167,7 +168,7 @@ def test_compilations_are_bounded_by_buckets():
 
   def count(prompts, sampling):
     before = decode.compilation_count()
-    generate(model, variables, prompts, sampling, eos_ids=[1])
+    generate(model, variables, prompts, sampling, eos_token_ids=[1])
     return decode.compilation_count() - before
 
   assert count([[2] * 3] * 3, GREEDY) == 2
@@ -192,7 +193,7 @@ def test_empty_prompt():
   ([[1], [1] * 49], {}, r'prompts\[1\] has 49 tokens but the context of the model is 48'),
   ([[1, 61]], {}, r'prompts\[0\]\[1\]=61 is no token id of the model \(0 to 60\)'),
   ([[-1]], {}, r'prompts\[0\]\[0\]=-1 is no token id'),
-  ([[1]], {'eos_ids': [99]}, r'eos_ids\[0\]=99 is no token id'),
+  ([[1]], {'eos_token_ids': [99]}, r'eos_token_ids\[0\]=99 is no token id'),
   ([[1]], {'seeds': [1, 2]}, '1 prompts with 1 sampling configs and 2 seeds'),
   ([[1]], {'seeds': [-1]}, r'seeds\[0\]=-1'),
 ])

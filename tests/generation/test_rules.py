@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxllm.config import ConfigError
-from jaxllm.generation import decode, sampling, slots
+from jaxllm.generation import decode, decode_state, sampling
 from jaxllm.generation.requests import make_requests
 from jaxllm.generation.rules import BASIC, RULES, History
 from jaxllm.generation.sampling import SamplingConfig
@@ -46,11 +46,11 @@ def banned(logits):
 
 
 def test_no_repeat_ngram_in_literals():
-  assert banned(one(no_repeat_ngram=1)) == [[5], [1, 2, 3], [4, 7, 9], [2, 3]]
-  assert banned(one(no_repeat_ngram=2)) == [[], [2, 3], [4, 7], [3]]
-  assert banned(one(no_repeat_ngram=3)) == [[], [], [], [3]]
-  assert banned(one(no_repeat_ngram=5)) == [[]] * 4
-  assert banned(one(no_repeat_ngram=50)) == [[]] * 4
+  assert banned(one(no_repeat_ngram_size=1)) == [[5], [1, 2, 3], [4, 7, 9], [2, 3]]
+  assert banned(one(no_repeat_ngram_size=2)) == [[], [2, 3], [4, 7], [3]]
+  assert banned(one(no_repeat_ngram_size=3)) == [[], [], [], [3]]
+  assert banned(one(no_repeat_ngram_size=5)) == [[]] * 4
+  assert banned(one(no_repeat_ngram_size=50)) == [[]] * 4
 
 
 def test_bad_words_and_biases_in_literals():
@@ -89,7 +89,7 @@ def test_ends_are_forbidden_and_forced():
 
 def test_rows_mix_rules():
   configs = [
-    SamplingConfig(repetition_penalty=1.7, typical_p=0.6), SamplingConfig(no_repeat_ngram=2),
+    SamplingConfig(repetition_penalty=1.7, typical_p=0.6), SamplingConfig(no_repeat_ngram_size=2),
     SamplingConfig(bad_words=((4, 3),), frequency_penalty=1.0), SamplingConfig(),
   ]
   got = ruled(configs)
@@ -100,8 +100,8 @@ def test_rows_mix_rules():
 
 def test_rules_that_no_row_asks_for_are_not_there():
   assert set(sampling.row_values([SamplingConfig(top_k=3)])) == set(BASIC)
-  assert set(sampling.row_values([SamplingConfig(), SamplingConfig(no_repeat_ngram=2)])) == set(
-    RULES)
+  more = [SamplingConfig(), SamplingConfig(no_repeat_ngram_size=2)]
+  assert set(sampling.row_values(more)) == set(RULES)
 
 
 MODEL_CONFIG = DecoderConfig(
@@ -116,29 +116,29 @@ PLAIN = SamplingConfig(temperature=1.5, max_new_tokens=12)
 def test_decoding_with_rules():
   prompts = [[1, 2, 3], [4, 5, 4, 5], [6], [7, 8]]
   configs = [
-    PLAIN.replace(no_repeat_ngram=1), PLAIN.replace(min_new_tokens=12, temperature=0.0),
+    PLAIN.replace(no_repeat_ngram_size=1), PLAIN.replace(min_new_tokens=12, temperature=0.0),
     PLAIN.replace(forced_bos_id=9, forced_eos_id=10, bad_words=((0,), (1,))), PLAIN,
   ]
-  together = decode.generate(MODEL, VARIABLES, prompts, configs, eos_ids=[11, 12], seeds=[3] * 4)
+  together = decode.generate(MODEL, VARIABLES, prompts, configs, [11, 12], seeds=[3] * 4)
   assert len({*together[0].tokens, 1, 2, 3}) == len(together[0].tokens) + 3
   assert len(together[1].tokens) == 12
   assert together[2].tokens[0] == 9
   assert together[2].finish_reason == 'stop' or together[2].tokens[-1] == 10
   for row in range(4):
     alone, = decode.generate(
-      MODEL, VARIABLES, [prompts[row]], [configs[row]], eos_ids=[11, 12], seeds=[3])
+      MODEL, VARIABLES, [prompts[row]], [configs[row]], eos_token_ids=[11, 12], seeds=[3])
     assert alone.tokens == together[row].tokens
   # All sets of rules but the basic one share their programs.
   count = decode.compilation_count()
   changed = [PLAIN.replace(presence_penalty=1.0, bad_words=((3, 4),))] + [PLAIN] * 3
-  decode.generate(MODEL, VARIABLES, prompts, changed, eos_ids=[11])
+  decode.generate(MODEL, VARIABLES, prompts, changed, eos_token_ids=[11])
   assert decode.compilation_count() == count
 
 
 # One value of every rule that shapes a draw.
 EVERY = {
   'top_k': 4, 'top_p': 0.6, 'min_p': 0.1, 'typical_p': 0.7, 'repetition_penalty': 1.4,
-  'presence_penalty': 0.8, 'frequency_penalty': 0.6, 'no_repeat_ngram': 1,
+  'presence_penalty': 0.8, 'frequency_penalty': 0.6, 'no_repeat_ngram_size': 1,
   'bad_words': ((3,), (4, 5)), 'logit_bias': ((6, 2.0), (6, 1.0)),
   'sequence_bias': (((7, 8), 3.0),),
   'min_new_tokens': 5, 'forced_bos_id': 9, 'forced_eos_id': 10,
@@ -151,10 +151,10 @@ def test_every_rule_alone_is_that_rule_among_the_others():
   configs = [PLAIN.replace(**{name: value}) for name, value in EVERY.items()]
   prompts = [[1 + i, 5, 4, 5][: 1 + i % 4] for i in range(len(configs))]
   seeds = [3] * len(configs)
-  together = decode.generate(MODEL, VARIABLES, prompts, configs, eos_ids=[11], seeds=seeds)
-  plain = decode.generate(MODEL, VARIABLES, prompts, PLAIN, eos_ids=[11], seeds=seeds)
+  together = decode.generate(MODEL, VARIABLES, prompts, configs, eos_token_ids=[11], seeds=seeds)
+  plain = decode.generate(MODEL, VARIABLES, prompts, PLAIN, eos_token_ids=[11], seeds=seeds)
   for row, config in enumerate(configs):
-    alone, = decode.generate(MODEL, VARIABLES, [prompts[row]], [config], eos_ids=[11], seeds=[3])
+    alone, = decode.generate(MODEL, VARIABLES, [prompts[row]], [config], [11], seeds=[3])
     assert alone.tokens == together[row].tokens
   # Most rules show in so short a text.
   changed = sum(a.tokens != b.tokens for a, b in zip(together, plain, strict=True))
@@ -178,16 +178,16 @@ def test_ids_of_another_vocabulary_are_refused(fields):
     make_requests(MODEL_CONFIG, [[1]], SamplingConfig(**fields))
 
 
-def test_slots_hold_rules_by_row():
+def test_state_holds_rules_by_row():
   requests = make_requests(
     MODEL_CONFIG, [[1], [2]], [PLAIN.replace(bad_words=((1, 2, 3),)), PLAIN])
-  values = slots.lay_out(MODEL_CONFIG, requests, stacked=False).values
+  values = decode_state.init_decode_state(MODEL_CONFIG, requests, stacked=False).values
   assert all(leaf.shape[0] == 2 for leaf in jax.tree.leaves(values))
 
 
 PROCESSORS = {
   'repetition_penalty': ('RepetitionPenaltyLogitsProcessor', 1.3, {}),
-  'no_repeat_ngram': ('NoRepeatNGramLogitsProcessor', 2, {}),
+  'no_repeat_ngram_size': ('NoRepeatNGramLogitsProcessor', 2, {}),
   'typical_p': ('TypicalLogitsWarper', 0.7, {}),
   'top_k': ('TopKLogitsWarper', 4, {}),
   'top_p': ('TopPLogitsWarper', 0.6, {}),
@@ -218,7 +218,7 @@ def processor(name, row):
 
 @pytest.mark.parity
 @pytest.mark.parametrize('names', [(name,) for name in PROCESSORS] + [
-  ('sequence_bias', 'repetition_penalty', 'no_repeat_ngram', 'top_k', 'top_p', 'typical_p')])
+  ('sequence_bias', 'repetition_penalty', 'no_repeat_ngram_size', 'top_k', 'top_p', 'typical_p')])
 def test_rules_equal_the_processors_of_transformers(names):
   torch = pytest.importorskip('torch')
   got = one(**{name: PROCESSORS[name][1] for name in names})

@@ -135,3 +135,10 @@ def test_zero_temperature_is_greedy_in_its_row_only():
 def test_bad_values_are_named(field, value):
   with pytest.raises(ConfigError, match=field):
     SamplingConfig(**{field: value})
+
+
+def test_the_old_name_of_a_field_is_read():
+  config = SamplingConfig.from_json('{"no_repeat_ngram": 3}')
+  assert config == SamplingConfig(no_repeat_ngram_size=3)
+  with pytest.raises(ValueError, match='no_repeat_ngram_size'):
+    SamplingConfig(no_repeat_ngram=-1)

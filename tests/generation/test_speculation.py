@@ -9,9 +9,9 @@ import pytest
 
 from jaxllm.generation import speculation
 from jaxllm.generation.decode import generate
+from jaxllm.generation.decode_state import init_decode_state
 from jaxllm.generation.requests import make_requests
 from jaxllm.generation.sampling import SamplingConfig
-from jaxllm.generation.slots import lay_out
 from jaxllm.generation.speculation import Draft, SpeculationConfig
 from jaxllm.models import decoder
 from jaxllm.models.decoder import Decoder, DecoderConfig
@@ -38,9 +38,9 @@ DRAFTS = {
 @pytest.mark.parametrize('name', DRAFTS)
 def test_the_same_tokens_as_without(name):
   config = SpeculationConfig(num_drafted=3)
-  want = generate(MODEL, VARIABLES, PROMPTS, MIXED, eos_ids=[11, 12])
+  want = generate(MODEL, VARIABLES, PROMPTS, MIXED, eos_token_ids=[11, 12])
   got, rate = speculation.generate(
-    MODEL, VARIABLES, PROMPTS, MIXED, config, DRAFTS[name], eos_ids=[11, 12])
+    MODEL, VARIABLES, PROMPTS, MIXED, config, DRAFTS[name], eos_token_ids=[11, 12])
   for ours, theirs in zip(got, want, strict=True):
     assert ours.tokens == theirs.tokens and ours.finish_reason == theirs.finish_reason
     np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=2e-5)
@@ -49,7 +49,7 @@ def test_the_same_tokens_as_without(name):
 
 
 def test_rules_and_full_contexts_are_kept():
-  rules = [GREEDY.replace(no_repeat_ngram=2, temperature=0.9, max_new_tokens=1000),
+  rules = [GREEDY.replace(no_repeat_ngram_size=2, temperature=0.9, max_new_tokens=1000),
            GREEDY.replace(presence_penalty=1.0, forced_eos_id=3)] + [GREEDY] * 2
   want = generate(MODEL, VARIABLES, PROMPTS, rules, seeds=[5] * 4)
   got, _ = speculation.generate(
@@ -62,7 +62,7 @@ def test_rules_and_full_contexts_are_kept():
 
 def test_lookup_in_literals():
   prompts = [[1, 2, 3, 9, 1, 2, 3], [5, 6, 5, 7, 5], [4, 4, 4], [3, 1, 2, 8, 1, 2, 7, 1, 2]]
-  slots = lay_out(CONFIG, make_requests(CONFIG, prompts, GREEDY), stacked=False)
+  slots = init_decode_state(CONFIG, make_requests(CONFIG, prompts, GREEDY), stacked=False)
   got = jax.jit(speculation.lookup, static_argnums=(1, 2))(slots, 3, 3)
   assert got.tolist() == [[9, 1, 2], [7, 5, 7], [4, 4, 4], [7, 1, 2]]
 

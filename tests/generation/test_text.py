@@ -51,6 +51,16 @@ def test_stop_strings(text, stop, want, found):
   assert ''.join(parts) == want and stopped == found
 
 
+@pytest.mark.parametrize('stop, text, want, found', [
+  ('\n', ' Ja.\nNein.', 'Ja.', '\n'), ('\n', '\n\nJa', 'Ja', None), ('\n', '', '', None),
+  (None, ' a\nb', 'a\nb', None), ('##', 'a# ##b', 'a# ', '##'),
+])
+def test_space_at_the_beginning_is_skipped_and_stops_nothing(stop, text, want, found):
+  decoder = TextDecoder(TOKENIZER, [stop] if stop else [], skip_space=True)
+  parts = [*map(decoder.push, text.encode()), decoder.finish()]
+  assert ''.join(parts) == want and decoder.stop == found
+
+
 def test_only_whole_characters_are_given():
   parts, _ = feed('é🙂中', [])
   assert parts == ['', 'é', '', '', '', '🙂', '', '', '中', '']

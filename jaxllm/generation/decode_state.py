@@ -1,0 +1,236 @@
+"""The decode loop on the device: rows, each at its own position, advanced together.
+
+`init_decode_state` makes a `DecodeState`, in shapes that are powers of two, so that few programs
+are ever compiled. `prefill` reads the prompts, `decode_steps` adds tokens until all rows have ended
+or a number of steps is done. Their parts `last_logits`, `next_logits` and `sample_step` are what
+an engine for continuous batching needs: a prompt can be read in chunks, and with an unstacked cache
+every leaf of `DecodeState` has the row as its first axis, so that a row can be given to another
+request. A is a letter for the most probable tokens that are recorded with each token.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.generation import sampling
+from jaxllm.generation.requests import Request
+from jaxllm.generation.rules import NO_TOKEN, History
+from jaxllm.generation.sampling import power_of_two
+from jaxllm.models import log_probs
+from jaxllm.models.decoder import Decoder, DecoderConfig, KVCache, init_cache
+
+LEAST_TOKENS, LEAST_STOP_IDS, LEAST_TOP = 16, 4, 4
+
+
+@flax.struct.dataclass
+class DecodeState:
+  """Rows in the middle of decoding; S cache positions, E stop tokens per row.
+
+  Attributes:
+    cache: holds all tokens of a row but the last one.
+    tokens_BS: int32 (B, S + 1), prompt and continuation.
+    logprobs_BS: float32 (B, S + 1), log-probability of each token of the continuation under the
+      model, before any logit rule.
+    top_ids_BSA: int32 (B, S + 1, A), the most probable tokens, before any logit rule; A may be 0.
+    top_logprobs_BSA: float32, their log-probabilities.
+    prompt_lengths_B: int32, at least 1 in a row that is in use.
+    lengths_B: int32, tokens known so far.
+    limits_B: int32, the length at which a row ends.
+    finished_B: bool; a finished row does not change any more.
+    stop_ids_BE: int32, tokens that end a row, filled up with NO_TOKEN.
+    seeds_B: uint32.
+    values: rule name -> values with the row as first axis, see `sampling.row_values`.
+  """
+
+  cache: KVCache
+  tokens_BS: jax.Array  # noqa: N815
+  logprobs_BS: jax.Array  # noqa: N815
+  top_ids_BSA: jax.Array  # noqa: N815
+  top_logprobs_BSA: jax.Array  # noqa: N815
+  prompt_lengths_B: jax.Array  # noqa: N815
+  lengths_B: jax.Array  # noqa: N815
+  limits_B: jax.Array  # noqa: N815
+  finished_B: jax.Array  # noqa: N815
+  stop_ids_BE: jax.Array  # noqa: N815
+  seeds_B: jax.Array  # noqa: N815
+  values: Mapping[str, Any]
+
+  @property
+  def last_tokens_B(self) -> jax.Array:  # noqa: N802
+    """The newest token of each row, which the cache does not hold yet."""
+    return jnp.take_along_axis(self.tokens_BS, self.lengths_B[:, None] - 1, axis=1)[:, 0]
+
+
+def init_decode_state(
+  config: DecoderConfig, requests: Sequence[Request], stacked: bool, num_top: int = 0,
+  cache_dtype: jnp.dtype | None = None, spare_positions: int = 0, exact_rows: bool = False,
+) -> DecodeState:
+  """Put requests into rows, before any token is read; rows that only pad have finished already.
+
+  Args:
+    config: of the model.
+    requests: at least one.
+    stacked: whether the variables, and so the cache, are stacked.
+    num_top: how many of the most probable tokens are recorded at each position.
+    cache_dtype: dtype of keys and values; the model's by default, int8 to quantise them.
+    spare_positions: cache beyond what the rows can fill, for drafts that may be refused.
+    exact_rows: whether the number of rows is that of the requests, and no power of two.
+  """
+  used = len(requests)
+  rows = used if exact_rows else power_of_two(used)
+  requests = [*requests, *[Request((0,), requests[0].sampling, 0)] * (rows - used)]
+  # The last token of a row is never read, so it needs no position in the cache.
+  limits = [
+    min(len(request.prompt) + request.sampling.max_new_tokens, config.max_length + 1)
+    for request in requests
+  ]
+  cache_length = min(power_of_two(max(limits) - 1, LEAST_TOKENS), config.max_length)
+  num_top = min(power_of_two(num_top, LEAST_TOP), config.vocab_size) if num_top else 0
+  num_stop = power_of_two(max(len(request.stop_token_ids) for request in requests), LEAST_STOP_IDS)
+  tokens_BS = np.zeros((rows, cache_length + 1), np.int32)
+  stop_ids_BE = np.full((rows, num_stop), NO_TOKEN, np.int32)
+  for row, request in enumerate(requests):
+    tokens_BS[row, : len(request.prompt)] = request.prompt
+    stop_ids_BE[row, : len(request.stop_token_ids)] = request.stop_token_ids
+  lengths_B = np.array([len(request.prompt) for request in requests], np.int32)
+  host = {
+    'tokens_BS': tokens_BS,
+    'logprobs_BS': np.zeros(tokens_BS.shape, np.float32),
+    'top_ids_BSA': np.zeros((*tokens_BS.shape, num_top), np.int32),
+    'top_logprobs_BSA': np.zeros((*tokens_BS.shape, num_top), np.float32),
+    'prompt_lengths_B': lengths_B,
+    'lengths_B': lengths_B.copy(),
+    'limits_B': np.array(limits, np.int32),
+    'finished_B': np.arange(rows) >= used,
+    'stop_ids_BE': stop_ids_BE,
+    'seeds_B': np.array([request.seed for request in requests], np.uint32),
+    'values': sampling.row_values(
+      [request.sampling for request in requests], [request.stop_token_ids for request in requests]
+    ),
+  }
+  cache = init_cache(config, rows, cache_length + spare_positions, cache_dtype, stacked)
+  return DecodeState(cache, **jax.device_put(host))
+
+
+def prompt_bucket(state: DecodeState, requests: Sequence[Request]) -> int:
+  """Return the length to which the prompts of requests are padded."""
+  longest = max(len(request.prompt) for request in requests)
+  return min(power_of_two(longest, LEAST_TOKENS), state.tokens_BS.shape[1] - 1)
+
+
+def last_logits(
+  model: Decoder, variables: Any, cache: KVCache, tokens_BT: jax.Array, counts_B: jax.Array
+) -> tuple[jax.Array, KVCache]:
+  """Append tokens to the cache and predict what follows the last one of each row.
+
+  Args:
+    model: the decoder.
+    variables: its variables, stacked or not like the cache.
+    cache: of B rows.
+    tokens_BT: int32.
+    counts_B: int32, how many of them are real; 0 leaves a row as it is.
+
+  Returns:
+    (logits_BV float32, meaningless in rows of count 0; the cache).
+  """
+  extended: Any = model.apply(variables, tokens_BT, cache, counts_B, method='extend')
+  hidden_BTD, cache = extended
+  last_B11 = jnp.maximum(counts_B - 1, 0)[:, None, None]
+  hidden_BD = jnp.take_along_axis(hidden_BTD, last_B11, axis=1)[:, 0]
+  logits_BV: Any = model.apply(variables, hidden_BD, method='logits')
+  return logits_BV, cache
+
+
+def prompt_logits(
+  model: Decoder, variables: Any, state: DecodeState, length: int
+) -> tuple[DecodeState, jax.Array]:
+  """Read the prompts, right-padded to `length`, into the cache and predict what follows them."""
+  counts_B = jnp.where(state.finished_B, 0, state.prompt_lengths_B)
+  logits_BV, cache = last_logits(
+    model, variables, state.cache, state.tokens_BS[:, :length], counts_B)
+  return dataclasses.replace(state, cache=cache), logits_BV
+
+
+def next_logits(
+  model: Decoder, variables: Any, state: DecodeState
+) -> tuple[DecodeState, jax.Array]:
+  """Read the last token of every row that has not finished and predict what follows it."""
+  counts_B = jnp.where(state.finished_B, 0, 1)
+  logits_BV, cache = last_logits(
+    model, variables, state.cache, state.last_tokens_B[:, None], counts_B)
+  return dataclasses.replace(state, cache=cache), logits_BV
+
+
+def history(state: DecodeState) -> History:
+  """Return what logit rules look at."""
+  return History(state.tokens_BS, state.prompt_lengths_B, state.lengths_B, state.limits_B,
+                 state.stop_ids_BE)
+
+
+def sample_step(
+  state: DecodeState, logits_BV: jax.Array, allowed_BV: jax.Array | None = None
+) -> DecodeState:
+  """Sample a token for every row; finished rows stay as they are.
+
+  Args:
+    state: the rows.
+    logits_BV: of the model, to which the recorded log-probabilities belong.
+    allowed_BV: the same with -inf for tokens that may not come, where sampling is constrained.
+  """
+  keys_B = sampling.row_keys(state.seeds_B, state.lengths_B - state.prompt_lengths_B)
+  allowed_BV = logits_BV if allowed_BV is None else allowed_BV
+  ids_B = sampling.sample(keys_B, allowed_BV, state.values, history(state))
+  top_ids_BA, top_BA = log_probs.top_log_probs(logits_BV, state.top_ids_BSA.shape[-1])
+  rows_B = jnp.arange(ids_B.shape[0])
+  # A finished row writes past the end, which drops it.
+  places_B = jnp.where(state.finished_B, state.tokens_BS.shape[1], state.lengths_B)
+  lengths_B = jnp.where(state.finished_B, state.lengths_B, state.lengths_B + 1)
+
+  def put(old: jax.Array, new: jax.Array) -> jax.Array:
+    return old.at[rows_B, places_B].set(new, mode='drop')
+
+  stopped_B = (ids_B[:, None] == state.stop_ids_BE).any(axis=1)
+  return dataclasses.replace(
+    state,
+    tokens_BS=put(state.tokens_BS, ids_B),
+    logprobs_BS=put(state.logprobs_BS, log_probs.target_log_probs(logits_BV, ids_B)),
+    top_ids_BSA=put(state.top_ids_BSA, top_ids_BA),
+    top_logprobs_BSA=put(state.top_logprobs_BSA, top_BA),
+    lengths_B=lengths_B,
+    finished_B=state.finished_B | stopped_B | (lengths_B >= state.limits_B),
+  )
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'length'), donate_argnames='state')
+def prefill(model: Decoder, variables: Any, state: DecodeState, length: int) -> DecodeState:
+  """Read the prompts, right-padded to `length`, and add the first token of each continuation."""
+  return sample_step(*prompt_logits(model, variables, state, length))
+
+
+@functools.partial(jax.jit, static_argnames='model', donate_argnames='state')
+def decode_steps(
+  model: Decoder, variables: Any, state: DecodeState, num_steps: jax.Array
+) -> DecodeState:
+  """Add a token to every unfinished row `num_steps` times, or until all rows have finished."""
+
+  def unfinished(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
+    step, state = carry
+    return (step < num_steps) & ~state.finished_B.all()
+
+  def body(carry: tuple[jax.Array, DecodeState]) -> tuple[jax.Array, DecodeState]:
+    step, state = carry
+    return step + 1, sample_step(*next_logits(model, variables, state))
+
+  return jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
+
+
+def compilation_count() -> int:
+  """Return how many programs `prefill` and `decode_steps` have compiled in this process."""
+  programs: tuple[Any, ...] = (prefill, decode_steps)
+  return sum(program._cache_size() for program in programs)
