@@ -20,7 +20,6 @@ from jaxllm.data import tokenizer_settings, tokenizers
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.experiment import Experiment
 from jaxllm.generation import text
-from jaxllm.generation.sampling import SamplingConfig
 from jaxllm.interop import chat as templates
 from jaxllm.interop import native, peft, sources, tokenizer_directory, tokenizer_files, weights
 from jaxllm.interop.weights import Source
@@ -342,47 +341,61 @@ def _models_own(tokenizer: Tokenizer, name: str | None) -> chat.Template:
 
 @overload
 def generate(
-  model: Model | str | os.PathLike[str], prompts: str, seeds: Sequence[int] | None = None,
-  stop: Sequence[str] = (), **sampling: Any,
-) -> str: ...
-
-
+  model: Model | str | os.PathLike[str], prompts: str, *args: Any, **options: Any) -> str: ...
 @overload
 def generate(
-  model: Model | str | os.PathLike[str], prompts: Sequence[str],
-  seeds: Sequence[int] | None = None, stop: Sequence[str] = (), **sampling: Any,
+  model: Model | str | os.PathLike[str], prompts: Sequence[str], *args: Any, **options: Any
 ) -> list[str]: ...
-
-
 def generate(
-  model: Model | str | os.PathLike[str], prompts: str | Sequence[str],
-  seeds: Sequence[int] | None = None, stop: Sequence[str] = (), **sampling: Any,
+  model: Model | str | os.PathLike[str],
+  prompts: str | Sequence[str],
+  seeds: Sequence[int] | None = None,
+  stop: Sequence[str] = (),
+  num_return_sequences: int = 1,
+  draft: Model | str | os.PathLike[str] | None = None,
+  cache_dtype: Any = None,
+  **options: Any,
 ) -> str | list[str]:
   """Continue prompts.
 
   Args:
     model: from `load`, or what it takes; load once where you generate often.
     prompts: one text or several; several are decoded as one batch.
-    seeds: one per prompt.
+    seeds: one per continuation.
     stop: texts that end a continuation, and are no part of it.
-    **sampling: fields of `SamplingConfig`: `max_new_tokens`, `temperature` (0 is greedy), `top_k`,
-      `top_p`, `min_p`, `repetition_penalty`, `seed`, ...
+    num_return_sequences: continuations of each prompt of a list; those of a prompt stand together.
+    draft: a smaller model of the same vocabulary, or its path, that guesses tokens ahead.
+    cache_dtype: dtype of keys and values; the model's by default, int8 to quantise them.
+    **options: fields of `SamplingConfig`: `max_new_tokens`, `temperature` (0 is greedy), `top_k`,
+      `top_p`, `min_p`, `repetition_penalty`, `seed`, ...; for beam search `num_beams`,
+      `length_penalty` and `early_stopping`; `num_drafted` tokens that are guessed ahead, which
+      changes the time and not the text.
 
   Returns:
     The continuation of one text, or a list of them, without the prompt.
 
   Raises:
-    ValueError: a sampling field is not accepted, or a prompt is longer than the context.
+    ValueError: an option is not accepted, or a prompt is longer than the context.
   """
-  config = SamplingConfig(**sampling)
+  if isinstance(prompts, str) and num_return_sequences > 1:
+    raise ValueError(f'num_return_sequences={num_return_sequences} of one text: give a list of '
+                     'prompts, for a list is returned')
+  sampling, way = text.read_options(options, num_return_sequences, draft)
   model = load(model)
   texts = [prompts] if isinstance(prompts, str) else list(prompts)
+  ids = [model.encode_prompt(prompt) for prompt in texts]
+  if not isinstance(way, text.BeamConfig):
+    ids = [prompt for prompt in ids for _ in range(num_return_sequences)]
   completions = text.complete(
-    model.decoder, model.unstacked, model.tokenizer,
-    [model.encode_prompt(prompt) for prompt in texts], config, stop, model.eos_token_ids, seeds,
-  )
+    model.decoder, model.unstacked, model.tokenizer, ids, sampling, stop, model.eos_token_ids,
+    seeds, cache_dtype=cache_dtype, way=way, draft=as_draft(draft))
   continued = [completion.text for completion in completions]
   return continued[0] if isinstance(prompts, str) else continued
+
+
+def as_draft(model: Model | str | os.PathLike[str] | None) -> text.Draft | None:
+  """Return a model as one that guesses tokens."""
+  return None if model is None else text.Draft((small := load(model)).decoder, small.unstacked)
 
 
 def _foreign(

@@ -53,6 +53,8 @@ def pipeline(
     dtype: of its parameters, as in `jaxllm.load`.
     **fields: of the task's config, such as `prompt`, `labels`, `max_new_tokens`; for
       text-generation and chat those of `SamplingConfig`, and `stop`, texts that end an answer.
+      Translation, summarization and text-generation also take `num_beams`, `length_penalty`,
+      `early_stopping`, `num_drafted` and `draft`, as `jaxllm.generate` does.
 
   Raises:
     ValueError: there is no such task or field, or no model.
@@ -76,6 +78,7 @@ def pipeline(
 
 
 def _translation(model: Model, batch_size: int, fields: Mapping[str, Any]) -> Pipeline:
+  fields, way, draft = _way(fields)
   config = _config(model, fields, 'translation')
 
   def translate(
@@ -91,17 +94,19 @@ def _translation(model: Model, batch_size: int, fields: Mapping[str, Any]) -> Pi
                          f'{config.source_language!r} into {config.target_language!r}, since its '
                          f'prompt has no {{{name}}}')
     records = [{'source': text, **languages} for text in _several(texts)]
-    return _answer(model, batch_size, config, records)
+    return _answer(model, batch_size, config, records, way, draft)
 
   return translate
 
 
 def _summarization(model: Model, batch_size: int, fields: Mapping[str, Any]) -> Pipeline:
+  fields, way, draft = _way(fields)
   config = _config(model, fields, 'summarization')
 
   def summarize(texts: str | Sequence[str]) -> list[Prediction]:
     """Summarise texts."""
-    return _answer(model, batch_size, config, [{'document': text} for text in _several(texts)])
+    records = [{'document': text} for text in _several(texts)]
+    return _answer(model, batch_size, config, records, way, draft)
 
   return summarize
 
@@ -146,6 +151,7 @@ def _question_answering(
 
 
 def _text_generation(model: Model, batch_size: int, fields: Mapping[str, Any]) -> Pipeline:
+  fields, way, draft = _way(fields)
   sampling, stop = _sampling(fields)
 
   def generate(
@@ -154,7 +160,7 @@ def _text_generation(model: Model, batch_size: int, fields: Mapping[str, Any]) -
     """Continue prompts; `return_full_text` puts them before what is generated."""
     several = _several(prompts)
     ids = [model.encode_prompt(prompt) for prompt in several]
-    found = _continue(model, batch_size, ids, sampling, stop, model.eos_token_ids)
+    found = _continue(model, batch_size, ids, sampling, stop, model.eos_token_ids, way, draft)
     results = [
       [{'generated_text': (prompt if return_full_text else '') + text}]
       for prompt, text in zip(several, found, strict=True)
@@ -206,7 +212,8 @@ def _config(model: Model, fields: Mapping[str, Any], *kinds: str) -> Any:
 
 
 def _answer(
-  model: Model, batch_size: int, config: Any, records: Sequence[Record]
+  model: Model, batch_size: int, config: Any, records: Sequence[Record],
+  way: texts_lib.Way = None, draft: texts_lib.Draft | None = None,
 ) -> list[Prediction]:
   examples = []
   for number, record in enumerate(records):
@@ -214,21 +221,34 @@ def _answer(
       examples.append(TASKS[config.kind].example(config, record))
     except ValueError as error:
       raise ValueError(f'input {number}: {error}') from None
-  return predict.predict(config, examples, model, batch_size)
+  return predict.predict(config, examples, model, batch_size, way, draft)
 
 
 def _continue(
   model: Model, batch_size: int, prompts: Sequence[Sequence[int]], sampling: SamplingConfig,
-  stop: Sequence[str], eos_token_ids: Sequence[int],
+  stop: Sequence[str], eos_token_ids: Sequence[int], way: texts_lib.Way = None,
+  draft: texts_lib.Draft | None = None,
 ) -> Iterator[str]:
-  """Yield continuations; each is drawn with the seed of the config, wherever it stands."""
+  """Yield continuations; each is sampled with the seed of the config, wherever it stands."""
   for start in range(0, len(prompts), batch_size):
     rows = prompts[start : start + batch_size]
     for completion in texts_lib.complete(
       model.decoder, model.unstacked, model.tokenizer, rows, sampling, stop, eos_token_ids,
-      seeds=[sampling.seed] * len(rows),
+      seeds=[sampling.seed] * len(rows), way=way, draft=draft,
     ):
       yield completion.text
+
+
+def _way(
+  fields: Mapping[str, Any]
+) -> tuple[Mapping[str, Any], texts_lib.Way, texts_lib.Draft | None]:
+  """Take the fields of beam search and speculation out of those of a pipeline."""
+  draft = loading.as_draft(fields.get('draft'))
+  names = {*texts_lib.BeamConfig.model_fields, *texts_lib.SpeculationConfig.model_fields}
+  _, way = texts_lib.read_options(
+    {name: value for name, value in fields.items() if name in names}, draft=draft)
+  others = {name: value for name, value in fields.items() if name not in {*names, 'draft'}}
+  return others, way, draft
 
 
 def _sampling(fields: Mapping[str, Any]) -> tuple[SamplingConfig, tuple[str, ...]]:

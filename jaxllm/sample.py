@@ -7,7 +7,6 @@ gives the same continuation in fewer passes of the model.
 
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 from absl import flags
 
@@ -37,7 +36,9 @@ MIN_P = flags.DEFINE_float(
   'min_p', None, "Draw from tokens of at least this share of the best's.", 0, 1)
 TYPICAL_P = flags.DEFINE_float('typical_p', None, 'Draw from tokens of expected surprise.', 0, 1)
 REPETITION_PENALTY = flags.DEFINE_float('repetition_penalty', None, 'Above 1 avoids repetition.', 0)
-NO_REPEAT_NGRAM = flags.DEFINE_integer('no_repeat_ngram', None, 'No so many tokens come twice.', 0)
+NO_REPEAT_NGRAM_SIZE = flags.DEFINE_integer(
+  'no_repeat_ngram_size', None, 'No so many tokens come twice.', 0)
+flags.DEFINE_alias('no_repeat_ngram', 'no_repeat_ngram_size')
 SEED = flags.DEFINE_integer('seed', None, 'The same seed gives the same text; 0.', 0)
 NUM_SAMPLES = flags.DEFINE_integer('num_samples', 1, 'Continuations of each prompt.', 1)
 SAMPLING = flags.DEFINE_string(
@@ -47,32 +48,39 @@ SAMPLING = flags.DEFINE_string(
 
 def main(_) -> None:  # noqa: D103
   from jaxllm import loading
+  from jaxllm.generation import text
   from jaxllm.generation.sampling import SamplingConfig
   from jaxllm.interop import sources
 
   _check_flags()
   others = SamplingConfig.from_json(SAMPLING.value)
   own = (MAX_NEW_TOKENS, TEMPERATURE, TOP_K, TOP_P, MIN_P, TYPICAL_P, SEED, REPETITION_PENALTY,
-         NO_REPEAT_NGRAM)
+         NO_REPEAT_NGRAM_SIZE)
   if twice := sorted({flag.name for flag in own} & others.model_fields_set):
     raise ValueError(f'--sampling: {", ".join(twice)} has a flag of its own')
-  sampling = others.replace(**{flag.name: flag.value for flag in own if flag.value is not None})
+  options = {name: getattr(others, name) for name in others.model_fields_set}
+  options |= {flag.name: flag.value for flag in own if flag.value is not None}
   if NUM_BEAMS.value > 1:
-    _beams()
+    options |= {'num_beams': NUM_BEAMS.value, 'length_penalty': LENGTH_PENALTY.value}
+  if NUM_DRAFTED.value:
+    options['num_drafted'] = NUM_DRAFTED.value
+  sampling, _ = text.read_options(options, NUM_SAMPLES.value, DRAFT.value)
   for path in filter(None, (MODEL.value, DRAFT.value)):
     sources.check_exists(path)
-  loaded = loading.load(MODEL.value)
+  model = loading.load(MODEL.value)
   if QUANTIZE.value:
-    loaded = loaded.quantized(QUANTIZE.value)
-  model, variables = loaded.decoder, loaded.unstacked
+    model = model.quantized(QUANTIZE.value)
   if CHAT.value:
-    _chat(loaded, model, variables, sampling)
-  elif NUM_BEAMS.value > 1:
-    _search(loaded, model, variables, sampling)
-  elif NUM_DRAFTED.value or DRAFT.value:
-    _speculate(loaded, model, variables, sampling)
-  else:
-    _sample(loaded, model, variables, sampling)
+    _chat(model, sampling)
+    return
+  texts = loading.generate(
+    model, PROMPT.value, None, STOP.value, NUM_SAMPLES.value, DRAFT.value, CACHE_DTYPE.value,
+    **options)
+  prompts = [prompt for prompt in PROMPT.value for _ in range(NUM_SAMPLES.value)]
+  for index, (prompt, continued) in enumerate(zip(prompts, texts, strict=True)):
+    if len(texts) > 1:
+      print(f'--- {index + 1} of {len(texts)}')
+    print(prompt + continued)
 
 
 def _check_flags() -> None:
@@ -84,8 +92,6 @@ def _check_flags() -> None:
     raise ValueError(f'{" with ".join(chosen)}: these are different ways to decode; choose one')
   if chosen and CACHE_DTYPE.value:
     raise ValueError(f'--cache_dtype={CACHE_DTYPE.value} works without {chosen[0]} only')
-  if STOP.value and chosen and not CHAT.value:
-    raise ValueError(f'--stop works without {chosen[0]} only')
   useless = {'--chat': ('prompt', 'num_samples'),
              '--num_beams': ('temperature', 'top_k', 'top_p', 'min_p', 'typical_p', 'seed')}
   needed = {'system': '--chat', 'length_penalty': '--num_beams'}
@@ -97,74 +103,20 @@ def _check_flags() -> None:
       raise ValueError(f'--{name} works with {way} only')
 
 
-def _sample(loaded, model, variables, sampling) -> None:
-  from jaxllm.generation import text
-
-  prompts = [prompt for prompt in PROMPT.value for _ in range(NUM_SAMPLES.value)]
-  results = text.complete(
-    model, variables, loaded.tokenizer, [loaded.encode_prompt(prompt) for prompt in prompts],
-    sampling, STOP.value, loaded.eos_token_ids, cache_dtype=CACHE_DTYPE.value)
-  _show([prompt + result.text for prompt, result in zip(prompts, results, strict=True)])
-
-
-def _speculate(loaded, model, variables, sampling) -> None:
-  from jaxllm import loading
-  from jaxllm.generation import speculation, text
-
-  draft = None
-  if DRAFT.value:
-    small = loading.load(DRAFT.value)
-    draft = speculation.Draft(small.decoder, small.unstacked)
-  how = speculation.SpeculationConfig(num_drafted=NUM_DRAFTED.value or 4)
-  prompts = [prompt for prompt in PROMPT.value for _ in range(NUM_SAMPLES.value)]
-  ids = [loaded.encode_prompt(prompt) for prompt in prompts]
-  results, per_pass = speculation.generate(
-    model, variables, ids, sampling, how, draft, loaded.eos_token_ids,
-    bos_id=loaded.tokenizer.bos_id)
-  _show([prompt + text.text_of(loaded.tokenizer, result.tokens, before)
-         for prompt, before, result in zip(prompts, ids, results, strict=True)])
-  print(f'({per_pass:.2f} tokens per pass of the model)', file=sys.stderr)
-
-
-def _search(loaded, model, variables, sampling) -> None:
-  from jaxllm.generation import beam, text
-
-  tokenizer = loaded.tokenizer
-  ids = [loaded.encode_prompt(prompt) for prompt in PROMPT.value]
-  found = beam.beam_search(
-    model, variables, ids, _beams(), sampling, loaded.eos_token_ids, tokenizer.bos_id)
-  _show([prompt + text.text_of(tokenizer, result.tokens, before)
-         for prompt, before, results in zip(PROMPT.value, ids, found, strict=True)
-         for result in results])
-
-
-def _beams() -> Any:
-  from jaxllm.generation import beam
-
-  return beam.BeamConfig(num_beams=NUM_BEAMS.value, num_return=NUM_SAMPLES.value,
-                         length_penalty=LENGTH_PENALTY.value)
-
-
-def _show(texts: list[str]) -> None:
-  for index, shown in enumerate(texts):
-    if len(texts) > 1:
-      print(f'--- {index + 1} of {len(texts)}')
-    print(shown)
-
-
-def _chat(loaded, model, variables, sampling) -> None:
+def _chat(model, sampling) -> None:
   from jaxllm.generation import chat
 
-  if loaded.chat_format is None:
+  if model.chat_format is None:
     raise ValueError(f'--chat: {MODEL.value} has no chat template; use --prompt')
-  chat_format = loaded.chat_format
+  chat_format = model.chat_format
 
   def write(text: str) -> None:
     print(text, end='', flush=True)
 
   write(f'{chat.HELP}\n')
-  chat.converse(model, variables, loaded.tokenizer, chat_format.encode, sampling, _lines(), write,
-                SYSTEM.value, (*STOP.value, *chat_format.stop), chat_format.eos_token_ids)
+  chat.converse(model.decoder, model.unstacked, model.tokenizer, chat_format.encode, sampling,
+                _lines(), write, SYSTEM.value, (*STOP.value, *chat_format.stop),
+                chat_format.eos_token_ids)
 
 
 def _lines() -> Iterator[str]:

@@ -10,6 +10,9 @@ from jaxllm import loading, pipelines
 from jaxllm.data import tokenizers
 from jaxllm.data.records import DataConfig
 from jaxllm.data.tokenizers import TokenizerConfig
+from jaxllm.generation import text as texts
+from jaxllm.generation.beam import BeamConfig, beam_search
+from jaxllm.generation.sampling import SamplingConfig
 from jaxllm.models import decoder
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.models.linear import InitializerConfig
@@ -59,6 +62,42 @@ def test_a_batch_of_texts_equals_one_at_a_time(model, task, key):
   assert run([]) == []
 
 
+def test_beams_and_speculation_everywhere(model):
+  options = {'max_new_tokens': 6, 'temperature': 0.0}
+  plain = jaxllm.generate(model, TEXTS, **options)
+  assert jaxllm.generate(model, TEXTS, num_drafted=2, **options) == plain
+  assert jaxllm.generate(model, TEXTS, draft=model, **options) == plain
+  twice = jaxllm.generate(model, TEXTS[:1], num_return_sequences=2, **options)
+  assert twice == plain[:1] * 2
+  beams = jaxllm.generate(
+    model, TEXTS, num_beams=3, num_return_sequences=2, max_new_tokens=6)
+  want = [texts.text_of(BYTES, beam.tokens, ids)
+          for ids, found in zip(map(model.encode_prompt, TEXTS), beam_search(
+            model.decoder, model.unstacked, [*map(model.encode_prompt, TEXTS)],
+            BeamConfig(num_beams=3, num_return=2), SamplingConfig(max_new_tokens=6),
+            model.eos_token_ids), strict=True) for beam in found]
+  assert beams == want
+  run = jaxllm.pipeline('text-generation', model, max_new_tokens=6, num_beams=3)
+  assert [row[0]['generated_text'] for row in run(TEXTS, return_full_text=False)] == beams[::2]
+  for task in ('translation', 'summarization'):
+    greedy, guessed, best = (jaxllm.pipeline(task, model, max_new_tokens=6, **way)(TEXTS)
+                             for way in ({}, {'num_drafted': 2}, {'num_beams': 3}))
+    assert greedy == guessed and len(best) == 3
+
+
+@pytest.mark.parametrize('options, message', [
+  ({'num_beams': 2, 'num_drafted': 2}, 'different ways to decode'),
+  ({'num_beams': 2, 'top_k': 3}, 'top_k works without num_beams only'),
+  ({'length_penalty': 2.0}, 'length_penalty works with num_beams above 1 only'),
+  ({'num_beams': 2, 'cache_dtype': 'int8'}, 'echo, num_top and cache_dtype'),
+  ({'num_return_sequences': 2}, 'give a list of prompts'),
+  ({'num_return_sequences': 0}, 'num_return_sequences=0'),
+])
+def test_options_that_exclude_each_other_are_refused(model, options, message):
+  with pytest.raises(ValueError, match=message):
+    jaxllm.generate(model, 'a', **options)
+
+
 def test_labels_of_a_batch_equal_one_at_a_time(model):
   classify = jaxllm.pipeline('sentiment-analysis', model, batch_size=2)
   together = classify(TEXTS)
@@ -78,7 +117,7 @@ def test_labels_may_be_ones_own(model):
 def test_offsets_point_at_the_answer(model, monkeypatch):
   said = {}
 
-  def predict(config, examples, model, batch_size):
+  def predict(config, examples, *_):
     task = pipelines.TASKS[config.kind]
     answer = pipelines.predict.Answer(text=said['text'], score=0.5)
     return [task.read(config, example, answer) for example in examples]

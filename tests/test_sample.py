@@ -72,6 +72,12 @@ def test_speculation_changes_nothing(outputs):
   assert printed['lookup'] == printed['draft'] == printed['plain']
 
 
+def test_beams_are_what_the_library_gives(outputs):
+  model, printed = outputs
+  text = loading.generate(model, 'ab', num_beams=2, max_new_tokens=8)
+  assert printed['beams'] == f'ab{text}\n'
+
+
 def test_the_other_ways_say_something(outputs):
   _, printed = outputs
   for name in ('beams', 'int8', 'longer'):

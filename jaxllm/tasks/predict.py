@@ -8,9 +8,8 @@ import jax
 import numpy as np
 from absl import logging
 
-from jaxllm.generation import decode, scoring
+from jaxllm.generation import scoring, text
 from jaxllm.generation.sampling import SamplingConfig
-from jaxllm.generation.text import TextDecoder
 from jaxllm.model import Model
 from jaxllm.models.decoder import Decoder
 from jaxllm.objectives import classification, completion
@@ -23,8 +22,6 @@ from jaxllm.tasks.records import rows
 
 BATCH_SIZE = 8
 _LEAST_LENGTH = 32
-# Decoding steps between two looks at whether the answers are complete.
-_STEPS_PER_LOOK = 8
 
 
 def examples(config: Any, split: str) -> list[Example]:
@@ -54,9 +51,10 @@ def _read(config: Any, split: str, read: Callable[[Any, Record, bool], Any]) -> 
 
 
 def predict(
-  config: Any, examples: Sequence[Example], model: Model, batch_size: int = BATCH_SIZE
+  config: Any, examples: Sequence[Example], model: Model, batch_size: int = BATCH_SIZE,
+  way: text.Way = None, draft: text.Draft | None = None,
 ) -> list[Prediction]:
-  """Answer examples, greedily where text is generated.
+  """Answer examples, greedily or by beam search where text is generated.
 
   A prompt that leaves no room in the context loses its beginning, BOS excepted. A model with a
   classifier does the task with its labels by that; a chat model that was not fine-tuned is asked
@@ -67,12 +65,15 @@ def predict(
     examples: from `examples`, or from `TASKS[config.kind].example` for records without answers.
     model: what answers.
     batch_size: rows of one call.
+    way: how text is generated; None: greedily.
+    draft: as in `text.complete`.
 
   Returns:
     One prediction per example, in order.
   """
   task = TASKS[config.kind]
-  answer = {'generate': _generate, 'choose': _choose, 'measure': _measure}[task.kind]
+  generate = functools.partial(_generate, way=way, draft=draft)
+  answer: Any = {'generate': generate, 'choose': _choose, 'measure': _measure}[task.kind]
   if model.classifier and model.labels and getattr(config, 'labels', None) == model.labels:
     answer = _classify
   answers = answer(config, examples, model, batch_size)
@@ -119,7 +120,8 @@ def windows(tokens: Tokens, context_length: int, stride: int) -> Iterator[Tokens
 
 
 def _generate(
-  config: TaskConfig, examples: Sequence[Example], model: Model, batch_size: int
+  config: TaskConfig, examples: Sequence[Example], model: Model, batch_size: int,
+  way: text.Way, draft: text.Draft | None,
 ) -> list[Answer]:
   context_length = model.config.max_length
   # In a short context prompt and answer have a half each.
@@ -145,8 +147,8 @@ def _generate(
     rows = order[start : start + batch_size]
     # A last, smaller batch is filled up, which is cheaper than compiling for its size.
     padding = rows[:1] * (batch_size - len(rows)) if start else []
-    found = _answer(
-      config.stop, max_new_tokens, model, eos_ids, [prompts[i] for i in rows + padding])
+    found = _answer(config.stop, max_new_tokens, model, eos_ids,
+                    [prompts[i] for i in rows + padding], way, draft)
     for i, answer in zip(rows, found, strict=False):
       answers[i] = answer
   return answers
@@ -174,45 +176,17 @@ def _cut(ids: list[int], room: int, begins: Container[int | None]) -> list[int]:
 
 def _answer(
   stop: str | None, max_new_tokens: int, model: Model, eos_ids: Sequence[int],
-  prompts: Sequence[list[int]],
+  prompts: Sequence[list[int]], way: text.Way, draft: text.Draft | None,
 ) -> list[Answer]:
-  """Continue prompts until all answers are complete."""
-  tokenizer = model.tokenizer
-  sampling = SamplingConfig(temperature=0.0, max_new_tokens=max_new_tokens)
-  logprobs: list[list[float]] = [[] for _ in prompts]
-  texts, used = [''] * len(prompts), [0] * len(prompts)
-  decoders = [TextDecoder(tokenizer, context=prompt) for prompt in prompts]
-  open_rows = set(range(len(prompts)))
-  for piece in decode.stream(
-    model.decoder, model.unstacked, prompts, sampling, eos_ids, bos_id=tokenizer.bos_id,
-    steps_per_piece=_STEPS_PER_LOOK,
-  ):
-    row = piece.row
-    for token in piece.tokens if row in open_rows else ():
-      texts[row] += decoders[row].push(token)
-      used[row] += 1
-      # What comes after the stop text is no part of the answer, nor of its score.
-      if _until(stop, texts[row])[1]:
-        open_rows.discard(row)
-        break
-    logprobs[row] += piece.logprobs
-    if piece.finish_reason and row in open_rows:
-      texts[row] += decoders[row].finish()
-      open_rows.discard(row)
-    if not open_rows:
-      break
+  """Continue prompts up to the stop text, which white space at the beginning is not."""
+  found = text.complete(
+    model.decoder, model.unstacked, model.tokenizer, prompts,
+    SamplingConfig(temperature=0.0, max_new_tokens=max_new_tokens), [stop] if stop else (), eos_ids,
+    skip_space=True, way=way, draft=draft)
   return [
-    Answer(text=_until(stop, text)[0], score=float(np.exp(np.mean(values[:count] or [0.0]))))
-    for text, values, count in zip(texts, logprobs, used, strict=True)]
-
-
-def _until(stop: str | None, text: str) -> tuple[str, bool]:
-  """Return the text before the stop text, and whether that came; it is no stop at the beginning."""
-  text = text.lstrip()
-  if stop is None:
-    return text, False
-  before, found, _ = text.partition(stop)
-  return before, bool(found)
+    Answer(text=one.text, score=float(np.exp(
+      np.mean(one.logprobs or [0.0]) if one.score is None else one.score)))
+    for one in found]
 
 
 def _choose(
@@ -264,7 +238,7 @@ def _classify(
     texts = [prompts[i] or Tokens([0], [0]) for i in rows]
     texts += [Tokens([], [])] * (batch_size - len(rows))
     # A power of two, so that few lengths are ever compiled.
-    longest = max(_LEAST_LENGTH, *(len(text.ids) for text in texts))
+    longest = max(_LEAST_LENGTH, *(len(one.ids) for one in texts))
     length = min(1 << (longest - 1).bit_length(), context_length)
     records = completion.pack(texts, length, model.config.vocab_size, together=False)
     logits_BC = _class_logits(

@@ -26,7 +26,7 @@ from jaxllm.tasks import predict as predict_lib
 from jaxllm.tasks.classification import Sentiment
 from jaxllm.tasks.language_modeling import LanguageModeling
 from jaxllm.tasks.multiple_choice import MultipleChoice
-from jaxllm.tasks.predict import Answer, predict
+from jaxllm.tasks.predict import predict
 from jaxllm.tasks.question_answering import QuestionAnswering
 from jaxllm.tasks.records import RecordsConfig, RecordSource
 from jaxllm.tasks.summarization import Summarization
@@ -109,11 +109,11 @@ def test_who_was_not_fine_tuned_is_told_that_there_may_be_no_answer(model, monke
     data = RecordsConfig(sources=(source,))
     prompts = []
 
-    def answer(stop, max_new_tokens, model, eos_ids, some):
+    def complete(decoder, variables, tokenizer, some, *_, **__):
       prompts.extend(bytes(i for i in ids if i < 256).decode() for ids in some)
-      return [Answer('"Unanswerable."')] * len(some)
+      return [decode.Completion('"Unanswerable."')] * len(some)
 
-    monkeypatch.setattr(predict_lib, '_answer', answer)
+    monkeypatch.setattr(predict_lib.text, 'complete', complete)
     examples = predict_lib.examples(config.replace(data=data, **fields), 'test')
     roomy = dataclasses.replace(model, config=MODEL.replace(max_length=400))
     found = predict(config, examples, dataclasses.replace(roomy, experiment=None))
@@ -140,22 +140,11 @@ def test_generated_batch_equals_one_at_a_time(model):
   assert all('q' not in p['translation_text'] for p in together)
 
 
-@pytest.mark.parametrize(
-  'stop, text, expected',
-  [
-    ('\n', ' Ja.\nNein.', ('Ja.', True)), ('\n', '\n\nJa', ('Ja', False)), ('\n', '', ('', False)),
-    (None, ' a\nb', ('a\nb', False)), ('##', 'a# ##b', ('a# ', True)),
-  ],
-)
-def test_answers_end_at_the_stop_text(stop, text, expected):
-  assert predict_lib._until(stop, text) == expected
-
-
 def test_the_score_is_that_of_the_answer_alone(model):
   prompt = [BYTES.bos_id, *b'hello']
-  whole, = predict_lib._answer(None, 12, model, model.eos_token_ids, [prompt])
+  whole, = predict_lib._answer(None, 12, model, model.eos_token_ids, [prompt], None, None)
   stop = whole.text[3]
-  cut, = predict_lib._answer(stop, 12, model, model.eos_token_ids, [prompt])
+  cut, = predict_lib._answer(stop, 12, model, model.eos_token_ids, [prompt], None, None)
   assert whole.text.startswith(cut.text) and stop not in cut.text
   sampling = SamplingConfig(temperature=0.0, max_new_tokens=12)
   found, = decode.generate(model.decoder, model.variables, [prompt], sampling, [BYTES.eos_id])
