@@ -173,8 +173,7 @@ def _step(
   rows = old.rows
   prompts, beams = old.scores_PK.shape
   values = {name: value for name, value in rows.values.items() if name in RANKING}
-  logprobs_BV = sampling.apply_rules(
-    jax.nn.log_softmax(logits_BV), values, decode_state.history(rows))
+  logprobs_BV = sampling.apply_rules(jax.nn.log_softmax(logits_BV), values, rows)
   total_PKV = logprobs_BV.reshape(prompts, beams, -1) + old.scores_PK[..., None]
   best_PC, place_PC = jax.lax.top_k(total_PKV.reshape(prompts, -1), num_candidates)
   from_PC, ids_PC = jnp.divmod(place_PC, logprobs_BV.shape[1])

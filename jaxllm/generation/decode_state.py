@@ -29,35 +29,25 @@ LEAST_TOKENS, LEAST_STOP_IDS, LEAST_TOP = 16, 4, 4
 
 
 @flax.struct.dataclass
-class DecodeState:
-  """Rows in the middle of decoding; S cache positions, E stop tokens per row.
+class DecodeState(History):
+  """Rows in the middle of decoding; their tokens have S + 1 places, and their cache S positions.
 
   Attributes:
     cache: holds all tokens of a row but the last one.
-    tokens_BS: int32 (B, S + 1), prompt and continuation.
     logprobs_BS: float32 (B, S + 1), log-probability of each token of the continuation under the
       model, before any logit rule.
     top_ids_BSA: int32 (B, S + 1, A), the most probable tokens, before any logit rule; A may be 0.
     top_logprobs_BSA: float32, their log-probabilities.
-    prompt_lengths_B: int32, at least 1 in a row that is in use.
-    lengths_B: int32, tokens known so far.
-    limits_B: int32, the length at which a row ends.
     finished_B: bool; a finished row does not change any more.
-    stop_ids_BE: int32, tokens that end a row, filled up with NO_TOKEN.
     seeds_B: uint32.
     values: rule name -> values with the row as first axis, see `sampling.row_values`.
   """
 
   cache: KVCache
-  tokens_BS: jax.Array  # noqa: N815
   logprobs_BS: jax.Array  # noqa: N815
   top_ids_BSA: jax.Array  # noqa: N815
   top_logprobs_BSA: jax.Array  # noqa: N815
-  prompt_lengths_B: jax.Array  # noqa: N815
-  lengths_B: jax.Array  # noqa: N815
-  limits_B: jax.Array  # noqa: N815
   finished_B: jax.Array  # noqa: N815
-  stop_ids_BE: jax.Array  # noqa: N815
   seeds_B: jax.Array  # noqa: N815
   values: Mapping[str, Any]
 
@@ -115,7 +105,7 @@ def init_decode_state(
     ),
   }
   cache = init_cache(config, rows, cache_length + spare_positions, cache_dtype, stacked)
-  return DecodeState(cache, **jax.device_put(host))
+  return DecodeState(cache=cache, **jax.device_put(host))
 
 
 def prompt_bucket(state: DecodeState, requests: Sequence[Request]) -> int:
@@ -167,12 +157,6 @@ def next_logits(
   return dataclasses.replace(state, cache=cache), logits_BV
 
 
-def history(state: DecodeState) -> History:
-  """Return what logit rules look at."""
-  return History(state.tokens_BS, state.prompt_lengths_B, state.lengths_B, state.limits_B,
-                 state.stop_ids_BE)
-
-
 def sample_step(
   state: DecodeState, logits_BV: jax.Array, allowed_BV: jax.Array | None = None
 ) -> DecodeState:
@@ -185,7 +169,7 @@ def sample_step(
   """
   keys_B = sampling.row_keys(state.seeds_B, state.lengths_B - state.prompt_lengths_B)
   allowed_BV = logits_BV if allowed_BV is None else allowed_BV
-  ids_B = sampling.sample(keys_B, allowed_BV, state.values, history(state))
+  ids_B = sampling.sample(keys_B, allowed_BV, state.values, state)
   top_ids_BA, top_BA = log_probs.top_log_probs(logits_BV, state.top_ids_BSA.shape[-1])
   rows_B = jnp.arange(ids_B.shape[0])
   # A finished row writes past the end, which drops it.

@@ -22,17 +22,17 @@ class History:
 
   Attributes:
     tokens_BS: int32, prompt and continuation; what stands at and past `lengths_B` is undefined.
-    prompt_lengths_B: int32, tokens of the prompt.
+    prompt_lengths_B: int32, at least 1 in a row that is in use.
     lengths_B: int32, tokens so far, those of the prompt included.
-    limits_B: int32, the length at which a row ends, or None: not known.
-    stop_ids_BE: int32, tokens that end a row, filled up with NO_TOKEN, or None: there are none.
+    limits_B: int32, the length at which a row ends.
+    stop_ids_BE: int32, tokens that end a row, filled up with NO_TOKEN.
   """
 
   tokens_BS: jax.Array  # noqa: N815
   prompt_lengths_B: jax.Array  # noqa: N815
   lengths_B: jax.Array  # noqa: N815
-  limits_B: jax.Array | None = None  # noqa: N815
-  stop_ids_BE: jax.Array | None = None  # noqa: N815
+  limits_B: jax.Array  # noqa: N815
+  stop_ids_BE: jax.Array  # noqa: N815
 
 
 @flax.struct.dataclass
@@ -120,8 +120,6 @@ def no_repeat_ngram_size(logits_BV: jax.Array, value_B: jax.Array, history: Hist
 
 def min_new_tokens(logits_BV: jax.Array, value_B: jax.Array, history: History) -> jax.Array:
   """Mask tokens that end the row until it has `value_B` new ones."""
-  if history.stop_ids_BE is None:
-    return logits_BV
   early_B1 = (history.lengths_B - history.prompt_lengths_B < value_B)[:, None]
   return _mask_logits(logits_BV, jnp.where(early_B1, history.stop_ids_BE, NO_TOKEN))
 
@@ -133,8 +131,6 @@ def forced_bos_id(logits_BV: jax.Array, value_B: jax.Array, history: History) ->
 
 def forced_eos_id(logits_BV: jax.Array, value_B: jax.Array, history: History) -> jax.Array:
   """Make this the last token of a row that is one short of its limit."""
-  if history.limits_B is None:
-    return logits_BV
   return _force(logits_BV, value_B, history.lengths_B == history.limits_B - 1)
 
 

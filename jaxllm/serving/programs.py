@@ -63,7 +63,7 @@ def init_state(
   }
   cache = init_cache(config, num_slots, context_length, cache_dtype, stacked=False)
   logits_BV = np.zeros((num_slots, config.padded_vocab_size), np.float32)
-  return DecodeState(cache, **jax.device_put(host)), jax.device_put(logits_BV)
+  return DecodeState(cache=cache, **jax.device_put(host)), jax.device_put(logits_BV)
 
 
 def row_fields(request: Request, context_length: int) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from jaxllm.generation.sampling import RULES, SamplingConfig
 
 LOGITS = np.random.default_rng(0).normal(size=(6, 40)).astype(np.float32) * 3
 HISTORY = sampling.History(
-  jnp.zeros((6, 8), jnp.int32), jnp.ones(6, jnp.int32), jnp.ones(6, jnp.int32)
+  jnp.zeros((6, 8), jnp.int32), jnp.ones(6, jnp.int32), jnp.ones(6, jnp.int32),
+  jnp.full(6, 8, jnp.int32), jnp.full((6, 1), -1, jnp.int32),
 )
 
 
