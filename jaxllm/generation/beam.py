@@ -128,12 +128,6 @@ def beam_search(
   ]
 
 
-def compilation_count() -> int:
-  """Return how many programs the search has compiled in this process."""
-  program: Any = _search
-  return program._cache_size()
-
-
 @functools.partial(
   jax.jit, static_argnames=('model', 'length', 'num_beams', 'num_candidates', 'early_stopping'),
   donate_argnames='rows',

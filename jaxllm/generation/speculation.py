@@ -98,12 +98,6 @@ def generate(
   return results, new / int(passes_B[: len(requests)].sum())
 
 
-def compilation_count() -> int:
-  """Return how many programs `generate` has compiled in this process."""
-  program: Any = _speculate
-  return program._cache_size()
-
-
 def lookup(state: DecodeState, num_drafted: int, longest: int) -> jax.Array:
   """Guess what comes next: what followed the last earlier occurrence of the row's last tokens.
 

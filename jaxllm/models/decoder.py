@@ -263,7 +263,8 @@ class Decoder(nn.Module):
       name: nn.meta.unbox(tree['layers'])
       for name, tree in self.variables.items() if name in _LAYERED and 'layers' in tree
     }
-    key = None if deterministic or not _has_dropout(config) else self.make_rng('dropout')
+    drops = not deterministic and max(config.dropout_rate, config.attention_dropout_rate) > 0
+    key = self.make_rng('dropout') if drops else None
     scanned = config.scan_layers and not any('0' in tree for tree in layers.values())
     scanned = scanned and (cache is None or not isinstance(cache.keys, tuple))
 
@@ -373,10 +374,6 @@ def _default_positions(
       'input or raise max_length'
     )
   return jnp.arange(length, dtype=jnp.int32)[None]
-
-
-def _has_dropout(config: DecoderConfig) -> bool:
-  return config.dropout_rate > 0 or config.attention_dropout_rate > 0
 
 
 # Jitted, so that the forward pass which Linen traces to find the parameters is never run.

@@ -145,10 +145,7 @@ class Linear(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Return (..., out...) of `x` (..., in...)."""
-    initial = nn.with_logical_partitioning(nn.initializers.normal(self.stddev), self.axes)
-    kernel: Any = self.get_variable('params', 'kernel')
-    if not is_quantized(kernel):
-      kernel = self.param('kernel', initial, self.inputs + self.outputs)
+    kernel = _stored(self, 'kernel', self.inputs + self.outputs)
     result_dtype = self.result_dtype or self.dtype
     y = dense(x, kernel, len(self.inputs), self.dtype, result_dtype)
     if self.has_variable('lora', 'a'):
@@ -177,10 +174,7 @@ class Embed(nn.Module):
   dtype: DTypeLike
 
   def setup(self):  # noqa: D102
-    initial = nn.with_logical_partitioning(nn.initializers.normal(self.stddev), self.axes)
-    self.embedding = self.get_variable('params', 'embedding')
-    if not is_quantized(self.embedding):
-      self.embedding = self.param('embedding', initial, (self.num_rows, self.embed_dim))
+    self.embedding = _stored(self, 'embedding', (self.num_rows, self.embed_dim))
 
   def __call__(self, ids_BT: jax.Array) -> jax.Array:
     """Return the rows (B, T, D) of `ids_BT`, which must be below `num_rows`; B may be 1.
@@ -207,6 +201,15 @@ class Embed(nn.Module):
     else:
       y_RV = _matmul(x_RD, levels_VD.T, self.dtype)
     return (y_RV * self.embedding['scale'].T).reshape(*x.shape[:-1], -1)
+
+
+def _stored(module: Any, name: str, shape: tuple[int, ...]) -> Any:
+  """Return a matrix of a module, or what is quantised in its place."""
+  stored = module.get_variable('params', name)
+  if is_quantized(stored):
+    return stored
+  initial = nn.initializers.normal(module.stddev)
+  return module.param(name, nn.with_logical_partitioning(initial, module.axes), shape)
 
 
 def _matmul(x: jax.Array, kernel: jax.Array, dtype: DTypeLike) -> jax.Array:

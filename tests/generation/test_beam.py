@@ -49,10 +49,10 @@ def test_batched_equals_alone(early_stopping):
   config = BeamConfig(num_beams=3, num_return=3, early_stopping=early_stopping, length_penalty=0.7)
   limits = SamplingConfig(max_new_tokens=8)
   together = beam_search(MODEL, VARIABLES, PROMPTS, config, limits, eos_token_ids=[0])
-  count = beam.compilation_count()
+  count = beam._search._cache_size()
   beam_search(MODEL, VARIABLES, PROMPTS[::-1], config.replace(length_penalty=2.0),
               limits.replace(repetition_penalty=1.0), eos_token_ids=[0])
-  assert beam.compilation_count() == count
+  assert beam._search._cache_size() == count
   for prompt, results in zip(PROMPTS, together, strict=True):
     alone, = beam_search(MODEL, VARIABLES, [prompt], config, limits, eos_token_ids=[0])
     assert [result.tokens for result in alone] == [result.tokens for result in results]

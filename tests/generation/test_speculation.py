@@ -55,9 +55,9 @@ def test_rules_and_full_contexts_are_kept():
   got, _ = speculation.generate(
     MODEL, VARIABLES, PROMPTS, rules, SpeculationConfig(num_drafted=3), seeds=[5] * 4)
   assert [result.tokens for result in got] == [result.tokens for result in want]
-  count = speculation.compilation_count()
+  count = speculation._speculate._cache_size()
   speculation.generate(MODEL, VARIABLES, PROMPTS, rules[::-1], SpeculationConfig(num_drafted=3))
-  assert speculation.compilation_count() == count
+  assert speculation._speculate._cache_size() == count
 
 
 def test_lookup_in_literals():
