@@ -220,5 +220,3 @@ def _size(name: str, shape: tuple[int, ...], kind: int) -> tuple[str, int]:
     raise ValueError(f'tensor {name!r}: rows of {shape[-1]} do not divide into blocks of {block} '
                      f'({quantization.name})')
   return quantization.name, math.prod(shape) // block * block_bytes
-
-

@@ -66,7 +66,7 @@ def huggingface_files(
   elif 'tokenizer.json' not in made:
     kind = next(name for name in _MAKERS if name in files)
     content = _MAKERS[kind](files)
-    check_equal(tokenizer, tokenizers.from_files({'tokenizer.json': content}), pieces(files))
+    check_equal(tokenizer, content)
     if add_bos and tokenizer.bos_id is not None:
       inner: Any = library.Tokenizer.from_str(content.decode())
       _begin_with(inner, inner.id_to_token(tokenizer.bos_id), tokenizer.bos_id)
@@ -232,28 +232,21 @@ def _merges(model: sentencepiece_model.Model, vocab: Mapping[str, int]) -> list[
   return [(first, second) for *_, first, second in sorted(found)]
 
 
-def pieces(files: Files) -> Sequence[str]:
-  """Return the pieces of a SentencePiece model that text always or never gives."""
-  if 'tokenizer.model' not in files:
-    return ()
-  model = sentencepiece_model.parse(files['tokenizer.model'])
-  kinds = [sentencepiece_model.USER_DEFINED]
-  if model.algorithm != sentencepiece_model.UNIGRAM:
-    kinds += [sentencepiece_model.CONTROL, sentencepiece_model.BYTE]
-  return [piece.replace(MARK, ' ') for piece in model.of_kind(*kinds)]
-
-
-def check_equal(original: Tokenizer, made: Tokenizer, words: Sequence[str] = ()) -> None:
-  """Check that two tokenizers give the same ids.
-
-  Args:
-    original: is right.
-    made: is checked.
-    words: are tried alone, within text, beside spaces and beside each other.
+def check_equal(original: Tokenizer, content: bytes) -> None:
+  """Check that a tokenizer.json gives the ids of the original, which says which pieces to try.
 
   Raises:
-    ValueError: they do not; the message says on which text.
+    ValueError: it does not; the message says on which text.
   """
+  made, words = tokenizers.from_files({'tokenizer.json': content}), []
+  if 'tokenizer.model' in original.files():
+    model = sentencepiece_model.parse(original.files()['tokenizer.model'])
+    # Pieces that text always or never gives.
+    kinds = [sentencepiece_model.USER_DEFINED]
+    if model.algorithm != sentencepiece_model.UNIGRAM:
+      kinds += [sentencepiece_model.CONTROL, sentencepiece_model.BYTE]
+    words = [piece.replace(MARK, ' ') for piece in model.of_kind(*kinds)]
+  # Alone, within text, beside spaces and beside each other.
   around = [form.format(piece, other) for piece, other in zip(
     words, [*words[1:], *words[:1]], strict=True)
             for form in ('{}', 'a{}b', ' {} ', 'a {} b', '{0}{0}', '{}{}')]
@@ -265,5 +258,3 @@ def check_equal(original: Tokenizer, made: Tokenizer, words: Sequence[str] = ())
     if made.encode(text) != expected:
       raise ValueError(f'this tokenizer has no equal in a tokenizer.json: {text!r} gives '
                        f'{made.encode(text)} instead of {expected}')
-
-
