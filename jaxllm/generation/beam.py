@@ -85,21 +85,15 @@ def beam_search(
 ) -> list[list[Completion]]:
   """Search for the most probable continuations of prompts.
 
+  Arguments and errors as `decode.generate`, and:
+
   Args:
-    model: the decoder.
-    variables: its variables; unstacked ones decode faster.
-    prompts: token ids. Each is searched as if it were alone.
     beams: how beams compete.
     sampling_config: `max_new_tokens` and the rules that rank tokens (penalties, n-grams, bad words,
       biases, forced tokens); nothing is sampled, so temperature and the like are not read.
-    eos_token_ids: tokens that end a beam.
-    bos_id: what an empty prompt begins with.
 
   Returns:
     For each prompt `num_return` continuations with a score, best first.
-
-  Raises:
-    ValueError: as `decode.generate`.
 
   Reference:
     The search of Transformers 5, whose results it equals: scores and stopping included.

@@ -119,15 +119,7 @@ def last_logits(
 ) -> tuple[jax.Array, KVCache]:
   """Append tokens to the cache and predict what follows the last one of each row.
 
-  Args:
-    model: the decoder.
-    variables: its variables, stacked or not like the cache.
-    cache: of B rows.
-    tokens_BT: int32.
-    counts_B: int32, how many of them are real; 0 leaves a row as it is.
-
-  Returns:
-    (logits_BV float32, meaningless in rows of count 0; the cache).
+  Of row b the first `counts_B[b]` tokens are real; 0 leaves it as it is, with meaningless logits.
   """
   extended: Any = model.apply(variables, tokens_BT, cache, counts_B, method='extend')
   hidden_BTD, cache = extended

@@ -64,7 +64,6 @@ def generate(
   """Continue prompts as `decode.generate` does, with fewer passes of the model.
 
   Args:
-    model: as all others in `decode.generate`, but:
     speculation: how tokens are guessed.
     draft: a model that guesses; None: guesses are looked up in the row itself.
 

@@ -88,7 +88,7 @@ def attend(
 
   Args:
     query_BTNH: queries.
-    key_BKSH: keys; head K serves the N / K consecutive query heads of its group.
+    key_BKSH: keys; each head serves the N / K consecutive query heads of its group.
     value_BKSH: values.
     mask_BTS: True where the key is visible; B may be 1.
     scale: factor of the logits.

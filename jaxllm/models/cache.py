@@ -48,7 +48,7 @@ def init_cache(
     config: sizes.
     batch_size: B.
     length: S, the longest prompt and continuation together.
-    dtype: of keys and values; the config's by default. int8: each is quantised on its own.
+    dtype: dtype of keys and values; the config's by default. int8: each is quantised on its own.
     stacked: one array for all layers (for scanned layers), or one per layer, which is updated in
       place by unrolled layers (fast decoding on CPU; see `unstack`).
     placement: the devices of the model; None: the default one.

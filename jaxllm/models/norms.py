@@ -32,13 +32,7 @@ class NormConfig(Config):
 
 
 class Norm(nn.Module):
-  """Normalise over the trailing axes that `shape` names, then scale (and shift).
-
-  Attributes:
-    config: which normalisation.
-    shape: sizes of the trailing axes to normalise over.
-    axes: their logical names.
-    dtype: dtype of the result.
+  """Normalise over the trailing axes of these sizes (`shape`) and logical names, scale and shift.
 
   Reference:
     Ba, Kiros, Hinton, "Layer Normalization", arXiv 1607.06450; Zhang, Sennrich, "Root Mean Square

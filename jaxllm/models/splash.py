@@ -37,9 +37,6 @@ def splash_attention(
     window: tokens that a query sees, itself included; None: all before it.
     softcap: logits x become cap * tanh(x / cap); None: off.
 
-  Returns:
-    mixed values (B, T, N, H) in the dtype of the queries.
-
   Reference:
     Dao, "FlashAttention-2", arXiv 2307.08691; `jax.experimental.pallas.ops.tpu.splash_attention`.
   """
