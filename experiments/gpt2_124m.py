@@ -21,7 +21,7 @@ from jaxllm.data.tokenizers import TokenizerConfig
 from jaxllm.evaluation.perplexity import EvaluationConfig
 from jaxllm.experiment import Experiment, TrainingConfig
 from jaxllm.models.families import PRESETS
-from jaxllm.objectives.next_token import ObjectiveConfig
+from jaxllm.objectives.next_token import NextToken
 from jaxllm.optim.optimizers import OptimizerConfig
 from jaxllm.optim.schedules import ScheduleConfig
 from jaxllm.sharding import MeshConfig
@@ -60,7 +60,7 @@ def get_config(variant: str = 'h100') -> Experiment:
     training=TrainingConfig(
       num_steps=100_000, batch_size=512, microbatches=hardware.microbatches, log_every_steps=20
     ),
-    objective=ObjectiveConfig(chunk_size=256),
+    objective=NextToken(chunk_size=256),
     optimizer=OptimizerConfig(learning_rate=6e-4),
     schedule=ScheduleConfig(warmup_steps=2000, final_fraction=0.1),
     mesh=MeshConfig(data=-1),

@@ -18,7 +18,7 @@ from jaxllm.data.tokenizers import TokenizerConfig
 from jaxllm.evaluation.perplexity import EvaluationConfig
 from jaxllm.experiment import Experiment, TrainingConfig
 from jaxllm.models.families import PRESETS
-from jaxllm.objectives.next_token import ObjectiveConfig
+from jaxllm.objectives.next_token import NextToken
 from jaxllm.optim.optimizers import OptimizerConfig
 from jaxllm.optim.schedules import ScheduleConfig
 from jaxllm.sharding import MeshConfig
@@ -68,7 +68,7 @@ def get_config(variant: str = '125m') -> Experiment:
       num_steps=num_steps, batch_size=size.tokens // CONTEXT, microbatches=size.microbatches,
       log_every_steps=20,
     ),
-    objective=ObjectiveConfig(chunk_size=size.chunk_size),
+    objective=NextToken(chunk_size=size.chunk_size),
     optimizer=OptimizerConfig(learning_rate=size.learning_rate),
     schedule=ScheduleConfig(
       warmup_steps=375 * 10**6 // size.tokens, decay_steps=260 * 10**9 // size.tokens,

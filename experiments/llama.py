@@ -20,7 +20,7 @@ from jaxllm.data.tokenizers import TokenizerConfig
 from jaxllm.evaluation.perplexity import EvaluationConfig
 from jaxllm.experiment import Experiment, TrainingConfig
 from jaxllm.models.families import PRESETS
-from jaxllm.objectives.next_token import ObjectiveConfig
+from jaxllm.objectives.next_token import NextToken
 from jaxllm.optim.optimizers import OptimizerConfig
 from jaxllm.optim.schedules import ScheduleConfig
 from jaxllm.sharding import MeshConfig
@@ -69,7 +69,7 @@ def get_config(variant: str = 'smollm2_135m') -> Experiment:
       num_steps=100_000, batch_size=model.batch_size, microbatches=model.microbatches,
       log_every_steps=20,
     ),
-    objective=ObjectiveConfig(chunk_size=model.chunk_size, z_loss=1e-4),
+    objective=NextToken(chunk_size=model.chunk_size, z_loss=1e-4),
     optimizer=OptimizerConfig(learning_rate=model.learning_rate),
     schedule=ScheduleConfig(warmup_steps=2000, final_fraction=0.1),
     mesh=model.mesh,

@@ -246,7 +246,7 @@ def _held_out(model) -> dict[str, float]:
   mesh_config = sharding.MeshConfig(rules=experiment.mesh.rules)
   mesh = sharding.make_mesh(mesh_config, devices)
   eval_step = perplexity.make_eval_step(
-    model.config, experiment.next_token, mesh, mesh_config,
+    model.config, experiment.chunk_size, mesh, mesh_config,
     (model.tokenizer.bos_id, model.tokenizer.eos_id))
   held_out = batches.make_batches(
     directory, split, BATCH_SIZE.value, seed=0, shuffle=False, num_epochs=1)

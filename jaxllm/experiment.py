@@ -1,7 +1,7 @@
 """One run, described whole: the configs of all rooms, and the checks that span rooms."""
 
 from collections.abc import Collection, Mapping
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import pydantic
 from absl import logging
@@ -16,38 +16,13 @@ from jaxllm.data.tokenizers import TokenizerConfig
 from jaxllm.evaluation.perplexity import EvaluationConfig
 from jaxllm.evaluation.scores import METRICS
 from jaxllm.models.decoder import DecoderConfig
-from jaxllm.objectives import preference
+from jaxllm.objectives import OBJECTIVES, AnyObjective, Objective
 from jaxllm.objectives.classification import ClassifierConfig
-from jaxllm.objectives.distillation import DistillationConfig
-from jaxllm.objectives.next_token import ObjectiveConfig
-from jaxllm.objectives.preference import Dpo, Ipo, Orpo, SimPo
+from jaxllm.objectives.next_token import NextToken
 from jaxllm.optim.optimizers import OptimizerConfig
 from jaxllm.optim.schedules import ScheduleConfig
 from jaxllm.sharding import MeshConfig
 from jaxllm.tasks import TASKS, AnyTask
-from jaxllm.tasks.classification import Classification
-
-
-class Distillation(DistillationConfig):
-  """Learn the distributions of another model."""
-
-  kind: Literal['distillation'] = 'distillation'
-  """'distillation'."""
-  teacher: str
-  """The other model, anything that `jaxllm.load` takes, with the same tokenizer."""
-  teacher_model: DecoderConfig | None = None
-  """Its decoder; None: as `teacher` says."""
-
-
-TOKEN_OBJECTIVES = ('next_token', 'distillation')
-"""Kinds of which the loss is one of tokens; that of others is one of examples."""
-
-
-AnyObjective = Annotated[
-  ObjectiveConfig | Dpo | Ipo | Orpo | SimPo | ClassifierConfig | Distillation,
-  pydantic.Field(discriminator='kind'),
-]
-"""What is minimised, by its `kind`."""
 
 
 class SpikeConfig(Config):
@@ -143,7 +118,7 @@ class Experiment(Config):
   """Train to do a task, on its records and on the answers alone; None trains on `data.sources`."""
   finetune: FinetuneConfig = FinetuneConfig()
   training: TrainingConfig
-  objective: AnyObjective = ObjectiveConfig()
+  objective: AnyObjective = NextToken()
   """What is minimised: the loss of the next tokens, of answers where there is a task; of
   'preference' pairs ('dpo', 'ipo', 'orpo', 'simpo'); of a 'classifier' on top of the model; or the
   divergence from a teacher ('distillation')."""
@@ -174,20 +149,24 @@ class Experiment(Config):
     return {**updates, 'schedule': schedule.replace(warmup_steps=steps // 10)}
 
   @property
-  def next_token(self) -> ObjectiveConfig:
-    """How next tokens are measured: by `objective`, where that is about them."""
-    return self.objective if isinstance(self.objective, ObjectiveConfig) else ObjectiveConfig()
+  def objective_record(self) -> Objective:
+    """The entry of `OBJECTIVES` for the objective."""
+    return OBJECTIVES[self.objective.kind]
+
+  @property
+  def chunk_size(self) -> int | None:
+    """Positions of each sequence whose logits exist at once, where the objective says so."""
+    return getattr(self.objective, 'chunk_size', None)
 
   @property
   def classifier(self) -> ClassifierConfig | None:
     """The head that is trained on top of the model, if there is one."""
-    return self.objective if isinstance(self.objective, ClassifierConfig) else None
+    return self.objective if self.objective_record.head else None
 
   @property
   def reads_base(self) -> bool:
     """Whether every step depends on `init_from`, not only the first."""
-    return (self.finetune.lora is not None
-            or self.objective.kind in preference.NEED_REFERENCE)
+    return self.finetune.lora is not None or self.objective_record.reference
 
   @property
   def scored_tasks(self) -> tuple[AnyTask, ...]:
@@ -202,7 +181,7 @@ class Experiment(Config):
     """Names of what is measured during training and can tell the best checkpoint."""
     names = []
     if self.data.validation if self.task is None else 'validation' in self.task.data.splits:
-      tokens = ('perplexity', 'bits_per_byte') if self.objective.kind in TOKEN_OBJECTIVES else ()
+      tokens = ('perplexity', 'bits_per_byte') if self.objective_record.by_token else ()
       names += [f'validation/{name}' for name in ('loss', *tokens, 'accuracy')]
     for task in self.scored_tasks:
       names += [f'task/{task.kind}/{name}' for metric in TASKS[task.kind].metrics
@@ -282,13 +261,14 @@ def _check_training(experiment: Experiment) -> None:
 
 def _check_objective(experiment: Experiment) -> None:
   objective, task = experiment.objective, experiment.task
-  if objective.kind in preference.PREFERENCES and (task is None or task.kind != 'preference'):
+  record = experiment.objective_record
+  if record.examples == 'pairs' and (task is None or task.kind != 'preference'):
     raise ValueError(f'objective.kind={objective.kind!r} and task={task and task.kind!r}: it needs '
                      "a task of the kind 'preference'")
-  if objective.kind in preference.NEED_REFERENCE and experiment.init_from is None:
+  if record.reference and experiment.init_from is None:
     raise ValueError(f'objective.kind={objective.kind!r} compares with init_from, which is None')
-  if isinstance(objective, ClassifierConfig):
-    labels = task.labels if isinstance(task, Classification) else ()
+  if record.examples == 'labels':
+    labels = getattr(task, 'labels', ())
     if objective.num_classes != len(labels):
       raise ValueError(f'objective.num_classes={objective.num_classes}: the task has '
                        f'{len(labels)} labels; a classifier needs a task with labels')

@@ -26,8 +26,6 @@ from jaxllm.interop.weights import Source
 from jaxllm.model import ChatFormat, Model
 from jaxllm.models import decoder
 from jaxllm.models.decoder import DecoderConfig
-from jaxllm.objectives import classification
-from jaxllm.objectives.classification import ClassifierConfig
 from jaxllm.sharding import Placement
 from jaxllm.tasks import TASKS, chat, encoding, predict
 from jaxllm.tasks.base import Example
@@ -197,10 +195,10 @@ def abstract(experiment: Experiment) -> tuple[dict[str, Any], dict[str, Any]]:
   shapes, axes = full['params'], full_axes['params']
   if experiment.finetune.lora is not None:
     shapes, axes = lora.abstract(experiment.finetune.lora, shapes, axes)
-  if isinstance(experiment.objective, ClassifierConfig):
-    head = jax.eval_shape(functools.partial(
-      classification.init, experiment.objective, experiment.decoder), jax.random.key(0))
-    shapes, axes = {**shapes, HEAD: head}, {**axes, HEAD: classification.AXES}
+  if head := experiment.objective_record.head:
+    shapes = {**shapes, HEAD: jax.eval_shape(
+      functools.partial(head.init, experiment.objective, experiment.decoder), jax.random.key(0))}
+    axes = {**axes, HEAD: head.axes}
   return shapes, axes
 
 

@@ -7,41 +7,47 @@ end. A piece in a new record starts at position 0 and sees nothing of what came 
 
 - `PACKERS` lists the policies; each is made with a `record_dtype`, takes sequences by `add` and
   gives records, the last ones at `finish`.
+- `pack` lays short sequences whose tokens have weights, all of them at hand, into records.
 - `batch_arrays` decodes records: rows of a structured array, so that a batch is one call.
 
 Axes: S = T + 1 stored tokens.
 """
 
 import bisect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 _OPEN_RECORDS = 64
 
 
-def record_dtype(context_length: int, vocab_size: int) -> np.dtype:
-  """Return the layout of a record: S `tokens` and S `segment_ids` (0 = padding)."""
+def record_dtype(context_length: int, vocab_size: int, weights: bool = False) -> np.dtype:
+  """Return the layout of a record: S `tokens`, S `segment_ids` (0 = padding), perhaps `weights`."""
   width = context_length + 1
   token = '<u2' if vocab_size <= 2**16 else '<u4'
   segment = '<u2' if width < 2**16 else '<u4'
-  return np.dtype([('tokens', token, (width,)), ('segment_ids', segment, (width,))])
+  fields = [('tokens', token, (width,)), ('segment_ids', segment, (width,))]
+  return np.dtype([*fields, ('weights', '<f4', (width,))] if weights else fields)
 
 
 class _Record:
-  """A record that is being filled from the left."""
+  """A record that is being filled from the left; of two with equal room the first number leads."""
 
-  def __init__(self, dtype: np.dtype):
+  def __init__(self, dtype: np.dtype, number: int = 0):
     self.row = np.zeros((), dtype)
     self.room = self.row['tokens'].size
     self.segment = 0
+    self.number = number
 
-  def put(self, tokens: np.ndarray, new_segment: bool) -> None:
+  def put(self, tokens: npt.ArrayLike, new_segment: bool, weights: npt.ArrayLike = ()) -> None:
     self.segment += new_segment
-    start = self.row['tokens'].size - self.room
-    self.row['tokens'][start : start + len(tokens)] = tokens
-    self.row['segment_ids'][start : start + len(tokens)] = self.segment
-    self.room -= len(tokens)
+    start, count = self.row['tokens'].size - self.room, np.size(tokens)
+    span = slice(start, start + count)
+    self.row['tokens'][span], self.row['segment_ids'][span] = tokens, self.segment
+    if np.size(weights):
+      self.row['weights'][span] = weights
+    self.room -= count
 
 
 class EndToEnd:
@@ -103,19 +109,75 @@ class BestFit:
       record.put(tokens[:width], True)
       yield record.row
       tokens = tokens[width - 1 :]
-    at = bisect.bisect_left(self._open, len(tokens), key=lambda record: record.room)
-    record = self._open.pop(at) if at < len(self._open) else _Record(self._dtype)
+    record = _take(self._open, len(tokens)) or _Record(self._dtype)
     record.put(tokens, True)
     if record.room < 2:
       yield record.row
       return
-    bisect.insort(self._open, record, key=lambda record: record.room)
+    _keep(self._open, record)
     if len(self._open) > _OPEN_RECORDS:
       yield self._open.pop(0).row
 
   def finish(self) -> Iterator[np.ndarray]:
     """Yield the records that are still open."""
     yield from (record.row for record in self._open)
+
+
+def _take(records: list[_Record], size: int) -> _Record | None:
+  """Remove the fullest record that has room for `size` tokens."""
+  at = bisect.bisect_left(records, size, key=lambda record: record.room)
+  return records.pop(at) if at < len(records) else None
+
+
+def _keep(records: list[_Record], record: _Record) -> None:
+  bisect.insort(records, record, key=lambda record: (record.room, record.number))
+
+
+def pack(
+  sequences: Sequence[tuple[Sequence[int], Sequence[float]]], context_length: int, vocab_size: int,
+  together: bool = True,
+) -> np.ndarray:
+  """Lay whole sequences into records, each as a segment of its own that sees nothing else.
+
+  Longest first, each into the fullest record that still has room for it. Records that sequences
+  share are then shuffled, always alike: else the first ones would hold the longest sequences.
+
+  Args:
+    sequences: (ids, weight of each as a target), none longer than T + 1.
+    context_length: T.
+    vocab_size: ids are below it.
+    together: whether sequences share records.
+
+  Returns:
+    Structured array (records,), of a `record_dtype` with weights.
+
+  Raises:
+    ValueError: a sequence is too long, or an id is not in the vocabulary.
+
+  Reference:
+    Best-fit decreasing: Johnson et al., Worst-Case Performance Bounds for Simple One-Dimensional
+    Packing Algorithms, 1974.
+  """
+  dtype = record_dtype(context_length, vocab_size, weights=True)
+  records: list[_Record] = []
+  unfilled: list[_Record] = []
+  for ids, weights in sorted(sequences, key=lambda one: -len(one[0])) if together else sequences:
+    if len(ids) > context_length + 1:
+      raise ValueError(f'a sequence of {len(ids)} tokens does not fit a record of '
+                       f'{context_length + 1}')
+    if len(ids) and not 0 <= min(ids) <= max(ids) < vocab_size:
+      raise ValueError(f'token ids {min(ids)} to {max(ids)} are not all in the vocabulary '
+                       f'(0 to {vocab_size - 1})')
+    record = _take(unfilled, len(ids)) if together else None
+    if record is None:
+      record = _Record(dtype, len(records))
+      records.append(record)
+    record.put(ids, True, weights)
+    _keep(unfilled, record)
+  rows = np.zeros(len(records), dtype)
+  for i, record in enumerate(records):
+    rows[i] = record.row
+  return np.random.default_rng(0).permutation(rows) if together else rows
 
 
 PACKERS: dict[str, Callable[[np.dtype], EndToEnd | BestFit]] = {
@@ -138,7 +200,8 @@ def batch_arrays(records: np.ndarray) -> dict[str, np.ndarray]:
 
   Returns:
     `tokens`, `targets`, `segment_ids` (0 = padding) and `positions` (from 0 in each segment), all
-    (B, T) int32; `weights` (B, T) float32, 1 where the target belongs to the segment of its input.
+    (B, T) int32; `weights` (B, T) float32, where the target belongs to the segment of its input:
+    1, or the weight that the record has.
   """
   tokens_BS = records['tokens'].astype(np.int32)
   segments_BS = records['segment_ids'].astype(np.int32)
@@ -146,10 +209,13 @@ def batch_arrays(records: np.ndarray) -> dict[str, np.ndarray]:
   index_BT = np.broadcast_to(np.arange(segments_BT.shape[1], dtype=np.int32), segments_BT.shape)
   begins_BT = np.diff(segments_BT, axis=1, prepend=-1) != 0
   start_BT = np.maximum.accumulate(np.where(begins_BT, index_BT, 0), axis=1)
+  weights_BT = _is_target(segments_BS).astype(np.float32)
+  if 'weights' in (records.dtype.names or ()):
+    weights_BT *= records['weights'][:, 1:]
   return {
     'tokens': tokens_BS[:, :-1],
     'targets': tokens_BS[:, 1:],
-    'weights': _is_target(segments_BS).astype(np.float32),
+    'weights': weights_BT,
     'segment_ids': segments_BT,
     'positions': np.where(segments_BT > 0, index_BT - start_BT, 0).astype(np.int32),
   }

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxllm import sharding
 from jaxllm.config import Config
 from jaxllm.models.decoder import Decoder, DecoderConfig
-from jaxllm.objectives.next_token import ObjectiveConfig, next_token_loss
+from jaxllm.objectives.next_token import NextToken, next_token_loss
 from jaxllm.sharding import MeshConfig
 
 EvalStep = Callable[[Any, Mapping[str, jax.Array]], dict[str, jax.Array]]
@@ -40,27 +40,26 @@ class EvaluationConfig(Config):
 
 
 def make_eval_step(
-  model: DecoderConfig, objective: ObjectiveConfig, mesh: Mesh, mesh_config: MeshConfig,
+  model: DecoderConfig, chunk_size: int | None, mesh: Mesh, mesh_config: MeshConfig,
   border_ids: Iterable[int | None] = (),
 ) -> EvalStep:
   """Return the jitted `(variables, batch) -> sums`, float32 scalars to be added over batches.
 
   Args:
     model: the decoder.
-    objective: gives the chunk size of the logits; smoothing and z-loss do not count here.
+    chunk_size: positions of each sequence whose logits exist at once; None: all.
     mesh: from `sharding.make_mesh`.
     mesh_config: gives the rules.
     border_ids: BOS and EOS, which are predicted as any token but are no part of the text that
       `bits_per_byte` is of.
   """
   borders = jnp.array([i for i in border_ids if i is not None], jnp.int32)
-  plain = objective.replace(label_smoothing=0.0, z_loss=0.0)
 
   def eval_step(variables: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     is_text = ~jnp.isin(batch['targets'], borders)
     with sharding.activate(mesh, mesh_config):
       loss_sum, weight_sum, aux = next_token_loss(
-        plain, Decoder(model), variables, {**batch, 'is_text': is_text})
+        NextToken(chunk_size=chunk_size), Decoder(model), variables, {**batch, 'is_text': is_text})
     return {'loss_sum': loss_sum, 'weight_sum': weight_sum, 'correct_sum': aux['correct_sum'],
             'text_sum': aux['text_sum']}
 

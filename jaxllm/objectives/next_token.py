@@ -13,8 +13,8 @@ from jaxllm.objectives.base import Batch, Sums, hidden_states, with_aux
 if TYPE_CHECKING:
   from jaxllm.models.decoder import Decoder
 
-class ObjectiveConfig(Config):
-  """What is added to the cross-entropy, and how much of the logits exists at once."""
+class NextToken(Config):
+  """Next-token cross-entropy, of answers alone where there is a task."""
 
   kind: Literal['next_token'] = 'next_token'
   """'next_token'."""
@@ -28,7 +28,7 @@ class ObjectiveConfig(Config):
 
 
 def next_token_loss(
-  config: ObjectiveConfig,
+  config: NextToken,
   model: 'Decoder',
   variables: Any,
   batch: Batch,
@@ -65,7 +65,7 @@ def next_token_loss(
 
 
 def token_sums(
-  config: ObjectiveConfig,
+  config: NextToken,
   logits_BTV: jax.Array,
   targets_BT: jax.Array,
   weights_BT: jax.Array,

@@ -1,6 +1,6 @@
 """Learning from pairs of which one is preferred: DPO, IPO, ORPO and SimPO.
 
-Each loss is a function of a config and of the log-probabilities of both answers; `PREFERENCES`
+Each formula is a function of a config and of the log-probabilities of both answers; `FORMULAS`
 lists them. `preference_loss` computes these from a model, the reference's too where one is needed.
 """
 
@@ -121,12 +121,10 @@ def simpo(config: SimPo, pair: Pair) -> tuple[jax.Array, jax.Array]:
   return -jax.nn.log_sigmoid(margin_B - config.margin), margin_B
 
 
-PREFERENCES: Mapping[str, Callable[[Any, Pair], tuple[jax.Array, jax.Array]]] = {
+FORMULAS: Mapping[str, Callable[[Any, Pair], tuple[jax.Array, jax.Array]]] = {
   'dpo': dpo, 'ipo': ipo, 'orpo': orpo, 'simpo': simpo,
 }
 """`kind` of the config -> (config, pair) -> (loss_B, margin_B)."""
-
-NEED_REFERENCE = ('dpo', 'ipo')
 
 
 def preference_loss(
@@ -134,8 +132,8 @@ def preference_loss(
   model: Decoder,
   variables: Any,
   batch: Batch,
-  reference: Any = None,
   dropout_key: jax.Array | None = None,
+  reference: Any = None,
 ) -> tuple[jax.Array, jax.Array, Sums]:
   """Sum the loss of a batch of pairs.
 
@@ -146,9 +144,9 @@ def preference_loss(
     batch: (B, T) arrays `tokens`, `targets`, `weights`, `segment_ids`, `positions` of the preferred
       answers, and the same with `rejected_` before the name. `reference_log_probs` (B, 2), of the
       preferred and the other answer, where they were computed before.
+    dropout_key: None turns dropout off.
     reference: variables of the reference model; with adapters, `variables` without them. Not
       needed with `reference_log_probs`, nor for losses without a reference.
-    dropout_key: None turns dropout off.
 
   Returns:
     The float32 sum of losses, the number of pairs (those with a weighted target), and sums over
@@ -157,18 +155,17 @@ def preference_loss(
   Raises:
     ValueError: the loss needs a reference and there is none.
   """
-  theirs: tuple[Any, ...] = (None, None)
-  if config.kind in NEED_REFERENCE:
-    if reference is not None:
-      theirs = _both(model, jax.lax.stop_gradient(reference), batch, None)[:2]
-    elif 'reference_log_probs' in batch:
-      theirs = batch['reference_log_probs'][:, 0], batch['reference_log_probs'][:, 1]
-    else:
-      raise ValueError(f'{config.kind} compares with a reference: give its variables, or '
-                       'reference_log_probs in the batch')
+  theirs: tuple[Any, ...] = ()
+  if reference is not None:
+    theirs = _both(model, jax.lax.stop_gradient(reference), batch, None)[:2]
+  elif 'reference_log_probs' in batch:
+    theirs = batch['reference_log_probs'][:, 0], batch['reference_log_probs'][:, 1]
+  elif isinstance(config, Dpo | Ipo):
+    raise ValueError(f'{config.kind} compares with a reference: give its variables, or '
+                     'reference_log_probs in the batch')
   *ours, aux = _both(model, variables, batch, dropout_key)
   pair = Pair(*ours, *jax.lax.stop_gradient(theirs))
-  loss_B, margin_B = PREFERENCES[config.kind](config, pair)
+  loss_B, margin_B = FORMULAS[config.kind](config, pair)
   real_B = (pair.chosen_count > 0).astype(jnp.float32)
 
   def add(x_B: jax.Array) -> jax.Array:

@@ -13,13 +13,13 @@ import pydantic
 
 from jaxllm.config import Config
 from jaxllm.data.readers import plain
-from jaxllm.objectives.completion import Truncation
 from jaxllm.tasks import fields
 from jaxllm.tasks.fields import Reader
 from jaxllm.tasks.records import RecordsConfig
 
 Record = Mapping[str, Any]
 Prediction = dict[str, Any]
+Truncation = Literal['start', 'end', 'drop', 'error']
 
 
 class Segment(NamedTuple):

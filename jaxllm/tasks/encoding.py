@@ -6,9 +6,51 @@ from typing import NamedTuple
 
 from jaxllm.data.tokenizer_parts import Part
 from jaxllm.data.tokenizers import Tokenizer
-from jaxllm.objectives import completion
-from jaxllm.objectives.completion import Tokens, Truncation
-from jaxllm.tasks.base import CONVERSATION, Example, Segment, prompt_of
+from jaxllm.tasks.base import CONVERSATION, Example, Segment, Truncation, prompt_of
+
+
+class Tokens(NamedTuple):
+  """A sequence.
+
+  Attributes:
+    ids: token ids.
+    weights: weight of each token as a target; the first one never is a target.
+  """
+
+  ids: Sequence[int]
+  weights: Sequence[float]
+
+
+def truncate(tokens: Tokens, context_length: int, policy: Truncation) -> Tokens | None:
+  """Make a sequence fit a record.
+
+  Args:
+    tokens: the sequence.
+    context_length: T; a record holds one token more.
+    policy: what to do with a longer one: cut the start of what has no weight, the first token (BOS)
+      excepted, and then the end ('start'); cut the end ('end'); leave it out ('drop'); or refuse it
+      ('error').
+
+  Returns:
+    The sequence, or None where nothing would be left to learn from it.
+
+  Raises:
+    ValueError: it is too long and the policy is 'error'.
+  """
+  ids, weights = list(tokens.ids), list(tokens.weights)
+  excess = len(ids) - (context_length + 1)
+  if excess > 0:
+    if policy == 'error':
+      raise ValueError(f'an example has {len(ids)} tokens, but the context is {context_length}; '
+                       "choose a longer context or another truncation ('start', 'end', 'drop')")
+    if policy == 'drop':
+      return None
+    if policy == 'start':
+      first = next((i for i, weight in enumerate(weights) if weight), len(ids))
+      cut = slice(1, 1 + min(excess, max(first - 1, 0)))
+      del ids[cut], weights[cut]
+    del ids[context_length + 1 :], weights[context_length + 1 :]
+  return Tokens(ids, weights) if any(weights[1:]) else None
 
 
 def encode(segments: Sequence[Segment], tokenizer: Tokenizer, add_bos: bool = True) -> Tokens:
@@ -117,11 +159,18 @@ class Omitted(NamedTuple):
     too_long: left out, as they are longer than the context.
     silent: left out, as nothing in them is an answer.
     cut: kept without what was too much.
+    equal: left out, as both of their answers are the same.
   """
 
   too_long: int
   silent: int
   cut: int
+  equal: int = 0
+
+  @property
+  def dropped(self) -> int:
+    """How many are left out."""
+    return self.too_long + self.silent + self.equal
 
 
 def omitted(before: Sequence[Tokens], after: Sequence[Tokens | None]) -> Omitted:
@@ -142,7 +191,7 @@ def training_sequences(
     examples: of any tasks.
     tokenizer: text to ids.
     context_length: T.
-    truncation: what is done to an example that is longer; see `completion.truncate`.
+    truncation: what is done to an example that is longer; see `truncate`.
     add_bos: whether the model wants BOS.
 
   Returns:
@@ -159,7 +208,7 @@ def training_sequences(
     several = sequences(example.segments, tokenizer, add_bos)
     # A conversation has lost whole turns of its start before: see `chat.fitting`.
     is_chat = example.segments[:1] == (CONVERSATION,) and truncation == 'start'
-    cut += [completion.truncate(tokens, context_length, 'end' if is_chat else truncation)
+    cut += [truncate(tokens, context_length, 'end' if is_chat else truncation)
             for tokens in several]
     longest.append(several[-1])
     kept.append(cut[-1])
@@ -192,6 +241,6 @@ def prompts(
     # `truncate` keeps what has weight: the end, or the beginning.
     weights = [0.0] * (len(ids) - 1) + [1.0] if truncation == 'start' else [1.0] * len(ids)
     # Batches read all but the last token of a row.
-    cut = completion.truncate(Tokens(ids, weights), context_length - 1, truncation)
+    cut = truncate(Tokens(ids, weights), context_length - 1, truncation)
     found.append(cut and Tokens(cut.ids, [0.0] * len(cut.ids)))
   return found

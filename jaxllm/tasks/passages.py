@@ -12,10 +12,9 @@ import numpy as np
 
 from jaxllm.generation import scoring
 from jaxllm.model import Model
-from jaxllm.objectives.completion import Tokens
 from jaxllm.tasks import predict
 from jaxllm.tasks.base import BOS, Prediction, Segment
-from jaxllm.tasks.encoding import encode
+from jaxllm.tasks.encoding import Tokens, encode
 
 # Up to the next white space, and the last one to the end.
 _PASSAGE = re.compile(r'(?s).{2000}(?:.{,2000}\Z|\S*\s*)|.+')

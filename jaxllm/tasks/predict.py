@@ -8,16 +8,25 @@ import jax
 import numpy as np
 from absl import logging
 
+from jaxllm.data import packing
 from jaxllm.generation import scoring, text
 from jaxllm.generation.sampling import SamplingConfig
 from jaxllm.model import Model
 from jaxllm.models.decoder import Decoder
-from jaxllm.objectives import classification, completion
+from jaxllm.objectives import classification
 from jaxllm.objectives.classification import ClassifierConfig
-from jaxllm.objectives.completion import Tokens, Truncation
 from jaxllm.tasks import TASKS, encoding
-from jaxllm.tasks.base import Answer, Example, Prediction, Record, Segment, TaskConfig, prompt_of
-from jaxllm.tasks.encoding import encode
+from jaxllm.tasks.base import (
+  Answer,
+  Example,
+  Prediction,
+  Record,
+  Segment,
+  TaskConfig,
+  Truncation,
+  prompt_of,
+)
+from jaxllm.tasks.encoding import Tokens, encode, truncate
 from jaxllm.tasks.records import rows
 
 BATCH_SIZE = 8
@@ -90,7 +99,7 @@ def log_likelihoods(model: Model, sequences: Sequence[Tokens]) -> list[float]:
     sequences: one longer than the context loses the start of what has no weight.
   """
   context_length = model.config.max_length
-  fitting = [completion.truncate(s, context_length, 'start') or Tokens([0], [0]) for s in sequences]
+  fitting = [truncate(s, context_length, 'start') or Tokens([0], [0]) for s in sequences]
   _tell(sum(len(s.ids) > context_length + 1 for s in sequences), len(sequences), context_length)
   firsts = [next((i for i, weight in enumerate(s.weights) if i and weight), len(s.ids))
             for s in fitting]
@@ -240,9 +249,9 @@ def _classify(
     # A power of two, so that few lengths are ever compiled.
     longest = max(_LEAST_LENGTH, *(len(one.ids) for one in texts))
     length = min(1 << (longest - 1).bit_length(), context_length)
-    records = completion.pack(texts, length, model.config.vocab_size, together=False)
+    records = packing.pack(texts, length, model.config.vocab_size, together=False)
     logits_BC = _class_logits(
-      head, model.decoder, model.variables, completion.batch_arrays(records))
+      head, model.decoder, model.variables, packing.batch_arrays(records))
     for i, log_probs_C in zip(rows, jax.nn.log_softmax(logits_BC).tolist(), strict=False):
       answers[i] = Answer(log_likelihoods=tuple(log_probs_C))
   return answers

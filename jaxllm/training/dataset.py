@@ -24,7 +24,7 @@ from jaxllm.experiment import Experiment, TrainingConfig
 from jaxllm.tasks import predict
 from jaxllm.tasks.base import Example
 from jaxllm.tasks.encoding import Omitted
-from jaxllm.training import rows
+from jaxllm.training import examples as encoded
 
 
 class Dataset(NamedTuple):
@@ -128,24 +128,24 @@ def _task(experiment: Experiment) -> Dataset:
     shortened: set[int] = set()
 
     def too_long(example: Example, shortened: set[int] = shortened) -> bool:
-      found = rows.too_long(experiment, tokenizer, example)
+      found = encoded.too_long(experiment, tokenizer, example)
       learnt = any(segment.weight for segment in example.segments)
       shortened |= {id(example.record)} if found and learnt else set()
       return found
 
     examples = loading.task_examples(task, name, tokenizer, too_long)
-    arrays[name], omitted = rows.make(experiment, examples, tokenizer)
+    arrays[name], omitted = encoded.make(experiment, examples, tokenizer)
     if shortened:
       omitted = omitted._replace(cut=len(shortened) - omitted.too_long)
     splits[name] = _count(experiment, arrays[name], len(examples), omitted, tokenizer)
     if any(omitted):
       logging.warning('%s: of %d examples %s', name, len(examples),
-                      rows.reasons(experiment, omitted))
+                      encoded.reasons(experiment, omitted))
   digest = hashlib.sha256(tokenizer.fingerprint.encode())
   for name, array in arrays.items():
     digest.update(f'{name}\0{array.dtype}\0'.encode())
     for field in array.dtype.names or ():
-      if field != rows.REFERENCE:  # Computed from the rest, and not to the last bit everywhere.
+      if field != encoded.REFERENCE:  # Computed from the rest, and not to the last bit everywhere.
         digest.update(array[field].tobytes())
   manifest = Manifest(
     version=records.VERSION, fingerprint=digest.hexdigest(), data=experiment.data,
@@ -156,8 +156,8 @@ def _task(experiment: Experiment) -> Dataset:
 
   def make_batches(split: str, batch_size: int, shuffle: bool, num_epochs: int | None) -> Batches:
     return batches_lib.from_records(
-      arrays[split], rows.decode(experiment), tokenizer.vocab_size, batch_size, experiment.seed,
-      jax.process_index(), jax.process_count(), shuffle, num_epochs,
+      arrays[split], encoded.of(experiment).decode, tokenizer.vocab_size, batch_size,
+      experiment.seed, jax.process_index(), jax.process_count(), shuffle, num_epochs,
     )
 
   return Dataset(manifest, tokenizer, make_batches)
@@ -173,8 +173,8 @@ def _count(
   experiment: Experiment, array: np.ndarray, num_examples: int, omitted: Omitted,
   tokenizer: Tokenizer,
 ) -> Split:
-  """Describe the rows of examples as `data.records` describes documents."""
-  batch = rows.decode(experiment)(array)
+  """Describe the records of examples as `data.records` describes documents."""
+  batch = encoded.of(experiment).decode(array)
   bytes_V = np.array([len(content) for content in tokenizer.id_bytes])
   read, targets = (
     [batch[f'{prefix}{name}'][batch[f'{prefix}{weights}'] > 0] for prefix in ('', 'rejected_')
@@ -182,8 +182,8 @@ def _count(
     for name, weights in (('tokens', 'segment_ids'), ('targets', 'weights'))
   )
   return Split(
-    documents=num_examples - omitted.too_long - omitted.silent,
-    dropped=omitted.too_long + omitted.silent,
+    documents=num_examples - omitted.dropped,
+    dropped=omitted.dropped,
     cut=omitted.cut,
     records=len(array),
     tokens=sum(map(len, read)),

@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from jaxllm import storage
 from jaxllm.evaluation import tables
 from jaxllm.experiment import Experiment
-from jaxllm.training import losses
+from jaxllm.training import objectives
 
 # Scores on held-out text that are printed, and how they are called.
 HELD_OUT = {'loss': 'held-out loss', 'perplexity': 'perplexity', 'bits_per_byte': 'bits per byte'}
@@ -110,7 +110,7 @@ class MetricLogger:
   ):
     device = mesh.devices.flat[0]
     self._training = experiment.training
-    self._flops_per_step = losses.flops_per_step(experiment)
+    self._flops_per_step = objectives.flops_per_step(experiment)
     self._num_devices = mesh.size
     self._peak_flops = device_peak_flops(device.device_kind, experiment.decoder.dtype)
     if self._peak_flops is None and device.platform != 'cpu':

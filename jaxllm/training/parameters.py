@@ -14,31 +14,16 @@ import optax
 from jaxllm.adapters import lora as lora_lib
 from jaxllm.adapters import rules
 from jaxllm.adapters.quantization import quantize
-from jaxllm.experiment import Distillation, Experiment
+from jaxllm.experiment import Experiment
+from jaxllm.loading import HEAD, abstract
 from jaxllm.models import decoder
-from jaxllm.models.decoder import DecoderConfig
 from jaxllm.models.linear import is_quantized
-from jaxllm.objectives import classification
-from jaxllm.objectives.classification import ClassifierConfig
 from jaxllm.optim import optimizers
 
 Tree = dict[str, Any]
 
-# Keys of `state.frozen`, and of a classifier's head among the parameters.
-BASE, TEACHER, HEAD = 'base', 'teacher', 'classifier'
-
-
-def abstract(experiment: Experiment) -> tuple[Tree, Tree]:
-  """Return the shapes and the logical axes of the trained parameters."""
-  full, full_axes = decoder.abstract(experiment.decoder)
-  shapes, axes = full['params'], full_axes['params']
-  if experiment.finetune.lora is not None:
-    shapes, axes = lora_lib.abstract(experiment.finetune.lora, shapes, axes)
-  if isinstance(experiment.objective, ClassifierConfig):
-    head = jax.eval_shape(
-      functools.partial(_init_head, experiment, experiment.objective), jax.random.key(0))
-    shapes, axes = {**shapes, HEAD: head}, {**axes, HEAD: classification.AXES}
-  return shapes, axes
+# Keys of `state.frozen`.
+BASE, TEACHER = 'base', 'teacher'
 
 
 def init(experiment: Experiment, key: jax.Array, base: Any = None) -> Tree:
@@ -54,8 +39,9 @@ def init(experiment: Experiment, key: jax.Array, base: Any = None) -> Tree:
     params = lora_lib.init(experiment.finetune.lora, shapes['params'], key)
   else:
     params = decoder.init(experiment.decoder, key)['params'] if base is None else base
-  if isinstance(experiment.objective, ClassifierConfig):
-    params = {HEAD: _init_head(experiment, experiment.objective, key), **params}
+  if head := experiment.objective_record.head:
+    own = head.init(experiment.objective, experiment.decoder, jax.random.fold_in(key, 1))
+    params = {HEAD: own, **params}
   return params
 
 
@@ -67,8 +53,8 @@ def abstract_frozen(experiment: Experiment) -> tuple[Tree, Tree]:
   if experiment.finetune.lora is not None:
     base = jax.eval_shape(functools.partial(freeze, experiment), full['params'])[BASE]
     shapes[BASE], axes[BASE] = base, _quantized_axes(full_axes['params'], base)
-  if isinstance(experiment.objective, Distillation):
-    teacher, teacher_axes = decoder.abstract(teacher_config(experiment.objective))
+  if experiment.objective_record.teacher:
+    teacher, teacher_axes = decoder.abstract(experiment.objective.decoder)
     shapes[TEACHER], axes[TEACHER] = teacher['params'], teacher_axes['params']
   return shapes, axes
 
@@ -80,14 +66,6 @@ def freeze(experiment: Experiment, params: Any, teacher: Any = None) -> Tree:
     config = experiment.finetune.base
     frozen[BASE] = params if config is None else quantize({'params': params}, config)['params']
   return frozen
-
-
-def teacher_config(objective: Distillation) -> DecoderConfig:
-  """Return the decoder of a teacher, once it is known."""
-  if objective.teacher_model is None:
-    raise ValueError('config.objective.teacher_model=None: it is read from the teacher when '
-                     'training starts')
-  return objective.teacher_model
 
 
 def variables(
@@ -150,11 +128,6 @@ def make_optimizer(
     config = config.replace(decay_names=('a', 'b', *(['kernel'] if HEAD in shapes else [])))
   tx = optimizers.make_optimizer(config, schedule, shapes)
   return rules.apply_rules(experiment.finetune.rules, tx, shapes)
-
-
-def _init_head(experiment: Experiment, config: ClassifierConfig, key: jax.Array) -> Tree:
-  return classification.init(config, experiment.decoder, jax.random.fold_in(key, 1))
-
 
 
 def _quantized_axes(axes: Any, shapes: Any) -> Any:

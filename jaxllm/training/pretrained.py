@@ -15,7 +15,7 @@ from jaxllm import loading
 from jaxllm.checkpoints import tree
 from jaxllm.data import tokenizers
 from jaxllm.data.tokenizers import Tokenizer, TokenizerConfig
-from jaxllm.experiment import Distillation, Experiment
+from jaxllm.experiment import Experiment
 from jaxllm.interop import sources
 from jaxllm.models import decoder
 
@@ -31,7 +31,7 @@ def resolve(experiment: Experiment, begun: Experiment | None = None) -> Experime
   """
   changes: dict[str, Any] = {}
   objective = experiment.objective
-  if isinstance(objective, Distillation) and objective.teacher_model is None:
+  if experiment.objective_record.teacher and objective.teacher_model is None:
     teacher = loading.describe(objective.teacher).config
     changes['objective'] = objective.replace(teacher_model=teacher)
   if experiment.init_from is None or (experiment.model and experiment.tokenizer):
@@ -68,7 +68,7 @@ def check_start(experiment: Experiment) -> None:
     if ours is not None and not ours.trained:
       _check_vocabulary('init_from', experiment.init_from, found.tokenizer,
                         tokenizers.train_or_load(ours, ()))
-  if isinstance(experiment.objective, Distillation):
+  if experiment.objective_record.teacher:
     sources.check_exists(experiment.objective.teacher, field='config.objective.teacher: ')
 
 

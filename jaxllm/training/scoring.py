@@ -11,10 +11,10 @@ from jax.sharding import Mesh
 from jaxllm import loading, sharding
 from jaxllm.data import batches as batches_lib
 from jaxllm.evaluation import perplexity, scores
-from jaxllm.experiment import TOKEN_OBJECTIVES, Experiment
+from jaxllm.experiment import Experiment
 from jaxllm.tasks import TASKS, predict
 from jaxllm.tasks.base import Example
-from jaxllm.training import losses
+from jaxllm.training import objectives
 from jaxllm.training.dataset import Dataset
 
 Scores = dict[str, float]
@@ -80,16 +80,16 @@ def make_validation(
   )
   count = min(batches.num_batches, max_batches or batches.num_batches)
   batch_sharding = sharding.batch_sharding(mesh, experiment.mesh)
-  if experiment.objective.kind in TOKEN_OBJECTIVES:
+  if experiment.objective_record.by_token:
     eval_step = perplexity.make_eval_step(
-      experiment.decoder, experiment.next_token, mesh, experiment.mesh,
+      experiment.decoder, experiment.chunk_size, mesh, experiment.mesh,
       (dataset.tokenizer.bos_id, dataset.tokenizer.eos_id),
     )
     return lambda variables: perplexity.evaluate(
       eval_step, variables, batches_lib.prefetch(batches, 0, count), batch_sharding,
       held_out.bytes_per_token,
     )
-  sums = losses.make_sums(experiment)
+  sums = objectives.make_sums(experiment)
 
   @jax.jit
   def example_step(variables: Any, batch: Any) -> Any:

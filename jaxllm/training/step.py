@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxllm import sharding
 from jaxllm.experiment import Experiment, SpikeConfig
 from jaxllm.objectives.base import average
-from jaxllm.training import losses, rows
+from jaxllm.training import examples, objectives
 from jaxllm.training import state as train_state
 from jaxllm.training.state import TrainState
 
@@ -37,9 +37,9 @@ def make_train_step(experiment: Experiment, tx: optax.GradientTransformation, me
 
   Returns:
     A function of the state and a batch of (B, T) arrays (`tokens`, `targets`, `weights`,
-    `segment_ids`, `positions`; see `rows` for those of other objectives). The metrics are float32
-    scalars: `loss` (nats per token), `objective` (what was minimised), `accuracy`, `tokens` (what
-    has weight; examples, where a whole answer is judged), `tokens_read` (prompts included),
+    `segment_ids`, `positions`; see `examples` for those of other objectives). The metrics are
+    float32 scalars: `loss` (nats per token), `objective` (the minimised loss), `accuracy`, `tokens`
+    (with weight; examples, where a whole answer is judged), `tokens_read` (prompts included),
     `grad_norm`, `param_norm`, `learning_rate`, `applied` (1 or 0), `skipped`, `skipped_in_a_row`,
     and the averages of what else the objective sums.
   """
@@ -61,7 +61,8 @@ def make_train_step(experiment: Experiment, tx: optax.GradientTransformation, me
 
 def abstract_batch(experiment: Experiment, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
   """Return the shapes, dtypes and shardings of a training batch without allocating."""
-  empty = rows.decode(experiment)(np.zeros(0, rows.dtype(experiment)))
+  encoding = examples.of(experiment)
+  empty = encoding.decode(np.zeros(0, encoding.dtype(experiment)))
   where = sharding.batch_shardings(empty, sharding.batch_sharding(mesh, experiment.mesh))
   return {
     name: jax.ShapeDtypeStruct(
@@ -120,10 +121,10 @@ def accumulate_gradients(
     key: dropout key of this step.
 
   Returns:
-    Gradients like `state.params`, and float32 scalars: the sums of `losses.make_loss`.
+    Gradients like `state.params`, and float32 scalars: the sums of `objectives.make_loss`.
   """
   microbatches = experiment.training.microbatches
-  loss = losses.make_loss(experiment)
+  loss = objectives.make_loss(experiment)
 
   def loss_fn(params: Any, part: Batch, dropout_key: jax.Array) -> tuple[jax.Array, Any]:
     sums = loss(params, state.frozen, part, dropout_key)

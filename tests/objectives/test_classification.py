@@ -5,16 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxllm.data import packing
 from jaxllm.models import decoder
 from jaxllm.models.decoder import Decoder, DecoderConfig
-from jaxllm.objectives import classification, completion
+from jaxllm.objectives import classification
 from jaxllm.objectives.classification import ClassifierConfig
-from jaxllm.objectives.completion import Tokens
-from jaxllm.objectives.distillation import DistillationConfig, distillation_loss
-from jaxllm.objectives.next_token import ObjectiveConfig, next_token_loss
+from jaxllm.objectives.distillation import Distillation, distillation_loss
+from jaxllm.objectives.next_token import NextToken, next_token_loss
+from jaxllm.tasks.encoding import Tokens
 
 apply = jax.jit(Decoder.apply, static_argnums=0, static_argnames='method')
-distill = jax.jit(distillation_loss, static_argnums=(0, 1, 4))
+distill = jax.jit(distillation_loss, static_argnums=(0, 1))
 next_token = jax.jit(next_token_loss, static_argnums=(0, 1))
 class_logits = jax.jit(classification.class_logits, static_argnums=(0, 1))
 init = jax.jit(decoder.init, static_argnums=0)
@@ -22,12 +23,13 @@ MODEL = DecoderConfig(
   vocab_size=30, vocab_multiple=8, embed_dim=8, num_layers=1, num_heads=2, mlp_dim=12,
   max_length=16, scan_layers=False,
 )
+TAUGHT = Distillation(teacher='it', teacher_model=MODEL)
 TEXTS = [[1, 2, 3, 4], [1, 5], [1, 6, 7]]
 
 
 def _batch(length=6):
-  records = completion.pack([Tokens(t, [1] * len(t)) for t in TEXTS], length, 30, together=False)
-  return {**completion.batch_arrays(records), 'labels': np.array([[2], [0], [-1]])}
+  records = packing.pack([Tokens(t, [1] * len(t)) for t in TEXTS], length, 30, together=False)
+  return {**packing.batch_arrays(records), 'labels': np.array([[2], [0], [-1]])}
 
 
 def _variables(config, seed=0):
@@ -75,19 +77,19 @@ def test_a_student_like_its_teacher_has_no_divergence():
   variables = init(MODEL, jax.random.key(0))
   model = Decoder(MODEL)
   total, count, aux = distill(
-    DistillationConfig(temperature=2.0), model, variables, _batch(), model, variables)
+    TAUGHT.replace(temperature=2.0), model, variables, _batch(), teacher=variables)
   assert float(total) == pytest.approx(0, abs=1e-6) and count == 6
-  plain = next_token(ObjectiveConfig(), model, variables, _batch())
+  plain = next_token(NextToken(), model, variables, _batch())
   assert float(aux['cross_entropy_sum']) == pytest.approx(float(plain[0]), rel=1e-6)
 
 
 def test_distillation_equals_its_formula_and_spares_the_teacher():
   student, teacher = (init(MODEL, jax.random.key(i)) for i in range(2))
   model, batch = Decoder(MODEL), _batch()
-  config = DistillationConfig(temperature=3.0, weight=0.25)
+  config = TAUGHT.replace(temperature=3.0, weight=0.25)
 
   def loss(student, teacher):
-    return distill(config, model, student, batch, model, teacher)[0]
+    return distill(config, model, student, batch, teacher=teacher)[0]
 
   def softened(variables):
     logits = apply(model, variables, batch['tokens'], batch['segment_ids'])
@@ -95,7 +97,7 @@ def test_distillation_equals_its_formula_and_spares_the_teacher():
 
   p, q = softened(teacher), softened(student)
   divergence = ((np.exp(p) * (p - q)).sum(-1) * batch['weights']).sum()
-  plain = float(next_token(ObjectiveConfig(), model, student, batch)[0])
+  plain = float(next_token(NextToken(), model, student, batch)[0])
   expected = 0.25 * 9 * divergence + 0.75 * plain
   assert float(loss(student, teacher)) == pytest.approx(expected, rel=1e-5)
   grads = jax.grad(loss, argnums=1)(student, teacher)
@@ -105,4 +107,4 @@ def test_distillation_equals_its_formula_and_spares_the_teacher():
 def test_other_vocabularies_are_refused():
   other = MODEL.replace(vocab_size=31)
   with pytest.raises(ValueError, match='vocabulary of 31 tokens'):
-    distillation_loss(DistillationConfig(), Decoder(MODEL), None, _batch(), Decoder(other), None)
+    distillation_loss(TAUGHT.replace(teacher_model=other), Decoder(MODEL), None, _batch())

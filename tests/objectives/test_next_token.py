@@ -12,7 +12,7 @@ from jaxllm.config import ConfigError
 from jaxllm.models import decoder
 from jaxllm.models.families import PRESETS
 from jaxllm.objectives import base
-from jaxllm.objectives.next_token import ObjectiveConfig, next_token_loss, token_sums
+from jaxllm.objectives.next_token import NextToken, next_token_loss, token_sums
 
 VOCAB, PADDED, BATCH, LENGTH = 50, 64, 4, 10
 DECODER = decoder.Decoder(
@@ -112,7 +112,7 @@ def test_the_loss_of_text_leaves_borders_out(chunk_size):
   logits_TV = jnp.tanh(variables['embedding'][batch['tokens'][0]]) @ variables['kernel']
   losses = -jax.nn.log_softmax(logits_TV)[jnp.arange(4), targets[0]]
   total, count, aux = next_token_loss(
-    ObjectiveConfig(chunk_size=chunk_size), Bigram(vocab), variables,
+    NextToken(chunk_size=chunk_size), Bigram(vocab), variables,
     {**batch, 'is_text': targets != 4})
   assert count == 3 and float(total) == pytest.approx(float(losses[:3].sum()), rel=1e-5)
   assert float(aux['text_sum']) == pytest.approx(float(losses[0] + losses[2]), rel=1e-5)
@@ -120,7 +120,7 @@ def test_the_loss_of_text_leaves_borders_out(chunk_size):
 
 def test_uniform_logits_cost_the_logarithm_of_the_vocabulary():
   sums = token_sums(
-    ObjectiveConfig(z_loss=0.5), jnp.zeros((1, 3, 8)), jnp.zeros((1, 3), jnp.int32),
+    NextToken(z_loss=0.5), jnp.zeros((1, 3, 8)), jnp.zeros((1, 3), jnp.int32),
     jnp.ones((1, 3)), vocab_size=8,
   )
   np.testing.assert_allclose(sums['cross_entropy_sum'], 3 * np.log(8), rtol=1e-6)
@@ -129,7 +129,7 @@ def test_uniform_logits_cost_the_logarithm_of_the_vocabulary():
 
 @pytest.mark.parametrize('smoothing, z_loss', [(0.0, 0.0), (0.1, 0.0), (0.0, 0.01), (0.2, 0.003)])
 def test_equals_the_formula(variables, batch, smoothing, z_loss):
-  config = ObjectiveConfig(label_smoothing=smoothing, z_loss=z_loss)
+  config = NextToken(label_smoothing=smoothing, z_loss=z_loss)
   _, sums = grads_and_sums(config, variables, batch)
   hidden_BTD, _ = BIGRAM.apply(variables, batch['tokens'], method='hidden')
   logits_BTV = (hidden_BTD @ variables['kernel'])[..., :VOCAB]  # The rest is padding.
@@ -143,7 +143,7 @@ def test_the_gradient_of_the_logits_is_softmax_minus_what_is_wanted():
   rng = np.random.default_rng(1)
   logits_BTV = jnp.asarray(rng.normal(size=(1, 2, 6)), jnp.float32)
   targets_BT, weights_BT = jnp.array([[3, 0]]), jnp.array([[1.0, 0.25]])
-  config = ObjectiveConfig(label_smoothing=0.3)
+  config = NextToken(label_smoothing=0.3)
   gradient = jax.grad(
     lambda x: token_sums(config, x, targets_BT, weights_BT, vocab_size=5)['loss_sum']
   )(logits_BTV.at[..., 5].set(-1e30))
@@ -156,7 +156,7 @@ def test_the_gradient_of_the_logits_is_softmax_minus_what_is_wanted():
 
 @pytest.mark.parametrize('chunk_size', [1, 4, 5, 10, 64])  # 4 does not divide the length.
 def test_chunked_equals_plain(variables, batch, chunk_size):
-  config = ObjectiveConfig(label_smoothing=0.1, z_loss=0.01)
+  config = NextToken(label_smoothing=0.1, z_loss=0.01)
   plain = grads_and_sums(config, variables, batch)
   chunked = grads_and_sums(config.replace(chunk_size=chunk_size), variables, batch)
   assert_trees_close(chunked, plain)
@@ -168,7 +168,7 @@ def decoder_variables():
 
 
 def test_chunked_equals_plain_in_a_decoder(decoder_variables, batch):
-  config, key = ObjectiveConfig(z_loss=0.01), jax.random.key(1)
+  config, key = NextToken(z_loss=0.01), jax.random.key(1)
   plain = grads_and_sums(config, decoder_variables, batch, key, DECODER)
   chunked = grads_and_sums(
     config.replace(chunk_size=4), decoder_variables, batch, key, DECODER
@@ -178,7 +178,7 @@ def test_chunked_equals_plain_in_a_decoder(decoder_variables, batch):
 
 def test_dropout_only_with_a_key(decoder_variables, batch):
   loss = jax.jit(
-    lambda key: next_token_loss(ObjectiveConfig(), DECODER, decoder_variables, batch, key)[0]
+    lambda key: next_token_loss(NextToken(), DECODER, decoder_variables, batch, key)[0]
   )
   losses = [float(loss(key)) for key in (None, jax.random.key(1), jax.random.key(1),
                                          jax.random.key(2))]
@@ -194,7 +194,7 @@ def test_chunks_never_hold_the_logits_of_the_batch():
   }
 
   def temporary_bytes(chunk_size):
-    config = ObjectiveConfig(chunk_size=chunk_size)
+    config = NextToken(chunk_size=chunk_size)
     loss = lambda v, b: next_token_loss(config, Bigram(vocab), v, b)[0]  # noqa: E731
     compiled = jax.jit(jax.grad(loss)).lower(variables, batch).compile()
     return compiled.memory_analysis().temp_size_in_bytes
@@ -207,16 +207,16 @@ def test_chunks_never_hold_the_logits_of_the_batch():
 def test_weight_zero_contributes_nothing_whatever_the_target(variables, batch):
   hidden = batch | {'weights': batch['weights'].copy(), 'targets': batch['targets'].copy()}
   hidden['weights'][:, 5:] = 0
-  expected = grads_and_sums(ObjectiveConfig(), variables, hidden)
+  expected = grads_and_sums(NextToken(), variables, hidden)
   hidden['targets'][:, 5:] = [[49, 50, 60, -1, 10**6]]  # Padding, and what no table has.
   for chunk_size in (None, 3):
-    actual = grads_and_sums(ObjectiveConfig(chunk_size=chunk_size), variables, hidden)
+    actual = grads_and_sums(NextToken(chunk_size=chunk_size), variables, hidden)
     assert_trees_close(actual, expected)
 
 
 @pytest.mark.parametrize('chunk_size', [None, 4])
 def test_all_weights_zero_is_zero_and_not_nan(variables, batch, chunk_size):
-  config = ObjectiveConfig(label_smoothing=0.1, z_loss=0.1, chunk_size=chunk_size)
+  config = NextToken(label_smoothing=0.1, z_loss=0.1, chunk_size=chunk_size)
   nothing = batch | {'weights': np.zeros_like(batch['weights'])}
   for leaf in jax.tree.leaves(grads_and_sums(config, variables, nothing)):
     np.testing.assert_array_equal(leaf, 0)
@@ -225,7 +225,7 @@ def test_all_weights_zero_is_zero_and_not_nan(variables, batch, chunk_size):
 
 
 def test_sums_add_over_microbatches(variables, batch):
-  config = ObjectiveConfig(label_smoothing=0.1, z_loss=0.01, chunk_size=4)
+  config = NextToken(label_smoothing=0.1, z_loss=0.01, chunk_size=4)
   whole = grads_and_sums(config, variables, batch)
   parts = [
     grads_and_sums(config, variables, {name: x[rows] for name, x in batch.items()})
@@ -237,7 +237,7 @@ def test_sums_add_over_microbatches(variables, batch):
 def test_large_logits_stay_finite():
   logits_BTV = jnp.array([[[1e4, -1e4, 0.0]]])
   loss = lambda x: token_sums(  # noqa: E731
-    ObjectiveConfig(), x, jnp.array([[1]]), jnp.ones((1, 1)), vocab_size=3
+    NextToken(), x, jnp.array([[1]]), jnp.ones((1, 1)), vocab_size=3
   )['loss_sum']
   value, gradient = jax.value_and_grad(loss)(logits_BTV)
   assert value == 2e4
@@ -247,4 +247,4 @@ def test_large_logits_stay_finite():
 def test_configs_name_what_is_wrong():
   for field, value in [('label_smoothing', 1.0), ('z_loss', -1.0), ('chunk_size', 0)]:
     with pytest.raises(ConfigError, match=field):
-      ObjectiveConfig(**{field: value})
+      NextToken(**{field: value})

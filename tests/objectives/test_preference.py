@@ -9,11 +9,12 @@ import numpy as np
 import pydantic
 import pytest
 
+from jaxllm.data import packing
 from jaxllm.models import decoder
 from jaxllm.models.decoder import Decoder, DecoderConfig
-from jaxllm.objectives import completion, preference
-from jaxllm.objectives.completion import Tokens
+from jaxllm.objectives import preference
 from jaxllm.objectives.preference import Dpo, Ipo, Orpo, Pair, SimPo, sequence_log_probs
+from jaxllm.tasks.encoding import Tokens
 
 init = jax.jit(decoder.init, static_argnums=0)
 log_probs_of = jax.jit(sequence_log_probs, static_argnums=0)
@@ -76,8 +77,8 @@ def test_orpo_is_finite_for_certain_and_impossible_answers(chosen):
 
 
 def _batch(chosen, rejected):
-  records = [completion.pack(s, 8, 30, together=False) for s in (chosen, rejected)]
-  first, second = map(completion.batch_arrays, records)
+  records = [packing.pack(s, 8, 30, together=False) for s in (chosen, rejected)]
+  first, second = map(packing.batch_arrays, records)
   return {**first, **{f'rejected_{name}': value for name, value in second.items()}}
 
 
@@ -125,7 +126,7 @@ def test_reference_may_be_computed_before():
 def test_gradients_raise_the_preferred_and_lower_the_other(config):
   def loss(chosen, rejected):
     pair = PAIR._replace(chosen=chosen, rejected=rejected)
-    return preference.PREFERENCES[config.kind](config, pair)[0].sum()
+    return preference.FORMULAS[config.kind](config, pair)[0].sum()
 
   chosen, rejected = jax.grad(loss, argnums=(0, 1))(PAIR.chosen, PAIR.rejected)
   assert chosen[0] < 0 < rejected[0]
@@ -138,7 +139,7 @@ def test_a_step_down_the_gradient_widens_the_margin():
   def step(variables):
     def loss(variables):
       total, count, aux = preference.preference_loss(
-        Dpo(), Decoder(MODEL), variables, BATCH, reference)
+        Dpo(), Decoder(MODEL), variables, BATCH, None, reference)
       return total / count, aux['margin_sum']
 
     found, grads = jax.value_and_grad(loss, has_aux=True)(variables)
@@ -153,7 +154,7 @@ def test_padding_pairs_count_for_nothing():
   variables, reference = (init(MODEL, jax.random.key(i)) for i in range(2))
   padded = {name: jnp.concatenate([value, jnp.zeros_like(value[:1])]) for name, value in
             BATCH.items()}
-  results = [loss_of(Dpo(), Decoder(MODEL), variables, batch, reference)
+  results = [loss_of(Dpo(), Decoder(MODEL), variables, batch, None, reference)
              for batch in (BATCH, padded)]
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *results)
 
@@ -163,4 +164,4 @@ def test_configs_are_chosen_by_kind():
     Annotated[Dpo | Ipo | Orpo | SimPo, pydantic.Field(discriminator='kind')])
   for config in CONFIGS:
     assert adapter.validate_python({'kind': config.kind}) == config
-    assert config.kind in preference.PREFERENCES
+    assert config.kind in preference.FORMULAS

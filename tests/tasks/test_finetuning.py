@@ -5,14 +5,13 @@ import optax
 
 from jaxllm.adapters import lora
 from jaxllm.adapters.lora import LoraConfig
-from jaxllm.data import tokenizers
+from jaxllm.data import packing, tokenizers
 from jaxllm.data.tokenizers import TokenizerConfig
 from jaxllm.evaluation import scores
 from jaxllm.model import Model
 from jaxllm.models import decoder
 from jaxllm.models.decoder import Decoder, DecoderConfig
-from jaxllm.objectives import completion
-from jaxllm.objectives.next_token import ObjectiveConfig, next_token_loss
+from jaxllm.objectives.next_token import NextToken, next_token_loss
 from jaxllm.tasks import TASKS, predict
 from jaxllm.tasks.classification import Sentiment
 from tests.training.tiny_run import training_records
@@ -30,7 +29,7 @@ def test_adapters_learn_a_task():
   examples = [TASKS['sentiment'].example(config, {'text': t, 'label': lab}) for t, lab in texts]
   records = training_records(examples, BYTES, context_length=31)
   assert len(records) == 6  # 12 tokens or less each: three or two to a record.
-  batch = completion.batch_arrays(records)
+  batch = packing.batch_arrays(records)
   assert batch['weights'].sum() == 16 * len(' p') + 16
 
   model = Decoder(MODEL)
@@ -42,7 +41,7 @@ def test_adapters_learn_a_task():
   def step(carry, _):
     def loss(adapters):
       variables = {'params': params, 'lora': adapters}
-      total, count, _ = next_token_loss(ObjectiveConfig(), model, variables, batch)
+      total, count, _ = next_token_loss(NextToken(), model, variables, batch)
       return total / count
 
     adapters, opt_state = carry

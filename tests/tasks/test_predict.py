@@ -20,10 +20,10 @@ from jaxllm.models import decoder
 from jaxllm.models.decoder import Decoder, DecoderConfig
 from jaxllm.models.linear import InitializerConfig
 from jaxllm.objectives.classification import ClassifierConfig
-from jaxllm.objectives.completion import Tokens
 from jaxllm.tasks import TASKS
 from jaxllm.tasks import predict as predict_lib
 from jaxllm.tasks.classification import Sentiment
+from jaxllm.tasks.encoding import Tokens
 from jaxllm.tasks.language_modeling import LanguageModeling
 from jaxllm.tasks.multiple_choice import MultipleChoice
 from jaxllm.tasks.predict import predict

@@ -18,21 +18,20 @@ from jaxllm.adapters.quantization import QuantizationConfig, dequantize_tree, qu
 from jaxllm.adapters.rules import PathRule
 from jaxllm.checkpoints import store
 from jaxllm.config import ConfigError
-from jaxllm.data import tokenizers
+from jaxllm.data import packing, tokenizers
 from jaxllm.data.records import DataConfig
 from jaxllm.data.tokenizers import TokenizerConfig
 from jaxllm.evaluation.perplexity import EvaluationConfig
 from jaxllm.experiment import Experiment, FinetuneConfig, TrainingConfig
 from jaxllm.interop import huggingface_writer, tokenizer_export
 from jaxllm.models.decoder import Decoder
-from jaxllm.objectives import completion
 from jaxllm.optim.schedules import ScheduleConfig
 from jaxllm.tasks import chat, encoding, predict
 from jaxllm.tasks.base import EOS, Segment
 from jaxllm.tasks.chat import Chat, ChatTemplate
 from jaxllm.tasks.classification import Sentiment
 from jaxllm.tasks.records import RecordsConfig, RecordSource
-from jaxllm.training import dataset, loop, losses, pretrained
+from jaxllm.training import dataset, loop, objectives, pretrained
 from jaxllm.training import state as state_lib
 from jaxllm.training import step as step_lib
 from tests.interop import small
@@ -164,11 +163,11 @@ def test_packed_equals_unpacked(base):
   examples = predict.examples(config.task, 'train')
   tokenizer = dataset.open_dataset(config).tokenizer
   packed, alone = (
-    completion.batch_arrays(tiny.training_records(examples, tokenizer, 32, together=together))
+    packing.batch_arrays(tiny.training_records(examples, tokenizer, 32, together=together))
     for together in (True, False)
   )
   assert len(packed['tokens']) < len(alone['tokens'])
-  loss = losses.make_loss(config)
+  loss = objectives.make_loss(config)
   params = loading.load(base / 'base').variables['params']
   both = jax.jit(jax.value_and_grad(lambda p, batch: loss(p, {}, batch, None)['loss_sum']))
   (first, grads), (second, expected) = (both(params, batch) for batch in (packed, alone))
@@ -259,7 +258,7 @@ def test_chat_data_take_the_template_of_the_model(tmp_path):
   rows = tiny.training_records(
     loading.task_examples(task, 'train', tokenizer), tokenizer, 40,
     add_bos=False)
-  batch = completion.batch_arrays(rows)
+  batch = packing.batch_arrays(rows)
   said = [(int(target), float(weight)) for target, weight in zip(
     batch['targets'][0], batch['weights'][0], strict=True)]
   plain = tokenizer.encode

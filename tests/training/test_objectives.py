@@ -11,14 +11,18 @@ import pytest
 from jaxllm import loading, sharding
 from jaxllm.checkpoints import store
 from jaxllm.config import ConfigError
-from jaxllm.experiment import Distillation, Experiment, FinetuneConfig, TrainingConfig
+from jaxllm.experiment import Experiment, FinetuneConfig, TrainingConfig
+from jaxllm.models.decoder import Decoder
+from jaxllm.objectives import preference
 from jaxllm.objectives.classification import ClassifierConfig
+from jaxllm.objectives.distillation import Distillation
 from jaxllm.objectives.preference import Dpo, Orpo
 from jaxllm.optim.optimizers import OptimizerConfig
 from jaxllm.tasks import predict
 from jaxllm.tasks.preference import Preference
 from jaxllm.tasks.records import RecordsConfig, RecordSource
-from jaxllm.training import dataset, loop, losses, pretrained, rows, scoring, state, step
+from jaxllm.training import dataset, loop, objectives, pretrained, scoring, state, step
+from jaxllm.training import examples as encoded
 from tests.training import test_finetune, tiny_run
 from tests.training.test_finetune import LORA, lines, train
 
@@ -62,11 +66,11 @@ def test_the_reference_is_the_same_with_adapters_off_and_computed_before(base):
   batches = [dataset.open_dataset(c).make_batches('train', 8, True, None) for c in configs]
   start = loading.load(base / 'base').variables
   other = jax.tree.map(lambda leaf: leaf + 0.02, start['params'])  # What is trained by now.
-  before = losses.make_sums(configs[1])({'params': other}, {}, batches[1].batch_at(0), None)
+  before = objectives.make_sums(configs[1])({'params': other}, {}, batches[1].batch_at(0), None)
   first, second = batches[0].batch_at(0), batches[1].batch_at(0)
-  assert set(second) - set(first) == {rows.REFERENCE}
-  now = losses.preference.preference_loss(
-    Dpo(), losses.Decoder(configs[0].decoder), {'params': other}, first, start)[0]
+  assert set(second) - set(first) == {encoded.REFERENCE}
+  now = preference.preference_loss(
+    Dpo(), Decoder(configs[0].decoder), {'params': other}, first, None, start)[0]
   np.testing.assert_allclose(before['loss_sum'], now, rtol=1e-5)
 
 
@@ -75,8 +79,8 @@ def test_both_answers_lose_the_same_part_of_a_long_prompt(base):
   config = config.replace(data=config.data.replace(context_length=12))
   record = {'prompt': 'abcdefghijklmnop', 'chosen': 'yes', 'rejected': 'no, never'}
   examples = [predict.TASKS['preference'].example(config.task, record)]
-  made, omitted = rows.make(config, examples, dataset.open_dataset(config).tokenizer)
-  assert len(made) == 1 and omitted == (0, 0, 1)
+  made, omitted = encoded.make(config, examples, dataset.open_dataset(config).tokenizer)
+  assert len(made) == 1 and omitted == (0, 0, 1, 0)
   texts = [bytes(t for t in made[name]['tokens'][0] if t and t < 256).decode()
            for name in ('chosen', 'rejected')]
   assert texts == ['p:yes', 'p:no, never']  # 13 tokens with BOS and EOS.
@@ -146,7 +150,7 @@ def test_what_is_one_per_row_is_not_split_with_the_sequence(base, objective):
   for devices in (mesh, one):
     def loss(params, batch, devices=devices):
       with sharding.activate(devices, config.mesh):
-        return losses.make_sums(config)({'params': params}, {}, batch, None)['loss_sum']
+        return objectives.make_sums(config)({'params': params}, {}, batch, None)['loss_sum']
 
     placed = sharding.put_batch(batch, sharding.batch_sharding(devices, config.mesh))
     found.append(jax.jit(loss)(jax.device_put(params, sharding.replicated(devices)), placed))

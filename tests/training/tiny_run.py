@@ -3,13 +3,13 @@
 import random
 
 from jaxllm.config import override
+from jaxllm.data import packing
 from jaxllm.data.documents import SourceConfig
 from jaxllm.data.records import DataConfig
 from jaxllm.data.tokenizers import TokenizerConfig
 from jaxllm.evaluation.perplexity import EvaluationConfig
 from jaxllm.experiment import Experiment, TrainingConfig
 from jaxllm.models.decoder import DecoderConfig
-from jaxllm.objectives import completion
 from jaxllm.optim.schedules import ScheduleConfig
 from jaxllm.tasks import encoding
 
@@ -52,4 +52,4 @@ def training_records(examples, tokenizer, context_length, together=True, **optio
   """Return examples as records that are trained on."""
   found, _ = encoding.training_sequences(examples, tokenizer, context_length, **options)
   kept = [tokens for tokens in found if tokens is not None]
-  return completion.pack(kept, context_length, tokenizer.vocab_size, together)
+  return packing.pack(kept, context_length, tokenizer.vocab_size, together)

@@ -66,6 +66,15 @@ def test_pairs(tmp_path):
     assert (found.documents, found.dropped, found.cut) == expected
 
 
+def test_pairs_with_equal_answers(tmp_path, caplog):
+  rows = [{'prompt': 'p', 'chosen': 'c', 'rejected': answer} for answer in 'crc']
+  found = opened(tmp_path, lambda data: Preference(data=data), rows, objective=Orpo())
+  assert (found.documents, found.dropped, found.cut, found.records) == (1, 2, 0, 1)
+  assert 'of 3 examples 2 in task.data with two equal answers, left out' in caplog.text
+  with pytest.raises(ValueError, match='none of 1 examples can be trained on: 1 in task.data with'):
+    opened(tmp_path, lambda data: Preference(data=data), rows[:1], objective=Orpo())
+
+
 def test_texts_of_a_classifier(tmp_path):
   rows = [{'text': f'{i}' + 't' * n, 'label': 'a'} for i, n in enumerate((1, 99))]
   for truncation, expected in (('drop', (1, 1, 0)), ('end', (2, 0, 1)), ('start', (2, 0, 1))):
