@@ -13,7 +13,7 @@ from jaxllm.checkpoints.store import CheckpointConfig
 from jaxllm.config import Config
 from jaxllm.data.records import DataConfig
 from jaxllm.data.tokenizers import TokenizerConfig
-from jaxllm.evaluation.perplexity import EvaluationConfig
+from jaxllm.evaluation.perplexity import HELD_OUT, EvaluationConfig
 from jaxllm.evaluation.scores import METRICS
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.objectives import OBJECTIVES, AnyObjective, Objective
@@ -72,8 +72,8 @@ class BestConfig(Config):
   """What tells the best checkpoint, which is kept, and is the one that `jaxllm.load` takes."""
 
   metric: str = 'validation/loss'
-  """'validation/NAME' or 'task/KIND/NAME', as in metrics.jsonl. Losses, perplexities, bits per byte
-  and calibration errors should be small, everything else large."""
+  """'validation/NAME' or 'task/KIND/NAME', as in metrics.jsonl. Whether it should be small or large
+  is said beside the metric."""
   patience: int | None = pydantic.Field(default=None, gt=0)
   """The run ends after this many measurements in a row without a better one; None: never."""
 
@@ -177,16 +177,18 @@ class Experiment(Config):
     return (self.task,) if own and self.task is not None else ()
 
   @property
-  def measured(self) -> tuple[str, ...]:
-    """Names of what is measured during training and can tell the best checkpoint."""
-    names = []
+  def measured(self) -> dict[str, bool]:
+    """Scores that are measured during training and can tell the best checkpoint, by name: whether
+    smaller is better."""
+    names: dict[str, bool] = {}
     if self.data.validation if self.task is None else 'validation' in self.task.data.splits:
-      tokens = ('perplexity', 'bits_per_byte') if self.objective_record.by_token else ()
-      names += [f'validation/{name}' for name in ('loss', *tokens, 'accuracy')]
+      by_token = self.objective_record.by_token
+      names |= {f'validation/{name}': smaller for name, smaller in HELD_OUT.items()
+                if by_token or name in ('loss', 'accuracy')}
     for task in self.scored_tasks:
-      names += [f'task/{task.kind}/{name}' for metric in TASKS[task.kind].metrics
-                for name in METRICS[metric].names]
-    return tuple(names)
+      for metric in map(METRICS.__getitem__, TASKS[task.kind].metrics):
+        names |= {f'task/{task.kind}/{name}': metric.smaller_is_better for name in metric.names}
+    return names
 
   @property
   def decoder(self) -> DecoderConfig:

@@ -16,6 +16,9 @@ from jaxllm.models.decoder import Decoder, DecoderConfig
 from jaxllm.objectives.next_token import NextToken, next_token_loss
 from jaxllm.sharding import MeshConfig
 
+HELD_OUT = {'loss': True, 'perplexity': True, 'bits_per_byte': True, 'accuracy': False}
+"""Score of held-out records -> whether smaller is better."""
+
 EvalStep = Callable[[Any, Mapping[str, jax.Array]], dict[str, jax.Array]]
 
 

@@ -35,6 +35,7 @@ class Metric(NamedTuple):
     names: the names.
     means: those of them that are means over the examples, of numbers between 0 and 1.
     largest: what no number can exceed; None: there is no such limit.
+    smaller_is_better: whether it measures errors.
   """
 
   statistics: Callable[[Sequence[Any], Sequence[Any]], np.ndarray]
@@ -42,6 +43,7 @@ class Metric(NamedTuple):
   names: tuple[str, ...]
   means: tuple[str, ...] = ()
   largest: float | None = 1.0
+  smaller_is_better: bool = False
 
 
 def score(name: str, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
@@ -324,13 +326,15 @@ METRICS: Mapping[str, Metric] = {
     _classification_statistics, _classification_values,
     ('accuracy', *(f'{kind}_{name}' for name in ('precision', 'recall', 'f1')
                    for kind in ('macro', 'micro'))), ('accuracy', 'micro_recall')),
-  'calibration': Metric(_calibration_statistics, _calibration_values, ('ece',)),
+  'calibration': Metric(_calibration_statistics, _calibration_values, ('ece',),
+                        smaller_is_better=True),
   'squad': _mean_metric(_squad_statistics, 'exact_match', 'f1'),
   'bleu': _sacrebleu_metric('BLEU', 'bleu'),
   'chrf': _sacrebleu_metric('CHRF', 'chrf'),
   'rouge': _mean_metric(_rouge_statistics, *ROUGE_TYPES),
   'perplexity': Metric(_perplexity_statistics, _perplexity_values, ('loss', 'perplexity'),
-                       largest=None),
-  'bits_per_byte': Metric(_perplexity_statistics, _bits_values, ('bits_per_byte',), largest=None),
+                       largest=None, smaller_is_better=True),
+  'bits_per_byte': Metric(_perplexity_statistics, _bits_values, ('bits_per_byte',), largest=None,
+                          smaller_is_better=True),
 }
 """name -> metric; one entry may give several numbers."""

@@ -110,7 +110,7 @@ def _run(run: _Run) -> dict[str, Any]:
   if latest > num_steps:
     raise ValueError(f'the run in --workdir={run.path} has taken {latest} steps, more than '
                      f'config.training.num_steps={num_steps}; raise it, or change --workdir')
-  selected = selection.restore(run.experiment.best, run.path, latest)
+  selected = selection.restore(run.experiment, run.path, latest)
   if latest >= num_steps or selected.exhausted:
     written = run.path / 'summary.json'
     if written.exists() and (summary := json.loads(written.read_text()))['step'] == latest:

@@ -9,10 +9,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from jaxllm.experiment import BestConfig
+from jaxllm.experiment import BestConfig, Experiment
 from jaxllm.training import metrics
-
-SMALLER_IS_BETTER = ('loss', 'perplexity', 'bits_per_byte', 'ece')
 
 
 class Selection(NamedTuple):
@@ -20,10 +18,12 @@ class Selection(NamedTuple):
 
   Attributes:
     config: what tells the best; None: nothing is selected.
+    smaller_is_better: whether its metric should be small.
     history: (step, value) pairs, as they came.
   """
 
   config: BestConfig | None
+  smaller_is_better: bool = False
   history: tuple[tuple[int, float], ...] = ()
 
   @property
@@ -31,7 +31,7 @@ class Selection(NamedTuple):
     """(step, value) of the best measurement, the first of equals; None: there is none."""
     if self.config is None or not self.history:
       return None
-    sign = 1 if self.config.metric.rpartition('/')[2] in SMALLER_IS_BETTER else -1
+    sign = 1 if self.smaller_is_better else -1
     return min(self.history, key=lambda pair: sign * pair[1])
 
   @property
@@ -58,14 +58,13 @@ def add(selection: Selection, step: int, scores: Mapping[str, float]) -> Selecti
   return selection._replace(history=(*selection.history, (step, value)))
 
 
-def restore(
-  config: BestConfig | None, workdir: str | os.PathLike[str], step: int
-) -> Selection:
+def restore(experiment: Experiment, workdir: str | os.PathLike[str], step: int) -> Selection:
   """Return the selection of a run that continues after `step` steps."""
+  config = experiment.best
   if config is None:
     return Selection(None)
   records = metrics.read(pathlib.Path(workdir) / 'metrics.jsonl')
-  return Selection(config, tuple(
+  return Selection(config, experiment.measured[config.metric], tuple(
     (record['step'], record[config.metric]) for record in records
     if record['step'] <= step and record.get(config.metric) is not None
   ))

@@ -27,7 +27,7 @@ def test_the_best_is_the_first_extreme_and_patience_counts_since_then():
   assert chosen.best == (2, 0.75) and not chosen.exhausted
   chosen = selection.add(chosen, 5, {'task/sentiment/accuracy': 0.7})
   assert chosen.exhausted
-  loss = Selection(BestConfig(metric='validation/loss'), ((1, 2.0), (2, 1.0), (3, 1.5)))
+  loss = Selection(BestConfig(metric='validation/loss'), True, ((1, 2.0), (2, 1.0), (3, 1.5)))
   assert loss.best == (2, 1.0) and not loss.exhausted
   assert selection.add(chosen, 6, {'validation/loss': 1.0}) == chosen
 
@@ -114,7 +114,9 @@ def test_all_that_is_measured_and_nothing_else_can_tell_the_best(stopped, tmp_pa
   assert {name.rpartition('/')[2] for name in config.measured if name.startswith('task/')} == {
     *scoring.score(config.task, *answers(config.task))}
   judged = config.replace(objective={'kind': 'classifier', 'num_classes': 2}, best=None)
-  assert judged.measured[:2] == ('validation/loss', 'validation/accuracy')
+  assert list(judged.measured)[:2] == ['validation/loss', 'validation/accuracy']
+  assert {name for name, smaller in config.measured.items() if smaller} == {
+    'validation/loss', 'validation/perplexity', 'validation/bits_per_byte', 'task/sentiment/ece'}
   nothing = tiny_run.experiment(tmp_path, data__validation=None)
   with pytest.raises(ConfigError, match='is not measured; one of none: nothing is held out'):
     nothing.replace(best=BestConfig())
