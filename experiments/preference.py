@@ -15,17 +15,9 @@ Expected: `small` prefers the chosen line of 50.2% (95% interval 46.1 to 54.3) o
           is chance: it shows the way, not a quality. `smollm2` is not measured
 """
 
-from jaxllm.adapters.lora import LoraConfig
-from jaxllm.data.records import DataConfig
-from jaxllm.data.tokenizers import TokenizerConfig
-from jaxllm.evaluation.perplexity import EvaluationConfig
-from jaxllm.experiment import Experiment, FinetuneConfig, TrainingConfig
-from jaxllm.interop import installed
-from jaxllm.models.decoder import DecoderConfig
-from jaxllm.models.families import PRESETS
+from jaxllm import recipes
+from jaxllm.experiment import Experiment
 from jaxllm.objectives.preference import Dpo, Orpo
-from jaxllm.optim.optimizers import OptimizerConfig
-from jaxllm.optim.schedules import ScheduleConfig
 from jaxllm.tasks.preference import Preference
 
 VARIANTS = {'small': 'bytes, from scratch', 'smollm2': 'adapters to SmolLM2-135M-Instruct'}
@@ -38,35 +30,10 @@ def get_config(variant: str = 'small') -> Experiment:
 
 
 def _small() -> Experiment:
-  return Experiment(
-    name='preference',
-    model=DecoderConfig(
-      vocab_size=257, embed_dim=128, num_layers=3, num_heads=4, mlp_dim=256, max_length=384,
-      tied_head=True, dropout_rate=0.1,
-      scan_layers=False,  # Faster on a CPU.
-    ),
-    tokenizer=TokenizerConfig(kind='bytes'),
-    task=TASK,
-    data=DataConfig(context_length=384),
-    objective=Orpo(),
-    training=TrainingConfig(num_steps=100, batch_size=8),
-    optimizer=OptimizerConfig(name='muon', learning_rate=0.01),
-    schedule=ScheduleConfig(warmup_steps=10, final_fraction=0.05),
-    evaluation=EvaluationConfig(every_steps=50, max_batches=16),
-  )
+  return recipes.from_scratch('preference', TASK, 384, num_steps=100, objective=Orpo())
 
 
 def _smollm2() -> Experiment:
-  return Experiment(
-    name='preference_smollm2',
-    init_from=installed.find('smollm2'),
-    model=PRESETS['smollm2_135m'],
-    finetune=FinetuneConfig(lora=LoraConfig(rank=8, alpha=16.0)),
-    task=TASK.replace(template='model'),  # As the model itself writes chats.
-    data=DataConfig(context_length=256),
-    objective=Dpo(),
-    training=TrainingConfig(num_steps=60, batch_size=4),
-    optimizer=OptimizerConfig(learning_rate=5e-5),
-    schedule=ScheduleConfig(warmup_steps=10, final_fraction=0.1),
-    evaluation=EvaluationConfig(every_steps=30, max_batches=8),
-  )
+  return recipes.adapt_smollm2(
+    'preference_smollm2', TASK.replace(template='model'), 256,  # As the model itself writes chats.
+    learning_rate=5e-5, objective=Dpo())

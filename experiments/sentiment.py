@@ -18,15 +18,13 @@ Expected: `small` 69.2% accuracy (95% interval 65.9 to 72.3), macro F1 0.686, EC
           on 400 of the test sentences (--limit=400, p = 0.001)
 """
 
-from jaxllm.adapters.lora import LoraConfig
+from jaxllm import recipes
 from jaxllm.data.documents import SourceConfig
 from jaxllm.data.records import DataConfig
 from jaxllm.data.tokenizers import TokenizerConfig
 from jaxllm.evaluation.perplexity import EvaluationConfig
-from jaxllm.experiment import Experiment, FinetuneConfig, TrainingConfig
-from jaxllm.interop import installed
+from jaxllm.experiment import Experiment, TrainingConfig
 from jaxllm.models.decoder import DecoderConfig
-from jaxllm.models.families import PRESETS
 from jaxllm.optim.optimizers import OptimizerConfig
 from jaxllm.optim.schedules import ScheduleConfig
 from jaxllm.tasks.classification import Sentiment
@@ -86,15 +84,4 @@ def _small() -> Experiment:
 
 
 def _smollm2() -> Experiment:
-  return Experiment(
-    name='sentiment_smollm2',
-    init_from=installed.find('smollm2'),
-    model=PRESETS['smollm2_135m'],
-    finetune=FinetuneConfig(lora=LoraConfig(rank=8, alpha=16.0)),
-    task=TASK,
-    data=DataConfig(context_length=128),
-    training=TrainingConfig(num_steps=60, batch_size=4),
-    optimizer=OptimizerConfig(learning_rate=5e-4),
-    schedule=ScheduleConfig(warmup_steps=10, final_fraction=0.1),
-    evaluation=EvaluationConfig(every_steps=30, max_batches=8),
-  )
+  return recipes.adapt_smollm2('sentiment_smollm2', TASK, 128)

@@ -179,7 +179,8 @@ class Experiment(Config):
   @property
   def measured(self) -> dict[str, bool]:
     """Scores that are measured during training and can tell the best checkpoint, by name: whether
-    smaller is better."""
+    smaller is better.
+    """
     names: dict[str, bool] = {}
     if self.data.validation if self.task is None else 'validation' in self.task.data.splits:
       by_token = self.objective_record.by_token

@@ -20,7 +20,7 @@ FLOORS: list[set[str]] = [
   {'model'},
   {'interop', 'tasks', 'evaluation'},
   {'experiment'},
-  {'loading'},
+  {'loading', 'recipes'},
   {'training', 'serving', 'pipelines'},
   {'tools', 'prepare', 'train', 'evaluate', 'sample', 'serve', 'convert', '__init__', '__main__'},
 ]
