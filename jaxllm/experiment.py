@@ -1,6 +1,7 @@
 """One run, described whole: the configs of all rooms, and the checks that span rooms."""
 
-from collections.abc import Collection, Mapping
+import itertools
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import pydantic
@@ -174,13 +175,11 @@ class Experiment(Config):
     if self.scoring.tasks is not None:
       return self.scoring.tasks
     own = self.task is not None and self.scoring.split in self.task.data.splits
-    return (self.task,) if own and self.task is not None else ()
+    return (self.task,) if own else ()
 
   @property
   def measured(self) -> dict[str, bool]:
-    """Scores that are measured during training and can tell the best checkpoint, by name: whether
-    smaller is better.
-    """
+    """Name of each score that can tell the best checkpoint -> whether smaller is better."""
     names: dict[str, bool] = {}
     if self.data.validation if self.task is None else 'validation' in self.task.data.splits:
       by_token = self.objective_record.by_token
@@ -193,99 +192,69 @@ class Experiment(Config):
 
   @property
   def decoder(self) -> DecoderConfig:
-    """The decoder, once it is known.
-
-    Raises:
-      ValueError: `model` is None: it is still to be read from `init_from`.
-    """
+    """The decoder; a ValueError while it is still to be read from `init_from`."""
     if self.model is None:
       raise ValueError('config.model=None: it is read from config.init_from when training starts')
     return self.model
 
   @pydantic.model_validator(mode='after')
   def _check(self) -> 'Experiment':
-    for check in (_check_sources, _check_start, _check_training, _check_objective,
-                  _check_best):
-      check(self)
+    for problem in itertools.chain(_problems(self), _problems_of_objective(self)):
+      raise ValueError(problem)
     return self
 
 
-def _check_sources(experiment: Experiment) -> None:
-  data, model = experiment.data, experiment.model
+def _problems(experiment: Experiment) -> Iterator[str]:
+  """Yield what does not fit together; each check may rely on those before it."""
+  data, model, tokenizer = experiment.data, experiment.model, experiment.tokenizer
+  training, finetune = experiment.training, experiment.finetune
   if bool(data.sources) == (experiment.task is not None):
-    raise ValueError(
-      f'data.sources={data.sources} and task={experiment.task and experiment.task.kind!r}: set one '
-      'of them; a task has records of its own, in task.data'
-    )
+    yield (f'data.sources={data.sources} and task={experiment.task and experiment.task.kind!r}: '
+           'set one of them; a task has records of its own, in task.data')
   if model is not None and data.context_length > model.max_length:
-    raise ValueError(
-      f'data.context_length={data.context_length} is longer than '
-      f'model.max_length={model.max_length}; shorten the first or raise the second'
-    )
-  tokenizer = experiment.tokenizer
+    yield (f'data.context_length={data.context_length} is longer than '
+           f'model.max_length={model.max_length}; shorten the first or raise the second')
   if model and tokenizer and (tokenizer.vocab_size or 0) > model.vocab_size:
-    raise ValueError(
-      f'tokenizer.vocab_size={tokenizer.vocab_size} is larger than model.vocab_size='
-      f'{model.vocab_size}; lower the first or raise the second'
-    )
-
-
-def _check_start(experiment: Experiment) -> None:
+    yield (f'tokenizer.vocab_size={tokenizer.vocab_size} is larger than model.vocab_size='
+           f'{model.vocab_size}; lower the first or raise the second')
   if experiment.init_from is None:
     wanting = [name for name in ('model', 'tokenizer') if getattr(experiment, name) is None]
-    wanting += ['finetune.lora'] if experiment.finetune.lora else []
+    wanting += ['finetune.lora'] if finetune.lora else []
     if wanting:
-      raise ValueError(f'init_from=None: {", ".join(wanting)} cannot do without; name a model')
-  if experiment.finetune.rules and experiment.optimizer.name == 'schedule_free_adamw':
-    raise ValueError(
-      f'finetune.rules={experiment.finetune.rules}: schedule_free_adamw averages all that it '
-      'trains; choose another optimizer'
-    )
-
-
-def _check_training(experiment: Experiment) -> None:
-  training = experiment.training
+      yield f'init_from=None: {", ".join(wanting)} cannot do without; name a model'
+  if experiment.optimizer.name == 'schedule_free_adamw':
+    if finetune.rules:
+      yield (f'finetune.rules={finetune.rules}: schedule_free_adamw averages all that it trains; '
+             'choose another optimizer')
+    if training.ema_decay is not None:
+      yield (f'training.ema_decay={training.ema_decay}: schedule_free_adamw keeps its own average; '
+             'set ema_decay to None')
   if training.batch_size % training.microbatches:
-    raise ValueError(
-      f'training.batch_size={training.batch_size} does not divide into '
-      f'training.microbatches={training.microbatches} equal parts'
-    )
-  if training.ema_decay is not None and experiment.optimizer.name == 'schedule_free_adamw':
-    raise ValueError(
-      f'training.ema_decay={training.ema_decay}: schedule_free_adamw keeps its own average; '
-      'set ema_decay to None'
-    )
+    yield (f'training.batch_size={training.batch_size} does not divide into '
+           f'training.microbatches={training.microbatches} equal parts')
   if experiment.schedule.warmup_steps >= training.num_steps:
-    raise ValueError(
-      f'schedule.warmup_steps={experiment.schedule.warmup_steps} leaves no step after the warmup '
-      f'of training.num_steps={training.num_steps}; shorten the first or raise the second'
-    )
+    yield (f'schedule.warmup_steps={experiment.schedule.warmup_steps} leaves no step after the '
+           f'warmup of training.num_steps={training.num_steps}; shorten the first or raise the '
+           'second')
 
 
-def _check_objective(experiment: Experiment) -> None:
-  objective, task = experiment.objective, experiment.task
-  record = experiment.objective_record
+def _problems_of_objective(experiment: Experiment) -> Iterator[str]:
+  objective, record, task = experiment.objective, experiment.objective_record, experiment.task
   if record.examples == 'pairs' and (task is None or task.kind != 'preference'):
-    raise ValueError(f'objective.kind={objective.kind!r} and task={task and task.kind!r}: it needs '
-                     "a task of the kind 'preference'")
+    yield (f'objective.kind={objective.kind!r} and task={task and task.kind!r}: it needs a task of '
+           "the kind 'preference'")
   if record.reference and experiment.init_from is None:
-    raise ValueError(f'objective.kind={objective.kind!r} compares with init_from, which is None')
-  if record.examples == 'labels':
-    labels = getattr(task, 'labels', ())
-    if objective.num_classes != len(labels):
-      raise ValueError(f'objective.num_classes={objective.num_classes}: the task has '
-                       f'{len(labels)} labels; a classifier needs a task with labels')
-
-
-def _check_best(experiment: Experiment) -> None:
+    yield f'objective.kind={objective.kind!r} compares with init_from, which is None'
+  labels = getattr(task, 'labels', ())
+  if record.examples == 'labels' and objective.num_classes != len(labels):
+    yield (f'objective.num_classes={objective.num_classes}: the task has {len(labels)} labels; a '
+           'classifier needs a task with labels')
   kinds = [task.kind for task in experiment.scored_tasks]
   if len(set(kinds)) < len(kinds):
-    raise ValueError(f'scoring.tasks: {", ".join(kinds)}: each kind may stand once')
-  if experiment.best is None:
-    return
-  if experiment.best.metric not in experiment.measured:
-    raise ValueError(f'best.metric={experiment.best.metric!r} is not measured; one of '
-                     f'{", ".join(experiment.measured) or "none: nothing is held out"}')
+    yield f'scoring.tasks: {", ".join(kinds)}: each kind may stand once'
+  if experiment.best is not None and experiment.best.metric not in experiment.measured:
+    yield (f'best.metric={experiment.best.metric!r} is not measured; one of '
+           f'{", ".join(experiment.measured) or "none: nothing is held out"}')
 
 
 # What must not change between two runs into one workdir: the parameters' shape, and which records a

@@ -30,8 +30,22 @@ class TokenScores(NamedTuple):
 
 def target_log_probs(logits_NV: jax.Array, targets_N: jax.Array) -> jax.Array:
   """Return the log-probabilities (..., N) of targets under logits (..., N, V)."""
+  target_N, log_partition_N, _ = target_parts(logits_NV, targets_N)
+  return target_N - log_partition_N
+
+
+def target_parts(
+  logits_NV: jax.Array, targets_N: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Return the logits (..., N) of targets, the log-partitions, and the largest logits.
+
+  With its gradient twice as fast on CPU as `jax.nn.logsumexp`; a gather is twice as fast as
+  comparing with an iota, and its gradient is added in place.
+  """
+  largest_N1 = jax.lax.stop_gradient(jnp.max(logits_NV, axis=-1, keepdims=True))
+  log_partition_N = jnp.log(jnp.sum(jnp.exp(logits_NV - largest_N1), axis=-1)) + largest_N1[..., 0]
   target_N = jnp.take_along_axis(logits_NV, targets_N[..., None], axis=-1)[..., 0]
-  return target_N - jax.nn.logsumexp(logits_NV, axis=-1)
+  return target_N, log_partition_N, largest_N1[..., 0]
 
 
 def top_log_probs(logits_NV: jax.Array, num_top: int) -> tuple[jax.Array, jax.Array]:

@@ -1,6 +1,6 @@
 """What losses share: their types, the hidden states that they read, and the model's aux losses."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -40,6 +40,18 @@ def with_aux(
     loss_sum = loss_sum + AUX_WEIGHTS.get(name, 0.0) * value * weight_sum
   return loss_sum, weight_sum, {
     **sums, **{f'{name}_sum': value * weight_sum for name, value in aux.items()}}
+
+
+def scan_sum(f: Callable[..., Any], *parts: Any) -> Any:
+  """Add up the trees `f` of each part, one after another; parts are stacked on axis 0."""
+  first = jax.tree.map(lambda x: x[0], parts)
+  zeros = jax.tree.map(
+    lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(f, *first))
+
+  def add(carry: Any, part: Any) -> tuple[Any, None]:
+    return jax.tree.map(jnp.add, carry, f(*part)), None
+
+  return jax.lax.scan(add, zeros, parts)[0]
 
 
 def average(total: jax.Array, count: jax.Array) -> jax.Array:

@@ -39,13 +39,10 @@ def init(config: ClassifierConfig, model: DecoderConfig, key: jax.Array) -> dict
 
 
 def class_logits(
-  config: ClassifierConfig,
-  model: Decoder,
-  variables: Any,
-  batch: Batch,
+  config: ClassifierConfig, model: Decoder, variables: Any, batch: Batch,
   dropout_key: jax.Array | None = None,
-) -> jax.Array:
-  """Return the logits (B, C), float32, of one text per row.
+) -> tuple[jax.Array, Sums]:
+  """Return the logits (B, C), float32, of one text per row, and the model's aux scalars.
 
   Args:
     config: the head.
@@ -54,12 +51,7 @@ def class_logits(
     batch: `tokens` and `segment_ids` (0 = padding, on the right), (B, T).
     dropout_key: None turns dropout off.
   """
-  return _logits(config, variables, batch, hidden_states(model, variables, batch, dropout_key)[0])
-
-
-def _logits(
-  config: ClassifierConfig, variables: Any, batch: Batch, hidden_BTD: jax.Array
-) -> jax.Array:
+  hidden_BTD, aux = hidden_states(model, variables, batch, dropout_key)
   hidden_BTD = hidden_BTD.astype(jnp.float32)
   real_BT = (batch['segment_ids'] > 0).astype(jnp.float32)
   if config.pooling == 'last':
@@ -69,30 +61,21 @@ def _logits(
     total_BD = jnp.einsum('BT,BTD->BD', real_BT, hidden_BTD)
     pooled_BD = total_BD / jnp.maximum(real_BT.sum(axis=1, keepdims=True), 1)
   head = variables['params']['classifier']
-  return pooled_BD @ head['kernel'] + head['bias'][None]
+  return pooled_BD @ head['kernel'] + head['bias'][None], aux
 
 
 def classification_loss(
-  config: ClassifierConfig,
-  model: Decoder,
-  variables: Any,
-  batch: Batch,
+  config: ClassifierConfig, model: Decoder, variables: Any, batch: Batch,
   dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, Sums]:
-  """Sum the cross-entropy of a batch.
+  """Sum the cross-entropy of a batch; arguments as in `class_logits`.
 
-  Args:
-    config: the head.
-    model: the decoder.
-    variables: as in `class_logits`.
-    batch: as in `class_logits`, and `labels` (B, 1) int32; a negative label has no loss.
-    dropout_key: None turns dropout off.
+  The batch also has `labels` (B, 1) int32; a negative label has no loss.
 
   Returns:
     The float32 sum of losses, the number of labels, and {'cross_entropy_sum', 'correct_sum'}.
   """
-  hidden_BTD, aux = hidden_states(model, variables, batch, dropout_key)
-  logits_BC = _logits(config, variables, batch, hidden_BTD)
+  logits_BC, aux = class_logits(config, model, variables, batch, dropout_key)
   labels_B = batch['labels'][:, 0]
   weights_B = (labels_B >= 0).astype(jnp.float32)
   log_probs_BC = jax.nn.log_softmax(logits_BC)

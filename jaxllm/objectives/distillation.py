@@ -40,12 +40,8 @@ class Distillation(Config):
 
 
 def distillation_loss(
-  config: Distillation,
-  model: Decoder,
-  variables: Any,
-  batch: Batch,
-  dropout_key: jax.Array | None = None,
-  teacher: Any = None,
+  config: Distillation, model: Decoder, variables: Any, batch: Batch,
+  dropout_key: jax.Array | None = None, teacher: Any = None,
 ) -> tuple[jax.Array, jax.Array, Sums]:
   """Sum the divergence of the student from the teacher, KL(teacher || student), per token.
 

@@ -1,6 +1,5 @@
 """Next-token cross-entropy, plain or in chunks that never hold the logits of the whole batch."""
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
@@ -8,7 +7,8 @@ import jax.numpy as jnp
 import pydantic
 
 from jaxllm.config import Config
-from jaxllm.objectives.base import Batch, Sums, hidden_states, with_aux
+from jaxllm.models.log_probs import target_parts
+from jaxllm.objectives.base import Batch, Sums, hidden_states, scan_sum, with_aux
 
 if TYPE_CHECKING:
   from jaxllm.models.decoder import Decoder
@@ -28,10 +28,7 @@ class NextToken(Config):
 
 
 def next_token_loss(
-  config: NextToken,
-  model: 'Decoder',
-  variables: Any,
-  batch: Batch,
+  config: NextToken, model: 'Decoder', variables: Any, batch: Batch,
   dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, Sums]:
   """Sum the weighted loss of a batch; divide by the count only after all sums are added.
@@ -60,18 +57,14 @@ def next_token_loss(
   if config.chunk_size is None:
     totals = sums(hidden_BTD, *of_targets)
   else:
-    totals = _add_chunks(jax.checkpoint(sums), config.chunk_size, hidden_BTD, *of_targets)
+    chunks = [_split(x_BT, config.chunk_size) for x_BT in (hidden_BTD, *of_targets)]
+    totals = scan_sum(jax.checkpoint(sums), *chunks)
   return with_aux(totals.pop('loss_sum'), totals.pop('weight_sum'), totals, aux)
 
 
 def token_sums(
-  config: NextToken,
-  logits_BTV: jax.Array,
-  targets_BT: jax.Array,
-  weights_BT: jax.Array,
-  is_text_BT: jax.Array | None = None,
-  *,
-  vocab_size: int,
+  config: NextToken, logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array,
+  is_text_BT: jax.Array | None = None, *, vocab_size: int,
 ) -> Sums:
   """Sum the losses of logits that are already there.
 
@@ -90,11 +83,7 @@ def token_sums(
     z-loss: Chowdhery et al., PaLM, arXiv 2204.02311, section 5. Label smoothing: Szegedy et al.,
     arXiv 1512.00567, section 7.
   """
-  # Largest logit, log-partition and target are all that is read from the logits. A gather is twice
-  # as fast as comparing with an iota on CPU, and its gradient is added in place.
-  best_BT1 = jax.lax.stop_gradient(jnp.max(logits_BTV, axis=-1, keepdims=True))
-  log_partition_BT = jnp.log(jnp.sum(jnp.exp(logits_BTV - best_BT1), axis=-1)) + best_BT1[..., 0]
-  target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+  target_BT, log_partition_BT, largest_BT = target_parts(logits_BTV, targets_BT)
   cross_entropy_BT = log_partition_BT - target_BT
   loss_BT, extra = cross_entropy_BT, {}
   if config.z_loss:
@@ -115,29 +104,15 @@ def token_sums(
     'loss_sum': weighted(loss_BT),
     'weight_sum': jnp.sum(weights_BT),
     'cross_entropy_sum': weighted(cross_entropy_BT),
-    'correct_sum': weighted(target_BT >= best_BT1[..., 0]),
+    'correct_sum': weighted(target_BT >= largest_BT),
     **{name: weighted(x_BT) for name, x_BT in extra.items()},
   }
 
 
-def _add_chunks(
-  sums: Callable[..., Sums], chunk_size: int, *arrays_BT: jax.Array
-) -> Sums:
-  """Add up `sums` over chunks of the length axis; rows stay together, as they are sharded."""
-  length = arrays_BT[0].shape[1]
-  chunk_size = min(chunk_size, length)
-  num_chunks = -(-length // chunk_size)
-
-  def split(x_BT: jax.Array) -> jax.Array:
-    padding = [(0, 0)] * x_BT.ndim
-    padding[1] = (0, num_chunks * chunk_size - length)  # Zeros: also the weights.
-    x_BT = jnp.pad(x_BT, padding)
-    return x_BT.reshape(x_BT.shape[0], num_chunks, chunk_size, *x_BT.shape[2:]).swapaxes(0, 1)
-
-  def add(carry: Sums, chunk: tuple[jax.Array, ...]) -> tuple[Sums, None]:
-    return jax.tree.map(jnp.add, carry, sums(*chunk)), None
-
-  chunks = tuple(split(x_BT) for x_BT in arrays_BT)
-  shapes = jax.eval_shape(sums, *(chunk[0] for chunk in chunks))
-  zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-  return jax.lax.scan(add, zeros, chunks)[0]
+def _split(x_BT: jax.Array, chunk_size: int) -> jax.Array:
+  """Cut the length axis into chunks; rows stay together, as they are sharded."""
+  chunk_size = min(chunk_size, x_BT.shape[1])
+  padding = [(0, 0)] * x_BT.ndim
+  padding[1] = (0, -x_BT.shape[1] % chunk_size)  # Zeros: also the weights.
+  x_BT = jnp.pad(x_BT, padding)
+  return x_BT.reshape(x_BT.shape[0], -1, chunk_size, *x_BT.shape[2:]).swapaxes(0, 1)

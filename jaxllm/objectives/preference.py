@@ -1,7 +1,7 @@
 """Learning from pairs of which one is preferred: DPO, IPO, ORPO and SimPO.
 
-Each formula is a function of a config and of the log-probabilities of both answers; `FORMULAS`
-lists them. `preference_loss` computes these from a model, the reference's too where one is needed.
+`FORMULAS` lists them, functions of a config and of the log-probabilities of both answers;
+`preference_loss` computes these from a model, the reference's too where one is needed.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,15 +18,9 @@ from jaxllm.objectives.base import Batch, Sums, hidden_states, with_aux
 
 
 class Pair(NamedTuple):
-  """What is known of preferred and other answers, (B,) each.
+  """Log-probabilities in nats and numbers of tokens of preferred and other answers, (B,) each.
 
-  Attributes:
-    chosen: log-probability of the preferred answers, in nats.
-    rejected: that of the others.
-    chosen_count: tokens of the preferred answers.
-    rejected_count: tokens of the others.
-    reference_chosen: log-probability of the preferred ones under the reference, where one is used.
-    reference_rejected: that of the others.
+  Those under the reference are there where one is used.
   """
 
   chosen: jax.Array
@@ -128,12 +122,8 @@ FORMULAS: Mapping[str, Callable[[Any, Pair], tuple[jax.Array, jax.Array]]] = {
 
 
 def preference_loss(
-  config: Dpo | Ipo | Orpo | SimPo,
-  model: Decoder,
-  variables: Any,
-  batch: Batch,
-  dropout_key: jax.Array | None = None,
-  reference: Any = None,
+  config: Dpo | Ipo | Orpo | SimPo, model: Decoder, variables: Any, batch: Batch,
+  dropout_key: jax.Array | None = None, reference: Any = None,
 ) -> tuple[jax.Array, jax.Array, Sums]:
   """Sum the loss of a batch of pairs.
 
@@ -180,12 +170,6 @@ def sequence_log_probs(
 ) -> tuple[jax.Array, jax.Array, Sums]:
   """Sum the log-probabilities of each row's weighted targets.
 
-  Args:
-    model: the decoder.
-    variables: of the model.
-    batch: tokens, targets, weights, segment_ids and positions, each (B, T).
-    dropout_key: None turns dropout off.
-
   Returns:
     (log_probs_B in nats, counts_B: sums of the weights, the model's aux scalars), float32.
   """
@@ -220,14 +204,10 @@ def _means(pair: Pair) -> tuple[jax.Array, jax.Array]:
 def _log_one_minus_exp(x: jax.Array) -> jax.Array:
   """Return log(1 - exp(x)) for x < 0; kept finite at 0, where a certain answer has infinite odds.
 
-  Reference:
-    Maechler, Accurately Computing log(1 - exp(-|a|)), 2012.
+  Maechler, Accurately Computing log(1 - exp(-|a|)), 2012.
   """
   x = jnp.minimum(x, -1e-7)
   near = x > -0.6931472
   # Each branch is given what it can take, so that the gradient of the other stays finite.
-  return jnp.where(
-    near,
-    jnp.log(-jnp.expm1(jnp.where(near, x, -1.0))),
-    jnp.log1p(-jnp.exp(jnp.where(near, -1.0, x))),
-  )
+  return jnp.where(near, jnp.log(-jnp.expm1(jnp.where(near, x, -1.0))),
+                   jnp.log1p(-jnp.exp(jnp.where(near, -1.0, x))))

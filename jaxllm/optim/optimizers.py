@@ -75,7 +75,10 @@ def make_optimizer(
   """
   settings = {name: getattr(config, name) for name in _settings_of(config.name)}
   settings = {name: value for name, value in settings.items() if value is not None}
-  task = _Task(params, schedule, _decay(config, params))
+  decay = optax.add_decayed_weights(
+    config.weight_decay, decay_mask(config.decay_names, params)
+  ) if config.weight_decay else optax.identity()
+  task = _Task(params, schedule, decay)
   optimizer = OPTIMIZERS[config.name](task, **settings)
   if config.clip_norm is None:
     return optimizer
@@ -83,20 +86,13 @@ def make_optimizer(
 
 
 def evaluation_params(config: OptimizerConfig, opt_state: Any, params: Any) -> Any:
-  """Return the parameters to evaluate and to sample with.
-
-  Schedule-free training takes its gradients beside the averaged parameters that it is about; all
-  other optimizers are evaluated where they train.
-
-  Args:
-    config: the optimizer's config.
-    opt_state: its state.
-    params: the parameters that are being trained.
-  """
+  """Return the parameters to evaluate: the average of a schedule-free optimizer, else `params`."""
   if config.name != 'schedule_free_adamw':
     return params
-  found = jax.tree.leaves(opt_state, is_leaf=_is_schedule_free)
-  return optax.contrib.schedule_free_eval_params(next(filter(_is_schedule_free, found)), params)
+  kind = optax.contrib.ScheduleFreeState
+  found = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kind))
+  state = next(node for node in found if isinstance(node, kind))
+  return optax.contrib.schedule_free_eval_params(state, params)
 
 
 def decay_mask(names: tuple[str, ...], params: Any) -> Any:
@@ -117,8 +113,6 @@ def decay_mask(names: tuple[str, ...], params: Any) -> Any:
 
 
 class _Task(NamedTuple):
-  """What every optimizer is composed around."""
-
   params: Any
   schedule: optax.Schedule
   decay: optax.GradientTransformation
@@ -170,9 +164,12 @@ def _muon(
   Updates are scaled to AdamW's usual root mean square, so both share one learning rate: Liu et
   al., Muon is Scalable for LLM Training, arXiv 2502.16982, equation 4.
   """
-  axes = jax.tree_util.tree_map_with_path(_matrix_axes, task.params)
-  labels = jax.tree.map(lambda a: 'adamw' if a is None else 'muon', axes, is_leaf=_is_axes)
-  masked = jax.tree.map(lambda a: optax.MaskedNode() if a is None else a, axes, is_leaf=_is_axes)
+  def by_axes(choose: Callable[[Any], Any]) -> Any:
+    return jax.tree_util.tree_map_with_path(
+      lambda path, leaf: choose(_matrix_axes(path, leaf)), task.params)
+
+  labels = by_axes(lambda axes: 'muon' if axes else 'adamw')
+  masked = by_axes(lambda axes: axes or optax.MaskedNode())
 
   def scale(update: jax.Array, axes: optax.contrib.MuonDimensionNumbers) -> jax.Array:
     sides = (math.prod(update.shape[a] for a in side) for side in axes)
@@ -219,12 +216,6 @@ def _settings_of(name: str) -> list[str]:
   return [field for field in inspect.signature(OPTIMIZERS[name]).parameters if field != 'task']
 
 
-def _decay(config: OptimizerConfig, params: Any) -> optax.GradientTransformation:
-  if not config.weight_decay:
-    return optax.identity()
-  return optax.add_decayed_weights(config.weight_decay, decay_mask(config.decay_names, params))
-
-
 def _keys(path: tuple[Any, ...]) -> list[str]:
   return [str(getattr(entry, 'key', entry)) for entry in path]
 
@@ -234,13 +225,8 @@ def _is_stacked(path: tuple[Any, ...]) -> bool:
 
 
 def _matrix_axes(path: tuple[Any, ...], leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
-  """Say which axes of a stacked kernel (L, inputs..., outputs...) are its matrix's rows, columns.
-
-  Returns:
-    None for a parameter that is no kernel inside the layers.
-
-  Raises:
-    ValueError: the kernel has more than two matrix axes and an unknown name.
+  """Return the axes of a stacked kernel (L, inputs..., outputs...) that are its matrix's rows and
+  columns; None for other parameters.
   """
   *_, owner, name = ['', *_keys(path)]
   if name != 'kernel' or not _is_stacked(path):
@@ -274,11 +260,3 @@ def _per_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation
     return jax.tree.map(lambda u, old: u.reshape(old.shape), new, updates), state
 
   return optax.GradientTransformation(init, update)
-
-
-def _is_axes(node: Any) -> bool:
-  return node is None or isinstance(node, optax.contrib.MuonDimensionNumbers)
-
-
-def _is_schedule_free(node: Any) -> bool:
-  return isinstance(node, optax.contrib.ScheduleFreeState)

@@ -64,18 +64,6 @@ def make_schedule(config: ScheduleConfig, peak: float, num_steps: int) -> optax.
   return optax.join_schedules([warmup, shape], [config.warmup_steps])
 
 
-def _constant(config: ScheduleConfig, peak: float, num_steps: int) -> optax.Schedule:
-  return optax.constant_schedule(peak)
-
-
-def _linear(config: ScheduleConfig, peak: float, num_steps: int) -> optax.Schedule:
-  return optax.linear_schedule(peak, peak * config.final_fraction, config.decay_steps or num_steps)
-
-
-def _cosine(config: ScheduleConfig, peak: float, num_steps: int) -> optax.Schedule:
-  return optax.cosine_decay_schedule(peak, config.decay_steps or num_steps, config.final_fraction)
-
-
 def _inverse_sqrt(config: ScheduleConfig, peak: float, num_steps: int) -> optax.Schedule:
   """Vaswani et al., Attention Is All You Need, arXiv 1706.03762, equation 3, scaled to the peak."""
   first = config.warmup_steps + 1
@@ -89,9 +77,11 @@ def _wsd(config: ScheduleConfig, peak: float, num_steps: int) -> optax.Schedule:
 
 
 SCHEDULES: dict[str, Callable[[ScheduleConfig, float, int], optax.Schedule]] = {
-  'constant': _constant,
-  'linear': _linear,
-  'cosine': _cosine,
+  'constant': lambda config, peak, num_steps: optax.constant_schedule(peak),
+  'linear': lambda config, peak, num_steps: optax.linear_schedule(
+    peak, peak * config.final_fraction, config.decay_steps or num_steps),
+  'cosine': lambda config, peak, num_steps: optax.cosine_decay_schedule(
+    peak, config.decay_steps or num_steps, config.final_fraction),
   'inverse_sqrt': _inverse_sqrt,
   'wsd': _wsd,
 }

@@ -228,7 +228,7 @@ def _choose(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _class_logits(head: ClassifierConfig, model: Decoder, variables: Any, batch: Any) -> jax.Array:
-  return classification.class_logits(head, model, variables, batch)
+  return classification.class_logits(head, model, variables, batch)[0]
 
 
 def _classify(

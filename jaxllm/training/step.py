@@ -5,7 +5,7 @@ accumulation, packing and sharding never change the loss. A step whose loss or g
 finite, or whose loss spikes, changes nothing but its counters.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,12 +16,11 @@ from jax.sharding import Mesh
 
 from jaxllm import sharding
 from jaxllm.experiment import Experiment, SpikeConfig
-from jaxllm.objectives.base import average
+from jaxllm.objectives.base import Batch, average, scan_sum
 from jaxllm.training import examples, objectives
 from jaxllm.training import state as train_state
 from jaxllm.training.state import TrainState
 
-Batch = Mapping[str, jax.Array]
 SUMS = ('loss_sum', 'weight_sum', 'cross_entropy_sum', 'correct_sum')
 """Sums of every loss; the averages of others are metrics by their own names."""
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
@@ -112,16 +111,8 @@ def make_pure_step(experiment: Experiment, tx: optax.GradientTransformation) -> 
 def accumulate_gradients(
   experiment: Experiment, state: TrainState, batch: Batch, key: jax.Array
 ) -> tuple[Any, dict[str, jax.Array]]:
-  """Return the gradient of the summed loss, and all sums, over the microbatches of a batch.
-
-  Args:
-    experiment: the run.
-    state: gives `params`, and what is frozen beside them.
-    batch: (B, T) arrays.
-    key: dropout key of this step.
-
-  Returns:
-    Gradients like `state.params`, and float32 scalars: the sums of `objectives.make_loss`.
+  """Return the gradient of the summed loss, and the sums of `objectives.make_loss`, over the
+  microbatches of a batch.
   """
   microbatches = experiment.training.microbatches
   loss = objectives.make_loss(experiment)
@@ -138,19 +129,10 @@ def accumulate_gradients(
   length = max(x.shape[1] for x in batch.values())
   parts = {name: _split_rows(x, microbatches, x.shape[1] == length) for name, x in batch.items()}
 
-  def add(carry: Any, inputs: Any) -> tuple[Any, None]:
-    part, index = inputs
-    return jax.tree.map(
-      jnp.add, carry, grad_fn(state.params, part, jax.random.fold_in(key, index))
-    ), None
+  def gradients(part: Batch, index: jax.Array) -> Any:
+    return grad_fn(state.params, part, jax.random.fold_in(key, index))
 
-  first = jax.tree.map(lambda x: x[0], parts)
-  zeros = jax.tree.map(
-    lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-    jax.eval_shape(grad_fn, state.params, first, key),
-  )
-  total, _ = jax.lax.scan(add, zeros, (parts, jnp.arange(microbatches)))
-  return total
+  return scan_sum(gradients, parts, jnp.arange(microbatches))
 
 
 def _split_rows(x_BT: jax.Array, parts: int, per_token: bool) -> jax.Array:
@@ -167,11 +149,7 @@ def _is_spike(config: SpikeConfig | None, state: TrainState, loss: jax.Array) ->
 
 
 def _next_state(
-  experiment: Experiment,
-  state: TrainState,
-  params: Any,
-  opt_state: Any,
-  loss: jax.Array,
+  experiment: Experiment, state: TrainState, params: Any, opt_state: Any, loss: jax.Array,
   applied: jax.Array,
 ) -> TrainState:
   training = experiment.training

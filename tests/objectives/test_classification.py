@@ -42,13 +42,13 @@ def _variables(config, seed=0):
 def test_logits_do_not_depend_on_padding(pooling):
   config = ClassifierConfig(num_classes=3, pooling=pooling)
   variables = _variables(config)
-  found = class_logits(config, Decoder(MODEL), variables, _batch())
+  found, _ = class_logits(config, Decoder(MODEL), variables, _batch())
   for row, text in enumerate(TEXTS):
     hidden_TD = apply(Decoder(MODEL), variables, jnp.asarray([text]), method='hidden')[0][0]
     pooled_D = hidden_TD[-1] if pooling == 'last' else hidden_TD.mean(0)
     head = variables['params']['classifier']
     np.testing.assert_allclose(found[row], pooled_D @ head['kernel'] + head['bias'], atol=1e-5)
-  wider = class_logits(config, Decoder(MODEL), variables, _batch(12))
+  wider, _ = class_logits(config, Decoder(MODEL), variables, _batch(12))
   np.testing.assert_allclose(found, wider, atol=1e-5)
 
 
