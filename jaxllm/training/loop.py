@@ -87,7 +87,8 @@ def train(
   _check_batch(experiment, mesh)
   experiment = pretrained.resolve(experiment, workdir.begun_as(pathlib.Path(path)))
   directory = workdir.open_workdir(experiment, path)
-  if not workdir.has_begun(directory):
+  # What a reference says of all records is computed when they are made, in resumed runs too.
+  if not workdir.has_begun(directory) or experiment.objective_record.reference:
     pretrained.check_start(experiment)
   run = _Run(
     experiment=experiment,

@@ -55,7 +55,7 @@ def test_logits_do_not_depend_on_padding(pooling):
 def test_classification_loss_literals():
   config = ClassifierConfig(num_classes=3, label_smoothing=0.3)
   variables = _variables(config)
-  logits = class_logits(config, Decoder(MODEL), variables, _batch())
+  logits, _ = class_logits(config, Decoder(MODEL), variables, _batch())
   log_probs = np.asarray(jax.nn.log_softmax(logits))
   loss = jax.jit(classification.classification_loss, static_argnums=(0, 1))
   total, count, aux = loss(config, Decoder(MODEL), variables, _batch())

@@ -188,9 +188,9 @@ def test_whole_turns_are_left_out_of_what_is_too_long():
   example = chat.examples([{'messages': talk[:3]}], template)[0]
   prompt = template.render([talk[:2]], True)[0].encode()
   (cut,), omitted = training_sequences([example], BYTES, len(prompt) + 1)
-  assert omitted == (0, 0, 1)
+  assert omitted == (0, 0, 1, 0)
   assert cut.ids == [256, *prompt, *b'a'] and cut.weights == [0.0] * (len(prompt) + 1) + [1.0]
-  assert training_sequences([example], BYTES, len(prompt)) == ([None], (1, 0, 0))
+  assert training_sequences([example], BYTES, len(prompt)) == ([None], (1, 0, 0, 0))
 
 
 def test_tokens_that_join_an_answer_with_what_follows_split_the_sequence():

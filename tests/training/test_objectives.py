@@ -157,6 +157,18 @@ def test_what_is_one_per_row_is_not_split_with_the_sequence(base, objective):
   assert float(found[0]) == pytest.approx(float(found[1]), rel=1e-5)
 
 
+@pytest.mark.parametrize('begun', [False, True])
+def test_a_reference_that_is_not_there_is_missed_before_data_are_read(
+  base, tmp_path, monkeypatch, begun
+):
+  config = loop.pretrained.resolve(preferring(base, Dpo(), FULL))
+  config = config.replace(init_from=str(base / 'gone'))
+  monkeypatch.setattr(loop.workdir, 'has_begun', lambda _: begun)
+  monkeypatch.setattr(loop, '_open_dataset', lambda *_: pytest.fail('data are read'))
+  with pytest.raises(ValueError, match='config.init_from: .*gone'):
+    train(config, tmp_path / 'run')
+
+
 @pytest.mark.parametrize('kind', ['reference', 'teacher'])
 def test_the_models_that_a_loss_compares_with_cannot_be_exchanged(base, monkeypatch, kind):
   model = loading.load(base / 'base')
