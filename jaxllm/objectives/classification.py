@@ -19,7 +19,6 @@ class ClassifierConfig(Config):
   """The head."""
 
   kind: Literal['classifier'] = 'classifier'
-  """'classifier'."""
   num_classes: int = pydantic.Field(ge=2)
   """C."""
   pooling: Literal['last', 'mean'] = 'last'

@@ -19,7 +19,6 @@ class Distillation(Config):
   """
 
   kind: Literal['distillation'] = 'distillation'
-  """'distillation'."""
   teacher: str
   """The other model, anything that `jaxllm.load` takes, with the same tokenizer."""
   teacher_model: DecoderConfig | None = None

@@ -17,7 +17,6 @@ class NextToken(Config):
   """Next-token cross-entropy, of answers alone where there is a task."""
 
   kind: Literal['next_token'] = 'next_token'
-  """'next_token'."""
   label_smoothing: float = pydantic.Field(0.0, ge=0, lt=1)
   """Share of the target probability that is spread evenly over the whole vocabulary."""
   z_loss: float = pydantic.Field(0.0, ge=0)

@@ -32,15 +32,12 @@ class Pair(NamedTuple):
 
 
 class Dpo(Config):
-  """Direct preference optimization.
+  """Direct preference optimization: Rafailov et al., arXiv 2305.18290, equation 7.
 
-  Reference:
-    Rafailov et al., arXiv 2305.18290, equation 7; label smoothing: Mitchell, A Note on DPO with
-    Noisy Preferences, 2023, equation 3.
+  Label smoothing: Mitchell, A Note on DPO with Noisy Preferences, 2023, equation 3.
   """
 
   kind: Literal['dpo'] = 'dpo'
-  """'dpo'."""
   beta: float = pydantic.Field(default=0.1, gt=0)
   """How strongly the model is held to the reference."""
   label_smoothing: float = pydantic.Field(default=0.0, ge=0, lt=0.5)
@@ -48,40 +45,28 @@ class Dpo(Config):
 
 
 class Ipo(Config):
-  """Identity preference optimization, on log-probabilities of whole answers as in the paper.
+  """Identity preference optimization: Azar et al., arXiv 2310.12036, equation 17.
 
-  Reference:
-    Azar et al., arXiv 2310.12036, equation 17.
+  On log-probabilities of whole answers, as in the paper.
   """
 
   kind: Literal['ipo'] = 'ipo'
-  """'ipo'."""
   beta: float = pydantic.Field(default=0.1, gt=0)
   """How strongly the model is held to the reference (the paper's tau)."""
 
 
 class Orpo(Config):
-  """Odds ratio preference optimization: the likelihood of the preferred answer, and the odds.
-
-  Reference:
-    Hong et al., arXiv 2403.07691, equations 6 and 7.
-  """
+  """Odds ratio preference optimization: Hong et al., arXiv 2403.07691, equations 6 and 7."""
 
   kind: Literal['orpo'] = 'orpo'
-  """'orpo'."""
   weight: float = pydantic.Field(default=0.1, gt=0)
   """Weight of the odds ratio (the paper's lambda)."""
 
 
 class SimPo(Config):
-  """Simple preference optimization: mean log-probabilities and a margin, no reference.
-
-  Reference:
-    Meng et al., arXiv 2405.14734, equation 6.
-  """
+  """Simple preference optimization: Meng et al., arXiv 2405.14734, equation 6."""
 
   kind: Literal['simpo'] = 'simpo'
-  """'simpo'."""
   beta: float = pydantic.Field(default=2.0, gt=0)
   """Scale of the rewards."""
   margin: float = pydantic.Field(default=1.0, ge=0)

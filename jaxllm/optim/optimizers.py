@@ -60,15 +60,12 @@ class OptimizerConfig(Config):
 def make_optimizer(
   config: OptimizerConfig, schedule: optax.Schedule, params: Any
 ) -> optax.GradientTransformation:
-  """Compose the optimizer.
+  """Compose the optimizer, an optax transform whose update needs the params.
 
   Args:
     config: name and settings.
     schedule: count of finished updates -> learning rate, from `make_schedule`.
     params: nested dict of arrays or ShapeDtypeStructs; only paths and ranks are read.
-
-  Returns:
-    An optax transform whose update needs the params.
 
   Raises:
     ValueError: a name of `decay_names` matches no parameter.
