@@ -182,7 +182,7 @@ def test_the_models_that_a_loss_compares_with_cannot_be_exchanged(base, monkeypa
   assert again[2] == first[2] and len(first[2]) == 1
   params = {**model.variables['params'], 'final_norm': {'scale': np.full(16, 1.001, np.float32)}}
   other = dataclasses.replace(model, variables={'params': params})
-  monkeypatch.setattr(loading, 'load', lambda _: other)
+  monkeypatch.setattr(loading, 'load', lambda _, dtype: other)
   with pytest.raises(ValueError, match=f'config.{field}=.* is not the model that the run began'):
     pretrained.load(config, model.tokenizer, first[2], True)
   # What is only begun with may go.
