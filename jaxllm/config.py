@@ -2,12 +2,13 @@
 
 `Config` is the base of every config class; each room defines its own next to the code that reads
 it. `load` executes an experiment file, `override` changes fields by dotted path, `diff` names what
-differs, `define_flag`, `from_flags` and `run_program` wire a config to absl flags, as
+differs, `Flags`, `from_flags` and `run_program` wire a config to absl flags, as
 `--config=FILE.py[:variant]` and `--config.a.b=value`.
 """
 
 import ast
 import contextlib
+import functools
 import importlib.util
 import inspect
 import json
@@ -27,6 +28,7 @@ from absl import app, flags
 from jaxllm import mistakes
 
 COMPILATION_CACHE = '~/.cache/jaxllm/compiled'
+FLAG_HELP = 'Experiment file, FILE.py[:variant]. --config.a.b=value changes any field.'
 # What the config.json of a run holds. It lies above this file, and is imported when one is read.
 _SAVED = 'jaxllm.experiment:Experiment'
 
@@ -213,28 +215,41 @@ def _load_saved(path: pathlib.Path) -> Any:
     raise ConfigError(f'--config: {written} is no config of a run: {error}') from error
 
 
-def define_flag(
-  name: str = 'config',
-  text: str = 'Experiment file, FILE.py[:variant]. --config.a.b=value changes any field.',
-) -> flags.FlagHolder:
-  """Define a required flag of several programs; `from_flags` reads the config at `--config`."""
-  return flags.DEFINE_string(name, None, text, required=True, allow_override=True)
+class Flags:
+  """The flags of one program, apart from those of others that are imported beside it.
+
+  FLAGS.string(...) is absl's `DEFINE_string` and so on; FLAGS[name] the flag.
+  """
+
+  def __init__(self) -> None:
+    self.values = flags.FlagValues()
+
+  def __getattr__(self, kind: str) -> Callable[..., Any]:
+    return functools.partial(getattr(flags, f'DEFINE_{kind}'), flag_values=self.values)
+
+  def __getitem__(self, name: str) -> flags.Flag:
+    return self.values[name]
 
 
-def parse_flags(argv: Sequence[str]) -> list[str]:
-  """Parse absl flags, setting `--config.a.b=value` arguments aside for `from_flags`.
+def parse_flags(argv: Sequence[str], own: Flags) -> list[str]:
+  """Parse a program's flags, setting `--config.a.b=value` arguments aside for `from_flags`.
 
   With `--help` the fields of the given config are listed after the flags.
   """
+  known = flags.FlagValues()
+  known.append_flag_values(flags.FLAGS)
+  known.append_flag_values(own.values)
+  for name in own.values:
+    own[name].unparse()
   kept, overrides = [argv[0]], {}
-  arguments = iter(flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False))
+  arguments = iter(known.read_flags_from_files(argv[1:], force_gnu=False))
   for argument in arguments:
     if argument == '--':
       kept += [argument, *arguments]
       break
     body = argument.lstrip('-')
     if not argument.startswith('-') or not body.startswith('config.') or (
-        'config' not in flags.FLAGS):
+        'config' not in known):
       kept.append(argument)
       continue
     path, has_value, value = body.removeprefix('config.').partition('=')
@@ -246,17 +261,20 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
   _OVERRIDES.clear()
   _OVERRIDES.update(overrides)
   if {'--help', '-help', '--helpfull', '-h'} & set(kept):
-    _print_help(kept)
+    _print_help(kept, own)
   try:
-    return flags.FLAGS(kept)
+    rest = known(kept)
   except flags.UnrecognizedFlagError as error:
     location = _location(kept)
     near = _same_field(error.flagname, load(location)) if location else ''
     raise flags.Error(
       f'--{error.flagname}: there is no such flag{near}') if near else error from None
+  for values in (own.values, flags.FLAGS):
+    values.mark_as_parsed()
+  return rest
 
 
-def run_program(main: Callable[[Sequence[str]], Any]) -> None:
+def run_program(main: Callable[[Sequence[str]], Any], own: Flags) -> None:
   """Run an absl main; what the user got wrong is one sentence and exit code 2, not a traceback.
 
   `mistakes.sentence` tells which exceptions these are; `--verbosity=1` shows where they were
@@ -279,11 +297,11 @@ def run_program(main: Callable[[Sequence[str]], Any]) -> None:
     return main(argv)
 
   try:
-    app.run(guarded, flags_parser=parse_flags)
+    app.run(guarded, flags_parser=functools.partial(parse_flags, own=own))
   except KeyboardInterrupt:
     sys.exit(130)
   except Exception as error:
-    text = mistakes.sentence(error)
+    text = mistakes.sentence(error, own.values)
     if text is None or (flags.FLAGS['verbosity'].value or 0) > 0:
       raise
     print(f'error: {text}', file=sys.stderr)
@@ -300,11 +318,9 @@ def from_flags(location: str) -> Any:
 _OVERRIDES: dict[str, str] = {}
 
 
-def _print_help(argv: Sequence[str]) -> None:
+def _print_help(argv: Sequence[str], own: Flags) -> None:
   location = _location(argv)
-  for flag in flags.FLAGS.flags_by_module_dict().get(__name__, ()):  # Of `define_flag`.
-    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
-  print(flags.FLAGS.main_module_help())
+  print(own.values.get_help())
   if location:
     print(f'Fields of {location}:\n{describe(from_flags(location))}')
   else:
@@ -370,7 +386,7 @@ def _read_value(cls: type[Config], key: str, path: str, value: Any) -> Any:
   accept: Any = pydantic.TypeAdapter(Annotated[field.annotation, field])  # type: ignore[arg-type]
   candidates = [value]
   if isinstance(value, str):
-    candidates = [_literal(value), *([value] if _accepts_text(field.annotation) else []),
+    candidates = [_literal(value), *([value] if str in _annotations(field.annotation) else []),
                   *([None] if value.lower() == 'none' else [])]
   errors = []
   for candidate in candidates:
@@ -396,10 +412,11 @@ def _literal(text: str) -> Any:
   return text
 
 
-def _accepts_text(annotation: Any) -> bool:
-  if annotation is str:
-    return True
-  return any(_accepts_text(part) for part in typing.get_args(annotation))
+def _annotations(annotation: Any) -> Iterator[Any]:
+  """Yield an annotation and all that it is made of."""
+  yield annotation
+  for part in typing.get_args(annotation):
+    yield from _annotations(part)
 
 
 def _leaves(value: Any, path: str = '') -> Iterator[tuple[str, Any]]:
@@ -449,16 +466,11 @@ def _readable(cls: type[Config], error: pydantic.ValidationError) -> str:
 
 
 def _owner(cls: type[Config], location: tuple[Any, ...]) -> type[Config]:
+  """Return the class of the config at a place, as far as the names of fields lead there."""
   for part in location:
     field = cls.model_fields.get(part) if isinstance(part, str) else None
-    child = _config_class(field.annotation) if field else None
-    if child is not None:
-      cls = child
+    found = (one for one in _annotations(field.annotation if field else None)
+             if isinstance(one, type) and not isinstance(one, types.GenericAlias)
+             and issubclass(one, Config))
+    cls = next(found, cls)
   return cls
-
-
-def _config_class(annotation: Any) -> type[Config] | None:
-  if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
-    return annotation if issubclass(annotation, Config) else None
-  found = (_config_class(part) for part in typing.get_args(annotation))
-  return next((c for c in found if c is not None), None)

@@ -6,26 +6,27 @@ jaxllm, and from any of these to a Hugging Face directory or to exported program
 some.
 """
 
-from absl import flags
-
 from jaxllm import config
 
-SOURCE = flags.DEFINE_string(
+FLAGS = config.Flags()
+SOURCE = FLAGS.string(
   'source', None, 'A workdir, a Hugging Face directory, a .gguf file, or hf:NAME of the hub.',
   required=True,
 )
-TARGET = flags.DEFINE_string('target', None, 'The new directory.', required=True)
-FORMAT = flags.DEFINE_enum(
+TARGET = FLAGS.string('target', None, 'The new directory.', required=True)
+FORMAT = FLAGS.enum(
   'format', 'jaxllm', ['jaxllm', 'huggingface', 'exported', 'peft'], 'What to write.'
 )
-DTYPE = flags.DEFINE_enum(
+DTYPE = FLAGS.enum(
   'dtype', None, ['float32', 'bfloat16'], 'Of the written parameters; by default as they are.'
 )
-REVISION = flags.DEFINE_string('revision', None, 'Commit, tag or branch of a name of the hub.')
-IGNORE_AUTO_MAP = flags.DEFINE_bool(
+REVISION = FLAGS.string('revision', None, 'Commit, tag or branch of a name of the hub.')
+IGNORE_AUTO_MAP = FLAGS.bool(
   'ignore_auto_map', False, 'Read a model whose config.json names code, which is not run.'
 )
-BUCKETS = flags.DEFINE_list(
+MESH = FLAGS.string(
+  'mesh', None, 'Devices to split it over meanwhile, as in fsdp=4,tensor=2; by default one.')
+BUCKETS = FLAGS.list(
   'buckets', ['128', '512', '2048'], 'Lengths in tokens of exported programs.'
 )
 
@@ -43,15 +44,18 @@ def main(_) -> None:  # noqa: D103
   sources.check_exists(SOURCE.value, REVISION.value)
   if sources.is_foreign(SOURCE.value):
     source = sources.open_model(SOURCE.value, REVISION.value, IGNORE_AUTO_MAP.value)
-    report = conversion.from_source(source, TARGET.value, FORMAT.value, DTYPE.value, buckets)
+    report = conversion.from_source(
+      source, TARGET.value, FORMAT.value, DTYPE.value, buckets, MESH.value)
   else:
     from jaxllm import loading
+    from jaxllm.interop import peft
 
     loading.describe(SOURCE.value)
     if FORMAT.value == 'jaxllm':
       raise ValueError(f'--source={SOURCE.value} is a checkpoint of jaxllm already; choose another '
                        '--format')
-    loaded = loading.load(SOURCE.value)
+    stored = 'float32' if peft.base_model(SOURCE.value) else None
+    loaded = loading.load(SOURCE.value, MESH.value, stored)
     report = conversion.from_model(loaded, TARGET.value, FORMAT.value, DTYPE.value, buckets)
   proof = report['proof']
   print(f'{TARGET.value}: {FORMAT.value}, proven on {len(proof["prompt_ids"])} tokens')
@@ -78,4 +82,4 @@ def _write_adapters() -> None:
 
 
 if __name__ == '__main__':
-  config.run_program(main)
+  config.run_program(main, FLAGS)

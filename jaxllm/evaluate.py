@@ -15,30 +15,34 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from absl import flags
-
 from jaxllm import config, mistakes
 
-MODEL = config.define_flag(
-  'model', 'A workdir, a checkpoint, a Hugging Face directory or a .gguf file.')
-BASELINE = flags.DEFINE_string('baseline', None, 'Another model, to be compared with.')
-QUANTIZE = flags.DEFINE_enum(
+FLAGS = config.Flags()
+MODEL = FLAGS.string(
+  'model', None, 'A workdir, a checkpoint, a Hugging Face directory or a .gguf file.',
+  required=True)
+MESH = FLAGS.string(
+  'mesh', None, 'Devices to split it over, as in fsdp=4,tensor=2; by default one.')
+DTYPE = FLAGS.enum(
+  'dtype', None, ['float32', 'bfloat16'], 'Of its parameters; by default as in jaxllm.load.')
+BASELINE = FLAGS.string('baseline', None, 'Another model, to be compared with.')
+QUANTIZE = FLAGS.enum(
   'quantize', None, ['int8', 'int4'], 'Store the weights smaller; the baseline is then the model.')
-TASKS = flags.DEFINE_string('tasks', None, 'Kinds of tasks, or a .json file of their configs.')
-DATA = flags.DEFINE_string(
+TASKS = FLAGS.string('tasks', None, 'Kinds of tasks, or a .json file of their configs.')
+DATA = FLAGS.string(
   'data', None, 'Records of the task: a file, package:NAME, tfds:NAME?split= or hf:NAME?split=.'
 )
-TEXT = flags.DEFINE_multi_string('text', [], 'A file to measure; may be repeated.')
-SPLIT = flags.DEFINE_string('split', None, "What is scored: 'test' of tasks, else 'validation'.")
-LIMIT = flags.DEFINE_integer('limit', None, 'Most records of a task.', 1)
-CONTEXT_LENGTH = flags.DEFINE_integer(
+TEXT = FLAGS.multi_string('text', [], 'A file to measure; may be repeated.')
+SPLIT = FLAGS.string('split', None, "What is scored: 'test' of tasks, else 'validation'.")
+LIMIT = FLAGS.integer('limit', None, 'Most records of a task.', 1)
+CONTEXT_LENGTH = FLAGS.integer(
   'context_length', None, "Tokens of a window of a text; by default the model's, at most 1024.", 2
 )
-STRIDE = flags.DEFINE_integer(
+STRIDE = FLAGS.integer(
   'stride', None, 'Tokens that a window of a text predicts; by default half of it.', 1
 )
-BATCH_SIZE = flags.DEFINE_integer('batch_size', 8, 'Records or prompts in one batch.', 1)
-OUTPUT = flags.DEFINE_string('output', None, 'File for scores and predictions, as JSON.')
+BATCH_SIZE = FLAGS.integer('batch_size', 8, 'Records or prompts in one batch.', 1)
+OUTPUT = FLAGS.string('output', None, 'File for scores and predictions, as JSON.')
 
 
 def main(_) -> None:  # noqa: D103
@@ -47,8 +51,8 @@ def main(_) -> None:  # noqa: D103
   from jaxllm.tasks import suite
 
   _check_inputs()
-  model = loading.load(MODEL.value)
-  baseline = loading.load(BASELINE.value) if BASELINE.value else None
+  model = loading.load(MODEL.value, MESH.value, DTYPE.value)
+  baseline = loading.load(BASELINE.value, MESH.value, DTYPE.value) if BASELINE.value else None
   if QUANTIZE.value:
     model, baseline = model.quantized(QUANTIZE.value), baseline or model
   own = model.task
@@ -266,4 +270,4 @@ def _write(results: Any) -> None:
 
 
 if __name__ == '__main__':
-  config.run_program(main)
+  config.run_program(main, FLAGS)

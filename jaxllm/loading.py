@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import logging
-import math
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +22,7 @@ from jaxllm.generation import text
 from jaxllm.interop import chat as templates
 from jaxllm.interop import native, peft, sources, tokenizer_directory, tokenizer_files, weights
 from jaxllm.interop.weights import Source
-from jaxllm.model import ChatFormat, Model
+from jaxllm.model import ChatFormat, Model, make_placement
 from jaxllm.models import decoder
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.sharding import Placement
@@ -123,16 +122,16 @@ def load(
   step = store.find_step(path)
   bundle = store.read_bundle(step)
   config, experiment = _described(bundle)
-  placement = _placement(mesh, config, experiment)
+  placement = make_placement(
+    mesh, config, experiment.mesh.rules if experiment else sharding.DEFAULT_RULES)
   shapes, axes = abstract(experiment) if experiment else (
     tree['params'] for tree in decoder.abstract(config))
-  where = placement and sharding.shardings(axes, shapes, placement.mesh, placement.config)
+  where = placement and placement.shardings(axes, shapes)
   if experiment and experiment.finetune.lora:
     params = _merged(step, bundle, experiment, placement, where, dtype)
   else:
     # A converted model may be stored in bfloat16; a run's parameters are float32.
-    params, _ = store.restore_params(
-      step, abstract(experiment)[0] if experiment else None, where, dtype)
+    params, _ = store.restore_params(step, shapes if experiment else None, where, dtype)
   return _on(_stored(bundle, {'params': params}, config, experiment), placement, dtype)
 
 
@@ -142,23 +141,8 @@ def _on(model: Model, placement: Placement | None, dtype: str | None) -> Model:
   return dataclasses.replace(model, config=config, placement=placement)
 
 
-def _placement(
-  mesh: Any, config: DecoderConfig, experiment: Experiment | None = None
-) -> Placement | None:
-  """Return where a model goes, with rules that fit its key and value heads."""
-  rules = experiment.mesh.rules if experiment else sharding.DEFAULT_RULES
-  placement = sharding.make_placement(mesh, rules)
-  if placement is None:
-    return None
-  splits = dict(placement.config.rules)
-  if config.kv_heads % math.prod(placement.mesh.shape[axis] for axis in splits['kv_heads']):
-    rules = tuple((splits | {'kv_heads': ()}).items())
-    return Placement(placement.mesh, placement.config.replace(rules=rules))
-  return placement
-
-
 def _read(source: Source, mesh: Any, dtype: str | None) -> Model:
-  placement = _placement(mesh, source.config)
+  placement = make_placement(mesh, source.config)
   device = placement.mesh.devices.flat[0] if placement else jax.devices()[0]
   dtype = dtype or ('float32' if device.platform == 'cpu' else 'bfloat16')
   return _on(_foreign(source, weights.load(source, dtype, placement)), placement, dtype)
@@ -237,16 +221,7 @@ def _merged(
 ) -> Any:
   """Return the parameters of the model that the run began with, its adapters added.
 
-  Args:
-    step: the checkpoint.
-    bundle: what travels with it.
-    experiment: the run.
-    placement: the devices of the base.
-    where: the shardings of the adapters.
-    dtype: of the result; None: float32.
-
-  Raises:
-    ValueError: that model is gone, or another one lies there.
+  `where` are the shardings of the adapters, `dtype` is that of the result.
   """
   path = sources.named(experiment.init_from or '')
   try:

@@ -73,17 +73,21 @@ def speak_plainly() -> None:
     warnings.simplefilter('ignore')
 
 
-def sentence(error: BaseException) -> str | None:
+def sentence(error: BaseException, known: flags.FlagValues = flags.FLAGS) -> str | None:
   """Return what an exception says about a user's input or machine; None: it is a fault of ours.
 
   These are refusals (ValueErrors from a `raise` of jaxllm, and its own classes), subclasses of
   ValueError, which tell of texts that are no JSON or no UTF-8 and the like, bad flags, what the
   system refuses (OSError), packages that are not installed, and accelerators that do not start.
+
+  Args:
+    error: the exception.
+    known: the flags of the program.
   """
   frames = traceback.extract_tb(error.__traceback__)
   where, line = (frames[-1].filename, frames[-1].line or '') if frames else ('', '')
   if isinstance(error, flags.Error):
-    return _flag_sentence(error)
+    return _flag_sentence(error, known)
   if where.endswith(_BACKENDS) and isinstance(error, RuntimeError | AssertionError):
     return (f'JAX_PLATFORMS={os.environ.get("JAX_PLATFORMS", "")}: JAX cannot start this backend '
             f'here{f" ({error})" if str(error) else ""}; install what it needs (the extra cuda or '
@@ -98,14 +102,14 @@ def sentence(error: BaseException) -> str | None:
   return (str(error) or type(error).__name__) if said else None
 
 
-def _flag_sentence(error: flags.Error) -> str:
+def _flag_sentence(error: flags.Error, known: flags.FlagValues) -> str:
   """Return an error of absl's flags with the flag as it is typed, and the nearest one."""
   if isinstance(error, flags.UnrecognizedFlagError):
-    near = hint(error.flagname.replace('-', '_'), flags.FLAGS, '--') or '; --help lists them'
+    near = hint(error.flagname.replace('-', '_'), known, '--') or '; --help lists them'
     return f'--{error.flagname}: there is no such flag{near}'
   text = str(error)
   if missing := re.match(r'flag --(\w+)=None: Flag --\w+ must have a value other than None', text):
-    return f'--{missing[1]}=... is missing: {flags.FLAGS[missing[1]].help}'
+    return f'--{missing[1]}=... is missing: {known[missing[1]].help}'
   if missing := re.match(r'Missing value for flag (\S+)', text):
     return f'{missing[1]}: a value is missing'
   for pattern, said in ((r'invalid literal for int\(\).*', 'a whole number is needed'),

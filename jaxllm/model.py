@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm import sharding
 from jaxllm.adapters.quantization import QuantizationConfig, quantize
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.models import decoder
@@ -138,6 +140,24 @@ class Model:
         f'(0 to {self.config.vocab_size - 1})'
       )
     return jnp.asarray(array[None], jnp.int32)
+
+
+def make_placement(
+  mesh: Any, config: DecoderConfig, rules: sharding.Rules = sharding.DEFAULT_RULES
+) -> Placement | None:
+  """Return where a model goes; arguments as in `sharding.make_placement`.
+
+  Key and value heads that the mesh does not divide lie on all devices.
+  """
+  placement = sharding.make_placement(mesh, rules)
+  if placement is None:
+    return None
+  splits = dict(placement.config.rules)
+  parts = math.prod(placement.mesh.shape[axis] for axis in splits['kv_heads'])
+  if config.kv_heads % parts == 0:
+    return placement
+  replicated = tuple((splits | {'kv_heads': ()}).items())
+  return Placement(placement.mesh, placement.config.replace(rules=replicated))
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'method'))

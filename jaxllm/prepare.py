@@ -8,7 +8,8 @@ import pathlib
 
 from jaxllm import config
 
-CONFIG = config.define_flag()
+FLAGS = config.Flags()
+CONFIG = FLAGS.string('config', None, config.FLAG_HELP, required=True)
 
 
 def main(_) -> None:  # noqa: D103
@@ -28,4 +29,4 @@ def main(_) -> None:  # noqa: D103
 
 
 if __name__ == '__main__':
-  config.run_program(main)
+  config.run_program(main, FLAGS)

@@ -8,40 +8,42 @@ gives the same continuation in fewer passes of the model.
 import sys
 from collections.abc import Iterator
 
-from absl import flags
-
 from jaxllm import config
 
-MODEL = config.define_flag(
-  'model', 'A workdir, a checkpoint, a Hugging Face directory or a .gguf file.')
-PROMPT = flags.DEFINE_multi_string('prompt', [''], 'Text to continue; may be repeated.')
-CHAT = flags.DEFINE_bool('chat', False, "Converse, by the model's chat template.")
-SYSTEM = flags.DEFINE_string('system', None, 'The system message of a chat.')
-QUANTIZE = flags.DEFINE_enum(
-  'quantize', None, ['int8', 'int4'], 'Store the weights smaller.', allow_override=True)
-CACHE_DTYPE = flags.DEFINE_enum(
-  'cache_dtype', None, ['int8'], 'Store keys and values smaller.', allow_override=True)
-NUM_DRAFTED = flags.DEFINE_integer('num_drafted', 0, 'Tokens guessed before each pass; 0: none.', 0)
-DRAFT = flags.DEFINE_string('draft', None, 'A smaller model with the same vocabulary that guesses.')
-STOP = flags.DEFINE_multi_string('stop', [], 'A text that ends a continuation; may be repeated.')
-NUM_BEAMS = flags.DEFINE_integer('num_beams', 1, 'Beams of a beam search; 1: draw.', 1)
-LENGTH_PENALTY = flags.DEFINE_float('length_penalty', 1.0, 'Above 0 favours long beams.')
+FLAGS = config.Flags()
+MODEL = FLAGS.string(
+  'model', None, 'A workdir, a checkpoint, a Hugging Face directory or a .gguf file.',
+  required=True)
+MESH = FLAGS.string(
+  'mesh', None, 'Devices to split it over, as in fsdp=4,tensor=2; by default one.')
+DTYPE = FLAGS.enum(
+  'dtype', None, ['float32', 'bfloat16'], 'Of its parameters; by default as in jaxllm.load.')
+PROMPT = FLAGS.multi_string('prompt', [''], 'Text to continue; may be repeated.')
+CHAT = FLAGS.bool('chat', False, "Converse, by the model's chat template.")
+SYSTEM = FLAGS.string('system', None, 'The system message of a chat.')
+QUANTIZE = FLAGS.enum('quantize', None, ['int8', 'int4'], 'Store the weights smaller.')
+CACHE_DTYPE = FLAGS.enum('cache_dtype', None, ['int8'], 'Store keys and values smaller.')
+NUM_DRAFTED = FLAGS.integer('num_drafted', 0, 'Tokens guessed before each pass; 0: none.', 0)
+DRAFT = FLAGS.string('draft', None, 'A smaller model with the same vocabulary that guesses.')
+STOP = FLAGS.multi_string('stop', [], 'A text that ends a continuation; may be repeated.')
+NUM_BEAMS = FLAGS.integer('num_beams', 1, 'Beams of a beam search; 1: draw.', 1)
+LENGTH_PENALTY = FLAGS.float('length_penalty', 1.0, 'Above 0 favours long beams.')
 # Their defaults are those of SamplingConfig.
-MAX_NEW_TOKENS = flags.DEFINE_integer('max_new_tokens', None, 'Tokens to add, at most; 128.', 1)
-TEMPERATURE = flags.DEFINE_float(
+MAX_NEW_TOKENS = FLAGS.integer('max_new_tokens', None, 'Tokens to add, at most; 128.', 1)
+TEMPERATURE = FLAGS.float(
   'temperature', None, 'Randomness; 0 takes the likeliest token; by default 1.', 0)
-TOP_K = flags.DEFINE_integer('top_k', None, 'Draw from this many likeliest tokens; 0: from all.', 0)
-TOP_P = flags.DEFINE_float('top_p', None, 'Draw from the likeliest tokens of this mass.', 0, 1)
-MIN_P = flags.DEFINE_float(
+TOP_K = FLAGS.integer('top_k', None, 'Draw from this many likeliest tokens; 0: from all.', 0)
+TOP_P = FLAGS.float('top_p', None, 'Draw from the likeliest tokens of this mass.', 0, 1)
+MIN_P = FLAGS.float(
   'min_p', None, "Draw from tokens of at least this share of the best's.", 0, 1)
-TYPICAL_P = flags.DEFINE_float('typical_p', None, 'Draw from tokens of expected surprise.', 0, 1)
-REPETITION_PENALTY = flags.DEFINE_float('repetition_penalty', None, 'Above 1 avoids repetition.', 0)
-NO_REPEAT_NGRAM_SIZE = flags.DEFINE_integer(
+TYPICAL_P = FLAGS.float('typical_p', None, 'Draw from tokens of expected surprise.', 0, 1)
+REPETITION_PENALTY = FLAGS.float('repetition_penalty', None, 'Above 1 avoids repetition.', 0)
+NO_REPEAT_NGRAM_SIZE = FLAGS.integer(
   'no_repeat_ngram_size', None, 'No so many tokens come twice.', 0)
-flags.DEFINE_alias('no_repeat_ngram', 'no_repeat_ngram_size')
-SEED = flags.DEFINE_integer('seed', None, 'The same seed gives the same text; 0.', 0)
-NUM_SAMPLES = flags.DEFINE_integer('num_samples', 1, 'Continuations of each prompt.', 1)
-SAMPLING = flags.DEFINE_string(
+FLAGS.alias('no_repeat_ngram', 'no_repeat_ngram_size')
+SEED = FLAGS.integer('seed', None, 'The same seed gives the same text; 0.', 0)
+NUM_SAMPLES = FLAGS.integer('num_samples', 1, 'Continuations of each prompt.', 1)
+SAMPLING = FLAGS.string(
   'sampling', '{}', 'Other rules, as JSON: {"min_new_tokens": 5, "presence_penalty": 0.5}; see '
   'SamplingConfig.')
 
@@ -67,7 +69,7 @@ def main(_) -> None:  # noqa: D103
   sampling, _ = text.read_options(options, NUM_SAMPLES.value, DRAFT.value)
   for path in filter(None, (MODEL.value, DRAFT.value)):
     sources.check_exists(path)
-  model = loading.load(MODEL.value)
+  model = loading.load(MODEL.value, MESH.value, DTYPE.value)
   if QUANTIZE.value:
     model = model.quantized(QUANTIZE.value)
   if CHAT.value:
@@ -96,10 +98,10 @@ def _check_flags() -> None:
              '--num_beams': ('temperature', 'top_k', 'top_p', 'min_p', 'typical_p', 'seed')}
   needed = {'system': '--chat', 'length_penalty': '--num_beams'}
   for name in useless.get(chosen[0] if chosen else '', ()):
-    if flags.FLAGS[name].present:
+    if FLAGS[name].present:
       raise ValueError(f'--{name} works without {chosen[0]} only')
   for name, way in needed.items():
-    if flags.FLAGS[name].present and way not in chosen:
+    if FLAGS[name].present and way not in chosen:
       raise ValueError(f'--{name} works with {way} only')
 
 
@@ -129,4 +131,4 @@ def _lines() -> Iterator[str]:
 
 
 if __name__ == '__main__':
-  config.run_program(main)
+  config.run_program(main, FLAGS)

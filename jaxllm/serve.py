@@ -10,28 +10,31 @@ import pathlib
 import signal
 import socket
 
-from absl import flags
-
 from jaxllm import config
 
-MODEL = config.define_flag(
-  'model', 'A workdir, a checkpoint, a Hugging Face directory or a .gguf file.')
-HOST = flags.DEFINE_string('host', '127.0.0.1', 'Address to listen at; 0.0.0.0: from everywhere.')
-PORT = flags.DEFINE_integer('port', 8000, 'Port to listen at.', 0, 65535)
-NAME = flags.DEFINE_string('name', None, 'What clients call the model; by default its last part.')
-API_KEYS_FILE = flags.DEFINE_string('api_keys_file', None, 'A file of API keys, one per line.')
-ANONYMOUS = flags.DEFINE_bool('anonymous', False, 'Let others than this machine in without a key.')
-ALLOWED_HOSTS = flags.DEFINE_list(
+FLAGS = config.Flags()
+MODEL = FLAGS.string(
+  'model', None, 'A workdir, a checkpoint, a Hugging Face directory or a .gguf file.',
+  required=True)
+MESH = FLAGS.string(
+  'mesh', None, 'Devices to split it over, as in fsdp=4,tensor=2; by default one.')
+DTYPE = FLAGS.enum(
+  'dtype', None, ['float32', 'bfloat16'], 'Of its parameters; by default as in jaxllm.load.')
+HOST = FLAGS.string('host', '127.0.0.1', 'Address to listen at; 0.0.0.0: from everywhere.')
+PORT = FLAGS.integer('port', 8000, 'Port to listen at.', 0, 65535)
+NAME = FLAGS.string('name', None, 'What clients call the model; by default its last part.')
+API_KEYS_FILE = FLAGS.string('api_keys_file', None, 'A file of API keys, one per line.')
+ANONYMOUS = FLAGS.bool('anonymous', False, 'Let others than this machine in without a key.')
+ALLOWED_HOSTS = FLAGS.list(
   'allowed_hosts', [], 'Further names that requests to a loopback address may give as their host.')
-QUANTIZE = flags.DEFINE_enum(
-  'quantize', None, ['int8', 'int4'], 'Store the weights smaller.', allow_override=True)
-NUM_SLOTS = flags.DEFINE_integer('num_slots', 8, 'Choices decoded together.', 1)
-CONTEXT_LENGTH = flags.DEFINE_integer(
+QUANTIZE = FLAGS.enum('quantize', None, ['int8', 'int4'], 'Store the weights smaller.')
+NUM_SLOTS = FLAGS.integer('num_slots', 8, 'Choices decoded together.', 1)
+CONTEXT_LENGTH = FLAGS.integer(
   'context_length', None, "Tokens of prompt and continuation; by default the model's, up to 2048.",
-  1, allow_override=True)
-MAX_QUEUE = flags.DEFINE_integer('max_queue', 64, 'Choices that may wait.', 0)
-CACHE_DTYPE = flags.DEFINE_enum('cache_dtype', None, ['int8'], 'Store keys and values smaller.')
-LIMITS = flags.DEFINE_string(
+  1)
+MAX_QUEUE = FLAGS.integer('max_queue', 64, 'Choices that may wait.', 0)
+CACHE_DTYPE = FLAGS.enum('cache_dtype', None, ['int8'], 'Store keys and values smaller.')
+LIMITS = FLAGS.string(
   'limits', '{}', 'Other limits, as JSON: {"max_body_bytes": 1000000, "request_seconds": 60}; see '
   'LimitsConfig.')
 
@@ -54,7 +57,7 @@ def main(_) -> None:  # noqa: D103
   from jaxllm.serving.engine import Engine, EngineConfig
   from jaxllm.serving.service import Service
 
-  model = loading.load(MODEL.value)
+  model = loading.load(MODEL.value, MESH.value, DTYPE.value)
   if QUANTIZE.value:
     model = model.quantized(QUANTIZE.value)
   # The stacked ones are not needed any more.
@@ -95,4 +98,4 @@ def _bind(host: str, port: int) -> socket.socket:
 
 
 if __name__ == '__main__':
-  config.run_program(main)
+  config.run_program(main, FLAGS)

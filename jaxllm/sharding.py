@@ -20,9 +20,10 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from jaxllm.config import Config
 
+Rules = tuple[tuple[str, tuple[str, ...]], ...]
 MESH_AXES = ('data', 'fsdp', 'tensor', 'context', 'expert')
 
-DEFAULT_RULES = (
+DEFAULT_RULES: Rules = (
   # Activations.
   ('batch', ('data', 'fsdp', 'expert')),
   ('length', ('context',)),
@@ -59,7 +60,7 @@ class MeshConfig(Config):
   """Devices that split the sequence."""
   expert: int = 1
   """Devices that split the experts of a mixture-of-experts layer, and the batch elsewhere."""
-  rules: tuple[tuple[str, tuple[str, ...]], ...] = DEFAULT_RULES
+  rules: Rules = DEFAULT_RULES
   """Logical axis name -> mesh axes, as pairs. A name may stand once; () replicates."""
 
   @pydantic.model_validator(mode='after')
@@ -128,16 +129,20 @@ class Placement:
     """Return the sharding of an array by the logical names of its axes; see `constrain`."""
     return NamedSharding(self.mesh, _dividing(shape, axes, self.mesh, self.config))
 
+  def shardings(self, axes: Any, shapes: Any) -> Any:
+    """Return the shardings of a tree of parameters; see `shardings`."""
+    return shardings(axes, shapes, self.mesh, self.config)
+
 
 def make_placement(
-  mesh: Placement | Mesh | MeshConfig | Mapping[str, Any] | None,
-  rules: Sequence[tuple[str, tuple[str, ...]]] = DEFAULT_RULES,
+  mesh: Placement | Mesh | MeshConfig | Mapping[str, Any] | str | None,
+  rules: Rules = DEFAULT_RULES,
 ) -> Placement | None:
   """Return where a model is to lie; None: on one device.
 
   Args:
-    mesh: sizes of mesh axes, {'fsdp': 4, 'tensor': 2}, those left out being 1; a config; or a mesh
-      with some of MESH_AXES. A config takes the first devices, as many as it has.
+    mesh: sizes of mesh axes, {'fsdp': 4, 'tensor': 2} or 'fsdp=4,tensor=2', those left out being
+      1; a config; or a mesh with some of MESH_AXES. A config takes the first devices.
     rules: what is split over them, where `mesh` does not say it.
 
   Raises:
@@ -152,9 +157,14 @@ def make_placement(
     devices = mesh.devices.transpose([mesh.axis_names.index(axis) for axis in own])
     devices = devices.reshape([mesh.shape.get(axis, 1) for axis in MESH_AXES])
     automatic = Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
-    return Placement(automatic, MeshConfig(rules=tuple(rules)))
+    return Placement(automatic, MeshConfig(rules=rules))
+  if isinstance(mesh, str):
+    parts = [part.partition('=') for part in mesh.replace(' ', '').split(',')]
+    if not all(size.lstrip('-').isdecimal() for _, _, size in parts):
+      raise ValueError(f'mesh={mesh!r}: sizes of mesh axes are needed, as in fsdp=4,tensor=2')
+    mesh = {axis: int(size) for axis, _, size in parts}
   config = mesh if isinstance(mesh, MeshConfig) else MeshConfig(
-    **{'data': 1, 'rules': tuple(rules), **mesh})
+    **{'data': 1, 'rules': rules, **mesh})
   sizes = [getattr(config, axis) for axis in MESH_AXES]
   number = jax.device_count() if -1 in sizes else math.prod(sizes)
   if number > jax.device_count():

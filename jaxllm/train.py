@@ -9,15 +9,14 @@ import json
 import pathlib
 import sys
 
-from absl import flags
-
 from jaxllm import config
 
 SAVED_AND_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: to be tried again.
 
-CONFIG = config.define_flag()
-WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run.', required=True)
-DISTRIBUTED = flags.DEFINE_bool(
+FLAGS = config.Flags()
+CONFIG = FLAGS.string('config', None, config.FLAG_HELP, required=True)
+WORKDIR = FLAGS.string('workdir', None, 'Directory of the run.', required=True)
+DISTRIBUTED = FLAGS.bool(
   'distributed', False, 'Connect the processes of a TPU pod or a multi-host GPU job first.'
 )
 
@@ -53,4 +52,4 @@ def main(_) -> None:  # noqa: D103
 
 
 if __name__ == '__main__':
-  config.run_program(main)
+  config.run_program(main, FLAGS)

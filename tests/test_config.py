@@ -97,10 +97,11 @@ def get_config(variant="small"):
 '''
 PROGRAM = '''
 from jaxllm import config
-FLAG = config.define_flag()
+FLAGS = config.Flags()
+FLAG = FLAGS.string('config', None, config.FLAG_HELP, required=True)
 def main(_):
   print("size", config.from_flags(FLAG.value).size)
-config.run_program(main)
+config.run_program(main, FLAGS)
 '''
 
 

@@ -24,13 +24,9 @@ from tests.training import tiny_run as tiny
 # Several commands in one process, which starts only once.
 SCRIPT = """
 import json, sys
-from absl import flags
 from jaxllm import config, evaluate
 for command in json.loads(sys.argv[1]):
-  flags.FLAGS.unparse_flags()
-  for name in flags.FLAGS.flags_by_module_dict()['jaxllm.evaluate']:
-    name.unparse()
-  config.parse_flags(['evaluate', *command])
+  config.parse_flags(['evaluate', *command], evaluate.FLAGS)
   try:
     evaluate.main(None)
   except ValueError as error:

@@ -18,7 +18,6 @@ import shlex
 
 import jax
 import pytest
-from absl import flags
 
 import jaxllm
 from jaxllm import config, sharding
@@ -75,14 +74,13 @@ def test_there_are_commands_of_every_program():
 def test_a_command_is_one_that_the_program_takes(where, program, arguments, monkeypatch):
   monkeypatch.chdir(ROOT)
   module = programs.load(program)
-  programs.unparse()
   arguments = [one for one in arguments if one != '--help']
   partial = program in ('train', 'prepare') and not any('--workdir' in one for one in arguments)
   if partial:
     arguments.append('--workdir=runs/x')
   if program == 'prepare':
     arguments.remove('--workdir=runs/x')
-  left = config.parse_flags([program, *arguments])
+  left = config.parse_flags([program, *arguments], module.FLAGS)
   assert len(left) == 1, f'{where}: {left}'
   if program in ('train', 'prepare'):
     experiment = config.from_flags(module.CONFIG.value)
@@ -180,4 +178,4 @@ def test_a_python_block_runs_by_itself(code, folder, monkeypatch):
   monkeypatch.setattr(loop, 'train', lambda experiment, path: trained.append((experiment, path)))
   exec(compiled, {})
   assert all(isinstance(experiment, jaxllm.Experiment) for experiment, _ in trained)
-  assert jax.config.jax_numpy_rank_promotion == 'raise' and flags.FLAGS is not None
+  assert jax.config.jax_numpy_rank_promotion == 'raise'

@@ -14,14 +14,10 @@ from tests.interop import small
 # Several commands in one process, which starts only once.
 SCRIPT = """
 import io, json, sys
-from absl import flags
 from jaxllm import config, sample
 for command, typed in json.loads(sys.argv[1]):
-  flags.FLAGS.unparse_flags()
-  for name in flags.FLAGS.flags_by_module_dict()['jaxllm.sample']:
-    name.unparse()
   sys.stdin = io.StringIO(typed)
-  config.parse_flags(['sample', *command])
+  config.parse_flags(['sample', *command], sample.FLAGS)
   try:
     sample.main(None)
   except Exception as error:

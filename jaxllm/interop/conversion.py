@@ -23,14 +23,14 @@ from jaxllm.interop import (
 )
 from jaxllm.interop.report import ConversionError
 from jaxllm.interop.weights import Source
-from jaxllm.model import Model
+from jaxllm.model import Model, make_placement
 
 FORMATS = ('huggingface', 'jaxllm', 'exported')
 
 
 def from_source(
   source: Source, target: str | os.PathLike[str], form: str, dtype: str | None = None,
-  buckets: Sequence[int] = exported.BUCKETS,
+  buckets: Sequence[int] = exported.BUCKETS, mesh: Any = None,
 ) -> dict[str, Any]:
   """Convert a model from outside.
 
@@ -40,6 +40,7 @@ def from_source(
     form: one of FORMATS.
     dtype: of the written parameters, 'float32' or 'bfloat16'; None: as they are stored.
     buckets: of an exported program, see `exported.save`.
+    mesh: the devices that the model is split over meanwhile, as in `jaxllm.load`.
 
   Returns:
     The report, which also lies in the target.
@@ -50,14 +51,15 @@ def from_source(
   """
   path = check_target(target, form)
   tokenizer: Any = None  # Its files go into the target unread.
-  model = Model(
-    source.config, weights.load(source, dtype), tokenizer, family=source.form.model_type)
+  where = make_placement(mesh, source.config)
+  model = Model(source.config, weights.load(source, dtype, where), tokenizer,
+                family=source.form.model_type, placement=where)
   ids = report.fixed_prompt(model.config)
   # The reference sees the numbers as rounded as the result will have them.
   reference_TV = source.reference(ids, weights.DTYPES[dtype or 'float32'])
   with storage.replaced(path) as partial:
     result = _write(model, source.files, None, partial, form, buckets, {'source': source.path})
-    proof = report.prove(reference_TV, result.config, result.variables, ids)
+    proof = report.prove(reference_TV, result.config, result.variables, ids, where)
     if form == 'exported':
       _check_program(partial, ids, reference_TV)
     summary = report.describe(source, dtype, proof) | {'format': form}
@@ -89,11 +91,12 @@ def from_model(
       # against what is read back.
       written = huggingface.open_model(partial)
       reference_TV = written.reference(ids, np.dtype(np.float32))
-      report.prove(reference_TV, again.config, again.variables, ids)
-      proof = report.prove(reference_TV, model.config, model.variables, ids)
+      report.prove(reference_TV, again.config, again.variables, ids, model.placement)
+      proof = report.prove(
+        reference_TV, model.config, model.variables, ids, model.placement)
       summary |= report.describe(written, dtype, proof) | {'source': 'a checkpoint of jaxllm'}
     else:
-      logits_TV = report.logits(model.config, model.variables, ids)
+      logits_TV = report.logits(model.config, model.variables, ids, model.placement)
       _check_program(partial, ids, logits_TV)
       summary['proof'] = {'prompt_ids': ids, 'next_token': int(logits_TV[-1].argmax())}
     _write_report(partial, summary)
@@ -125,10 +128,12 @@ def _write(
     huggingface_writer.save(
       directory, config, variables, files, model_type=model.family, add_bos=add_bos)
     again = huggingface.open_model(directory)
-    return dataclasses.replace(model, config=again.config, variables=weights.load(again, None))
+    variables = weights.load(again, None, model.placement)
+    return dataclasses.replace(model, config=again.config, variables=variables)
   if form == 'jaxllm':
     native.save(directory, config, variables, files, {**origin, 'model_type': model.family})
-    params, bundle = store.restore_params(directory)
+    where = jax.tree.map(lambda leaf: leaf.sharding, variables['params'])
+    params, bundle = store.restore_params(directory, shardings=where)
     return dataclasses.replace(
       model, config=native.model_config(bundle), variables={'params': params}
     )

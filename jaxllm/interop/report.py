@@ -15,6 +15,7 @@ import numpy as np
 from jaxllm.interop import layout, weights
 from jaxllm.interop.weights import Source
 from jaxllm.models.decoder import Decoder, DecoderConfig
+from jaxllm.sharding import Placement
 
 NAME = 'conversion_report.json'
 # Of the largest logit, or of 1 where that is larger: rounding of float32 sums through all layers.
@@ -32,16 +33,20 @@ def fixed_prompt(config: DecoderConfig) -> list[int]:
   return [(config.vocab_size - 1 + 7919 * i * i) % config.vocab_size for i in range(length)]
 
 
-def logits(config: DecoderConfig, variables: Mapping[str, Any], ids: list[int]) -> np.ndarray:
+def logits(
+  config: DecoderConfig, variables: Mapping[str, Any], ids: list[int],
+  placement: Placement | None = None,
+) -> np.ndarray:
   """Return our logits (T, V), computed in float32 whatever the config says."""
   plain = config.replace(dtype='float32', attention='xla', remat='none')
   with jax.default_matmul_precision('highest'):
-    logits_BTV = _logits(Decoder(plain), variables, jnp.asarray([ids], jnp.int32))
+    logits_BTV = _logits(Decoder(plain, placement), variables, jnp.asarray([ids], jnp.int32))
   return np.asarray(logits_BTV)[0, :, : config.vocab_size]
 
 
 def prove(
-  reference_TV: np.ndarray, config: DecoderConfig, variables: Mapping[str, Any], ids: list[int]
+  reference_TV: np.ndarray, config: DecoderConfig, variables: Mapping[str, Any], ids: list[int],
+  placement: Placement | None = None,
 ) -> dict[str, Any]:
   """Compare a model's logits with the reference's.
 
@@ -50,6 +55,7 @@ def prove(
     config: of the converted model.
     variables: its variables.
     ids: the prompt.
+    placement: where the variables lie.
 
   Returns:
     The figures, for the report.
@@ -57,7 +63,7 @@ def prove(
   Raises:
     ConversionError: they differ by more than the bound.
   """
-  ours_TV = logits(config, variables, ids).astype(np.float64)
+  ours_TV = logits(config, variables, ids, placement).astype(np.float64)
   theirs_TV = reference_TV.astype(np.float64)
   error = float(np.abs(ours_TV - theirs_TV).max())
   bound = BOUND * max(1.0, float(np.abs(theirs_TV).max()))

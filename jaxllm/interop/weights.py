@@ -1,7 +1,7 @@
 """From stored tensors to variables on devices: checked first, then read one by one.
 
 A `Source` is a model on disk whose names, shapes and sizes fit together; nothing of it is allocated
-yet. `check_values` looks for NaN, `read` puts every parameter straight into its sharding: each
+yet. `load` looks for NaN and puts every parameter straight into its sharding: each
 device's part is cut from the mapped files, so that a model larger than one host's memory loads.
 
 Axis letters beyond the usual: I, O, the flattened inputs and outputs of a kernel.
@@ -10,14 +10,13 @@ Axis letters beyond the usual: I, O, the flattened inputs and outputs of a kerne
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import ml_dtypes
 import numpy as np
 
-from jaxllm import sharding as sharding_lib
 from jaxllm.checkpoints import tree
 from jaxllm.interop import layout, tensorfile
 from jaxllm.interop.layout import Slot
@@ -101,63 +100,39 @@ def check_shapes(slots: tuple[Slot, ...], tensors: Mapping[str, Stored]) -> None
     raise ValueError(f'tensors do not fit config.json:\n{tree.listing(problems)}')
 
 
-def check_values(source: Source) -> None:
-  """Raise a ValueError that names the first tensor with NaN or infinite numbers."""
-  for tensor in source.tensors.values():
-    if not tensorfile.is_finite(tensor.array()):
-      raise ValueError(f'{source.path}: {tensor.name} holds NaN or infinite numbers; the file is '
-                       'damaged, or the training it comes from has diverged')
-
-
 def load(
-  source: Source,
-  dtype: str | None = 'float32',
-  placement: Placement | None = None,
-) -> dict[str, Any]:
-  """Check the numbers of a source and return its variables; arguments as in `read`.
-
-  Raises:
-    ValueError: as `check_values` and `read`.
-  """
-  check_values(source)
-  return read(source, dtype, placement)
-
-
-def read(
-  source: Source,
-  dtype: str | None = 'float32',
-  placement: Placement | None = None,
+  source: Source, dtype: str | None = 'float32', placement: Placement | None = None
 ) -> dict[str, Any]:
   """Return the variables of a source, {'params': ...}, layers stacked on axis 0.
 
   Args:
-    source: whose tensors; their values are checked by `check_values`, not here.
+    source: an open model.
     dtype: of the parameters, 'float32' or 'bfloat16'; None: as they are stored.
     placement: the devices that they are split over; None: the first local one.
 
   Raises:
-    ValueError: a dimension does not divide over the mesh.
+    ValueError: a tensor has NaN or infinite numbers, or the mesh does not divide a dimension.
   """
-  shapes, axes = decoder.abstract(source.config)
-  targets = tree.flatten(shapes['params'])
-  if placement is None:
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    places = dict.fromkeys(targets, device)
-  else:
-    places = tree.flatten(sharding_lib.shardings(
-      axes['params'], shapes['params'], placement.mesh, placement.config))
+  for tensor in source.tensors.values():
+    if not tensorfile.is_finite(tensor.array()):
+      raise ValueError(f'{source.path}: {tensor.name} holds NaN or infinite numbers; the file is '
+                       'damaged, or the training it comes from has diverged')
+  shapes, axes = (each['params'] for each in decoder.abstract(source.config))
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  places = (placement.shardings(axes, shapes) if placement
+            else jax.tree.map(lambda leaf: device, shapes))
   unpadded = layout.parameter_shapes(source.config)
-  holders: dict[str, list[Slot]] = {target: [] for target in targets}
-  for slot in source.slots:
-    for target in slot.targets:
-      holders[target].append(slot)
-  arrays = {}
-  for target, leaf in targets.items():
-    arrays[target] = jax.make_array_from_callback(
-      leaf.shape, places[target],
-      _reader(source, holders[target], target, leaf.shape, unpadded, _dtype(source, dtype, target)),
-    )
-  return {'params': tree.nest(arrays)}
+
+  def read(target: str, shape: tuple[int, ...], where: jax.sharding.Sharding) -> jax.Array:
+    slots = [slot for slot in source.slots if target in slot.targets]
+    kind = _dtype(source, slots, dtype)
+    return jax.make_array_from_callback(
+      shape, where, _reader(source, slots, target, shape, unpadded, kind))
+
+  flat = tree.flatten(places)
+  return {'params': tree.nest({
+    target: read(target, leaf.shape, flat[target])
+    for target, leaf in tree.flatten(shapes).items()})}
 
 
 def digest(tensor: Stored) -> str:
@@ -173,22 +148,18 @@ def cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
   return array.astype(dtype, copy=False)
 
 
-def _dtype(source: Source, dtype: str | None, target: str) -> np.dtype:
+def _dtype(source: Source, slots: Sequence[Slot], dtype: str | None) -> np.dtype:
   if dtype is not None:
     if dtype not in DTYPES:
       raise ValueError(f'dtype={dtype!r}: one of {", ".join(DTYPES)} or None is needed')
     return DTYPES[dtype]
-  found = {source.tensors[slot.name].dtype for slot in source.slots if target in slot.targets}
+  found = {source.tensors[slot.name].dtype for slot in slots}
   return found.pop() if found == {DTYPES['bfloat16']} else DTYPES['float32']
 
 
 def _reader(
-  source: Source,
-  holders: list[Slot],
-  target: str,
-  shape: tuple[int, ...],
-  unpadded: Mapping[str, tuple[int, ...]],
-  dtype: np.dtype,
+  source: Source, slots: Sequence[Slot], target: str, shape: tuple[int, ...],
+  unpadded: Mapping[str, tuple[int, ...]], dtype: np.dtype,
 ) -> Callable[[Any], np.ndarray]:
   """Return the function that reads one part of a parameter, asked for by its index."""
   layered = target.startswith(layout.LAYERS)
@@ -203,10 +174,10 @@ def _reader(
     sizes = [len(range(*part.indices(size))) for part, size in zip(index, shape, strict=True)]
     out = _aligned_zeros(sizes, dtype)
     if not layered:
-      one(holders[0], index, out)
+      one(slots[0], index, out)
       return out
     for row, layer in enumerate(range(*index[0].indices(shape[0]))):
-      one(holders[layer], index[1:], out[row])
+      one(slots[layer], index[1:], out[row])
     return out
 
   return callback

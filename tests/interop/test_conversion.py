@@ -80,17 +80,17 @@ def test_stored_dtypes_are_kept_where_they_are_mixed(foreign, tmp_path):
 
 
 def test_a_wrong_conversion_fails_and_leaves_nothing(foreign, tmp_path, monkeypatch):
-  read = weights.read
+  load = weights.load
 
   def swapped(source, *options):
-    variables = read(source, *options)
+    variables = load(source, *options)
     # Twice wrong is right again: what was written is read back by the same function.
     if source.path == str(foreign):
       mlp = variables['params']['layers']['mlp']
       mlp['gate'], mlp['up'] = mlp['up'], mlp['gate']
     return variables
 
-  monkeypatch.setattr(weights, 'read', swapped)
+  monkeypatch.setattr(weights, 'load', swapped)
   source = sources.open_model(foreign)
   for form in ('jaxllm', 'huggingface'):
     with pytest.raises(report.ConversionError, match='logits differ'):

@@ -292,7 +292,7 @@ from jaxllm import config, train
 from jaxllm.training import loop
 loop.train = lambda *_: {summary}
 sys.argv = ['train', '--config=experiments/quickstart.py', '--workdir={tmp_path}']
-config.run_program(train.main)
+config.run_program(train.main, train.FLAGS)
 """
   done = subprocess.run([sys.executable, '-c', program], cwd=pathlib.Path(__file__).parents[2],
                         capture_output=True, text=True, check=False)
