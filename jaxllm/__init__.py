@@ -14,26 +14,54 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-  from jaxllm.experiment import Experiment, TrainingConfig
+  from jaxllm.adapters.lora import LoraConfig
+  from jaxllm.adapters.quantization import QuantizationConfig
+  from jaxllm.checkpoints.store import CheckpointConfig
+  from jaxllm.data.documents import SourceConfig
+  from jaxllm.data.records import DataConfig
+  from jaxllm.data.tokenizers import TokenizerConfig
+  from jaxllm.evaluation.perplexity import EvaluationConfig
+  from jaxllm.experiment import Experiment, FinetuneConfig, ScoringConfig, TrainingConfig
+  from jaxllm.generation.sampling import SamplingConfig
   from jaxllm.loading import generate, load
   from jaxllm.model import Model
+  from jaxllm.models.config import DecoderConfig
   from jaxllm.models.families import PRESETS
+  from jaxllm.optim.optimizers import OptimizerConfig
+  from jaxllm.optim.schedules import ScheduleConfig
   from jaxllm.pipelines import pipeline
+  from jaxllm.sharding import MeshConfig
 
   __version__: str
 
-# public name -> module that defines it
-_PUBLIC = {
-  'load': 'jaxllm.loading',
-  'generate': 'jaxllm.loading',
-  'pipeline': 'jaxllm.pipelines',
-  'Model': 'jaxllm.model',
-  'Experiment': 'jaxllm.experiment',
-  'TrainingConfig': 'jaxllm.experiment',
-  'PRESETS': 'jaxllm.models.families',
+# module -> the public names that it defines
+_MODULES = {
+  'jaxllm.adapters.lora': ['LoraConfig'],
+  'jaxllm.adapters.quantization': ['QuantizationConfig'],
+  'jaxllm.checkpoints.store': ['CheckpointConfig'],
+  'jaxllm.data.documents': ['SourceConfig'],
+  'jaxllm.data.records': ['DataConfig'],
+  'jaxllm.data.tokenizers': ['TokenizerConfig'],
+  'jaxllm.evaluation.perplexity': ['EvaluationConfig'],
+  'jaxllm.experiment': ['Experiment', 'FinetuneConfig', 'ScoringConfig', 'TrainingConfig'],
+  'jaxllm.generation.sampling': ['SamplingConfig'],
+  'jaxllm.loading': ['generate', 'load'],
+  'jaxllm.model': ['Model'],
+  'jaxllm.models.config': ['DecoderConfig'],
+  'jaxllm.models.families': ['PRESETS'],
+  'jaxllm.optim.optimizers': ['OptimizerConfig'],
+  'jaxllm.optim.schedules': ['ScheduleConfig'],
+  'jaxllm.pipelines': ['pipeline'],
+  'jaxllm.sharding': ['MeshConfig'],
 }
+_PUBLIC = {name: module for module, names in _MODULES.items() for name in names}
 
-__all__ = ['PRESETS', 'Experiment', 'Model', 'TrainingConfig', 'generate', 'load', 'pipeline']
+__all__ = [
+  'PRESETS', 'CheckpointConfig', 'DataConfig', 'DecoderConfig', 'EvaluationConfig', 'Experiment',
+  'FinetuneConfig', 'LoraConfig', 'MeshConfig', 'Model', 'OptimizerConfig', 'QuantizationConfig',
+  'SamplingConfig', 'ScheduleConfig', 'ScoringConfig', 'SourceConfig', 'TokenizerConfig',
+  'TrainingConfig', 'generate', 'load', 'pipeline',
+]
 
 
 def __getattr__(name: str) -> Any:
