@@ -361,14 +361,20 @@ def generate(
     ids = [prompt for prompt in ids for _ in range(num_return_sequences)]
   completions = text.complete(
     model.decoder, model.unstacked, model.tokenizer, ids, sampling, stop, model.eos_token_ids,
-    seeds, cache_dtype=cache_dtype, way=way, draft=as_draft(draft))
+    seeds, cache_dtype=cache_dtype, way=way,
+    draft=as_draft(draft, model.placement))
   continued = [completion.text for completion in completions]
   return continued[0] if isinstance(prompts, str) else continued
 
 
-def as_draft(model: Model | str | os.PathLike[str] | None) -> text.Draft | None:
-  """Return a model as one that guesses tokens."""
-  return None if model is None else text.Draft((small := load(model)).decoder, small.unstacked)
+def as_draft(
+  model: Model | str | os.PathLike[str] | None, placement: Placement | None
+) -> text.Draft | None:
+  """Return a model, loaded onto a placement where it is a path, as one that guesses tokens."""
+  if model is None:
+    return None
+  small = model if isinstance(model, Model) else load(model, placement)
+  return text.Draft(small.decoder, small.unstacked)
 
 
 def _foreign(

@@ -78,7 +78,7 @@ def pipeline(
 
 
 def _translation(model: Model, batch_size: int, fields: Mapping[str, Any]) -> Pipeline:
-  fields, way, draft = _way(fields)
+  fields, way, draft = _way(model, fields)
   config = _config(model, fields, 'translation')
 
   def translate(
@@ -100,7 +100,7 @@ def _translation(model: Model, batch_size: int, fields: Mapping[str, Any]) -> Pi
 
 
 def _summarization(model: Model, batch_size: int, fields: Mapping[str, Any]) -> Pipeline:
-  fields, way, draft = _way(fields)
+  fields, way, draft = _way(model, fields)
   config = _config(model, fields, 'summarization')
 
   def summarize(texts: str | Sequence[str]) -> list[Prediction]:
@@ -151,7 +151,7 @@ def _question_answering(
 
 
 def _text_generation(model: Model, batch_size: int, fields: Mapping[str, Any]) -> Pipeline:
-  fields, way, draft = _way(fields)
+  fields, way, draft = _way(model, fields)
   sampling, stop = _sampling(fields)
 
   def generate(
@@ -240,10 +240,10 @@ def _continue(
 
 
 def _way(
-  fields: Mapping[str, Any]
+  model: Model, fields: Mapping[str, Any]
 ) -> tuple[Mapping[str, Any], texts_lib.Way, texts_lib.Draft | None]:
   """Take the fields of beam search and speculation out of those of a pipeline."""
-  draft = loading.as_draft(fields.get('draft'))
+  draft = loading.as_draft(fields.get('draft'), model.placement)
   names = {*texts_lib.BeamConfig.model_fields, *texts_lib.SpeculationConfig.model_fields}
   _, way = texts_lib.read_options(
     {name: value for name, value in fields.items() if name in names}, draft=draft)

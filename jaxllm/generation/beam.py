@@ -107,7 +107,7 @@ def beam_search(
   padded = requests + [requests[-1]] * (sampling.power_of_two(used) - used)
   state = decode_state.init_decode_state(
     model.config, [request for request in padded for _ in range(count)],
-    not decoder.is_unstacked(variables), exact_rows=True)
+    not decoder.is_unstacked(variables), exact_rows=True, placement=model.placement)
   found = _search(
     model, variables, state, decode_state.prompt_bucket(state, requests), count,
     max(2, 1 + len(set(eos_token_ids))) * count, beams.early_stopping,

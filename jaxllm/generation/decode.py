@@ -167,7 +167,8 @@ def _stream(
   if not requests:
     return
   state = decode_state.init_decode_state(
-    model.config, requests, not decoder.is_unstacked(variables), num_top, cache_dtype)
+    model.config, requests, not decoder.is_unstacked(variables), num_top, cache_dtype,
+    placement=model.placement)
   state = decode_state.prefill(model, variables, state, decode_state.prompt_bucket(state, requests))
   seen = [len(request.prompt) for request in requests]
   live = list(range(len(requests)))

@@ -22,8 +22,10 @@ from jaxllm.generation import sampling
 from jaxllm.generation.requests import Request
 from jaxllm.generation.rules import NO_TOKEN, History
 from jaxllm.generation.sampling import power_of_two
+from jaxllm.models import cache as kv_cache
 from jaxllm.models import log_probs
 from jaxllm.models.decoder import Decoder, DecoderConfig, KVCache, init_cache
+from jaxllm.sharding import Placement, active, constrain, replicated
 
 LEAST_TOKENS, LEAST_STOP_IDS, LEAST_TOP = 16, 4, 4
 
@@ -41,6 +43,7 @@ class DecodeState(History):
     finished_B: bool; a finished row does not change any more.
     seeds_B: uint32.
     values: rule name -> values with the row as first axis, see `sampling.row_values`.
+    placement: the devices of the model: they split the cache, and each has all the rest.
   """
 
   cache: KVCache
@@ -50,6 +53,7 @@ class DecodeState(History):
   finished_B: jax.Array  # noqa: N815
   seeds_B: jax.Array  # noqa: N815
   values: Mapping[str, Any]
+  placement: Placement | None = flax.struct.field(pytree_node=False, default=None)
 
   @property
   def last_tokens_B(self) -> jax.Array:  # noqa: N802
@@ -57,9 +61,26 @@ class DecodeState(History):
     return jnp.take_along_axis(self.tokens_BS, self.lengths_B[:, None] - 1, axis=1)[:, 0]
 
 
+def pin(state: DecodeState) -> DecodeState:
+  """Keep the shardings of rows, so that no program is compiled for others."""
+  if state.placement is None:
+    return state
+  with active(state.placement):
+    cache = kv_cache.constrain(state.cache)
+    pinned = jax.tree.map(lambda leaf: constrain(leaf, *[None] * leaf.ndim), state)
+  return dataclasses.replace(pinned, cache=cache)
+
+
+def put_state(cache: KVCache, host: Mapping[str, Any], placement: Placement | None) -> DecodeState:
+  """Return rows with their host arrays on the devices of a placement, or on the default one."""
+  arrays = jax.device_put(host, placement and replicated(placement.mesh))
+  return DecodeState(cache=cache, placement=placement, **arrays)
+
+
 def init_decode_state(
   config: DecoderConfig, requests: Sequence[Request], stacked: bool, num_top: int = 0,
   cache_dtype: jnp.dtype | None = None, spare_positions: int = 0, exact_rows: bool = False,
+  placement: Placement | None = None,
 ) -> DecodeState:
   """Put requests into rows, before any token is read; rows that only pad have finished already.
 
@@ -71,6 +92,7 @@ def init_decode_state(
     cache_dtype: dtype of keys and values; the model's by default, int8 to quantise them.
     spare_positions: cache beyond what the rows can fill, for drafts that may be refused.
     exact_rows: whether the number of rows is that of the requests, and no power of two.
+    placement: the devices of the model.
   """
   used = len(requests)
   rows = used if exact_rows else power_of_two(used)
@@ -104,8 +126,8 @@ def init_decode_state(
       [request.sampling for request in requests], [request.stop_token_ids for request in requests]
     ),
   }
-  cache = init_cache(config, rows, cache_length + spare_positions, cache_dtype, stacked)
-  return DecodeState(cache=cache, **jax.device_put(host))
+  cache = init_cache(config, rows, cache_length + spare_positions, cache_dtype, stacked, placement)
+  return put_state(cache, host, placement)
 
 
 def prompt_bucket(state: DecodeState, requests: Sequence[Request]) -> int:
@@ -126,7 +148,8 @@ def last_logits(
   last_B11 = jnp.maximum(counts_B - 1, 0)[:, None, None]
   hidden_BD = jnp.take_along_axis(hidden_BTD, last_B11, axis=1)[:, 0]
   logits_BV: Any = model.apply(variables, hidden_BD, method='logits')
-  return logits_BV, cache
+  with active(model.placement):
+    return constrain(logits_BV, 'batch', None), cache
 
 
 def prompt_logits(
@@ -172,7 +195,7 @@ def sample_step(
     return old.at[rows_B, places_B].set(new, mode='drop')
 
   stopped_B = (ids_B[:, None] == state.stop_ids_BE).any(axis=1)
-  return dataclasses.replace(
+  return pin(dataclasses.replace(
     state,
     tokens_BS=put(state.tokens_BS, ids_B),
     logprobs_BS=put(state.logprobs_BS, log_probs.target_log_probs(logits_BV, ids_B)),
@@ -180,7 +203,7 @@ def sample_step(
     top_logprobs_BSA=put(state.top_logprobs_BSA, top_BA),
     lengths_B=lengths_B,
     finished_B=state.finished_B | stopped_B | (lengths_B >= state.limits_B),
-  )
+  ))
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'length'), donate_argnames='state')

@@ -80,11 +80,13 @@ def generate(
     return [], 0.0
   init = functools.partial(
     decode_state.init_decode_state, spare_positions=speculation.num_drafted + 1)
-  state = init(model.config, requests, not decoder.is_unstacked(variables))
+  state = init(model.config, requests, not decoder.is_unstacked(variables),
+               placement=model.placement)
   draft_cache = None
   if draft is not None:
     config = draft.model.config.replace(max_length=model.config.max_length)
-    draft_cache = init(config, requests, not decoder.is_unstacked(draft.variables)).cache
+    draft_cache = init(config, requests, not decoder.is_unstacked(draft.variables),
+                       placement=draft.model.placement).cache
   state, passes_B = _speculate(
     model, variables, state, draft.model if draft else None, draft.variables if draft else None,
     draft_cache, decode_state.prompt_bucket(state, requests), speculation,

@@ -48,7 +48,7 @@ class Batch:
     self._config, self._model = model.config, model.decoder
     self._variables = model.unstacked
     self._state, self._logits_BV = programs.init_state(
-      model.config, num_slots, context_length, cache_dtype)
+      self._model, num_slots, context_length, cache_dtype)
     self._compiled_before = programs.compilation_count()
     self._warm_up()
 

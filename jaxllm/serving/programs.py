@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.generation import decode_state, sampling
-from jaxllm.generation.decode_state import DecodeState
+from jaxllm.generation.decode_state import DecodeState, pin
 from jaxllm.generation.requests import Request
 from jaxllm.generation.rules import NO_TOKEN, RULES, Biases
 from jaxllm.models import log_probs
-from jaxllm.models.decoder import Decoder, DecoderConfig, init_cache
+from jaxllm.models.decoder import Decoder, init_cache
+from jaxllm.sharding import active, constrain
 
 # Room in the arrays of every row: stop ids, entries of logit_bias and the like, tokens of each;
 # powers of two.
@@ -47,7 +48,7 @@ class Sampled(NamedTuple):
 
 
 def init_state(
-  config: DecoderConfig, num_slots: int, context_length: int, cache_dtype: Any
+  model: Decoder, num_slots: int, context_length: int, cache_dtype: Any
 ) -> tuple[DecodeState, jax.Array]:
   """Return rows of which none is open, and their logits."""
   fields = row_fields(Request((0,), sampling.SamplingConfig(), 0), context_length)
@@ -61,9 +62,12 @@ def init_state(
     'top_ids_BSA': np.zeros((*shape, 0), np.int32),
     'top_logprobs_BSA': np.zeros((*shape, 0), np.float32),
   }
-  cache = init_cache(config, num_slots, context_length, cache_dtype, stacked=False)
+  config, placement = model.config, model.placement
+  cache = init_cache(
+    config, num_slots, context_length, cache_dtype, stacked=False, placement=placement)
   logits_BV = np.zeros((num_slots, config.padded_vocab_size), np.float32)
-  return DecodeState(cache=cache, **jax.device_put(host)), jax.device_put(logits_BV)
+  where = placement and placement.sharding(logits_BV.shape, 'batch', None)
+  return decode_state.put_state(cache, host, placement), jax.device_put(logits_BV, where)
 
 
 def row_fields(request: Request, context_length: int) -> dict[str, Any]:
@@ -118,7 +122,7 @@ def start_row(
   new = jax.tree.map(lambda leaf, value: leaf.at[row].set(value), old, fields)
   lengths_B = slots.cache.lengths_B.at[row].set(cached)
   cache = dataclasses.replace(slots.cache, lengths_B=lengths_B)
-  return dataclasses.replace(slots, cache=cache, **new)
+  return pin(dataclasses.replace(slots, cache=cache, **new))
 
 
 @functools.partial(jax.jit, donate_argnames='slots')
@@ -131,7 +135,7 @@ def copy_prefix(slots: DecodeState, source: jax.Array, target: jax.Array) -> Dec
     return jax.lax.dynamic_update_slice_in_dim(leaf, row, target, 0)
 
   cache = dataclasses.replace(jax.tree.map(copy, slots.cache), lengths_B=lengths_B)
-  return dataclasses.replace(slots, cache=cache)
+  return pin(dataclasses.replace(slots, cache=cache))
 
 
 @functools.partial(jax.jit, static_argnames='model', donate_argnames='slots')
@@ -157,7 +161,8 @@ def prefill_chunk(
     new = jax.lax.dynamic_slice_in_dim(new, start, length, 2)
     return jax.lax.dynamic_update_slice(old, new, (row, 0, start, 0))
 
-  return dataclasses.replace(slots, cache=jax.tree.map(put_back, cache, view)), hidden_1TD[0]
+  slots = dataclasses.replace(slots, cache=jax.tree.map(put_back, cache, view))
+  return pin(slots), hidden_1TD[0]
 
 
 @functools.partial(jax.jit, static_argnames='model', donate_argnames=('slots', 'logits_BV'))
@@ -173,7 +178,10 @@ def finish_prefill(
   hidden_1D = jax.lax.dynamic_slice_in_dim(hidden_TD, last, 1)
   logits_1V: Any = model.apply(variables, hidden_1D, method='logits')
   logits_BV = jax.lax.dynamic_update_slice_in_dim(logits_BV, logits_1V, row, 0)
-  return dataclasses.replace(slots, finished_B=slots.finished_B.at[row].set(False)), logits_BV
+  with active(model.placement):
+    logits_BV = constrain(logits_BV, 'batch', None)
+  slots = dataclasses.replace(slots, finished_B=slots.finished_B.at[row].set(False))
+  return pin(slots), logits_BV
 
 
 @jax.jit
@@ -224,7 +232,8 @@ def decode_step(
   Returns:
     (slots, logits_BV of what follows, meaningless in rows that are not open).
   """
-  return decode_state.next_logits(model, variables, slots)
+  slots, logits_BV = decode_state.next_logits(model, variables, slots)
+  return pin(slots), logits_BV
 
 
 @jax.jit

@@ -2,6 +2,8 @@
 
 
 
+import asyncio
+
 import jax
 import numpy as np
 import pytest
@@ -21,6 +23,8 @@ from jaxllm.generation import beam, decode, speculation
 from jaxllm.generation.sampling import SamplingConfig
 from jaxllm.model import make_placement
 from jaxllm.models import decoder
+from jaxllm.serving.engine import Engine, EngineConfig
+from jaxllm.serving.streams import Request
 from jaxllm.sharding import MeshConfig
 
 MESHES = {'tensor': {'tensor': 2}, 'fsdp': {'fsdp': 4}, 'both': {'data': 2, 'tensor': 2}}
@@ -86,8 +90,7 @@ def test_a_model_on_a_mesh_says_what_it_says_alone(directory, alone, name, mesh,
 
   def watch(shape, where, callback, **options):
     array = make(shape, where, callback, **options)
-    wide.extend([shape] if len(where.device_set) > 1 and not is_split(array)
-                and any(where.spec) else [])
+    wide.extend([shape] if where.shard_shape(shape) != shape and not is_split(array) else [])
     return array
 
   monkeypatch.setattr(jax, 'make_array_from_callback', watch)
@@ -122,6 +125,27 @@ def test_quantised_weights_beams_and_guesses_on_a_mesh(directory, alone):
   guessed, _ = speculation.generate(
     model.decoder, model.unstacked, PROMPTS, GREEDY, speculation.SpeculationConfig())
   assert [each.tokens for each in guessed] == alone['huggingface'][1]
+
+
+def test_the_engine_under_load_on_a_mesh(directory, alone):
+  """More requests than rows; nothing is compiled once the engine has started."""
+  model = loading.load(directory / 'huggingface', MESHES['both'])
+  engine = Engine(model, EngineConfig(num_slots=2, context_length=32, prefill_chunk=8))
+
+  async def together():
+    rows = [[] for _ in range(2 * len(PROMPTS))]
+    requests = [Request(tuple(prompt), GREEDY, 0) for prompt in [*PROMPTS, *PROMPTS]]
+    async for piece in engine.submit(requests):
+      rows[piece.row] += piece.tokens
+    return rows
+
+  try:
+    before = engine.statistics().compilations
+    found = asyncio.run(together())
+    assert engine.statistics().compilations == before
+  finally:
+    engine.close(30)
+  assert found == alone['huggingface'][1] * 2
 
 
 def test_heads_that_the_mesh_does_not_divide_are_replicated_and_the_rest_is_refused(directory):
