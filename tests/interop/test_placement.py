@@ -156,7 +156,7 @@ def test_heads_that_the_mesh_does_not_divide_are_replicated_and_the_rest_is_refu
   assert is_split(model.variables['params']['layers']['attention']['query']['kernel'])
   for mesh, message in (
       ({'tensor': 8}, "axis 'heads' has size 4"), ('tensor', 'sizes of mesh axes'),
-      ('tensr=2', "did you mean 'tensor'"), ('fsdp=16', 'needs 16 devices')):
+      ('tensr=2', "did you mean 'tensor'"), ('fsdp=16', 'needs a multiple of 16 devices')):
     with pytest.raises(ValueError, match=message):
       loading.load(directory / 'huggingface', mesh)
   with pytest.raises(ValueError, match='loaded already'):
