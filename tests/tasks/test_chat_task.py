@@ -10,7 +10,7 @@ from jaxllm.data.tokenizers import TokenizerConfig
 from jaxllm.interop import chat as model_chat
 from jaxllm.interop import tokenizer_export
 from jaxllm.tasks import chat
-from jaxllm.tasks.base import CONVERSATION, EOS, Segment
+from jaxllm.tasks.base import CONVERSATION, EOS, Answer, Segment
 from jaxllm.tasks.chat import PLAIN, Chat, ChatTemplate, WrittenTemplate
 from jaxllm.tasks.encoding import encode, sequences, training_sequences
 
@@ -241,7 +241,7 @@ def test_malformed_messages_are_named(message):
 def test_chat_task_measures_what_the_assistant_says():
   example = chat.example(Chat(), {'messages': _messages(('user', 'a'), ('assistant', 'bé'))})
   assert example.segments[0] == CONVERSATION
-  assert chat.read(Chat(), example, chat.Answer(log_likelihoods=(-1.0,), num_tokens=(4,))) == {
+  assert chat.TASK.read(Chat(), example, Answer(log_likelihoods=(-1.0,), num_tokens=(4,))) == {
     'log_likelihood': -1.0, 'tokens': 4, 'bytes': 3}
   # The nats of a turn's end belong to no byte.
   assert [*chat.TASK.metrics] == ['perplexity']
