@@ -69,7 +69,8 @@ class Batch:
     """
     source, cached = row, 0
     if reuse:
-      source, cached = prefixes.best(request.prompt, self.held, self.chunk, row)
+      source, cached = prefixes.best(
+        request.prompt, self.held, self.chunk, [row, *range(self.num_slots)])
     if cached and source != row:
       self._state = programs.copy_prefix(self._state, np.int32(source), np.int32(row))
     self.held[row] = request.prompt[:cached]

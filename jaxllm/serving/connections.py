@@ -1,7 +1,7 @@
-"""Connections that do not wait for ever: uvicorn's HTTP/1.1 with limits of time and number.
+"""uvicorn's HTTP/1.1 connections with limits of time and number.
 
-uvicorn itself has no time limit for headers, for bodies, or for a client that takes nothing of its
-answer, and answers in plain text where a request is no HTTP.
+By hand, since uvicorn has no time limit for headers, for bodies, or for a client that reads nothing
+of its answer, and answers in plain text where a request is no HTTP or connections are too many.
 """
 
 import asyncio
@@ -39,7 +39,7 @@ class LimitedProtocol(H11Protocol):
   _send_timer: asyncio.TimerHandle | None = None
 
   def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-    """Begin to wait for headers, if there is room for one more connection."""
+    """Start the timer of the headers, or refuse one connection too many."""
     super().connection_made(transport)
     if len(self.connections) > self.limits.max_connections:
       self._refuse(ApiError(503, 'there are too many connections; come back later',
@@ -48,35 +48,35 @@ class LimitedProtocol(H11Protocol):
     self._watch()
 
   def data_received(self, data: bytes) -> None:
-    """Take in what has come."""
+    """Parse bytes and update the timer."""
     super().data_received(data)
     self._watch()
 
   def connection_lost(self, exc: Exception | None) -> None:
-    """Stop all clocks."""
+    """Stop the timers."""
     super().connection_lost(exc)
     for timer in (self._phase_timer, self._send_timer):
       if timer is not None:
         timer.cancel()
 
   def pause_writing(self) -> None:
-    """Give a client that takes nothing its last chance."""
+    """Start the timer of a client that does not read."""
     super().pause_writing()
     if self._send_timer is None:
       self._look_again()
 
   def on_response_complete(self) -> None:
-    """End the connection where it was the last response."""
+    """Start the timer of a connection that closes after this response."""
     super().on_response_complete()
     self._end()
 
   def timeout_keep_alive_handler(self) -> None:
-    """End a connection that is not used any more."""
+    """Start the timer of an idle connection that closes."""
     super().timeout_keep_alive_handler()
     self._end()
 
   def send_400_response(self, msg: str) -> None:
-    """Answer what is no HTTP, or has too large headers."""
+    """Refuse bytes that are no HTTP, or headers that are too large."""
     error = sys.exc_info()[1]
     status = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
     if status == 431:
@@ -87,7 +87,7 @@ class LimitedProtocol(H11Protocol):
       self._refuse(ApiError(400, 'this is no valid HTTP/1.1 request', code='invalid_http'))
 
   def _watch(self) -> None:
-    """Start a clock when headers or a body begin to come in, and stop it when they are there."""
+    """Start a timer when headers or a body begin to arrive; stop it when they are complete."""
     state = self.conn.their_state
     phase: Phase | None = None
     if state is h11.SEND_BODY:
@@ -129,7 +129,7 @@ class LimitedProtocol(H11Protocol):
     self._end()
 
   def _end(self) -> None:
-    """See that a connection which is closing gets closed, though its client takes nothing."""
+    """Start the timer of a connection that closes: its client may read nothing."""
     if self.transport.is_closing() and self._send_timer is None:
       self._look_again()
 
@@ -138,7 +138,7 @@ class LimitedProtocol(H11Protocol):
     self._send_timer = self.loop.call_later(self.limits.send_seconds, self._look, left)
 
   def _look(self, before: int) -> None:
-    """Break the connection if its client has taken nothing since the last look."""
+    """Abort the connection if its client has read nothing since the last look."""
     self._send_timer = None
     left = self.transport.get_write_buffer_size()
     if left >= before and (left or self.transport.is_closing()):
@@ -148,9 +148,9 @@ class LimitedProtocol(H11Protocol):
 
 
 class Server(uvicorn.Server):
-  """A server that, told to stop, also has `end` called in a thread, and waits for it.
+  """A uvicorn server that calls `end` in a thread when it is told to stop.
 
-  What `end` ends is told to clients as an error, where uvicorn would break their answers off.
+  Answers that `end` cuts short end with an error; uvicorn alone would drop their connections.
   """
 
   def __init__(self, config: uvicorn.Config, end: Callable[[], None]):
@@ -158,16 +158,16 @@ class Server(uvicorn.Server):
     self._end_answers = end
 
   async def shutdown(self, sockets: Any = None) -> None:
-    """Take no more requests, and return when those that were taken are answered or ended."""
+    """Accept no more requests; return when all accepted ones are answered or ended."""
     ending = asyncio.create_task(asyncio.to_thread(self._end_answers))
     await super().shutdown(sockets)
     await ending
 
 
 def fitting(limits: LimitsConfig) -> LimitsConfig:
-  """Let the process open a file for every connection; return limits that it can keep.
+  """Raise the limit of open files; return limits whose connections fit it.
 
-  Where files run out, asyncio logs and tries again as fast as it can.
+  Without files left, asyncio logs and retries as fast as it can.
   """
   soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
   wanted = limits.max_connections + SPARE_FILES
@@ -185,6 +185,6 @@ def settings(limits: LimitsConfig) -> dict[str, Any]:
     'backlog': BACKLOG, 'ws': 'none', 'lifespan': 'off', 'loop': 'asyncio',
     'h11_max_incomplete_event_size': limits.max_header_bytes, 'timeout_keep_alive': KEEP_SECONDS,
     'timeout_graceful_shutdown': limits.drain_seconds + FAREWELL_SECONDS,
-    # The guard logs requests, without what a client wrote into their paths.
+    # The middleware logs requests, without the text that a client wrote into their paths.
     'access_log': False, 'log_config': None, 'server_header': False, 'proxy_headers': False,
   }

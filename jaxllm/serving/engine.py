@@ -112,7 +112,7 @@ class Engine:
     self._queue: collections.deque[Row] = collections.deque()
     self._closing = self._abandoned = False
     self._failure: Exception | None = None
-    # Slots that are free, the one that has been for longest first.
+    # Free slots, the least recently used first.
     self._free = list(range(self.config.num_slots))
     self._prefilling: collections.deque[Row] = collections.deque()
     self._decoding: list[Generation] = []
@@ -321,7 +321,7 @@ class Engine:
         self._give(row, piece)
 
   def _masks(self) -> dict[int, np.ndarray]:
-    """Return what constrained rows allow; a row that allows nothing ends."""
+    """Return the masks of constrained rows; a row whose mask allows no token ends."""
     masks = {}
     for row in list(self._decoding):
       if row.request.constraint is None:
@@ -338,7 +338,7 @@ class Engine:
     return masks
 
   def _give(self, row: Generation, piece: TextPiece) -> None:
-    # Whoever sees the last piece may count on a free slot.
+    # The slot is free before the client sees the last piece.
     if piece.finish_reason is not None:
       self._release(row, piece.finish_reason)
     row.stream.put(piece)
@@ -349,7 +349,7 @@ class Engine:
                self.context_length + 1 - len(row.request.prompt))
 
   def _fail_one(self, row: Row, error: Exception) -> None:
-    """End one row whose constraint or text failed; only a `ConstraintError` is told as it is."""
+    """End one row whose constraint or text failed; clients see the message of a ConstraintError."""
     failure: Exception = error
     if not isinstance(error, ConstraintError):
       failure = RuntimeError(f'this request failed on the server: {type(error).__name__}')
@@ -358,7 +358,7 @@ class Engine:
     row.fail(failure)
 
   def _end_all(self) -> None:
-    """Tell everyone who still waits that nothing more comes."""
+    """End all rows that are left with an error."""
     with self._changed:
       self._closing = True
       rows = [*self._queue, *self._prefilling, *self._decoding]

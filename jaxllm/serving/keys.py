@@ -12,7 +12,7 @@ from starlette.requests import HTTPConnection
 
 from jaxllm.serving.errors import ApiError
 
-# Open without a key, so that whoever watches over the server needs none.
+# Open without a key, so that health checks need none.
 OPEN_PATHS = ('/health', '/ready')
 LOOPBACK = ('127.0.0.1', '::1', 'localhost')
 _KEY = re.compile(r'[!-~]{8,256}')

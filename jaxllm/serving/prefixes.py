@@ -34,11 +34,11 @@ def shared(prompt: Sequence[int], held: Sequence[int], chunk: int) -> int:
 
 
 def best(
-  prompt: Sequence[int], held: Sequence[Sequence[int]], chunk: int, own: int
+  prompt: Sequence[int], held: Sequence[Sequence[int]], chunk: int, rows: Sequence[int]
 ) -> tuple[int, int]:
-  """Return (row, number of tokens) of the row that holds most of a prompt; `own` among equals."""
-  counts = [shared(prompt, tokens, chunk) for tokens in held]
-  row = max(range(len(counts)), key=lambda row: (counts[row], row == own))
+  """Return (row, number of tokens) of the row that holds most of a prompt; the first of equals."""
+  counts = {row: shared(prompt, held[row], chunk) for row in rows}
+  row = max(rows, key=lambda row: counts[row])
   return row, counts[row]
 
 
@@ -50,6 +50,5 @@ def choose(
   It is the one that holds the prompt's beginning, unless more than half of what it holds would be
   lost; else the first.
   """
-  counts = {row: shared(prompt, held[row], chunk) for row in free}
-  row = max(free, key=lambda row: counts[row])
-  return row if counts[row] and 2 * counts[row] >= len(held[row]) else free[0]
+  row, count = best(prompt, held, chunk, free)
+  return row if count and 2 * count >= len(held[row]) else free[0]

@@ -3,9 +3,9 @@
 `start_row` puts a request into a row, `copy_prefix` may bring keys and values of another row,
 `prefill_chunk` reads the prompt piece by piece, `finish_prefill` predicts what follows. Then each
 step `sample_rows` samples a token for all open rows and `decode_step` feeds them. A row's numbers
-never depend on the others: every program has one shape, whoever is in the batch, and its arithmetic
-goes row by row. All are pure functions of (model, variables, state). A is a letter for the most
-probable tokens.
+never depend on the others: every program has one shape, whatever is in the batch, and its
+arithmetic goes row by row. All are pure functions of (model, variables, state). A is a letter for
+the most probable tokens.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from jaxllm.sharding import active, constrain
 # Room in the arrays of every row: stop ids, entries of logit_bias and the like, tokens of each;
 # powers of two.
 MAX_STOP_IDS, MAX_BIASES, MAX_BIAS_TOKENS = 16, 512, 8
-# The most probable tokens that are found where any request wants some.
+# Top logprobs that are computed where any request wants some.
 NUM_TOP = 20
 
 

@@ -35,7 +35,7 @@ class Generation(_Row):
 
   @property
   def is_cancelled(self) -> bool:
-    """Whether nobody waits for it any more."""
+    """Whether the client has gone."""
     return self.stream.cancelled
 
   def after_chunk(self, batch: Batch, chunk: Chunk) -> None:
@@ -71,7 +71,7 @@ class Generation(_Row):
     return TextPiece(self._index, self._decoder.finish(), [], [], [], 'stop', self._decoder.stop)
 
   def fail(self, error: Exception | None) -> None:
-    """Tell whoever waits that nothing more comes; None: because it was cancelled."""
+    """End the row early; None: because it was cancelled."""
     self.stream.put(error)
 
 
@@ -90,7 +90,7 @@ class Embedding(_Row):
 
   @property
   def is_cancelled(self) -> bool:
-    """Whether nobody waits for it any more."""
+    """Whether the client has gone."""
     return self._future.cancelled()
 
   def after_chunk(self, batch: Batch, chunk: Chunk) -> None:
@@ -105,12 +105,12 @@ class Embedding(_Row):
       self.prefilled, self.started = 0, False
 
   def deliver(self) -> None:
-    """Give all means to whoever waits."""
+    """Resolve the future."""
     if self._future.set_running_or_notify_cancel():
       self._future.set_result(self._means)
 
   def fail(self, error: Exception | None) -> None:
-    """Tell whoever waits that nothing more comes; None: because it was cancelled."""
+    """End the row early; None: because it was cancelled."""
     if error is not None and self._future.set_running_or_notify_cancel():
       self._future.set_exception(error)
 

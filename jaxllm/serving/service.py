@@ -212,7 +212,7 @@ class Service:
     score_prompt = request.num_top is not None and echoes[0] is not None
     sampling = request.sampling.replace(
       max_new_tokens=length,
-      # Whoever only wants a prompt scored counts on one more token, which EOS would not be.
+      # Clients that only score a prompt count on one more token, which EOS would not be.
       min_new_tokens=int(score_prompt and length == 1))
     requests = tuple(
       Request(prompt, sampling, _seed(request.seed, choice), turn.eos_token_ids if turn else (),
