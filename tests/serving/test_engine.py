@@ -3,12 +3,14 @@
 import asyncio
 import collections
 import contextlib
+import dataclasses
 import random
 
 import jax
 import numpy as np
 import pytest
 
+from jaxllm import sharding
 from jaxllm.data import tokenizers
 from jaxllm.data.tokenizers import TokenizerConfig
 from jaxllm.generation import scoring, text
@@ -342,6 +344,26 @@ def test_embeddings_are_means_of_hidden_states():
     cancelled = engine.embed([[1]] * 500)
     assert cancelled.cancel()
     assert asyncio.run(settled(engine, 1, busy_slots=0, queued=0)).finished['cancelled'] == 1
+
+
+def test_a_mesh_gives_the_tokens_of_one_device():
+  placement = sharding.make_placement({'data': 2, 'tensor': 2})
+  shapes, axes = decoder.abstract(ROTARY)
+  where = sharding.shardings(axes, shapes, placement.mesh, placement.config)
+  split = dataclasses.replace(
+    MODEL, variables=jax.device_put(MODEL.variables, where), placement=placement)
+  greedy = [request for request in requests() if request.sampling.temperature == 0]
+  with running() as engine:
+    want = asyncio.run(together(engine, greedy))
+  with running(split, num_slots=4) as engine:
+    keys = engine._batch._state.cache.keys[0]
+    assert keys.addressable_shards[0].data.shape[:2] == (2, 1), 'two rows and a head on each device'
+    before = engine.statistics().compilations
+    got = asyncio.run(together(engine, greedy))
+    assert engine.statistics().compilations == before
+  for ours, theirs in zip(got, want, strict=True):
+    assert (ours[0], ours[1], ours[4]) == (theirs[0], theirs[1], theirs[4])
+    np.testing.assert_allclose(ours[2][1:], theirs[2][1:], atol=3e-5)
 
 
 def test_scored_prompts_are_scored_as_elsewhere():
