@@ -105,6 +105,13 @@ def test_a_classifier_learns_and_is_loaded_with_its_head(base, finetune):
   scored = scoring.score(config.task, held_out, predict.predict(config.task, held_out, model))
   assert {name: lines(path, f'task/sentiment/{name}')[-1] for name in scored} == pytest.approx(
     scored, rel=1e-5)
+  # Turned round, the head alone makes every score during the run wrong.
+  begun = loop.pretrained.resolve(config)
+  measure = scoring.make_tasks(begun, dataset.open_dataset(begun))
+  params = model.variables['params']
+  turned = {**params, 'classifier': jax.tree.map(lambda leaf: -leaf, params['classifier'])}
+  assert measure({'params': params})['sentiment/accuracy'] == 1.0
+  assert measure({'params': turned})['sentiment/accuracy'] == 0.0
   examples = predict.examples(config.task, 'test')
   found = predict.predict(config.task, examples, model)
   assert [p['label'] for p in found] == [e.reference for e in examples]
