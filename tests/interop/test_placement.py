@@ -2,8 +2,6 @@
 
 
 
-import asyncio
-
 import jax
 import numpy as np
 import pytest
@@ -23,8 +21,6 @@ from jaxllm.generation import beam, decode, speculation
 from jaxllm.generation.sampling import SamplingConfig
 from jaxllm.model import make_placement
 from jaxllm.models import decoder
-from jaxllm.serving.engine import Engine, EngineConfig
-from jaxllm.serving.streams import Request
 from jaxllm.sharding import MeshConfig
 
 MESHES = {'tensor': {'tensor': 2}, 'fsdp': {'fsdp': 4}, 'both': {'data': 2, 'tensor': 2}}
@@ -125,27 +121,6 @@ def test_quantised_weights_beams_and_guesses_on_a_mesh(directory, alone):
   guessed, _ = speculation.generate(
     model.decoder, model.unstacked, PROMPTS, GREEDY, speculation.SpeculationConfig())
   assert [each.tokens for each in guessed] == alone['huggingface'][1]
-
-
-def test_the_engine_under_load_on_a_mesh(directory, alone):
-  """More requests than rows; nothing is compiled once the engine has started."""
-  model = loading.load(directory / 'huggingface', MESHES['both'])
-  engine = Engine(model, EngineConfig(num_slots=2, context_length=32, prefill_chunk=8))
-
-  async def together():
-    rows = [[] for _ in range(2 * len(PROMPTS))]
-    requests = [Request(tuple(prompt), GREEDY, 0) for prompt in [*PROMPTS, *PROMPTS]]
-    async for piece in engine.submit(requests):
-      rows[piece.row] += piece.tokens
-    return rows
-
-  try:
-    before = engine.statistics().compilations
-    found = asyncio.run(together())
-    assert engine.statistics().compilations == before
-  finally:
-    engine.close(30)
-  assert found == alone['huggingface'][1] * 2
 
 
 def test_heads_that_the_mesh_does_not_divide_are_replicated_and_the_rest_is_refused(directory):
