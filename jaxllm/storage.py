@@ -53,6 +53,22 @@ def write_file(path: str | os.PathLike[str], content: bytes | str) -> None:
     os.fsync(file.fileno())
 
 
+def make_writable(directory: Any, label: str) -> None:
+  """Create a directory where it is missing, and check that it can be written.
+
+  Raises:
+    ValueError: it cannot; the message begins with `label`.
+  """
+  probe = directory / f'.writable-{uuid.uuid4().hex[:8]}'
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+    probe.write_text('')
+    probe.unlink()
+  except OSError as error:
+    raise ValueError(f'{label}{directory}: cannot write there ({error.strerror or error}); choose '
+                     'another directory, or make this one writable') from error
+
+
 @contextlib.contextmanager
 def locked(directory: pathlib.Path) -> Iterator[None]:
   """Hold a directory, created where needed, against other processes that write into it.

@@ -8,10 +8,12 @@ A directory holds one subdirectory per step, with the items `state` (arrays, see
 - Reading a model from a path: `find_step`, `read_bundle`, `restore_params`.
 """
 
+import contextlib
 import dataclasses
+import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,8 +23,9 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 from orbax.checkpoint import options as ocp_options
 
-from jaxllm.checkpoints import best, tree
+from jaxllm import sharding, storage
 from jaxllm.checkpoints import bundle as bundle_lib
+from jaxllm.checkpoints import tree
 from jaxllm.checkpoints.bundle import Bundle
 from jaxllm.config import Config
 from jaxllm.mistakes import no_such_path
@@ -30,6 +33,7 @@ from jaxllm.mistakes import no_such_path
 COMMIT_MARKER = 'commit_success.txt'
 DIRECTORY = 'checkpoints'
 STATE, BUNDLE = 'state', 'bundle'
+BEST = 'best.json'
 
 
 class CheckpointError(RuntimeError):
@@ -47,6 +51,17 @@ class CheckpointConfig(Config):
   """Also keep, for good, the checkpoints of steps divisible by this; None keeps no others."""
   asynchronous: bool = True
   """Write in the background while training goes on; the state is copied first."""
+
+
+@dataclasses.dataclass
+class KeptSteps:
+  """A policy of Orbax that never deletes `steps`, which may be changed at any time."""
+
+  steps: set[int]
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    """Return for each checkpoint whether it is kept."""
+    return [checkpoint.step in self.steps for checkpoint in checkpoints]
 
 
 @dataclasses.dataclass
@@ -74,18 +89,9 @@ def open_store(directory: str | os.PathLike[str], config: CheckpointConfig) -> S
   """
   logging.getLogger('absl').addFilter(_not_from_orbax)
   path = _absolute(directory)
-  try:
-    path.mkdir(parents=True, exist_ok=True)
-    probe = path / f'.writable-{jax.process_index()}'
-    probe.write_text('')
-    probe.unlink()
-  except OSError as error:
-    raise ValueError(
-      f'cannot write checkpoints to {path}: {error.strerror or error}; choose another directory, '
-      'or make this one writable'
-    ) from error
+  storage.make_writable(path, 'checkpoints: ')
   kept = {step for step in [best_step(path)] if step is not None}
-  keep: list[Any] = [policies.LatestN(config.keep_last), best.Kept(kept)]
+  keep: list[Any] = [policies.LatestN(config.keep_last), KeptSteps(kept)]
   if config.keep_every is not None:
     keep.append(policies.EveryNSteps(config.keep_every))
   manager = ocp.CheckpointManager(
@@ -157,18 +163,24 @@ def save_best(
 
 def mark_best(store: Store, step: int | None, facts: Mapping[str, Any]) -> None:
   """Mark a step as the best, or none where it is None or not there; facts as in `save_best`."""
-  store.kept.intersection_update({step})
-  if step is None or step not in committed_steps(store.directory):
-    (store.directory / best.FILE).unlink(missing_ok=True)
-    return
-  store.kept.add(step)
+  wanted = {one for one in committed_steps(store.directory) if one == step}
+  store.kept.intersection_update(wanted)
+  store.kept.update(wanted)
   if jax.process_index() == 0:
-    best.write(store.directory, step, facts)
+    if wanted:
+      _write_best(store, {'step': step, **facts})
+    else:
+      (store.directory / BEST).unlink(missing_ok=True)
+  sharding.barrier('the best checkpoint is marked')
+
+
+def _write_best(store: Store, facts: Mapping[str, Any]) -> None:
+  storage.write_file(store.directory / BEST, json.dumps(facts) + '\n')
 
 
 def best_step(directory: str | os.PathLike[str]) -> int | None:
   """Return the step that is marked as the best of a checkpoint directory, if it is there."""
-  step = best.read(_absolute(directory))
+  step = storage.read_json(_absolute(directory) / BEST).get('step')
   return step if step in committed_steps(directory) else None
 
 
@@ -289,10 +301,8 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
     CheckpointError: its bundle cannot be read.
   """
   step = find_step(path)
-  try:
+  with _reading(step / BUNDLE):
     fields = ocp.JsonCheckpointHandler().restore(step / BUNDLE, args=ocp.args.JsonRestore())
-  except Exception as error:
-    raise CheckpointError(f'{step / BUNDLE} cannot be read: {_reason(error)}') from error
   return bundle_lib.from_dict(fields)
 
 
@@ -305,8 +315,8 @@ def restore_params(
     path: a workdir, its `checkpoints` directory, or one step.
     abstract: tree of ShapeDtypeStructs to check against, with shardings or without; None takes what
       is stored, as nested dicts.
-    shardings: one sharding, or a tree of them in the form of the parameters; None: those of
-      `abstract`, else the first local device.
+    shardings: in the form of the parameters; None: those of `abstract`, else the first local
+      device.
     dtype: of all that is returned; None: as it is stored.
 
   Returns:
@@ -326,8 +336,6 @@ def restore_params(
   _check_same(tree.flatten(wanted), tree.flatten(stored[name]), step)
   if shardings is None:
     shardings = jax.tree.map(lambda leaf: getattr(leaf, 'sharding', None), wanted)
-  elif isinstance(shardings, jax.sharding.Sharding):
-    shardings = jax.tree.map(lambda leaf: shardings, wanted)
   leaves = jax.tree.map(
     lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=where),
     wanted, shardings,
@@ -345,12 +353,18 @@ def _absolute(path: str | os.PathLike[str]) -> epath.Path:
   return epath.Path(path).expanduser().resolve()
 
 
+@contextlib.contextmanager
+def _reading(path: epath.Path) -> Iterator[None]:
+  try:
+    yield
+  except Exception as error:
+    raise CheckpointError(f'{path} cannot be read: {_reason(error)}') from error
+
+
 def _stored_leaves(step: epath.Path) -> dict[str, jax.ShapeDtypeStruct]:
   """Return path -> shape and dtype of what a step holds."""
-  try:
+  with _reading(step / STATE):
     metadata = ocp.PyTreeCheckpointHandler().metadata(step / STATE).tree
-  except Exception as error:
-    raise CheckpointError(f'{step / STATE} cannot be read: {_reason(error)}') from error
   return {
     path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
     for path, leaf in tree.flatten(metadata).items()
@@ -376,13 +390,11 @@ def _read(step: epath.Path, leaves: Mapping[str, jax.ShapeDtypeStruct]) -> dict[
     ),
     target,
   )
-  try:
+  with _reading(step / STATE):
     restored = ocp.PyTreeCheckpointHandler().restore(
       step / STATE,
       args=ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True),
     )
-  except Exception as error:
-    raise CheckpointError(f'{step / STATE} cannot be read: {_reason(error)}') from error
   found = tree.flatten(restored)
   return {path: found[path] for path in leaves}
 

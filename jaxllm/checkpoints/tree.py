@@ -9,8 +9,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import traverse_util
 
 MAX_LINES = 30
+
+
+def path_of(keys: Any) -> str:
+  """Return a key path of JAX as text: 'params/layers/mlp/up/kernel'."""
+  return jax.tree_util.keystr(keys, simple=True, separator='/')
 
 
 def flatten(tree: Any) -> dict[str, Any]:
@@ -19,8 +25,7 @@ def flatten(tree: Any) -> dict[str, Any]:
   Raises:
     ValueError: two leaves have the same path.
   """
-  pairs = [('/'.join(map(_name, path)), leaf)
-           for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+  pairs = [(path_of(keys), leaf) for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)]
   leaves = dict(pairs)
   if len(leaves) != len(pairs):
     raise ValueError('two leaves of the state have the same path; rename one of them')
@@ -29,14 +34,7 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
   """Return nested dicts, one level for each part of a path."""
-  nested: dict[str, Any] = {}
-  for path, leaf in leaves.items():
-    *parents, name = path.split('/')
-    node = nested
-    for parent in parents:
-      node = node.setdefault(parent, {})
-    node[name] = leaf
-  return nested
+  return traverse_util.unflatten_dict(dict(leaves), sep='/')
 
 
 def differences(expected: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
@@ -63,13 +61,6 @@ def listing(lines: list[str]) -> str:
   more = len(lines) - MAX_LINES
   shown = [f'  {line}' for line in lines[:MAX_LINES]]
   return '\n'.join(shown + ([f'  ... and {more} more'] if more > 0 else []))
-
-
-def _name(key: Any) -> str:
-  for attribute in ('key', 'name', 'idx'):
-    if hasattr(key, attribute):
-      return str(getattr(key, attribute))
-  return str(key)
 
 
 def _describe(leaf: Any) -> str:

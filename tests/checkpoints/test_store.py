@@ -207,7 +207,7 @@ def test_path_without_checkpoint(tmp_path):
 
 def test_unwritable_directory(tmp_path):
   (tmp_path / 'file').write_text('')
-  with pytest.raises(ValueError, match='cannot write checkpoints to .*file/checkpoints'):
+  with pytest.raises(ValueError, match='checkpoints: .*file/checkpoints: cannot write there'):
     store_lib.open_store(tmp_path / 'file' / 'checkpoints', CheckpointConfig())
 
 
