@@ -5,7 +5,6 @@ exit code is 0 when the run has finished, 75 when a signal has stopped it and th
 wanted again; 1 and 2 are errors.
 """
 
-import json
 import pathlib
 import sys
 
@@ -43,11 +42,8 @@ def main(_) -> None:  # noqa: D103
   if scores := summary.get('validation'):
     told = {**metrics.HELD_OUT, 'accuracy': 'accuracy'}.items()
     print(', '.join(f'{text} {tables.number(scores[key])}' for key, text in told if key in scores))
-  samples = pathlib.Path(WORKDIR.value) / 'samples.jsonl'
-  if samples.exists():
-    lines = filter(None, samples.read_text(encoding='utf-8').split('\n'))
-    for sample in map(json.loads, lines):
-      print(f'---\n{sample["prompt"]}{sample["text"]}')
+  for sample in metrics.read_lines(pathlib.Path(WORKDIR.value) / 'samples.jsonl'):
+    print(f'---\n{sample["prompt"]}{sample["text"]}')
   print(f'report: {pathlib.Path(WORKDIR.value) / "report.html"}')
 
 

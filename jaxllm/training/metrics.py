@@ -3,7 +3,7 @@
 - `open_logger` -> `MetricLogger`: what the loop reports to, with the clocks of its steps.
 - `open_writer`: one record per call, on disk at once; survives a resume. `read` reads them back.
 - `Progress`: a bar on a terminal, plain lines elsewhere.
-- `device_peak_flops`, `mfu`, `device_memory_bytes`: how well the devices are used.
+- `device_peak_flops`, `device_memory_bytes`: how well the devices are used.
 """
 
 import contextlib
@@ -71,20 +71,6 @@ def device_peak_flops(device_kind: str, dtype: str) -> float | None:
   if device_kind not in _PEAK_FLOPS or dtype not in ('bfloat16', 'float32'):
     return None
   return _PEAK_FLOPS[device_kind][dtype == 'float32']
-
-
-def mfu(flops_per_second: float, num_devices: int, peak_flops: float | None) -> float | None:
-  """Return the model FLOPs utilisation in [0, 1], None where the peak is unknown.
-
-  Args:
-    flops_per_second: what the model needs, recomputation not counted, over all devices.
-    num_devices: all devices of the run.
-    peak_flops: of one device, from `device_peak_flops`.
-
-  Reference:
-    Chowdhery et al., PaLM, arXiv 2204.02311, appendix B.
-  """
-  return None if peak_flops is None else flops_per_second / (num_devices * peak_flops)
 
 
 def device_memory_bytes() -> int:
@@ -180,12 +166,13 @@ class MetricLogger:
     record['train/compilations'] = len(self._compilations)
     record['train/elapsed_seconds'] = self._seconds_before + time.monotonic() - self._started
     if seconds:
-      flops_per_second = self._flops_per_step * self._steps / seconds
+      # Model FLOPs utilisation: Chowdhery et al., PaLM, arXiv 2204.02311, appendix B.
+      flops_per_second = self._flops_per_step * self._steps / seconds / self._num_devices
       record |= {
         'train/tokens_per_second': self._tokens / seconds,
         'train/step_seconds': seconds / self._steps,
         'train/data_wait_seconds': self._data_wait / self._steps,
-        'train/mfu': mfu(flops_per_second, self._num_devices, self._peak_flops),
+        'train/mfu': self._peak_flops and flops_per_second / self._peak_flops,
       }
     self._write(step, record)
     self._reset()
@@ -276,31 +263,30 @@ def open_writer(
 
 
 def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-  """Return the records of a metrics.jsonl, without a line torn by a crash; none where it is not."""
+  """Return the records of a metrics.jsonl; see `read_lines`."""
+  return [record for record in read_lines(path) if isinstance(record.get('step'), int)]
+
+
+def read_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+  """Return the objects of a JSONL file, without lines torn by a crash; none where it is absent."""
   try:
-    lines = pathlib.Path(path).read_text(encoding='utf-8', errors='replace').split('\n')
+    lines = pathlib.Path(path).read_text(encoding='utf-8', errors='replace').split('\n')[:-1]
   except FileNotFoundError:
     return []
-  return [json.loads(line) for line in lines if _step_of(line) < math.inf]
+  found = []
+  for line in lines:
+    with contextlib.suppress(ValueError):
+      found.append(json.loads(line))
+  return [value for value in found if isinstance(value, dict)]
 
 
 def _drop_later(path: pathlib.Path, step: int) -> None:
   """Keep the whole records of a metrics.jsonl up to `step`."""
   if not path.exists():
     return
-  text = path.read_text(encoding='utf-8', errors='replace')
-  lines = [f'{line}\n' for line in text.split('\n')[:-1]]
-  kept = [line for line in lines if _step_of(line) <= step]
-  if ''.join(kept) != text:
+  kept = [json.dumps(record) + '\n' for record in read(path) if record['step'] <= step]
+  if ''.join(kept) != path.read_text(encoding='utf-8', errors='replace'):
     storage.write_file(path, ''.join(kept))
-
-
-def _step_of(line: str) -> float:
-  """Return the step of a record; infinity for a line torn by a crash."""
-  try:
-    return json.loads(line)['step']
-  except (ValueError, TypeError, KeyError):
-    return math.inf
 
 
 class Progress:

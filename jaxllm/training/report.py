@@ -15,7 +15,7 @@ import jinja2
 
 from jaxllm import storage
 from jaxllm.evaluation import tables
-from jaxllm.training import charts
+from jaxllm.training import charts, metrics
 from jaxllm.training.metrics import format_duration
 
 Record = Mapping[str, Any]
@@ -46,7 +46,7 @@ def _describe(path: pathlib.Path) -> dict[str, Any]:
   config, summary, environment, data = (
     storage.read_json(path / f'{name}.json')
     for name in ('config', 'summary', 'environment', 'data'))
-  records = [r for r in _read_lines(path / 'metrics.jsonl') if isinstance(r.get('step'), int)]
+  records = metrics.read(path / 'metrics.jsonl')
   train = [r for r in records if 'train/loss' in r]
   validation = [r for r in records if 'validation/loss' in r]
   if summary.get('step', -1) < max((r['step'] for r in records), default=0):
@@ -62,7 +62,10 @@ def _describe(path: pathlib.Path) -> dict[str, Any]:
     'loss_chart': _loss_chart(train, validation),
     'charts': _small_charts(train),
     'task_charts': _task_charts(records),
-    'samples': [_sample(s) for s in _read_lines(path / 'samples.jsonl')],
+    'samples': [
+      {'prompt': (prompt := str(sample.get('prompt', ''))),
+       'text': str(sample.get('text', '')).removeprefix(prompt)}
+      for sample in metrics.read_lines(path / 'samples.jsonl')],
     'speed': _speed(train, environment),
     'data': _data(data),
     'environment': list(_flatten(environment)),
@@ -124,16 +127,21 @@ def _verdict(result: Record) -> str:
   return text + '.'
 
 
+def _known(rows: Sequence[tuple[str, Any, Callable[[Any], str]]]) -> Rows:
+  """Return (label, text) of the values that are known."""
+  return [(label, text(value)) for label, value, text in rows if value is not None]
+
+
 def _origin(environment: Record, records: Sequence[Record]) -> Rows:
-  """Return the command, date and devices of a run that are known, as (label, value)."""
+  """Return the command, date and devices of a run."""
   times = [r['time'] for r in records if isinstance(r.get('time'), int | float)]
-  dates = [f'{datetime.datetime.fromtimestamp(time, datetime.UTC):%Y-%m-%d %H:%M}'
-           for time in (min(times), max(times))] if times else []
+  dates = dict.fromkeys(
+    f'{datetime.datetime.fromtimestamp(time, datetime.UTC):%Y-%m-%d %H:%M}'
+    for time in (min(times, default=None), max(times, default=None)) if time is not None)
   kind, count = environment.get('device_kind'), environment.get('devices')
-  rows = [('command', environment.get('command')),
-          ('date', ' to '.join(dict.fromkeys(dates)) + ' UTC' if dates else None),
-          ('device', f'{count} x {kind}' if kind and count else kind)]
-  return [(label, str(value)) for label, value in rows if value]
+  return _known([('command', environment.get('command'), str),
+                 ('date', ' to '.join(dates) + ' UTC' if dates else None, str),
+                 ('device', f'{count} x {kind}' if kind and count else kind, str)])
 
 
 def _note(config: Record, summary: Record, validation: Sequence[Record]) -> str:
@@ -152,21 +160,20 @@ def _note(config: Record, summary: Record, validation: Sequence[Record]) -> str:
 
 
 def _tiles(result: Record) -> Rows:
-  """Return the headline figures that are known, as (label, value)."""
-  held_out, percent = 'held-out ', lambda value: f'{100 * value:.1f} %'
-  shown: list[tuple[str, str, Callable[[Any], str]]] = [
-    ('loss', held_out + 'loss', tables.number),
-    ('perplexity', 'perplexity', tables.number),
-    ('bits_per_byte', 'bits per byte', tables.number),
-    ('accuracy', held_out + 'accuracy', percent),
-    ('parameters', 'parameters', _count),
-    ('tokens', 'training tokens', _count),
-    ('tokens_per_second', 'tokens per second', '{:,.0f}'.format),
-    ('seconds', 'time', format_duration),
+  """Return the headline figures."""
+  rows: list[tuple[str, Any, Callable[[Any], str]]] = [
+    ('held-out loss', result['loss'], tables.number),
+    ('perplexity', result['perplexity'], tables.number),
+    ('bits per byte', result['bits_per_byte'], tables.number),
+    ('held-out accuracy', result['accuracy'], lambda value: f'{100 * value:.1f} %'),
+    ('parameters', result['parameters'], _count),
+    ('training tokens', result['tokens'], _count),
+    ('tokens per second', result['tokens_per_second'], '{:,.0f}'.format),
+    ('time', result['seconds'], format_duration),
   ]
   if result['loss'] is None:
-    shown.insert(0, ('train_loss', 'training loss', tables.number))
-  return [(label, text(result[key])) for key, label, text in shown if result[key] is not None]
+    rows.insert(0, ('training loss', result['train_loss'], tables.number))
+  return _known(rows)
 
 
 def _loss_chart(train: Sequence[Record], validation: Sequence[Record]) -> dict[str, Any] | None:
@@ -205,22 +212,18 @@ def _task_charts(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 def _speed(train: Sequence[Record], environment: Record) -> Rows:
-  """Return what the run cost, as (label, value)."""
-  kind = environment.get('device_kind', 'this device')
-  utilisation, memory = _median(train, 'train/mfu'), _last(train, 'train/memory_bytes')
-  rows = [
+  """Return what the run cost."""
+  utilisation, kind = _median(train, 'train/mfu'), environment.get('device_kind', 'this device')
+  unknown = f'unknown: no published peak for {kind}' if train else None
+  return _known([
     ('seconds per step', _median(train, 'train/step_seconds'), '{:.4g}'.format),
     ('seconds per step waiting for data', _median(train, 'train/data_wait_seconds'),
      '{:.2g}'.format),
-    ('peak memory', memory, lambda size: f'{size / 2**30:.2f} GiB'),
+    ('peak memory', _last(train, 'train/memory_bytes'), lambda size: f'{size / 2**30:.2f} GiB'),
     ('programs compiled', _last(train, 'train/compilations'), '{:.0f}'.format),
     ('steps not applied', _last(train, 'train/skipped'), '{:.0f}'.format),
-  ]
-  found = [(label, text(value)) for label, value, text in rows if value is not None]
-  if train:
-    unknown = f'unknown: no published peak for {kind}'
-    found.append(('utilisation (MFU)', f'{100 * utilisation:.1f} %' if utilisation else unknown))
-  return found
+    ('utilisation (MFU)', f'{100 * utilisation:.1f} %' if utilisation else unknown, str),
+  ])
 
 
 def _data(manifest: Record) -> list[tuple[str, ...]]:
@@ -255,11 +258,6 @@ def _flatten(value: Any, path: str = '') -> Iterator[tuple[str, str]]:
     yield path, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _sample(sample: Record) -> dict[str, str]:
-  prompt, text = str(sample.get('prompt', '')), str(sample.get('text', ''))
-  return {'prompt': prompt, 'text': text.removeprefix(prompt)}
-
-
 def _last(records: Sequence[Record], name: str) -> float | None:
   return next((r[name] for r in reversed(records) if r.get(name) is not None), None)
 
@@ -275,20 +273,3 @@ def _count(number: float) -> str:
     if number >= limit:
       return f'{number / limit:.3g} {word}'
   return f'{number:,.0f}'
-
-
-def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-  """Read the JSON objects of a JSONL file, without lines torn by a crash."""
-  try:
-    lines = path.read_text(encoding='utf-8').split('\n')
-  except (OSError, ValueError):
-    return []
-  found = []
-  for line in lines:
-    try:
-      value = json.loads(line)
-    except ValueError:
-      continue
-    if isinstance(value, dict):
-      found.append(value)
-  return found

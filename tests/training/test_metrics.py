@@ -3,13 +3,16 @@
 import contextlib
 import io
 import json
+import time
 
 import jax
 import jax.numpy as jnp
 import pytest
 from tensorboardX.proto import event_pb2
 
+from jaxllm import sharding
 from jaxllm.training import metrics
+from tests.training import tiny_run
 
 
 def records(workdir):
@@ -91,9 +94,18 @@ def test_peaks_are_the_vendors_and_unknown_is_none():
   assert metrics.device_peak_flops(jax.devices()[0].device_kind, 'float32') is None
 
 
-def test_mfu():
-  assert metrics.mfu(1e15, 4, 500e12) == 0.5
-  assert metrics.mfu(1e15, 4, None) is None
+def test_utilisation_is_that_of_all_devices(tmp_path, monkeypatch):
+  monkeypatch.setattr(metrics, 'device_peak_flops', lambda *_: 1e9)
+  experiment, records = tiny_run.experiment(tmp_path), []
+  mesh = sharding.make_mesh(experiment.mesh)
+  log = metrics.MetricLogger(experiment, mesh, lambda step, record: records.append(record),
+                             metrics.Progress(9, enabled=False), time.monotonic(), 0.0)
+  for step in (1, 2):
+    log.log_step(step, {'loss': 1.0, 'tokens_read': 8.0, 'applied': 1.0})
+  first, second = records
+  assert 'train/mfu' not in first  # It compiled.
+  assert second['train/mfu'] == pytest.approx(
+    log._flops_per_step / second['train/step_seconds'] / (8 * 1e9))
 
 
 def test_memory_is_that_of_a_living_process():
