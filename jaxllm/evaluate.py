@@ -232,33 +232,37 @@ def _records(model) -> Any:
 
 
 def _held_out(model) -> dict[str, float]:
-  """Return the scores of a run on its held-out records."""
+  """Return the scores of a run on its held-out records, on any devices."""
   import jax
 
   from jaxllm import sharding
-  from jaxllm.data import batches, records
-  from jaxllm.evaluation import perplexity
+  from jaxllm.data import records
+  from jaxllm.training import dataset, scoring
 
   experiment, split = model.experiment, SPLIT.value or 'validation'
   if experiment is None:
     raise ValueError(f'--model={MODEL.value} was not trained here, so it has no held-out records: '
                      'give --text=FILE or --tasks=NAME,...')
-  directory = pathlib.Path(experiment.records_dir) / experiment.name
-  manifest = _records(model) or records.prepare(experiment.data, experiment.tokenizer, directory)
-  # Of the mesh that it was trained on nothing is needed but the rules.
-  devices = jax.devices()[: math.gcd(BATCH_SIZE.value, jax.device_count())]
-  mesh_config = sharding.MeshConfig(rules=experiment.mesh.rules)
-  mesh = sharding.make_mesh(mesh_config, devices)
-  eval_step = perplexity.make_eval_step(
-    model.config, experiment.chunk_size, mesh, mesh_config,
-    (model.tokenizer.bos_id, model.tokenizer.eos_id))
-  held_out = batches.make_batches(
-    directory, split, BATCH_SIZE.value, seed=0, shuffle=False, num_epochs=1)
-  return perplexity.evaluate(
-    eval_step, jax.device_put(model.variables, sharding.replicated(mesh)),
-    batches.prefetch(held_out, 0, held_out.num_batches),
-    sharding.batch_sharding(mesh, mesh_config), manifest.split(split).bytes_per_token,
-  )
+  if _records(model) is None:
+    directory = pathlib.Path(experiment.records_dir) / experiment.name
+    records.prepare(experiment.data, experiment.tokenizer, directory)
+  prepared = dataset.prepared(experiment)
+  placement, variables = model.placement, model.variables
+  if placement is None:
+    # Of the mesh that it was trained on nothing is needed but the rules.
+    devices = jax.devices()[: math.gcd(BATCH_SIZE.value, jax.device_count())]
+    mesh_config = sharding.MeshConfig(rules=experiment.mesh.rules)
+    placement = sharding.Placement(
+      sharding.make_mesh(mesh_config, devices), mesh_config)
+    variables = jax.device_put(variables, sharding.replicated(placement.mesh))
+  parts = math.prod(placement.mesh.shape[axis] for axis in dict(placement.config.rules)['batch'])
+  if BATCH_SIZE.value % parts:
+    raise ValueError(f'--batch_size={BATCH_SIZE.value}: a multiple of {parts} is needed, the '
+                     'devices that split a batch')
+  used = experiment.replace(
+    model=model.config, mesh=placement.config,
+    evaluation=experiment.evaluation.replace(batch_size=BATCH_SIZE.value))
+  return scoring.make_held_out(used, prepared, placement.mesh, None, split)(variables)
 
 
 def _write(results: Any) -> None:

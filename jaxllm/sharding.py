@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 import pydantic
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.config import Config
@@ -269,6 +269,21 @@ def batch_shardings(batch: Mapping[str, Any], sharding: NamedSharding) -> dict[s
 def replicated(mesh: Mesh) -> NamedSharding:
   """Return the sharding that keeps a whole copy on every device."""
   return NamedSharding(mesh, PartitionSpec())
+
+
+def barrier(name: str) -> None:
+  """Wait until all processes have come to this point."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
+
+
+def to_host(arrays: Any) -> Any:
+  """Return a tree of arrays as NumPy arrays; every process gets all of each."""
+  if jax.process_count() == 1:
+    return jax.device_get(arrays)
+  return jax.tree.map(
+    lambda x: np.asarray(x) if x.is_fully_replicated or x.is_fully_addressable
+    else multihost_utils.process_allgather(x, tiled=True), arrays)
 
 
 def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:

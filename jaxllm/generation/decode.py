@@ -7,10 +7,10 @@ import dataclasses
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm import sharding
 from jaxllm.generation import decode_state
 from jaxllm.generation.decode_state import compilation_count
 from jaxllm.generation.requests import Request, make_requests
@@ -173,8 +173,8 @@ def _stream(
   seen = [len(request.prompt) for request in requests]
   live = list(range(len(requests)))
   while True:
-    host = jax.device_get((state.tokens_BS, state.logprobs_BS, state.top_ids_BSA,
-                           state.top_logprobs_BSA, state.lengths_B, state.finished_B))
+    host = sharding.to_host((state.tokens_BS, state.logprobs_BS, state.top_ids_BSA,
+                             state.top_logprobs_BSA, state.lengths_B, state.finished_B))
     for row in live:
       if row not in cancelled:
         yield _piece(requests[row], row, seen[row], num_top, *(leaf[row] for leaf in host))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
+from jaxllm import sharding
 from jaxllm.generation.decode import Top
 from jaxllm.generation.requests import check_ids
 from jaxllm.generation.sampling import power_of_two
@@ -132,7 +133,7 @@ def score_from(
     for i, row in enumerate(rows):
       tokens_BS[i, : len(sequences[row])] = sequences[row]
       places_BK[i, : counts[row]] = np.arange(firsts[row] - 1, len(sequences[row]) - 1)
-    host = jax.device_get(_score(model, variables, tokens_BS, places_BK, kept))
+    host = sharding.to_host(_score(model, variables, tokens_BS, places_BK, kept))
     for i, row in enumerate(rows):
       results[row] = log_probs.TokenScores(*(leaf[i, : counts[row]] for leaf in host))
   return [results[row] for row in range(len(sequences))]

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from absl import logging
 
+from jaxllm import sharding
 from jaxllm.data import packing
 from jaxllm.generation import scoring, text
 from jaxllm.generation.sampling import SamplingConfig
@@ -227,8 +228,10 @@ def _choose(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _class_logits(head: ClassifierConfig, model: Decoder, variables: Any, batch: Any) -> jax.Array:
-  return classification.class_logits(head, model, variables, batch)[0]
+def _class_log_probs(
+  head: ClassifierConfig, model: Decoder, variables: Any, batch: Any
+) -> jax.Array:
+  return jax.nn.log_softmax(classification.class_logits(head, model, variables, batch)[0])
 
 
 def _classify(
@@ -250,9 +253,9 @@ def _classify(
     longest = max(_LEAST_LENGTH, *(len(one.ids) for one in texts))
     length = min(1 << (longest - 1).bit_length(), context_length)
     records = packing.pack(texts, length, model.config.vocab_size, together=False)
-    logits_BC = _class_logits(
-      head, model.decoder, model.variables, packing.batch_arrays(records))
-    for i, log_probs_C in zip(rows, jax.nn.log_softmax(logits_BC).tolist(), strict=False):
+    log_probs_BC = sharding.to_host(_class_log_probs(
+      head, model.decoder, model.variables, packing.batch_arrays(records)))
+    for i, log_probs_C in zip(rows, log_probs_BC.tolist(), strict=False):
       answers[i] = Answer(log_likelihoods=tuple(log_probs_C))
   return answers
 

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
-from jaxllm import loading
+from jaxllm import loading, sharding
 from jaxllm.data import batches as batches_lib
 from jaxllm.data import records, tokenizers
 from jaxllm.data.batches import Batches
@@ -25,6 +25,8 @@ from jaxllm.tasks import predict
 from jaxllm.tasks.base import Example
 from jaxllm.tasks.encoding import Omitted
 from jaxllm.training import examples as encoded
+
+_CHANGED = 'the run was trained on other records: a source has changed, or the task'
 
 
 class Dataset(NamedTuple):
@@ -41,13 +43,16 @@ class Dataset(NamedTuple):
   make_batches: Callable[[str, int, bool, int | None], Batches]
 
 
-def open_dataset(experiment: Experiment, begun: str | None = None) -> Dataset:
+def open_dataset(
+  experiment: Experiment, begun: str | None = None, mesh: Mesh | None = None
+) -> Dataset:
   """Prepare the records of a run, or find that they are there.
 
   Args:
     experiment: the run.
     begun: fingerprint of the records that it has begun with. Where these are there, sources that
       cannot be read any more do not matter, and changed ones do not replace them.
+    mesh: the devices of the run, for what a model says about its records; None: one device.
 
   Raises:
     ValueError: the data cannot be read, has changed, or does not fit the model.
@@ -55,8 +60,17 @@ def open_dataset(experiment: Experiment, begun: str | None = None) -> Dataset:
   config = experiment.tokenizer
   if config is not None and not config.trained:
     _check_vocabulary(experiment, tokenizers.train_or_load(config, ()).vocab_size)
-  dataset = _documents(experiment, begun) if experiment.task is None else _task(experiment)
+  if experiment.task is not None:
+    dataset = _task(experiment, mesh)
+  else:
+    if jax.process_index() == 0:
+      _prepare(experiment, pathlib.Path(experiment.records_dir) / experiment.name, begun)
+    sharding.barrier('records are prepared')
+    dataset = prepared(experiment)
   _check_vocabulary(experiment, dataset.manifest.vocab_size)
+  if begun not in (None, dataset.manifest.fingerprint):
+    raise ValueError(f'{_CHANGED} (fingerprint {str(begun)[:12]}, now '
+                     f'{dataset.manifest.fingerprint[:12]}); choose another --workdir')
   _tell_repeats(experiment.training, dataset.manifest.train.records)
   return dataset
 
@@ -94,18 +108,14 @@ def _prepare(experiment: Experiment, directory: pathlib.Path, begun: str | None)
                       error, directory)
       return
     if now != begun:
-      raise ValueError(f'config.data: a source has changed since {directory} was prepared; the '
-                       'run was trained on other records: choose another --workdir, and another '
-                       'config.name')
+      raise ValueError(f'config.data: {_CHANGED}; choose another --workdir, and another '
+                       f'config.name, since {directory} holds the records of that run')
   records.prepare(experiment.data, experiment.tokenizer, directory)
 
 
-def _documents(experiment: Experiment, begun: str | None) -> Dataset:
+def prepared(experiment: Experiment) -> Dataset:
+  """Return the documents of a run, which are prepared already."""
   directory = pathlib.Path(experiment.records_dir) / experiment.name
-  if jax.process_index() == 0:
-    _prepare(experiment, directory, begun)
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices('records are prepared')
 
   def make_batches(split: str, batch_size: int, shuffle: bool, num_epochs: int | None) -> Batches:
     return batches_lib.make_batches(
@@ -118,7 +128,7 @@ def _documents(experiment: Experiment, begun: str | None) -> Dataset:
   )
 
 
-def _task(experiment: Experiment) -> Dataset:
+def _task(experiment: Experiment, mesh: Mesh | None) -> Dataset:
   task: Any = experiment.task
   if experiment.tokenizer is None:
     raise ValueError('config.tokenizer=None: it is read from config.init_from when training starts')
@@ -141,6 +151,7 @@ def _task(experiment: Experiment) -> Dataset:
     if any(omitted):
       logging.warning('%s: of %d examples %s', name, len(examples),
                       encoded.reasons(experiment, omitted))
+  encoded.add_reference(experiment, arrays, mesh)
   digest = hashlib.sha256(tokenizer.fingerprint.encode())
   for name, array in arrays.items():
     digest.update(f'{name}\0{array.dtype}\0'.encode())

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from jaxllm import loading
+from jaxllm import loading, sharding
 from jaxllm.data import packing
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.experiment import Experiment
-from jaxllm.models.decoder import Decoder
 from jaxllm.objectives import preference
 from jaxllm.tasks import encoding
 from jaxllm.tasks.base import Example
@@ -149,26 +149,31 @@ def _make_pairs(
   records = np.zeros(len(pairs), _pairs_dtype(experiment))
   for i, name in enumerate(('chosen', 'rejected')):
     records[name] = _pack_alone(experiment, [pair[i] for pair in pairs])
-  if pairs and _needs_log_probs(experiment):
-    records[REFERENCE] = reference_log_probs(experiment, records)
   return records, omitted
 
 
-def reference_log_probs(experiment: Experiment, records: np.ndarray) -> np.ndarray:
-  """Return (records, 2): log-probabilities of both answers under `init_from`, in nats."""
-  model = loading.load(experiment.init_from or '', dtype='float32')
+def add_reference(
+  experiment: Experiment, splits: Mapping[str, np.ndarray], mesh: Mesh | None
+) -> None:
+  """Write the log-probabilities of both answers under `init_from`, in nats, into pairs."""
+  if not any(REFERENCE in (records.dtype.names or ()) for records in splits.values()):
+    return
+  placement = mesh and sharding.Placement(mesh, experiment.mesh)
+  model = loading.load(experiment.init_from or '', placement, 'float32')
   log_probs = jax.jit(preference.sequence_log_probs, static_argnums=0)
   size = experiment.training.batch_size
-  found = np.zeros((len(records), 2), np.float32)
-  for start in range(0, len(records), size):
-    padded = np.zeros(size, records.dtype)
-    part = records[start : start + size]
-    padded[: len(part)] = part
-    for i, name in enumerate(('chosen', 'rejected')):
-      batch = packing.batch_arrays(padded[name])
-      values, *_ = log_probs(Decoder(model.config), model.variables, batch)
-      found[start : start + size, i] = np.asarray(values)[: len(part)]
-  return found
+  for records in splits.values():
+    for start in range(0, len(records), size):
+      part = records[start : start + size]
+      padded = np.zeros(size, records.dtype)
+      padded[: len(part)] = part
+      for i, name in enumerate(('chosen', 'rejected')):
+        batch: Any = packing.batch_arrays(padded[name])
+        if placement:
+          split = sharding.batch_sharding(placement.mesh, placement.config)
+          batch = jax.device_put(batch, sharding.batch_shardings(batch, split))
+        values, *_ = log_probs(model.decoder, model.variables, batch)
+        part[REFERENCE][:, i] = sharding.to_host(values)[: len(part)]
 
 
 def _decode_pairs(records: np.ndarray) -> Batch:

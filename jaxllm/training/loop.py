@@ -23,6 +23,7 @@ import optax
 from absl import logging
 from jax.sharding import Mesh
 
+from jaxllm import config as config_lib
 from jaxllm import loading, sharding, storage
 from jaxllm.checkpoints import store as store_lib
 from jaxllm.checkpoints.bundle import Bundle
@@ -40,8 +41,6 @@ from jaxllm.training.metrics import MetricLogger
 from jaxllm.training.scoring import Measurement
 from jaxllm.training.selection import Selection
 from jaxllm.training.state import TrainState
-
-DATA = 'data.json'
 
 
 class TrainingStopped(RuntimeError):
@@ -95,7 +94,7 @@ def train(
     path=directory,
     mesh=mesh,
     tx=state_lib.make_optimizer(experiment),
-    dataset=_open_dataset(experiment, directory),
+    dataset=dataset_lib.open_dataset(experiment, workdir.begun_with(directory), mesh),
     store=store_lib.open_store(directory / store_lib.DIRECTORY, experiment.checkpoint),
     started=started,
   )
@@ -132,13 +131,16 @@ def _run(run: _Run) -> dict[str, Any]:
 
 def _accept(run: _Run, step: int, selected: Selection) -> None:
   """Describe the run in its directory, once nothing is left that could refuse it."""
-  rates = [float(state_lib.make_schedule(one)(step)) for one in (
-    workdir.begun_as(run.path) or run.experiment, run.experiment)]
+  old = workdir.begun_as(run.path) or run.experiment
+  rates = [float(state_lib.make_schedule(one)(step)) for one in (old, run.experiment)]
   if rates[0] != rates[1]:
     logging.warning('Learning rate at step %d: %.4g, was to be %.4g.', step, rates[1], rates[0])
-  workdir.accept(run.experiment, run.path)
   if jax.process_index() == 0:
-    workdir.write_json(run.path / DATA, run.dataset.manifest.model_dump(mode='json'))
+    for field, before, after in config_lib.diff(old, run.experiment):
+      logging.warning('Changed since the last call: config.%s: %r -> %r', field, before, after)
+    storage.write_file(run.path / 'config.json', run.experiment.to_json())
+    workdir.write_json(run.path / 'environment.json', workdir.environment())
+    workdir.write_json(run.path / workdir.DATA, run.dataset.manifest.model_dump(mode='json'))
     tokenizers.save(run.dataset.tokenizer, run.path / 'tokenizer')
   best = selected.best
   store_lib.mark_best(run.store, best and best[0], selected.facts)
@@ -163,20 +165,6 @@ def _check_batch(experiment: Experiment, mesh: Mesh) -> None:
       )
 
 
-def _open_dataset(experiment: Experiment, directory: pathlib.Path) -> Dataset:
-  """Prepare the records, once, and check that they are the ones this run began with."""
-  begun = workdir.has_begun(directory) and (directory / DATA).exists()
-  before = json.loads((directory / DATA).read_text())['fingerprint'] if begun else None
-  dataset = dataset_lib.open_dataset(experiment, before)
-  now = dataset.manifest.fingerprint
-  if before not in (None, now):
-    raise ValueError(
-      f'--workdir={directory} was trained on other records (fingerprint {before[:12]}, now '
-      f'{now[:12]}): a source has changed, or the task; choose another --workdir'
-    )
-  return dataset
-
-
 def _bundle(run: _Run, step: int) -> Bundle:
   return store_lib.read_bundle(run.store.directory / str(step))
 
@@ -193,7 +181,8 @@ def _initial_state(run: _Run, latest: int) -> tuple[TrainState, Bundle]:
     state = _restore(run, latest).replace(frozen=frozen)
     return state, Bundle(experiment.to_json(), bundle.tokenizer_files, manifest)
   tokenizer, manifest = run.dataset.tokenizer, run.dataset.manifest.model_dump(mode='json')
-  base, teacher, manifest = pretrained.load(experiment, tokenizer, manifest, begun=False)
+  base, teacher, manifest = pretrained.load(
+    experiment, tokenizer, manifest, begun=False, mesh=run.mesh)
   files = tokenizer.files()
   if experiment.init_from is not None:
     # With what says how to use the model, such as its chat template.
@@ -205,7 +194,7 @@ def _initial_state(run: _Run, latest: int) -> tuple[TrainState, Bundle]:
 def _load_frozen(run: _Run, bundle: Bundle) -> tuple[Any, dict[str, Any]]:
   """Return the frozen parameters, which no checkpoint holds, and the manifest of the run."""
   base, teacher, manifest = pretrained.load(
-    run.experiment, run.dataset.tokenizer, bundle.manifest, begun=True)
+    run.experiment, run.dataset.tokenizer, bundle.manifest, begun=True, mesh=run.mesh)
   return state_lib.freeze(run.experiment, run.mesh, base, teacher), manifest
 
 
@@ -268,8 +257,8 @@ def _measure(
   bundle: Bundle, selected: Selection, step: int,
 ) -> Selection:
   """Measure what is due, write it down, and keep the state where it is the best so far."""
-  variables = state_lib.evaluation_variables(run.experiment, state)
-  scores = scoring.take(measuring, variables)
+  scores = scoring.take(measuring, parameters.variables(
+    run.experiment, state_lib.evaluation_params(state), state.frozen))
   log.log_scores(step, scores)
   selected = selection.add(selected, step, scores)
   if selected.config and selected.best and selected.best[0] == step:
@@ -312,8 +301,10 @@ def _stop_requests() -> Iterator[threading.Event]:
     event.set()
     logging.info('%s: saving, then stopping.', signal.Signals(number).name)
 
-  if threading.current_thread() is not threading.main_thread():
-    yield event  # Signals belong to the main thread; a notebook may train in another.
+  # Signals belong to the main thread, and a notebook may train in another; of several processes,
+  # JAX's own handler tells the others of a SIGTERM.
+  if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
+    yield event
     return
   previous = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
   try:
@@ -347,27 +338,37 @@ def _finish(run: _Run, step: int, frozen: Any) -> dict[str, Any]:
   best = store_lib.best_step(run.store.directory)
   if best is not None:
     summary['best_step'] = best
+  variables = _restore_variables(run, step if best is None else best, frozen)
   validate = scoring.make_validation(experiment, run.dataset, run.mesh, max_batches=None)
   if validate is not None:
-    state = _restore(run, step if best is None else best).replace(frozen=frozen)
-    summary['validation'] = validate(state_lib.evaluation_variables(experiment, state))
+    summary['validation'] = validate(variables)
+  samples = _sample(run, variables)
   if jax.process_index() == 0:
-    _write_samples(experiment, run.path)
+    if samples:
+      lines = [json.dumps(sample, ensure_ascii=False) for sample in samples]
+      storage.write_file(run.path / 'samples.jsonl', '\n'.join(lines) + '\n')
     workdir.write_json(run.path / 'summary.json', summary)
     report.write_report(run.path)
   return summary
 
 
-def _write_samples(experiment: Experiment, path: pathlib.Path) -> None:
-  settings = experiment.evaluation
+def _restore_variables(run: _Run, step: int, frozen: Any) -> Any:
+  """Return the variables of a checkpoint to evaluate and sample with, each where it belongs."""
+  params, _ = store_lib.restore_params(
+    run.store.directory / str(step),
+    state_lib.abstract_state(run.experiment, run.tx, run.mesh).params)
+  return parameters.variables(run.experiment, params, frozen)
+
+
+def _sample(run: _Run, variables: Any) -> list[dict[str, str]]:
+  """Continue the prompts of `evaluation`; all processes take part."""
+  settings = run.experiment.evaluation
   if not settings.prompts:
-    return
+    return []
   texts = loading.generate(
-    loading.load(path), settings.prompts, max_new_tokens=settings.prompt_tokens,
-    temperature=settings.temperature, top_p=settings.top_p, seed=experiment.seed,
+    scoring.make_model(run.experiment, run.dataset.tokenizer, variables, run.mesh),
+    settings.prompts, max_new_tokens=settings.prompt_tokens, temperature=settings.temperature,
+    top_p=settings.top_p, seed=run.experiment.seed,
   )
-  lines = [
-    json.dumps({'prompt': prompt, 'text': text}, ensure_ascii=False)
-    for prompt, text in zip(settings.prompts, texts, strict=True)
-  ]
-  storage.write_file(path / 'samples.jsonl', '\n'.join(lines) + '\n')
+  return [{'prompt': prompt, 'text': text}
+          for prompt, text in zip(settings.prompts, texts, strict=True)]

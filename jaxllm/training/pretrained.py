@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
-from jaxllm import loading
+from jaxllm import loading, sharding
 from jaxllm.checkpoints import tree
 from jaxllm.data import tokenizers
 from jaxllm.data.tokenizers import Tokenizer, TokenizerConfig
@@ -83,9 +84,9 @@ def check_parameters(experiment: Experiment, found: Mapping[str, Any]) -> None:
 
 
 def load(
-  experiment: Experiment, tokenizer: Tokenizer, manifest: Mapping[str, Any], begun: bool
+  experiment: Experiment, tokenizer: Tokenizer, manifest: Mapping[str, Any], begun: bool, mesh: Mesh
 ) -> tuple[Any, Any, dict[str, Any]]:
-  """Load the model that a run starts from, and its teacher.
+  """Load the model that a run starts from, and its teacher, straight into the run's shardings.
 
   Args:
     experiment: the run.
@@ -93,15 +94,17 @@ def load(
     manifest: of its records or its checkpoint.
     begun: whether it has taken its first step; `init_from` is then read only if every step needs
       it.
+    mesh: the devices of the run.
 
   Returns:
     The parameters of `init_from` and those of the teacher, None where they are not read; the
     manifest with the fingerprints of those that every step depends on.
 
   Raises:
-    ValueError: a model cannot be loaded, or is not the one that the run has begun with.
+    ValueError: a model cannot be loaded, does not fit the config, or is not the one that the run
+      has begun with.
   """
-  found, marks = [], {}
+  found, fingerprints = [], {}
   teacher = getattr(experiment.objective, 'teacher', None)
   for key, field, path, lasting in (
     (loading.BASE, 'init_from', experiment.init_from, experiment.reads_base),
@@ -109,13 +112,17 @@ def load(
   ):
     params = None
     if path is not None and (lasting or not begun):
-      model = loading.load(path, dtype='float32')
+      model = loading.load(path, sharding.Placement(mesh, experiment.mesh), 'float32')
       _check_vocabulary(field, path, model.tokenizer, tokenizer)
       params = model.variables['params']
       if lasting:
-        marks[key] = loading.check_model(field, path, params, manifest.get(key))
+        fingerprints[key] = loading.check_model(field, path, params, manifest.get(key))
+      # A classifier of its own is left out.
+      params = {name: tree for name, tree in params.items() if name != loading.HEAD}
+      if field == 'init_from':
+        check_parameters(experiment, params)
     found.append(params)
-  return found[0], found[1], {**manifest, **marks}
+  return found[0], found[1], {**manifest, **fingerprints}
 
 
 def _check_vocabulary(field: str, path: str, theirs: Tokenizer, ours: Tokenizer) -> None:
@@ -135,4 +142,5 @@ def _write_tokenizer(files: Mapping[str, bytes], directory: pathlib.Path) -> Tok
     return TokenizerConfig(kind='bytes')
   if jax.process_index() == 0:
     tokenizers.save(tokenizers.from_files(files), directory)
+  sharding.barrier('the tokenizer is written')
   return TokenizerConfig(kind=kind, path=str(directory))

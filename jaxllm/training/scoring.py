@@ -10,8 +10,10 @@ from jax.sharding import Mesh
 
 from jaxllm import loading, sharding
 from jaxllm.data import batches as batches_lib
+from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.evaluation import perplexity, scores
 from jaxllm.experiment import Experiment
+from jaxllm.model import Model
 from jaxllm.tasks import TASKS, predict
 from jaxllm.tasks.base import Example
 from jaxllm.training import objectives
@@ -45,7 +47,7 @@ def make_measurements(
     ImportError: as in `make_tasks`.
   """
   validate = make_validation(experiment, dataset, mesh, experiment.evaluation.max_batches)
-  do_tasks = make_tasks(experiment, dataset)
+  do_tasks = make_tasks(experiment, dataset, mesh)
   found = (('validation', experiment.evaluation.every_steps, validate),
            ('task', experiment.scoring.every_steps, do_tasks))
   return tuple(Measurement(group, every, measure) for group, every, measure in found if measure)
@@ -62,20 +64,31 @@ def take(measurements: Iterable[Measurement], variables: Any) -> Scores:
 def make_validation(
   experiment: Experiment, dataset: Dataset, mesh: Mesh, max_batches: int | None
 ) -> Measure | None:
-  """Return `variables -> scores` over the validation records, or None where none are held out.
+  """Return `variables -> scores` over the validation records, or None where none are held out."""
+  if dataset.manifest.validation is None:
+    return None
+  return make_held_out(experiment, dataset, mesh, max_batches, 'validation')
+
+
+def make_held_out(
+  experiment: Experiment, dataset: Dataset, mesh: Mesh, max_batches: int | None, split: str
+) -> Measure:
+  """Return `variables -> scores` over the records of a split.
 
   Args:
     experiment: the run.
     dataset: its records.
     mesh: its devices.
     max_batches: how many batches at most, of records that are drawn; None takes all.
+    split: of the records.
+
+  Raises:
+    ValueError: the records have no such split.
   """
-  held_out = dataset.manifest.validation
-  if held_out is None:
-    return None
+  held_out = dataset.manifest.split(split)
   # The first records as they lie may be of one source; in a random order, they are a sample.
   batches = dataset.make_batches(
-    'validation', experiment.evaluation.batch_size or experiment.training.batch_size,
+    split, experiment.evaluation.batch_size or experiment.training.batch_size,
     max_batches is not None, 1
   )
   count = min(batches.num_batches, max_batches or batches.num_batches)
@@ -108,26 +121,23 @@ def make_validation(
   return validate
 
 
-def make_tasks(experiment: Experiment, dataset: Dataset) -> Measure | None:
+def make_tasks(experiment: Experiment, dataset: Dataset, mesh: Mesh) -> Measure | None:
   """Return `variables -> scores` of the tasks, named 'KIND/METRIC', or None where there are none.
 
   Raises:
-    ValueError: the data of a task cannot be read, or the run has several processes.
+    ValueError: the data of a task cannot be read.
     ImportError: what a score needs is not installed.
   """
   config = experiment.scoring
   if not experiment.scored_tasks:
     return None
-  if jax.process_count() > 1:
-    raise ValueError('config.scoring.tasks are done by one process alone; set them to ()')
   examples: list[tuple[Any, list[Example]]] = []
   for task in experiment.scored_tasks:
     chosen = task.data.limit if config.max_examples is None else config.max_examples
     subset = task.replace(data=task.data.replace(limit=chosen))
     examples.append((task, loading.task_examples(subset, config.split, dataset.tokenizer)))
     _check_installed(task)
-  bare = loading.make_model(
-    loading.to_use(experiment.decoder), None, dataset.tokenizer, experiment)
+  bare = make_model(experiment, dataset.tokenizer, None, mesh)
 
   def measure(variables: Any) -> Scores:
     model = dataclasses.replace(bare, variables=variables)
@@ -139,6 +149,14 @@ def make_tasks(experiment: Experiment, dataset: Dataset) -> Measure | None:
     return found
 
   return measure
+
+
+def make_model(
+  experiment: Experiment, tokenizer: Tokenizer, variables: Any, mesh: Mesh
+) -> Model:
+  """Return the model of a run as it is while it is trained, on the devices that train it."""
+  model = loading.make_model(loading.to_use(experiment.decoder), variables, tokenizer, experiment)
+  return dataclasses.replace(model, placement=sharding.Placement(mesh, experiment.mesh))
 
 
 def score(task: Any, examples: list[Example], predictions: list[Any]) -> Scores:

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxllm import sharding
+from jaxllm import loading, sharding
+from jaxllm.checkpoints import tree
 from jaxllm.experiment import Experiment
-from jaxllm.models import decoder
 from jaxllm.optim import optimizers, schedules
-from jaxllm.training import parameters, pretrained
+from jaxllm.training import parameters
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -90,15 +90,12 @@ def abstract_state(
   Raises:
     ValueError: an axis is not divisible by the mesh axes that its rule names.
   """
-  params = _placed(*parameters.abstract(experiment), experiment, mesh)
-  like = {
-    _keys(path): (leaf.shape, leaf.sharding)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-  }
+  params = _placed(*loading.abstract(experiment), experiment, mesh)
+  like = {path: (leaf.shape, leaf.sharding) for path, leaf in tree.flatten(params).items()}
   state = jax.eval_shape(lambda: init_state(experiment, tx))
 
-  def place(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    where = _like_parameter(_keys(path), leaf.shape, like) or sharding.replicated(mesh)
+  def place(keys: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    where = _like_parameter(tree.path_of(keys), leaf.shape, like) or sharding.replicated(mesh)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
   state = jax.tree_util.tree_map_with_path(place, state)
@@ -115,53 +112,29 @@ def create_state(
     experiment: the run.
     tx: from `make_optimizer`.
     mesh: from `sharding.make_mesh`.
-    base: parameters of `init_from`, which become part of the state and are the caller's no longer;
-      None: there is none.
+    base: parameters of `init_from` on this mesh, from `pretrained.load`; they become part of the
+      state and are the caller's no longer. None: there is none.
     teacher: parameters of the teacher, likewise.
-
-  Raises:
-    ValueError: `base` has not the parameters of `config.model`; the message lists the paths.
   """
-  placed = None if base is None else _fitting(experiment, base, mesh)
-  trained = None if experiment.finetune.lora else placed
   abstract = abstract_state(experiment, tx, mesh).replace(frozen={})
   start = jax.jit(
     lambda base: init_state(experiment, tx, base),
     out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract), donate_argnums=0,
   )
-  return start(trained).replace(frozen=freeze(experiment, mesh, placed, teacher))
+  state = start(None if experiment.finetune.lora else base)
+  return state.replace(frozen=freeze(experiment, mesh, base, teacher))
 
 
 def freeze(experiment: Experiment, mesh: Mesh, base: Any, teacher: Any | None = None) -> Any:
   """Return `TrainState.frozen`, each leaf where it belongs; arguments as in `create_state`."""
-  shapes, axes = parameters.abstract_frozen(experiment)
-  if not shapes:
-    return {}
-  where = sharding.shardings(axes, shapes, mesh, experiment.mesh)
-  # Where there are no adapters, the base is what is trained, and no longer here.
-  base = None if experiment.finetune.lora is None else _fitting(experiment, base, mesh)
-  if teacher is not None:
-    teacher = jax.device_put(teacher, where[parameters.TEACHER])
   if experiment.finetune.base is None:
     # Nothing to compute, so nothing is copied.
     return parameters.freeze(experiment, base, teacher)
+  shapes, axes = parameters.abstract_frozen(experiment)
+  where = sharding.shardings(axes, shapes, mesh, experiment.mesh)
   return jax.jit(
     lambda base, teacher: parameters.freeze(experiment, base, teacher), out_shardings=where
   )(base, teacher)
-
-
-def _fitting(experiment: Experiment, base: Any, mesh: Mesh) -> Any:
-  """Place the parameters of a whole model; a ValueError where they are not config.model's.
-
-  A classifier of its own is left out.
-  """
-  base = {name: params for name, params in base.items() if name != parameters.HEAD}
-  shapes, axes = decoder.abstract(experiment.decoder)
-  placed = _placed(shapes['params'], axes['params'], experiment, mesh)
-  pretrained.check_parameters(experiment, base)
-  return jax.tree.map(
-    lambda leaf, like: jax.device_put(leaf.astype(like.dtype), like.sharding), base, placed
-  )
 
 
 def _placed(shapes: Any, axes: Any, experiment: Experiment, mesh: Mesh) -> Any:
@@ -191,26 +164,18 @@ def evaluation_params(state: TrainState) -> Any:
   return state.params if state.ema is None else state.ema
 
 
-def evaluation_variables(experiment: Experiment, state: TrainState) -> Any:
-  """Return the variables of the model to evaluate and sample with."""
-  return parameters.variables(experiment, evaluation_params(state), state.frozen)
-
-
-def _keys(path: Any) -> tuple[str, ...]:
-  return tuple(str(getattr(key, 'key', getattr(key, 'name', key))) for key in path)
-
-
 def _like_parameter(
-  keys: tuple[str, ...], shape: tuple[int, ...], like: dict[tuple[str, ...], Any]
+  path: str, shape: tuple[int, ...], like: dict[str, Any]
 ) -> NamedSharding | None:
-  """Find the parameter whose path ends `keys`, and place `shape` as the parameter is placed.
+  """Find the parameter whose path ends `path`, and place `shape` as the parameter is placed.
 
   An optimizer may see a kernel as a matrix, with two of its axes merged, and a factored moment
   lacks one axis of what it sees.
   """
-  for start in range(len(keys)):
-    if keys[start:] in like:
-      full_shape, where = like[keys[start:]]
+  parts = path.split('/')
+  for start in range(len(parts)):
+    if (end := '/'.join(parts[start:])) in like:
+      full_shape, where = like[end]
       entries = tuple(where.spec) + (None,) * (len(full_shape) - len(where.spec))
       whole = [(full_shape, entries), *_merged(full_shape, entries)]
       for seen, spec in whole + [part for view in whole for part in _without_axis(*view)]:

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from absl import logging
 
 from jaxllm import config as config_lib
 from jaxllm import storage
@@ -22,6 +21,7 @@ from jaxllm.checkpoints import tree
 from jaxllm.experiment import FIXED_FIELDS, Experiment
 from jaxllm.training import state as state_lib
 
+DATA = 'data.json'
 PACKAGES = ('jaxllm', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
 
@@ -35,32 +35,10 @@ def open_workdir(experiment: Experiment, workdir: str | os.PathLike[str]) -> pat
     ValueError: the directory cannot be written, or a field may not change; the message names it.
   """
   path = pathlib.Path(workdir)
-  probe = path / f'.writable-{jax.process_index()}'
-  try:
-    path.mkdir(parents=True, exist_ok=True)
-    probe.write_text('')
-    probe.unlink()
-  except OSError as error:
-    raise ValueError(
-      f'--workdir={path}: cannot write there ({error.strerror}); choose another directory'
-    ) from error
+  storage.make_writable(path, '--workdir=')
   if (old := begun_as(path)) is not None:
     check_same_run(old, experiment, path)
   return path
-
-
-def accept(experiment: Experiment, path: pathlib.Path) -> None:
-  """Write `config.json` and `environment.json` once nothing is left that could refuse a run.
-
-  Where the run goes on with another config, the log says what has changed.
-  """
-  if jax.process_index() != 0:
-    return
-  if (old := begun_as(path)) is not None:
-    for field, before, after in config_lib.diff(old, experiment):
-      logging.warning('Changed since the last call: config.%s: %r -> %r', field, before, after)
-  storage.write_file(path / 'config.json', experiment.to_json())
-  write_json(path / 'environment.json', environment())
 
 
 def begun_as(path: pathlib.Path) -> Experiment | None:
@@ -71,6 +49,11 @@ def begun_as(path: pathlib.Path) -> Experiment | None:
 def has_begun(path: pathlib.Path) -> bool:
   """Return whether there is anything to lose; until then a wrong config can be put right."""
   return (path / 'metrics.jsonl').exists() or any((path / 'checkpoints').glob('*'))
+
+
+def begun_with(path: pathlib.Path) -> str | None:
+  """Return the fingerprint of the records that the run in a directory has begun with."""
+  return storage.read_json(path / DATA).get('fingerprint') if has_begun(path) else None
 
 
 def read_config(workdir: str | os.PathLike[str]) -> Experiment:

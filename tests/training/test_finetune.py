@@ -36,6 +36,7 @@ from jaxllm.training import state as state_lib
 from jaxllm.training import step as step_lib
 from tests.interop import small
 from tests.training import tiny_run as tiny
+from tests.training.watched import whole_parameters
 
 LORA = FinetuneConfig(lora=LoraConfig(rank=2, targets=('layers/attention/(query|value)',)))
 
@@ -152,10 +153,20 @@ def test_stopped_and_resumed_equals_never_stopped(base):
 
 
 def test_eight_devices_train_the_same_adapters(base):
-  mesh = {'data': 2, 'fsdp': 2, 'tensor': 2}
-  loop.train(experiment(base, mesh=mesh), base / 'meshed')
+  config = experiment(base, mesh={'data': 2, 'fsdp': 2, 'tensor': 2}, evaluation=EvaluationConfig(
+    every_steps=3, prompts=('good 3:',), prompt_tokens=4))
+  with whole_parameters(tiny.MODEL, config.mesh) as whole:
+    loop.train(config, base / 'meshed')
+    loop.train(config.replace(training=config.training.replace(num_steps=7)), base / 'meshed')
+  assert not whole
   np.testing.assert_allclose(
-    lines(base / 'meshed', 'train/loss'), lines(base / 'tuned', 'train/loss'), rtol=1e-5)
+    lines(base / 'meshed', 'train/loss')[:6], lines(base / 'tuned', 'train/loss'), rtol=1e-5)
+  assert lines(base / 'meshed', 'task/sentiment/accuracy') == pytest.approx(
+    lines(base / 'tuned', 'task/sentiment/accuracy')[-1:] * 2, abs=0.2)
+  sample = json.loads((base / 'meshed' / 'samples.jsonl').read_text())
+  assert sample['text'] == loading.generate(
+    base / 'meshed', 'good 3:', max_new_tokens=4, temperature=config.evaluation.temperature,
+    top_p=config.evaluation.top_p, seed=config.seed)
 
 
 def test_packed_equals_unpacked(base):

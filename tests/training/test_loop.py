@@ -74,10 +74,9 @@ def test_the_checkpoint_alone_gives_the_model(whole):
   )[0] == alone
 
 
-def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(whole):
-  base, _ = whole
-  experiment = tiny.experiment(base, training__ema_decay=0.9, checkpoint__every_steps=3)
-  stopped_at = []
+def stop_after_five_steps(experiment, path, devices):
+  """Train until two steps after the checkpoint of step 3."""
+  calls = []
 
   class Stop(Exception):
     pass
@@ -85,8 +84,8 @@ def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(whole):
   real = store.check
 
   def stop_after_five(handle):
-    stopped_at.append(1)
-    if len(stopped_at) == 5:  # Two steps after the checkpoint of step 3.
+    calls.append(1)
+    if len(calls) == 5:
       store.wait(handle)
       raise Stop
     real(handle)
@@ -94,12 +93,29 @@ def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(whole):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(store, 'check', stop_after_five)
     with pytest.raises(Stop):
-      train(experiment, base / 'resumed')
-  assert store.committed_steps(base / 'resumed' / 'checkpoints') == [3]
+      loop.train(experiment, path, devices)
+  assert store.committed_steps(path / 'checkpoints') == [3]
+
+
+def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(whole):
+  base, _ = whole
+  experiment = tiny.experiment(base, training__ema_decay=0.9, checkpoint__every_steps=3)
+  stop_after_five_steps(experiment, base / 'resumed', jax.devices()[ONE])
   train(experiment, base / 'resumed')
   assert losses(base / 'resumed') == losses(base / 'run')
   params = [store.restore_params(base / name)[0] for name in ('resumed', 'run')]
   jax.tree.map(np.testing.assert_array_equal, *params)
+
+
+def test_a_run_resumes_on_another_mesh(whole):
+  base, summary = whole
+  experiment = tiny.experiment(base, training__ema_decay=0.9, checkpoint__every_steps=3)
+  split = experiment.replace(mesh={'data': 1, 'fsdp': 4, 'tensor': 2})
+  stop_after_five_steps(split, base / 'moved', jax.devices())
+  found = train(experiment, base / 'moved')
+  expected = losses(base / 'run')
+  assert losses(base / 'moved') == pytest.approx(expected, rel=1e-5)
+  assert found['validation'] == pytest.approx(summary['validation'], rel=1e-5)
 
 
 def test_a_second_call_says_that_the_run_is_complete(whole, caplog):
@@ -176,7 +192,7 @@ def test_a_killed_run_marks_the_best_checkpoint_that_it_had_not_marked_yet(tmp_p
     raise Kill
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(store.best, 'write', kill)
+    patch.setattr(store, '_write_best', kill)
     with pytest.raises(Kill):
       train(experiment, tmp_path / 'run')
   assert store.best_step(tmp_path / 'run' / 'checkpoints') is None

@@ -32,7 +32,10 @@ FULL = FinetuneConfig()
 @pytest.fixture(scope='module')
 def base(tmp_path_factory):
   """A directory with a base model and with pairs of answers."""
-  directory = tmp_path_factory.mktemp('objectives')
+  return make_base(tmp_path_factory.mktemp('objectives'))
+
+
+def make_base(directory):
   train(tiny_run.experiment(directory, training__num_steps=3, evaluation__prompts=()),
         directory / 'base')
   pairs = [{'prompt': f'{i}', 'chosen': 'yes', 'rejected': 'no, never'} for i in range(40)]
@@ -184,17 +187,19 @@ def test_the_models_that_a_loss_compares_with_cannot_be_exchanged(base, monkeypa
   else:
     field, config = 'objective.teacher', test_finetune.experiment(
       base, finetune=FULL, objective=Distillation(teacher=str(base / 'base')))
-  first = pretrained.load(config, model.tokenizer, {}, False)
-  again = pretrained.load(config, model.tokenizer, first[2], True)
+  config = loop.pretrained.resolve(config)
+  mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+  first = pretrained.load(config, model.tokenizer, {}, False, mesh)
+  again = pretrained.load(config, model.tokenizer, first[2], True, mesh)
   assert again[2] == first[2] and len(first[2]) == 1
   params = {**model.variables['params'], 'final_norm': {'scale': np.full(16, 1.001, np.float32)}}
   other = dataclasses.replace(model, variables={'params': params})
-  monkeypatch.setattr(loading, 'load', lambda _, dtype: other)
+  monkeypatch.setattr(loading, 'load', lambda *_: other)
   with pytest.raises(ValueError, match=f'config.{field}=.* is not the model that the run began'):
-    pretrained.load(config, model.tokenizer, first[2], True)
+    pretrained.load(config, model.tokenizer, first[2], True, mesh)
   # What is only begun with may go.
   plain = test_finetune.experiment(base, finetune=FULL)
-  assert pretrained.load(plain, model.tokenizer, {}, True) == (None, None, {})
+  assert pretrained.load(plain, model.tokenizer, {}, True, mesh) == (None, None, {})
 
 
 def test_objectives_refuse_what_they_cannot_use(base):
