@@ -37,23 +37,20 @@ def resolve(experiment: Experiment, begun: Experiment | None = None) -> Experime
     changes['objective'] = objective.replace(teacher_model=teacher)
   if experiment.init_from is None or (experiment.model and experiment.tokenizer):
     return experiment.replace(**changes)
+  tokenizer = None
   try:
     sources.check_exists(experiment.init_from, field='config.init_from: ')
     found = loading.describe(experiment.init_from)
+    model, add_bos = found.config, found.add_bos
   except ValueError:
     if begun is None or begun.init_from != experiment.init_from:
       raise
-    if experiment.tokenizer is None:
-      changes['tokenizer'] = begun.tokenizer
-      changes['data'] = experiment.data.replace(add_bos=begun.data.add_bos)
-    return experiment.replace(**changes, model=experiment.model or begun.model)
-  if experiment.model is None:
-    changes['model'] = found.config
+    model, add_bos, tokenizer = begun.decoder, begun.data.add_bos, begun.tokenizer
   if experiment.tokenizer is None:
     directory = pathlib.Path(experiment.records_dir) / experiment.name / 'tokenizer'
-    changes['tokenizer'] = _write_tokenizer(found.tokenizer.files(), directory)
-    changes['data'] = experiment.data.replace(add_bos=found.add_bos)
-  return experiment.replace(**changes)
+    changes['tokenizer'] = tokenizer or _write_tokenizer(found.tokenizer.files(), directory)
+    changes['data'] = experiment.data.replace(add_bos=add_bos)
+  return experiment.replace(**changes, model=experiment.model or model)
 
 
 def check_start(experiment: Experiment) -> None:

@@ -25,6 +25,7 @@ from jaxllm.training import dataset, loop, objectives, pretrained, scoring, stat
 from jaxllm.training import examples as encoded
 from tests.training import test_finetune, tiny_run
 from tests.training.test_finetune import LORA, lines, train
+from tests.training.watched import whole_parameters
 
 FULL = FinetuneConfig()
 
@@ -187,9 +188,11 @@ def test_the_models_that_a_loss_compares_with_cannot_be_exchanged(base, monkeypa
   else:
     field, config = 'objective.teacher', test_finetune.experiment(
       base, finetune=FULL, objective=Distillation(teacher=str(base / 'base')))
-  config = loop.pretrained.resolve(config)
-  mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-  first = pretrained.load(config, model.tokenizer, {}, False, mesh)
+  config = loop.pretrained.resolve(config.replace(mesh={'data': 1, 'fsdp': 8}))
+  mesh = sharding.make_mesh(config.mesh)
+  with whole_parameters(model.config, config.mesh) as whole:
+    first = pretrained.load(config, model.tokenizer, {}, False, mesh)
+  assert not whole
   again = pretrained.load(config, model.tokenizer, first[2], True, mesh)
   assert again[2] == first[2] and len(first[2]) == 1
   params = {**model.variables['params'], 'final_norm': {'scale': np.full(16, 1.001, np.float32)}}

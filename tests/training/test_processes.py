@@ -14,8 +14,9 @@ from jaxllm.evaluation.perplexity import EvaluationConfig
 from jaxllm.experiment import BestConfig, FinetuneConfig, ScoringConfig, TrainingConfig
 from jaxllm.objectives.preference import Dpo
 from jaxllm.training import loop
-from tests.training import test_finetune, test_objectives
+from tests.training import test_finetune, test_objectives, tiny_run
 from tests.training.test_finetune import lines
+from tests.training.watched import whole_parameters
 
 MESH = {'data': 2, 'fsdp': 2}
 
@@ -62,7 +63,10 @@ def test_two_processes_train_what_one_does(tmp_path):
     [sys.executable, '-c', PROGRAM, str(port), str(number), str(base)], text=True,
     env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for number in range(2)]
   for name, config in configs.items():
-    loop.train(config, base / 'one' / name, jax.devices()[:4])
+    devices = jax.devices()[:4]
+    with whole_parameters(tiny_run.MODEL, config.mesh, devices) as whole:
+      loop.train(config, base / 'one' / name, devices)
+    assert not whole
   outputs = [process.communicate(timeout=300) for process in both]
   assert [process.returncode for process in both] == [0, 0], outputs
   said = [[line for line in out.splitlines() if line.startswith('SUMMARY')] for out, _ in outputs]

@@ -87,7 +87,8 @@ def test_scores_are_those_of_the_model_on_the_same_examples(stopped):
   config = loop.pretrained.resolve(config.replace(scoring=ScoringConfig(max_examples=None)))
   dataset = loop.dataset_lib.open_dataset(config)
   model = loading.load(directory / 'base')
-  found = scoring.make_tasks(config, dataset, None)(model.variables)
+  mesh = loop.sharding.make_mesh(config.mesh, jax.devices()[:1])
+  found = scoring.make_tasks(config, dataset, mesh)(model.variables)
   examples = predict.examples(config.task, 'validation')
   predictions = predict.predict(config.task, examples, model)
   right = [p['label'] == e.reference for p, e in zip(predictions, examples, strict=True)]

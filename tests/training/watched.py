@@ -18,10 +18,10 @@ WATCHED = ((jax, 'device_put'), (jax, 'make_array_from_callback'), (store, '_rea
 
 
 @contextlib.contextmanager
-def whole_parameters(config, mesh_config):
+def whole_parameters(config, mesh_config, devices=None):
   """Give a list of (call, shape) of split parameters that lay whole on a device; it stays empty."""
   shapes, axes = decoder.abstract(config)
-  mesh = sharding.make_mesh(mesh_config)
+  mesh = sharding.make_mesh(mesh_config, devices)
   split = set()
   for leaf, where in zip(
     jax.tree.leaves(shapes),
