@@ -111,7 +111,8 @@ def test_a_classifier_learns_and_is_loaded_with_its_head(base, finetune):
     scored, rel=1e-5)
   # Turned round, the head alone makes every score during the run wrong.
   begun = loop.pretrained.resolve(config)
-  measure = scoring.make_tasks(begun, dataset.open_dataset(begun))
+  measure = scoring.make_tasks(
+    begun, dataset.open_dataset(begun), sharding.make_mesh(begun.mesh, jax.devices()[:1]))
   params = model.variables['params']
   turned = {**params, 'classifier': jax.tree.map(lambda leaf: -leaf, params['classifier'])}
   assert measure({'params': params})['sentiment/accuracy'] == 1.0
