@@ -1,118 +1,44 @@
-"""How probable given tokens are: scores of prompts (echo) and of continuations (choices)."""
+"""The log-probabilities of given tokens: of prompts (echo), continuations, and whole texts."""
 
-import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tqdm
 
 from jaxllm import sharding
-from jaxllm.generation.decode import Top
 from jaxllm.generation.requests import check_ids
 from jaxllm.generation.sampling import power_of_two
-from jaxllm.models import log_probs
 from jaxllm.models.decoder import Decoder
+from jaxllm.models.log_probs import TokenScores, score_tokens
 
-# Rows of one batch, and the smallest sizes that are compiled.
-ROWS, LEAST_TOKENS, LEAST_SCORED, LEAST_TOP = 16, 16, 4, 4
-
-
-@dataclasses.dataclass(frozen=True)
-class Score:
-  """How probable each token of a sequence is, given those before it.
-
-  Attributes:
-    logprobs: natural logarithms; None for the first token.
-    is_greedy: whether the token is the most probable one; None for the first token.
-    top: the most probable tokens at each place, best first; nothing for the first.
-  """
-
-  logprobs: list[float | None]
-  is_greedy: list[bool | None]
-  top: list[Top]
+# Tokens of one batch, and the smallest sizes that are compiled.
+BATCH_TOKENS, LEAST_TOKENS, LEAST_TOP = 4096, 16, 4
 
 
 def score(
-  model: Decoder, variables: Any, sequences: Sequence[Sequence[int]], num_top: int = 0
-) -> list[Score]:
-  """Score every token of every sequence.
+  model: Decoder, variables: Any, sequences: Sequence[Sequence[int]],
+  places: Sequence[Sequence[int]] | None = None, num_top: int = 0,
+) -> list[TokenScores]:
+  """Score tokens of sequences, each given those before it.
+
+  What several sequences begin with is computed once where one is, but for its last token, a prefix
+  of another: so it is with the choices of one token that a question has.
 
   Args:
     model: the decoder.
-    variables: its variables, stacked or not.
+    variables: its variables; stacked ones compile faster, and give the same.
     sequences: token ids, at least one, and at most one more than the context's length.
-    num_top: how many of the most probable tokens are returned for each place.
-
-  Raises:
-    ValueError: a sequence is empty or too long, or an id is not in the vocabulary.
-  """
-  results = []
-  for found in score_from(model, variables, sequences, [1] * len(sequences), num_top):
-    top: list[Top] = [
-      [*zip(ids[:num_top].tolist(), values[:num_top].tolist(), strict=True)]
-      for ids, values in zip(found.top_ids_NA, found.top_log_probs_NA, strict=True)
-    ]
-    results.append(Score([None, *found.log_probs_N.tolist()], [None, *found.is_greedy_N.tolist()],
-                         [[], *top] if num_top else []))
-  return results
-
-
-def score_continuations(
-  model: Decoder, variables: Any, contexts: Sequence[Sequence[int]],
-  continuations: Sequence[Sequence[int]], context_length: int | None = None,
-) -> list[tuple[float, bool]]:
-  """Score continuations of contexts.
-
-  Args:
-    model: the decoder.
-    variables: its variables.
-    contexts: token ids, at least one each.
-    continuations: token ids; a sequence that is too long loses the beginning of its context.
-    context_length: tokens that are read at most to predict the last one; None: the model's.
-
-  Returns:
-    (log-probability of the whole continuation, whether greedy decoding would give it) for each.
-
-  Raises:
-    ValueError: as `score`; or a context is empty, or a continuation leaves it no room.
-  """
-  window = context_length or model.config.max_length
-  for row, (context, continuation) in enumerate(zip(contexts, continuations, strict=True)):
-    if not context:
-      raise ValueError(f'contexts[{row}] is empty; begin with BOS, or with the first token')
-    if len(continuation) > window:
-      raise ValueError(f'continuations[{row}] has {len(continuation)} tokens but the context is '
-                       f'{window}')
-  sequences = [[*context, *continuation][-(window + 1) :]
-               for context, continuation in zip(contexts, continuations, strict=True)]
-  firsts = [len(sequence) - len(continuation)
-            for sequence, continuation in zip(sequences, continuations, strict=True)]
-  return [(float(found.log_probs_N.astype(np.float64).sum()), bool(found.is_greedy_N.all()))
-          for found in score_from(model, variables, sequences, firsts)]
-
-
-def score_from(
-  model: Decoder, variables: Any, sequences: Sequence[Sequence[int]], firsts: Sequence[int],
-  num_top: int = 0,
-) -> list[log_probs.TokenScores]:
-  """Score the tokens of each sequence from a place on; logits exist for those alone.
-
-  Args:
-    model: the decoder.
-    variables: its variables, stacked or not.
-    sequences: as in `score`.
-    firsts: place of the first token that is scored, at least 1, for each sequence.
-    num_top: at least so many of the most probable tokens are found.
+    places: which tokens of each sequence are scored, from 1 on; None: all but the first.
+    num_top: at least so many of the most probable tokens are found for each place.
 
   Returns:
     NumPy arrays for each sequence.
 
   Raises:
-    ValueError: as `score`.
+    ValueError: a sequence is empty or too long, or an id is not in the vocabulary.
   """
   config = model.config
   for row, sequence in enumerate(sequences):
@@ -120,29 +46,69 @@ def score_from(
       raise ValueError(f'sequences[{row}] has {len(sequence)} tokens; between 1 and the context of '
                        f'the model, {config.max_length}, and one')
     check_ids(config, f'sequences[{row}]', sequence)
-  kept = min(power_of_two(num_top, LEAST_TOP), config.vocab_size) if num_top else 0
-  counts = [len(sequence) - first for sequence, first in zip(sequences, firsts, strict=True)]
-  order = sorted(range(len(sequences)), key=lambda row: (len(sequences[row]), counts[row]))
-  results: dict[int, log_probs.TokenScores] = {}
-  for start in batches(len(order), ROWS):
-    rows = order[start : start + ROWS]
-    length = min(power_of_two(len(sequences[rows[-1]]) - 1, LEAST_TOKENS), config.max_length)
-    width = min(power_of_two(max(counts[row] for row in rows), LEAST_SCORED), length)
-    tokens_BS = np.zeros((power_of_two(len(rows)), length + 1), np.int32)
-    places_BK = np.zeros((len(tokens_BS), width), np.int32)
-    for i, row in enumerate(rows):
-      tokens_BS[i, : len(sequences[row])] = sequences[row]
-      places_BK[i, : counts[row]] = np.arange(firsts[row] - 1, len(sequences[row]) - 1)
-    host = sharding.to_host(_score(model, variables, tokens_BS, places_BK, kept))
-    for i, row in enumerate(rows):
-      results[row] = log_probs.TokenScores(*(leaf[i, : counts[row]] for leaf in host))
-  return [results[row] for row in range(len(sequences))]
+  if places is None:
+    places = [range(1, len(sequence)) for sequence in sequences]
+  num_kept = min(power_of_two(num_top, LEAST_TOP), config.vocab_size) if num_top else 0
+  nothing = TokenScores(np.zeros(0, np.float32), np.zeros(0, bool),
+                        np.zeros((0, num_kept), np.int32), np.zeros((0, num_kept), np.float32))
+  results = [nothing] * len(sequences)
+  inputs = [tuple(sequence[: max(scored, default=0)])
+            for sequence, scored in zip(sequences, places, strict=True)]
+  for groups in bar(list(_batches(inputs))):
+    length = min(_rounded(len(inputs[groups[0][0]])), config.max_length)
+    tokens_BT = np.zeros((power_of_two(len(groups)), length), np.int32)
+    for tokens_T, group in zip(tokens_BT, groups, strict=False):
+      tokens_T[: len(inputs[group[0]])] = inputs[group[0]]
+    asked = [(i, place - 1, sequences[row][place])
+             for i, group in enumerate(groups) for row in group for place in places[row]]
+    asked_N3 = np.zeros((_rounded(len(asked)), 3), np.int32)
+    asked_N3[: len(asked)] = asked
+    found = sharding.to_host(_score(model, variables, tokens_BT, asked_N3, num_kept))
+    start = 0
+    for row in (row for group in groups for row in group):
+      stop = start + len(places[row])
+      results[row] = TokenScores(*(leaf[start:stop] for leaf in found))
+      start = stop
+  return results
 
 
-def batches(count: int, batch_size: int) -> Iterable[int]:
-  """Return where batches begin; at a terminal a bar shows how far a long work has come."""
-  starts = range(0, count, batch_size)
-  return tqdm.tqdm(starts, unit='batch', leave=False, delay=3, disable=None)
+def rolling(
+  model: Decoder, variables: Any, sequences: Sequence[Sequence[int]],
+  places: Sequence[Sequence[int]], context_length: int, stride: int,
+) -> list[np.ndarray]:
+  """Return rolling log-likelihoods: of tokens of sequences that may exceed the context.
+
+  Args:
+    model: the decoder.
+    variables: its variables.
+    sequences: token ids.
+    places: which tokens of each sequence are scored, from 1 on, in order.
+    context_length: tokens that are read at most to predict one.
+    stride: tokens that a window after the first predicts; the others are only context.
+
+  Returns:
+    float64 log-probabilities of each sequence's `places`.
+  """
+  windows, scored = [], []
+  for row, (sequence, wanted) in enumerate(zip(sequences, places, strict=True)):
+    done = 1
+    while done < len(sequence):
+      stop = min(len(sequence), context_length + 1 if done == 1 else done + stride)
+      start = max(0, stop - context_length - 1)
+      first, last = np.searchsorted(wanted, (done, stop))
+      windows.append((row, sequence[start:stop]))
+      scored.append([place - start for place in wanted[first:last]])
+      done = stop
+  found = score(model, variables, [window for _, window in windows], scored)
+  parts: list[list[np.ndarray]] = [[np.zeros(0)] for _ in sequences]
+  for (row, _), one in zip(windows, found, strict=True):
+    parts[row].append(one.log_probs_N)
+  return [np.concatenate(several, dtype=np.float64) for several in parts]
+
+
+def bar(batches: Iterable[Any]) -> Iterable[Any]:
+  """Return batches; at a terminal a bar shows how far a long work has come."""
+  return tqdm.tqdm(batches, unit='batch', leave=False, delay=3, disable=None)
 
 
 def compilation_count() -> int:
@@ -151,12 +117,34 @@ def compilation_count() -> int:
   return program._cache_size()
 
 
+def _batches(inputs: Sequence[tuple[int, ...]]) -> Iterator[list[list[int]]]:
+  """Yield batches of groups of row numbers; a group's first row begins with all the others."""
+  groups: list[list[int]] = []
+  # In this order what begins with a row comes right before it.
+  for row in sorted(filter(inputs.__getitem__, range(len(inputs))),
+                    key=inputs.__getitem__, reverse=True):
+    if groups and inputs[groups[-1][0]][: len(inputs[row])] == inputs[row]:
+      groups[-1].append(row)
+    else:
+      groups.append([row])
+  groups.sort(key=lambda group: -len(inputs[group[0]]))
+  while groups:
+    size = power_of_two(BATCH_TOKENS // _rounded(len(inputs[groups[0][0]])) + 1) // 2 or 1
+    yield groups[:size]
+    del groups[:size]
+
+
+def _rounded(number: int) -> int:
+  """Round up in steps of an eighth of the next power of two: few sizes, little padding."""
+  step = max(LEAST_TOKENS, power_of_two(number) // 8)
+  return -(-number // step) * step
+
+
 @functools.partial(jax.jit, static_argnames=('model', 'num_top'))
 def _score(
-  model: Decoder, variables: Any, tokens_BS: jax.Array, places_BK: jax.Array, num_top: int
-) -> log_probs.TokenScores:
-  """Score the tokens that follow K places of each row."""
-  hidden: Any = model.apply(variables, tokens_BS[:, :-1], method='hidden')
-  hidden_BKD = jnp.take_along_axis(hidden[0], places_BK[..., None], axis=1)
-  targets_BK = jnp.take_along_axis(tokens_BS, places_BK + 1, axis=1)
-  return log_probs.score_tokens(model, variables, hidden_BKD, targets_BK, num_top)
+  model: Decoder, variables: Any, tokens_BT: jax.Array, asked_N3: jax.Array, num_top: int
+) -> TokenScores:
+  """Score tokens that are asked for as (row, place before it, token)."""
+  hidden: Any = model.apply(variables, tokens_BT, method='hidden')
+  row_N, place_N, target_N = asked_N3.T
+  return score_tokens(model, variables, hidden[0][row_N, place_N], target_N, num_top)

@@ -15,10 +15,11 @@ from typing import Any
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.generation import beam, decode, scoring, speculation
 from jaxllm.generation.beam import BeamConfig
-from jaxllm.generation.decode import Completion, TextPiece
+from jaxllm.generation.decode import Completion, TextPiece, Top
 from jaxllm.generation.sampling import SamplingConfig
 from jaxllm.generation.speculation import Draft, SpeculationConfig
 from jaxllm.models.decoder import Decoder
+from jaxllm.models.log_probs import TokenScores
 
 __all__ = ['Completion', 'TextDecoder', 'TextPiece', 'complete', 'stream_text', 'text_of']
 
@@ -236,11 +237,12 @@ def complete(
     return results
   bos_id = tokenizer.bos_id
   prompts = [prompt or ([] if bos_id is None else [bos_id]) for prompt in prompts]
-  scores = scoring.score(model, variables, prompts, num_top)
+  scores = scoring.score(model, variables, prompts, num_top=num_top)
   return [
     dataclasses.replace(
       result, text=text_of(tokenizer, prompt) + result.text, tokens=[*prompt, *result.tokens],
-      logprobs=[*score.logprobs, *result.logprobs], top=[*score.top, *result.top],
+      logprobs=[None, *score.log_probs_N.tolist(), *result.logprobs],
+      top=[*_top(score, num_top), *result.top],
     )
     for result, prompt, score in zip(results, prompts, scores, strict=True)
   ]
@@ -258,6 +260,14 @@ def _decode_by(
     model, variables, prompts, sampling, way, draft, eos_token_ids, seeds, bos_id)
   logging.info('%.2f tokens per pass of the model.', per_pass)
   return results
+
+
+def _top(score: TokenScores, num_top: int) -> list[Top]:
+  """Return the most probable tokens at each place of a prompt; its first token has none."""
+  if not num_top:
+    return []
+  return [[], *([*zip(ids[:num_top].tolist(), log_probs[:num_top].tolist(), strict=True)]
+                for ids, log_probs in zip(score.top_ids_NA, score.top_log_probs_NA, strict=True))]
 
 
 def text_of(tokenizer: Tokenizer, ids: Sequence[int], context: Sequence[int] = ()) -> str:

@@ -6,15 +6,14 @@ different tokenizers are compared on the same stretches of text.
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
 from jaxllm.generation import scoring
 from jaxllm.model import Model
-from jaxllm.tasks import predict
 from jaxllm.tasks.base import BOS, Prediction, Segment
-from jaxllm.tasks.encoding import Tokens, encode
+from jaxllm.tasks.encoding import encode
 
 # Up to the next white space, and the last one to the end.
 _PASSAGE = re.compile(r'(?s).{2000}(?:.{,2000}\Z|\S*\s*)|.+')
@@ -26,16 +25,15 @@ def split(text: str) -> list[str]:
 
 
 def measure(
-  model: Model, text: str, context_length: int, stride: int, batch_size: int = predict.BATCH_SIZE
+  model: Model, texts: Iterable[str], context_length: int, stride: int
 ) -> list[Prediction]:
-  """Measure a text by overlapping windows, in which each token is predicted once.
+  """Measure texts by their rolling log-likelihoods, in windows that overlap.
 
   Args:
     model: what scores.
-    text: of any length; it is tokenized whole.
+    texts: of any length; each is tokenized whole.
     context_length: most tokens of a window.
     stride: tokens that a window after the first predicts; the others are only context.
-    batch_size: windows of one call.
 
   Returns:
     {'log_likelihood' in nats, 'tokens', 'bytes'} of each passage, as `language_modeling.read`
@@ -49,33 +47,24 @@ def measure(
                      f'{model.config.max_length}')
   if not 1 <= stride < context_length:
     raise ValueError(f'stride={stride}: between 1 and context_length - 1, {context_length - 1}')
-  ids = encode([BOS, Segment(text, 1.0)], model.tokenizer, model.add_bos).ids
-  if len(ids) < 2:
-    return []
-  log_probs = _log_probs(model, ids, context_length, stride, batch_size)
-  lengths = np.array([len(model.tokenizer.id_bytes[token]) for token in ids], float)
+  texts = list(texts)
+  ids = [encode([BOS, Segment(text, 1.0)], model.tokenizer, model.add_bos).ids
+         for text in texts]
+  log_probs = scoring.rolling(model.decoder, model.variables, ids,
+                              [range(1, len(own)) for own in ids], context_length - 1, stride)
+  id_bytes = model.tokenizer.id_bytes
+  return [one for text, own, found in zip(texts, ids, log_probs, strict=True)
+          for one in _by_passage(text, [len(id_bytes[token]) for token in own], found)]
+
+
+def _by_passage(text: str, lengths: list[int], log_probs: np.ndarray) -> Iterable[Prediction]:
+  """Yield the sums of each passage; `lengths` are the bytes of the tokens, the first included."""
   sizes = [len(passage.encode()) for passage in split(text)]
   # Where each token begins; a tokenizer that normalises has other bytes than the text.
-  starts = (np.cumsum(lengths) - lengths) * (sum(sizes) / max(lengths.sum(), 1))
+  starts = (np.cumsum(lengths) - lengths) * (sum(sizes) / max(sum(lengths), 1))
   number = np.searchsorted(list(itertools.accumulate(sizes)), starts[1:], side='right')
-  found = []
   for i, size in enumerate(sizes):
     mine = number == i
-    unpredicted = lengths[0] if i == 0 else 0
-    found.append({'log_likelihood': float(log_probs[mine].sum()), 'tokens': int(mine.sum()),
-                  'bytes': int(size - unpredicted)})
-  return [one for one in found if one['tokens']]
-
-
-def _log_probs(
-  model: Model, ids: Sequence[int], context_length: int, stride: int, batch_size: int
-) -> np.ndarray:
-  """Return the float64 log-probability of every token but the first."""
-  windows = list(predict.windows(Tokens(ids, [1.0] * len(ids)), context_length - 1, stride))
-  found = []
-  for start in range(0, len(windows), batch_size):
-    batch = windows[start : start + batch_size]
-    found += scoring.score_from(
-      model.decoder, model.unstacked, [window.ids for window in batch],
-      [int(np.argmax(np.asarray(window.weights[1:]) > 0)) + 1 for window in batch])
-  return np.concatenate([one.log_probs_N for one in found]).astype(np.float64)
+    if mine.any():
+      yield {'log_likelihood': float(log_probs[mine].sum()), 'tokens': int(mine.sum()),
+             'bytes': int(size - (0 if i else lengths[0]))}

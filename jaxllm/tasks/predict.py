@@ -1,7 +1,7 @@
 """A model does a task: prompts go in, answers come out and are read back as predictions."""
 
 import functools
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import jax
@@ -102,31 +102,19 @@ def log_likelihoods(model: Model, sequences: Sequence[Tokens]) -> list[float]:
   context_length = model.config.max_length
   fitting = [truncate(s, context_length, 'start') or Tokens([0], [0]) for s in sequences]
   _tell(sum(len(s.ids) > context_length + 1 for s in sequences), len(sequences), context_length)
-  firsts = [next((i for i, weight in enumerate(s.weights) if i and weight), len(s.ids))
-            for s in fitting]
-  scores = scoring.score_from(
-    model.decoder, model.variables, [s.ids for s in fitting], firsts)
-  return [sum(weight * float(value)
-              for weight, value in zip(s.weights[first:], one.log_probs_N, strict=True) if weight)
-          for s, first, one in zip(fitting, firsts, scores, strict=True)]
+  places = list(map(_weighted, fitting))
+  found = scoring.score(model.decoder, model.variables, [s.ids for s in fitting], places)
+  return [_weigh(s, own, one.log_probs_N)
+          for s, own, one in zip(fitting, places, found, strict=True)]
 
 
-def windows(tokens: Tokens, context_length: int, stride: int) -> Iterator[Tokens]:
-  """Cut a long sequence into overlapping ones in which each target has its weight exactly once.
+def _weighted(tokens: Tokens) -> list[int]:
+  """Return the places that are predicted and have a weight."""
+  return [place for place, weight in enumerate(tokens.weights) if place and weight]
 
-  Args:
-    tokens: the sequence.
-    context_length: T; a window has at most one token more.
-    stride: targets per window after the first; the others are only context.
-  """
-  size = len(tokens.ids)
-  done = 1  # The first token is no target.
-  while done < size:
-    stop = min(size, context_length + 1 if done == 1 else done + stride)
-    start = max(0, stop - context_length - 1)
-    weights = [0.0] * (done - start) + list(tokens.weights[done:stop])
-    yield Tokens(tokens.ids[start:stop], weights)
-    done = stop
+
+def _weigh(tokens: Tokens, places: Sequence[int], log_probs_N: np.ndarray) -> float:
+  return float(np.dot([tokens.weights[place] for place in places], log_probs_N.astype(float)))
 
 
 def _generate(
@@ -153,7 +141,7 @@ def _generate(
   prompts = [_cut(ids, room, begins) for ids in prompts]
   order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
   answers: list[Answer] = [Answer()] * len(prompts)
-  for start in scoring.batches(len(order), batch_size):
+  for start in scoring.bar(range(0, len(order), batch_size)):
     rows = order[start : start + batch_size]
     # A last, smaller batch is filled up, which is cheaper than compiling for its size.
     padding = rows[:1] * (batch_size - len(rows)) if start else []
@@ -245,7 +233,7 @@ def _classify(
   prompts = encoding.prompts(examples, model.tokenizer, context_length, policy, model.add_bos)
   answers: list[Answer] = [Answer()] * len(examples)
   order = sorted(range(len(prompts)), key=lambda i: len(prompts[i] or ''))
-  for start in scoring.batches(len(order), batch_size):
+  for start in scoring.bar(range(0, len(order), batch_size)):
     rows = order[start : start + batch_size]
     texts = [prompts[i] or Tokens([0], [0]) for i in rows]
     texts += [Tokens([], [])] * (batch_size - len(rows))
@@ -266,17 +254,19 @@ def _measure(
   context_length = model.config.max_length
   encoded = [encoding.sequences(example.segments, model.tokenizer, model.add_bos)
              for example in examples]
-  parts = [[part for one in several
-            for part in windows(one, context_length, context_length // 2 or 1)]
-           for several in encoded]
-  found = iter(log_likelihoods(model, [part for group in parts for part in group]))
+  flat = [one for several in encoded for one in several]
+  places = list(map(_weighted, flat))
+  found = scoring.rolling(
+    model.decoder, model.variables, [one.ids for one in flat], places, context_length,
+    context_length // 2 or 1)
+  totals = iter(map(_weigh, flat, places, found))
   return [
     Answer(
-      log_likelihoods=tuple(next(found) for _ in group),
-      num_tokens=tuple(sum(map(bool, part.weights[1:])) for part in group),
+      log_likelihoods=tuple(next(totals) for _ in several),
+      num_tokens=tuple(len(_weighted(one)) for one in several),
       # Without BOS nothing predicts the first token.
       unpredicted_bytes=sum(len(model.tokenizer.id_bytes[one.ids[0]])
                             for one in several if any(one.weights[:1])),
     )
-    for several, group in zip(encoded, parts, strict=True)
+    for several in encoded
   ]

@@ -29,11 +29,13 @@ def test_enough_beams_find_the_best_sequence_of_all():
   # 49 beams hold every prefix of two tokens.
   beams, = beam_search(MODEL, VARIABLES, PROMPTS[:1], BeamConfig(num_beams=49, num_return=5), SHORT)
   every = [*itertools.product(range(7), repeat=3)]
-  totals = scoring.score_continuations(MODEL, VARIABLES, PROMPTS[:1] * len(every), every)
-  order = np.argsort([-total for total, _ in totals])[:5]
+  scores = scoring.score(
+    MODEL, VARIABLES, [[*PROMPTS[0], *one] for one in every], [[3, 4, 5]] * len(every))
+  totals = [score.log_probs_N.sum() for score in scores]
+  order = np.argsort(np.negative(totals))[:5]
   assert [result.tokens for result in beams] == [list(every[place]) for place in order]
   np.testing.assert_allclose([result.score for result in beams],
-                             [totals[place][0] / 3 for place in order], atol=1e-5)
+                             [totals[place] / 3 for place in order], atol=1e-5)
 
 
 def test_one_beam_is_greedy():

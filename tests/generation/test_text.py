@@ -6,7 +6,6 @@ import pytest
 
 from jaxllm.data import tokenizers
 from jaxllm.data.tokenizers import TokenizerConfig
-from jaxllm.generation import scoring
 from jaxllm.generation.sampling import SamplingConfig
 from jaxllm.generation.text import TextDecoder, complete, stream_text, text_of
 from jaxllm.models import decoder
@@ -20,6 +19,7 @@ CONFIG = DecoderConfig(
 )
 MODEL = Decoder(CONFIG)
 VARIABLES = decoder.unstack(decoder.init(CONFIG, jax.random.key(2)))
+apply = jax.jit(MODEL.apply)
 PROMPTS = [[256, 104, 105], [65], [1, 2, 3, 4], [200, 201]]
 WARM = SamplingConfig(max_new_tokens=20, seed=4)
 # Without EOS, so that rows have their length.
@@ -94,33 +94,17 @@ def test_echo_and_top_logprobs_are_the_model_s():
   for prompt, result in zip(PROMPTS, results, strict=True):
     assert result.tokens[: len(prompt)] == prompt
     assert result.text == text_of(TOKENIZER, result.tokens)
-    again, = scoring.score(MODEL, VARIABLES, [result.tokens], num_top=3)
     assert result.logprobs[0] is None and result.top[0] == []
-    np.testing.assert_allclose(result.logprobs[1:], again.logprobs[1:], atol=2e-5)
-    logits = MODEL.apply(VARIABLES, np.array([result.tokens]))[0, :, :257]
-    want = np.asarray(jax.nn.log_softmax(logits))
+    tokens = np.zeros((1, 64), np.int32)
+    tokens[0, : len(result.tokens)] = result.tokens
+    want = np.asarray(jax.nn.log_softmax(apply(VARIABLES, tokens)[0, :, :257]))
+    np.testing.assert_allclose(
+      result.logprobs[1:], want[range(len(result.tokens) - 1), result.tokens[1:]], atol=2e-5)
     for place in range(1, len(result.tokens)):
       best = np.argsort(-want[place - 1])[:3]
       assert [token for token, _ in result.top[place]] == best.tolist()
       np.testing.assert_allclose([p for _, p in result.top[place]], want[place - 1][best],
                                  atol=2e-5)
-      assert again.is_greedy[place] == (result.tokens[place] == best[0])
-
-
-def test_continuations_are_scored():
-  contexts, continuations = [[1, 2], [5], [9] * 60], [[3, 4], [7, 8, 9], [1] * 10]
-  got = scoring.score_continuations(MODEL, VARIABLES, contexts, continuations)
-  whole = scoring.score(MODEL, VARIABLES, [[1, 2, 3, 4], [5, 7, 8, 9], [9] * 55 + [1] * 10])
-  for (total, greedy), scored, continuation in zip(got, whole, continuations, strict=True):
-    np.testing.assert_allclose(total, sum(scored.logprobs[-len(continuation) :]), rtol=1e-6)
-    assert greedy == all(scored.is_greedy[-len(continuation) :])
-  count = scoring.compilation_count()
-  scoring.score_continuations(MODEL, VARIABLES, contexts[::-1], continuations[::-1])
-  assert scoring.compilation_count() == count
-  with pytest.raises(ValueError, match=r'contexts\[0\] is empty'):
-    scoring.score_continuations(MODEL, VARIABLES, [[]], [[1]])
-  with pytest.raises(ValueError, match=r'continuations\[0\] has 65 tokens'):
-    scoring.score_continuations(MODEL, VARIABLES, [[1]], [[1] * 65])
 
 
 def test_empty_stop_is_refused():

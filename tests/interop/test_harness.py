@@ -1,18 +1,20 @@
 """lm-eval's figures of our model are those of its own `hf` model on the same weights and tasks."""
 
+import dataclasses
 import json
+import types
 
+import jax
 import numpy as np
 import pytest
 import small
 
 from jaxllm import loading
 from jaxllm.data import tokenizers
-from jaxllm.generation import scoring
-from jaxllm.interop import harness, huggingface_writer
-from jaxllm.models.decoder import Decoder
+from jaxllm.interop import huggingface_writer
 
 pytestmark = pytest.mark.parity
+harness = pytest.importorskip('jaxllm.interop.harness', exc_type=ImportError)
 
 TEXTS = ['The king speaks of the sea. ' * 9, 'A queen sleeps tonight, and a river runs home.', 'x']
 CHOICES = [
@@ -38,7 +40,6 @@ TASKS = {
 @pytest.fixture(scope='module', params=['gpt2', 'llama'])
 def directory(request, tmp_path_factory):
   """A model with a tokenizer that merges, and with BOS where its family has it."""
-  pytest.importorskip('lm_eval')
   path = tmp_path_factory.mktemp(request.param)
   config = small.CONFIGS[request.param].replace(vocab_size=320)
   tokenizer = tokenizers.train_or_load(
@@ -70,7 +71,7 @@ def test_figures_equal_those_of_the_hf_model(directory, tmp_path, monkeypatch):
 
   monkeypatch.setenv('HF_HOME', str(tmp_path))
   theirs = HFLM(pretrained=str(directory), device='cpu', dtype='float32', batch_size=2)
-  ours = harness.language_model(loading.load(directory), batch_size=2)
+  ours = harness.LanguageModel(loading.load(directory), batch_size=2)
   assert ours.max_length == theirs.max_length == 64
   for name in ('eot_token_id', 'prefix_token_id'):
     assert getattr(ours, name) == getattr(theirs, name)
@@ -94,28 +95,37 @@ def test_figures_equal_those_of_the_hf_model(directory, tmp_path, monkeypatch):
                              rtol=1e-4)
 
 
-def test_likelihoods_equal_our_own_scoring(directory):
+def test_likelihoods_are_those_of_whole_passes(directory):
   loaded = loading.load(directory)
-  model = harness.language_model(loaded, batch_size=3)
+  model = harness.LanguageModel(loaded, max_length=32)
   rng = np.random.default_rng(0)
-  pairs = [(rng.integers(4, 300, n).tolist(), rng.integers(4, 300, 3).tolist()) for n in (1, 40, 9)]
+  pairs = [(rng.integers(4, 300, n).tolist(), rng.integers(4, 300, k).tolist())
+           for n, k in ((1, 3), (40, 3), (9, 3), (9, 1))]
+  pairs.append((pairs[2][0], [5]))
   found = model._loglikelihood_tokens([(None, *pair) for pair in pairs])
-  expected = scoring.score_continuations(
-    Decoder(loaded.config), loaded.variables, *zip(*pairs, strict=True))
-  for (value, is_greedy), (other, other_greedy) in zip(found, expected, strict=True):
-    assert value == pytest.approx(other, rel=1e-5) and is_greedy == other_greedy
+  for (value, is_greedy), (context, target) in zip(found, pairs, strict=True):
+    ids = [*context, *target][-33:]
+    log_probs_TV = np.asarray(jax.nn.log_softmax(loaded.logits(ids[:-1])))[-len(target) :]
+    assert value == pytest.approx(float(log_probs_TV[range(len(target)), target].sum()), rel=1e-5)
+    assert is_greedy == (log_probs_TV.argmax(-1).tolist() == target)
+  with pytest.raises(ValueError, match='a continuation has 33 tokens, but the context 32'):
+    model._loglikelihood_tokens([(None, [1], [2] * 33)])
   with pytest.raises(ValueError, match='max_length=65: between 2 and'):
-    harness.language_model(loaded, max_length=65)
-  with pytest.raises(ValueError, match='max_gen_toks=64 leaves nothing'):
-    harness._generate(loaded, [[5]], [{'max_gen_toks': 64}], 64, 1)
+    harness.LanguageModel(loaded, max_length=65)
+  request = types.SimpleNamespace(args=('The king', {'max_gen_toks': 32}))
+  with pytest.raises(ValueError, match='max_gen_toks=32 leaves nothing'):
+    model.generate_until([request])
 
 
-def test_chats_are_written_by_the_template_of_the_model():
+def test_chats_are_written_by_the_template_of_the_model(directory):
   template = ('{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}'
               '{% if add_generation_prompt %}[assistant]{% endif %}')
   messages = [{'role': 'user', 'content': 'Hi'}]
-  tokenizer = tokenizers.from_files(small.files(template))
-  assert harness._chat_text(tokenizer, messages, True) == '[user] Hi[assistant]'
-  assert harness._chat_text(tokenizer, messages, False) == '[user] Hi'
+  loaded = loading.load(directory)
+  chat = dataclasses.replace(loaded, tokenizer=tokenizers.from_files(small.files(template)))
+  model = harness.LanguageModel(chat)
+  assert model.apply_chat_template(messages) == '[user] Hi[assistant]'
+  assert model.apply_chat_template(messages, False) == '[user] Hi'
+  assert model.chat_template(True) == template and model.chat_template() is None
   with pytest.raises(ValueError, match='has no chat template'):
-    harness._chat_text(tokenizers.from_files(small.files()), messages, True)
+    harness.LanguageModel(loaded).apply_chat_template(messages)

@@ -51,7 +51,7 @@ def test_figures_over_http_are_those_of_the_process(tmp_path, monkeypatch, batch
   monkeypatch.setenv('HF_DATASETS_OFFLINE', '1')
   monkeypatch.setenv('HF_DATASETS_CACHE', str(tmp_path / 'cache'))
   model, engine = shared()
-  inside = evaluate(harness.language_model(model), tmp_path)
+  inside = evaluate(harness.LanguageModel(model), tmp_path)
   with running(model, engine) as server:
     url = f'{server.url}/v1/completions'
     arguments = {'model': NAME, 'base_url': url, 'tokenizer_backend': 'remote',

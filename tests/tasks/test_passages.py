@@ -46,17 +46,17 @@ def loop(model, ids, context_length, stride):
 def test_the_sum_is_that_of_a_loop(model, context_length, stride):
   text = 'To be, or not to be, that is the question: whether it is nobler in mind to suffer ü.'
   ids = [BYTES.bos_id, *text.encode()]
-  found, = passages.measure(model, text, context_length, stride)
+  found, = passages.measure(model, [text], context_length, stride)
   assert (found['tokens'], found['bytes']) == (len(ids) - 1, len(text.encode()))
   expected = sum(loop(model, ids, context_length, stride))
   assert found['log_likelihood'] == pytest.approx(expected, rel=1e-5)
 
 
 def test_without_bos_the_first_token_does_not_count(model):
-  found, = passages.measure(dataclasses.replace(model, add_bos=False), 'abcd', 64, 32)
+  found, = passages.measure(dataclasses.replace(model, add_bos=False), ['abcd'], 64, 32)
   assert (found['tokens'], found['bytes']) == (3, 3)
-  assert passages.measure(dataclasses.replace(model, add_bos=False), 'a', 64, 32) == []
-  assert passages.measure(model, '', 64, 32) == []
+  assert passages.measure(dataclasses.replace(model, add_bos=False), ['a'], 64, 32) == []
+  assert passages.measure(model, [''], 64, 32) == []
 
 
 def test_passages_are_the_text_and_have_their_own_sums(model):
@@ -65,7 +65,7 @@ def test_passages_are_the_text_and_have_their_own_sums(model):
   assert ''.join(parts) == words and len(parts) == 3
   assert all(part[-1].isspace() and len(part) >= 2000 for part in parts)
   assert passages.split('') == [] and passages.split('x' * 5000) == ['x' * 5000]
-  found = passages.measure(model, words, 64, 63)
+  found = passages.measure(model, [words], 64, 63)
   for name in ('bytes', 'tokens'):
     assert [one[name] for one in found] == list(map(len, parts))
   whole = loop(model, [BYTES.bos_id, *words.encode()], 64, 63)
@@ -80,4 +80,4 @@ def test_passages_are_the_text_and_have_their_own_sums(model):
 ])
 def test_lengths_that_do_not_fit_are_refused(model, context_length, stride, message):
   with pytest.raises(ValueError, match=message):
-    passages.measure(model, 'text', context_length, stride)
+    passages.measure(model, ['text'], context_length, stride)

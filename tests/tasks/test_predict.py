@@ -153,20 +153,6 @@ def test_the_score_is_that_of_the_answer_alone(model):
   assert cut.score == pytest.approx(np.exp(np.mean(found.logprobs[:used])), rel=1e-5)
 
 
-@pytest.mark.parametrize('size, context, stride', [(10, 4, 2), (5, 4, 2), (9, 4, 4), (2, 4, 1)])
-def test_windows_weigh_every_target_once(size, context, stride):
-  tokens = Tokens(list(range(size)), [0.5 + i for i in range(size)])
-  seen = {}
-  for window in predict_lib.windows(tokens, context, stride):
-    assert 2 <= len(window.ids) <= context + 1
-    assert list(window.ids) == list(range(window.ids[0], window.ids[0] + len(window.ids)))
-    for token, weight in zip(window.ids[1:], window.weights[1:], strict=True):
-      if weight:
-        assert token not in seen
-        seen[token] = weight
-  assert seen == dict(zip(tokens.ids[1:], tokens.weights[1:], strict=True))
-
-
 def test_a_text_is_measured_whole(model):
   config = LanguageModeling()
   texts = ['short', 'x' * 63, 'long ' * 40, '']
