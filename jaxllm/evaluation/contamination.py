@@ -51,10 +51,7 @@ def overlaps(
   for text in training:
     words = _words(text)
     for length in lengths:
-      for start in range(len(words) - length + 1):
-        ngram = tuple(words[start : start + length])
-        if ngram in unseen:
-          seen.add(ngram)
+      seen.update(unseen.intersection(_runs(words, length)))
   return [_overlap(ngrams, seen) for ngrams in wanted]
 
 
@@ -116,7 +113,9 @@ def _words(text: str) -> list[str]:
 
 
 def _ngrams(words: Sequence[str], num_words: int) -> Iterator[tuple[str, ...]]:
-  """Yield the n-grams of a text, or the whole of one that is shorter."""
-  if words:
-    for start in range(max(1, len(words) - num_words + 1)):
-      yield tuple(words[start : start + num_words])
+  """Return the n-grams of a text, or the whole of one that is shorter."""
+  return _runs(words, min(num_words, len(words))) if words else iter(())
+
+
+def _runs(words: Sequence[str], length: int) -> Iterator[tuple[str, ...]]:
+  return zip(*(words[start:] for start in range(length)), strict=False)

@@ -1,5 +1,6 @@
 """Held-out loss, perplexity and bits per byte of a language model."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -70,11 +71,8 @@ def make_eval_step(
 
 
 def evaluate(
-  eval_step: EvalStep,
-  variables: Any,
-  batches: Iterable[Mapping[str, np.ndarray]],
-  batch_sharding: Any,
-  bytes_per_token: float,
+  eval_step: EvalStep, variables: Any, batches: Iterable[Mapping[str, np.ndarray]],
+  batch_sharding: Any, bytes_per_token: float,
 ) -> dict[str, float]:
   """Score a model over batches.
 
@@ -94,12 +92,11 @@ def evaluate(
   """
   # Added on the host in float64: a float32 sum over millions of tokens loses digits.
   totals: dict[str, float] = {}
-  waiting = None
-  for batch in batches:
-    sums = eval_step(variables, sharding.put_batch(batch, batch_sharding))
-    _add(totals, waiting)
-    waiting = sums
-  _add(totals, waiting)
+  steps = (eval_step(variables, sharding.put_batch(batch, batch_sharding)) for batch in batches)
+  # A step is dispatched before the sums of the one before it are fetched.
+  for sums, _ in itertools.pairwise(itertools.chain(steps, [{}])):
+    for name, value in sums.items():
+      totals[name] = totals.get(name, 0.0) + float(value)
   tokens = totals.get('weight_sum', 0.0)
   if not tokens:
     raise ValueError('the validation records hold no token to predict; enlarge the validation '
@@ -112,8 +109,3 @@ def evaluate(
     'accuracy': totals['correct_sum'] / tokens,
     'tokens': tokens,
   }
-
-
-def _add(totals: dict[str, float], sums: Mapping[str, jax.Array] | None) -> None:
-  for name, value in (sums or {}).items():
-    totals[name] = totals.get(name, 0.0) + float(value)

@@ -61,10 +61,7 @@ def score(name: str, predictions: Sequence[Any], references: Sequence[Any]) -> d
     ValueError: unknown name, no examples, unequal lengths, or no token to measure.
   """
   summed = rows(name, predictions, references).sum(0)
-  return {
-    key: float(value)
-    for key, value in METRICS[name].values(summed).items()
-  }
+  return {key: float(value) for key, value in METRICS[name].values(summed).items()}
 
 
 def rows(name: str, predictions: Sequence[Any], references: Sequence[Any]) -> np.ndarray:
@@ -94,24 +91,12 @@ def confusion_matrix(
   Returns:
     int64 (C, C): row = reference, column = prediction.
   """
-  index = {label: i for i, label in enumerate(labels)}
-  matrix_CC = np.zeros((len(labels), len(labels)), np.int64)
-  for prediction, reference in zip(predictions, references, strict=True):
-    if prediction in index and reference in index:
-      matrix_CC[index[reference], index[prediction]] += 1
-  return matrix_CC
+  counts = collections.Counter(zip(references, predictions, strict=True))
+  return np.array([[counts[row, column] for column in labels] for row in labels], np.int64)
 
 
 # Accuracy and classification: predictions and references are labels; None is an answer that could
 # not be read, wrong whatever the reference.
-
-
-def _accuracy_statistics(predictions: Sequence[Any], references: Sequence[Any]) -> np.ndarray:
-  return np.array([[1.0, p == r] for p, r in zip(predictions, references, strict=True)])
-
-
-def _accuracy(name: str) -> Metric:
-  return _mean_metric(_accuracy_statistics, name)
 
 
 def _classification_statistics(predictions: Sequence[Any], references: Sequence[Any]) -> np.ndarray:
@@ -132,11 +117,8 @@ def _classification_values(sums: np.ndarray) -> Values:
   parts = sums[..., 1:].reshape(*sums.shape[:-1], 3, -1)
   right_C, predicted_C, actual_C = (parts[..., i, :] for i in range(3))
   occur = (predicted_C + actual_C > 0).sum(-1)
-  averages = {
-    'precision': (right_C, predicted_C),
-    'recall': (right_C, actual_C),
-    'f1': (2 * right_C, predicted_C + actual_C),
-  }
+  averages = {'precision': (right_C, predicted_C), 'recall': (right_C, actual_C),
+              'f1': (2 * right_C, predicted_C + actual_C)}
   values = {'accuracy': _ratio(right_C.sum(-1), sums[..., 0])}
   for name, (top_C, bottom_C) in averages.items():
     values[f'macro_{name}'] = _ratio(_ratio(top_C, bottom_C).sum(-1), occur)
@@ -180,7 +162,7 @@ def normalize_answer(text: str) -> str:
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
   """Return 1.0 where the normalised prediction is one of the normalised references, else 0.0."""
-  return float(normalize_answer(prediction) in map(normalize_answer, _answers(references)))
+  return float(normalize_answer(prediction) in _answers(references))
 
 
 def token_f1(prediction: str, references: Sequence[str]) -> float:
@@ -190,33 +172,28 @@ def token_f1(prediction: str, references: Sequence[str]) -> float:
     Rajpurkar et al., Know What You Don't Know, arXiv 1806.03822: with no words on either side, F1
     is 1 where both have none, else 0.
   """
-  return max(_f1(normalize_answer(prediction), normalize_answer(r)) for r in _answers(references))
+  predicted = collections.Counter(normalize_answer(prediction).split())
+
+  def f1(actual: collections.Counter[str]) -> float:
+    if not predicted or not actual:
+      return float(predicted == actual)
+    return 2 * (predicted & actual).total() / (predicted.total() + actual.total())
+
+  return max(f1(collections.Counter(answer.split())) for answer in _answers(references))
 
 
-def _answers(references: Sequence[str]) -> Sequence[str]:
-  return [text for text in references if normalize_answer(text)] or ['']
-
-
-def _f1(prediction: str, reference: str) -> float:
-  predicted, actual = prediction.split(), reference.split()
-  if not predicted or not actual:
-    return float(predicted == actual)
-  common = (collections.Counter(predicted) & collections.Counter(actual)).total()
-  return 2 * common / (len(predicted) + len(actual))
-
-
-def _squad_statistics(
-  predictions: Sequence[str], references: Sequence[Sequence[str]]
-) -> np.ndarray:
-  pairs = zip(predictions, references, strict=True)
-  return np.array([[1.0, exact_match(p, r), token_f1(p, r)] for p, r in pairs])
+def _answers(references: Sequence[str]) -> list[str]:
+  return list(filter(None, map(normalize_answer, _texts(references)))) or ['']
 
 
 # Translation and summarisation: a prediction is a text, a reference a text or several.
 
 
-def _texts(reference: str | Sequence[str]) -> Sequence[str]:
-  return [reference] if isinstance(reference, str) else reference
+def _texts(reference: Any) -> Sequence[str]:
+  texts = [reference] if isinstance(reference, str) else reference
+  if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+    raise ValueError(f'reference {reference!r}: a text is needed, or a list of texts')
+  return texts
 
 
 @functools.cache
@@ -244,9 +221,7 @@ def _extra(package: str) -> ImportError:
 def _sacrebleu_metric(class_name: str, key: str) -> Metric:
   """Wrap sacrebleu's corpus score, with its default settings, in [0, 100]."""
 
-  def statistics(
-    predictions: Sequence[str], references: Sequence[str | Sequence[str]]
-  ) -> np.ndarray:
+  def statistics(predictions: Sequence[str], references: Sequence[Any]) -> np.ndarray:
     texts = [_texts(reference) for reference in references]
     # sacrebleu wants a stream per reference number; None stands for one that is not there.
     streams = [
@@ -268,24 +243,17 @@ def _sacrebleu_metric(class_name: str, key: str) -> Metric:
 ROUGE_TYPES = ('rouge1', 'rouge2', 'rougeL', 'rougeLsum')
 
 
-def _rouge_statistics(
-  predictions: Sequence[str], references: Sequence[str | Sequence[str]]
-) -> np.ndarray:
-  """One, then the F-measures; of several references the best one. English words only."""
-  rows = []
-  for prediction, reference in zip(predictions, references, strict=True):
-    found = _rouge().score_multi(_texts(reference), prediction)
-    rows.append([1.0, *(found[name].fmeasure for name in ROUGE_TYPES)])
-  return np.array(rows)
+def _rouge_scores(prediction: str, reference: str | Sequence[str]) -> list[float]:
+  """Return the F-measures; of several references the best one. English words only."""
+  found = _rouge().score_multi(_texts(reference), prediction)
+  return [found[name].fmeasure for name in ROUGE_TYPES]
 
 
 # Language modelling: a prediction is (log-likelihood in nats, tokens, UTF-8 bytes of text); the
 # reference is not read.
 
 
-def _perplexity_statistics(
-  predictions: Sequence[tuple[float, int, int]], references: Sequence[Any]
-) -> np.ndarray:
+def _perplexity_statistics(predictions: Sequence[Any], references: Sequence[Any]) -> np.ndarray:
   rows = np.array(predictions, float)
   if not rows[:, 1:].sum(0).all():
     raise ValueError('no token is predicted in any example, so that there is nothing to measure; '
@@ -293,25 +261,25 @@ def _perplexity_statistics(
   return rows
 
 
-def _perplexity_values(sums: np.ndarray) -> Values:
-  """NaN where a resample holds no token."""
+def _per(log_likelihood: np.ndarray, count: np.ndarray) -> np.ndarray:
+  """Divide; NaN where a resample holds no token."""
   with np.errstate(divide='ignore', invalid='ignore'):
-    loss = -sums[..., 0] / sums[..., 1]
+    return -log_likelihood / count
+
+
+def _perplexity_values(sums: np.ndarray) -> Values:
+  loss = _per(sums[..., 0], sums[..., 1])
   return {'loss': loss, 'perplexity': np.exp(np.minimum(loss, 700.0))}
 
 
-def _bits_values(sums: np.ndarray) -> Values:
-  with np.errstate(divide='ignore', invalid='ignore'):
-    return {'bits_per_byte': -sums[..., 0] / sums[..., 2] / math.log(2)}
-
-
-def _mean_metric(
-  statistics: Callable[[Sequence[Any], Sequence[Any]], np.ndarray], *names: str
-) -> Metric:
-  """Return the metric of sums whose first column counts the examples."""
-  return Metric(statistics, lambda sums: {
-    name: _ratio(sums[..., i], sums[..., 0]) for i, name in enumerate(names, start=1)
-  }, names, names)
+def _mean_metric(measure: Callable[[Any, Any], Sequence[float]], *names: str) -> Metric:
+  """Return the metric of means over the examples of what one prediction and reference give."""
+  return Metric(
+    lambda predictions, references: np.array(
+      [[1.0, *measure(p, r)] for p, r in zip(predictions, references, strict=True)]),
+    lambda sums: {
+      name: _ratio(sums[..., i], sums[..., 0]) for i, name in enumerate(names, start=1)},
+    names, names)
 
 
 def _ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
@@ -320,21 +288,23 @@ def _ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
 
 
 METRICS: Mapping[str, Metric] = {
-  'accuracy': _accuracy('accuracy'),
-  'normalized_accuracy': _accuracy('normalized_accuracy'),
+  'accuracy': _mean_metric(lambda p, r: [p == r], 'accuracy'),
+  'normalized_accuracy': _mean_metric(lambda p, r: [p == r], 'normalized_accuracy'),
   'classification': Metric(
     _classification_statistics, _classification_values,
     ('accuracy', *(f'{kind}_{name}' for name in ('precision', 'recall', 'f1')
                    for kind in ('macro', 'micro'))), ('accuracy', 'micro_recall')),
   'calibration': Metric(_calibration_statistics, _calibration_values, ('ece',),
                         smaller_is_better=True),
-  'squad': _mean_metric(_squad_statistics, 'exact_match', 'f1'),
+  'squad': _mean_metric(lambda p, r: (exact_match(p, r), token_f1(p, r)), 'exact_match', 'f1'),
   'bleu': _sacrebleu_metric('BLEU', 'bleu'),
   'chrf': _sacrebleu_metric('CHRF', 'chrf'),
-  'rouge': _mean_metric(_rouge_statistics, *ROUGE_TYPES),
+  'rouge': _mean_metric(_rouge_scores, *ROUGE_TYPES),
   'perplexity': Metric(_perplexity_statistics, _perplexity_values, ('loss', 'perplexity'),
                        largest=None, smaller_is_better=True),
-  'bits_per_byte': Metric(_perplexity_statistics, _bits_values, ('bits_per_byte',), largest=None,
-                          smaller_is_better=True),
+  'bits_per_byte': Metric(
+    _perplexity_statistics,
+    lambda sums: {'bits_per_byte': _per(sums[..., 0], sums[..., 2]) / math.log(2)},
+    ('bits_per_byte',), largest=None, smaller_is_better=True),
 }
 """name -> metric; one entry may give several numbers."""

@@ -5,13 +5,14 @@ prove that all are right. Other scores are resampled. Where all resamples agree,
 the interval is then that of a mean of as many equal values, or none where the score has no limits.
 
 Every metric is a function of sums over examples (`scores.Metric`), so a resample is a product of
-example counts with the statistics of each example; nothing is scored twice.
+example counts with the statistics of each example; nothing is scored twice. That, and fractional
+counts in Wilson's interval, is what `scipy.stats` has not.
 
 Axis letters: I examples, M statistics of one example, R resamples.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
@@ -41,12 +42,8 @@ class Comparison(NamedTuple):
 
 
 def bootstrap(
-  name: str,
-  predictions: Sequence[Any],
-  references: Sequence[Any],
-  num_resamples: int = 1000,
-  level: float = 0.95,
-  seed: int = 0,
+  name: str, predictions: Sequence[Any], references: Sequence[Any], num_resamples: int = 1000,
+  level: float = 0.95, seed: int = 0,
 ) -> dict[str, Interval]:
   """Score predictions, with intervals: of means by Wilson's score, of others by the bootstrap.
 
@@ -69,25 +66,15 @@ def bootstrap(
   metric = scores.METRICS[name]
   resampled = metric.values(_add_up(rows_IM, _draws, num_resamples, seed))
   single = metric.values(rows_IM)
-  result = {}
-  for key, value in metric.values(rows_IM.sum(0)).items():
-    interval: tuple[float | None, float | None]
-    if key in metric.means:
-      interval = _mean_interval(single[key], level)
-    else:
-      interval = _percentiles(resampled[key], level, len(rows_IM), 0.0, metric.largest)
-    result[key] = Interval(float(value), *interval)
-  return result
+  return {
+    key: Interval(float(value), *_interval(metric, key, single[key], resampled[key], level, 0.0))
+    for key, value in metric.values(rows_IM.sum(0)).items()
+  }
 
 
 def compare(
-  name: str,
-  predictions: Sequence[Any],
-  baseline_predictions: Sequence[Any],
-  references: Sequence[Any],
-  num_resamples: int = 1000,
-  level: float = 0.95,
-  seed: int = 0,
+  name: str, predictions: Sequence[Any], baseline_predictions: Sequence[Any],
+  references: Sequence[Any], num_resamples: int = 1000, level: float = 0.95, seed: int = 0,
 ) -> dict[str, Comparison]:
   """Compare two systems on the same examples.
 
@@ -119,9 +106,8 @@ def compare(
   rows = scores.rows(name, [*predictions, *baseline_predictions], [*references, *references])
   ours_IM, theirs_IM = np.split(rows, 2)
   ours, theirs = metric.values(ours_IM.sum(0)), metric.values(theirs_IM.sum(0))
-  resampled = metric.values(
-    _add_up(np.stack([ours_IM, theirs_IM], axis=1), _draws, num_resamples, seed)
-  )
+  both_I2M = np.stack([ours_IM, theirs_IM], axis=1)
+  resampled = metric.values(_add_up(both_I2M, _draws, num_resamples, seed))
   # What leaves one side arrives at the other.
   moved_RM = _add_up(ours_IM - theirs_IM, _coins, num_resamples, seed)
   swapped = metric.values(ours_IM.sum(0) - moved_RM), metric.values(theirs_IM.sum(0) + moved_RM)
@@ -132,13 +118,8 @@ def compare(
     # Sums in another order differ in their last digits.
     limit = abs(difference) * (1 - 1e-9)
     at_least = int((np.abs(swapped[0][key] - swapped[1][key]) >= limit).sum())
-    interval: tuple[float | None, float | None]
-    if key in metric.means:
-      interval = _mean_interval(single[0][key] - single[1][key], level, -1.0)
-    else:
-      least = None if metric.largest is None else -metric.largest
-      interval = _percentiles(
-        resampled[key][:, 0] - resampled[key][:, 1], level, len(ours_IM), least, metric.largest)
+    interval = _interval(metric, key, single[0][key] - single[1][key],
+                         resampled[key][:, 0] - resampled[key][:, 1], level, -1.0)
     result[key] = Comparison(difference, *interval, (at_least + 1) / (num_resamples + 1))
   return result
 
@@ -152,33 +133,31 @@ def _coins(rng: np.random.Generator, num_rows: int, num_examples: int) -> np.nda
 
 
 def _add_up(
-  rows: np.ndarray,
-  weigh: Callable[[np.random.Generator, int, int], np.ndarray],
-  num_resamples: int,
-  seed: int,
+  rows: np.ndarray, weigh: Callable[[np.random.Generator, int, int], np.ndarray],
+  num_resamples: int, seed: int,
 ) -> np.ndarray:
   """Return R sums of rows (I, ...), weighted at random by `weigh`."""
   rng = np.random.default_rng(seed)
   flat = rows.reshape(len(rows), -1)
-
-  def parts() -> Iterator[np.ndarray]:
-    for start in range(0, num_resamples, _CHUNK):
-      yield weigh(rng, min(_CHUNK, num_resamples - start), len(rows)).astype(float) @ flat
-
-  return np.concatenate(list(parts())).reshape(num_resamples, *rows.shape[1:])
+  parts = [weigh(rng, min(_CHUNK, num_resamples - start), len(rows)).astype(float) @ flat
+           for start in range(0, num_resamples, _CHUNK)]
+  return np.concatenate(parts).reshape(num_resamples, *rows.shape[1:])
 
 
-def _percentiles(
-  values_R: np.ndarray, level: float, count: int, least: float | None, largest: float | None
+def _interval(
+  metric: scores.Metric, key: str, values_I: np.ndarray, values_R: np.ndarray, level: float,
+  least: float,
 ) -> tuple[float | None, float | None]:
-  """Return the interval of resamples; where all are equal, that of `count` equal values."""
+  """Return the interval of a score between `least`, 0 or -1, and 1 times the metric's largest."""
+  if key in metric.means:
+    return _mean_interval(values_I, level, least)
   # A resample may hold nothing to measure.
   low, high = np.nanquantile(values_R, [(1 - level) / 2, (1 + level) / 2])
   if high - low > 1e-9 * max(abs(low), abs(high)):
     return float(low), float(high)
-  if least is None or largest is None:
+  if metric.largest is None:
     return None, None
-  return _mean_interval(np.full(count, low), level, least, largest)
+  return _mean_interval(np.full(len(values_I), low), level, least * metric.largest, metric.largest)
 
 
 def _mean_interval(

@@ -24,10 +24,8 @@ class Line(NamedTuple):
 
 
 def score(
-  metrics: Mapping[str, Callable[[Any], Any]],
-  predictions: Sequence[Any],
-  references: Sequence[Any],
-  baseline_predictions: Sequence[Any] | None = None,
+  metrics: Mapping[str, Callable[[Any], Any]], predictions: Sequence[Any],
+  references: Sequence[Any], baseline_predictions: Sequence[Any] | None = None,
 ) -> list[Line]:
   """Score the predictions of a task by all its metrics, with 95% intervals.
 
@@ -77,14 +75,7 @@ def render(tables: Mapping[str, Sequence[Line]], counts: Mapping[str, int]) -> s
         row += [number(line.baseline), f'{difference:+.4f}', _interval(low, high),
                 f'{p_value:.3f}']
       rows.append(row + [''] * (len(rows[0]) - len(row)))
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  # Names to the left, numbers to the right.
-  left = (0, 2)
-  return '\n'.join(
-    '  '.join(cell.ljust(width) if i in left else cell.rjust(width)
-              for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
-    for row in rows
-  )
+  return _aligned(rows, left=(0, 2))
 
 
 def render_confusion(confusion: Mapping[str, Any]) -> str:
@@ -92,8 +83,16 @@ def render_confusion(confusion: Mapping[str, Any]) -> str:
   labels, counts = confusion['labels'], confusion['counts']
   rows = [['true \\ said', *labels],
           *([label, *map(str, row)] for label, row in zip(labels, counts, strict=True))]
-  width = max(len(cell) for row in rows for cell in row)
-  return '\n'.join('  '.join(cell.rjust(width) for cell in row) for row in rows)
+  return _aligned(rows)
+
+
+def _aligned(rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> str:
+  """Return rows as lines; the columns named in `left` are aligned to the left."""
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  return '\n'.join(
+    '  '.join(cell.ljust(width) if i in left else cell.rjust(width)
+              for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
+    for row in rows)
 
 
 def as_json(lines: Sequence[Line]) -> dict[str, Any]:

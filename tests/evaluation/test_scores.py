@@ -57,6 +57,7 @@ def test_calibration_literals():
     ('', ['the', 'cat'], 0, 0),
     ('cat cat', ['cat'], 0, 2 / 3),
     ('theatre', ['atre'], 0, 0),
+    ('cat', 'the cat', 1, 1),
     ('U.S.', ['us'], 1, 1),
   ],
 )
@@ -80,6 +81,8 @@ def test_perplexity_literals():
     ('blue', ['a'], ['a'], "metric 'blue': one of accuracy"),
     ('accuracy', [], [], 'at least one'),
     ('accuracy', ['a'], ['a', 'b'], '1 predictions for 2 references'),
+    ('squad', ['a'], [None], 'reference None: a text is needed, or a list of texts'),
+    ('squad', ['a'], [['a', 3]], r"reference \['a', 3\]: a text is needed"),
   ],
 )
 def test_bad_input_is_named(name, predictions, references, message):
