@@ -124,75 +124,58 @@ def _check_flags(own: Any) -> None:
 def _task(model, baseline, task, split: str) -> dict[str, Any]:
   """Return what a model and a baseline say to the examples of a task, and how it is scored."""
   from jaxllm import loading
-  from jaxllm.evaluation import contamination, tables
+  from jaxllm.evaluation import contamination, scores
   from jaxllm.tasks import TASKS as KINDS
   from jaxllm.tasks import predict, suite
 
-  kind = KINDS[task.kind]
-  examples = loading.task_examples(task, split, model.tokenizer)
-  found = predict.predict(task, examples, model, BATCH_SIZE.value)
-  theirs = None
-  if baseline is not None:
-    own = suite.in_format_of(task, baseline.task)
-    asked = loading.task_examples(own, split, baseline.tokenizer)
-    theirs = predict.predict(own, asked, baseline, BATCH_SIZE.value)
+  def answer(one, task) -> tuple[list[Any], list[Any]]:
+    examples = loading.task_examples(task, split, one.tokenizer)
+    return examples, predict.predict(task, examples, one, BATCH_SIZE.value)
+
+  examples, found = answer(model, task)
+  theirs = answer(baseline, suite.in_format_of(task, baseline.task))[1] if baseline else None
   references = [example.reference for example in examples]
-  records = [example.record for example in examples]
-  return {
-    'config': json.loads(task.to_json()),
-    'split': split,
-    'examples': len(examples),
-    'lines': tables.score(kind.metrics, found, references, theirs),
-    'confusion': _confusion(task, found, references),
-    'contamination': _contamination(model, list(map(contamination.longest_text, records))),
-    'predictions': _predictions(records, references, found, theirs),
-  }
-
-
-def _confusion(task, found, references) -> dict[str, Any] | None:
-  """Return which labels are taken for which; None where there are no labels."""
-  from jaxllm.evaluation import scores
-
+  rows = [{'record': example.record, 'reference': example.reference} for example in examples]
   labels = [label for label, _ in getattr(task, 'labels', ())]
   said = [prediction.get('label') for prediction in found]
-  counts = scores.confusion_matrix(said, references, labels).tolist()
-  return {'labels': labels, 'counts': counts} if labels else None
+  confusion = labels and {'labels': labels, 'counts': scores.confusion_matrix(
+    said, references, labels).tolist()}
+  return {
+    'config': json.loads(task.to_json()), 'split': split, 'confusion': confusion or None,
+    **_result(model, KINDS[task.kind].metrics, found, theirs, references,
+              [contamination.longest_text(example.record) for example in examples], rows),
+  }
 
 
 def _text(model, baseline, path: str) -> dict[str, Any]:
   """Return how likely the passages of a text are."""
   from jaxllm.data import documents
-  from jaxllm.evaluation import tables
   from jaxllm.tasks import language_modeling, passages
 
   texts = [found.text for found in documents.documents(documents.SourceConfig(location=path))]
-
-  def measure(asked) -> list[dict[str, Any]]:
-    return [one for text in texts
-            for one in passages.measure(asked, text, length, stride, BATCH_SIZE.value)]
-
   models = [model] if baseline is None else [model, baseline]
   length = CONTEXT_LENGTH.value or min(1024, *(one.config.max_length for one in models))
   stride = STRIDE.value or max(length // 2, 1)
-  found, theirs = (*map(measure, models), None)[:2]
+  found, theirs = (*(passages.measure(one, texts, length, stride) for one in models), None)[:2]
   if not found:
     raise ValueError(f'--text={path} has no token to predict')
-  return {
-    'context_length': length,
-    'stride': stride,
-    'examples': len(found),
-    'lines': tables.score(language_modeling.METRICS, found, [None] * len(found), theirs),
-    'contamination': _contamination(model, [one for text in texts for one in passages.split(text)]),
-    'predictions': _predictions([{}] * len(found), [None] * len(found), found, theirs),
-  }
+  parts = [part for text in texts for part in passages.split(text)]
+  return {'context_length': length, 'stride': stride,
+          **_result(model, language_modeling.METRICS, found, theirs, [None] * len(found), parts,
+                    [{}] * len(found))}
 
 
-def _predictions(records, references, found, theirs: Sequence[Any] | None) -> list[dict[str, Any]]:
-  rows = [{**({'record': record, 'reference': reference} if record else {}), 'prediction': one}
-          for record, reference, one in zip(records, references, found, strict=True)]
-  return rows if theirs is None else [
-    {**row, 'baseline': one} for row, one in zip(rows, theirs, strict=True)
-  ]
+def _result(
+  model, metrics, found, theirs, references, texts: Sequence[str], rows
+) -> dict[str, Any]:
+  """Return the scores of predictions, and the rows with them."""
+  from jaxllm.evaluation import tables
+
+  rows = [{**row, 'prediction': one} for row, one in zip(rows, found, strict=True)]
+  if theirs is not None:
+    rows = [{**row, 'baseline': one} for row, one in zip(rows, theirs, strict=True)]
+  return {'examples': len(found), 'lines': tables.score(metrics, found, references, theirs),
+          'contamination': _contamination(model, texts), 'predictions': rows}
 
 
 def _contamination(model, texts: Sequence[str]) -> dict[str, Any] | None:

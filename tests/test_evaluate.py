@@ -128,7 +128,7 @@ def test_a_task_and_a_text_with_a_baseline(outputs):
   assert sentiment['confusion']['labels'] == ['negative', 'positive']
   counts = sentiment['confusion']['counts']
   assert counts[0][0] + counts[1][1] == right and sum(map(sum, counts)) == 6
-  assert f'negative{counts[0][0]:>13}{counts[0][1]:>13}' in printed
+  assert f'negative{counts[0][0]:>10}{counts[0][1]:>10}' in printed
   text, = (result for name, result in results.items() if name.endswith('.txt'))
   # The run was trained on texts like this one, and the other was not trained.
   assert text['scores']['bits_per_byte']['comparison']['difference'] < 0
