@@ -53,7 +53,7 @@ demo-tasks: .venv/tasks
 
 test: .venv/dev
 	# Without a compilation cache: programs of several devices that come from it can deadlock on CPU.
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m 'not parity and not browser'
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m 'not parity and not browser'
 
 test-parity: .venv/parity
 	$(BIN)/python -m pytest -m parity

@@ -37,23 +37,42 @@ def make_batch(rows=8, length=32, seed=0):
   }
 
 
-def take_steps(experiment, num_devices, batches):
+# A folder for all tests, so that equal runs share their compiled programs.
+@pytest.fixture(scope='module')
+def tmp_path(tmp_path_factory):
+  return tmp_path_factory.mktemp('step')
+
+
+PROGRAMS = {}
+
+
+def begin(experiment, num_devices):
+  """Return (the compiled step, the first state, and a function that places batches)."""
+  key = experiment.to_json(), num_devices
   mesh = sharding.make_mesh(experiment.mesh, jax.devices()[:num_devices])
-  tx = state_lib.make_optimizer(experiment)
-  train_step = step_lib.make_train_step(experiment, tx, mesh)
-  state = state_lib.create_state(experiment, tx, mesh)
+  if key not in PROGRAMS:
+    tx = state_lib.make_optimizer(experiment)
+    state = state_lib.create_state(experiment, tx, mesh)
+    PROGRAMS[key] = step_lib.make_train_step(experiment, tx, mesh), state
+  train_step, state = PROGRAMS[key]
+  # The step donates its state.
+  state = jax.tree.map(lambda leaf: jax.device_put(np.array(leaf), leaf.sharding), state)
   where = sharding.batch_sharding(mesh, experiment.mesh)
+  return train_step, state, lambda batch: sharding.put_batch(batch, where)
+
+
+def take_steps(experiment, num_devices, batches):
+  train_step, state, put = begin(experiment, num_devices)
   history = []
   for batch in batches:
-    state, metrics = train_step(state, sharding.put_batch(batch, where))
+    state, metrics = train_step(state, put(batch))
     history.append({name: float(value) for name, value in metrics.items()})
   return state, history
 
 
 @pytest.fixture(scope='module')
-def one_device(tmp_path_factory):
-  experiment = tiny.experiment(tmp_path_factory.mktemp('one'))
-  return take_steps(experiment, 1, [make_batch(seed=seed) for seed in range(3)])
+def one_device(tmp_path):
+  return take_steps(tiny.experiment(tmp_path), 1, [make_batch(seed=seed) for seed in range(3)])
 
 
 def assert_same_run(found, expected, tolerance):
@@ -141,12 +160,12 @@ def test_chunked_loss_and_ema_train_the_same(tmp_path, one_device):
 
 
 def test_the_average_follows_its_formula(tmp_path):
-  experiment = tiny.experiment(tmp_path, training__ema_decay=0.9)
-  mesh = sharding.make_mesh(experiment.mesh, jax.devices()[:1])
-  tx = state_lib.make_optimizer(experiment)
-  before = state_lib.create_state(experiment, tx, mesh)
-  after, _ = jax.jit(step_lib.make_pure_step(experiment, tx))(before, make_batch())
-  expected = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, before.params, after.params)
+  experiment = tiny.experiment(
+    tmp_path, objective__chunk_size=5, training__ema_decay=0.5)  # As above.
+  train_step, before, put = begin(experiment, 1)
+  old = jax.tree.map(np.array, before.params)
+  after, _ = train_step(before, put(make_batch()))
+  expected = jax.tree.map(lambda old, new: 0.5 * old + 0.5 * new, old, after.params)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), after.ema, expected)
 
 
@@ -193,22 +212,19 @@ def test_every_optimizer_state_takes_its_parameters_shardings(tmp_path, name):
 
 
 def test_a_step_that_is_not_finite_changes_only_counters(tmp_path):
-  experiment = tiny.experiment(tmp_path)
-  tx = state_lib.make_optimizer(experiment)
-  mesh = sharding.make_mesh(experiment.mesh, jax.devices()[:1])
-  state = state_lib.create_state(experiment, tx, mesh)
-  pure_step = jax.jit(step_lib.make_pure_step(experiment, tx))
+  train_step, state, put = begin(tiny.experiment(tmp_path), 1)
+  before = jax.tree.map(np.array, state)
   bad = make_batch()
   bad['weights'][0, 0] = np.nan
-  after, metrics = pure_step(state, bad)
+  after, metrics = train_step(state, put(bad))
   assert metrics['applied'] == 0 and metrics['skipped_in_a_row'] == 1
   assert after.step == 1 and after.skipped == 1
   for got, want in zip(
     jax.tree.leaves((after.params, after.opt_state, after.loss_mean)),
-    jax.tree.leaves((state.params, state.opt_state, state.loss_mean)), strict=True,
+    jax.tree.leaves((before.params, before.opt_state, before.loss_mean)), strict=True,
   ):
     np.testing.assert_array_equal(got, want)
-  again, metrics = pure_step(after, make_batch())
+  again, metrics = train_step(after, put(make_batch()))
   assert metrics['applied'] == 1 and metrics['skipped_in_a_row'] == 0 and again.skipped == 1
 
 
@@ -216,32 +232,22 @@ def test_a_spike_is_skipped_once_the_statistics_are_warm(tmp_path):
   experiment = tiny.experiment(
     tmp_path, training__spike={'deviations': 6.0, 'window_steps': 5}
   )
-  tx = state_lib.make_optimizer(experiment)
-  mesh = sharding.make_mesh(experiment.mesh, jax.devices()[:1])
-  state = state_lib.create_state(experiment, tx, mesh)
-  pure_step = jax.jit(step_lib.make_pure_step(experiment, tx))
+  train_step, state, put = begin(experiment, 1)
   batch = make_batch()
   batch['targets'] = batch['tokens']
   spike = make_batch(seed=1)
   spike['targets'] = (spike['tokens'] + 1) % 256
-  state, metrics = pure_step(state, spike)
+  state, metrics = train_step(state, put(spike))
   assert metrics['applied'] == 1  # Too early to judge.
   for _ in range(40):
-    state, metrics = pure_step(state, batch)
+    state, metrics = train_step(state, put(batch))
     assert metrics['applied'] == 1
-  state, metrics = pure_step(state, spike)
+  state, metrics = train_step(state, put(spike))
   assert metrics['applied'] == 0 and np.isfinite(metrics['loss'])
 
 
-def test_the_donated_step_compiles_once(tmp_path):
-  experiment = tiny.experiment(tmp_path)
-  mesh = sharding.make_mesh(experiment.mesh, jax.devices()[:1])
-  tx = state_lib.make_optimizer(experiment)
-  train_step = step_lib.make_train_step(experiment, tx, mesh)
-  state = state_lib.create_state(experiment, tx, mesh)
-  where = sharding.batch_sharding(mesh, experiment.mesh)
-  for seed in range(3):
-    state, _ = train_step(state, sharding.put_batch(make_batch(seed=seed), where))
+def test_the_donated_step_compiles_once(tmp_path, one_device):
+  train_step, _, _ = begin(tiny.experiment(tmp_path), 1)
   assert train_step._cache_size() == 1
 
 
