@@ -302,15 +302,12 @@ def _texts(data: DataConfig, counts: Counters, ends: bool) -> Iterator[tuple[str
   fraction = data.validation if isinstance(data.validation, float) else 0.0
   for text, own in _cleaned(data, counts):
     if ends and not own:
-      cut = _line_end_before(text, len(text) - int(len(text) * fraction))
+      place = len(text) - int(len(text) * fraction)
+      # Where the line before it ends, if that is nearer than the end of the text.
+      cut = text.rfind('\n', max(0, 2 * place - len(text)), place) + 1 or place
       yield from (part for part in (('train', text[:cut]), ('validation', text[cut:])) if part[1])
     else:
       yield 'validation' if own or _sample(text) < fraction else 'train', text
-
-
-def _line_end_before(text: str, place: int) -> int:
-  """Return where the line before `place` ends, if that is nearer than the end of the text."""
-  return text.rfind('\n', max(0, 2 * place - len(text)), place) + 1 or place
 
 
 def _too_few(data: DataConfig) -> bool:
