@@ -204,12 +204,16 @@ def test_answers_are_the_models(client):
   drawn = [ids[name] for name in got.logprobs.tokens]
   assert got.text == text_of(model.tokenizer, drawn) and len(drawn) == 11
   prompt = model.encode_prompt(PROMPT)
-  want, = scoring.score(Decoder(model.config), model.unstacked, [prompt + drawn], 2)
-  assert all(want.is_greedy[len(prompt):])
-  np.testing.assert_allclose(got.logprobs.token_logprobs, want.logprobs[len(prompt):], atol=1e-4)
-  for top, wanted in zip(got.logprobs.top_logprobs, want.top[len(prompt):], strict=True):
-    assert [ids[name] for name in top] == [token for token, _ in wanted]
-    np.testing.assert_allclose([*top.values()], [p for _, p in wanted], atol=1e-4)
+  want, = scoring.score(Decoder(model.config), model.unstacked, [prompt + drawn], num_top=2)
+  log_probs_N, is_greedy_N, top_ids_NA, top_log_probs_NA = (
+    array[len(prompt) - 1:] for array in want)
+  assert all(is_greedy_N)
+  np.testing.assert_allclose(got.logprobs.token_logprobs, log_probs_N, atol=1e-4)
+  for top, ids_A, log_probs_A in zip(
+    got.logprobs.top_logprobs, top_ids_NA, top_log_probs_NA, strict=True
+  ):
+    assert [ids[name] for name in top] == [*ids_A[:2]]
+    np.testing.assert_allclose([*top.values()], log_probs_A[:2], atol=1e-4)
 
 
 def test_an_echoed_prompt_is_scored_as_the_model_scores_it(client):
@@ -217,14 +221,14 @@ def test_an_echoed_prompt_is_scored_as_the_model_scores_it(client):
   ids = [*'né to'.encode(), TURN, *b'x']
   answer = client.completions.create(model=NAME, prompt=ids, echo=True, logprobs=1, max_tokens=1)
   choice = answer.choices[0]
-  want, = scoring.score(Decoder(model.config), model.unstacked, [ids], 2)
+  want, = scoring.score(Decoder(model.config), model.unstacked, [ids], num_top=2)
   # lm-eval counts on one more token than the prompt has.
   assert len(choice.logprobs.tokens) == len(choice.logprobs.token_logprobs) == len(ids) + 1
   assert choice.logprobs.token_logprobs[0] is None and choice.logprobs.top_logprobs[0] is None
-  np.testing.assert_allclose(choice.logprobs.token_logprobs[1:-1], want.logprobs[1:], atol=1e-4)
+  np.testing.assert_allclose(choice.logprobs.token_logprobs[1:-1], want.log_probs_N, atol=1e-4)
   greedy = [logprob == max(top.values()) for logprob, top in zip(
     choice.logprobs.token_logprobs[1:-1], choice.logprobs.top_logprobs[1:-1], strict=True)]
-  assert greedy == want.is_greedy[1:]
+  assert greedy == [*want.is_greedy_N]
   assert choice.text.startswith('né tox') and choice.logprobs.tokens[6] == '<|im_start|>'
   assert choice.logprobs.tokens[1:3] == ['bytes:\\xc3', 'bytes:\\xa9']
   assert choice.logprobs.text_offset == [0, 1, 1, 2, 3, 4, 5, 5, 6]

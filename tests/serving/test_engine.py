@@ -375,9 +375,8 @@ def test_scored_prompts_are_scored_as_elsewhere():
       return [piece async for piece in stream][0]
 
     piece = asyncio.run(first_piece())
-  want, = scoring.score(Decoder(ROTARY), MODEL.unstacked, [prompt], 3)
+  want, = scoring.score(Decoder(ROTARY), MODEL.unstacked, [prompt], num_top=3)
   assert piece.tokens == [*prompt] and piece.text == text.text_of(TOKENIZER, prompt)
   assert piece.finish_reason is None and piece.logprobs[0] is None and piece.top[0] == []
-  np.testing.assert_allclose(piece.logprobs[1:], want.logprobs[1:], atol=2e-5)
-  assert [[token for token, _ in top] for top in piece.top] == [
-    [token for token, _ in top] for top in want.top]
+  np.testing.assert_allclose(piece.logprobs[1:], want.log_probs_N, atol=2e-5)
+  assert [[token for token, _ in top] for top in piece.top[1:]] == want.top_ids_NA[:, :3].tolist()

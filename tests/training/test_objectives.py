@@ -176,7 +176,7 @@ def test_a_reference_that_is_not_there_is_missed_before_data_are_read(
   config = loop.pretrained.resolve(preferring(base, Dpo(), FULL))
   config = config.replace(init_from=str(base / 'gone'))
   monkeypatch.setattr(loop.workdir, 'has_begun', lambda _: begun)
-  monkeypatch.setattr(loop, '_open_dataset', lambda *_: pytest.fail('data are read'))
+  monkeypatch.setattr(loop.dataset_lib, 'open_dataset', lambda *_: pytest.fail('data are read'))
   with pytest.raises(ValueError, match='config.init_from: .*gone'):
     train(config, tmp_path / 'run')
 
