@@ -70,6 +70,7 @@ bench: .venv/parity
 	$(BIN)/python experiments/benchmarks/train_throughput.py
 	$(BIN)/python experiments/benchmarks/decode_throughput.py
 	$(BIN)/python experiments/benchmarks/load_time.py
+	$(BIN)/python experiments/benchmarks/score.py
 
 bench-serve: .venv/parity
 	$(BIN)/python experiments/benchmarks/serve_load.py

@@ -56,7 +56,7 @@ def score(
             for sequence, scored in zip(sequences, places, strict=True)]
   for groups in bar(list(_batches(inputs))):
     length = min(_rounded(len(inputs[groups[0][0]])), config.max_length)
-    tokens_BT = np.zeros((power_of_two(len(groups)), length), np.int32)
+    tokens_BT = np.zeros((_rounded(len(groups), 1, 4), length), np.int32)
     for tokens_T, group in zip(tokens_BT, groups, strict=False):
       tokens_T[: len(inputs[group[0]])] = inputs[group[0]]
     asked = [(i, place - 1, sequences[row][place])
@@ -134,9 +134,9 @@ def _batches(inputs: Sequence[tuple[int, ...]]) -> Iterator[list[list[int]]]:
     del groups[:size]
 
 
-def _rounded(number: int) -> int:
-  """Round up in steps of an eighth of the next power of two: few sizes, little padding."""
-  step = max(LEAST_TOKENS, power_of_two(number) // 8)
+def _rounded(number: int, least: int = LEAST_TOKENS, steps: int = 8) -> int:
+  """Round up to one of a few sizes: the next power of two has so many steps."""
+  step = max(least, power_of_two(number) // steps)
   return -(-number // step) * step
 
 
