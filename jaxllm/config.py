@@ -230,6 +230,16 @@ class Flags:
   def __getitem__(self, name: str) -> flags.Flag:
     return self.values[name]
 
+  def model(self) -> tuple[Any, Any, Any]:
+    """Define --model, --mesh and --dtype: what `jaxllm.load` takes."""
+    return (
+      self.string('model', None, 'A workdir, a checkpoint, a Hugging Face directory or a .gguf '
+                                 'file.', required=True),
+      self.string('mesh', None, 'Devices to split it over, as in fsdp=4,tensor=2; by default one.'),
+      self.enum('dtype', None, ['float32', 'bfloat16'],
+                'Of its parameters; by default as in jaxllm.load.'),
+    )
+
 
 def parse_flags(argv: Sequence[str], own: Flags) -> list[str]:
   """Parse a program's flags, setting `--config.a.b=value` arguments aside for `from_flags`.

@@ -18,13 +18,7 @@ from typing import Any
 from jaxllm import config, mistakes
 
 FLAGS = config.Flags()
-MODEL = FLAGS.string(
-  'model', None, 'A workdir, a checkpoint, a Hugging Face directory or a .gguf file.',
-  required=True)
-MESH = FLAGS.string(
-  'mesh', None, 'Devices to split it over, as in fsdp=4,tensor=2; by default one.')
-DTYPE = FLAGS.enum(
-  'dtype', None, ['float32', 'bfloat16'], 'Of its parameters; by default as in jaxllm.load.')
+MODEL, MESH, DTYPE = FLAGS.model()
 BASELINE = FLAGS.string('baseline', None, 'Another model, to be compared with.')
 QUANTIZE = FLAGS.enum(
   'quantize', None, ['int8', 'int4'], 'Store the weights smaller; the baseline is then the model.')

@@ -11,13 +11,7 @@ from collections.abc import Iterator
 from jaxllm import config
 
 FLAGS = config.Flags()
-MODEL = FLAGS.string(
-  'model', None, 'A workdir, a checkpoint, a Hugging Face directory or a .gguf file.',
-  required=True)
-MESH = FLAGS.string(
-  'mesh', None, 'Devices to split it over, as in fsdp=4,tensor=2; by default one.')
-DTYPE = FLAGS.enum(
-  'dtype', None, ['float32', 'bfloat16'], 'Of its parameters; by default as in jaxllm.load.')
+MODEL, MESH, DTYPE = FLAGS.model()
 PROMPT = FLAGS.multi_string('prompt', [''], 'Text to continue; may be repeated.')
 CHAT = FLAGS.bool('chat', False, "Converse, by the model's chat template.")
 SYSTEM = FLAGS.string('system', None, 'The system message of a chat.')

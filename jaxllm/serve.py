@@ -13,13 +13,7 @@ import socket
 from jaxllm import config
 
 FLAGS = config.Flags()
-MODEL = FLAGS.string(
-  'model', None, 'A workdir, a checkpoint, a Hugging Face directory or a .gguf file.',
-  required=True)
-MESH = FLAGS.string(
-  'mesh', None, 'Devices to split it over, as in fsdp=4,tensor=2; by default one.')
-DTYPE = FLAGS.enum(
-  'dtype', None, ['float32', 'bfloat16'], 'Of its parameters; by default as in jaxllm.load.')
+MODEL, MESH, DTYPE = FLAGS.model()
 HOST = FLAGS.string('host', '127.0.0.1', 'Address to listen at; 0.0.0.0: from everywhere.')
 PORT = FLAGS.integer('port', 8000, 'Port to listen at.', 0, 65535)
 NAME = FLAGS.string('name', None, 'What clients call the model; by default its last part.')
