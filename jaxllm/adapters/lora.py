@@ -18,9 +18,8 @@ import jax.numpy as jnp
 import pydantic
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxllm.adapters.quantization import NUM_INPUTS
 from jaxllm.config import Config
-from jaxllm.models.linear import dequantize, is_quantized
+from jaxllm.models.linear import dequantize, is_quantized, num_inputs
 
 Tree = dict[str, Any]
 
@@ -202,8 +201,8 @@ def shapes(path: str, kernel: tuple[Any, ...], rank: Any) -> tuple[tuple[Any, ..
     ValueError: it is no kernel of (layers, inputs, outputs).
   """
   stacked = int(path.startswith('layers/'))
-  num_inputs = NUM_INPUTS.get(path.rpartition('/')[2], 1)
-  if len(kernel) - stacked - num_inputs < 1:
+  inputs = num_inputs(path)
+  if len(kernel) - stacked - inputs < 1:
     raise ValueError(f'{path}: a kernel of {len(kernel)} axes is not (layers, inputs, outputs)')
   lead, rest = kernel[:stacked], kernel[stacked:]
-  return (*lead, *rest[:num_inputs], rank), (*lead, rank, *rest[num_inputs:]), lead
+  return (*lead, *rest[:inputs], rank), (*lead, rank, *rest[inputs:]), lead

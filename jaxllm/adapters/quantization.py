@@ -14,10 +14,8 @@ import pydantic
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxllm.config import Config
-from jaxllm.models.linear import dequantize, is_quantized
+from jaxllm.models.linear import dequantize, is_quantized, num_inputs
 
-# Leading axes of each kernel that are contracted, by the name of its module.
-NUM_INPUTS = {'out': 2}
 LEVELS = {'int8': 127, 'int4': 7}
 
 
@@ -65,18 +63,18 @@ def _quantize(path: tuple[str, ...], leaf: Any, config: QuantizationConfig) -> A
   stacked = int(path[0] == 'layers' and not path[1].isdigit())
   if path == ('embed', 'embedding') and config.embeddings:
     # One scale per row: the table is (outputs, inputs) where it is the head.
-    return _per_channel(leaf, lead=1, num_inputs=1)
+    return _per_channel(leaf, lead=1, inputs=1)
   if path[-1] != 'kernel':
     return leaf
-  num_inputs = NUM_INPUTS.get(path[-2], 1)
-  last = stacked + num_inputs - 1
+  inputs = num_inputs(path[-2])
+  last = stacked + inputs - 1
   if config.kind == 'int4' and leaf.shape[last] % config.group_size == 0:
     return _grouped(leaf, last, config.group_size)
-  return _per_channel(leaf, stacked, num_inputs)
+  return _per_channel(leaf, stacked, inputs)
 
 
-def _per_channel(kernel: jax.Array, lead: int, num_inputs: int) -> dict[str, jax.Array]:
-  axes = tuple(range(lead, lead + num_inputs))
+def _per_channel(kernel: jax.Array, lead: int, inputs: int) -> dict[str, jax.Array]:
+  axes = tuple(range(lead, lead + inputs))
   scale = jnp.max(jnp.abs(kernel), axis=axes, keepdims=True).astype(jnp.float32) / LEVELS['int8']
   scale = jnp.where(scale > 0, scale, 1.0)
   return {'int8': jnp.round(kernel / scale).astype(jnp.int8), 'scale': scale}

@@ -1,7 +1,6 @@
 """Conversions: written beside the target, read back, proven, and only then put in its place."""
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from jaxllm.interop import (
   huggingface_writer,
   native,
   report,
+  tokenizer_export,
   weights,
 )
 from jaxllm.interop.report import ConversionError
@@ -63,7 +63,7 @@ def from_source(
     if form == 'exported':
       _check_program(partial, ids, reference_TV)
     summary = report.describe(source, dtype, proof) | {'format': form}
-    _write_report(partial, summary)
+    (partial / report.NAME).write_bytes(tokenizer_export.json_bytes(summary))
   return summary
 
 
@@ -99,7 +99,7 @@ def from_model(
       logits_TV = report.logits(model.config, model.variables, ids, model.placement)
       _check_program(partial, ids, logits_TV)
       summary['proof'] = {'prompt_ids': ids, 'next_token': int(logits_TV[-1].argmax())}
-    _write_report(partial, summary)
+    (partial / report.NAME).write_bytes(tokenizer_export.json_bytes(summary))
   return summary
 
 
@@ -151,8 +151,3 @@ def _check_program(directory: pathlib.Path, ids: list[int], logits_TV: np.ndarra
   if token != best:
     raise ConversionError(f'the exported program continues the fixed prompt with {token}, '
                           f'expected {best}')
-
-
-def _write_report(directory: pathlib.Path, summary: Mapping[str, Any]) -> None:
-  text = json.dumps(summary, indent=1, ensure_ascii=False)
-  (directory / report.NAME).write_text(text + '\n', encoding='utf-8')

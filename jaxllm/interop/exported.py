@@ -7,7 +7,6 @@ draw is part of the program, so that the same seed gives the same tokens as in t
 """
 
 import functools
-import hashlib
 import json
 import pathlib
 import shutil
@@ -18,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm import storage
 from jaxllm.checkpoints import tree
 from jaxllm.data import tokenizers
 from jaxllm.generation import decode_state, sampling
@@ -91,14 +91,9 @@ def save(
     'bos_id': tokenizer.bos_id,
     'stop_ids': list(tokenizer.eos_token_ids),
     'model': json.loads(config.to_json()),
-    'sha256': {file.name: _sha256(file) for file in sorted(directory.iterdir())},
+    'sha256': {file.name: storage.file_digest(file, {}) for file in sorted(directory.iterdir())},
   }
   (directory / MANIFEST).write_bytes(tokenizer_export.json_bytes(manifest))
-
-
-def _sha256(path: pathlib.Path) -> str:
-  with path.open('rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def _slot_axis(config: DecoderConfig) -> int:

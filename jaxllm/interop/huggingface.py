@@ -8,7 +8,7 @@ import collections
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -111,25 +111,16 @@ def find_format(keys: Mapping[str, Any], where: object) -> Format:
   return HUGGINGFACE[model_type]
 
 
-class Reading(collections.abc.Mapping):
+class Reading(collections.UserDict[str, Any]):
   """A mapping that remembers which of its keys were asked for."""
 
   def __init__(self, data: dict[str, Any]):
-    self.data = data
+    super().__init__(data)
     self.read: set[str] = set()
 
   def __getitem__(self, key: str) -> Any:
     self.read.add(key)
     return self.data[key]
-
-  def __contains__(self, key: object) -> bool:
-    return key in self.data
-
-  def __iter__(self) -> Iterator[str]:
-    return iter(self.data)
-
-  def __len__(self) -> int:
-    return len(self.data)
 
 
 def _refuse_code(keys: Mapping[str, Any], where: object, ignore_auto_map: bool) -> None:

@@ -5,7 +5,6 @@ tensor by tensor into one file or shards; the padding of the vocabulary is cut. 
 appears whole or not at all.
 """
 
-import json
 import os
 import pathlib
 from collections.abc import Mapping
@@ -188,5 +187,5 @@ def _write_weights(
     file = f'model-{number:05}-of-{len(shards):05}.safetensors'
     tensorfile.write(directory / file, shard, produce)
     index |= dict.fromkeys(shard, file)
-  text = json.dumps({'metadata': {'total_size': total}, 'weight_map': index}, indent=2)
-  (directory / 'model.safetensors.index.json').write_text(text + '\n', encoding='utf-8')
+  (directory / 'model.safetensors.index.json').write_bytes(tokenizer_export.json_bytes(
+    {'metadata': {'total_size': total}, 'weight_map': index}))

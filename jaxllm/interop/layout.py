@@ -19,6 +19,7 @@ from jaxllm.checkpoints import tree
 from jaxllm.models import decoder
 from jaxllm.models.config import DecoderConfig
 from jaxllm.models.families.huggingface import Format
+from jaxllm.models.linear import num_inputs
 
 LAYERS = 'layers/'
 
@@ -166,11 +167,6 @@ def join(form: Format, slot: Slot, parts: Mapping[str, np.ndarray]) -> np.ndarra
       [part.reshape(-1) for part in arrays]
     )
   return array.T if _is_transposed(form, slot.targets[0]) else array
-
-
-def num_inputs(target: str) -> int:
-  """Return how many leading axes of a kernel are contracted."""
-  return 2 if target.endswith('attention/out/kernel') else 1
 
 
 def _is_transposed(form: Format, target: str) -> bool:

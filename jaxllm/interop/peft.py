@@ -27,6 +27,7 @@ from jaxllm.interop import layout, tensorfile
 from jaxllm.models import decoder
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.models.families.huggingface import Format
+from jaxllm.models.linear import num_inputs
 
 CONFIG_FILE, WEIGHTS_FILE = 'adapter_config.json', 'adapter_model.safetensors'
 
@@ -184,13 +185,13 @@ def _collect(
       continue
     a_RI, b_OR = _pair(name, matrices.pop(name))
     scale = _scale(keys, name, len(a_RI))
-    num_outputs, num_inputs = slot.shape
-    if len(b_OR) != num_outputs:
+    outputs, inputs = slot.shape
+    if len(b_OR) != outputs:
       raise ValueError(f'{name}: lora_B has {len(b_OR)} rows, but the module of this model has '
-                       f'{num_outputs} outputs')
-    if a_RI.shape[1] != num_inputs:
+                       f'{outputs} outputs')
+    if a_RI.shape[1] != inputs:
       raise ValueError(f'{name}: lora_A has {a_RI.shape[1]} columns, but the module of this model '
-                       f'has {num_inputs} inputs')
+                       f'has {inputs} inputs')
     of_b = {target: _b_shape(target, shapes[target], len(a_RI)) for target in slot.targets}
     for target, b in layout.split(form, slot, b_OR, of_b).items():
       layers.setdefault(target.removesuffix('/kernel'), {})[slot.layer or 0] = a_RI.T, b, scale
@@ -216,8 +217,8 @@ def _find(form: Format, tensor: str, matrices: Matrices) -> str | None:
 
 def _b_shape(target: str, kernel: tuple[int, ...], rank: int) -> tuple[int, ...]:
   """Return the shape of `b` as of a kernel with R inputs."""
-  num_inputs = layout.num_inputs(target)
-  return (rank, *[1] * (num_inputs - 1), *kernel[num_inputs:])
+  inputs = num_inputs(target)
+  return (rank, *[1] * (inputs - 1), *kernel[inputs:])
 
 
 def _stack(

@@ -5,6 +5,7 @@ stored, and from the converted model. Where they differ by more than rounding, t
 """
 
 import functools
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.interop import layout, weights
+from jaxllm.interop import layout
 from jaxllm.interop.weights import Source
 from jaxllm.models.decoder import Decoder, DecoderConfig
 from jaxllm.sharding import Placement
@@ -88,22 +89,6 @@ def prove(
   return figures
 
 
-def tensor_table(source: Source) -> list[dict[str, Any]]:
-  """Return what became of every tensor of a source: names, shapes, sha256 of its bytes."""
-  rows = []
-  for slot in source.slots:
-    tensor = source.tensors[slot.name]
-    rows.append({
-      'source': tensor.name,
-      'kind': tensor.kind,
-      'shape': list(tensor.shape),
-      'sha256': weights.digest(tensor),
-      'targets': list(slot.targets),
-      'layer': slot.layer,
-    })
-  return rows
-
-
 def describe(source: Source, dtype: str | None, proof: Mapping[str, Any]) -> dict[str, Any]:
   """Return the report of an import, JSON-able.
 
@@ -117,7 +102,12 @@ def describe(source: Source, dtype: str | None, proof: Mapping[str, Any]) -> dic
     'model_type': source.form.model_type,
     'dtype': dtype or 'as stored',
     'proof': dict(proof),
-    'tensors': tensor_table(source),
+    'tensors': [
+      {'source': tensor.name, 'kind': tensor.kind, 'shape': list(tensor.shape),
+       'sha256': hashlib.sha256(np.ascontiguousarray(tensor.raw()).data).hexdigest(),
+       'targets': list(slot.targets), 'layer': slot.layer}
+      for slot in source.slots for tensor in [source.tensors[slot.name]]
+    ],
     'parameters': {
       path: list(shape) for path, shape in layout.parameter_shapes(source.config).items()
     },

@@ -8,7 +8,6 @@ Axis letters beyond the usual: I, O, the flattened inputs and outputs of a kerne
 """
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,6 +22,7 @@ from jaxllm.interop.layout import Slot
 from jaxllm.models import decoder
 from jaxllm.models.config import DecoderConfig
 from jaxllm.models.families.huggingface import Format
+from jaxllm.models.linear import num_inputs
 from jaxllm.sharding import Placement
 
 DTYPES = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
@@ -81,7 +81,7 @@ class Source:
 def stored(tensor: tensorfile.Tensor) -> Stored:
   """Describe a tensor of a safetensors file."""
   return Stored(
-    tensor.name, tensorfile.DTYPE_NAMES[tensor.dtype], tensor.dtype, tensor.shape,
+    tensor.name, tensor.kind, tensor.dtype, tensor.shape,
     lambda: tensorfile.data(tensor), lambda: tensorfile.data(tensor).view(np.uint8),
   )
 
@@ -135,12 +135,6 @@ def load(
     for target, leaf in tree.flatten(shapes).items()})}
 
 
-def digest(tensor: Stored) -> str:
-  """Return the sha256 of a tensor's bytes in the file."""
-  raw = tensor.raw()
-  return hashlib.sha256(np.ascontiguousarray(raw).data).hexdigest()
-
-
 def cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
   """Convert, rounding to nearest; bfloat16 to float32 by its bits, which is much faster."""
   if array.dtype == ml_dtypes.bfloat16 and dtype == np.float32:
@@ -168,7 +162,7 @@ def _reader(
     array = source.tensors[slot.name].array()
     part = layout.split(source.form, slot, array, unpadded)[target][index]
     # What lies beyond it is the padding of the vocabulary.
-    _copy(out[tuple(map(slice, part.shape))], part, layout.num_inputs(target))
+    _copy(out[tuple(map(slice, part.shape))], part, num_inputs(target))
 
   def callback(index: tuple[slice, ...]) -> np.ndarray:
     sizes = [len(range(*part.indices(size))) for part, size in zip(index, shape, strict=True)]

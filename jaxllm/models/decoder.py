@@ -154,24 +154,19 @@ class Decoder(nn.Module):
     deterministic: bool = True,
   ) -> tuple[jax.Array, Aux]:
     """Return (hidden_BTD, normalised; what the layers report); arguments as in `__call__`."""
-    with active(self.placement):
-      return self._hidden(tokens_BT, segment_ids_BT, positions_BT, deterministic)
-
-  def _hidden(
-    self, tokens_BT, segment_ids_BT, positions_BT, deterministic
-  ) -> tuple[jax.Array, Aux]:
     length = tokens_BT.shape[1]
     if positions_BT is None:
       positions_BT = _default_positions(self.config, length, segment_ids_BT)
     is_real_BT = True if segment_ids_BT is None else segment_ids_BT > 0
     mask = functools.partial(attention.sequence_mask, length, segment_ids_BT)
-    views = self._views(
-      (lambda window: None) if attention.is_fused(self.config) else mask,
-      positions_BT, jnp.max(positions_BT + 1, axis=1, where=is_real_BT, initial=1), segment_ids_BT,
-    )
-    x_BTD = self._embed(tokens_BT, positions_BT, deterministic)
-    x_BTD, _, aux = self._run(x_BTD, views, deterministic)
-    return self.final_norm(x_BTD), aux
+    length_B = jnp.max(positions_BT + 1, axis=1, where=is_real_BT, initial=1)
+    with active(self.placement):
+      views = self._views(
+        (lambda window: None) if attention.is_fused(self.config) else mask,
+        positions_BT, length_B, segment_ids_BT)
+      x_BTD = self._embed(tokens_BT, positions_BT, deterministic)
+      x_BTD, _, aux = self._run(x_BTD, views, deterministic)
+      return self.final_norm(x_BTD), aux
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """Return float32 logits (..., V) of hidden states (..., D); padded entries are -1e30."""
@@ -198,24 +193,20 @@ class Decoder(nn.Module):
     Returns:
       (hidden_BTD, of which only the real positions mean anything; the cache with new lengths).
     """
-    with active(self.placement):
-      return self._extend(tokens_BT, cache, counts_B)
-
-  def _extend(self, tokens_BT, cache: KVCache, counts_B) -> tuple[jax.Array, KVCache]:
     offsets_1T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
     positions_BT = cache.lengths_B[:, None] + offsets_1T
     cache_length = cache.keys[0].shape[-2]
     cache_positions_BT = jnp.where(offsets_1T < counts_B[:, None], positions_BT, cache_length)
     lengths_B = cache.lengths_B + counts_B
-    views = self._views(
-      functools.partial(attention.cache_mask, positions_BT, cache_length), positions_BT, lengths_B,
-      cache_length=jnp.max(lengths_B, where=counts_B > 0, initial=1),
-    )
-    x_BTD = self._embed(tokens_BT, positions_BT, True)
-    x_BTD, written, _ = self._run(x_BTD, views, True, cache, cache_positions_BT)
-    assert written is not None
-    cache = kv_cache.constrain(dataclasses.replace(written, lengths_B=lengths_B))
-    return self.final_norm(x_BTD), cache
+    mask = functools.partial(attention.cache_mask, positions_BT, cache_length)
+    filled = jnp.max(lengths_B, where=counts_B > 0, initial=1)
+    with active(self.placement):
+      views = self._views(mask, positions_BT, lengths_B, cache_length=filled)
+      x_BTD = self._embed(tokens_BT, positions_BT, True)
+      x_BTD, written, _ = self._run(x_BTD, views, True, cache, cache_positions_BT)
+      assert written is not None
+      cache = kv_cache.constrain(dataclasses.replace(written, lengths_B=lengths_B))
+      return self.final_norm(x_BTD), cache
 
   def _embed(self, tokens_BT, positions_BT, deterministic: bool) -> jax.Array:
     config = self.config

@@ -34,6 +34,11 @@ class InitializerConfig(Config):
 Quantized = Mapping[str, jax.Array]
 
 
+def num_inputs(path: str) -> int:
+  """Return how many leading axes are contracted of a kernel, by its path or its module's."""
+  return 2 if path.removesuffix('/kernel').rpartition('/')[2] == 'out' else 1
+
+
 def is_quantized(kernel: Any) -> bool:
   """Return whether this is a quantised kernel and not an array."""
   return isinstance(kernel, Mapping) and ('int8' in kernel or 'int4' in kernel)

@@ -16,16 +16,8 @@ from jaxllm.models.families import (
 from jaxllm.models.families.huggingface import Format
 
 FAMILIES: dict[str, dict[str, DecoderConfig]] = {
-  'gpt2': gpt2.PRESETS,
-  'gpt3': gpt3.PRESETS,
-  'llama': llama.PRESETS,
-  'smollm': smollm.PRESETS,
-  'mistral': mistral.PRESETS,
-  'qwen': qwen.PRESETS,
-  'gemma': gemma.PRESETS,
-  'phi': phi.PRESETS,
-  'olmo': olmo.PRESETS,
-  'neox': neox.PRESETS,
+  family.__name__.rpartition('.')[2]: family.PRESETS
+  for family in (gpt2, gpt3, llama, smollm, mistral, qwen, gemma, phi, olmo, neox)
 }
 
 PRESETS: dict[str, DecoderConfig] = {
