@@ -44,7 +44,8 @@ def overlaps(
   Reference:
     Brown et al., Language Models are Few-Shot Learners, arXiv 2005.14165, appendix C (n = 13).
   """
-  wanted = [list(_ngrams(_words(text), num_words)) for text in evaluation]
+  # A text that is shorter counts as one n-gram.
+  wanted = [list(_runs(words, min(num_words, len(words)))) for words in map(_words, evaluation)]
   unseen = {ngram for ngrams in wanted for ngram in ngrams}
   lengths = sorted({len(ngram) for ngram in unseen})
   seen: set[tuple[str, ...]] = set()
@@ -110,11 +111,6 @@ def _overlap(ngrams: Sequence[tuple[str, ...]], seen: set[tuple[str, ...]]) -> O
 def _words(text: str) -> list[str]:
   """Return the words; Chinese and Japanese characters count as one each."""
   return re.findall(r'[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+', text.lower())
-
-
-def _ngrams(words: Sequence[str], num_words: int) -> Iterator[tuple[str, ...]]:
-  """Return the n-grams of a text, or the whole of one that is shorter."""
-  return _runs(words, min(num_words, len(words))) if words else iter(())
 
 
 def _runs(words: Sequence[str], length: int) -> Iterator[tuple[str, ...]]:

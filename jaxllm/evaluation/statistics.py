@@ -109,7 +109,8 @@ def compare(
   both_I2M = np.stack([ours_IM, theirs_IM], axis=1)
   resampled = metric.values(_add_up(both_I2M, _draws, num_resamples, seed))
   # What leaves one side arrives at the other.
-  moved_RM = _add_up(ours_IM - theirs_IM, _coins, num_resamples, seed)
+  moved_RM = _add_up(ours_IM - theirs_IM, lambda rng, num_rows, num_examples: rng.integers(
+    0, 2, size=(num_rows, num_examples)), num_resamples, seed)
   swapped = metric.values(ours_IM.sum(0) - moved_RM), metric.values(theirs_IM.sum(0) + moved_RM)
   single = metric.values(ours_IM), metric.values(theirs_IM)
   result = {}
@@ -126,10 +127,6 @@ def compare(
 
 def _draws(rng: np.random.Generator, num_rows: int, num_examples: int) -> np.ndarray:
   return rng.multinomial(num_examples, np.full(num_examples, 1 / num_examples), size=num_rows)
-
-
-def _coins(rng: np.random.Generator, num_rows: int, num_examples: int) -> np.ndarray:
-  return rng.integers(0, 2, size=(num_rows, num_examples))
 
 
 def _add_up(

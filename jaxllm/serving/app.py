@@ -11,7 +11,6 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any, cast
 
-import numpy as np
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
@@ -239,7 +238,8 @@ async def _embed(service: Service, body: bytes, *_: Any) -> Response:
     # Cancelling this also cancels the future of the engine, which frees its slot.
     found = await asyncio.wrap_future(vectors)
   data = [{'object': 'embedding', 'index': index,
-           'embedding': _base64(vector) if as_base64 else vector.tolist()}
+           'embedding': base64.b64encode(vector.astype('<f4').tobytes()).decode() if as_base64
+                        else vector.tolist()}
           for index, vector in enumerate(found)]
   count = sum(map(len, prompts))
   return JSONResponse({'object': 'list', 'data': data, 'model': service.name,
@@ -263,7 +263,3 @@ def _page_files() -> dict[str, bytes]:
   folder = importlib.resources.files('jaxllm.serving') / 'page'
   return {file.name: file.read_bytes() for file in folder.iterdir()
           if file.name.rpartition('.')[2] in PAGE_TYPES} if folder.is_dir() else {}
-
-
-def _base64(vector: np.ndarray) -> str:
-  return base64.b64encode(vector.astype('<f4').tobytes()).decode()

@@ -178,7 +178,9 @@ def _like_parameter(
       full_shape, where = like[end]
       entries = tuple(where.spec) + (None,) * (len(full_shape) - len(where.spec))
       whole = [(full_shape, entries), *_merged(full_shape, entries)]
-      for seen, spec in whole + [part for view in whole for part in _without_axis(*view)]:
+      factored = [(sizes[:i] + sizes[i + 1 :], spec[:i] + spec[i + 1 :])
+                  for sizes, spec in whole for i in range(len(sizes))]
+      for seen, spec in whole + factored:
         if seen == shape:
           return NamedSharding(where.mesh, PartitionSpec(*spec))
   return None
@@ -190,7 +192,3 @@ def _merged(shape: tuple[int, ...], spec: tuple[Any, ...]) -> list[tuple[Any, An
     (shape[:i] + (shape[i] * shape[i + 1],) + shape[i + 2 :], spec[: i + 1] + spec[i + 2 :])
     for i in range(1, len(shape) - 1) if spec[i + 1] is None
   ]
-
-
-def _without_axis(shape: tuple[int, ...], spec: tuple[Any, ...]) -> list[tuple[Any, Any]]:
-  return [(shape[:i] + shape[i + 1 :], spec[:i] + spec[i + 1 :]) for i in range(len(shape))]
