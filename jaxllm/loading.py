@@ -13,14 +13,14 @@ import jax
 from jaxllm import sharding
 from jaxllm.adapters import lora
 from jaxllm.adapters.quantization import dequantize_tree, quantize
-from jaxllm.checkpoints import fingerprint, store
-from jaxllm.checkpoints.bundle import Bundle
+from jaxllm.checkpoints import store, tree
+from jaxllm.checkpoints.bundle import CONVERTED, Bundle, model_config
 from jaxllm.data import tokenizer_settings, tokenizers
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.experiment import Experiment
 from jaxllm.generation import text
 from jaxllm.interop import chat as templates
-from jaxllm.interop import native, peft, sources, tokenizer_directory, tokenizer_files, weights
+from jaxllm.interop import peft, sources, tokenizer_files, weights
 from jaxllm.interop.weights import Source
 from jaxllm.model import ChatFormat, Model, make_placement
 from jaxllm.models import decoder
@@ -160,8 +160,8 @@ def describe(path: str | os.PathLike[str]) -> Model:
 
 
 def _described(bundle: Bundle) -> tuple[DecoderConfig, Experiment | None]:
-  if native.CONVERTED in bundle.manifest:
-    config, experiment = native.model_config(bundle), None
+  if CONVERTED in bundle.manifest:
+    config, experiment = model_config(bundle), None
   else:
     experiment = Experiment.from_json(bundle.config_json)
     config = experiment.decoder
@@ -211,7 +211,7 @@ def _with_files_beside(directory: str | os.PathLike[str], source: Source) -> dic
   rows = source.config.vocab_size
   files = tokenizer_files.read(pathlib.Path(directory).expanduser())
   files = tokenizer_files.check(files, rows, directory)
-  files = tokenizer_directory.complete(files, {'model_type': source.form.model_type}, rows)
+  files = tokenizer_files.complete(files, {'model_type': source.form.model_type}, rows)
   return tokenizer_files.overlaid(source.files, files)
 
 
@@ -263,7 +263,7 @@ def check_model(field: str, path: str, params: Any, expected: str | None) -> str
   Raises:
     ValueError: it is not the expected one; the message names the field of the config.
   """
-  found = fingerprint.of(params)
+  found = tree.fingerprint(params)
   if expected not in (None, found):
     raise ValueError(
       f'config.{field}={path!r} is not the model that the run began with: its parameters have the '
@@ -391,5 +391,5 @@ def _stored(
   own = _own_template(experiment)
   if own is not None and experiment is not None:
     files[tokenizer_settings.CHAT] = own.jinja(experiment.data.add_bos).encode()
-  family = bundle.manifest.get(native.CONVERTED, {}).get('model_type')
+  family = bundle.manifest.get(CONVERTED, {}).get('model_type')
   return make_model(config, variables, tokenizers.from_files(files), experiment, family)

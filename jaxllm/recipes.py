@@ -7,7 +7,7 @@ from jaxllm.data.records import DataConfig
 from jaxllm.data.tokenizers import TokenizerConfig
 from jaxllm.evaluation.perplexity import EvaluationConfig
 from jaxllm.experiment import Experiment, FinetuneConfig, TrainingConfig
-from jaxllm.interop import installed
+from jaxllm.interop import sources
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.models.families import PRESETS
 from jaxllm.optim.optimizers import OptimizerConfig
@@ -47,7 +47,8 @@ def adapt_smollm2(
 ) -> Experiment:
   """Return a run that trains adapters to SmolLM2-135M-Instruct; arguments as in `from_scratch`."""
   return Experiment(
-    name=name, task=task, init_from=installed.find('smollm2'), model=PRESETS['smollm2_135m'],
+    name=name, task=task, init_from=sources.find_installed('smollm2'),
+    model=PRESETS['smollm2_135m'],
     finetune=FinetuneConfig(lora=LoraConfig(rank=8, alpha=16.0)),
     data=DataConfig(context_length=context_length),
     training=TrainingConfig(num_steps=60, batch_size=4),

@@ -8,12 +8,12 @@ import sys
 import jax
 import pytest
 
+from jaxllm.checkpoints import store
 from jaxllm.data import tokenizers
 from jaxllm.data.records import DataConfig
 from jaxllm.data.tokenizers import TokenizerConfig
 from jaxllm.evaluation import tables
 from jaxllm.experiment import Experiment, TrainingConfig
-from jaxllm.interop import native
 from jaxllm.models import decoder
 from jaxllm.optim.schedules import ScheduleConfig
 from jaxllm.tasks.classification import Sentiment
@@ -63,8 +63,8 @@ def outputs(tmp_path_factory):
   loop.train(tiny.experiment(base, evaluation__prompts=(), mesh={'data': 1, 'fsdp': 8}), run)
   (base / 'corpus').rename(base / 'moved')
   tokenizer = tokenizers.train_or_load(TokenizerConfig(kind='bytes'), [])
-  native.save(foreign, tiny.MODEL, decoder.init(tiny.MODEL, jax.random.key(9)), tokenizer.files(),
-              {})
+  store.save_converted(foreign, tiny.MODEL, decoder.init(tiny.MODEL, jax.random.key(9)),
+                       tokenizer.files(), {})
   (base / 'reviews.tsv').write_text('text\tlabel\n' + 'good\tpositive\nbad\tnegative\n' * 4)
   tune(base, 'tuned')
   text = next((base / 'moved').glob('*.txt'))

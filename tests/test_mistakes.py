@@ -19,9 +19,9 @@ import pytest
 import tqdm
 
 from jaxllm import config, mistakes
+from jaxllm.checkpoints import store
 from jaxllm.data import records, tokenizers
 from jaxllm.data.tokenizers import TokenizerConfig
-from jaxllm.interop import native
 from jaxllm.models import decoder
 from jaxllm.training import loop
 from tests import programs
@@ -167,8 +167,8 @@ def test_the_port_is_taken_before_weights_are_read(folder):
 def test_init_from_is_there_and_fits_before_data_are_read(folder, model, monkeypatch):
   """A model that is gone or of another size is refused before sources are read."""
   tokenizer = tokenizers.train_or_load(TokenizerConfig(kind='bytes'), [])
-  native.save(folder / 'run', tiny.MODEL, decoder.init(tiny.MODEL, jax.random.key(0)),
-              tokenizer.files(), {})
+  store.save_converted(
+    folder / 'run', tiny.MODEL, decoder.init(tiny.MODEL, jax.random.key(0)), tokenizer.files(), {})
   said = {'nowhere': 'config.init_from: no such file',
           'run': 'does not fit config.model: .* parameters differ'}[model]
   monkeypatch.setattr(records, 'prepare', lambda *_: pytest.fail('data were read'))

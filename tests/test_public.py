@@ -10,11 +10,12 @@ import pytest
 
 import jaxllm
 from jaxllm import config
+from jaxllm.checkpoints import store
 from jaxllm.data import tokenizers
 from jaxllm.data.tokenizers import TokenizerConfig
 from jaxllm.evaluation.perplexity import EvaluationConfig
 from jaxllm.generation.sampling import SamplingConfig
-from jaxllm.interop import exported_runner, native
+from jaxllm.interop import exported_runner
 from jaxllm.models import decoder
 from tests import programs
 from tests.training import tiny_run as tiny
@@ -24,7 +25,8 @@ from tests.training import tiny_run as tiny
 def path(tmp_path_factory):
   path = tmp_path_factory.mktemp('public') / 'model'
   tokenizer = tokenizers.train_or_load(TokenizerConfig(kind='bytes'), [])
-  native.save(path, tiny.MODEL, decoder.init(tiny.MODEL, jax.random.key(0)), tokenizer.files(), {})
+  store.save_converted(
+    path, tiny.MODEL, decoder.init(tiny.MODEL, jax.random.key(0)), tokenizer.files(), {})
   return path
 
 

@@ -21,7 +21,7 @@ import pytest
 
 import jaxllm
 from jaxllm import config, sharding
-from jaxllm.interop import hub, huggingface_writer
+from jaxllm.interop import huggingface, sources
 from jaxllm.models import families
 from jaxllm.training import loop
 from tests import programs
@@ -157,7 +157,7 @@ def folder(tmp_path_factory):
   (base / 'experiments').symlink_to(ROOT / 'experiments')
   template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
   shape = small.CONFIGS['llama']
-  huggingface_writer.save(base / 'model', shape, small.variables(shape), small.files(template),
+  huggingface.save(base / 'model', shape, small.variables(shape), small.files(template),
                           model_type='llama')
   for name in ('runs/mine', 'runs/sentiment', 'runs/translation', 'path/to/gpt2', 'path/to/llama',
                'path/to/chat_model'):
@@ -172,7 +172,7 @@ def test_a_python_block_runs_by_itself(code, folder, monkeypatch):
   if code.startswith(SERVER_OR_NETWORK) or any(f'\n{one}' in code for one in SERVER_OR_NETWORK):
     return
   monkeypatch.chdir(folder)
-  monkeypatch.setattr(hub, 'fetch', lambda name, revision: folder / 'model')
+  monkeypatch.setattr(sources, 'fetch', lambda name, revision: folder / 'model')
   monkeypatch.setitem(families.PRESETS, 'gpt2_124m', small.CONFIGS['gpt2'])
   trained = []
   monkeypatch.setattr(loop, 'train', lambda experiment, path: trained.append((experiment, path)))

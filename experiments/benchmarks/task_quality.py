@@ -168,9 +168,9 @@ def flag(value: Any) -> str:
 
 def smollm2() -> str:
   """Return where SmolLM2 lies."""
-  from jaxllm.interop import installed
+  from jaxllm.interop import sources
 
-  return installed.find('smollm2')
+  return sources.find_installed('smollm2')
 
 
 def program(folder: pathlib.Path, name: str, arguments: list[str]) -> float:

@@ -147,8 +147,7 @@ def compile_decoding(location: str) -> dict:
 
   from jaxllm import sharding
   from jaxllm.generation import decode_state
-  from jaxllm.generation.requests import Request
-  from jaxllm.generation.sampling import SamplingConfig
+  from jaxllm.generation.sampling import Request, SamplingConfig
   from jaxllm.models import decoder
   from jaxllm.models.families import PRESETS
 

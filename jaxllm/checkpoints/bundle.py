@@ -2,10 +2,15 @@
 
 import base64
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any
 
+from jaxllm.models.config import DecoderConfig
+
 FORMAT = 1
+# Entry of the manifest of a model that was converted, not trained: where it comes from.
+CONVERTED = 'converted'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +34,18 @@ def to_dict(bundle: Bundle) -> dict[str, Any]:
            for name, content in bundle.tokenizer_files.items()}
   return {'format': FORMAT, 'config_json': bundle.config_json, 'tokenizer_files': files,
           'manifest': dict(bundle.manifest)}
+
+
+def model_config(bundle: Bundle) -> DecoderConfig:
+  """Return the model of a checkpoint, converted or trained.
+
+  Raises:
+    ValueError: the bundle says nothing of a model.
+  """
+  fields = json.loads(bundle.config_json)
+  if not isinstance(fields, dict) or not isinstance(fields.get('model'), dict):
+    raise ValueError('the config of this checkpoint has no model')
+  return DecoderConfig(**fields['model'])
 
 
 def from_dict(fields: Mapping[str, Any]) -> Bundle:

@@ -3,7 +3,7 @@
 A directory holds one subdirectory per step, with the items `state` (arrays, see `tree`) and
 `bundle` (see `bundle`); it counts only once its commit marker is written, last.
 
-- Writing: `open_store`, `save`, `save_best`, `check`, `wait`, `close`.
+- Writing: `open_store`, `save`, `save_best`, `check`, `wait`, `close`; `save_converted`.
 - Reading a run's own state: `latest_step`, `best_step`, `restore`.
 - Reading a model from a path: `find_step`, `read_bundle`, `restore_params`.
 """
@@ -29,6 +29,7 @@ from jaxllm.checkpoints import tree
 from jaxllm.checkpoints.bundle import Bundle
 from jaxllm.config import Config
 from jaxllm.mistakes import no_such_path
+from jaxllm.models.config import DecoderConfig
 
 COMMIT_MARKER = 'commit_success.txt'
 DIRECTORY = 'checkpoints'
@@ -342,6 +343,32 @@ def restore_params(
   )
   restored = _read(step, {f'{name}/{path}': leaf for path, leaf in tree.flatten(leaves).items()})
   return jax.tree.unflatten(jax.tree.structure(wanted), restored.values()), bundle
+
+
+def save_converted(
+  directory: str | os.PathLike[str], config: DecoderConfig, variables: Mapping[str, Any],
+  files: Mapping[str, bytes], origin: Mapping[str, Any],
+) -> None:
+  """Write a model as checkpoint 0 of a workdir without an experiment, since there was none.
+
+  Args:
+    directory: the workdir.
+    config: of the model.
+    variables: {'params': ...}.
+    files: of the tokenizer, and what tells how to use it.
+    origin: JSON-able: where it comes from; `model_type` is used when it is written back.
+
+  Raises:
+    ValueError: the directory cannot be written.
+    CheckpointError: the disk is full.
+  """
+  model = json.dumps({'model': json.loads(config.to_json())}, indent=2)
+  bundle = Bundle(model, dict(files), {bundle_lib.CONVERTED: dict(origin)})
+  store = open_store(os.path.join(directory, DIRECTORY), CheckpointConfig(asynchronous=False))
+  try:
+    save(store, 0, {'params': variables['params']}, bundle)
+  finally:
+    close(store)
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:

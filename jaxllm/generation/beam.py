@@ -19,8 +19,7 @@ from jaxllm.config import Config
 from jaxllm.generation import decode, decode_state, sampling
 from jaxllm.generation.decode import Completion
 from jaxllm.generation.decode_state import DecodeState
-from jaxllm.generation.requests import make_requests
-from jaxllm.generation.sampling import SamplingConfig
+from jaxllm.generation.sampling import SamplingConfig, make_requests
 from jaxllm.models import decoder
 from jaxllm.models.decoder import Decoder
 

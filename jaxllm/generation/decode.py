@@ -13,8 +13,7 @@ import numpy as np
 from jaxllm import sharding
 from jaxllm.generation import decode_state
 from jaxllm.generation.decode_state import compilation_count
-from jaxllm.generation.requests import Request, make_requests
-from jaxllm.generation.sampling import SamplingConfig
+from jaxllm.generation.sampling import Request, SamplingConfig, make_requests
 from jaxllm.models import decoder
 from jaxllm.models.decoder import Decoder
 

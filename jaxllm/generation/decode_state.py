@@ -19,9 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.generation import sampling
-from jaxllm.generation.requests import Request
 from jaxllm.generation.rules import NO_TOKEN, History
-from jaxllm.generation.sampling import power_of_two
+from jaxllm.generation.sampling import Request, power_of_two
 from jaxllm.models import cache as kv_cache
 from jaxllm.models import log_probs
 from jaxllm.models.decoder import Decoder, DecoderConfig, KVCache, init_cache

@@ -9,8 +9,7 @@ import numpy as np
 import tqdm
 
 from jaxllm import sharding
-from jaxllm.generation.requests import check_ids
-from jaxllm.generation.sampling import power_of_two
+from jaxllm.generation.sampling import check_ids, power_of_two
 from jaxllm.models.decoder import Decoder
 from jaxllm.models.log_probs import TokenScores, score_tokens
 

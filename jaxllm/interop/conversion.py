@@ -1,29 +1,147 @@
-"""Conversions: written beside the target, read back, proven, and only then put in its place."""
+"""Conversions: written beside the target, read back, proven, and only then put in its place.
+
+The proof says what became of every tensor, and that the logits are the same: those of a fixed
+prompt come twice, from `reference`, which reads the tensors as they are stored, and from the
+converted model. Where they differ by more than rounding, the conversion fails.
+"""
 
 import dataclasses
+import functools
+import hashlib
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxllm import mistakes, storage
 from jaxllm.checkpoints import store
+from jaxllm.checkpoints.bundle import model_config
 from jaxllm.interop import (
   exported,
   exported_runner,
   huggingface,
-  huggingface_writer,
-  native,
-  report,
+  layout,
   tokenizer_export,
   weights,
 )
-from jaxllm.interop.report import ConversionError
 from jaxllm.interop.weights import Source
 from jaxllm.model import Model, make_placement
+from jaxllm.models.decoder import Decoder, DecoderConfig
+from jaxllm.sharding import Placement
+
+NAME = 'conversion_report.json'
+# Of the largest logit, or of 1 where that is larger: rounding of float32 sums through all layers.
+BOUND = 2e-4
+PROMPT_LENGTH = 24
+
+
+class ConversionError(ValueError):
+  """A converted model does not compute what its source does."""
+
+
+def fixed_prompt(config: DecoderConfig) -> list[int]:
+  """Return token ids spread over the vocabulary, the last one included."""
+  length = min(PROMPT_LENGTH, config.max_length)
+  return [(config.vocab_size - 1 + 7919 * i * i) % config.vocab_size for i in range(length)]
+
+
+def logits(
+  config: DecoderConfig, variables: Mapping[str, Any], ids: list[int],
+  placement: Placement | None = None,
+) -> np.ndarray:
+  """Return our logits (T, V), computed in float32 whatever the config says."""
+  plain = config.replace(dtype='float32', attention='xla', remat='none')
+  with jax.default_matmul_precision('highest'):
+    logits_BTV = _logits(Decoder(plain, placement), variables, jnp.asarray([ids], jnp.int32))
+  return np.asarray(logits_BTV)[0, :, : config.vocab_size]
+
+
+def prove(
+  reference_TV: np.ndarray, config: DecoderConfig, variables: Mapping[str, Any], ids: list[int],
+  placement: Placement | None = None,
+) -> dict[str, Any]:
+  """Compare a model's logits with the reference's.
+
+  Args:
+    reference_TV: from `Source.reference`, for `ids`.
+    config: of the converted model.
+    variables: its variables.
+    ids: the prompt.
+    placement: where the variables lie.
+
+  Returns:
+    The figures, for the report.
+
+  Raises:
+    ConversionError: they differ by more than the bound.
+  """
+  ours_TV = logits(config, variables, ids, placement).astype(np.float64)
+  theirs_TV = reference_TV.astype(np.float64)
+  error = float(np.abs(ours_TV - theirs_TV).max())
+  bound = BOUND * max(1.0, float(np.abs(theirs_TV).max()))
+  logp_TV, logq_TV = _log_softmax(theirs_TV), _log_softmax(ours_TV)
+  best_T2 = np.sort(theirs_TV, axis=-1)[:, -2:]
+  # Where the two best are closer than rounding, either may come first.
+  tied_T = best_T2[:, -1] - best_T2[:, 0] <= 2 * bound
+  same_T = (ours_TV.argmax(-1) == theirs_TV.argmax(-1)) | tied_T
+  figures = {
+    'prompt_ids': ids,
+    'max_abs_error': error,
+    'bound': bound,
+    'max_abs_logit': float(np.abs(theirs_TV).max()),
+    'kl_divergence': float((np.exp(logp_TV) * (logp_TV - logq_TV)).sum(-1).max()),
+    'top1_agreement': float(same_T.mean()),
+  }
+  if not np.isfinite(error) or error > bound or not same_T.all():
+    raise ConversionError(
+      f'the converted model does not compute what its source does: logits differ by {error:.3g} '
+      f'(bound {bound:.3g}), top-1 agreement {100 * same_T.mean():.1f}%'
+    )
+  return figures
+
+
+def describe(source: Source, dtype: str | None, proof: Mapping[str, Any]) -> dict[str, Any]:
+  """Return the report of an import, JSON-able.
+
+  Args:
+    source: what was read.
+    dtype: of the converted parameters; None: as stored.
+    proof: from `prove`.
+  """
+  return {
+    'source': source.path,
+    'model_type': source.form.model_type,
+    'dtype': dtype or 'as stored',
+    'proof': dict(proof),
+    'tensors': [
+      {'source': tensor.name, 'kind': tensor.kind, 'shape': list(tensor.shape),
+       'sha256': hashlib.sha256(np.ascontiguousarray(tensor.raw()).data).hexdigest(),
+       'targets': list(slot.targets), 'layer': slot.layer}
+      for slot in source.slots for tensor in [source.tensors[slot.name]]
+    ],
+    'parameters': {
+      path: list(shape) for path, shape in layout.parameter_shapes(source.config).items()
+    },
+    'missing': [],
+    'not_needed': dict(source.ignored),
+    'config_keys_without_effect': list(source.unread),
+    'files': sorted(source.files),
+  }
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def _logits(model: Decoder, variables: Any, tokens_BT: jax.Array) -> Any:
+  return model.apply(variables, tokens_BT)
+
+
+def _log_softmax(x: np.ndarray) -> np.ndarray:
+  x = x - x.max(-1, keepdims=True)
+  return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
 
 FORMATS = ('huggingface', 'jaxllm', 'exported')
 
@@ -54,16 +172,16 @@ def from_source(
   where = make_placement(mesh, source.config)
   model = Model(source.config, weights.load(source, dtype, where), tokenizer,
                 family=source.form.model_type, placement=where)
-  ids = report.fixed_prompt(model.config)
+  ids = fixed_prompt(model.config)
   # The reference sees the numbers as rounded as the result will have them.
   reference_TV = source.reference(ids, weights.DTYPES[dtype or 'float32'])
   with storage.replaced(path) as partial:
     result = _write(model, source.files, None, partial, form, buckets, {'source': source.path})
-    proof = report.prove(reference_TV, result.config, result.variables, ids, where)
+    proof = prove(reference_TV, result.config, result.variables, ids, where)
     if form == 'exported':
       _check_program(partial, ids, reference_TV)
-    summary = report.describe(source, dtype, proof) | {'format': form}
-    (partial / report.NAME).write_bytes(tokenizer_export.json_bytes(summary))
+    summary = describe(source, dtype, proof) | {'format': form}
+    (partial / NAME).write_bytes(tokenizer_export.json_bytes(summary))
   return summary
 
 
@@ -79,7 +197,7 @@ def from_model(
   path = check_target(target, form)
   if form == 'jaxllm':
     raise ValueError('the source is a checkpoint of jaxllm already; choose another --format')
-  ids = report.fixed_prompt(model.config)
+  ids = fixed_prompt(model.config)
   if dtype is not None:
     rounded = jax.tree.map(lambda leaf: leaf.astype(weights.DTYPES[dtype]), model.variables)
     model = dataclasses.replace(model, variables=rounded)
@@ -91,15 +209,15 @@ def from_model(
       # against what is read back.
       written = huggingface.open_model(partial)
       reference_TV = written.reference(ids, np.dtype(np.float32))
-      report.prove(reference_TV, again.config, again.variables, ids, model.placement)
-      proof = report.prove(
+      prove(reference_TV, again.config, again.variables, ids, model.placement)
+      proof = prove(
         reference_TV, model.config, model.variables, ids, model.placement)
-      summary |= report.describe(written, dtype, proof) | {'source': 'a checkpoint of jaxllm'}
+      summary |= describe(written, dtype, proof) | {'source': 'a checkpoint of jaxllm'}
     else:
-      logits_TV = report.logits(model.config, model.variables, ids, model.placement)
+      logits_TV = logits(model.config, model.variables, ids, model.placement)
       _check_program(partial, ids, logits_TV)
       summary['proof'] = {'prompt_ids': ids, 'next_token': int(logits_TV[-1].argmax())}
-    (partial / report.NAME).write_bytes(tokenizer_export.json_bytes(summary))
+    (partial / NAME).write_bytes(tokenizer_export.json_bytes(summary))
   return summary
 
 
@@ -125,17 +243,18 @@ def _write(
   """Write a model, and return what is read back (of an exported program, the model itself)."""
   config, variables = model.config, model.variables
   if form == 'huggingface':
-    huggingface_writer.save(
+    huggingface.save(
       directory, config, variables, files, model_type=model.family, add_bos=add_bos)
     again = huggingface.open_model(directory)
     variables = weights.load(again, None, model.placement)
     return dataclasses.replace(model, config=again.config, variables=variables)
   if form == 'jaxllm':
-    native.save(directory, config, variables, files, {**origin, 'model_type': model.family})
+    store.save_converted(
+      directory, config, variables, files, {**origin, 'model_type': model.family})
     where = jax.tree.map(lambda leaf: leaf.sharding, variables['params'])
     params, bundle = store.restore_params(directory, shardings=where)
     return dataclasses.replace(
-      model, config=native.model_config(bundle), variables={'params': params}
+      model, config=model_config(bundle), variables={'params': params}
     )
   exported.save(directory, config, variables, files, buckets, add_bos=add_bos)
   return model

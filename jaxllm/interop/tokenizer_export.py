@@ -14,7 +14,7 @@ from jaxllm.data import tokenizer_kinds, tokenizer_settings, tokenizers
 from jaxllm.data.tokenizer_kinds import MARK
 from jaxllm.data.tokenizer_settings import CHAT, CONFIG, GENERATION
 from jaxllm.data.tokenizers import Tokenizer
-from jaxllm.interop import sentencepiece_model, tokenizer_files
+from jaxllm.interop import sentencepiece_model
 from jaxllm.models.config import DecoderConfig
 
 Files = Mapping[str, bytes]
@@ -25,6 +25,7 @@ Prefix = Literal['sentencepiece', 'always', 'first', 'never']
 _NEVER = (sentencepiece_model.CONTROL, sentencepiece_model.UNKNOWN, sentencepiece_model.UNUSED,
           sentencepiece_model.BYTE)
 END = '<|endoftext|>'
+SPECIAL_IDS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
 # Text of many kinds, on which a tokenizer made anew must agree with its original.
 _PROBES = (
   'The quick brown fox jumps over the lazy dog, 31,415 times in 2026.', ' leading', 'trailing ',
@@ -50,7 +51,7 @@ def huggingface_files(
   import tokenizers as library
 
   if not files:
-    return {}, dict.fromkeys(tokenizer_files.SPECIAL_IDS)
+    return {}, dict.fromkeys(SPECIAL_IDS)
   tokenizer = tokenizers.from_files(files)
   if tokenizer.vocab_size > config.vocab_size:
     raise ValueError(f'the tokenizer has {tokenizer.vocab_size} ids, the model only '

@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxllm.models import attention, splash
+from jaxllm.models import attention
 from jaxllm.models import cache as kv_cache
 from jaxllm.models.attention import MASKED, Attention, View, softcap
 from jaxllm.models.cache import KVCache, init_cache
@@ -42,7 +42,7 @@ REMAT_POLICIES: Mapping[str, Callable[..., Any]] = {
   'dots': jax.checkpoint_policies.dots_saveable,
   'dots_no_batch': jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names(splash.RESIDUAL_NAME),
+    jax.checkpoint_policies.save_only_these_names(attention.RESIDUAL_NAME),
   ),
 }
 

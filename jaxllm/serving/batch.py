@@ -8,8 +8,7 @@ import jax
 import numpy as np
 
 from jaxllm.generation.decode import Top
-from jaxllm.generation.requests import Request
-from jaxllm.generation.sampling import SamplingConfig
+from jaxllm.generation.sampling import Request, SamplingConfig
 from jaxllm.model import Model
 from jaxllm.serving import prefixes, programs
 

@@ -19,8 +19,7 @@ import pydantic
 
 from jaxllm.config import Config
 from jaxllm.generation.constraint import ConstraintError
-from jaxllm.generation.requests import make_requests
-from jaxllm.generation.sampling import SamplingConfig
+from jaxllm.generation.sampling import SamplingConfig, make_requests
 from jaxllm.generation.text import TextPiece
 from jaxllm.model import Model
 from jaxllm.serving import prefixes, programs

@@ -18,8 +18,8 @@ import numpy as np
 
 from jaxllm.generation import decode_state, sampling
 from jaxllm.generation.decode_state import DecodeState, pin
-from jaxllm.generation.requests import Request
 from jaxllm.generation.rules import NO_TOKEN, RULES, Biases
+from jaxllm.generation.sampling import Request
 from jaxllm.models import log_probs
 from jaxllm.models.decoder import Decoder, init_cache
 from jaxllm.sharding import active, constrain

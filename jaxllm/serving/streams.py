@@ -6,7 +6,7 @@ import dataclasses
 import threading
 from collections.abc import AsyncIterator, Callable
 
-from jaxllm.generation import requests
+from jaxllm.generation import sampling
 from jaxllm.generation.constraint import Constraint
 from jaxllm.generation.text import TextPiece
 
@@ -24,7 +24,7 @@ class FailedError(ClosedError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Request(requests.Request):
+class Request(sampling.Request):
   """A prompt to continue, in a row of its own.
 
   Attributes besides the base's, whose `stop_token_ids` come on top of the model's:

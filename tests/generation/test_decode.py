@@ -8,8 +8,7 @@ import pytest
 from jaxllm import sharding
 from jaxllm.generation import decode, decode_state, sampling
 from jaxllm.generation.decode import generate, stream
-from jaxllm.generation.requests import make_requests
-from jaxllm.generation.sampling import SamplingConfig
+from jaxllm.generation.sampling import SamplingConfig, make_requests
 from jaxllm.models import decoder
 from jaxllm.models.decoder import Decoder, DecoderConfig
 from jaxllm.models.linear import InitializerConfig

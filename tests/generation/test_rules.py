@@ -7,9 +7,8 @@ import pytest
 
 from jaxllm.config import ConfigError
 from jaxllm.generation import decode, decode_state, sampling
-from jaxllm.generation.requests import make_requests
 from jaxllm.generation.rules import BASIC, RULES, History
-from jaxllm.generation.sampling import SamplingConfig
+from jaxllm.generation.sampling import SamplingConfig, make_requests
 from jaxllm.models import decoder
 from jaxllm.models.decoder import Decoder, DecoderConfig
 

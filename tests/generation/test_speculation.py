@@ -10,8 +10,7 @@ import pytest
 from jaxllm.generation import speculation
 from jaxllm.generation.decode import generate
 from jaxllm.generation.decode_state import init_decode_state
-from jaxllm.generation.requests import make_requests
-from jaxllm.generation.sampling import SamplingConfig
+from jaxllm.generation.sampling import SamplingConfig, make_requests
 from jaxllm.generation.speculation import Draft, SpeculationConfig
 from jaxllm.models import decoder
 from jaxllm.models.decoder import Decoder, DecoderConfig

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from jaxllm.data import tokenizers
-from jaxllm.interop import huggingface_writer, sources, weights
+from jaxllm.interop import huggingface, sources, weights
 from jaxllm.models import decoder
 from jaxllm.models.families import PRESETS
 from jaxllm.models.positions import (
@@ -94,5 +94,5 @@ def save(directory, name='llama', **options):
   config = CONFIGS[name]
   made = variables(config)
   options.setdefault('model_type', MODEL_TYPES.get(name, name))
-  huggingface_writer.save(directory, config, made, files(), **options)
+  huggingface.save(directory, config, made, files(), **options)
   return config, made

@@ -3,7 +3,6 @@
 import numpy as np
 import small
 
-from jaxllm.interop import huggingface
 from jaxllm.interop.gguf import ARCHITECTURES, _names
 from jaxllm.models.positions import RotaryPositions
 
@@ -49,8 +48,8 @@ def write(path, directory, kind, quantization='F32', vocabulary=None, extra=None
 
   architecture = ARCHITECTURES[kind]
   made = config(kind)
-  from jaxllm.interop import huggingface_writer
-  huggingface_writer.save(directory, made, small.variables(made), small.files(),
+  from jaxllm.interop import huggingface
+  huggingface.save(directory, made, small.variables(made), small.files(),
                           model_type=architecture.model_type)
   source = huggingface.open_model(directory)
   writer = gguf.GGUFWriter(path, kind, split_max_tensors=parts_of)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import small
 
-from jaxllm.interop import huggingface, huggingface_writer, report, weights
+from jaxllm.interop import conversion, huggingface, weights
 from jaxllm.models.families import HUGGINGFACE
 from jaxllm.models.positions import DynamicScaling, LinearScaling, RotaryPositions, YarnScaling
 
@@ -53,14 +53,14 @@ def test_a_length_out_of_reach_is_refused():
 @pytest.mark.parametrize('name', ['llama', 'gpt_neox', 'gemma3_text'])
 def test_the_length_survives_writing(name, scaling):
   config = small.CONFIGS[name].replace(positions=RotaryPositions(scaling=scaling))
-  form = huggingface_writer.choose_format(config, name)
+  form = huggingface.choose_format(config, name)
   assert form.decode(form.encode(config)).max_length == config.max_length == 64
 
 
 def test_a_context_cut_short_is_written_as_long_as_its_scaling_reaches():
   scaling = YarnScaling(factor=8.0, original_length=16)
   config = small.CONFIGS['llama'].replace(positions=RotaryPositions(scaling=scaling))
-  form = huggingface_writer.choose_format(config)
+  form = huggingface.choose_format(config)
   assert form.decode(form.encode(config)).max_length == 128
 
 
@@ -83,6 +83,6 @@ def test_the_sharpness_of_yarn_is_proven(rope, sharpness, tmp_path):
     assert scaling.attention_factor is None
   else:
     assert scaling.attention_factor == pytest.approx(sharpness)
-  ids = report.fixed_prompt(source.config)
+  ids = conversion.fixed_prompt(source.config)
   reference = source.reference(ids, np.dtype(np.float32))
-  report.prove(reference, source.config, weights.load(source), ids)
+  conversion.prove(reference, source.config, weights.load(source), ids)

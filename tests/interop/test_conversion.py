@@ -11,11 +11,12 @@ import pytest
 import small
 
 from jaxllm import loading
+from jaxllm.checkpoints import bundle as bundle_lib
 from jaxllm.checkpoints import store
 from jaxllm.data import tokenizers
 from jaxllm.generation import decode
 from jaxllm.generation.sampling import SamplingConfig
-from jaxllm.interop import conversion, native, report, sources, weights
+from jaxllm.interop import conversion, sources, weights
 from jaxllm.models.decoder import Decoder, unstack
 
 
@@ -30,10 +31,10 @@ def test_there_and_back_again(foreign, tmp_path):
   source = sources.open_model(foreign)
   summary = conversion.from_source(source, tmp_path / 'ours', 'jaxllm')
   params, bundle = store.restore_params(tmp_path / 'ours')
-  assert native.model_config(bundle) == source.config
-  assert bundle.manifest[native.CONVERTED]['model_type'] == 'qwen2'
+  assert bundle_lib.model_config(bundle) == source.config
+  assert bundle.manifest[bundle_lib.CONVERTED]['model_type'] == 'qwen2'
   assert tokenizers.from_files(bundle.tokenizer_files).vocab_size == 257
-  written = json.loads((tmp_path / 'ours' / report.NAME).read_text())
+  written = json.loads((tmp_path / 'ours' / conversion.NAME).read_text())
   assert written == json.loads(json.dumps(summary))
   model = loading.load(tmp_path / 'ours')
   conversion.from_model(model, tmp_path / 'back', 'huggingface')
@@ -93,7 +94,7 @@ def test_a_wrong_conversion_fails_and_leaves_nothing(foreign, tmp_path, monkeypa
   monkeypatch.setattr(weights, 'load', swapped)
   source = sources.open_model(foreign)
   for form in ('jaxllm', 'huggingface'):
-    with pytest.raises(report.ConversionError, match='logits differ'):
+    with pytest.raises(conversion.ConversionError, match='logits differ'):
       conversion.from_source(source, tmp_path / 'target', form)
   assert not list(tmp_path.iterdir())
 

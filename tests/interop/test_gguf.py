@@ -6,7 +6,7 @@ import small
 import small_gguf
 
 from jaxllm.data import tokenizer_settings, tokenizers
-from jaxllm.interop import chat, gguf_vocabulary, report, sources
+from jaxllm.interop import chat, conversion, gguf_vocabulary, sources
 from jaxllm.models.positions import LinearScaling, RotaryPositions, YarnScaling
 
 gguf = pytest.importorskip('gguf')
@@ -31,9 +31,9 @@ def test_every_architecture_is_what_it_was_made_from(kind, tmp_path):
 
 
 def prove(source, loaded):
-  ids = report.fixed_prompt(loaded.config)
+  ids = conversion.fixed_prompt(loaded.config)
   reference = source.reference(ids, np.dtype(np.float32))
-  return report.prove(reference, loaded.config, loaded.variables, ids)
+  return conversion.prove(reference, loaded.config, loaded.variables, ids)
 
 
 @pytest.mark.parametrize('quantization', ['F16', 'BF16', 'Q8_0', 'Q4_0', 'Q4_1', 'Q5_1'])

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import small_gguf
 
-from jaxllm.interop import gguf_config, report, sources, weights
-from jaxllm.interop.gguf import ARCHITECTURES
+from jaxllm.interop import conversion, sources, weights
+from jaxllm.interop.gguf import ARCHITECTURES, config_keys, unread_keys
 from jaxllm.interop.gguf_file import Tensor
 from jaxllm.interop.huggingface import Reading
 from jaxllm.models.families import HUGGINGFACE
@@ -29,8 +29,8 @@ def read(kind='llama', other=None, **changes):
            if value is not None}
   metadata = Reading({'general.architecture': kind, **named, **(other or {})})
   form = HUGGINGFACE[ARCHITECTURES[kind].model_type]
-  config = form.decode(gguf_config.keys(metadata, FOUND, form.model_type))
-  return config, list(gguf_config.unread(metadata))
+  config = form.decode(config_keys(metadata, FOUND, form.model_type))
+  return config, list(unread_keys(metadata))
 
 
 @pytest.mark.parametrize(('changes', 'scaling', 'length'), [
@@ -170,9 +170,9 @@ def test_the_reference_reads_the_same(kind, extra, tmp_path, caplog):
                    extra={**extra, 'invented': 7})
   source = sources.open_model(tmp_path / 'model.gguf')
   assert source.unread == (f'{kind}.invented',) and f'{kind}.invented' in caplog.text
-  ids = report.fixed_prompt(source.config)
+  ids = conversion.fixed_prompt(source.config)
   reference = source.reference(ids, np.dtype(np.float32))
-  report.prove(reference, source.config, weights.load(source), ids)
+  conversion.prove(reference, source.config, weights.load(source), ids)
 
 
 def test_a_llama_with_biases_of_queries_keys_and_values_alone(tmp_path, monkeypatch):

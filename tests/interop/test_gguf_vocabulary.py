@@ -9,7 +9,7 @@ import pytest
 import small_gguf
 
 from jaxllm.data import tokenizer_settings, tokenizers
-from jaxllm.interop import gguf_pre_tokenizers, gguf_vocabulary, tokenizer_export
+from jaxllm.interop import gguf_vocabulary, tokenizer_export
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 SPACES, NEWLINES = ['▁' * i for i in range(2, 17)], ['\n' * i for i in range(1, 9)]
@@ -173,7 +173,7 @@ CUTS = {
 @pytest.mark.parametrize(('name', 'cuts'), [
   (name, cuts) for names, cuts in CUTS.items() for name in names.split()])
 def test_how_text_is_cut(name, cuts):
-  made = tokenizer_settings.byte_level({}, [], **gguf_pre_tokenizers.treatment(name))
+  made = tokenizer_settings.byte_level({}, [], **gguf_vocabulary.treatment(name))
   places = [place for _, place in made.pre_tokenizer.pre_tokenize_str(TEXT)]
   assert [TEXT[begin:end] for begin, end in places] == cuts.split('|')
 
@@ -181,7 +181,7 @@ def test_how_text_is_cut(name, cuts):
 def test_marks_that_combine_belong_to_words_where_the_family_says_so():
   text = 'e\u0301a'
   for name, parts in (('qwen35', 1), ('qwen2', 2)):
-    made = tokenizer_settings.byte_level({}, [], **gguf_pre_tokenizers.treatment(name))
+    made = tokenizer_settings.byte_level({}, [], **gguf_vocabulary.treatment(name))
     assert len(made.pre_tokenizer.pre_tokenize_str(text)) == parts
     assert made.normalizer.normalize_str(text) == '\u00e9a'
 

@@ -11,7 +11,7 @@ import small
 
 from jaxllm import loading
 from jaxllm.data import tokenizers
-from jaxllm.interop import huggingface_writer
+from jaxllm.interop import huggingface
 
 pytestmark = pytest.mark.parity
 harness = pytest.importorskip('jaxllm.interop.harness', exc_type=ImportError)
@@ -44,7 +44,7 @@ def directory(request, tmp_path_factory):
   config = small.CONFIGS[request.param].replace(vocab_size=320)
   tokenizer = tokenizers.train_or_load(
     tokenizers.TokenizerConfig(kind='sentencepiece', vocab_size=305), [' '.join(TEXTS)])
-  huggingface_writer.save(path, config, small.variables(config), tokenizer.files(),
+  huggingface.save(path, config, small.variables(config), tokenizer.files(),
                           model_type=request.param, add_bos=request.param == 'llama')
   return path
 

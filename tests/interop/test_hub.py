@@ -6,7 +6,7 @@ import pytest
 import small
 
 from jaxllm import loading
-from jaxllm.interop import hub, sources
+from jaxllm.interop import sources
 
 
 class Hub:
@@ -31,9 +31,9 @@ class Hub:
 
 def test_a_name_is_pinned_to_a_commit(monkeypatch):
   fake = Hub()
-  monkeypatch.setattr(hub, '_library', lambda: fake)
-  assert str(hub.fetch('org/model')) == '/models/fetched'
-  assert str(hub.fetch('org/model', 'v1')) == '/models/fetched'
+  monkeypatch.setattr(sources, '_library', lambda: fake)
+  assert str(sources.fetch('org/model')) == '/models/fetched'
+  assert str(sources.fetch('org/model', 'v1')) == '/models/fetched'
   assert [call[1] for call in fake.calls] == ['newest', 'old']
   patterns = fake.calls[0][2]
   assert 'model*.safetensors' in patterns and 'config.json' in patterns
@@ -41,9 +41,9 @@ def test_a_name_is_pinned_to_a_commit(monkeypatch):
 
 
 def test_without_a_network(monkeypatch):
-  monkeypatch.setattr(hub, '_library', lambda: Hub(online=False, cached='/models/cached'))
-  assert str(hub.fetch('gpt2')) == '/models/cached'
-  monkeypatch.setattr(hub, '_library', lambda: Hub(online=False))
+  monkeypatch.setattr(sources, '_library', lambda: Hub(online=False, cached='/models/cached'))
+  assert str(sources.fetch('gpt2')) == '/models/cached'
+  monkeypatch.setattr(sources, '_library', lambda: Hub(online=False))
   with pytest.raises(ValueError, match='(?s)hf:gpt2 cannot be fetched.*no route.*give the path'):
     small.load('hf:gpt2')
 
@@ -51,7 +51,7 @@ def test_without_a_network(monkeypatch):
 @pytest.mark.parametrize('name', ['../gpt2', '/abs/path', 'a/b/c', 'org/../x', '', 'a b', './x',
                                   'https://example.org/x', 'model.gguf', '-x'])
 def test_what_is_no_name(name):
-  assert not hub.is_name(name)
+  assert not sources.is_hub_name(name)
   with pytest.raises(ValueError, match='no name of a model'):
     sources.open_model(f'hf:{name}')
 
@@ -59,7 +59,7 @@ def test_what_is_no_name(name):
 @pytest.mark.parametrize('path', ['gpt2', 'org/model', 'runs/quickstrat', './x', 'x.gguf', '~/x'])
 def test_a_path_never_leaves_the_machine(path, monkeypatch, tmp_path):
   """Whatever is not written hf:NAME is a path: the hub is not asked, and the nearest is named."""
-  monkeypatch.setattr(hub, '_library', lambda: pytest.fail('the hub was asked'))
+  monkeypatch.setattr(sources, '_library', lambda: pytest.fail('the hub was asked'))
   monkeypatch.chdir(tmp_path)
   (tmp_path / 'runs' / 'quickstart').mkdir(parents=True)
   near = 'did you mean runs/quickstart?' if 'quick' in path else 'no such file or directory'

@@ -11,7 +11,7 @@ import small
 
 from jaxllm import sharding
 from jaxllm.data import tokenizer_settings, tokenizers
-from jaxllm.interop import huggingface, huggingface_writer, report, tensorfile
+from jaxllm.interop import conversion, huggingface, tensorfile
 from jaxllm.models.families import HUGGINGFACE, PRESETS
 from jaxllm.sharding import MeshConfig
 
@@ -27,34 +27,35 @@ def test_every_family_comes_back_and_computes_what_the_reference_does(name, tmp_
   config, variables = small.save(tmp_path / 'model', name)
   source = huggingface.open_model(tmp_path / 'model')
   loaded = small.read(source)
-  assert huggingface_writer.normal(loaded.config) == huggingface_writer.normal(config)
+  assert huggingface.normal(loaded.config) == huggingface.normal(config)
   padded = loaded.config.padded_vocab_size - config.padded_vocab_size
   embedding = np.pad(variables['params']['embed']['embedding'], ((0, padded), (0, 0)))
   assert same_bytes(loaded.variables['params']['embed']['embedding'], embedding)
   assert same_bytes(loaded.variables['params']['layers'], variables['params']['layers'])
-  ids = report.fixed_prompt(config)
+  ids = conversion.fixed_prompt(config)
   # The same bound that every conversion is held to.
-  report.prove(source.reference(ids, np.dtype(np.float32)), loaded.config, loaded.variables, ids)
+  conversion.prove(
+    source.reference(ids, np.dtype(np.float32)), loaded.config, loaded.variables, ids)
 
 
 def test_a_wrong_model_is_not_proven(tmp_path):
   small.save(tmp_path / 'model')
   source = huggingface.open_model(tmp_path / 'model')
   loaded = small.read(source)
-  ids = report.fixed_prompt(loaded.config)
+  ids = conversion.fixed_prompt(loaded.config)
   reference = source.reference(ids, np.dtype(np.float32))
   query = loaded.variables['params']['layers']['attention']['query']
   query['kernel'] = query['kernel'].at[1].multiply(1.01)
-  with pytest.raises(report.ConversionError, match='logits differ'):
-    report.prove(reference, loaded.config, loaded.variables, ids)
+  with pytest.raises(conversion.ConversionError, match='logits differ'):
+    conversion.prove(reference, loaded.config, loaded.variables, ids)
 
 
 @pytest.mark.parametrize('name', [name for name in PRESETS if not name.startswith('gpt3')])
 def test_published_configs_survive_config_json(name):
-  form = huggingface_writer.choose_format(PRESETS[name])
+  form = huggingface.choose_format(PRESETS[name])
   keys = json.loads(json.dumps(form.encode(PRESETS[name])))
   again = form.decode(keys)
-  assert huggingface_writer.choose_format(again) is form
+  assert huggingface.choose_format(again) is form
   assert form.encode(again) == form.encode(PRESETS[name])
 
 
@@ -120,17 +121,17 @@ PUBLISHED = {
 def test_config_json_as_it_is_published(name):
   keys = PUBLISHED[name]
   config = HUGGINGFACE[keys['model_type']].decode(keys)
-  assert huggingface_writer.normal(config) == huggingface_writer.normal(PRESETS[name])
+  assert huggingface.normal(config) == huggingface.normal(PRESETS[name])
 
 
 def test_what_no_family_can_say_is_named():
   config = small.CONFIGS['gpt2'].replace(logit_softcap=5.0)
   with pytest.raises(ValueError, match='gpt2 cannot say: logit_softcap'):
-    huggingface_writer.choose_format(config)
+    huggingface.choose_format(config)
   with pytest.raises(ValueError, match='qwen3.*query_key_norm'):
-    huggingface_writer.choose_format(small.CONFIGS['llama'], 'qwen3')
+    huggingface.choose_format(small.CONFIGS['llama'], 'qwen3')
   with pytest.raises(ValueError, match='supported: gemma'):
-    huggingface_writer.choose_format(config, 'gpt5')
+    huggingface.choose_format(config, 'gpt5')
 
 
 @pytest.mark.parametrize('name', ['llama', 'gpt2', 'gpt_neox', 'phi3'])
@@ -203,7 +204,7 @@ def test_shards_the_files_and_the_vocabulary_without_its_padding(tmp_path):
 def test_the_directory_is_complete_and_its_tokenizer_comes_back(tmp_path):
   config = small.CONFIGS['llama']
   template = '{{ messages[0].content }}'
-  huggingface_writer.save(tmp_path / 'model', config, small.variables(config),
+  huggingface.save(tmp_path / 'model', config, small.variables(config),
                           small.files(template))
   assert {path.name for path in (tmp_path / 'model').iterdir()} == {
     'config.json', 'generation_config.json', 'model.safetensors', 'tokenizer.json',
@@ -262,8 +263,9 @@ def test_the_text_model_of_a_multimodal_gemma3(tmp_path):
   assert list(source.ignored) == ['vision_tower.patch.weight']
   loaded = small.read(source)
   assert same_bytes(loaded.variables['params']['layers'], variables['params']['layers'])
-  ids = report.fixed_prompt(loaded.config)
-  report.prove(source.reference(ids, np.dtype(np.float32)), loaded.config, loaded.variables, ids)
+  ids = conversion.fixed_prompt(loaded.config)
+  conversion.prove(
+    source.reference(ids, np.dtype(np.float32)), loaded.config, loaded.variables, ids)
 
 
 def test_all_formats_say_their_own_name():
@@ -278,7 +280,7 @@ def test_nothing_is_left_where_writing_fails(tmp_path, monkeypatch):
 
   monkeypatch.setattr(tensorfile, 'write', full)
   with pytest.raises(OSError, match='No space'):
-    huggingface_writer.save(tmp_path / 'model', config, small.variables(config))
+    huggingface.save(tmp_path / 'model', config, small.variables(config))
   assert not list(tmp_path.iterdir())
 
 

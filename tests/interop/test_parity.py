@@ -13,7 +13,7 @@ import small
 
 from jaxllm.generation import decode
 from jaxllm.generation.sampling import SamplingConfig
-from jaxllm.interop import huggingface, huggingface_writer
+from jaxllm.interop import huggingface
 from jaxllm.models.decoder import Decoder, unstack
 
 pytestmark = pytest.mark.parity
@@ -131,7 +131,7 @@ def test_export_is_loaded_without_a_warning_and_is_the_same(pair, own_family, tm
 
   _, model, loaded, _ = pair
   model_type = loaded.model_type if own_family else None
-  form = huggingface_writer.save(tmp_path / 'out', loaded.config, loaded.variables,
+  form = huggingface.save(tmp_path / 'out', loaded.config, loaded.variables,
                                  model_type=model_type)
   assert form.model_type == (model_type or form.model_type)
   logging.getLogger('transformers').propagate = True
@@ -148,7 +148,7 @@ def test_export_is_loaded_without_a_warning_and_is_the_same(pair, own_family, tm
 
 def test_import_after_export_is_byte_equal(pair, tmp_path):
   _, _, loaded, _ = pair
-  huggingface_writer.save(tmp_path / 'out', loaded.config, loaded.variables,
+  huggingface.save(tmp_path / 'out', loaded.config, loaded.variables,
                           model_type=loaded.model_type, shard_bytes=20_000)
   assert len(list((tmp_path / 'out').glob('model-*.safetensors'))) > 1
   again = small.load(tmp_path / 'out')

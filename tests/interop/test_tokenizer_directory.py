@@ -11,7 +11,6 @@ from jaxllm.data import tokenizer_settings, tokenizers
 from jaxllm.data.tokenizers import TokenizerConfig
 from jaxllm.interop import (
   sentencepiece_model,
-  tokenizer_directory,
   tokenizer_export,
   tokenizer_files,
 )
@@ -38,7 +37,7 @@ def config(rows):
 
 def opened(files, model_type='qwen2', rows=262, **keys):
   files = tokenizer_files.check(files, rows, 'model')
-  files = tokenizer_directory.complete(files, {'model_type': model_type, **keys}, rows)
+  files = tokenizer_files.complete(files, {'model_type': model_type, **keys}, rows)
   return tokenizers.from_files(files), files
 
 

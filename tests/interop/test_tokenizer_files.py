@@ -9,7 +9,6 @@ from jaxllm.data import tokenizer_settings, tokenizers
 from jaxllm.data.tokenizers import TokenizerConfig
 from jaxllm.interop import (
   sentencepiece_model,
-  tokenizer_directory,
   tokenizer_export,
   tokenizer_files,
 )
@@ -90,11 +89,11 @@ def test_what_the_files_say(tmp_path):
 def test_what_only_config_json_says():
   content = tokenizer_export.byte_level_bpe({'a': 0, '<end>': 1}, [], special=['<end>'])
   keys = {'bos_token_id': None, 'eos_token_id': 1, 'pad_token_id': -1}
-  files = tokenizer_directory.complete({'tokenizer.json': content}, keys, 2)
+  files = tokenizer_files.complete({'tokenizer.json': content}, keys, 2)
   assert tokenizer_settings.eos_token_ids(files) == (1,)
   assert tokenizers.from_files(files).eos_id == 1
   said = files | {'tokenizer_config.json': b'{"eos_token": "a"}'}
-  assert tokenizers.from_files(tokenizer_directory.complete(said, keys, 2)).eos_id == 0
+  assert tokenizers.from_files(tokenizer_files.complete(said, keys, 2)).eos_id == 0
 
 
 def test_a_tokenizer_larger_than_the_model():

@@ -11,7 +11,7 @@ from test_tokenizer_files import PROBES, TEXT
 
 from jaxllm.data import tokenizer_settings, tokenizers
 from jaxllm.data.tokenizers import TokenizerConfig
-from jaxllm.interop import chat, huggingface_writer, tokenizer_files
+from jaxllm.interop import chat, huggingface, tokenizer_files
 
 pytestmark = pytest.mark.parity
 
@@ -31,7 +31,7 @@ def test_a_written_tokenizer(kind, add_bos, tmp_path, caplog):
     original = tokenizers.train_or_load(config, [TEXT])
   files = original.files() | {'chat_template.jinja': TEMPLATE.encode()}
   config = small.CONFIGS['llama'].replace(vocab_size=320)
-  huggingface_writer.save(tmp_path / 'model', config, small.variables(config), files,
+  huggingface.save(tmp_path / 'model', config, small.variables(config), files,
                           add_bos=add_bos)
   logging.getLogger('transformers').propagate = True
   with warnings.catch_warnings(), caplog.at_level(logging.WARNING):

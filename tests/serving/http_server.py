@@ -16,7 +16,7 @@ import uvicorn
 
 from jaxllm import loading
 from jaxllm.data import tokenizers as tokenizer_lib
-from jaxllm.interop import huggingface_writer
+from jaxllm.interop import huggingface
 from jaxllm.models import decoder
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.models.linear import InitializerConfig
@@ -65,7 +65,7 @@ def tiny_model(max_length=512):
 
 def save(model, directory):
   """Write a model as a directory that the program can load."""
-  huggingface_writer.save(directory, model.config, model.variables, model.tokenizer.files(),
+  huggingface.save(directory, model.config, model.variables, model.tokenizer.files(),
                           model_type='llama')
 
 

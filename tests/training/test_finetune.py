@@ -23,7 +23,7 @@ from jaxllm.data.records import DataConfig
 from jaxllm.data.tokenizers import TokenizerConfig
 from jaxllm.evaluation.perplexity import EvaluationConfig
 from jaxllm.experiment import Experiment, FinetuneConfig, TrainingConfig
-from jaxllm.interop import huggingface_writer, tokenizer_export
+from jaxllm.interop import huggingface, tokenizer_export
 from jaxllm.models.decoder import Decoder
 from jaxllm.optim.schedules import ScheduleConfig
 from jaxllm.tasks import chat, encoding, predict
@@ -298,7 +298,7 @@ def test_a_run_is_talked_to_as_it_was_trained(base, tmp_path):
   assert trained[: len(asked)] == asked and own.stop == ('[end]',)
   # Whoever loads or serves the model elsewhere renders the same.
   exported = base / 'exported'
-  huggingface_writer.save(exported, model.config, model.variables, model.tokenizer.files(),
+  huggingface.save(exported, model.config, model.variables, model.tokenizer.files(),
                           add_bos=model.add_bos, model_type='llama')
   elsewhere = loading.load(exported)
   assert elsewhere.chat_format.encode(said[:1]) == asked
