@@ -144,16 +144,17 @@ def _task(model, baseline, task, split: str) -> dict[str, Any]:
 def _text(model, baseline, path: str) -> dict[str, Any]:
   """Return how likely the passages of a text are."""
   from jaxllm.data import documents
-  from jaxllm.tasks import language_modeling, passages
+  from jaxllm.tasks import language_modeling
 
   texts = [found.text for found in documents.documents(documents.SourceConfig(location=path))]
   models = [model] if baseline is None else [model, baseline]
   length = CONTEXT_LENGTH.value or min(1024, *(one.config.max_length for one in models))
   stride = STRIDE.value or max(length // 2, 1)
-  found, theirs = (*(passages.measure(one, texts, length, stride) for one in models), None)[:2]
+  found, theirs = (*(language_modeling.measure_passages(one, texts, length, stride)
+                     for one in models), None)[:2]
   if not found:
     raise ValueError(f'--text={path} has no token to predict')
-  parts = [part for text in texts for part in passages.split(text)]
+  parts = [part for text in texts for part in language_modeling.split_passages(text)]
   return {'context_length': length, 'stride': stride,
           **_result(model, language_modeling.METRICS, found, theirs, [None] * len(found), parts,
                     [{}] * len(found))}

@@ -36,12 +36,11 @@ LIMITS = FLAGS.string(
 def main(_) -> None:  # noqa: D103
   import uvicorn
 
-  from jaxllm.serving import connections, keys
-  from jaxllm.serving.limits import LimitsConfig
+  from jaxllm.serving import access, connections
 
-  bounds = connections.fitting(LimitsConfig.from_json(LIMITS.value))
-  api_keys = keys.read_keys(API_KEYS_FILE.value)
-  local = HOST.value in keys.LOOPBACK
+  bounds = connections.fitting(access.LimitsConfig.from_json(LIMITS.value))
+  api_keys = access.read_keys(API_KEYS_FILE.value)
+  local = HOST.value in access.LOOPBACK
   if not (local or api_keys or ANONYMOUS.value):
     raise ValueError(f'--host={HOST.value}: without API keys everyone who reaches this address '
                      'could use the model; give --api_keys_file or JAXLLM_API_KEYS, or --anonymous')
@@ -63,7 +62,7 @@ def main(_) -> None:  # noqa: D103
   name = NAME.value or pathlib.Path(MODEL.value).resolve().name
   name = name.removeprefix('hf:').removesuffix('.gguf')
   service = Service(model, engine, name, bounds)
-  hosts = (*keys.LOOPBACK, *ALLOWED_HOSTS.value) if local else None
+  hosts = (*access.LOOPBACK, *ALLOWED_HOSTS.value) if local else None
   server = connections.Server(
     uvicorn.Config(http.make_app(service, api_keys, hosts), HOST.value, PORT.value,
                    **connections.settings(bounds)),

@@ -213,9 +213,9 @@ class Jaxllm:
     return {'mean': round(statistics.mean(found), 4)}
 
   def text(self) -> dict:
-    from jaxllm.tasks import passages as tasks_passages
+    from jaxllm.tasks import language_modeling
 
-    found = tasks_passages.measure(
+    found = language_modeling.measure_passages(
       self.model, [document()], CONTEXT_LENGTH, STRIDE)
     total, tokens = (sum(one[name] for one in found) for name in ('log_likelihood', 'tokens'))
     return {'loss': round(-total / tokens, 4)}

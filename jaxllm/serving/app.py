@@ -18,10 +18,9 @@ from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 
 from jaxllm.generation.constraint import ConstraintError
-from jaxllm.serving import bodies, metrics
-from jaxllm.serving.errors import ApiError, invalid, unavailable
-from jaxllm.serving.keys import Keys
-from jaxllm.serving.middleware import RequestMiddleware, failure
+from jaxllm.serving import bodies
+from jaxllm.serving.access import ApiError, Keys, invalid, unavailable
+from jaxllm.serving.middleware import CONTENT_TYPE, RequestMiddleware, failure
 from jaxllm.serving.responses import Answer, Delta
 from jaxllm.serving.service import Plan, Service, engine_errors
 from jaxllm.serving.streams import ClosedError, FailedError, QueueFullError, RequestStream
@@ -59,7 +58,7 @@ def make_app(service: Service, keys: Keys, hosts: Sequence[str] | None = None
     return _alive(service, 'ready', ClosedError)
 
   async def statistics(request: Request) -> Response:
-    return Response(service.metrics.text(), media_type=metrics.CONTENT_TYPE)
+    return Response(service.metrics.text(), media_type=CONTENT_TYPE)
 
   async def models(request: Request) -> Response:
     return JSONResponse({'object': 'list', 'data': [model]})

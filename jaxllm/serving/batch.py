@@ -1,4 +1,10 @@
-"""The batch on the device, as the engine drives it: state between calls, one method per program."""
+"""The batch on the device, as the engine drives it: state between calls, one method per program.
+
+A prompt is prefilled on a grid: whole chunks from its first token on, then small ones for a short
+rest. What a whole chunk leaves in the cache is a function of the tokens up to its end alone,
+computed by one program at one place of the grid. So a prompt that shares whole chunks with a row
+may take over its keys and values, and goes on exactly as if it had computed them.
+"""
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
@@ -10,7 +16,7 @@ import numpy as np
 from jaxllm.generation.decode import Top
 from jaxllm.generation.sampling import Request, SamplingConfig
 from jaxllm.model import Model
-from jaxllm.serving import prefixes, programs
+from jaxllm.serving import programs
 
 # A chunk for short prompts has this share of a whole one, but at least so many tokens.
 SMALL_SHARE, LEAST_SMALL = 4, 8
@@ -58,7 +64,7 @@ class Batch:
 
   def chunk_size(self, length: int, prefilled: int) -> int:
     """Return how many tokens the next chunk of a prompt takes, padding included."""
-    return prefixes.chunk_size(length, prefilled, self.chunk, self.small)
+    return chunk_size(length, prefilled, self.chunk, self.small)
 
   def start(self, row: int, request: Request, reuse: bool) -> int:
     """Give a free row to a request, and `reuse` keys and values that the cache has of its prompt.
@@ -68,7 +74,7 @@ class Batch:
     """
     source, cached = row, 0
     if reuse:
-      source, cached = prefixes.best(
+      source, cached = best_row(
         request.prompt, self.held, self.chunk, [row, *range(self.num_slots)])
     if cached and source != row:
       self._state = programs.copy_prefix(self._state, np.int32(source), np.int32(row))
@@ -168,3 +174,48 @@ def _padded(tokens: Sequence[int], size: int) -> np.ndarray:
   padded_T = np.zeros(size, np.int32)
   padded_T[: min(len(tokens), size)] = tokens[:size]
   return padded_T
+
+
+def chunk_size(length: int, prefilled: int, chunk: int, small: int) -> int:
+  """Return the size of the program that prefills the next tokens of a prompt.
+
+  Args:
+    length: tokens of the prompt.
+    prefilled: tokens that are in the cache.
+    chunk: size of whole chunks.
+    small: size for what is left where a whole chunk would be half empty.
+  """
+  on_grid = prefilled % chunk == 0
+  return chunk if on_grid and 2 * (length - prefilled) > chunk else small
+
+
+def shared(prompt: Sequence[int], held: Sequence[int], chunk: int) -> int:
+  """Return how many tokens of a prompt whole chunks of the tokens `held` in the cache cover.
+
+  At least one token is left over: what follows the prompt is predicted from it.
+  """
+  count, most = 0, min(len(prompt) - 1, len(held))
+  while count + chunk <= most and prompt[count : count + chunk] == held[count : count + chunk]:
+    count += chunk
+  return count
+
+
+def best_row(
+  prompt: Sequence[int], held: Sequence[Sequence[int]], chunk: int, rows: Sequence[int]
+) -> tuple[int, int]:
+  """Return (row, number of tokens) of the row that holds most of a prompt; the first of equals."""
+  counts = {row: shared(prompt, held[row], chunk) for row in rows}
+  row = max(rows, key=lambda row: counts[row])
+  return row, counts[row]
+
+
+def choose_row(
+  prompt: Sequence[int], held: Sequence[Sequence[int]], free: Sequence[int], chunk: int
+) -> int:
+  """Return the row, of those that are `free`, to which a prompt goes.
+
+  It is the one that holds the prompt's beginning, unless more than half of what it holds would be
+  lost; else the first.
+  """
+  row, count = best_row(prompt, held, chunk, free)
+  return row if count and 2 * count >= len(held[row]) else free[0]

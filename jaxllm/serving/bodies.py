@@ -14,8 +14,7 @@ from pydantic_core import PydanticCustomError
 from starlette.requests import Request
 
 from jaxllm import mistakes
-from jaxllm.serving.errors import ApiError, invalid
-from jaxllm.serving.limits import LimitsConfig
+from jaxllm.serving.access import ApiError, LimitsConfig, invalid
 
 # Of a name that a client made up, so much is repeated.
 _NAME_LENGTH = 64

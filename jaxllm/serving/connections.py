@@ -15,8 +15,7 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from jaxllm.serving.errors import ApiError
-from jaxllm.serving.limits import LimitsConfig
+from jaxllm.serving.access import ApiError, LimitsConfig
 
 Phase = Literal['headers', 'body']
 # The app answers a body that is too slow; this much later the connection breaks, answered or not.

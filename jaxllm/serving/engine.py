@@ -22,15 +22,17 @@ from jaxllm.generation.constraint import ConstraintError
 from jaxllm.generation.sampling import SamplingConfig, make_requests
 from jaxllm.generation.text import TextPiece
 from jaxllm.model import Model
-from jaxllm.serving import prefixes, programs
-from jaxllm.serving.batch import Batch, pairs
-from jaxllm.serving.rows import Embedding, Generation, Row
+from jaxllm.serving import programs
+from jaxllm.serving.batch import Batch, choose_row, pairs
 from jaxllm.serving.streams import (
   ClosedError,
+  Embedding,
   FailedError,
+  Generation,
   QueueFullError,
   Request,
   RequestStream,
+  Row,
 )
 
 # Tokens of a row where the config names no number.
@@ -241,7 +243,7 @@ class Engine:
         self._sweep()
       while self._queue and self._free:
         row = self._queue.popleft()
-        row.slot = prefixes.choose(
+        row.slot = choose_row(
           row.request.prompt, self._batch.held, self._free, self._batch.chunk)
         self._free.remove(row.slot)
         self._prefilling.append(row)

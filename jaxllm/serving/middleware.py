@@ -1,12 +1,16 @@
-"""Middleware around all routes: access, headers, errors, metrics and the log."""
+"""Middleware around all routes: access, headers, errors, the log, and metrics for Prometheus."""
 
+import dataclasses
 import logging
 import secrets
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from prometheus_client import CollectorRegistry, Counter, Histogram, Metric, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.exceptions import ExceptionMiddleware
@@ -15,9 +19,64 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import Message, Receive, Scope, Send
 
-from jaxllm.serving.errors import ApiError
-from jaxllm.serving.keys import Keys, access_error
-from jaxllm.serving.metrics import Metrics
+from jaxllm.serving.access import ApiError, Keys, access_error
+from jaxllm.serving.engine import Engine
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+CONTENT_TYPE = 'text/plain; version=0.0.4; charset=utf-8'
+
+
+class Metrics:
+  """What a server has done since its start; thread-safe.
+
+  Args of the constructor:
+    engine: whose statistics are told, of the moment.
+    num_active: returns how many requests are worked on.
+  """
+
+  def __init__(self, engine: Engine, num_active: Callable[[], int]):
+    self._registry = CollectorRegistry()
+    self.requests = Counter(
+      'jaxllm_requests', 'Requests answered; 499: the client had gone.', ['route', 'status'],
+      registry=self._registry)
+    self.request_seconds, self.first_token_seconds, self.token_seconds = (
+      Histogram(f'jaxllm_{name}_seconds', text, buckets=buckets, registry=self._registry)
+      for name, text, buckets in (
+        ('request', 'Time to answer a request.', SECONDS),
+        ('time_to_first_token', 'From a request to the first token of a choice.', SECONDS),
+        ('time_per_output_token', 'Mean time between tokens of a choice.', TOKEN_SECONDS)))
+    self._registry.register(_EngineCollector(engine, num_active))
+
+  def text(self) -> bytes:
+    """Return all metrics in Prometheus' text format."""
+    return generate_latest(self._registry)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _EngineCollector(Collector):
+  """Statistics of an engine when they are asked for."""
+
+  engine: Engine
+  num_active: Callable[[], int]
+
+  def collect(self) -> Iterator[Metric]:
+    now = self.engine.statistics()
+    for name in ('prompt_tokens', 'completion_tokens', 'prefix_hit_tokens', 'decode_steps',
+                 'compilations'):
+      yield CounterMetricFamily(f'jaxllm_{name}', name, getattr(now, name))
+    gauges = {'requests_active': self.num_active(), 'queue_rows': now.queued,
+              'slots': now.num_slots, 'slots_busy': now.busy_slots,
+              'batch_fill_ratio': now.busy_slots / now.num_slots,
+              'cache_tokens': now.cached_tokens, 'cache_capacity_tokens': now.capacity_tokens,
+              'cache_fill_ratio': now.cached_tokens / now.capacity_tokens}
+    for name, value in gauges.items():
+      yield GaugeMetricFamily(f'jaxllm_{name}', name, value)
+    finished = CounterMetricFamily('jaxllm_rows_finished', 'Rows that ended.', labels=['reason'])
+    for reason, count in sorted(now.finished.items()):
+      finished.add_metric([reason], count)
+    yield finished
+
 
 DISCONNECTED = 499
 _METHODS = ('GET', 'HEAD', 'POST', 'PUT', 'PATCH', 'DELETE', 'OPTIONS')

@@ -21,10 +21,9 @@ from jaxllm.generation.text import text_of
 from jaxllm.interop import chat as templates
 from jaxllm.model import Model
 from jaxllm.serving import bodies, protocol
+from jaxllm.serving.access import ApiError, LimitsConfig, busy, invalid, unavailable
 from jaxllm.serving.engine import Engine
-from jaxllm.serving.errors import ApiError, busy, invalid, unavailable
-from jaxllm.serving.limits import LimitsConfig
-from jaxllm.serving.metrics import Metrics
+from jaxllm.serving.middleware import Metrics
 from jaxllm.serving.protocol import ChatCompletionRequest, GenerationRequest, Prompt
 from jaxllm.serving.responses import Answer, Names
 from jaxllm.serving.streams import ClosedError, QueueFullError, Request

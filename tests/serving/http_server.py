@@ -21,10 +21,9 @@ from jaxllm.models import decoder
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.models.linear import InitializerConfig
 from jaxllm.serving import connections
+from jaxllm.serving.access import Keys, LimitsConfig
 from jaxllm.serving.app import make_app
 from jaxllm.serving.engine import Engine, EngineConfig
-from jaxllm.serving.keys import Keys
-from jaxllm.serving.limits import LimitsConfig
 from jaxllm.serving.service import Service
 
 TEMPLATE = (

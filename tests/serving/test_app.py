@@ -41,8 +41,7 @@ from jaxllm.generation import scoring
 from jaxllm.generation.text import TextPiece, text_of
 from jaxllm.interop import chat as templates
 from jaxllm.models.decoder import Decoder
-from jaxllm.serving.errors import ApiError
-from jaxllm.serving.limits import LimitsConfig
+from jaxllm.serving.access import ApiError, LimitsConfig
 from jaxllm.serving.responses import Choice, Names
 from jaxllm.serving.service import Service
 from jaxllm.tasks.chat import Chat, ChatTemplate

@@ -19,7 +19,7 @@ from http_server import CLIENT, NAME, make_engine, running, shared, tiny_model, 
 
 from jaxllm.generation import constraint
 from jaxllm.serving import connections
-from jaxllm.serving.limits import LimitsConfig
+from jaxllm.serving.access import LimitsConfig
 from jaxllm.serving.streams import ClosedError, FailedError
 
 SECRET = 'my-very-secret-text'

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxllm.serving.prefixes import best, choose, chunk_size, shared
+from jaxllm.serving.batch import best_row, choose_row, chunk_size, shared
 
 
 def grid(length, fed=0, chunk=16, small=4):
@@ -33,8 +33,8 @@ def test_reading_goes_on_after_what_is_shared_as_if_all_had_been_read(length):
 def test_rows_are_chosen_by_what_they_hold():
   prompt = (*range(40),)
   held = [(), prompt[:16], prompt[:32], prompt[:16] + (9,) * 32]
-  assert best(prompt, held, 16, [0, 1, 2, 3]) == (2, 32)
-  assert best((7, 7), held, 16, [3, 0, 1, 2, 3]) == (3, 0)
-  assert choose(prompt, held, [0, 1, 2], 16) == 2
-  assert choose(prompt, held, [0, 3], 16) == 0, 'it would lose two chunks for one'
-  assert choose((7,) * 40, held, [3, 0], 16) == 3
+  assert best_row(prompt, held, 16, [0, 1, 2, 3]) == (2, 32)
+  assert best_row((7, 7), held, 16, [3, 0, 1, 2, 3]) == (3, 0)
+  assert choose_row(prompt, held, [0, 1, 2], 16) == 2
+  assert choose_row(prompt, held, [0, 3], 16) == 0, 'it would lose two chunks for one'
+  assert choose_row((7,) * 40, held, [3, 0], 16) == 3

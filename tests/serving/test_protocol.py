@@ -6,11 +6,9 @@ import types
 import pytest
 
 from jaxllm.serving import bodies, protocol
+from jaxllm.serving.access import ApiError, Keys, LimitsConfig, read_keys
 from jaxllm.serving.engine import Statistics
-from jaxllm.serving.errors import ApiError
-from jaxllm.serving.keys import Keys, read_keys
-from jaxllm.serving.limits import LimitsConfig
-from jaxllm.serving.metrics import Metrics
+from jaxllm.serving.middleware import Metrics
 
 LIMITS = LimitsConfig(max_rows=4, max_inputs=2)
 VOCAB = 300

@@ -13,7 +13,7 @@ from jaxllm.model import Model
 from jaxllm.models import decoder
 from jaxllm.models.decoder import Decoder, DecoderConfig
 from jaxllm.models.linear import InitializerConfig
-from jaxllm.tasks import passages
+from jaxllm.tasks.language_modeling import measure_passages, split_passages
 
 BYTES = tokenizers.train_or_load(TokenizerConfig(kind='bytes'), [])
 MODEL = DecoderConfig(
@@ -46,26 +46,26 @@ def loop(model, ids, context_length, stride):
 def test_the_sum_is_that_of_a_loop(model, context_length, stride):
   text = 'To be, or not to be, that is the question: whether it is nobler in mind to suffer ü.'
   ids = [BYTES.bos_id, *text.encode()]
-  found, = passages.measure(model, [text], context_length, stride)
+  found, = measure_passages(model, [text], context_length, stride)
   assert (found['tokens'], found['bytes']) == (len(ids) - 1, len(text.encode()))
   expected = sum(loop(model, ids, context_length, stride))
   assert found['log_likelihood'] == pytest.approx(expected, rel=1e-5)
 
 
 def test_without_bos_the_first_token_does_not_count(model):
-  found, = passages.measure(dataclasses.replace(model, add_bos=False), ['abcd'], 64, 32)
+  found, = measure_passages(dataclasses.replace(model, add_bos=False), ['abcd'], 64, 32)
   assert (found['tokens'], found['bytes']) == (3, 3)
-  assert passages.measure(dataclasses.replace(model, add_bos=False), ['a'], 64, 32) == []
-  assert passages.measure(model, [''], 64, 32) == []
+  assert measure_passages(dataclasses.replace(model, add_bos=False), ['a'], 64, 32) == []
+  assert measure_passages(model, [''], 64, 32) == []
 
 
 def test_passages_are_the_text_and_have_their_own_sums(model):
   words = ' '.join(f'word{i}' for i in range(900)) + '\n'
-  parts = passages.split(words)
+  parts = split_passages(words)
   assert ''.join(parts) == words and len(parts) == 3
   assert all(part[-1].isspace() and len(part) >= 2000 for part in parts)
-  assert passages.split('') == [] and passages.split('x' * 5000) == ['x' * 5000]
-  found = passages.measure(model, [words], 64, 63)
+  assert split_passages('') == [] and split_passages('x' * 5000) == ['x' * 5000]
+  found = measure_passages(model, [words], 64, 63)
   for name in ('bytes', 'tokens'):
     assert [one[name] for one in found] == list(map(len, parts))
   whole = loop(model, [BYTES.bos_id, *words.encode()], 64, 63)
@@ -80,4 +80,4 @@ def test_passages_are_the_text_and_have_their_own_sums(model):
 ])
 def test_lengths_that_do_not_fit_are_refused(model, context_length, stride, message):
   with pytest.raises(ValueError, match=message):
-    passages.measure(model, ['text'], context_length, stride)
+    measure_passages(model, ['text'], context_length, stride)
