@@ -182,6 +182,7 @@ def load_module(name: str) -> types.ModuleType:
   if spec is None or spec.loader is None or not path.is_file():
     raise ConfigError(f'--config: {name!r} is neither a Python file nor a run')
   module = importlib.util.module_from_spec(spec)
+  sys.modules[spec.name] = module  # Pydantic looks there for the descriptions of fields.
   with _blamed_on(name):
     spec.loader.exec_module(module)
   return module
