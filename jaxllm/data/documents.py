@@ -1,12 +1,14 @@
 """Sources of rows: files, packages, TFDS, Hugging Face; each in an order that never changes.
 
 - `SourceConfig` names a source; `documents` streams its texts, `find` gives its files and rows.
+- `survey` counts and hashes the files of all sources, and lets none be read twice.
 - `SCHEMES` lists the kinds of location; everything else is a path.
 """
 
 import codecs
 import dataclasses
 import glob
+import hashlib
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,8 +16,9 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import pydantic
 
+from jaxllm import storage
 from jaxllm.config import Config
-from jaxllm.data import catalogs, packages, readers
+from jaxllm.data import packages, readers
 from jaxllm.data.files import TextFile, ending
 from jaxllm.data.packages import package_available as package_available
 from jaxllm.data.readers import File, Row
@@ -232,7 +235,7 @@ def _stdlib(source: SourceConfig, name: str) -> Found:
   return Found(files, rows)
 
 
-def _catalog(open_: Callable[[str, tuple[float, float]], catalogs.Catalog]) -> Scheme:
+def _catalog(open_: Callable[[str, tuple[float, float]], packages.Catalog]) -> Scheme:
   def scheme(source: SourceConfig, name: str) -> Found:
     files, rows = open_(name, source.slice)
     title = source.location.partition('?')[0]
@@ -244,7 +247,79 @@ def _catalog(open_: Callable[[str, tuple[float, float]], catalogs.Catalog]) -> S
 SCHEMES: Mapping[str, Scheme] = {
   'package': _package,
   'stdlib': _stdlib,
-  'tfds': _catalog(catalogs.tfds),
-  'hf': _catalog(catalogs.hugging_face),
+  'tfds': _catalog(packages.tfds),
+  'hf': _catalog(packages.hugging_face),
 }
 """What a location begins with, which is not a path -> function of the source and the rest of it."""
+
+
+class SourceCounts(Config):
+  """What one source gave."""
+
+  location: str
+  """The source's location."""
+  files: int
+  """Files it read."""
+  file_bytes: int
+  """Their size."""
+  sha256: str
+  """SHA-256 over the names and contents of these files."""
+  documents: int
+  """Documents it held."""
+  dropped: int
+  """Documents that cleaning dropped, or that were empty."""
+
+
+def survey(
+  train: Sequence[SourceConfig], validation: Sequence[SourceConfig], hashes: dict[str, Any]
+) -> list[SourceCounts]:
+  """Count and hash the files of every source; `hashes` are those of `storage.file_digest`.
+
+  Raises:
+    ValueError: there are no files, or texts of `validation` are trained on.
+  """
+  sources = []
+  read: dict[Any, list[_Read]] = {}
+  for number, source in enumerate([*train, *validation]):
+    digest, size, found = hashlib.sha256(), 0, find(source)
+    for name, path in found.files:
+      content = storage.file_digest(path, hashes)
+      _check_overlap(read, content, _Read(path, source, number < len(train), found.shared))
+      digest.update(f'{name}\0{content}\0'.encode())
+      size += path.stat().st_size
+    sources.append(SourceCounts(location=source.location, files=len(found.files), file_bytes=size,
+                                sha256=digest.hexdigest(), documents=0, dropped=0))
+  return sources
+
+
+class _Read(NamedTuple):
+  """A file, the source that reads it, whether for training, and whether maybe only a part."""
+
+  path: pathlib.Path
+  source: SourceConfig
+  train: bool
+  shared: bool
+
+
+def _check_overlap(read: dict[Any, list[_Read]], content: str, new: _Read) -> None:
+  """Refuse a file that is read before, and for validation a copy of what is trained on.
+
+  `read` maps a path or (SHA-256 `content`, train) to who reads it, and grows by `new`.
+  """
+  path = new.path.resolve()
+  for old in [*read.get(path, ()), *read.get((content, not new.train), ())]:
+    starts, stops = zip(old.source.slice, new.source.slice, strict=True)
+    common = max(starts) < min(stops) and old.source.text_field == new.source.text_field
+    if new.shared:
+      common = common and old.source.location == new.source.location
+    if common and path.stat().st_size:
+      fields = ['config.data.' + ('sources' if who.train else 'validation') for who in (old, new)]
+      verb = 'is' if old.path.resolve() == path else 'has the content of'
+      other = '' if old.path == new.path else f' {verb} {str(new.path)!r}'
+      raise ValueError(
+        f'{fields[0]} ({old.source.location!r}) and {fields[1]} ({new.source.location!r}) read the '
+        f'same texts: {str(old.path)!r}{other}; name them once, or give slices that do not overlap')
+  read.setdefault(path, []).append(new)
+  copies = read.setdefault((content, new.train), [])
+  if not copies or copies[-1].source != new.source:
+    copies.append(new)

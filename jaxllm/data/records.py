@@ -23,10 +23,9 @@ from absl import logging
 
 from jaxllm import storage
 from jaxllm.config import Config
-from jaxllm.data import documents, record_writer, survey, tokenizers
+from jaxllm.data import documents, packing, tokenizers
 from jaxllm.data.cleaning import CleaningConfig, clean
-from jaxllm.data.documents import SourceConfig, Sources
-from jaxllm.data.survey import SourceCounts
+from jaxllm.data.documents import SourceConfig, SourceCounts, Sources
 from jaxllm.data.tokenizers import Tokenizer, TokenizerConfig
 
 # Part of every fingerprint: to be raised when the same settings give other records.
@@ -182,7 +181,7 @@ def prepare(
                      'needs both')
   directory = pathlib.Path(directory)
   hashes = dict(known := storage.read_json(directory / _HASHES))
-  sources = survey.survey(data.sources, data.own_validation, hashes)
+  sources = documents.survey(data.sources, data.own_validation, hashes)
   fingerprint = _fingerprint(data, tokenizer, sources)
   manifest = _prepared(directory, fingerprint)
   if manifest is None:
@@ -211,7 +210,7 @@ def fingerprint(
   if tokenizer is None:
     raise ValueError('tokenizer=None: preparing documents needs one')
   hashes = storage.read_json(pathlib.Path(directory) / _HASHES)
-  return _fingerprint(data, tokenizer, survey.survey(data.sources, data.own_validation, hashes))
+  return _fingerprint(data, tokenizer, documents.survey(data.sources, data.own_validation, hashes))
 
 
 def load_manifest(directory: str | os.PathLike[str]) -> Manifest:
@@ -237,7 +236,7 @@ def shard_paths(
   """List the record files of a split."""
   folder = pathlib.Path(directory) / manifest.folder
   shards = manifest.split(split).shards
-  return [folder / record_writer.shard_name(split, i) for i in range(len(shards))]
+  return [folder / packing.shard_name(split, i) for i in range(len(shards))]
 
 
 def _prepared(directory: pathlib.Path, fingerprint: str) -> Manifest | None:
@@ -347,10 +346,10 @@ def _write(
   tokenizers.save(tokenizer, staging / 'tokenizer')
 
   counts = _counters(sources)
-  writers = {name: record_writer.SplitWriter(staging, name, tokenizer, data)
+  writers = {name: packing.SplitWriter(staging, name, tokenizer, data)
              for name in data.splits}
   with _bar('records', ' tokens', progress) as bar:
-    items = record_writer.tokenize(_texts(data, counts, ends), tokenizer.encode_batch)
+    items = packing.tokenize(_texts(data, counts, ends), tokenizer.encode_batch)
     for number, (split, text, ids) in enumerate(items, 1):
       bar.update(writers[split].add(text, ids))
       if number % 256 == 0:

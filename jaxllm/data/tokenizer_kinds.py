@@ -9,8 +9,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jaxllm.data import parallel, tokenizer_parts, tokenizer_settings
-from jaxllm.data.tokenizer_parts import Part
+from jaxllm.data import parallel, tokenizer_settings
+from jaxllm.data.tokenizer_settings import Part
 
 Files = Mapping[str, bytes]
 
@@ -76,7 +76,7 @@ class Tokenizer:
     Raises:
       ValueError: as `encode`.
     """
-    parts = tokenizer_parts.joined([_valid(p) if isinstance(p, str) else p for p in parts])
+    parts = tokenizer_settings.joined([_valid(p) if isinstance(p, str) else p for p in parts])
     if len(parts) == 1 and isinstance(parts[0], str):
       return self.encode(parts[0])
     if self.library is not None:
@@ -85,7 +85,7 @@ class Tokenizer:
 
   @functools.cached_property
   def _encode_parts(self) -> Callable[[Sequence[Part]], list[int]]:
-    return tokenizer_parts.encoder(self.library, self.special_tokens)
+    return tokenizer_settings.encoder(self.library, self.special_tokens)
 
   def decode(self, ids: Sequence[int]) -> str:
     """Return the text of ids: nothing for special tokens, U+FFFD for bytes that are not UTF-8.

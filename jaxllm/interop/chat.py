@@ -12,8 +12,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxllm.data import tokenizer_parts
-from jaxllm.data.tokenizer_parts import StandIns
+from jaxllm.data import tokenizer_settings
+from jaxllm.data.tokenizer_settings import StandIns
 from jaxllm.data.tokenizers import Tokenizer
 
 # Special tokens that end a turn in the usual templates.
@@ -157,7 +157,7 @@ def encode_with_special(tokenizer: Tokenizer, text: str) -> list[int]:
   Only for text that can be trusted; `Tokenizer.encode` leaves them plain text.
   """
   special = tokenizer.special_tokens
-  pieces = tokenizer_parts.spelled(special).split(text)
+  pieces = tokenizer_settings.spelled(special).split(text)
   return tokenizer.encode_parts(
     [special[piece] if i % 2 else piece for i, piece in enumerate(pieces)])
 
@@ -179,7 +179,7 @@ def answer_ends(tokenizer: Tokenizer, template: Templates) -> tuple[int, ...]:
   except TemplateError:
     return ends
   _, found, after = text.rpartition(said)
-  first = tokenizer_parts.spelled(special).search(after) if found else None
+  first = tokenizer_settings.spelled(special).search(after) if found else None
   return tuple(dict.fromkeys([*ends, *([special[first[0]]] if first else [])]))
 
 

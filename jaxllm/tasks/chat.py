@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import pydantic
 
 from jaxllm.config import Config
-from jaxllm.data.tokenizer_parts import StandIns
+from jaxllm.data.tokenizer_settings import StandIns
 from jaxllm.generation.chat import without_oldest
 from jaxllm.tasks import base, conversations, language_modeling
 from jaxllm.tasks.records import RecordsConfig, RecordSource

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jaxllm.data.tokenizer_parts import Part
+from jaxllm.data.tokenizer_settings import Part
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.tasks.base import CONVERSATION, Example, Segment, Truncation, prompt_of
 

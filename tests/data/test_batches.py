@@ -32,7 +32,7 @@ def directory(tmp_path_factory):
     context_length=LENGTH, add_bos=False, add_eos=False)
   # Small shards, so that several are read.
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(records.record_writer, '_SHARD_TOKENS', 10 * LENGTH)
+    patch.setattr(records.packing, '_SHARD_TOKENS', 10 * LENGTH)
     manifest = records.prepare(data, TokenizerConfig(kind='bytes'), root / 'out', progress=False)
   assert manifest.train.shards == (10, 10, 10, 7)
   return root / 'out'

@@ -9,8 +9,8 @@ import time
 import pytest
 
 from jaxllm.config import ConfigError
-from jaxllm.data import catalogs, readers
 from jaxllm.data import files as files_lib
+from jaxllm.data import packages, readers
 from jaxllm.data.documents import SourceConfig, documents, find, package_available
 
 
@@ -256,7 +256,7 @@ def test_tfds_reads_a_prepared_copy_and_needs_no_network(tmp_path):
 def test_tfds_offline_fails_at_once(tmp_path, monkeypatch):
   def no_network(*args, **kwargs):
     raise OSError('Name or service not known')
-  monkeypatch.setattr(catalogs.urllib.request, 'urlopen', no_network)
+  monkeypatch.setattr(packages.urllib.request, 'urlopen', no_network)
   start = time.monotonic()
   with pytest.raises(ValueError, match=rf"'tfds:lm1b': no prepared copy at {tmp_path}.*no network"):
     _texts(f'tfds:lm1b?data_dir={tmp_path}')

@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from jaxllm.data import packages, survey
-from jaxllm.data.documents import SourceConfig, documents, find
+from jaxllm.data import packages
+from jaxllm.data.documents import SourceConfig, documents, find, survey
 from jaxllm.tasks import TASKS, predict, records
 from jaxllm.tasks.records import RecordsConfig, RecordSource
 
@@ -141,8 +141,8 @@ def test_texts_and_tasks_read_one_table(site, tmp_path):
   whole = RecordsConfig(sources=(RecordSource(location=location),), fractions=(('train', 1.0),))
   assert [row['text'] for row in records.load(whole, 'train')] == ['a film', 'bad']
   # Parts of one file are no texts of validation that are trained on.
-  survey.survey([SourceConfig(location=location)],
-                [SourceConfig(location=f'{location}/rotten_tomatoes')], {})
+  survey([SourceConfig(location=location)],
+         [SourceConfig(location=f'{location}/rotten_tomatoes')], {})
   (tmp_path / 'a.txt').write_text('one\n\n two\nthree\n')
   path = str(tmp_path / 'a.txt')
   lines = list(documents(SourceConfig(location=path, format='lines', slice=(0.0, 0.5))))

@@ -408,15 +408,15 @@ def test_an_unwritable_directory(corpus, tmp_path):
 
 _SLOW = '''
 import sys, time
-from jaxllm.data import record_writer, records
+from jaxllm.data import packing, records
 from jaxllm.data.documents import SourceConfig
 from jaxllm.data.tokenizers import TokenizerConfig
-add = record_writer.SplitWriter.add
+add = packing.SplitWriter.add
 def slow(self, text, ids):
   print('adding', flush=True)
   time.sleep(float(sys.argv[3]))
   return add(self, text, ids)
-record_writer.SplitWriter.add = slow
+packing.SplitWriter.add = slow
 data = records.DataConfig(sources=(SourceConfig(location=sys.argv[1]),), validation=0.2,
                           context_length=16)
 print(records.prepare(data, TokenizerConfig(vocab_size=320), sys.argv[2], progress=False).folder)
@@ -448,7 +448,7 @@ def test_processes_at_once_do_the_work_once(corpus, out):
 
 
 def test_open_batches_outlive_newly_prepared_records(corpus, out, tmp_path, monkeypatch):
-  monkeypatch.setattr(records.record_writer, '_SHARD_TOKENS', 16 * 20)
+  monkeypatch.setattr(records.packing, '_SHARD_TOKENS', 16 * 20)
   assert len(prepare(_data(corpus), BYTES, out).train.shards) > 4
   shutil.copytree(out, tmp_path / 'copy')
   batches = make_batches(out, 'train', 4, 0)

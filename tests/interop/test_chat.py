@@ -8,7 +8,7 @@ import pytest
 
 from jaxllm.data import tokenizer_kinds, tokenizer_settings, tokenizers
 from jaxllm.interop import chat, tokenizer_export, tokenizer_files
-from tests.data.test_tokenizer_parts import KINDS
+from tests.data.test_tokenizer_settings import KINDS
 
 TEMPLATE = (
   '{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content | trim }}<|end|>{% endfor %}'
