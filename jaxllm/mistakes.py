@@ -17,6 +17,8 @@ from collections.abc import Iterable
 
 from absl import flags
 
+from jaxllm import versions
+
 _PACKAGE = os.path.join(os.path.dirname(__file__), '')
 _BACKENDS = f'{os.sep}jax{os.sep}_src{os.sep}xla_bridge.py'
 
@@ -78,7 +80,8 @@ def sentence(error: BaseException, known: flags.FlagValues = flags.FLAGS) -> str
 
   These are refusals (ValueErrors from a `raise` of jaxllm, and its own classes), subclasses of
   ValueError, which tell of texts that are no JSON or no UTF-8 and the like, bad flags, what the
-  system refuses (OSError), packages that are not installed, and accelerators that do not start.
+  system refuses (OSError), packages that are not installed or do not fit each other, and
+  accelerators that do not start.
 
   Args:
     error: the exception.
@@ -89,17 +92,20 @@ def sentence(error: BaseException, known: flags.FlagValues = flags.FLAGS) -> str
   if isinstance(error, flags.Error):
     return _flag_sentence(error, known)
   if where.endswith(_BACKENDS) and isinstance(error, RuntimeError | AssertionError):
-    return (f'JAX_PLATFORMS={os.environ.get("JAX_PLATFORMS", "")}: JAX cannot start this backend '
-            f'here{f" ({error})" if str(error) else ""}; install what it needs (the extra cuda or '
-            'tpu of jaxllm), or set JAX_PLATFORMS=cpu')
+    return versions.mismatch() or (
+      f'JAX_PLATFORMS={os.environ.get("JAX_PLATFORMS", "")}: JAX cannot start this backend here'
+      f'{f" ({error})" if str(error) else ""}; install what it needs (the extra cuda12, cuda13 or '
+      'tpu of jaxllm), or set JAX_PLATFORMS=cpu')
   if isinstance(error, ImportError):
-    return _import_sentence(error)
+    return versions.mismatch() or _import_sentence(error)
   if isinstance(error, OSError) and error.filename and error.strerror:
     return f'{error.filename}: {error.strerror}'
   refused = where.startswith(_PACKAGE) and line.startswith('raise')
   said = isinstance(error, OSError) or type(error).__module__.startswith('jaxllm.') or (
     isinstance(error, ValueError) and (refused or type(error) is not ValueError))
-  return (str(error) or type(error).__name__) if said else None
+  if said:
+    return str(error) or type(error).__name__
+  return versions.mismatch(os.environ.get('JAX_PLATFORMS') != 'cpu')
 
 
 def _flag_sentence(error: flags.Error, known: flags.FlagValues) -> str:

@@ -12,6 +12,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / 'jaxllm'
 # Floors from the ground up; rooms of one floor do not import each other, except where a later set
 # of the same floor stands for rooms that may import the earlier ones.
 FLOORS: list[set[str]] = [
+  {'versions'},
   {'mistakes'},
   {'config'},
   {'sharding', 'storage'},

@@ -22,6 +22,8 @@ import time
 
 from absl import app, flags
 
+from jaxllm import versions
+
 ONLY = flags.DEFINE_list('only', None, 'A part of the rows: FILE.py:VARIANT or PRESET@SLICE.')
 OUTPUT = flags.DEFINE_string('output', 'runs/tpu_compile.json', 'Where the JSON goes.')
 WORKER = flags.DEFINE_string('worker', None, 'Internal: the row to compile here.')
@@ -49,6 +51,9 @@ def main(_) -> None:
     compile_row = compile_decoding if WORKER.value in DECODED else compile_step
     print('RESULT ' + json.dumps(compile_row(WORKER.value)))
     return
+  if wrong := versions.mismatch():
+    print(f'error: {wrong}', file=sys.stderr)
+    sys.exit(2)
   path = pathlib.Path(OUTPUT.value)
   path.parent.mkdir(parents=True, exist_ok=True)
   rows = json.loads(path.read_text()) if path.exists() and ONLY.value else {}
