@@ -6,11 +6,14 @@ jaxllm, and from any of these to a Hugging Face directory or to exported program
 some.
 """
 
+import os
+
 from jaxllm import config
 
 FLAGS = config.Flags()
 SOURCE = FLAGS.string(
-  'source', None, 'A workdir, a Hugging Face directory, a .gguf file, or hf:NAME of the hub.',
+  'source', None, 'A workdir, a Hugging Face directory, a .gguf file, hf:NAME of the hub, or '
+  'exported programs, which are made anew.',
   required=True,
 )
 TARGET = FLAGS.string('target', None, 'The new directory.', required=True)
@@ -32,7 +35,7 @@ BUCKETS = FLAGS.list(
 
 
 def main(_) -> None:  # noqa: D103
-  from jaxllm.interop import conversion, sources
+  from jaxllm.interop import conversion, exported, sources
 
   if FORMAT.value == 'peft':
     _write_adapters()
@@ -41,22 +44,24 @@ def main(_) -> None:  # noqa: D103
     raise ValueError(f'--buckets={",".join(BUCKETS.value)}: numbers with commas between are needed')
   buckets = [int(length) for length in BUCKETS.value]
   conversion.check_target(TARGET.value, FORMAT.value)
-  sources.check_exists(SOURCE.value, REVISION.value)
-  if sources.is_foreign(SOURCE.value):
-    source = sources.open_model(SOURCE.value, REVISION.value, IGNORE_AUTO_MAP.value)
+  origin = exported.source_of(SOURCE.value)
+  sources.check_exists(origin, REVISION.value)
+  if sources.is_foreign(origin):
+    source = sources.open_model(origin, REVISION.value, IGNORE_AUTO_MAP.value)
     report = conversion.from_source(
       source, TARGET.value, FORMAT.value, DTYPE.value, buckets, MESH.value)
   else:
     from jaxllm import loading
     from jaxllm.interop import peft
 
-    loading.describe(SOURCE.value)
+    loading.describe(origin)
     if FORMAT.value == 'jaxllm':
       raise ValueError(f'--source={SOURCE.value} is a checkpoint of jaxllm already; choose another '
                        '--format')
-    stored = 'float32' if peft.base_model(SOURCE.value) else None
-    loaded = loading.load(SOURCE.value, MESH.value, stored)
-    report = conversion.from_model(loaded, TARGET.value, FORMAT.value, DTYPE.value, buckets)
+    stored = 'float32' if peft.base_model(origin) else None
+    loaded = loading.load(origin, MESH.value, stored)
+    report = conversion.from_model(
+      loaded, TARGET.value, FORMAT.value, DTYPE.value, buckets, os.path.abspath(origin))
   proof = report['proof']
   print(f'{TARGET.value}: {FORMAT.value}, proven on {len(proof["prompt_ids"])} tokens')
   if 'max_abs_error' in proof:

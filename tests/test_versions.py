@@ -42,7 +42,8 @@ def test_what_fits_is_not_told(install, packages):
   ({**NEW, 'libtpu': '0.0.42.1'}, 'needs 0.0.52.* or 0.0.50.*: pip install'),
   ({**NEW, 'jax-cuda12-plugin': '0.11.2'},
    "jax-cuda12-plugin 0.11.2 does not fit jaxlib 0.12.0.1: pip install 'jax[cuda12]==0.12.0.1'"),
-  ({**NEW, 'flax': '0.12.8'}, "flax 0.12.8 cannot be used with jax 0.12.0.1: pip install --upgrade"),
+  ({**NEW, 'flax': '0.12.8'},
+   "flax 0.12.8 cannot be used with jax 0.12.0.1: pip install --upgrade 'flax>=0.12.9'"),
 ])
 def test_a_wrong_pair_is_one_sentence(install, monkeypatch, packages, said):
   install(packages)
