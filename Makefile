@@ -111,3 +111,4 @@ upgrade:
 	    --extra=dev --extra=tasks --extra=demo --extra=notebooks --extra=parity --extra=build \
 	    --output-file=requirements/py$$(echo $$version | tr -d .).txt || exit 1; \
 	done
+	rm -r .venv-uv

@@ -6,6 +6,11 @@ A directory holds one subdirectory per step, with the items `state` (arrays, see
 - Writing: `open_store`, `save`, `save_best`, `check`, `wait`, `close`; `save_converted`.
 - Reading a run's own state: `latest_step`, `best_step`, `restore`.
 - Reading a model from a path: `find_step`, `read_bundle`, `restore_params`.
+
+Orbax's v1 interface (0.12.8) reads and writes the same files, but needs a registered handler where
+the bundle is to stay JSON, drives the same manager through a private attribute, and takes its
+options by keywords that it already calls deprecated. It replaces nothing of ours and saves no code;
+1.0, which makes it the top level, is the time to move.
 """
 
 import contextlib
