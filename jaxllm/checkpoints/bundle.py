@@ -57,8 +57,7 @@ def from_dict(fields: Mapping[str, Any]) -> Bundle:
   if fields.get('format') != FORMAT:
     raise ValueError(
       f'the bundle of this checkpoint has format {fields.get("format")!r}, this version of jaxllm '
-      f'reads format {FORMAT}; use the version that wrote it'
-    )
+      f'reads format {FORMAT}; use the version that wrote it')
   try:
     files = {str(name): base64.b64decode(text, validate=True)
              for name, text in fields['tokenizer_files'].items()}

@@ -149,17 +149,8 @@ def save_best(
 ) -> None:
   """Save the best state so far, and mark it so: it is kept, and what `find_step` finds.
 
-  Returns once it is on disk; until then the best one before is kept too.
-
-  Args:
-    store: from `open_store`.
-    step: its number.
-    state: as in `save`.
-    bundle: as in `save`.
-    facts: JSON-able, what it is the best by.
-
-  Raises:
-    CheckpointError: as in `save`.
+  Returns once it is on disk; until then the best one before is kept too. Arguments and errors as in
+  `save`; `facts`, JSON-able, say what it is the best by.
   """
   store.kept.add(step)
   save(store, step, state, bundle)
@@ -174,14 +165,10 @@ def mark_best(store: Store, step: int | None, facts: Mapping[str, Any]) -> None:
   store.kept.update(wanted)
   if jax.process_index() == 0:
     if wanted:
-      _write_best(store, {'step': step, **facts})
+      storage.write_file(store.directory / BEST, json.dumps({'step': step, **facts}) + '\n')
     else:
       (store.directory / BEST).unlink(missing_ok=True)
   sharding.barrier('the best checkpoint is marked')
-
-
-def _write_best(store: Store, facts: Mapping[str, Any]) -> None:
-  storage.write_file(store.directory / BEST, json.dumps(facts) + '\n')
 
 
 def best_step(directory: str | os.PathLike[str]) -> int | None:
@@ -238,8 +225,7 @@ def committed_steps(directory: str | os.PathLike[str]) -> list[int]:
     return []
   return sorted(
     int(entry.name) for entry in path.iterdir()
-    if entry.name.isdecimal() and (entry / COMMIT_MARKER).exists()
-  )
+    if entry.name.isdecimal() and (entry / COMMIT_MARKER).exists())
 
 
 def latest_step(store: Store) -> int | None:
@@ -399,8 +385,7 @@ def _stored_leaves(step: epath.Path) -> dict[str, jax.ShapeDtypeStruct]:
     metadata = ocp.PyTreeCheckpointHandler().metadata(step / STATE).tree
   return {
     path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-    for path, leaf in tree.flatten(metadata).items()
-  }
+    for path, leaf in tree.flatten(metadata).items()}
 
 
 def _check_same(expected: Mapping[str, Any], stored: Mapping[str, Any], step: epath.Path) -> None:
@@ -408,8 +393,7 @@ def _check_same(expected: Mapping[str, Any], stored: Mapping[str, Any], step: ep
   if lines:
     raise ValueError(
       f'the checkpoint {step} does not fit: {len(lines)} leaves differ\n{tree.listing(lines)}\n'
-      'Use the config that it was saved with, or another directory.'
-    )
+      'Use the config that it was saved with, or another directory.')
 
 
 def _read(step: epath.Path, leaves: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
@@ -443,8 +427,7 @@ def _failed(store: Store, error: Exception) -> CheckpointError:
   kept = 'no older checkpoint exists' if last is None else f'the checkpoint of step {last} is whole'
   return CheckpointError(
     f'saving step {step} to {store.directory} failed: {_reason(error)}\n'
-    f'Check the space and the permissions there; {kept}.'
-  )
+    f'Check the space and the permissions there; {kept}.')
 
 
 def _reason(error: Exception) -> str:

@@ -33,13 +33,8 @@ def overlaps(
 
   Words are compared in lower case without punctuation. A text without words overlaps nothing.
 
-  Args:
-    evaluation: texts to look for.
-    training: where to look.
-    num_words: n, words of an n-gram.
-
   Returns:
-    One overlap per evaluation text.
+    One overlap per evaluation text, by n-grams of `num_words` words.
 
   Reference:
     Brown et al., Language Models are Few-Shot Learners, arXiv 2005.14165, appendix C (n = 13).

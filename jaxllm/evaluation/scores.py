@@ -47,15 +47,9 @@ class Metric(NamedTuple):
 
 
 def score(name: str, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
-  """Score predictions by one of `METRICS`.
+  """Return the named numbers of one of `METRICS`, of a prediction and a reference per example.
 
-  Args:
-    name: of the metric; what it takes as prediction and reference is said at its function.
-    predictions: one per example.
-    references: one per example.
-
-  Returns:
-    Named numbers.
+  What a metric takes as prediction and reference is said at its function.
 
   Raises:
     ValueError: unknown name, no examples, unequal lengths, or no token to measure.
@@ -81,15 +75,9 @@ def rows(name: str, predictions: Sequence[Any], references: Sequence[Any]) -> np
 def confusion_matrix(
   predictions: Sequence[Any], references: Sequence[Any], labels: Sequence[Any]
 ) -> np.ndarray:
-  """Count (reference, prediction) pairs.
+  """Count (reference, prediction) pairs: int64 (C, C), row = reference, column = prediction.
 
-  Args:
-    predictions: a label per example; anything outside `labels` is left out.
-    references: the true label per example.
-    labels: the order of rows and columns.
-
-  Returns:
-    int64 (C, C): row = reference, column = prediction.
+  `labels` are the order of rows and columns; predictions outside of them are left out.
   """
   counts = collections.Counter(zip(references, predictions, strict=True))
   return np.array([[counts[row, column] for column in labels] for row in labels], np.int64)
@@ -225,8 +213,7 @@ def _sacrebleu_metric(class_name: str, key: str) -> Metric:
     texts = [_texts(reference) for reference in references]
     # sacrebleu wants a stream per reference number; None stands for one that is not there.
     streams = [
-      [text[i] if i < len(text) else None for text in texts] for i in range(max(map(len, texts)))
-    ]
+      [text[i] if i < len(text) else None for text in texts] for i in range(max(map(len, texts)))]
     # The seam that sacrebleu's own significance tests use.
     rows = _sacrebleu(class_name)._extract_corpus_statistics(predictions, streams)
     return np.asarray(rows, float)

@@ -68,8 +68,7 @@ def bootstrap(
   single = metric.values(rows_IM)
   return {
     key: Interval(float(value), *_interval(metric, key, single[key], resampled[key], level, 0.0))
-    for key, value in metric.values(rows_IM.sum(0)).items()
-  }
+    for key, value in metric.values(rows_IM.sum(0)).items()}
 
 
 def compare(
@@ -82,17 +81,8 @@ def compare(
   randomisation: how often the difference is at least as large when each example's two predictions
   change sides at random; it is two-sided and never below 1 / (R + 1).
 
-  Args:
-    name: of one of `scores.METRICS`.
-    predictions: of the system, one per example.
-    baseline_predictions: of the baseline, one per example.
-    references: one per example.
-    num_resamples: R.
-    level: probability mass of the interval.
-    seed: the same seed gives the same result.
-
-  Raises:
-    ValueError: as `scores.score`.
+  Arguments and errors as in `bootstrap`; `baseline_predictions` are those of the baseline, one per
+  example.
 
   Reference:
     Noreen, Computer-Intensive Methods for Testing Hypotheses, 1989; Riezler and Maxwell, On Some

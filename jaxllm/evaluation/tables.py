@@ -103,8 +103,7 @@ def as_json(lines: Sequence[Line]) -> dict[str, Any]:
       **({} if line.comparison is None
          else {'baseline': line.baseline, 'comparison': line.comparison._asdict()}),
     }
-    for line in lines
-  }
+    for line in lines}
 
 
 def number(value: float) -> str:

@@ -34,12 +34,7 @@ class Chunk:
 class Batch:
   """Rows of a cache that many requests share; compiles all programs when it is made.
 
-  Args of the constructor:
-    model: with its variables.
-    num_slots: number of rows.
-    context_length: tokens that each can hold.
-    chunk: tokens of a whole chunk of a prompt.
-    cache_dtype: of keys and values; the model's by default.
+  Each of `num_slots` rows holds `context_length` tokens; a whole chunk of a prompt has `chunk`.
   """
 
   def __init__(
@@ -62,10 +57,6 @@ class Batch:
     """How many programs were compiled since the batch was made, its own included."""
     return programs.compilation_count() - self._compiled_before
 
-  def chunk_size(self, length: int, prefilled: int) -> int:
-    """Return how many tokens the next chunk of a prompt takes, padding included."""
-    return chunk_size(length, prefilled, self.chunk, self.small)
-
   def start(self, row: int, request: Request, reuse: bool) -> int:
     """Give a free row to a request, and `reuse` keys and values that the cache has of its prompt.
 
@@ -85,7 +76,7 @@ class Batch:
 
   def prefill(self, row: int, prompt: Sequence[int], start: int) -> Chunk:
     """Prefill the chunk of a row's prompt that begins at `start`."""
-    size = self.chunk_size(len(prompt), start)
+    size = chunk_size(len(prompt), start, self.chunk, self.small)
     end = min(start + size, len(prompt))
     self._state, hidden_TD = programs.prefill_chunk(
       self._model, self._variables, self._state, np.int32(row), _padded(prompt[start:], size),
@@ -177,13 +168,9 @@ def _padded(tokens: Sequence[int], size: int) -> np.ndarray:
 
 
 def chunk_size(length: int, prefilled: int, chunk: int, small: int) -> int:
-  """Return the size of the program that prefills the next tokens of a prompt.
+  """Return how many tokens of a prompt are prefilled next, padding included.
 
-  Args:
-    length: tokens of the prompt.
-    prefilled: tokens that are in the cache.
-    chunk: size of whole chunks.
-    small: size for what is left where a whole chunk would be half empty.
+  A whole `chunk`, or `small` where that would be half empty.
   """
   on_grid = prefilled % chunk == 0
   return chunk if on_grid and 2 * (length - prefilled) > chunk else small

@@ -23,7 +23,7 @@ from jaxllm.generation.sampling import SamplingConfig, make_requests
 from jaxllm.generation.text import TextPiece
 from jaxllm.model import Model
 from jaxllm.serving import programs
-from jaxllm.serving.batch import Batch, choose_row, pairs
+from jaxllm.serving.batch import Batch, choose_row, chunk_size, pairs
 from jaxllm.serving.streams import (
   ClosedError,
   Embedding,
@@ -89,10 +89,6 @@ class Engine:
   """Serves one model to many clients. All methods are thread-safe and, but `close`, never block.
 
   The constructor compiles every program, then starts the thread.
-
-  Args of the constructor:
-    model: from `loading`.
-    config: sizes.
 
   Raises:
     ValueError: the model's context is shorter than the config's.
@@ -278,7 +274,8 @@ class Engine:
         row.prefilled = self._batch.start(row.slot, row.request, row.reuse)
         self._counts['prefix_hit_tokens'] += row.prefilled
         self._counts['prompt_tokens'] += len(row.request.prompt)
-      left -= self._batch.chunk_size(len(row.request.prompt), row.prefilled)
+      left -= chunk_size(
+        len(row.request.prompt), row.prefilled, self._batch.chunk, self._batch.small)
       if left < 0:
         return
       chunk = self._batch.prefill(row.slot, row.request.prompt, row.prefilled)

@@ -28,12 +28,7 @@ CONTENT_TYPE = 'text/plain; version=0.0.4; charset=utf-8'
 
 
 class Metrics:
-  """What a server has done since its start; thread-safe.
-
-  Args of the constructor:
-    engine: whose statistics are told, of the moment.
-    num_active: returns how many requests are worked on.
-  """
+  """What a server has done since its start, and its engine's statistics now; thread-safe."""
 
   def __init__(self, engine: Engine, num_active: Callable[[], int]):
     self._registry = CollectorRegistry()
@@ -94,14 +89,7 @@ _LOG = logging.getLogger('jaxllm.serving')
 
 
 class RequestMiddleware:
-  """Check, count and log every request, and answer its errors.
-
-  Args of the constructor:
-    router: the routes.
-    keys: see `access_error`.
-    hosts: see there.
-    metrics: counts requests.
-  """
+  """Check every request by `access_error`, count and log it, and answer its errors."""
 
   def __init__(self, router: Router, keys: Keys, hosts: Sequence[str] | None, metrics: Metrics):
     # Starlette's own app would raise an error again for the server to log, prompt and all.

@@ -65,11 +65,8 @@ class Delta:
 class Choice:
   """Turns the pieces of one row into deltas.
 
-  Args of the constructor:
-    names: of tokens.
-    index: number of the choice.
-    echo: the text of the prompt, where the choice begins with it.
-    scored: whether log-probabilities are wanted, those of an echoed prompt among them.
+  `echo` is the text of the prompt, where the choice begins with it; `scored` is whether
+  log-probabilities are wanted, those of an echoed prompt among them.
   """
 
   def __init__(self, names: Names, index: int, echo: str | None, scored: bool):
@@ -113,14 +110,7 @@ class Choice:
 
 
 class Answer:
-  """The answer to a request, while it grows.
-
-  Args of the constructor:
-    request: what was asked for.
-    names: of tokens.
-    echoes: the text that each choice begins with, if any.
-    prompt_tokens: of all prompts, each counted once.
-  """
+  """The answer to a request, while it grows; see `Choice`. Each prompt is counted once."""
 
   def __init__(self, request: GenerationRequest, names: Names, echoes: Sequence[str | None],
                prompt_tokens: int):

@@ -43,14 +43,7 @@ class Plan:
 
 
 class Service:
-  """A model and what may be asked of it.
-
-  Args of the constructor:
-    model: from `loading`.
-    engine: generates and embeds.
-    name: of the model, as clients know it.
-    limits: what is accepted.
-  """
+  """A model, by the name that clients know, and what may be asked of it."""
 
   def __init__(self, model: Model, engine: Engine, name: str, limits: LimitsConfig):
     self.engine, self.name, self.tokenizer = engine, name, model.tokenizer

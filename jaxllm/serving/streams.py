@@ -53,11 +53,8 @@ class Request(sampling.Request):
 class RequestStream:
   """Text of requests that were submitted together: `async for piece in stream`, by one listener.
 
-  Nothing is lost while nobody listens. A listener that goes away cancels the requests.
-
-  Args of the constructor:
-    num_rows: number of the requests; `TextPiece.row` says to which one a piece belongs.
-    on_cancel: tells the engine to look for cancelled requests.
+  Nothing is lost while nobody listens. A listener that goes away cancels the requests, which
+  `on_cancel` tells the engine.
   """
 
   def __init__(self, num_rows: int, on_cancel: Callable[[], None]):

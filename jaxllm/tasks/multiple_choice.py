@@ -22,8 +22,7 @@ class MultipleChoice(base.CompletionConfig):
   kind: Literal['multiple_choice'] = 'multiple_choice'
   """'multiple_choice'."""
   data: RecordsConfig = RecordsConfig(
-    sources=(RecordSource(location='package:stdlib-choices'),), group='question'
-  )
+    sources=(RecordSource(location='package:stdlib-choices'),), group='question')
   """Records with `question`, `choices` (texts) and `answer`: its number from 0, its text, or its
   letter. Or with ARC's `choices` ({'text', 'label'}) and `answerKey`, the label of one."""
   prompt: str = '{question}\nAnswer:'

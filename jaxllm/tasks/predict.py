@@ -88,16 +88,13 @@ def predict(
     answer = _classify
   answers = answer(config, examples, model, batch_size)
   return [
-    task.read(config, example, answer) for example, answer in zip(examples, answers, strict=True)
-  ]
+    task.read(config, example, answer) for example, answer in zip(examples, answers, strict=True)]
 
 
 def log_likelihoods(model: Model, sequences: Sequence[Tokens]) -> list[float]:
   """Return the weighted log-likelihood of each sequence, in nats.
 
-  Args:
-    model: what scores.
-    sequences: one longer than the context loses the start of what has no weight.
+  One that is longer than the context loses the start of what has no weight.
   """
   context_length = model.config.max_length
   fitting = [truncate(s, context_length, 'start') or Tokens([0], [0]) for s in sequences]
@@ -211,8 +208,7 @@ def _choose(
       num_tokens=tuple(sum(map(bool, sequences[i].weights)) for i in first),
       neutral_log_likelihoods=tuple(found[i] for i in second),
     )
-    for first, second in zip(plain, neutral, strict=True)
-  ]
+    for first, second in zip(plain, neutral, strict=True)]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -268,5 +264,4 @@ def _measure(
       unpredicted_bytes=sum(len(model.tokenizer.id_bytes[one.ids[0]])
                             for one in several if any(one.weights[:1])),
     )
-    for several in encoded
-  ]
+    for several in encoded]

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxllm.tasks import base, chat, conversations, fields
+from jaxllm.tasks import base, chat, fields
 from jaxllm.tasks.chat import ChatTemplate
 from jaxllm.tasks.records import RecordsConfig, RecordSource
 
@@ -21,8 +21,7 @@ class Preference(base.CompletionConfig):
   kind: Literal['preference'] = 'preference'
   """'preference'."""
   data: RecordsConfig = RecordsConfig(
-    sources=(RecordSource(location='package:stdlib-preferences'),), group='prompt'
-  )
+    sources=(RecordSource(location='package:stdlib-preferences'),), group='prompt')
   """Records with `prompt`, `chosen` and `rejected`: texts, or messages, of which the latter two may
   begin with the prompt."""
   prompt: str = '{prompt}\nAnswer:'
@@ -63,8 +62,7 @@ def examples(
   said = [one.segments[len(base.prompt_of(one.segments))].text for one in written]
   return [
     base.Example(written[i].segments, 0, record, (said[i], said[i + len(records)]))
-    for i, record in enumerate(records)
-  ]
+    for i, record in enumerate(records)]
 
 
 def rejected(example: base.Example) -> base.Example:
@@ -84,8 +82,8 @@ def shape(config: Preference, record: base.Record) -> base.Record:
   before = []
   for name in ('chosen', 'rejected'):
     value = [record[name]] if isinstance(record.get(name), dict) else record.get(name)
-    if conversations.are_messages(value):
-      *start, last = conversations.messages(value, name)
+    if chat.are_messages(value):
+      *start, last = chat.messages(value, name)
       if last['role'] != 'assistant':
         raise fields.refused(last['role'], f'{name}[-1].role', 'the assistant, who answers')
       before.append(start)
@@ -95,13 +93,13 @@ def shape(config: Preference, record: base.Record) -> base.Record:
     if len(before) < 2 or before[0] != before[1]:
       raise ValueError("fields 'chosen' and 'rejected' differ before their last messages; expected "
                        'two answers to one prompt')
-    if prompt is not None and conversations.turns(prompt, 'prompt', 'user') not in (
+    if prompt is not None and chat.turns(prompt, 'prompt', 'user') not in (
         before[0], before[0][-1:]):
       raise fields.refused(prompt, 'prompt', "what 'chosen' and 'rejected' begin with")
     prompt = before[0]
-  start = [] if config.template is None else conversations.opening(record)
+  start = [] if config.template is None else chat.opening(record)
   if start and prompt is not None and (
-      said := conversations.turns(prompt, 'prompt', 'user'))[:1] != start:
+      said := chat.turns(prompt, 'prompt', 'user'))[:1] != start:
     prompt = start + said
   return {**record, **found, **({} if prompt is None else {'prompt': prompt})}
 
@@ -114,6 +112,6 @@ def read(config: Preference, example: base.Example, answer: base.Answer) -> base
 
 TASK = base.Task(
   Preference, 'choose',
-  {'prompt': conversations.asked, 'chosen': fields.text, 'rejected': fields.text},
+  {'prompt': chat.asked, 'chosen': fields.text, 'rejected': fields.text},
   example, read, {'accuracy': itemgetter('choice')}, shape=shape, by_template=examples,
 )

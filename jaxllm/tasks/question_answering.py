@@ -24,8 +24,7 @@ class QuestionAnswering(base.CompletionConfig):
   kind: Literal['question_answering'] = 'question_answering'
   """'question_answering'."""
   data: RecordsConfig = RecordsConfig(
-    sources=(RecordSource(location='package:chatterbot-corpus/english'),), group='question'
-  )
+    sources=(RecordSource(location='package:chatterbot-corpus/english'),), group='question')
   """Records with `question`, `answers` (accepted texts, none: unanswerable, of which the first is
   trained on; also as {'text': texts}) and maybe `context`."""
   prompt: str = '{context}\nQuestion: {question}\nAnswer:'

@@ -51,12 +51,9 @@ def select(
 
 
 def in_format_of(config: Any, own: Any) -> Any:
-  """Return a task with the prompt that a model was fine-tuned on, and its own data.
+  """Return a task with the prompt of the task `own` that a model was fine-tuned on.
 
-  Args:
-    config: of the task.
-    own: the task that the model was fine-tuned on; of another kind, or with other labels, it says
-      nothing about `config`.
+  A task of another kind, or with other labels, says nothing about `config`, which then stays.
   """
   if own is None or own.kind != config.kind:
     return config
@@ -85,8 +82,7 @@ def _read(location: str) -> dict[str, Any]:
     kinds = [str(item.get('kind')) if isinstance(item, dict) else str(item) for item in content]
     content = {
       f'{kind}_{i}' if kinds.count(kind) > 1 else kind: item
-      for i, (kind, item) in enumerate(zip(kinds, content, strict=True), start=1)
-    }
+      for i, (kind, item) in enumerate(zip(kinds, content, strict=True), start=1)}
   if not isinstance(content, dict) or not content:
     raise ValueError(f'--tasks={location}: expected the config of a task, a list of them, or an '
                      'object of them by name')

@@ -19,8 +19,7 @@ class Summarization(base.CompletionConfig):
   kind: Literal['summarization'] = 'summarization'
   """'summarization'."""
   data: RecordsConfig = RecordsConfig(
-    sources=(RecordSource(location='package:stdlib'),), group='document'
-  )
+    sources=(RecordSource(location='package:stdlib'),), group='document')
   """Records with `document` and `summary`, a text or several to score against, of which the first
   is trained on."""
   prompt: str = '{document}\nSummary:'

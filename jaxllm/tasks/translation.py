@@ -29,8 +29,7 @@ class Translation(base.CompletionConfig):
   kind: Literal['translation'] = 'translation'
   """'translation'."""
   data: RecordsConfig = RecordsConfig(
-    sources=(RecordSource(location='package:gettext/de'),), group='source'
-  )
+    sources=(RecordSource(location='package:gettext/de'),), group='source')
   """Records with `source` and `target`, a text or several to score against, of which the first is
   trained on; where languages vary also `source_language` and `target_language`. Or with
   `translation`, texts by code, among them these two."""
@@ -53,8 +52,7 @@ def example(config: Translation, record: base.Record) -> base.Example:
   languages = {
     field: LANGUAGES.get(name, name)
     for field in ('source_language', 'target_language')
-    if (name := record.get(field) or getattr(config, field))
-  }
+    if (name := record.get(field) or getattr(config, field))}
   target = record.get('target')
   return base.written(config, record, target, **languages, target=fields.first(target or ''))
 

@@ -20,6 +20,7 @@ from jaxllm.models import decoder
 from jaxllm.models.decoder import Decoder, DecoderConfig
 from jaxllm.models.linear import InitializerConfig
 from jaxllm.models.positions import LearnedPositions
+from jaxllm.serving.batch import chunk_size
 from jaxllm.serving.engine import Engine, EngineConfig
 from jaxllm.serving.streams import ClosedError, FailedError, QueueFullError, Request
 
@@ -318,7 +319,8 @@ def test_a_long_prompt_does_not_stall_and_a_silent_listener_does_not_either(monk
     steps = []
     prefill, decode = engine._batch.prefill, engine._batch.decode_step
     monkeypatch.setattr(engine._batch, 'prefill', lambda row, prompt, start: (
-      steps.append(engine._batch.chunk_size(len(prompt), start)) or prefill(row, prompt, start)))
+      steps.append(chunk_size(len(prompt), start, engine._batch.chunk, engine._batch.small))
+      or prefill(row, prompt, start)))
     monkeypatch.setattr(
       engine._batch, 'decode_step', lambda *args: steps.append(0) or decode(*args))
 
