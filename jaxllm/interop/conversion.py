@@ -10,7 +10,7 @@ import functools
 import hashlib
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,8 +34,14 @@ from jaxllm.models.decoder import Decoder, DecoderConfig
 from jaxllm.sharding import Placement
 
 NAME = 'conversion_report.json'
-# Of the largest logit, or of 1 where that is larger: rounding of float32 sums through all layers.
-BOUND = 2e-4
+# How far the logits of a position may be off. BOUND times the largest of all, or 1 where that is
+# larger, is what rounding of float32 sums adds up to through all layers of most models. Positions
+# of some models magnify it: one of SmolLM2's is off by 50 times as much as the others. How much is
+# measured where BOUND does not suffice, by the reference in float32 against itself in float64. Ours
+# rounds as often, in another order, so that its error is of the same size: 3.4 times as large at
+# that position of SmolLM2, 1 to 5 times at the others; GROWTH leaves some room. A wrong weight,
+# scale or position moves both runs of the reference alike, and stays an error.
+BOUND, GROWTH = 2e-4, 8
 PROMPT_LENGTH = 24
 
 
@@ -61,13 +67,13 @@ def logits(
 
 
 def prove(
-  reference_TV: np.ndarray, config: DecoderConfig, variables: Mapping[str, Any], ids: list[int],
-  placement: Placement | None = None,
+  reference: Callable[..., np.ndarray], config: DecoderConfig, variables: Mapping[str, Any],
+  ids: list[int], placement: Placement | None = None,
 ) -> dict[str, Any]:
   """Compare a model's logits with the reference's.
 
   Args:
-    reference_TV: from `Source.reference`, for `ids`.
+    reference: returns logits of `ids`, computed in the dtype of its argument `dtype`.
     config: of the converted model.
     variables: its variables.
     ids: the prompt.
@@ -80,26 +86,32 @@ def prove(
     ConversionError: they differ by more than the bound.
   """
   ours_TV = logits(config, variables, ids, placement).astype(np.float64)
-  theirs_TV = reference_TV.astype(np.float64)
-  error = float(np.abs(ours_TV - theirs_TV).max())
-  bound = BOUND * max(1.0, float(np.abs(theirs_TV).max()))
+  theirs_TV = reference(dtype=np.float32).astype(np.float64)
+  bound_T = np.full(len(ids), BOUND * max(1.0, float(np.abs(theirs_TV).max())))
+  if not (np.abs(ours_TV - theirs_TV).max(-1) <= bound_T).all():
+    exact_TV = reference(dtype=np.float64)
+    bound_T = np.maximum(bound_T, GROWTH * np.abs(theirs_TV - exact_TV).max(-1))
+    theirs_TV = exact_TV
+  error_T = np.abs(ours_TV - theirs_TV).max(-1)
+  worst = int((error_T / bound_T).argmax())
   logp_TV, logq_TV = _log_softmax(theirs_TV), _log_softmax(ours_TV)
   best_T2 = np.sort(theirs_TV, axis=-1)[:, -2:]
   # Where the two best are closer than rounding, either may come first.
-  tied_T = best_T2[:, -1] - best_T2[:, 0] <= 2 * bound
+  tied_T = best_T2[:, -1] - best_T2[:, 0] <= 2 * bound_T
   same_T = (ours_TV.argmax(-1) == theirs_TV.argmax(-1)) | tied_T
   figures = {
     'prompt_ids': ids,
-    'max_abs_error': error,
-    'bound': bound,
+    'max_abs_error': float(error_T[worst]),
+    'bound': float(bound_T[worst]),
     'max_abs_logit': float(np.abs(theirs_TV).max()),
     'kl_divergence': float((np.exp(logp_TV) * (logp_TV - logq_TV)).sum(-1).max()),
     'top1_agreement': float(same_T.mean()),
   }
-  if not np.isfinite(error) or error > bound or not same_T.all():
+  if not (error_T <= bound_T).all() or not same_T.all():
     raise ConversionError(
-      f'the converted model does not compute what its source does: logits differ by {error:.3g} '
-      f'(bound {bound:.3g}), top-1 agreement {100 * same_T.mean():.1f}%'
+      'the converted model does not compute what its source does: logits differ by '
+      f'{error_T[worst]:.3g} (bound {bound_T[worst]:.3g}), top-1 agreement '
+      f'{100 * same_T.mean():.1f}%'
     )
   return figures
 
@@ -174,12 +186,12 @@ def from_source(
                 family=source.form.model_type, placement=where)
   ids = fixed_prompt(model.config)
   # The reference sees the numbers as rounded as the result will have them.
-  reference_TV = source.reference(ids, weights.DTYPES[dtype or 'float32'])
+  reference = functools.partial(source.reference, ids, weights.DTYPES[dtype or 'float32'])
   with storage.replaced(path) as partial:
     result = _write(model, source.files, None, partial, form, buckets, {'source': source.path})
-    proof = prove(reference_TV, result.config, result.variables, ids, where)
+    proof = prove(reference, result.config, result.variables, ids, where)
     if form == 'exported':
-      _check_program(partial, ids, reference_TV)
+      _check_program(partial, ids, result)
     summary = describe(source, dtype, proof) | {'format': form}
     (partial / NAME).write_bytes(tokenizer_export.json_bytes(summary))
   return summary
@@ -209,15 +221,12 @@ def from_model(
       # What was written, read independently, against the model that it was written from; and
       # against what is read back.
       written = huggingface.open_model(partial)
-      reference_TV = written.reference(ids, np.dtype(np.float32))
-      prove(reference_TV, again.config, again.variables, ids, model.placement)
-      proof = prove(
-        reference_TV, model.config, model.variables, ids, model.placement)
+      reference = functools.cache(functools.partial(written.reference, ids, np.float32))
+      prove(reference, again.config, again.variables, ids, model.placement)
+      proof = prove(reference, model.config, model.variables, ids, model.placement)
       summary |= describe(written, dtype, proof) | {'source': 'a checkpoint of jaxllm'}
     else:
-      logits_TV = logits(model.config, model.variables, ids, model.placement)
-      _check_program(partial, ids, logits_TV)
-      summary['proof'] = {'prompt_ids': ids, 'next_token': int(logits_TV[-1].argmax())}
+      summary['proof'] = {'prompt_ids': ids, 'next_token': _check_program(partial, ids, model)}
     (partial / NAME).write_bytes(tokenizer_export.json_bytes(summary))
   return summary
 
@@ -262,13 +271,14 @@ def _write(
   return model
 
 
-def _check_program(directory: pathlib.Path, ids: list[int], logits_TV: np.ndarray) -> None:
-  """Check that an exported program continues the prompt with the likeliest token."""
+def _check_program(directory: pathlib.Path, ids: list[int], model: Model) -> int:
+  """Check that an exported program continues the prompt as its model does; return the token."""
   artefact = exported_runner.load(directory)
   artefact['manifest']['stop_ids'] = []
   ids = ids[: artefact['manifest']['buckets'][-1]]
-  best = int(logits_TV[len(ids) - 1].argmax())
+  best = int(logits(model.config, model.variables, ids, model.placement)[-1].argmax())
   (token,) = exported_runner.generate(artefact, ids, 1)
   if token != best:
     raise ConversionError(f'the exported program continues the fixed prompt with {token}, '
                           f'expected {best}')
+  return best

@@ -101,10 +101,9 @@ def open_model(path: str | os.PathLike[str]) -> Source:
   if unread:
     logging.warning('%s: nothing is made of %s', path, ', '.join(unread))
 
-  def logits(ids: list[int], dtype: np.dtype) -> np.ndarray:
+  def logits(ids: list[int], rounded: Any, dtype: Any = np.float32) -> np.ndarray:
     return reference.logits(
-      content, lambda name: gguf_file.data(found[name]).astype(dtype), ids, gguf=True
-    )
+      content, lambda name: gguf_file.data(found[name]).astype(rounded), ids, dtype, gguf=True)
 
   return Source(str(path), form, config, keys, slots, tensors, ignored, unread, files, logits)
 

@@ -68,8 +68,9 @@ def open_model(directory: str | os.PathLike[str], ignore_auto_map: bool = False)
     _check_tied(form, tensors, weights.stored(found[match.head]))
   files = _checked_files(path, keys.data, config, ignore_auto_map)
 
-  def logits(ids: list[int], dtype: np.dtype) -> np.ndarray:
-    return reference.logits(keys.data, lambda name: tensors[name].array().astype(dtype), ids)
+  def logits(ids: list[int], rounded: Any, dtype: Any = np.float32) -> np.ndarray:
+    return reference.logits(
+      keys.data, lambda name: tensors[name].array().astype(rounded), ids, dtype)
 
   unread = tuple(sorted(set(keys.data) - keys.read))
   return Source(str(path), form, config, keys.data, tuple(slots), tensors, ignored, unread,

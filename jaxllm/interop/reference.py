@@ -87,21 +87,27 @@ class _Spec:
   embed_factor: float = 1.0
 
 
-def logits(keys: Keys, get: Get, ids: list[int], gguf: bool = False) -> np.ndarray:
-  """Return float32 logits (T, V) of the next token after each of `ids`.
+def logits(
+  keys: Keys, stored: Get, ids: list[int], dtype: Any = np.float32, gguf: bool = False
+) -> np.ndarray:
+  """Return logits (T, V) of the next token after each of `ids`.
 
   Args:
     keys: config.json, or the metadata of a GGUF file.
-    get: returns a tensor by its name as it is stored, floats of any size; raises a KeyError where
-      there is none.
+    stored: returns a tensor as it is stored by its name, floats of any size; raises a KeyError
+      where there is none.
     ids: T token ids.
+    dtype: float32 or float64, in which all is computed.
     gguf: whether keys, names and layout are those of GGUF files.
   """
+  def get(name: str, rows: Any = slice(None)) -> np.ndarray:
+    return stored(name)[rows].astype(dtype)
+
   spec = _from_metadata(keys, get, len(ids)) if gguf else _from_keys(keys, len(ids))
   names = spec.names
-  x_TD = _f32(get(names['embed'])[ids]) * np.float32(spec.embed_factor)
+  x_TD = get(names['embed'], ids) * spec.embed_factor
   if 'places' in names:
-    x_TD = x_TD + _f32(get(names['places'])[: len(ids)])
+    x_TD = x_TD + get(names['places'], slice(len(ids)))
   for layer in range(spec.depth):
     find = _finder(names, get, layer)
     mixed = _attend(spec, find, layer, _norm(spec, find, 'norm1', x_TD))
@@ -110,9 +116,9 @@ def logits(keys: Keys, get: Get, ids: list[int], gguf: bool = False) -> np.ndarr
     added = _mlp(spec, find, _norm(spec, find, 'norm2', before))
     x_TD = mixed + _norm(spec, find, 'after2', added)
   x_TD = _norm(spec, _finder(names, get, None), 'final', x_TD)
-  table = get(names['embed' if spec.tied else 'head'])
-  # In pieces: a large vocabulary in float32 would take gigabytes.
-  pieces = [x_TD @ _f32(table[i : i + 16384]).T for i in range(0, len(table), 16384)]
+  table = stored(names['embed' if spec.tied else 'head'])
+  # In pieces: a large vocabulary would take gigabytes.
+  pieces = [x_TD @ table[i : i + 16384].astype(dtype).T for i in range(0, len(table), 16384)]
   return _cap(np.concatenate(pieces, axis=1), spec.final_softcap)
 
 
@@ -125,19 +131,15 @@ def _finder(names: Mapping[str, str], get: Get, layer: int | None) -> Find:
 
   def find(part: str, leaf: str) -> Any:
     try:
-      return _f32(get(f'{start}{names[part]}.{leaf}'))
+      return get(f'{start}{names[part]}.{leaf}')
     except KeyError:
       return None
 
   return find
 
 
-def _f32(array: np.ndarray) -> np.ndarray:
-  return np.asarray(array).astype(np.float32)
-
-
 def _cap(x: np.ndarray, cap: float | None) -> np.ndarray:
-  return x if cap is None else np.float32(cap) * np.tanh(x / np.float32(cap))
+  return x if cap is None else cap * np.tanh(x / cap)
 
 
 def _norm(spec: _Spec, find: Find, part: str, x: np.ndarray) -> np.ndarray:
@@ -147,8 +149,8 @@ def _norm(spec: _Spec, find: Find, part: str, x: np.ndarray) -> np.ndarray:
     return x
   if spec.layer_norm:
     x = x - x.mean(-1, keepdims=True)
-  x = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + np.float32(spec.epsilon))
-  x = x * (weight + np.float32(spec.plus_one))
+  x = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + spec.epsilon)
+  x = x * (weight + spec.plus_one)
   return x if bias is None else x + bias
 
 
@@ -176,8 +178,7 @@ def _attend(spec: _Spec, find: Find, layer: int, x_TD: np.ndarray) -> np.ndarray
   if turns is not None and not spec.unrotated(layer):
     q, k = _rotate(spec, q, *turns), _rotate(spec, k, *turns)
   k, v = (np.repeat(part, spec.heads // spec.kv_heads, axis=1) for part in (k, v))
-  scale = np.float32(spec.scale or dim**-0.5)
-  scores_NTS = _cap(np.einsum('TNH,SNH->NTS', q, k) * scale, spec.softcap)
+  scores_NTS = _cap(np.einsum('TNH,SNH->NTS', q, k) * (spec.scale or dim**-0.5), spec.softcap)
   distance_TS = np.arange(length)[:, None] - np.arange(length)[None]
   hidden_TS = distance_TS < 0
   if spec.local(layer):
@@ -192,7 +193,7 @@ def _attend(spec: _Spec, find: Find, layer: int, x_TD: np.ndarray) -> np.ndarray
 def _rotate(spec: _Spec, x_TNH: np.ndarray, turns_P: np.ndarray, factor: float) -> np.ndarray:
   pairs = len(turns_P)
   angles = np.arange(len(x_TNH))[:, None, None] * turns_P[None, None]
-  cos, sin = (np.float32(factor) * f(angles).astype(np.float32) for f in (np.cos, np.sin))
+  cos, sin = (factor * f(angles).astype(x_TNH.dtype) for f in (np.cos, np.sin))
   out = x_TNH.copy()
   if spec.neighbours:
     first, second = slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)
@@ -215,14 +216,14 @@ def _mlp(spec: _Spec, find: Find, x_TD: np.ndarray) -> np.ndarray:
 
 
 def _gelu_tanh(x: np.ndarray) -> np.ndarray:
-  return 0.5 * x * (1 + np.tanh(np.float32((2 / math.pi) ** 0.5) * (x + 0.044715 * x**3)))
+  return 0.5 * x * (1 + np.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)))
 
 
-_ERF = np.vectorize(math.erf, otypes=[np.float32])
+_ERF = np.vectorize(math.erf, otypes=[float])
 _ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
   'silu': lambda x: x / (1 + np.exp(-x)), 'swish': lambda x: x / (1 + np.exp(-x)),
   'relu': lambda x: np.maximum(x, 0),
-  'gelu': lambda x: 0.5 * x * (1 + _ERF(x / np.float32(2**0.5))),
+  'gelu': lambda x: 0.5 * x * (1 + _ERF(x / 2**0.5).astype(x.dtype)),
   'gelu_new': _gelu_tanh, 'gelu_pytorch_tanh': _gelu_tanh, 'gelu_fast': _gelu_tanh,
 }
 
@@ -391,7 +392,7 @@ def _llama_cpp_turns(
   }
   turns_P, factor = _turns({}, rope, base, dim, value('context_length'), length)
   try:
-    turns_P = turns_P / _f32(get('rope_freqs.weight'))
+    turns_P = turns_P / get('rope_freqs.weight')
   except KeyError:
     pass
   return turns_P, factor * value('rope.scaling.attn_factor', 1.0)

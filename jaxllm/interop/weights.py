@@ -63,7 +63,8 @@ class Source:
     ignored: name in the file -> why it is not needed.
     unread: keys of config.json that nothing was taken from.
     files: file name -> content, of the tokenizer, the chat template and the generation config.
-    reference: independent logits, from the tensors as they are stored: (ids, dtype) -> (T, V).
+    reference: independent logits (T, V), from the tensors as they are stored: takes token ids, the
+      dtype to which tensors are rounded, and that of the computation, float32 by default.
   """
 
   path: str
@@ -75,7 +76,7 @@ class Source:
   ignored: Mapping[str, str]
   unread: tuple[str, ...]
   files: Mapping[str, bytes]
-  reference: Callable[[list[int], np.dtype], np.ndarray]
+  reference: Callable[..., np.ndarray]
 
 
 def stored(tensor: tensorfile.Tensor) -> Stored:

@@ -1,5 +1,6 @@
 """What the keys of a GGUF file mean, by llama.cpp: read, known to be harmless, or named."""
 
+import functools
 import math
 import pathlib
 
@@ -171,7 +172,7 @@ def test_the_reference_reads_the_same(kind, extra, tmp_path, caplog):
   source = sources.open_model(tmp_path / 'model.gguf')
   assert source.unread == (f'{kind}.invented',) and f'{kind}.invented' in caplog.text
   ids = conversion.fixed_prompt(source.config)
-  reference = source.reference(ids, np.dtype(np.float32))
+  reference = functools.partial(source.reference, ids, np.float32)
   conversion.prove(reference, source.config, weights.load(source), ids)
 
 

@@ -1,5 +1,6 @@
 """Hugging Face directories: what is written is what is read, and computes what it should."""
 
+import functools
 import json
 
 import jax
@@ -35,7 +36,7 @@ def test_every_family_comes_back_and_computes_what_the_reference_does(name, tmp_
   ids = conversion.fixed_prompt(config)
   # The same bound that every conversion is held to.
   conversion.prove(
-    source.reference(ids, np.dtype(np.float32)), loaded.config, loaded.variables, ids)
+    functools.partial(source.reference, ids, np.float32), loaded.config, loaded.variables, ids)
 
 
 def test_a_wrong_model_is_not_proven(tmp_path):
@@ -43,11 +44,30 @@ def test_a_wrong_model_is_not_proven(tmp_path):
   source = huggingface.open_model(tmp_path / 'model')
   loaded = small.read(source)
   ids = conversion.fixed_prompt(loaded.config)
-  reference = source.reference(ids, np.dtype(np.float32))
+  reference = functools.partial(source.reference, ids, np.float32)
   query = loaded.variables['params']['layers']['attention']['query']
   query['kernel'] = query['kernel'].at[1].multiply(1.01)
   with pytest.raises(conversion.ConversionError, match='logits differ'):
     conversion.prove(reference, loaded.config, loaded.variables, ids)
+
+
+def test_rounding_that_a_model_magnifies_is_measured_and_errors_are_not(tmp_path):
+  """Where float32 moves the reference itself, ours may be off as far; else it may not."""
+  small.save(tmp_path / 'model')
+  loaded = small.read(huggingface.open_model(tmp_path / 'model'))
+  ids = conversion.fixed_prompt(loaded.config)
+  ours_TV = conversion.logits(loaded.config, loaded.variables, ids).astype(float)
+  off_T1 = (np.arange(len(ids)) == 3)[:, None] * 5 * conversion.BOUND * abs(ours_TV).max()
+
+  def prove(exact):
+    return conversion.prove(
+      lambda dtype: ours_TV + off_T1 * (exact if dtype == np.float64 else 1),
+      loaded.config, loaded.variables, ids)
+
+  assert prove(0.8)['bound'] > conversion.BOUND * abs(ours_TV).max()
+  for exact in (1, 1.1):
+    with pytest.raises(conversion.ConversionError, match='logits differ'):
+      prove(exact)
 
 
 @pytest.mark.parametrize('name', [name for name in PRESETS if not name.startswith('gpt3')])
@@ -265,7 +285,7 @@ def test_the_text_model_of_a_multimodal_gemma3(tmp_path):
   assert same_bytes(loaded.variables['params']['layers'], variables['params']['layers'])
   ids = conversion.fixed_prompt(loaded.config)
   conversion.prove(
-    source.reference(ids, np.dtype(np.float32)), loaded.config, loaded.variables, ids)
+    functools.partial(source.reference, ids, np.float32), loaded.config, loaded.variables, ids)
 
 
 def test_all_formats_say_their_own_name():
