@@ -40,6 +40,8 @@ COMMIT_MARKER = 'commit_success.txt'
 DIRECTORY = 'checkpoints'
 STATE, BUNDLE = 'state', 'bundle'
 BEST = 'best.json'
+# Bytes that are read together at least.
+LEAST_AT_ONCE = 64_000_000
 
 
 class CheckpointError(RuntimeError):
@@ -406,8 +408,10 @@ def _read(step: epath.Path, leaves: Mapping[str, jax.ShapeDtypeStruct]) -> dict[
     ),
     target,
   )
+  # Read and decoded but not yet on a device: as much as two of the largest, of 4 bytes a number.
+  at_once: Any = max(LEAST_AT_ONCE, 8 * max((leaf.size for leaf in leaves.values()), default=0))
   with _reading(step / STATE):
-    restored = ocp.PyTreeCheckpointHandler().restore(
+    restored = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=(at_once + 1) / 1e9).restore(
       step / STATE,
       args=ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True),
     )
