@@ -313,6 +313,9 @@ def hugging_face(name: str, part: tuple[float, float]) -> Catalog:
   base, _, config = base.partition(':')
   rows = datasets.load_dataset(base, config or None, split=options['split'])
   paths = [pathlib.Path(file['filename']) for file in rows.cache_files]
+  if not paths:
+    raise ValueError(f'hf:{name}: datasets holds it in memory, without a file that tells it from '
+                     'another version; unset HF_DATASETS_IN_MEMORY_MAX_SIZE')
   return ([File(path.name, path) for path in paths],
           ((f'row {i + 1}', dict(rows[i])) for i in _part(len(rows), part)))
 

