@@ -53,8 +53,8 @@ def pipeline(
     dtype: of its parameters, as in `jaxllm.load`.
     **fields: of the task's config, such as `prompt`, `labels`, `max_new_tokens`; for
       text-generation and chat those of `SamplingConfig`, and `stop`, texts that end an answer.
-      Translation, summarization and text-generation also take `num_beams`, `length_penalty`,
-      `early_stopping`, `num_drafted` and `draft`, as `jaxllm.generate` does.
+      All that generate also take `num_beams`, `length_penalty`, `early_stopping`, `num_drafted`
+      and `draft`, as `jaxllm.generate` does.
 
   Raises:
     ValueError: there is no such task or field, or no model.
@@ -172,6 +172,7 @@ def _text_generation(model: Model, batch_size: int, fields: Mapping[str, Any]) -
 
 def _chat(model: Model, batch_size: int, fields: Mapping[str, Any]) -> Pipeline:
   chat = model.chat_format or loading.chat_format(model, PLAIN)
+  fields, way, draft = _way(model, fields)
   sampling, stop = _sampling(fields)
   room = max(model.config.max_length - sampling.max_new_tokens, model.config.max_length // 2)
 
@@ -189,7 +190,7 @@ def _chat(model: Model, batch_size: int, fields: Mapping[str, Any]) -> Pipeline:
     several: list[list[Any]] = [[*messages]] if single else [[*one] for one in messages]
     ids = [conversation.fit(one, chat.encode, room)[1] for one in several]
     found = _continue(
-      model, batch_size, ids, sampling, (*stop, *chat.stop), chat.eos_token_ids)
+      model, batch_size, ids, sampling, (*stop, *chat.stop), chat.eos_token_ids, way, draft)
     results = [
       [{'generated_text': [*one, {'role': 'assistant', 'content': text.strip()}]}]
       for one, text in zip(several, found, strict=True)
@@ -226,8 +227,8 @@ def _answer(
 
 def _continue(
   model: Model, batch_size: int, prompts: Sequence[Sequence[int]], sampling: SamplingConfig,
-  stop: Sequence[str], eos_token_ids: Sequence[int], way: texts_lib.Way = None,
-  draft: texts_lib.Draft | None = None,
+  stop: Sequence[str], eos_token_ids: Sequence[int], way: texts_lib.Way,
+  draft: texts_lib.Draft | None,
 ) -> Iterator[str]:
   """Yield continuations; each is sampled with the seed of the config, wherever it stands."""
   for start in range(0, len(prompts), batch_size):

@@ -176,6 +176,8 @@ def test_chats_in_a_batch_equal_one_at_a_time(model):
   ]
   together = reply(chats)
   assert together == [reply(one) for one in chats]
+  assert together == reply(chats, num_drafted=2)
+  assert len(reply(chats, num_beams=2)) == len(chats)
   assert together[0] == reply('Hi')
   for messages, (found,) in zip(chats, together, strict=True):
     *before, last = found['generated_text']
