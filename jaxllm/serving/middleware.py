@@ -8,7 +8,14 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, Metric, generate_latest
+from prometheus_client import (
+  CollectorRegistry,
+  Counter,
+  Histogram,
+  Metric,
+  disable_created_metrics,
+  generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 from starlette.datastructures import MutableHeaders
@@ -31,6 +38,7 @@ class Metrics:
   """What a server has done since its start, and its engine's statistics now; thread-safe."""
 
   def __init__(self, engine: Engine, num_active: Callable[[], int]):
+    disable_created_metrics()
     self._registry = CollectorRegistry()
     self.requests = Counter(
       'jaxllm_requests', 'Requests answered; 499: the client had gone.', ['route', 'status'],

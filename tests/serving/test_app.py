@@ -410,6 +410,7 @@ def test_metrics(server, client):
   server.wait_until_idle()
   before = read()
   assert before['jaxllm_requests_total{route="/",status="200"}'] >= 1
+  assert not [name for name in before if '_created' in name]
   client.completions.create(**TEXT | {'logit_bias': {str(END): -100}}, n=2)
   server.wait_until_idle()
   after = read()
