@@ -17,13 +17,16 @@ from jaxllm.data.documents import SourceConfig
 from jaxllm.data.records import DataConfig
 from jaxllm.data.tokenizers import TokenizerConfig
 from jaxllm.experiment import Experiment, FinetuneConfig, TrainingConfig
-from jaxllm.generation import beam, decode, speculation
+from jaxllm.generation import beam, decode, scoring, speculation
 from jaxllm.generation.sampling import SamplingConfig
+from jaxllm.interop import peft
 from jaxllm.model import make_placement
 from jaxllm.models import decoder
+from jaxllm.models.families import HUGGINGFACE
 from jaxllm.sharding import MeshConfig
 
 MESHES = {'tensor': {'tensor': 2}, 'fsdp': {'fsdp': 4}, 'both': {'data': 2, 'tensor': 2}}
+NAMES = ('huggingface', 'run', 'adapters', 'peft', 'model.gguf')
 PROMPTS = [[1, 7, 9], [5] * 11, [8]]
 GREEDY = SamplingConfig(temperature=0.0, max_new_tokens=6)
 RUN = {
@@ -52,15 +55,17 @@ def directory(tmp_path_factory):
   config = LoraConfig(rank=2, targets=('layers/attention/.*', 'layers/mlp/up'))
   added = lora.init(config, start.variables['params'], jax.random.key(0))
   added = jax.tree.map(lambda leaf: leaf + 0.1, added)
-  save_run(path / 'adapters', added, model=start.config, init_from=str(path / 'huggingface'),
+  base = str(path / 'huggingface')
+  save_run(path / 'adapters', added, model=start.config, init_from=base,
            finetune=FinetuneConfig(lora=config))
+  peft.save(path / 'peft', added, HUGGINGFACE['llama'], start.config, base)
   return path
 
 
-def tokens(model, variables=None):
-  found = decode.generate(
-    model.decoder, model.unstacked if variables is None else variables, PROMPTS, GREEDY)
-  return [one.tokens for one in found]
+def tokens(model, **options):
+  pieces = decode.stream(
+    model.decoder, model.unstacked, PROMPTS, GREEDY, steps_per_piece=32, **options)
+  return [one.tokens for one in decode.collect(pieces, len(PROMPTS))]
 
 
 def is_split(array):
@@ -71,15 +76,15 @@ def is_split(array):
 def alone(directory):
   """Each model on one device, and what it says."""
   found = {}
-  for name in ('huggingface', 'run', 'adapters', 'model.gguf'):
+  for name in NAMES:
     model = loading.load(directory / name)
     found[name] = model, tokens(model)
-  assert found['adapters'][1] != found['run'][1] == found['model.gguf'][1]
+  assert found['peft'][1] == found['adapters'][1] != found['run'][1] == found['model.gguf'][1]
   return found
 
 
 @pytest.mark.parametrize('mesh', MESHES.values(), ids=MESHES)
-@pytest.mark.parametrize('name', ['huggingface', 'run', 'adapters', 'model.gguf'])
+@pytest.mark.parametrize('name', NAMES)
 def test_a_model_on_a_mesh_says_what_it_says_alone(directory, alone, name, mesh, monkeypatch):
   """No part of it is whole on a device where the rules split it, while it is read and after."""
   make, wide = jax.make_array_from_callback, []
@@ -104,23 +109,37 @@ def test_a_model_on_a_mesh_says_what_it_says_alone(directory, alone, name, mesh,
     stacked = '/'.join(stacked[:1] + stacked[1 + (stacked[0] == 'layers') :])
     assert is_split(leaf) == is_split(found[stacked]), path
   assert tokens(model) == expected
-  if name == 'adapters':
+  if name in ('adapters', 'peft'):
     ids = list(range(3, 20))
     np.testing.assert_allclose(model.logits(ids), one.logits(ids), atol=1e-3)
 
 
-def test_quantised_weights_beams_and_guesses_on_a_mesh(directory, alone):
-  one, _ = alone['huggingface']
+def test_all_that_a_model_does_is_the_same_on_a_mesh(directory, alone):
+  """Quantised weights and cache, beams, guesses with a draft and without, scores, embeddings."""
+  one, expected = alone['huggingface']
   model = loading.load(directory / 'huggingface', MESHES['both'])
-  assert tokens(model.quantized('int8')) == tokens(one.quantized('int8'))
+  for change in (lambda each: each.quantized('int8'), lambda each: each.quantized('int4')):
+    assert tokens(change(model)) == tokens(change(one))
+  assert tokens(model, cache_dtype='int8') == tokens(one, cache_dtype='int8')
   both = [
     [[each.tokens for each in found] for found in beam.beam_search(
       which.decoder, which.unstacked, PROMPTS, beam.BeamConfig(num_beams=2, num_return=2), GREEDY)]
     for which in (one, model)]
   assert both[0] == both[1]
-  guessed, _ = speculation.generate(
-    model.decoder, model.unstacked, PROMPTS, GREEDY, speculation.SpeculationConfig())
-  assert [each.tokens for each in guessed] == alone['huggingface'][1]
+  for draft in (None, speculation.Draft(model.decoder, model.unstacked)):
+    guessed, per_pass = speculation.generate(
+      model.decoder, model.unstacked, PROMPTS, GREEDY,
+      speculation.SpeculationConfig(num_drafted=2), draft)
+    assert [each.tokens for each in guessed] == expected
+  assert per_pass > 1.5
+  (found, wanted), (hidden_TD, wanted_TD) = (
+    [take(each) for each in (model, one)] for take in (
+      lambda each: scoring.score(each.decoder, each.variables, PROMPTS, num_top=2),
+      lambda each: each.hidden(PROMPTS[1])))
+  for ours, theirs in zip(found, wanted, strict=True):
+    for leaf, want in zip(ours, theirs, strict=True):
+      np.testing.assert_allclose(leaf, want, atol=1e-4)
+  np.testing.assert_allclose(hidden_TD, wanted_TD, atol=1e-4)
 
 
 def test_heads_that_the_mesh_does_not_divide_are_replicated_and_the_rest_is_refused(directory):

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from jaxllm import sharding
+from jaxllm.adapters import lora
+from jaxllm.adapters.lora import LoraConfig
 from jaxllm.data import tokenizers
 from jaxllm.data.tokenizers import TokenizerConfig
 from jaxllm.generation import scoring, text
@@ -349,19 +351,28 @@ def test_embeddings_are_means_of_hidden_states():
 
 
 def test_a_mesh_gives_the_tokens_of_one_device():
+  """With adapters merged into the model where it lies, under load, and embeddings among it."""
   placement = sharding.make_placement({'data': 2, 'tensor': 2})
   shapes, axes = decoder.abstract(ROTARY)
   where = sharding.shardings(axes, shapes, placement.mesh, placement.config)
-  split = dataclasses.replace(
-    MODEL, variables=jax.device_put(MODEL.variables, where), placement=placement)
+  adapters = lora.init(LoraConfig(rank=2), MODEL.variables['params'], jax.random.key(0))
+  adapters = jax.tree.map(lambda leaf: leaf + 0.1, adapters)
+  one, split = (
+    {'params': lora.merge(params, adapters)}
+    for params in (MODEL.variables['params'], jax.device_put(MODEL.variables, where)['params']))
+  split = dataclasses.replace(MODEL, variables=split, placement=placement)
+  prompts = [[1, 2, 3], [*range(50)]]
   greedy = [request for request in requests() if request.sampling.temperature == 0]
-  with running() as engine:
+  with running(dataclasses.replace(MODEL, variables=one)) as engine:
+    means = engine.embed(prompts).result(60)
     want = asyncio.run(together(engine, greedy))
   with running(split, num_slots=4) as engine:
     keys = engine._batch._state.cache.keys[0]
     assert keys.addressable_shards[0].data.shape[:2] == (2, 1), 'two rows and a head on each device'
     before = engine.statistics().compilations
+    found = engine.embed(prompts)
     got = asyncio.run(together(engine, greedy))
+    np.testing.assert_allclose(found.result(60), means, atol=2e-5)
     assert engine.statistics().compilations == before
   for ours, theirs in zip(got, want, strict=True):
     assert (ours[0], ours[1], ours[4]) == (theirs[0], theirs[1], theirs[4])
