@@ -74,12 +74,8 @@ class _Beams:
 
 
 def beam_search(
-  model: Decoder,
-  variables: Any,
-  prompts: Sequence[Sequence[int]],
-  beams: BeamConfig,
-  sampling_config: SamplingConfig | None = None,
-  eos_token_ids: Sequence[int] = (),
+  model: Decoder, variables: Any, prompts: Sequence[Sequence[int]], beams: BeamConfig,
+  sampling_config: SamplingConfig | None = None, eos_token_ids: Sequence[int] = (),
   bos_id: int | None = None,
 ) -> list[list[Completion]]:
   """Search for the most probable continuations of prompts.

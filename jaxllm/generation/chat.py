@@ -53,15 +53,9 @@ def without_oldest(messages: Sequence[Message]) -> list[Message]:
 
 
 def converse(
-  model: Decoder,
-  variables: Any,
-  tokenizer: Tokenizer,
-  encode: Callable[[Sequence[Message]], list[int]],
-  sampling: SamplingConfig,
-  lines: Iterable[str],
-  write: Callable[[str], None],
-  system: str | None = None,
-  stop: Sequence[str] = (),
+  model: Decoder, variables: Any, tokenizer: Tokenizer,
+  encode: Callable[[Sequence[Message]], list[int]], sampling: SamplingConfig, lines: Iterable[str],
+  write: Callable[[str], None], system: str | None = None, stop: Sequence[str] = (),
   stop_token_ids: Sequence[int] = (),
 ) -> list[Message]:
   """Answer lines until there are no more, or one says /quit; return the conversation.

@@ -72,13 +72,9 @@ class Completion:
 
 
 def generate(
-  model: Decoder,
-  variables: Any,
-  prompts: Sequence[Sequence[int]],
-  sampling: SamplingConfig | Sequence[SamplingConfig],
-  eos_token_ids: Sequence[int] = (),
-  seeds: Sequence[int] | None = None,
-  bos_id: int | None = None,
+  model: Decoder, variables: Any, prompts: Sequence[Sequence[int]],
+  sampling: SamplingConfig | Sequence[SamplingConfig], eos_token_ids: Sequence[int] = (),
+  seeds: Sequence[int] | None = None, bos_id: int | None = None,
 ) -> list[Completion]:
   """Continue every prompt until it stops, has its number of tokens, or fills the context.
 
@@ -110,17 +106,10 @@ def generate(
 
 
 def stream(
-  model: Decoder,
-  variables: Any,
-  prompts: Sequence[Sequence[int]],
-  sampling: SamplingConfig | Sequence[SamplingConfig],
-  eos_token_ids: Sequence[int] = (),
-  seeds: Sequence[int] | None = None,
-  bos_id: int | None = None,
-  steps_per_piece: int = 1,
-  num_top: int = 0,
-  cancelled: Collection[int] = (),
-  cache_dtype: Any = None,
+  model: Decoder, variables: Any, prompts: Sequence[Sequence[int]],
+  sampling: SamplingConfig | Sequence[SamplingConfig], eos_token_ids: Sequence[int] = (),
+  seeds: Sequence[int] | None = None, bos_id: int | None = None, steps_per_piece: int = 1,
+  num_top: int = 0, cancelled: Collection[int] = (), cache_dtype: Any = None,
 ) -> Iterator[TextPiece]:
   """Yield continuations while they grow; the pieces of a row add up to what `generate` returns.
 

@@ -219,12 +219,9 @@ class Request:
 
 
 def make_requests(
-  config: DecoderConfig,
-  prompts: Sequence[Sequence[int]],
-  sampling: SamplingConfig | Sequence[SamplingConfig],
-  eos_token_ids: Sequence[int] = (),
-  seeds: Sequence[int] | None = None,
-  bos_id: int | None = None,
+  config: DecoderConfig, prompts: Sequence[Sequence[int]],
+  sampling: SamplingConfig | Sequence[SamplingConfig], eos_token_ids: Sequence[int] = (),
+  seeds: Sequence[int] | None = None, bos_id: int | None = None,
 ) -> list[Request]:
   """Check prompts and their options, and give each row its own; see `decode.generate`."""
   rows = len(prompts)

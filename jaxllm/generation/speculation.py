@@ -50,14 +50,9 @@ class Draft:
 
 
 def generate(
-  model: Decoder,
-  variables: Any,
-  prompts: Sequence[Sequence[int]],
-  sampling: SamplingConfig | Sequence[SamplingConfig],
-  speculation: SpeculationConfig,
-  draft: Draft | None = None,
-  eos_token_ids: Sequence[int] = (),
-  seeds: Sequence[int] | None = None,
+  model: Decoder, variables: Any, prompts: Sequence[Sequence[int]],
+  sampling: SamplingConfig | Sequence[SamplingConfig], speculation: SpeculationConfig,
+  draft: Draft | None = None, eos_token_ids: Sequence[int] = (), seeds: Sequence[int] | None = None,
   bos_id: int | None = None,
 ) -> tuple[list[Completion], float]:
   """Continue prompts as `decode.generate` does, with fewer passes of the model.

@@ -151,18 +151,10 @@ def read_options(
 
 
 def stream_text(
-  model: Decoder,
-  variables: Any,
-  tokenizer: Tokenizer,
-  prompts: Sequence[Sequence[int]],
-  sampling: SamplingConfig | Sequence[SamplingConfig],
-  stop: Sequence[str] = (),
-  stop_token_ids: Sequence[int] = (),
-  seeds: Sequence[int] | None = None,
-  num_top: int = 0,
-  steps_per_piece: int = 1,
-  cache_dtype: Any = None,
-  skip_space: bool = False,
+  model: Decoder, variables: Any, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]],
+  sampling: SamplingConfig | Sequence[SamplingConfig], stop: Sequence[str] = (),
+  stop_token_ids: Sequence[int] = (), seeds: Sequence[int] | None = None, num_top: int = 0,
+  steps_per_piece: int = 1, cache_dtype: Any = None, skip_space: bool = False,
 ) -> Iterator[TextPiece]:
   """Yield text while it grows.
 
@@ -186,19 +178,10 @@ def stream_text(
 
 
 def complete(
-  model: Decoder,
-  variables: Any,
-  tokenizer: Tokenizer,
-  prompts: Sequence[Sequence[int]],
-  sampling: SamplingConfig | Sequence[SamplingConfig],
-  stop: Sequence[str] = (),
-  stop_token_ids: Sequence[int] = (),
-  seeds: Sequence[int] | None = None,
-  num_top: int = 0,
-  echo: bool = False,
-  cache_dtype: Any = None,
-  skip_space: bool = False,
-  way: Way = None,
+  model: Decoder, variables: Any, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]],
+  sampling: SamplingConfig | Sequence[SamplingConfig], stop: Sequence[str] = (),
+  stop_token_ids: Sequence[int] = (), seeds: Sequence[int] | None = None, num_top: int = 0,
+  echo: bool = False, cache_dtype: Any = None, skip_space: bool = False, way: Way = None,
   draft: Draft | None = None,
 ) -> list[Completion]:
   """Continue prompts.

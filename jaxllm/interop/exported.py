@@ -37,13 +37,9 @@ PROMISED_DAYS = 182
 
 
 def save(
-  directory: pathlib.Path,
-  config: DecoderConfig,
-  variables: Mapping[str, Any],
-  files: Mapping[str, bytes],
-  buckets: Sequence[int] = BUCKETS,
-  platforms: Sequence[str] = PLATFORMS,
-  add_bos: bool | None = None,
+  directory: pathlib.Path, config: DecoderConfig, variables: Mapping[str, Any],
+  files: Mapping[str, bytes], buckets: Sequence[int] = BUCKETS,
+  platforms: Sequence[str] = PLATFORMS, add_bos: bool | None = None,
   source: str | None = None,
 ) -> None:
   """Write a deployment artefact.

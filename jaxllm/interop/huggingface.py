@@ -166,14 +166,9 @@ def _checked_files(
 
 
 def save(
-  directory: str | os.PathLike[str],
-  config: DecoderConfig,
-  variables: Mapping[str, Any],
-  files: Mapping[str, bytes] | None = None,
-  dtype: str | None = None,
-  model_type: str | None = None,
-  shard_bytes: int = SHARD_BYTES,
-  add_bos: bool | None = None,
+  directory: str | os.PathLike[str], config: DecoderConfig, variables: Mapping[str, Any],
+  files: Mapping[str, bytes] | None = None, dtype: str | None = None, model_type: str | None = None,
+  shard_bytes: int = SHARD_BYTES, add_bos: bool | None = None,
 ) -> Format:
   """Write a Hugging Face directory.
 

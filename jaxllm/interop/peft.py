@@ -121,10 +121,7 @@ def base_model(directory: str | os.PathLike[str]) -> tuple[str, str | None] | No
 
 
 def save(
-  directory: str | os.PathLike[str],
-  lora: dict[str, Any],
-  form: Format,
-  config: DecoderConfig,
+  directory: str | os.PathLike[str], lora: dict[str, Any], form: Format, config: DecoderConfig,
   base_model: str | None = None,
 ) -> None:
   """Write adapters as a directory that PEFT reads, whole or not at all per file.

@@ -167,8 +167,7 @@ def is_finite(array: np.ndarray) -> bool:
 
 
 def write(
-  path: pathlib.Path,
-  layout: Mapping[str, tuple[tuple[int, ...], np.dtype]],
+  path: pathlib.Path, layout: Mapping[str, tuple[tuple[int, ...], np.dtype]],
   produce: Callable[[str], np.ndarray],
 ) -> None:
   """Write a file, one tensor at a time.

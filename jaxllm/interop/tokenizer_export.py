@@ -174,12 +174,8 @@ def _inner(model: sentencepiece_model.Model) -> Any:
 
 
 def byte_level_bpe(
-  vocab: dict[str, int],
-  merges: Sequence[tuple[str, str]],
-  special: Sequence[str] = (),
-  words: Sequence[str] = (),
-  first: str | None = None,
-  **treatment: Any,
+  vocab: dict[str, int], merges: Sequence[tuple[str, str]], special: Sequence[str] = (),
+  words: Sequence[str] = (), first: str | None = None, **treatment: Any,
 ) -> bytes:
   """Make a tokenizer.json of GPT-2's kind.
 

@@ -79,12 +79,8 @@ def softcap(x: jax.Array, cap: float | None) -> jax.Array:
 
 
 def attend(
-  query_BTNH: jax.Array,
-  key_BKSH: jax.Array,
-  value_BKSH: jax.Array,
-  mask_BTS: jax.Array,
-  scale: float,
-  cap: float | None = None,
+  query_BTNH: jax.Array, key_BKSH: jax.Array, value_BKSH: jax.Array, mask_BTS: jax.Array,
+  scale: float, cap: float | None = None,
   dropout: Callable[[jax.Array], jax.Array] = lambda weights: weights,
 ) -> jax.Array:
   """Average the values of visible keys, weighted by the softmax of their logits.
@@ -182,13 +178,8 @@ def _weigh(
 
 
 def cudnn_attention(
-  query_BTNH: jax.Array,
-  key_BTKH: jax.Array,
-  value_BTKH: jax.Array,
-  segment_ids_BT: jax.Array | None,
-  scale: float,
-  window: int | None,
-  softcap: float | None = None,
+  query_BTNH: jax.Array, key_BTKH: jax.Array, value_BTKH: jax.Array,
+  segment_ids_BT: jax.Array | None, scale: float, window: int | None, softcap: float | None = None,
 ) -> jax.Array:
   """Attend causally within segments by cuDNN's fused kernel; arguments as in `splash_attention`."""
   assert softcap is None
@@ -202,13 +193,8 @@ def cudnn_attention(
 
 
 def splash_attention(
-  query_BTNH: jax.Array,
-  key_BTKH: jax.Array,
-  value_BTKH: jax.Array,
-  segment_ids_BT: jax.Array | None,
-  scale: float,
-  window: int | None,
-  softcap: float | None,
+  query_BTNH: jax.Array, key_BTKH: jax.Array, value_BTKH: jax.Array,
+  segment_ids_BT: jax.Array | None, scale: float, window: int | None, softcap: float | None,
 ) -> jax.Array:
   """Attend causally within segments, each device to its own rows and heads.
 
@@ -290,13 +276,8 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(
-    self,
-    x_BTD: jax.Array,
-    view: View,
-    deterministic: bool,
-    cache: kv_cache.KVCache | None = None,
-    layer: int | jax.Array = 0,
-    cache_positions_BT: jax.Array | None = None,
+    self, x_BTD: jax.Array, view: View, deterministic: bool, cache: kv_cache.KVCache | None = None,
+    layer: int | jax.Array = 0, cache_positions_BT: jax.Array | None = None,
   ) -> tuple[jax.Array, kv_cache.KVCache | None]:
     """Return (output_BTD, the cache with the new keys and values).
 

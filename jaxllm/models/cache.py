@@ -35,12 +35,8 @@ class KVCache:
 
 
 def init_cache(
-  config: DecoderConfig,
-  batch_size: int,
-  length: int,
-  dtype: jnp.dtype | None = None,
-  stacked: bool = True,
-  placement: Placement | None = None,
+  config: DecoderConfig, batch_size: int, length: int, dtype: jnp.dtype | None = None,
+  stacked: bool = True, placement: Placement | None = None,
 ) -> KVCache:
   """Return an empty cache.
 

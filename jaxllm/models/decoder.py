@@ -62,13 +62,8 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(
-    self,
-    x_BTD: jax.Array,
-    view: View,
-    deterministic: bool,
-    cache: KVCache | None = None,
-    layer: int | jax.Array = 0,
-    cache_positions_BT: jax.Array | None = None,
+    self, x_BTD: jax.Array, view: View, deterministic: bool, cache: KVCache | None = None,
+    layer: int | jax.Array = 0, cache_positions_BT: jax.Array | None = None,
   ) -> tuple[jax.Array, KVCache | None]:
     """Return (x_BTD, cache) after this layer; arguments as in `Attention`."""
     config = self.config
@@ -127,11 +122,8 @@ class Decoder(nn.Module):
       self.param('layers', self._init_layers)
 
   def __call__(
-    self,
-    tokens_BT: jax.Array,
-    segment_ids_BT: jax.Array | None = None,
-    positions_BT: jax.Array | None = None,
-    deterministic: bool = True,
+    self, tokens_BT: jax.Array, segment_ids_BT: jax.Array | None = None,
+    positions_BT: jax.Array | None = None, deterministic: bool = True,
   ) -> jax.Array:
     """Return the logits of the next token at every position.
 
@@ -147,11 +139,8 @@ class Decoder(nn.Module):
     return self.logits(self.hidden(tokens_BT, segment_ids_BT, positions_BT, deterministic)[0])
 
   def hidden(
-    self,
-    tokens_BT: jax.Array,
-    segment_ids_BT: jax.Array | None = None,
-    positions_BT: jax.Array | None = None,
-    deterministic: bool = True,
+    self, tokens_BT: jax.Array, segment_ids_BT: jax.Array | None = None,
+    positions_BT: jax.Array | None = None, deterministic: bool = True,
   ) -> tuple[jax.Array, Aux]:
     """Return (hidden_BTD, normalised; what the layers report); arguments as in `__call__`."""
     length = tokens_BT.shape[1]
@@ -219,11 +208,8 @@ class Decoder(nn.Module):
     return constrain(x_BTD, 'batch', 'length', 'activation_embed')
 
   def _views(
-    self,
-    mask: Callable[[int | None], jax.Array | None],
-    positions_BT: jax.Array,
-    length_B: jax.Array,
-    segment_ids_BT: jax.Array | None = None,
+    self, mask: Callable[[int | None], jax.Array | None], positions_BT: jax.Array,
+    length_B: jax.Array, segment_ids_BT: jax.Array | None = None,
     cache_length: jax.Array | None = None,
   ) -> dict[str, View]:
     """Return what each kind of layer sees; `mask` makes the mask of a window."""
@@ -241,12 +227,8 @@ class Decoder(nn.Module):
     return views
 
   def _run(
-    self,
-    x_BTD: jax.Array,
-    views: Mapping[str, View],
-    deterministic: bool,
-    cache: KVCache | None = None,
-    cache_positions_BT: jax.Array | None = None,
+    self, x_BTD: jax.Array, views: Mapping[str, View], deterministic: bool,
+    cache: KVCache | None = None, cache_positions_BT: jax.Array | None = None,
   ) -> tuple[jax.Array, KVCache | None, Aux]:
     """Run all layers, by a scan where everything is stacked, else one by one."""
     config = self.config
