@@ -68,7 +68,7 @@ def init(config: LoraConfig, params: Tree, key: jax.Array) -> Tree:
       'b': jnp.zeros(b_shape),
       'scale': jnp.full(lead, config.alpha / config.rank, jnp.float32),
     }
-  return nest(lora)
+  return unflatten_dict(lora, sep='/')
 
 
 def abstract(config: LoraConfig, params: Tree, axes: Tree) -> tuple[Tree, Tree]:
@@ -88,7 +88,8 @@ def abstract(config: LoraConfig, params: Tree, axes: Tree) -> tuple[Tree, Tree]:
                    strict=True))
     for path, _ in _targets(config, params)
   }
-  return jax.eval_shape(lambda key: init(config, params, key), jax.random.key(0)), nest(names)
+  leaves = jax.eval_shape(lambda key: init(config, params, key), jax.random.key(0))
+  return leaves, unflatten_dict(names, sep='/')
 
 
 def merge(params: Tree, lora: Tree) -> Tree:
@@ -111,7 +112,7 @@ def merge(params: Tree, lora: Tree) -> Tree:
     # Of a kernel that is split the product must never be made whole on every device.
     add: Any = jax.jit(_add, out_shardings=kernel.sharding) if is_split else _add
     merged[f'{path}/kernel'] = add(kernel, adapter)
-  return nest(merged)
+  return unflatten_dict(merged, sep='/')
 
 
 def _add(kernel: jax.Array, adapter: Mapping[str, jax.Array]) -> jax.Array:
@@ -144,17 +145,12 @@ def drop(lora: Tree, rate: float, key: jax.Array) -> Tree:
     path_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
     kept = jax.random.bernoulli(path_key, 1 - rate, a.shape)
     dropped[path] = {**adapter, 'a': jnp.where(kept, a / (1 - rate), 0)}
-  return nest(dropped)
+  return unflatten_dict(dropped, sep='/')
 
 
 def adapters(lora: Tree) -> Iterator[tuple[str, Tree]]:
   """Yield (path of the module, {'a', 'b', 'scale'})."""
   yield from flatten_dict(lora, sep='/', is_leaf=lambda _, node: 'a' in node).items()
-
-
-def nest(leaves: Mapping[str, Any]) -> Tree:
-  """Return the tree whose leaves, or subtrees, lie at these paths."""
-  return unflatten_dict(leaves, sep='/')
 
 
 def check(lora: Tree, params: Tree) -> None:

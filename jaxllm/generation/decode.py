@@ -12,12 +12,9 @@ import numpy as np
 
 from jaxllm import sharding
 from jaxllm.generation import decode_state
-from jaxllm.generation.decode_state import compilation_count
 from jaxllm.generation.sampling import Request, SamplingConfig, make_requests
 from jaxllm.models import decoder
 from jaxllm.models.decoder import Decoder
-
-__all__ = ['Completion', 'TextPiece', 'compilation_count', 'generate', 'stream']
 
 FinishReason = Literal['stop', 'length']
 # The most probable tokens at one position, best first, with their log-probabilities.

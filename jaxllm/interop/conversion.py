@@ -24,7 +24,6 @@ from jaxllm.interop import (
   exported,
   exported_runner,
   huggingface,
-  layout,
   tokenizer_export,
   weights,
 )
@@ -136,7 +135,7 @@ def describe(source: Source, dtype: str | None, proof: Mapping[str, Any]) -> dic
       for slot in source.slots for tensor in [source.tensors[slot.name]]
     ],
     'parameters': {
-      path: list(shape) for path, shape in layout.parameter_shapes(source.config).items()
+      path: list(shape) for path, shape in weights.parameter_shapes(source.config).items()
     },
     'missing': [],
     'not_needed': dict(source.ignored),

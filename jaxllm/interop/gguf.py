@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from jaxllm.interop import gguf_file, gguf_vocabulary, layout, reference, weights
+from jaxllm.interop import gguf_file, gguf_vocabulary, reference, weights
 from jaxllm.interop import tokenizer_files as files_lib
 from jaxllm.interop.huggingface import Reading
 from jaxllm.interop.tensorfile import Tensor
@@ -83,11 +83,11 @@ def open_model(path: str | os.PathLike[str]) -> Source:
     keys = config_keys(metadata, found, architecture.model_type)
     form = HUGGINGFACE[architecture.model_type]
     config = form.decode(keys)
-    slots = tuple(layout.slots(form, config))
+    slots = tuple(weights.slots(form, config))
     names = _names(architecture, config.num_layers)
     ignored = {name: 'part of the config' for name in [ROPE_DIVISORS] if name in found}
     renamed = {names.get(name, name): name for name in found if name not in ignored}
-    match = layout.match(form, slots, config.tied_head, renamed)
+    match = weights.match(form, slots, config.tied_head, renamed)
     tensors = {
       name: _stored(found[renamed[original]], name, keys, architecture)
       for name, original in match.names.items()

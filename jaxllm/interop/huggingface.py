@@ -21,9 +21,8 @@ import numpy as np
 from jaxllm import config as config_lib
 from jaxllm import storage
 from jaxllm.checkpoints import tree
-from jaxllm.interop import layout, reference, tensorfile, tokenizer_export, tokenizer_files, weights
-from jaxllm.interop.layout import Slot
-from jaxllm.interop.weights import Source
+from jaxllm.interop import reference, tensorfile, tokenizer_export, tokenizer_files, weights
+from jaxllm.interop.weights import Slot, Source
 from jaxllm.models.config import DecoderConfig
 from jaxllm.models.families import HUGGINGFACE
 from jaxllm.models.families.huggingface import Format, pattern
@@ -58,8 +57,8 @@ def open_model(directory: str | os.PathLike[str], ignore_auto_map: bool = False)
   except ValueError as error:
     raise ValueError(f'{path}: {error}') from None
   found = tensorfile.read_headers(tensorfile.find(path))
-  slots = layout.slots(form, config)
-  match = layout.match(form, slots, config.tied_head, found)
+  slots = weights.slots(form, config)
+  match = weights.match(form, slots, config.tied_head, found)
   tensors = {name: weights.stored(found[original]) for name, original in match.names.items()}
   weights.check_shapes(tuple(slots), tensors)
   ignored = dict(match.ignored)
@@ -283,8 +282,8 @@ def _write_weights(
   directory: pathlib.Path, form: Format, config: DecoderConfig, params: Mapping[str, Any],
   stored: Mapping[str, np.dtype], shard_bytes: int,
 ) -> None:
-  slots = {slot.name: slot for slot in layout.slots(form, config)}
-  sizes = layout.parameter_shapes(config)
+  slots = {slot.name: slot for slot in weights.slots(form, config)}
+  sizes = weights.parameter_shapes(config)
 
   def produce(name: str) -> np.ndarray:
     slot = slots[name]
@@ -293,7 +292,7 @@ def _write_weights(
       leaf = params[target] if slot.layer is None else params[target][slot.layer]
       whole = np.asarray(leaf)[tuple(map(slice, sizes[target]))]
       parts[target] = whole.astype(stored[target], copy=False)
-    return layout.join(form, slot, parts)
+    return weights.join(form, slot, parts)
 
   def describe(slot: Slot) -> tuple[tuple[int, ...], np.dtype]:
     return slot.shape, stored[slot.targets[0]]

@@ -23,7 +23,8 @@ import numpy as np
 from jaxllm import storage
 from jaxllm.adapters import lora as lora_lib
 from jaxllm.adapters.lora import LoraConfig
-from jaxllm.interop import layout, tensorfile
+from jaxllm.checkpoints import tree
+from jaxllm.interop import tensorfile, weights
 from jaxllm.models import decoder
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.models.families.huggingface import Format
@@ -141,8 +142,8 @@ def save(
   # One alpha / rank for all; another factor goes into B.
   scale = float(np.ravel(next(iter(adapters.values()))['scale'])[0])
   torch_form = dataclasses.replace(form, kernels='out_in')
-  shapes = layout.parameter_shapes(config)
-  for slot in layout.slots(torch_form, config):
+  shapes = weights.parameter_shapes(config)
+  for slot in weights.slots(torch_form, config):
     if not {target.removesuffix('/kernel') for target in slot.targets} & adapters.keys():
       continue
     module = slot.name.removesuffix('.weight')
@@ -174,9 +175,9 @@ def _collect(
   keys: Mapping[str, Any], matrices: Matrices, form: Format, config: DecoderConfig
 ) -> tuple[dict[str, Any], LoraConfig]:
   form = dataclasses.replace(form, kernels='out_in')
-  shapes = layout.parameter_shapes(config)
+  shapes = weights.parameter_shapes(config)
   layers: dict[str, dict[int, tuple[np.ndarray, np.ndarray, float]]] = {}
-  for slot in layout.slots(form, config):
+  for slot in weights.slots(form, config):
     name = _find(form, slot.name, matrices)
     if name is None or not slot.targets[0].endswith('/kernel'):
       continue
@@ -190,14 +191,14 @@ def _collect(
       raise ValueError(f'{name}: lora_A has {a_RI.shape[1]} columns, but the module of this model '
                        f'has {inputs} inputs')
     of_b = {target: _b_shape(target, shapes[target], len(a_RI)) for target in slot.targets}
-    for target, b in layout.split(form, slot, b_OR, of_b).items():
+    for target, b in weights.split(form, slot, b_OR, of_b).items():
       layers.setdefault(target.removesuffix('/kernel'), {})[slot.layer or 0] = a_RI.T, b, scale
   if matrices:
     raise ValueError(f'{WEIGHTS_FILE}: belongs to no matrix of this model: '
                      f'{", ".join(sorted(matrices))}')
   abstract, _ = decoder.abstract(config)
   kernels = dict(lora_lib.kernels_of(abstract['params']))
-  lora = lora_lib.nest({path: _stack(path, kernels[path].shape, found)
+  lora = tree.nest({path: _stack(path, kernels[path].shape, found)
                         for path, found in layers.items()})
   return lora, LoraConfig(
     rank=int(keys['r']), alpha=float(keys['lora_alpha']), targets=tuple(map(re.escape, layers)),
@@ -235,7 +236,7 @@ def _stack(
 
 
 def _join(
-  form: Format, slot: layout.Slot, shapes: Mapping[str, tuple[int, ...]],
+  form: Format, slot: weights.Slot, shapes: Mapping[str, tuple[int, ...]],
   adapters: Mapping[str, Any], scale: float,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Return A (R, I) and B (O, R) of one matrix; the ranks of fused kernels add up."""
@@ -252,7 +253,7 @@ def _join(
     block[:] = (b.reshape(len(block), -1)[:, :num_outputs] * (factor / scale)).reshape(block.shape)
     rank += len(block)
   a_RI = np.concatenate([a.reshape(-1, a.shape[-1]).T for a, _, _ in found.values()])
-  return a_RI, layout.join(form, slot, parts)
+  return a_RI, weights.join(form, slot, parts)
 
 
 def _read(directory: pathlib.Path) -> tuple[dict[str, Any], Matrices]:

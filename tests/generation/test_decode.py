@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxllm import sharding
-from jaxllm.generation import decode, decode_state, sampling
+from jaxllm.generation import decode_state, sampling
 from jaxllm.generation.decode import generate, stream
 from jaxllm.generation.sampling import SamplingConfig, make_requests
 from jaxllm.models import decoder
@@ -166,17 +166,17 @@ def test_compilations_are_bounded_by_buckets():
   model, variables = make(config)
 
   def count(prompts, sampling):
-    before = decode.compilation_count()
+    before = decode_state.compilation_count()
     generate(model, variables, prompts, sampling, eos_token_ids=[1])
-    return decode.compilation_count() - before
+    return decode_state.compilation_count() - before
 
   assert count([[2] * 3] * 3, GREEDY) == 2
   assert count([[2] * 9, [3], [4], [5] * 14], GREEDY) == 0
   # Neither sampling values nor seeds are part of a program.
   assert count([[2] * 5] * 4, WARM.replace(top_k=3, top_p=0.5, min_p=0.1)) == 0
-  before = decode.compilation_count()
+  before = decode_state.compilation_count()
   list(stream(model, variables, [[2] * 3] * 3, WARM))
-  assert decode.compilation_count() == before
+  assert decode_state.compilation_count() == before
   assert count([[2] * 3], GREEDY) == 2
 
 
