@@ -92,7 +92,7 @@ def save(
     'buckets': lengths,
     'vocab_size': config.vocab_size,
     'max_length': config.max_length,
-    'slot_axis': _slot_axis(config),
+    'slot_axis': 2,  # Of a layer's keys and values (B, K, S, H).
     'add_bos': tokenizer.add_bos,
     'bos_id': tokenizer.bos_id,
     'stop_ids': list(tokenizer.eos_token_ids),
@@ -110,15 +110,6 @@ def source_of(path: str) -> str:
   if not manifest.get('source'):
     raise ValueError(f'--source={path} does not say of which model its programs are; name that')
   return manifest['source']
-
-
-def _slot_axis(config: DecoderConfig) -> int:
-  """Return the axis of a layer's keys and values on which tokens lie."""
-  shapes = [
-    jax.eval_shape(lambda n=n: init_cache(config, 1, n, stacked=False)).keys[0].shape
-    for n in (1, 2)
-  ]
-  return next(axis for axis, (a, b) in enumerate(zip(*shapes, strict=True)) if a != b)
 
 
 def _programs(

@@ -50,8 +50,17 @@ def open_model(directory: str | os.PathLike[str], ignore_auto_map: bool = False)
   path = pathlib.Path(directory).expanduser()
   if not path.is_dir():
     raise ValueError(f'{path} is not a directory')
-  keys = Reading(read_config(path, ignore_auto_map))
-  form = find_format(keys, path)
+  keys = Reading(read_keys(path))
+  file = path / 'config.json'
+  _refuse_code(keys.data, file, ignore_auto_map)
+  if keys.data.get('quantization_config'):
+    raise ValueError(f'{file}: quantization_config: quantised weights are not read; take the '
+                     'original, or a GGUF file')
+  model_type = keys.get('model_type')
+  if not isinstance(model_type, str) or model_type not in HUGGINGFACE:
+    raise ValueError(f'{path}: model_type {model_type!r} is not supported (supported: '
+                     f'{", ".join(sorted(HUGGINGFACE))})')
+  form = HUGGINGFACE[model_type]
   try:
     config = form.decode(keys)
   except ValueError as error:
@@ -91,33 +100,6 @@ def read_keys(directory: pathlib.Path) -> dict[str, Any]:
   if not isinstance(keys, dict):
     raise ValueError(f'{path}: {type(keys).__name__}, an object is needed')
   return keys
-
-
-def read_config(directory: pathlib.Path, ignore_auto_map: bool = False) -> dict[str, Any]:
-  """Return config.json of a model that can be read.
-
-  Raises:
-    ValueError: it is missing or damaged, or asks for code or quantisation that we do not have.
-  """
-  path, keys = directory / 'config.json', read_keys(directory)
-  _refuse_code(keys, path, ignore_auto_map)
-  if keys.get('quantization_config'):
-    raise ValueError(f'{path}: quantization_config: quantised weights are not read; take the '
-                     'original, or a GGUF file')
-  return keys
-
-
-def find_format(keys: Mapping[str, Any], where: object) -> Format:
-  """Return how the family that config.json names is stored.
-
-  Raises:
-    ValueError: it is not supported; the message lists those that are.
-  """
-  model_type = keys.get('model_type')
-  if not isinstance(model_type, str) or model_type not in HUGGINGFACE:
-    raise ValueError(f'{where}: model_type {model_type!r} is not supported (supported: '
-                     f'{", ".join(sorted(HUGGINGFACE))})')
-  return HUGGINGFACE[model_type]
 
 
 class Reading(collections.UserDict[str, Any]):

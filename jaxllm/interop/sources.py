@@ -64,30 +64,22 @@ def fetch(name: str, revision: str | None = None) -> pathlib.Path:
                      'hf:MODEL or hf:ORGANISATION/MODEL')
   hub = _library()
   logging.info('Asking the Hugging Face hub for %s.', name)
+  # Many classes of several libraries say that there is no network, no model or no permission.
   try:
     commit = hub.HfApi().model_info(name, revision=revision).sha
     directory = hub.snapshot_download(name, revision=commit, allow_patterns=list(PATTERNS))
-  except Exception as error:
-    # Many classes of several libraries say that there is no network, no model or no permission.
-    return _cached(hub, name, revision, error)
-  logging.info('%s is at commit %s; give it as revision to get the same again.', name, commit)
-  return pathlib.Path(directory)
-
-
-def _cached(hub: Any, name: str, revision: str | None, reason: Exception) -> pathlib.Path:
-  """Return the local copy of a model that could not be asked for."""
-  try:
-    directory = hub.snapshot_download(
-      name, revision=revision, allow_patterns=list(PATTERNS), local_files_only=True
-    )
-  except Exception:
-    text = ' '.join(str(reason).split())[:300]
-    raise ValueError(
-      f'hf:{name} cannot be fetched from the Hugging Face hub: '
-      f'{type(reason).__name__}: {text}\nWithout a network, give the path of a directory with '
-      'config.json and model.safetensors, or of a .gguf file.'
-    ) from reason
-  logging.warning('%s cannot be looked up; the local copy is used.', name)
+    logging.info('%s is at commit %s; give it as revision to get the same again.', name, commit)
+  except Exception as reason:
+    try:
+      directory = hub.snapshot_download(
+        name, revision=revision, allow_patterns=list(PATTERNS), local_files_only=True)
+    except Exception:
+      raise ValueError(
+        f'hf:{name} cannot be fetched from the Hugging Face hub: '
+        f'{type(reason).__name__}: {" ".join(str(reason).split())[:300]}\nWithout a network, give '
+        'the path of a directory with config.json and model.safetensors, or of a .gguf file.'
+      ) from reason
+    logging.warning('%s cannot be looked up; the local copy is used.', name)
   return pathlib.Path(directory)
 
 
