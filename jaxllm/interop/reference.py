@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
-Get = Callable[[str], np.ndarray]
+# Returns a tensor, or some rows of it, by its name; None where there is none.
+Get = Callable[..., Any]
+Find = Callable[[str, str], Any]
 Keys = Mapping[str, Any]
 
 # Part of a model -> its name; `{}` stands for the layer. Matrices are (out, in) but in GPT-2.
@@ -88,7 +90,8 @@ class _Spec:
 
 
 def logits(
-  keys: Keys, stored: Get, ids: list[int], dtype: Any = np.float32, gguf: bool = False
+  keys: Keys, stored: Callable[[str], np.ndarray], ids: list[int], dtype: Any = np.float32,
+  gguf: bool = False,
 ) -> np.ndarray:
   """Return logits (T, V) of the next token after each of `ids`.
 
@@ -100,8 +103,11 @@ def logits(
     dtype: float32 or float64, in which all is computed.
     gguf: whether keys, names and layout are those of GGUF files.
   """
-  def get(name: str, rows: Any = slice(None)) -> np.ndarray:
-    return stored(name)[rows].astype(dtype)
+  def get(name: str, rows: Any = slice(None)) -> Any:
+    try:
+      return stored(name)[rows].astype(dtype)
+    except KeyError:
+      return None
 
   spec = _from_metadata(keys, get, len(ids)) if gguf else _from_keys(keys, len(ids))
   names = spec.names
@@ -122,20 +128,10 @@ def logits(
   return _cap(np.concatenate(pieces, axis=1), spec.final_softcap)
 
 
-Find = Callable[[str, str], Any]
-
-
 def _finder(names: Mapping[str, str], get: Get, layer: int | None) -> Find:
   """Return the function (part, 'weight' or 'bias') -> tensor of this layer, or None."""
   start = '' if layer is None else names['layer'].format(layer)
-
-  def find(part: str, leaf: str) -> Any:
-    try:
-      return get(f'{start}{names[part]}.{leaf}')
-    except KeyError:
-      return None
-
-  return find
+  return lambda part, leaf: get(f'{start}{names[part]}.{leaf}') if part in names else None
 
 
 def _cap(x: np.ndarray, cap: float | None) -> np.ndarray:
@@ -372,10 +368,7 @@ def _from_metadata(keys: Keys, get: Get, length: int) -> _Spec:
   if kind == 'gemma3':
     local_base = value('rope.freq_base_swa', 1e4)
     spec.local_turns = _turns({}, {}, local_base, dim, 0, length)
-  try:
-    get('output.weight')
-  except KeyError:
-    spec.tied = True
+  spec.tied = get('output.weight') is None
   return spec
 
 
@@ -391,8 +384,6 @@ def _llama_cpp_turns(
     'beta_slow': value('rope.scaling.yarn_beta_slow'),
   }
   turns_P, factor = _turns({}, rope, base, dim, value('context_length'), length)
-  try:
-    turns_P = turns_P / get('rope_freqs.weight')
-  except KeyError:
-    pass
+  divisors_P = get('rope_freqs.weight')
+  turns_P = turns_P if divisors_P is None else turns_P / divisors_P
   return turns_P, factor * value('rope.scaling.attn_factor', 1.0)
