@@ -24,7 +24,7 @@ from jaxllm.interop import gguf_file, gguf_vocabulary, reference, weights
 from jaxllm.interop import tokenizer_files as files_lib
 from jaxllm.interop.huggingface import Reading
 from jaxllm.interop.tensorfile import Tensor
-from jaxllm.interop.weights import Source, Stored
+from jaxllm.interop.weights import Source
 from jaxllm.models.families import HUGGINGFACE
 from jaxllm.models.families.huggingface import MAX_LAYERS
 
@@ -120,7 +120,7 @@ def _names(architecture: _Architecture, depth: int) -> dict[str, str]:
 
 def _stored(
   tensor: Tensor, name: str, keys: Mapping[str, Any], architecture: _Architecture
-) -> Stored:
+) -> Tensor:
   """Describe a tensor as it was before the converter changed it."""
   heads = next((keys[count] for part, count in (
     ('.q_proj.', 'num_attention_heads'), ('.k_proj.', 'num_key_value_heads')) if part in name), 0)
@@ -135,8 +135,7 @@ def _stored(
     pairs = found.reshape(heads, -1, 2, *found.shape[1:])
     return pairs.swapaxes(1, 2).reshape(found.shape)
 
-  return Stored(tensor.name, tensor.kind, np.dtype(np.float32), tensor.shape, array,
-                lambda: gguf_file.raw(tensor))
+  return dataclasses.replace(tensor, read=array)
 
 
 # Divisors of the frequencies of Llama 3.1 and later, stored as a tensor.

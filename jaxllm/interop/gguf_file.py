@@ -31,16 +31,12 @@ MAX_METADATA_BYTES = 1_000_000_000
 _PART = re.compile(r'(.*)-\d{5}-of-(\d{5})\.gguf')
 
 
-def raw(tensor: Tensor) -> np.ndarray:
-  """Map the bytes of a tensor into memory: one row of blocks per row."""
-  array = np.memmap(tensor.path, np.uint8, 'r', tensor.offset, (tensor.num_bytes,))
-  return array.reshape(*tensor.shape[:-1], -1)
-
-
 def data(tensor: Tensor) -> np.ndarray:
   """Return the numbers of a tensor, float32."""
   gguf = library()
-  return gguf.dequantize(raw(tensor), gguf.GGMLQuantizationType[tensor.kind])
+  # One row of blocks per row.
+  rows = tensor.raw().reshape(*tensor.shape[:-1], -1)
+  return gguf.dequantize(rows, gguf.GGMLQuantizationType[tensor.kind])
 
 
 def library() -> Any:

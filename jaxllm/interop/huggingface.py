@@ -68,12 +68,12 @@ def open_model(directory: str | os.PathLike[str], ignore_auto_map: bool = False)
   found = tensorfile.read_headers(tensorfile.find(path))
   slots = weights.slots(form, config)
   match = weights.match(form, slots, config.tied_head, found)
-  tensors = {name: weights.stored(found[original]) for name, original in match.names.items()}
+  tensors = {name: found[original] for name, original in match.names.items()}
   weights.check_shapes(tuple(slots), tensors)
   ignored = dict(match.ignored)
   if match.head is not None:
     ignored[match.head] = 'equal to the embedding, to which it is tied'
-    _check_tied(form, tensors, weights.stored(found[match.head]))
+    _check_tied(form, tensors, found[match.head])
   files = _checked_files(path, keys.data, config, ignore_auto_map)
 
   def logits(ids: list[int], rounded: Any, dtype: Any = np.float32) -> np.ndarray:
@@ -124,7 +124,7 @@ def _refuse_code(keys: Mapping[str, Any], where: object, ignore_auto_map: bool) 
 
 
 def _check_tied(
-  form: Format, tensors: Mapping[str, weights.Stored], head: weights.Stored
+  form: Format, tensors: Mapping[str, tensorfile.Tensor], head: tensorfile.Tensor
 ) -> None:
   embedding = tensors[form.names['embed/embedding']]
   same = (head.shape, head.dtype) == (embedding.shape, embedding.dtype)

@@ -304,7 +304,7 @@ def _read_weights(path: pathlib.Path) -> Matrices:
     if not match or len(tensor.shape) != 2:
       raise ValueError(f'{path}: {name!r} of shape {tensor.shape} is no part of a LoRA adapter of '
                        'a matrix')
-    array = tensorfile.data(tensor).astype(np.float32)
+    array = tensor.array().astype(np.float32)
     if not np.isfinite(array).all():
       raise ValueError(f'{path}: {name!r} is not finite')
     modules.setdefault(match[1], {})[match[2] or _WHOLE] = array

@@ -3,7 +3,7 @@
 The format is 8 bytes of header length, a JSON header that gives each tensor's dtype, shape and byte
 range, and the bytes. `read_headers` believes none of it: it refuses duplicate names, ranges that
 overlap, leave holes or reach past the end of the file, and other files in disguise, before anything
-is allocated. `data` then maps one tensor, `is_finite` looks for NaN in it.
+is allocated. `Tensor.array` then maps one, `is_finite` looks for NaN in it.
 
 By hand, because the library accepts duplicate names and 100,000 empty tensors, does not say which
 tensor is wrong, and writes only tensors that all lie in memory.
@@ -58,6 +58,7 @@ class Tensor:
     shape: rows first.
     offset: of its first byte in the file.
     num_bytes: its size in the file.
+    read: returns its numbers, float32, where they are not what the file holds.
   """
 
   name: str
@@ -66,16 +67,20 @@ class Tensor:
   shape: tuple[int, ...]
   offset: int
   num_bytes: int
+  read: Callable[[], np.ndarray] | None = None
 
   @property
   def dtype(self) -> np.dtype:
-    """The type of its numbers; only safetensors files have numbers alone."""
-    return DTYPES[self.kind]
+    """The type of its numbers."""
+    return DTYPES['F32' if self.read else self.kind]
 
+  def array(self) -> np.ndarray:
+    """Return its numbers; those that the file holds are mapped, and read when touched."""
+    return self.read() if self.read else self.raw().view(self.dtype).reshape(self.shape)
 
-def data(tensor: Tensor) -> np.ndarray:
-  """Map a tensor into memory; its pages are read when touched."""
-  return np.memmap(tensor.path, tensor.dtype, 'r', tensor.offset, tensor.shape)
+  def raw(self) -> np.ndarray:
+    """Map its bytes into memory."""
+    return np.memmap(self.path, np.uint8, 'r', self.offset, (self.num_bytes,))
 
 
 def find(directory: pathlib.Path) -> list[pathlib.Path]:

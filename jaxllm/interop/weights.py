@@ -24,6 +24,7 @@ import numpy as np
 
 from jaxllm.checkpoints import tree
 from jaxllm.interop import tensorfile
+from jaxllm.interop.tensorfile import Tensor
 from jaxllm.models import decoder
 from jaxllm.models.config import DecoderConfig
 from jaxllm.models.families.huggingface import Format
@@ -217,27 +218,6 @@ def _renamed(form: Format, prefix: str, stored: Collection[str]) -> dict[str, st
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
-  """One tensor of a source.
-
-  Attributes:
-    name: in the file.
-    kind: how its numbers are stored, such as 'BF16' or 'Q4_1'.
-    dtype: of what `array` returns.
-    shape: of what `array` returns.
-    array: reads it, in the layout of the format.
-    raw: returns its bytes in the file.
-  """
-
-  name: str
-  kind: str
-  dtype: np.dtype
-  shape: tuple[int, ...]
-  array: Callable[[], np.ndarray]
-  raw: Callable[[], np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True)
 class Source:
   """A model on disk, everything about it checked but its numbers.
 
@@ -260,22 +240,14 @@ class Source:
   config: DecoderConfig
   keys: Mapping[str, Any]
   slots: tuple[Slot, ...]
-  tensors: Mapping[str, Stored]
+  tensors: Mapping[str, Tensor]
   ignored: Mapping[str, str]
   unread: tuple[str, ...]
   files: Mapping[str, bytes]
   reference: Callable[..., np.ndarray]
 
 
-def stored(tensor: tensorfile.Tensor) -> Stored:
-  """Describe a tensor of a safetensors file."""
-  return Stored(
-    tensor.name, tensor.kind, tensor.dtype, tensor.shape,
-    lambda: tensorfile.data(tensor), lambda: tensorfile.data(tensor).view(np.uint8),
-  )
-
-
-def check_shapes(slots: tuple[Slot, ...], tensors: Mapping[str, Stored]) -> None:
+def check_shapes(slots: tuple[Slot, ...], tensors: Mapping[str, Tensor]) -> None:
   """Raise a ValueError that lists tensors of another shape than the config says, or no floats."""
   problems = [
     f'{tensors[slot.name].name}: {list(tensors[slot.name].shape)}, expected {list(slot.shape)}'

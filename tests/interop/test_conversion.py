@@ -67,7 +67,7 @@ def test_stored_dtypes_are_kept_where_they_are_mixed(foreign, tmp_path):
 
   shutil.copytree(foreign, tmp_path / 'mixed')
   path = tmp_path / 'mixed' / 'model.safetensors'
-  arrays = {name: np.array(tensorfile.data(tensor)) for name, tensor in
+  arrays = {name: np.array(tensor.array()) for name, tensor in
             tensorfile.read_header(path).items()}
   arrays = {name: array if array.ndim == 1 else array.astype(ml_dtypes.bfloat16)
             for name, array in arrays.items()}

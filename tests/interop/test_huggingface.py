@@ -244,7 +244,7 @@ def test_gpt2_with_and_without_prefix_and_masks(prefix, tmp_path):
   _, variables = small.save(tmp_path / 'model', 'gpt2')
   path = tmp_path / 'model' / 'model.safetensors'
   found = tensorfile.read_header(path)
-  arrays = {prefix + name.removeprefix('transformer.'): np.array(tensorfile.data(tensor))
+  arrays = {prefix + name.removeprefix('transformer.'): np.array(tensor.array())
             for name, tensor in found.items()}
   arrays[prefix + 'h.0.attn.bias'] = np.ones((1, 1, 8, 8), np.uint8)
   arrays[prefix + 'h.0.attn.masked_bias'] = np.full((1,), -1e4, np.float32)
@@ -274,7 +274,7 @@ def test_the_text_model_of_a_multimodal_gemma3(tmp_path):
   text = json.loads(path.read_text())
   path.write_text(json.dumps({'model_type': 'gemma3', 'text_config': text, 'vision_config': {}}))
   weights = tmp_path / 'model' / 'model.safetensors'
-  arrays = {f'language_model.{name}': np.array(tensorfile.data(tensor))
+  arrays = {f'language_model.{name}': np.array(tensor.array())
             for name, tensor in tensorfile.read_header(weights).items()}
   arrays['vision_tower.patch.weight'] = np.ones((2, 2), np.float32)
   layout = {name: (array.shape, array.dtype) for name, array in arrays.items()}
@@ -306,7 +306,7 @@ def test_nothing_is_left_where_writing_fails(tmp_path, monkeypatch):
 
 def add_tensor(directory, name, make):
   path = directory / 'model.safetensors'
-  arrays = {key: np.array(tensorfile.data(tensor))
+  arrays = {key: np.array(tensor.array())
             for key, tensor in tensorfile.read_header(path).items()}
   arrays[name] = make(arrays)
   layout = {key: (array.shape, array.dtype) for key, array in arrays.items()}

@@ -37,7 +37,7 @@ def edit(path, **changes):
 
 
 def tensors(directory):
-  return {name: np.array(tensorfile.data(tensor)) for name, tensor in
+  return {name: np.array(tensor.array()) for name, tensor in
           tensorfile.read_header(directory / 'model.safetensors').items()}
 
 
