@@ -79,6 +79,8 @@ def outputs(tmp_path_factory):
     [f'--model={run}', '--quantize=int8', f'--output={base}/held_out_int8.json'],
     [f'--model={run}', '--quantize=int4', f'--text={text}', f'--output={base}/int4.json'],
     [f'--model={foreign}', f'--text={text}', '--limit=3'],
+    [f'--model={run}', f'--baseline={foreign}', f'--text={text}', '--tasks=sentiment',
+     f'--data={base}/reviews.tsv', '--limit=6', f'--output={base}/mesh.json', '--mesh=tensor=2'],
   ]
   done = subprocess.run(
     [sys.executable, '-c', SCRIPT, json.dumps(commands)], capture_output=True, text=True,
@@ -134,8 +136,19 @@ def test_a_task_and_a_text_with_a_baseline(outputs):
   assert text['scores']['bits_per_byte']['comparison']['difference'] < 0
 
 
+def test_a_mesh_changes_no_score(outputs):
+  alone, split = (json.loads((outputs[0] / f'{name}.json').read_text())['tasks']
+                  for name in ('both', 'mesh'))
+  for name, result in alone.items():
+    for metric, score in result['scores'].items():
+      found = split[name]['scores'][metric]
+      assert found['value'] == pytest.approx(score['value'], rel=1e-4), metric
+      assert found['comparison']['difference'] == pytest.approx(
+        score['comparison']['difference'], rel=1e-3, abs=1e-4), metric
+
+
 def test_a_fine_tuned_run_is_scored_on_its_own_task(outputs):
-  base, (*_, printed, _, _, _, _) = outputs
+  base, (*_, printed, _, _, _, _, _) = outputs
   sentiment = json.loads((base / 'tuned.json').read_text())['tasks']['sentiment']
   assert sentiment['config']['prompt'] == '{text}:' and sentiment['examples'] == 20
   assert sentiment['contamination']['overlapping'] == sentiment['contamination']['texts'] == 20
@@ -143,7 +156,7 @@ def test_a_fine_tuned_run_is_scored_on_its_own_task(outputs):
 
 
 def test_what_smaller_weights_cost_is_said(outputs):
-  base, (*_, printed, compared, _, _) = outputs
+  base, (*_, printed, compared, _, _, _) = outputs
   scores, whole = (json.loads((base / name).read_text())
                    for name in ('held_out_int8.json', 'new/held_out.json'))
   assert scores.pop('baseline') == pytest.approx(whole)
