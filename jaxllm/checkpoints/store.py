@@ -408,8 +408,8 @@ def _read(step: epath.Path, leaves: Mapping[str, jax.ShapeDtypeStruct]) -> dict[
     ),
     target,
   )
-  # Read and decoded but not yet on a device: as much as two of the largest, of 4 bytes a number.
-  at_once: Any = max(LEAST_AT_ONCE, 8 * max((leaf.size for leaf in leaves.values()), default=0))
+  # Read and decoded but not yet on a device: as much as the largest one, of 4 bytes a number.
+  at_once: Any = max(LEAST_AT_ONCE, 4 * max((leaf.size for leaf in leaves.values()), default=0))
   with _reading(step / STATE):
     restored = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=(at_once + 1) / 1e9).restore(
       step / STATE,
