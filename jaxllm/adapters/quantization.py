@@ -36,7 +36,6 @@ def quantize(variables: Mapping[str, Any], config: QuantizationConfig) -> dict[s
 
   Args:
     variables: of a decoder, layers stacked or not; other collections ('lora') stay as they are.
-    config: how.
 
   Returns:
     Variables of the same form, with a dict in place of every kernel.

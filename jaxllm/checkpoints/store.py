@@ -120,7 +120,6 @@ def save(store: Store, step: int, state: Any, bundle: Bundle) -> bool:
   Waits for the previous save, if that is still being written.
 
   Args:
-    store: from `open_store`.
     step: the number that names the checkpoint.
     state: pytree of arrays of any sharding; None and empty nodes are not stored.
     bundle: what travels with it.
@@ -240,7 +239,6 @@ def restore(store: Store, abstract_state: Any, step: int | None = None) -> Any:
   """Restore a state, each leaf in the sharding that is asked for.
 
   Args:
-    store: from `open_store`.
     abstract_state: pytree of ShapeDtypeStructs with shardings of any mesh.
     step: which one; the newest by default.
 
@@ -346,7 +344,6 @@ def save_converted(
 
   Args:
     directory: the workdir.
-    config: of the model.
     variables: {'params': ...}.
     files: of the tokenizer, and what tells how to use it.
     origin: JSON-able: where it comes from; `model_type` is used when it is written back.

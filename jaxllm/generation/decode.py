@@ -80,7 +80,6 @@ def generate(
   Programs are compiled per power-of-two bucket of rows, prompt length and total length.
 
   Args:
-    model: the decoder.
     variables: its variables; pass them through `decoder.unstack` once, which decodes faster.
     prompts: token ids, special tokens included.
     sampling: one config for all rows, or one per row. A `max_new_tokens` beyond what the context

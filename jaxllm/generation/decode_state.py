@@ -84,7 +84,6 @@ def init_decode_state(
   """Put requests into rows, before any token is read; rows that only pad have finished already.
 
   Args:
-    config: of the model.
     requests: at least one.
     stacked: whether the variables, and so the cache, are stacked.
     num_top: how many of the most probable tokens are recorded at each position.

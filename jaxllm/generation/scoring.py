@@ -27,7 +27,6 @@ def score(
   of another: so it is with the choices of one token that a question has.
 
   Args:
-    model: the decoder.
     variables: its variables; stacked ones compile faster, and give the same.
     sequences: token ids, at least one, and at most one more than the context's length.
     places: which tokens of each sequence are scored, from 1 on; None: all but the first.
@@ -78,8 +77,6 @@ def rolling(
   """Return rolling log-likelihoods: of tokens of sequences that may exceed the context.
 
   Args:
-    model: the decoder.
-    variables: its variables.
     sequences: token ids.
     places: which tokens of each sequence are scored, from 1 on, in order.
     context_length: tokens that are read at most to predict one.

@@ -112,7 +112,6 @@ def encode_all(
   or a variable spells stay text.
 
   Args:
-    tokenizer: of the model.
     template: its chat template, or several by name: 'tool_use' is for tools, 'default' for the
       rest.
     conversations: each a list of messages.

@@ -74,7 +74,6 @@ def prove(
   Args:
     reference: returns logits of `ids`, computed in the dtype of its argument `dtype`.
     config: of the converted model.
-    variables: its variables.
     ids: the prompt.
     placement: where the variables lie.
 

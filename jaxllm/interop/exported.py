@@ -46,9 +46,7 @@ def save(
 
   Args:
     directory: is created.
-    config: of the model.
     variables: {'params': ...}; adapters must be merged before.
-    files: of the tokenizer.
     buckets: numbers of tokens, prompt and continuation together, for which programs are made; those
       beyond the model's context become its context.
     platforms: of the programs.

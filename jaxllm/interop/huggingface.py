@@ -155,7 +155,6 @@ def save(
 
   Args:
     directory: must not exist, or be empty.
-    config: of the model.
     variables: {'params': ...}, layers stacked; a 'lora' collection must be merged before.
     files: of the tokenizer; None writes none.
     dtype: of the stored weights, 'float32' or 'bfloat16'; None: that of the parameters.

@@ -58,7 +58,6 @@ def load(
   Args:
     directory: holds adapter_config.json and adapter_model.safetensors.
     form: how the base model's family stores its weights.
-    config: the base model.
 
   Returns:
     The `lora` collection, and a config with its rank, alpha, dropout and targets. Layers without an
@@ -131,7 +130,6 @@ def save(
     directory: is created.
     lora: the adapters.
     form: how the base model's family stores its weights.
-    config: the base model.
     base_model: its name or path, for those who look for it in adapter_config.json.
   """
   from safetensors import numpy as safetensors

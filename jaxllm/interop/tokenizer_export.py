@@ -42,7 +42,6 @@ def huggingface_files(
 
   Args:
     files: of the tokenizer, as `Tokenizer.files()` or a model directory gives them; may be empty.
-    config: of the model.
     add_bos: whether prompts begin with BOS; None: as the files say.
 
   Raises:

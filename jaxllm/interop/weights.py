@@ -136,8 +136,6 @@ def split(
   """Return the parameters in a stored tensor, as views of it.
 
   Args:
-    form: the layout.
-    slot: which tensor.
     array: the tensor, of the slot's shape.
     shapes: from `parameter_shapes`.
   """
@@ -267,7 +265,6 @@ def load(
   """Return the variables of a source, {'params': ...}, layers stacked on axis 0.
 
   Args:
-    source: an open model.
     dtype: of the parameters, 'float32' or 'bfloat16'; None: as they are stored.
     placement: the devices that they are split over; None: the first local one.
 

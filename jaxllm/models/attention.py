@@ -198,14 +198,11 @@ def splash_attention(
 ) -> jax.Array:
   """Attend causally within segments, each device to its own rows and heads.
 
+  Arguments as in `attend` (`softcap` is its `cap`), and:
+
   Args:
-    query_BTNH: queries.
-    key_BTKH: keys; each head serves N / K query heads.
-    value_BTKH: values.
     segment_ids_BT: int32, or None: one segment.
-    scale: factor of the logits.
     window: tokens that a query sees, itself included; None: all before it.
-    softcap: logits x become cap * tanh(x / cap); None: off.
 
   Reference:
     Dao, "FlashAttention-2", arXiv 2307.08691; `jax.experimental.pallas.ops.tpu.splash_attention`.

@@ -60,7 +60,6 @@ def score_tokens(
   """Score tokens by the hidden states of the positions before them, a few positions at a time.
 
   Args:
-    model: the decoder.
     variables: its variables, stacked or not.
     hidden_ND: (..., N, D), from the method `hidden`.
     targets_N: int32 (..., N), the tokens.
