@@ -225,9 +225,3 @@ def decode_steps(
     return step + 1, sample_step(*next_logits(model, variables, state))
 
   return jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
-
-
-def compilation_count() -> int:
-  """Return how many programs `prefill` and `decode_steps` have compiled in this process."""
-  programs: tuple[Any, ...] = (prefill, decode_steps)
-  return sum(program._cache_size() for program in programs)

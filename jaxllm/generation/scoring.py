@@ -107,12 +107,6 @@ def bar(batches: Iterable[Any]) -> Iterable[Any]:
   return tqdm.tqdm(batches, unit='batch', leave=False, delay=3, disable=None)
 
 
-def compilation_count() -> int:
-  """Return how many programs this file has compiled in this process."""
-  program: Any = _score
-  return program._cache_size()
-
-
 def _batches(inputs: Sequence[tuple[int, ...]]) -> Iterator[list[list[int]]]:
   """Yield batches of groups of row numbers; a group's first row begins with all the others."""
   groups: list[list[int]] = []

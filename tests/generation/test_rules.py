@@ -128,10 +128,10 @@ def test_decoding_with_rules():
       MODEL, VARIABLES, [prompts[row]], [configs[row]], eos_token_ids=[11, 12], seeds=[3])
     assert alone.tokens == together[row].tokens
   # All sets of rules but the basic one share their programs.
-  count = decode_state.compilation_count()
+  count = decode_state.decode_steps._cache_size()
   changed = [PLAIN.replace(presence_penalty=1.0, bad_words=((3, 4),))] + [PLAIN] * 3
   decode.generate(MODEL, VARIABLES, prompts, changed, eos_token_ids=[11])
-  assert decode_state.compilation_count() == count
+  assert decode_state.decode_steps._cache_size() == count
 
 
 # One value of every rule that shapes a draw.
