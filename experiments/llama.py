@@ -21,8 +21,7 @@ from jaxllm.evaluation.perplexity import EvaluationConfig
 from jaxllm.experiment import Experiment, TrainingConfig
 from jaxllm.models.families import PRESETS
 from jaxllm.objectives.next_token import NextToken
-from jaxllm.optim.optimizers import OptimizerConfig
-from jaxllm.optim.schedules import ScheduleConfig
+from jaxllm.optim.optimizers import OptimizerConfig, ScheduleConfig
 from jaxllm.sharding import MeshConfig
 
 

@@ -25,8 +25,7 @@ from jaxllm.data.tokenizers import TokenizerConfig
 from jaxllm.evaluation.perplexity import EvaluationConfig
 from jaxllm.experiment import Experiment, TrainingConfig
 from jaxllm.models.decoder import DecoderConfig
-from jaxllm.optim.optimizers import OptimizerConfig
-from jaxllm.optim.schedules import ScheduleConfig
+from jaxllm.optim.optimizers import OptimizerConfig, ScheduleConfig
 from jaxllm.tasks.classification import Sentiment
 from jaxllm.tasks.records import RecordsConfig, RecordSource
 

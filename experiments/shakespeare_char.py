@@ -19,8 +19,7 @@ from jaxllm.data.tokenizers import TokenizerConfig
 from jaxllm.evaluation.perplexity import EvaluationConfig
 from jaxllm.experiment import Experiment, TrainingConfig
 from jaxllm.models.families import PRESETS
-from jaxllm.optim.optimizers import OptimizerConfig
-from jaxllm.optim.schedules import ScheduleConfig
+from jaxllm.optim.optimizers import OptimizerConfig, ScheduleConfig
 
 
 def get_config(path: str = 'input.txt') -> Experiment:

@@ -10,8 +10,7 @@ from jaxllm.experiment import Experiment, FinetuneConfig, TrainingConfig
 from jaxllm.interop import sources
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.models.families import PRESETS
-from jaxllm.optim.optimizers import OptimizerConfig
-from jaxllm.optim.schedules import ScheduleConfig
+from jaxllm.optim.optimizers import OptimizerConfig, ScheduleConfig
 
 
 def from_scratch(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxllm.config import ConfigError
-from jaxllm.optim.schedules import SCHEDULES, ScheduleConfig, make_schedule
+from jaxllm.optim.optimizers import SCHEDULES, ScheduleConfig, make_schedule
 
 
 def rates(num_steps, peak=1.0, counts=None, **config):

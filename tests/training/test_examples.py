@@ -9,7 +9,7 @@ from jaxllm.data.tokenizers import TokenizerConfig
 from jaxllm.experiment import Experiment, TrainingConfig
 from jaxllm.objectives.classification import ClassifierConfig
 from jaxllm.objectives.preference import Orpo
-from jaxllm.optim.schedules import ScheduleConfig
+from jaxllm.optim.optimizers import ScheduleConfig
 from jaxllm.tasks.chat import PLAIN, Chat
 from jaxllm.tasks.classification import Classification
 from jaxllm.tasks.preference import Preference

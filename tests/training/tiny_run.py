@@ -10,7 +10,7 @@ from jaxllm.data.tokenizers import TokenizerConfig
 from jaxllm.evaluation.perplexity import EvaluationConfig
 from jaxllm.experiment import Experiment, TrainingConfig
 from jaxllm.models.decoder import DecoderConfig
-from jaxllm.optim.schedules import ScheduleConfig
+from jaxllm.optim.optimizers import ScheduleConfig
 from jaxllm.tasks import encoding
 
 MODEL = DecoderConfig(
