@@ -7,6 +7,7 @@ Letters: P prompts, K beams, C candidates.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from jaxllm.config import Config
 from jaxllm.generation import decode, decode_state, sampling
 from jaxllm.generation.decode import Completion
 from jaxllm.generation.decode_state import DecodeState
+from jaxllm.generation.rules import RULES
 from jaxllm.generation.sampling import SamplingConfig, make_requests
 from jaxllm.models import decoder
 from jaxllm.models.decoder import Decoder
@@ -26,8 +28,7 @@ from jaxllm.models.decoder import Decoder
 # Worse than any score; finite as in Transformers, so that sums stay numbers.
 NEVER = -1e9
 # Rules that change how greedy or beam search ranks tokens; the others only shape sampling.
-RANKING = ('biases', 'repetition_penalty', 'presence_penalty', 'frequency_penalty',
-           'no_repeat_ngram_size', 'min_new_tokens', 'forced_bos_id', 'forced_eos_id')
+RANKING = tuple(itertools.takewhile('temperature'.__ne__, RULES))
 
 
 class BeamConfig(Config):

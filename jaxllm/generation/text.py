@@ -16,6 +16,7 @@ from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.generation import beam, decode, scoring, speculation
 from jaxllm.generation.beam import BeamConfig
 from jaxllm.generation.decode import Completion, TextPiece, Top
+from jaxllm.generation.rules import RULES
 from jaxllm.generation.sampling import SamplingConfig
 from jaxllm.generation.speculation import Draft, SpeculationConfig
 from jaxllm.models.decoder import Decoder
@@ -29,7 +30,7 @@ Way = BeamConfig | SpeculationConfig | None
 """How text is decoded, where that is not plain sampling."""
 
 # Fields of `SamplingConfig` that beam search does not read.
-SAMPLED = ('temperature', 'top_k', 'top_p', 'min_p', 'typical_p', 'seed')
+SAMPLED = (*(name for name in RULES if name not in beam.RANKING), 'seed')
 # Ids before a token that decide its text, where it is not that of its bytes.
 _WINDOW = 6
 
