@@ -1,12 +1,15 @@
 """One run, described whole: the configs of all rooms, and the checks that span rooms."""
 
+import functools
 import itertools
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+import jax
 import pydantic
 from absl import logging
 
+from jaxllm.adapters import lora
 from jaxllm.adapters.lora import LoraConfig
 from jaxllm.adapters.quantization import QuantizationConfig
 from jaxllm.adapters.rules import PathRule
@@ -16,14 +19,17 @@ from jaxllm.data.records import DataConfig
 from jaxllm.data.tokenizers import TokenizerConfig
 from jaxllm.evaluation.perplexity import HELD_OUT, EvaluationConfig
 from jaxllm.evaluation.scores import METRICS
+from jaxllm.models import decoder
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.objectives import OBJECTIVES, AnyObjective, Objective
 from jaxllm.objectives.classification import ClassifierConfig
 from jaxllm.objectives.next_token import NextToken
-from jaxllm.optim.optimizers import OptimizerConfig
-from jaxllm.optim.schedules import ScheduleConfig
+from jaxllm.optim.optimizers import OptimizerConfig, ScheduleConfig
 from jaxllm.sharding import MeshConfig
 from jaxllm.tasks import TASKS, AnyTask
+
+# Where a classifier lies among the parameters.
+HEAD = 'classifier'
 
 
 class SpikeConfig(Config):
@@ -55,7 +61,7 @@ class TrainingConfig(Config):
 
 
 class ScoringConfig(Config):
-  """Tasks that the model does while it is trained, to see what it can do."""
+  """Tasks on which the model is scored while it is trained."""
 
   tasks: tuple[AnyTask, ...] | None = None
   """Which, each kind once; None: the experiment's own task, where its data have such a split."""
@@ -70,7 +76,7 @@ class ScoringConfig(Config):
 
 
 class BestConfig(Config):
-  """What tells the best checkpoint, which is kept, and is the one that `jaxllm.load` takes."""
+  """How the best checkpoint is chosen, which is kept, and which `jaxllm.load` takes."""
 
   metric: str = 'validation/loss'
   """'validation/NAME' or 'task/KIND/NAME', as in metrics.jsonl. Whether it should be small or large
@@ -80,7 +86,7 @@ class BestConfig(Config):
 
 
 class FinetuneConfig(Config):
-  """What of a model is trained; the defaults train all of it."""
+  """Which parameters are trained; by default all of them."""
 
   lora: LoraConfig | None = None
   """Train adapters beside the parameters of `init_from`, which stay as they are; None trains the
@@ -88,7 +94,7 @@ class FinetuneConfig(Config):
   base: QuantizationConfig | None = None
   """How these parameters are stored meanwhile; None: float32."""
   rules: tuple[PathRule, ...] = ()
-  """What is frozen or learns at another rate, by paths of what is trained (of adapters, with
+  """Parameters that are frozen or learn at another rate, by their paths (those of adapters, with
   `lora`); each must match something."""
 
   @pydantic.model_validator(mode='after')
@@ -120,7 +126,7 @@ class Experiment(Config):
   finetune: FinetuneConfig = FinetuneConfig()
   training: TrainingConfig
   objective: AnyObjective = NextToken()
-  """What is minimised: the loss of the next tokens, of answers where there is a task; of
+  """The loss that is minimised: that of the next tokens, of answers where there is a task; of
   'preference' pairs ('dpo', 'ipo', 'orpo', 'simpo'); of a 'classifier' on top of the model; or the
   divergence from a teacher ('distillation')."""
   optimizer: OptimizerConfig = OptimizerConfig()
@@ -136,7 +142,7 @@ class Experiment(Config):
   @pydantic.field_validator('objective', mode='before')
   @classmethod
   def _default_kind(cls, value: Any) -> Any:
-    """Read what was written when there was one objective."""
+    """Read configs of a time when there was one objective."""
     return {'kind': 'next_token', **value} if isinstance(value, Mapping) else value
 
   def follow(self, updates: dict[str, Any], changed: Collection[str]) -> dict[str, Any]:
@@ -163,6 +169,11 @@ class Experiment(Config):
   def classifier(self) -> ClassifierConfig | None:
     """The head that is trained on top of the model, if there is one."""
     return self.objective if self.objective_record.head else None
+
+  @property
+  def reads_models(self) -> bool:
+    """Whether the run begins with another model or learns from one."""
+    return self.init_from is not None or self.objective_record.teacher
 
   @property
   def reads_base(self) -> bool:
@@ -205,7 +216,7 @@ class Experiment(Config):
 
 
 def _problems(experiment: Experiment) -> Iterator[str]:
-  """Yield what does not fit together; each check may rely on those before it."""
+  """Yield conflicts between fields; each check may rely on those before it."""
   data, model, tokenizer = experiment.data, experiment.model, experiment.tokenizer
   training, finetune = experiment.training, experiment.finetune
   if bool(data.sources) == (experiment.task is not None):
@@ -257,6 +268,14 @@ def _problems_of_objective(experiment: Experiment) -> Iterator[str]:
            f'{", ".join(experiment.measured) or "none: nothing is held out"}')
 
 
-# What must not change between two runs into one workdir: the parameters' shape, and which records a
-# step reads: those from step * batch_size on.
-FIXED_FIELDS = ('model', 'data', 'tokenizer', 'finetune', 'seed', 'training.batch_size')
+def abstract_params(experiment: Experiment) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Return the shapes and the logical axes of the parameters that a run trains and stores."""
+  full, full_axes = decoder.abstract(experiment.decoder)
+  shapes, axes = full['params'], full_axes['params']
+  if experiment.finetune.lora is not None:
+    shapes, axes = lora.abstract(experiment.finetune.lora, shapes, axes)
+  if head := experiment.objective_record.head:
+    shapes = {**shapes, HEAD: jax.eval_shape(
+      functools.partial(head.init, experiment.objective, experiment.decoder), jax.random.key(0))}
+    axes = {**axes, HEAD: head.axes}
+  return shapes, axes

@@ -1,4 +1,4 @@
-"""What a run trains and validates on: prepared documents, or the records of a task.
+"""The data set of a run: prepared documents, or the records of a task.
 
 A task's records are made in memory, anew whenever the run starts; the manifest's fingerprint tells
 whether they are the same.
@@ -33,8 +33,8 @@ class Dataset(NamedTuple):
   """The records of a run.
 
   Attributes:
-    manifest: what they are.
-    tokenizer: what they are written in.
+    manifest: their sources, sizes and fingerprint.
+    tokenizer: their tokenizer.
     make_batches: (split, batch_size, shuffle, num_epochs) -> this process's batches.
   """
 
@@ -52,7 +52,7 @@ def open_dataset(
     experiment: the run.
     begun: fingerprint of the records that it has begun with. Where these are there, sources that
       cannot be read any more do not matter, and changed ones do not replace them.
-    mesh: the devices of the run, for what a model says about its records; None: one device.
+    mesh: the devices of the run, for the log-probabilities of a reference model; None: one device.
 
   Raises:
     ValueError: the data cannot be read, has changed, or does not fit the model.

@@ -1,7 +1,7 @@
 """The training loop: text in; checkpoints, metrics, samples, a report out; the same call resumes.
 
 - `train` is a whole run: set up, loop, finish.
-- `_Run` is what stays fixed while it lasts.
+- `_Run` holds its fixed parts.
 - `_loop` takes the steps, and reads their metrics one step late so that devices never wait.
 - `_finish` proves the run from its checkpoint: held-out scores, samples, report.
 """
@@ -15,7 +15,7 @@ import pathlib
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,23 +33,22 @@ from jaxllm.experiment import Experiment
 from jaxllm.models import decoder
 from jaxllm.training import dataset as dataset_lib
 from jaxllm.training import metrics as metrics_lib
-from jaxllm.training import parameters, pretrained, report, scoring, selection, workdir
+from jaxllm.training import pretrained, report, scoring, workdir
 from jaxllm.training import state as state_lib
 from jaxllm.training import step as step_lib
 from jaxllm.training.dataset import Dataset
 from jaxllm.training.metrics import MetricLogger
-from jaxllm.training.scoring import Measurement
-from jaxllm.training.selection import Selection
+from jaxllm.training.scoring import Measurement, Selection
 from jaxllm.training.state import TrainState
 
 
 class TrainingStopped(RuntimeError):
-  """Training cannot go on; the message says why and what to change."""
+  """Training cannot go on; the message gives the reason and the fix."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-  """What stays fixed while a run lasts."""
+  """The fixed parts of a run."""
 
   experiment: Experiment
   path: pathlib.Path
@@ -73,7 +72,7 @@ def train(
     devices: the devices to use; all by default.
 
   Returns:
-    What `summary.json` holds: `step`, `num_steps`, `complete`, and when complete the validation
+    The content of `summary.json`: `step`, `num_steps`, `complete`, and when complete the validation
     scores, the parameter count, tokens and seconds.
 
   Raises:
@@ -84,10 +83,12 @@ def train(
   started = time.monotonic()
   mesh = sharding.make_mesh(experiment.mesh, devices)
   _check_batch(experiment, mesh)
-  experiment = pretrained.resolve(experiment, workdir.begun_as(pathlib.Path(path)))
+  if experiment.reads_models:
+    experiment = pretrained.resolve(experiment, workdir.begun_as(pathlib.Path(path)))
   directory = workdir.open_workdir(experiment, path)
-  # What a reference says of all records is computed when they are made, in resumed runs too.
-  if not workdir.has_begun(directory) or experiment.objective_record.reference:
+  # The records hold log-probabilities of a reference model, computed in resumed runs too.
+  if experiment.reads_models and (
+      not workdir.has_begun(directory) or experiment.objective_record.reference):
     pretrained.check_start(experiment)
   run = _Run(
     experiment=experiment,
@@ -110,7 +111,7 @@ def _run(run: _Run) -> dict[str, Any]:
   if latest > num_steps:
     raise ValueError(f'the run in --workdir={run.path} has taken {latest} steps, more than '
                      f'config.training.num_steps={num_steps}; raise it, or change --workdir')
-  selected = selection.restore(run.experiment, run.path, latest)
+  selected = scoring.restore_selection(run.experiment, run.path, latest)
   if latest >= num_steps or selected.exhausted:
     written = run.path / 'summary.json'
     if written.exists() and (summary := json.loads(written.read_text()))['step'] == latest:
@@ -178,29 +179,31 @@ def _initial_state(run: _Run, latest: int) -> tuple[TrainState, Bundle]:
       workdir.check_state(old, experiment, run.path)
     bundle = _bundle(run, latest)
     frozen, manifest = _load_frozen(run, bundle)
-    state = _restore(run, latest).replace(frozen=frozen)
-    return state, Bundle(experiment.to_json(), bundle.tokenizer_files, manifest)
-  tokenizer, manifest = run.dataset.tokenizer, run.dataset.manifest.model_dump(mode='json')
-  base, teacher, manifest = pretrained.load(
-    experiment, tokenizer, manifest, begun=False, mesh=run.mesh)
-  files = tokenizer.files()
+    abstract = state_lib.abstract_state(experiment, run.tx, run.mesh)
+    state = store_lib.restore(run.store, abstract.replace(frozen={}), latest)
+    return state.replace(frozen=frozen), Bundle(
+      experiment.to_json(), bundle.tokenizer_files, manifest)
+  base, teacher, manifest = _load_models(
+    run, run.dataset.manifest.model_dump(mode='json'), begun=False)
+  files = run.dataset.tokenizer.files()
   if experiment.init_from is not None:
-    # With what says how to use the model, such as its chat template.
+    # The chat template and other settings of the model stay beside its tokenizer.
     files = {**loading.describe(experiment.init_from).tokenizer.files(), **files}
   state = state_lib.create_state(experiment, run.tx, run.mesh, base, teacher)
   return state, Bundle(experiment.to_json(), files, manifest)
 
 
-def _load_frozen(run: _Run, bundle: Bundle) -> tuple[Any, dict[str, Any]]:
+def _load_models(run: _Run, manifest: Mapping[str, Any], begun: bool) -> tuple[Any, Any, Any]:
+  """Return the parameters of `init_from` and of a teacher, and the manifest of the run."""
+  if not run.experiment.reads_models:
+    return None, None, manifest
+  return pretrained.load(run.experiment, run.dataset.tokenizer, manifest, begun, run.mesh)
+
+
+def _load_frozen(run: _Run, bundle: Bundle) -> tuple[Any, Any]:
   """Return the frozen parameters, which no checkpoint holds, and the manifest of the run."""
-  base, teacher, manifest = pretrained.load(
-    run.experiment, run.dataset.tokenizer, bundle.manifest, begun=True, mesh=run.mesh)
+  base, teacher, manifest = _load_models(run, bundle.manifest, begun=True)
   return state_lib.freeze(run.experiment, run.mesh, base, teacher), manifest
-
-
-def _restore(run: _Run, step: int) -> TrainState:
-  abstract = state_lib.abstract_state(run.experiment, run.tx, run.mesh)
-  return store_lib.restore(run.store, abstract.replace(frozen={}), step)
 
 
 def _loop(
@@ -210,7 +213,7 @@ def _loop(
   """Take steps until the end, a signal, or the end of patience.
 
   Returns:
-    How many steps have been taken in all, what is frozen, and what was measured.
+    The step of the last checkpoint, the frozen parameters, and the selection.
   """
   experiment = run.experiment
   first, last = int(state.step), experiment.training.num_steps
@@ -256,12 +259,12 @@ def _measure(
   run: _Run, log: MetricLogger, measuring: Sequence[Measurement], state: TrainState,
   bundle: Bundle, selected: Selection, step: int,
 ) -> Selection:
-  """Measure what is due, write it down, and keep the state where it is the best so far."""
-  scores = scoring.take(measuring, parameters.variables(
+  """Take and log the measurements that are due; save the state if it is the best so far."""
+  scores = scoring.take(measuring, state_lib.variables(
     run.experiment, state_lib.evaluation_params(state), state.frozen))
   log.log_scores(step, scores)
-  selected = selection.add(selected, step, scores)
-  if selected.config and selected.best and selected.best[0] == step:
+  selected = selected.add(step, scores)
+  if selected.best and selected.best[0] == step:
     store_lib.save_best(run.store, step, state.replace(frozen={}), bundle, selected.facts)
   return selected
 
@@ -273,7 +276,7 @@ def _due(step: int, every: int, last: int) -> bool:
 def _record(
   run: _Run, log: MetricLogger, step: int, metrics: dict[str, jax.Array] | None
 ) -> None:
-  """Write a step's metrics down; stop the run where too many steps in a row were skipped."""
+  """Log the metrics of a step; stop the run where too many steps in a row were skipped."""
   if metrics is None:
     return
   scalars = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -334,15 +337,18 @@ def _finish(run: _Run, step: int, frozen: Any) -> dict[str, Any]:
     'seconds': metrics_lib.elapsed_seconds(run.path, step),
   }
   if experiment.finetune.lora is not None:
-    summary['trained_parameters'] = parameters.trained_count(experiment)
+    summary['trained_parameters'] = state_lib.trained_count(experiment)
   best = store_lib.best_step(run.store.directory)
   if best is not None:
     summary['best_step'] = best
-  variables = _restore_variables(run, step if best is None else best, frozen)
-  validate = scoring.make_validation(experiment, run.dataset, run.mesh, max_batches=None)
-  if validate is not None:
-    summary['validation'] = validate(variables)
-  samples = _sample(run, variables)
+  params, _ = store_lib.restore_params(
+    run.store.directory / str(step if best is None else best),
+    state_lib.abstract_state(experiment, run.tx, run.mesh).params)
+  variables = state_lib.variables(experiment, params, frozen)
+  if run.dataset.manifest.validation is not None:
+    measure = scoring.make_held_out(experiment, run.dataset, run.mesh, max_batches=None)
+    summary['validation'] = measure(variables)
+  samples = scoring.continue_prompts(experiment, run.dataset.tokenizer, variables, run.mesh)
   if jax.process_index() == 0:
     if samples:
       lines = [json.dumps(sample, ensure_ascii=False) for sample in samples]
@@ -350,25 +356,3 @@ def _finish(run: _Run, step: int, frozen: Any) -> dict[str, Any]:
     workdir.write_json(run.path / 'summary.json', summary)
     report.write_report(run.path)
   return summary
-
-
-def _restore_variables(run: _Run, step: int, frozen: Any) -> Any:
-  """Return the variables of a checkpoint to evaluate and sample with, each where it belongs."""
-  params, _ = store_lib.restore_params(
-    run.store.directory / str(step),
-    state_lib.abstract_state(run.experiment, run.tx, run.mesh).params)
-  return parameters.variables(run.experiment, params, frozen)
-
-
-def _sample(run: _Run, variables: Any) -> list[dict[str, str]]:
-  """Continue the prompts of `evaluation`; all processes take part."""
-  settings = run.experiment.evaluation
-  if not settings.prompts:
-    return []
-  texts = loading.generate(
-    scoring.make_model(run.experiment, run.dataset.tokenizer, variables, run.mesh),
-    settings.prompts, max_new_tokens=settings.prompt_tokens, temperature=settings.temperature,
-    top_p=settings.top_p, seed=run.experiment.seed,
-  )
-  return [{'prompt': prompt, 'text': text}
-          for prompt, text in zip(settings.prompts, texts, strict=True)]

@@ -1,6 +1,6 @@
 """The metrics of a run: metrics.jsonl, TensorBoard, a progress bar, and utilisation.
 
-- `open_logger` -> `MetricLogger`: what the loop reports to, with the clocks of its steps.
+- `open_logger` -> `MetricLogger`: logs steps and scores, and measures step times.
 - `open_writer`: one record per call, on disk at once; survives a resume. `read` reads them back.
 - `Progress`: a bar on a terminal, plain lines elsewhere.
 - `device_peak_flops`, `device_memory_bytes`: how well the devices are used.
@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from jaxllm import storage
 from jaxllm.evaluation import tables
 from jaxllm.experiment import Experiment
-from jaxllm.training import objectives
+from jaxllm.training.examples import ENCODINGS
 
 # Scores on held-out text that are printed, and how they are called.
 HELD_OUT = {'loss': 'held-out loss', 'perplexity': 'perplexity', 'bits_per_byte': 'bits per byte'}
@@ -67,6 +67,21 @@ def device_peak_flops(device_kind: str, dtype: str) -> float | None:
   return _PEAK_FLOPS[device_kind][dtype == 'float32']
 
 
+def flops_per_step(experiment: Experiment) -> float:
+  """Return the floating-point operations of matrix products in a step, recomputation left out.
+
+  A forward pass and twice as much backward; once as much where only adapters, small beside the
+  model, are trained. A reference and a teacher only go forward.
+  """
+  length, of = experiment.data.context_length, experiment.objective_record
+  positions = experiment.training.batch_size * length * ENCODINGS[of.examples].sequences
+  passes = 3 if experiment.finetune.lora is None else 2 + of.reference
+  flops_per_token = passes * experiment.decoder.flops_per_token(length)
+  if of.teacher:
+    flops_per_token += experiment.objective.decoder.flops_per_token(length)
+  return positions * flops_per_token
+
+
 def device_memory_bytes() -> int:
   """Return the peak memory of this process's fullest device; on CPU, of the whole process."""
   stats = [device.memory_stats() or {} for device in jax.local_devices()]
@@ -90,7 +105,7 @@ class MetricLogger:
   ):
     device = mesh.devices.flat[0]
     self._training = experiment.training
-    self._flops_per_step = objectives.flops_per_step(experiment)
+    self._flops_per_step = flops_per_step(experiment)
     self._num_devices = mesh.size
     self._peak_flops = device_peak_flops(device.device_kind, experiment.decoder.dtype)
     if self._peak_flops is None and device.platform != 'cpu':

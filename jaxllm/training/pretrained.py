@@ -16,7 +16,7 @@ from jaxllm import loading, sharding
 from jaxllm.checkpoints import tree
 from jaxllm.data import tokenizers
 from jaxllm.data.tokenizers import Tokenizer, TokenizerConfig
-from jaxllm.experiment import Experiment
+from jaxllm.experiment import HEAD, Experiment
 from jaxllm.interop import sources
 from jaxllm.models import decoder
 
@@ -115,7 +115,7 @@ def load(
       if lasting:
         fingerprints[key] = loading.check_model(field, path, params, manifest.get(key))
       # A classifier of its own is left out.
-      params = {name: tree for name, tree in params.items() if name != loading.HEAD}
+      params = {name: tree for name, tree in params.items() if name != HEAD}
       if field == 'init_from':
         check_parameters(experiment, params)
     found.append(params)

@@ -212,7 +212,7 @@ def _task_charts(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 def _speed(train: Sequence[Record], environment: Record) -> Rows:
-  """Return what the run cost."""
+  """Return the time, memory and utilisation of the run."""
   utilisation, kind = _median(train, 'train/mfu'), environment.get('device_kind', 'this device')
   unknown = f'unknown: no published peak for {kind}' if train else None
   return _known([

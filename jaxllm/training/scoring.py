@@ -1,8 +1,16 @@
-"""What is measured of a model while it is trained: its held-out loss, and how it does tasks."""
+"""Scores of a model while it is trained, and the best checkpoint by them.
+
+- `make_measurements`: the held-out loss, and how the model does tasks; `take` measures.
+- `Selection`: the best checkpoint so far, and when to stop looking for a better one. It is read
+  from metrics.jsonl, so that a resumed run decides as one that was never stopped.
+"""
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterable
+import math
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +24,8 @@ from jaxllm.experiment import Experiment
 from jaxllm.model import Model
 from jaxllm.tasks import TASKS, predict
 from jaxllm.tasks.base import Example
-from jaxllm.training import objectives
+from jaxllm.training import metrics
+from jaxllm.training import step as step_lib
 from jaxllm.training.dataset import Dataset
 
 Scores = dict[str, float]
@@ -27,7 +36,7 @@ class Measurement(NamedTuple):
   """One kind of measurement.
 
   Attributes:
-    group: what its names begin with, 'validation' or 'task'.
+    group: prefix of its names, 'validation' or 'task'.
     every_steps: steps between two of them.
     measure: variables -> scores.
   """
@@ -39,39 +48,35 @@ class Measurement(NamedTuple):
 
 def make_measurements(
   experiment: Experiment, dataset: Dataset, mesh: Mesh
-) -> tuple[Measurement, ...]:
+) -> list[Measurement]:
   """Return all that is measured during a run.
 
   Raises:
     ValueError: as in `make_tasks`.
     ImportError: as in `make_tasks`.
   """
-  validate = make_validation(experiment, dataset, mesh, experiment.evaluation.max_batches)
-  do_tasks = make_tasks(experiment, dataset, mesh)
-  found = (('validation', experiment.evaluation.every_steps, validate),
-           ('task', experiment.scoring.every_steps, do_tasks))
-  return tuple(Measurement(group, every, measure) for group, every, measure in found if measure)
+  found = []
+  if dataset.manifest.validation is not None:
+    config = experiment.evaluation
+    found.append(Measurement('validation', config.every_steps, make_held_out(
+      experiment, dataset, mesh, config.max_batches)))
+  if experiment.scored_tasks:
+    found.append(Measurement(
+      'task', experiment.scoring.every_steps, make_tasks(experiment, dataset, mesh)))
+  return found
 
 
 def take(measurements: Iterable[Measurement], variables: Any) -> Scores:
-  """Measure; names are 'validation/NAME' and 'task/KIND/NAME'."""
+  """Return the scores of all measurements, named 'validation/NAME' and 'task/KIND/NAME'."""
   return {
     f'{one.group}/{name}': value for one in measurements
     for name, value in one.measure(variables).items()
   }
 
 
-def make_validation(
-  experiment: Experiment, dataset: Dataset, mesh: Mesh, max_batches: int | None
-) -> Measure | None:
-  """Return `variables -> scores` over the validation records, or None where none are held out."""
-  if dataset.manifest.validation is None:
-    return None
-  return make_held_out(experiment, dataset, mesh, max_batches, 'validation')
-
-
 def make_held_out(
-  experiment: Experiment, dataset: Dataset, mesh: Mesh, max_batches: int | None, split: str
+  experiment: Experiment, dataset: Dataset, mesh: Mesh, max_batches: int | None,
+  split: str = 'validation',
 ) -> Measure:
   """Return `variables -> scores` over the records of a split.
 
@@ -102,7 +107,7 @@ def make_held_out(
       eval_step, variables, batches_lib.prefetch(batches, 0, count), batch_sharding,
       held_out.bytes_per_token,
     )
-  sums = objectives.make_sums(experiment)
+  sums = step_lib.make_sums(experiment)
 
   @jax.jit
   def example_step(variables: Any, batch: Any) -> Any:
@@ -121,16 +126,14 @@ def make_held_out(
   return validate
 
 
-def make_tasks(experiment: Experiment, dataset: Dataset, mesh: Mesh) -> Measure | None:
-  """Return `variables -> scores` of the tasks, named 'KIND/METRIC', or None where there are none.
+def make_tasks(experiment: Experiment, dataset: Dataset, mesh: Mesh) -> Measure:
+  """Return `variables -> scores` of the tasks, named 'KIND/METRIC'.
 
   Raises:
     ValueError: the data of a task cannot be read.
-    ImportError: what a score needs is not installed.
+    ImportError: a package that a score needs is not installed.
   """
   config = experiment.scoring
-  if not experiment.scored_tasks:
-    return None
   examples: list[tuple[Any, list[Example]]] = []
   for task in experiment.scored_tasks:
     chosen = task.data.limit if config.max_examples is None else config.max_examples
@@ -159,6 +162,21 @@ def make_model(
   return dataclasses.replace(model, placement=sharding.Placement(mesh, experiment.mesh))
 
 
+def continue_prompts(
+  experiment: Experiment, tokenizer: Tokenizer, variables: Any, mesh: Mesh
+) -> list[dict[str, str]]:
+  """Return {'prompt', 'text'} of the prompts of `evaluation`; all processes take part."""
+  config = experiment.evaluation
+  if not config.prompts:
+    return []
+  texts = loading.generate(
+    make_model(experiment, tokenizer, variables, mesh), config.prompts,
+    max_new_tokens=config.prompt_tokens, temperature=config.temperature, top_p=config.top_p,
+    seed=experiment.seed)
+  return [{'prompt': prompt, 'text': text}
+          for prompt, text in zip(config.prompts, texts, strict=True)]
+
+
 def score(task: Any, examples: list[Example], predictions: list[Any]) -> Scores:
   """Return all scores of a task by name."""
   found: Scores = {}
@@ -172,3 +190,57 @@ def _check_installed(task: Any) -> None:
   if TASKS[task.kind].kind == 'generate':
     for name in TASKS[task.kind].metrics:
       scores.rows(name, ['a'], ['a'])
+
+
+class Selection(NamedTuple):
+  """The measurements that tell the best checkpoint.
+
+  Attributes:
+    metric: its name in metrics.jsonl; '': nothing is selected.
+    smaller_is_better: whether it measures errors.
+    patience: measurements in a row without a better one that end the run; None: it never ends so.
+    history: (step, value) pairs, as they came.
+  """
+
+  metric: str = ''
+  smaller_is_better: bool = False
+  patience: int | None = None
+  history: tuple[tuple[int, float], ...] = ()
+
+  @property
+  def best(self) -> tuple[int, float] | None:
+    """(step, value) of the best measurement, the first of equals; None: there is none."""
+    sign = 1 if self.smaller_is_better else -1
+    return min(self.history, key=lambda pair: sign * pair[1], default=None)
+
+  @property
+  def facts(self) -> dict[str, Any]:
+    """The metric and value of the best measurement; empty where there is none."""
+    return {'metric': self.metric, 'value': self.best[1]} if self.best else {}
+
+  @property
+  def exhausted(self) -> bool:
+    """Whether the run's patience is at an end."""
+    since = [step for step, _ in self.history if self.best and step > self.best[0]]
+    return self.patience is not None and len(since) >= self.patience
+
+  def add(self, step: int, scores: Mapping[str, float]) -> 'Selection':
+    """Return the selection after the scores of a step, which may lack the metric."""
+    value = scores.get(self.metric, math.nan)
+    if not math.isfinite(value):
+      return self
+    return self._replace(history=(*self.history, (step, value)))
+
+
+def restore_selection(
+  experiment: Experiment, workdir: str | os.PathLike[str], step: int
+) -> Selection:
+  """Return the selection of a run that continues after `step` steps."""
+  config = experiment.best
+  if config is None:
+    return Selection()
+  records = metrics.read(pathlib.Path(workdir) / 'metrics.jsonl')
+  return Selection(config.metric, experiment.measured[config.metric], config.patience, tuple(
+    (record['step'], record[config.metric]) for record in records
+    if record['step'] <= step and record.get(config.metric) is not None
+  ))

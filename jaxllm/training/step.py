@@ -16,14 +16,16 @@ from jax.sharding import Mesh
 
 from jaxllm import sharding
 from jaxllm.experiment import Experiment, SpikeConfig
-from jaxllm.objectives.base import Batch, average, scan_sum
-from jaxllm.training import examples, objectives
+from jaxllm.models.decoder import Decoder
+from jaxllm.objectives.base import Batch, Sums, average, scan_sum
+from jaxllm.training import examples
 from jaxllm.training import state as train_state
 from jaxllm.training.state import TrainState
 
 SUMS = ('loss_sum', 'weight_sum', 'cross_entropy_sum', 'correct_sum')
 """Sums of every loss; the averages of others are metrics by their own names."""
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+Loss = Callable[[Any, Any, Batch, jax.Array | None], Sums]
 
 
 def make_train_step(experiment: Experiment, tx: optax.GradientTransformation, mesh: Mesh) -> Step:
@@ -40,7 +42,7 @@ def make_train_step(experiment: Experiment, tx: optax.GradientTransformation, me
     float32 scalars: `loss` (nats per token), `objective` (the minimised loss), `accuracy`, `tokens`
     (with weight; examples, where a whole answer is judged), `tokens_read` (prompts included),
     `grad_norm`, `param_norm`, `learning_rate`, `applied` (1 or 0), `skipped`, `skipped_in_a_row`,
-    and the averages of what else the objective sums.
+    and the averages of the objective's other sums.
   """
   abstract = train_state.abstract_state(experiment, tx, mesh)
   state_sharding = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -111,11 +113,11 @@ def make_pure_step(experiment: Experiment, tx: optax.GradientTransformation) -> 
 def accumulate_gradients(
   experiment: Experiment, state: TrainState, batch: Batch, key: jax.Array
 ) -> tuple[Any, dict[str, jax.Array]]:
-  """Return the gradient of the summed loss, and the sums of `objectives.make_loss`, over the
+  """Return the gradient of the summed loss, and the sums of `make_loss`, over the
   microbatches of a batch.
   """
   microbatches = experiment.training.microbatches
-  loss = objectives.make_loss(experiment)
+  loss = make_loss(experiment)
 
   def loss_fn(params: Any, part: Batch, dropout_key: jax.Array) -> tuple[jax.Array, Any]:
     sums = loss(params, state.frozen, part, dropout_key)
@@ -133,6 +135,39 @@ def accumulate_gradients(
     return grad_fn(state.params, part, jax.random.fold_in(key, index))
 
   return scan_sum(gradients, parts, jnp.arange(microbatches))
+
+
+def make_loss(experiment: Experiment) -> Loss:
+  """Return the loss that the run minimises.
+
+  Returns:
+    A function of the trained parameters, the frozen ones, a batch, and the key of dropout (None:
+    none). It gives float32 scalars: `loss_sum`, `weight_sum` (tokens or examples),
+    `cross_entropy_sum` (the loss itself where it is none), `correct_sum` and the objective's own.
+  """
+  sums = make_sums(experiment)
+
+  def loss(params: Any, frozen: Any, batch: Batch, key: jax.Array | None) -> Sums:
+    return sums(train_state.variables(experiment, params, frozen, key), frozen, batch, key)
+
+  return loss
+
+
+def make_sums(experiment: Experiment) -> Loss:
+  """Like `make_loss`, but takes the full model variables instead of the trainable parameters."""
+  config, of = experiment.objective, experiment.objective_record
+
+  def sums(variables: Any, frozen: Any, batch: Batch, key: jax.Array | None) -> Sums:
+    others = {}
+    if of.reference and 'lora' in variables:  # Without its adapters the model is the reference.
+      others['reference'] = {'params': variables['params']}
+    if of.teacher:
+      others['teacher'] = {'params': frozen[train_state.TEACHER]}
+    loss_sum, weight_sum, more = of.loss(
+      config, Decoder(experiment.decoder), variables, batch, key, **others)
+    return {'cross_entropy_sum': loss_sum, **more, 'loss_sum': loss_sum, 'weight_sum': weight_sum}
+
+  return sums
 
 
 def _split_rows(x_BT: jax.Array, parts: int, per_token: bool) -> jax.Array:

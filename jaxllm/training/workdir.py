@@ -18,7 +18,7 @@ import jax
 from jaxllm import config as config_lib
 from jaxllm import storage
 from jaxllm.checkpoints import tree
-from jaxllm.experiment import FIXED_FIELDS, Experiment
+from jaxllm.experiment import Experiment
 from jaxllm.training import state as state_lib
 
 DATA = 'data.json'
@@ -28,7 +28,7 @@ PACKAGES = ('jaxllm', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'gra
 def open_workdir(experiment: Experiment, workdir: str | os.PathLike[str]) -> pathlib.Path:
   """Create the directory of a run, or check that the run in it can go on as this experiment.
 
-  What decides the model and the records of each step may not change between two runs into one
+  Fields that decide the model or the records of each step may not change between two runs into one
   directory; the rest (steps, learning rate, devices, ...) may.
 
   Raises:
@@ -107,8 +107,11 @@ def refuse(workdir: pathlib.Path, changed: Sequence[tuple[str, Any, Any]], reaso
                    'back what it had, or choose another --workdir')
 
 
-# Fields that change how a model runs, not what it is, and where files lie: what the files hold is
-# part of the fingerprint of the records.
+# Fields that decide the shapes of parameters, and which records a step reads: those from
+# step * batch_size on.
+FIXED_FIELDS = ('model', 'data', 'tokenizer', 'finetune', 'seed', 'training.batch_size')
+# Of them the fields that change how a model runs, not its function, and where files lie: their
+# content is part of the fingerprint of the records.
 _RUN_DEPENDENT = re.compile(
   r'model\.(scan_layers|remat|attention|dtype|dropout_rate)'
   r'|data\.(sources|validation)\.\d+\.location|tokenizer\.path'

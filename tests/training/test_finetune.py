@@ -25,13 +25,13 @@ from jaxllm.evaluation.perplexity import EvaluationConfig
 from jaxllm.experiment import Experiment, FinetuneConfig, TrainingConfig
 from jaxllm.interop import huggingface, tokenizer_export
 from jaxllm.models.decoder import Decoder
-from jaxllm.optim.schedules import ScheduleConfig
+from jaxllm.optim.optimizers import ScheduleConfig
 from jaxllm.tasks import chat, encoding, predict
 from jaxllm.tasks.base import EOS, Segment
 from jaxllm.tasks.chat import Chat, ChatTemplate
 from jaxllm.tasks.classification import Sentiment
 from jaxllm.tasks.records import RecordsConfig, RecordSource
-from jaxllm.training import dataset, loop, objectives, pretrained
+from jaxllm.training import dataset, loop, pretrained
 from jaxllm.training import state as state_lib
 from jaxllm.training import step as step_lib
 from tests.interop import small
@@ -178,7 +178,7 @@ def test_packed_equals_unpacked(base):
     for together in (True, False)
   )
   assert len(packed['tokens']) < len(alone['tokens'])
-  loss = objectives.make_loss(config)
+  loss = step_lib.make_loss(config)
   params = loading.load(base / 'base').variables['params']
   both = jax.jit(jax.value_and_grad(lambda p, batch: loss(p, {}, batch, None)['loss_sum']))
   (first, grads), (second, expected) = (both(params, batch) for batch in (packed, alone))

@@ -21,7 +21,7 @@ from jaxllm.optim.optimizers import OptimizerConfig
 from jaxllm.tasks import predict
 from jaxllm.tasks.preference import Preference
 from jaxllm.tasks.records import RecordsConfig, RecordSource
-from jaxllm.training import dataset, loop, objectives, pretrained, scoring, state, step
+from jaxllm.training import dataset, loop, pretrained, scoring, state, step
 from jaxllm.training import examples as encoded
 from tests.training import test_finetune, tiny_run
 from tests.training.test_finetune import LORA, lines, train
@@ -70,7 +70,7 @@ def test_the_reference_is_the_same_with_adapters_off_and_computed_before(base):
   batches = [dataset.open_dataset(c).make_batches('train', 8, True, None) for c in configs]
   start = loading.load(base / 'base').variables
   other = jax.tree.map(lambda leaf: leaf + 0.02, start['params'])  # What is trained by now.
-  before = objectives.make_sums(configs[1])({'params': other}, {}, batches[1].batch_at(0), None)
+  before = step.make_sums(configs[1])({'params': other}, {}, batches[1].batch_at(0), None)
   first, second = batches[0].batch_at(0), batches[1].batch_at(0)
   assert set(second) - set(first) == {encoded.REFERENCE}
   now = preference.preference_loss(
@@ -157,12 +157,12 @@ def test_what_is_one_per_row_is_not_split_with_the_sequence(base, objective):
   step.make_train_step(config, tx, mesh).lower(
     state.abstract_state(config, tx, mesh), step.abstract_batch(config, mesh))
   batch = dataset.open_dataset(config).make_batches('train', 8, True, None).batch_at(0)
-  params = jax.jit(lambda key: loop.parameters.init(config, key))(jax.random.key(0))
+  params = jax.jit(lambda key: state.init_params(config, key))(jax.random.key(0))
   found = []
   for devices in (mesh, one):
     def loss(params, batch, devices=devices):
       with sharding.activate(devices, config.mesh):
-        return objectives.make_sums(config)({'params': params}, {}, batch, None)['loss_sum']
+        return step.make_sums(config)({'params': params}, {}, batch, None)['loss_sum']
 
     placed = sharding.put_batch(batch, sharding.batch_sharding(devices, config.mesh))
     found.append(jax.jit(loss)(jax.device_put(params, sharding.replicated(devices)), placed))

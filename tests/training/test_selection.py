@@ -12,8 +12,8 @@ from jaxllm.checkpoints.store import CheckpointConfig
 from jaxllm.config import ConfigError
 from jaxllm.experiment import BestConfig, ScoringConfig, TrainingConfig
 from jaxllm.tasks import predict
-from jaxllm.training import loop, report, scoring, selection
-from jaxllm.training.selection import Selection
+from jaxllm.training import loop, report, scoring
+from jaxllm.training.scoring import Selection
 from tests.training import test_finetune, tiny_run
 from tests.training.test_finetune import lines, train
 
@@ -21,15 +21,15 @@ ACCURACY = BestConfig(metric='task/sentiment/accuracy', patience=2)
 
 
 def test_the_best_is_the_first_extreme_and_patience_counts_since_then():
-  chosen = Selection(ACCURACY)
+  chosen = Selection(ACCURACY.metric, patience=2)
   for step, value in ((1, 0.5), (2, 0.75), (3, 0.75), (4, float('nan'))):
-    chosen = selection.add(chosen, step, {'task/sentiment/accuracy': value, 'validation/loss': 1})
+    chosen = chosen.add(step, {'task/sentiment/accuracy': value, 'validation/loss': 1})
   assert chosen.best == (2, 0.75) and not chosen.exhausted
-  chosen = selection.add(chosen, 5, {'task/sentiment/accuracy': 0.7})
+  chosen = chosen.add(5, {'task/sentiment/accuracy': 0.7})
   assert chosen.exhausted
-  loss = Selection(BestConfig(metric='validation/loss'), True, ((1, 2.0), (2, 1.0), (3, 1.5)))
+  loss = Selection('validation/loss', True, history=((1, 2.0), (2, 1.0), (3, 1.5)))
   assert loss.best == (2, 1.0) and not loss.exhausted
-  assert selection.add(chosen, 6, {'validation/loss': 1.0}) == chosen
+  assert chosen.add(6, {'validation/loss': 1.0}) == chosen
 
 
 @pytest.fixture(scope='module')
@@ -145,7 +145,7 @@ def test_validation_during_training_is_a_sample_of_all_records(tmp_path):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(scoring.perplexity, 'evaluate', evaluate)
     for most in (3, 3, None):
-      scoring.make_validation(config, records, mesh, most)({})
+      scoring.make_held_out(config, records, mesh, most)({})
   some, again, everything = seen
   np.testing.assert_array_equal(some, again)
   assert len(some) == 3 < len(everything)
