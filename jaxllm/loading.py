@@ -1,4 +1,4 @@
-"""One way to get a model from a path, and what can be asked of it."""
+"""Loading a model from a path, and generating with it."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ from jaxllm.checkpoints import store, tree
 from jaxllm.checkpoints.bundle import CONVERTED, Bundle, model_config
 from jaxllm.data import tokenizer_settings, tokenizers
 from jaxllm.data.tokenizers import Tokenizer
-from jaxllm.experiment import Experiment
+from jaxllm.experiment import HEAD, Experiment, abstract_params
 from jaxllm.generation import text
 from jaxllm.interop import chat as templates
 from jaxllm.interop import peft, sources, tokenizer_files, weights
@@ -33,15 +33,13 @@ from jaxllm.tasks.chat import ChatTemplate
 # Entries of a bundle's manifest: fingerprints of the model that adapters are added to or pairs
 # compared with, and of a teacher.
 BASE, TEACHER = 'base_fingerprint', 'teacher_fingerprint'
-# Where a classifier lies among the parameters.
-HEAD = 'classifier'
 
 
 def make_model(
   config: DecoderConfig, variables: Any, tokenizer: Tokenizer, experiment: Experiment | None = None,
   family: str | None = None,
 ) -> Model:
-  """Return a model; what else there is to know its tokenizer and its experiment tell."""
+  """Return a model, the rest of its fields set by its tokenizer and its experiment."""
   add_bos = experiment.data.add_bos if experiment else tokenizer.add_bos
   model = Model(config, variables, tokenizer, experiment, add_bos, family=family)
   return dataclasses.replace(model, chat_format=_chat_format(model))
@@ -73,7 +71,7 @@ def _chat_format(model: Model) -> ChatFormat | None:
   jinja = model.tokenizer.chat_templates
   if not jinja:
     return None
-  # What was trained here began with BOS, whether or not the template writes it.
+  # Conversations that jaxllm trains on begin with BOS, whether or not the template writes it.
   bos_id = model.tokenizer.bos_id if model.experiment and model.add_bos else None
   return ChatFormat(
     functools.partial(templates.encode_all, model.tokenizer, jinja, bos_id=bos_id), (),
@@ -124,7 +122,7 @@ def load(
   config, experiment = _described(bundle)
   placement = make_placement(
     mesh, config, experiment.mesh.rules if experiment else sharding.DEFAULT_RULES)
-  shapes, axes = abstract(experiment) if experiment else (
+  shapes, axes = abstract_params(experiment) if experiment else (
     tree['params'] for tree in decoder.abstract(config))
   where = placement and placement.shardings(axes, shapes)
   if experiment and experiment.finetune.lora:
@@ -173,19 +171,6 @@ def to_use(config: DecoderConfig) -> DecoderConfig:
   return config.replace(attention='xla', remat='none')
 
 
-def abstract(experiment: Experiment) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Return the shapes and the logical axes of the parameters that a run trains and stores."""
-  full, full_axes = decoder.abstract(experiment.decoder)
-  shapes, axes = full['params'], full_axes['params']
-  if experiment.finetune.lora is not None:
-    shapes, axes = lora.abstract(experiment.finetune.lora, shapes, axes)
-  if head := experiment.objective_record.head:
-    shapes = {**shapes, HEAD: jax.eval_shape(
-      functools.partial(head.init, experiment.objective, experiment.decoder), jax.random.key(0))}
-    axes = {**axes, HEAD: head.axes}
-  return shapes, axes
-
-
 def _with_adapters(
   directory: str | os.PathLike[str], base: str, revision: str | None, mesh: Any, dtype: str | None
 ) -> Model:
@@ -231,7 +216,7 @@ def _merged(
       error)
   check_model('init_from', path, base, bundle.manifest[BASE])
   adapters, _ = store.restore_params(step, shardings=where)
-  # The adapters were trained beside what quantisation had left.
+  # The adapters were trained beside quantised parameters.
   if experiment.finetune.base is not None:
     base = dequantize_tree(quantize({'params': base}, experiment.finetune.base))['params']
   head = {name: adapters.pop(name) for name in [HEAD] if name in adapters}
@@ -392,4 +377,5 @@ def _stored(
   if own is not None and experiment is not None:
     files[tokenizer_settings.CHAT] = own.jinja(experiment.data.add_bos).encode()
   family = bundle.manifest.get(CONVERTED, {}).get('model_type')
-  return make_model(config, variables, tokenizers.from_files(files), experiment, family)
+  model = make_model(config, variables, tokenizers.from_files(files), experiment, family)
+  return dataclasses.replace(model, records=bundle.manifest.get('fingerprint'))

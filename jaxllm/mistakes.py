@@ -1,7 +1,7 @@
-"""What a user is told: the nearest name to a misspelt one, the sentence of an exception, log lines.
+"""Messages to a user: the nearest name to a misspelt one, the sentence of an exception, log lines.
 
-`sentence` knows the exceptions that say what a user got wrong. For any other it returns None: it is
-a fault of ours, and its traceback is what a report needs.
+`sentence` knows the exceptions that a user's mistake raises. For any other it returns None: it is
+a fault of ours, and a report needs its traceback.
 """
 
 import difflib
@@ -76,7 +76,7 @@ def speak_plainly() -> None:
 
 
 def sentence(error: BaseException, known: flags.FlagValues = flags.FLAGS) -> str | None:
-  """Return what an exception says about a user's input or machine; None: it is a fault of ours.
+  """Return the sentence of an exception about a user's input or machine; None: a fault of ours.
 
   These are refusals (ValueErrors from a `raise` of jaxllm, and its own classes), subclasses of
   ValueError, which tell of texts that are no JSON or no UTF-8 and the like, bad flags, what the

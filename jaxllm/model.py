@@ -49,7 +49,7 @@ class ChatFormat:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-  """A model with what it takes to use it.
+  """A model with its tokenizer and everything else that its use needs.
 
   Attributes:
     config: sizes and switches of the decoder.
@@ -59,6 +59,7 @@ class Model:
     add_bos: whether prompts begin with BOS, as the training documents did.
     chat_format: how to talk to it; None: it has no chat template.
     family: its Hugging Face model_type, where it came from there.
+    records: fingerprint of the records that it was trained on, where jaxllm trained it.
     placement: the devices that the variables are split over; None: one.
   """
 
@@ -69,6 +70,7 @@ class Model:
   add_bos: bool = True
   chat_format: ChatFormat | None = None
   family: str | None = None
+  records: str | None = None
   placement: Placement | None = None
 
   def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""One function per application, with what Transformers' pipelines took and gave.
+"""One function per application, with the inputs and outputs of Transformers' pipelines.
 
     translate = pipeline('translation', 'runs/translation')
     translate(['A dog runs.'], source='en', target='de')     # [{'translation_text': ...}]
@@ -33,7 +33,7 @@ def pipeline(
 ) -> Pipeline:
   """Return a function that does a task.
 
-  It takes one input or a list of them; what it gives for one does not depend on the others:
+  It takes one input or a list of them; the result of one does not depend on the others:
 
       translation(texts, source=None, target=None)  -> [{'translation_text'}]
       summarization(texts)                          -> [{'summary_text'}]
@@ -157,7 +157,7 @@ def _text_generation(model: Model, batch_size: int, fields: Mapping[str, Any]) -
   def generate(
     prompts: str | Sequence[str], return_full_text: bool = True
   ) -> list[Prediction] | list[list[Prediction]]:
-    """Continue prompts; `return_full_text` puts them before what is generated."""
+    """Continue prompts; `return_full_text` puts them before the generated text."""
     several = _several(prompts)
     ids = [model.encode_prompt(prompt) for prompt in several]
     found = _continue(model, batch_size, ids, sampling, stop, model.eos_token_ids, way, draft)
@@ -182,7 +182,7 @@ def _chat(model: Model, batch_size: int, fields: Mapping[str, Any]) -> Pipeline:
     """Answer a conversation: what the user says, or a list of {'role', 'content'}.
 
     A list of conversations gives a list of results. The result is the conversation with its answer;
-    what does not fit the context loses its oldest exchanges before the model reads it.
+    one that does not fit the context loses its oldest exchanges before the model reads it.
     """
     if isinstance(messages, str):
       messages = [{'role': 'user', 'content': messages}]

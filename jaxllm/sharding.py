@@ -28,7 +28,7 @@ DEFAULT_RULES: Rules = (
   ('batch', ('data', 'fsdp', 'expert')),
   ('length', ('context',)),
   ('activation_embed', ()),
-  # The batch where an activation is split by `embed` too: what is left of the batch's axes.
+  # The batch where an activation is split by `embed` too: the remaining axes of the batch.
   ('lookup_batch', ('data', 'expert')),
   # Parameters, and activations that follow them.
   ('vocab', ('tensor',)),
@@ -45,9 +45,9 @@ DEFAULT_RULES: Rules = (
 
 
 class MeshConfig(Config):
-  """How many devices each mesh axis has, and what is split over it.
+  """The size of each mesh axis, and the logical axes that are split over it.
 
-  The sizes multiply to the number of devices; one of them may be -1, which takes what is left.
+  The sizes multiply to the number of devices; one of them may be -1, which takes the rest.
   """
 
   data: int = -1
@@ -143,7 +143,7 @@ def make_placement(
   Args:
     mesh: sizes of mesh axes, {'fsdp': 4, 'tensor': 2} or 'fsdp=4,tensor=2', those left out being
       1; a config; or a mesh with some of MESH_AXES. A config takes the first devices.
-    rules: what is split over them, where `mesh` does not say it.
+    rules: logical axis -> mesh axes, where `mesh` has no rules of its own.
 
   Raises:
     ValueError: there are not so many devices, or there is no such axis.
@@ -316,7 +316,7 @@ def active(placement: Placement | None) -> contextlib.AbstractContextManager[Non
 
 @contextlib.contextmanager
 def activate(mesh: Mesh, config: MeshConfig) -> Iterator[None]:
-  """Make `constrain` effective for what is traced inside."""
+  """Make `constrain` effective for code that is traced inside."""
   token = _ACTIVE.set((mesh, config))
   try:
     yield
@@ -374,7 +374,7 @@ def map_shards(
 
 
 def platform() -> str:
-  """Return what the code being traced will run on: 'cpu', 'gpu' or 'tpu'."""
+  """Return the platform that the code being traced will run on: 'cpu', 'gpu' or 'tpu'."""
   active = _ACTIVE.get()
   if active is None or isinstance(active[0], AbstractMesh):
     return jax.default_backend()

@@ -88,7 +88,7 @@ def locked(directory: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def explained(directory: pathlib.Path) -> Iterator[None]:
-  """Let errors of writing say where, and what to do."""
+  """Add the place and the fix to errors of writing."""
   try:
     yield
   except OSError as error:

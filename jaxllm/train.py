@@ -3,6 +3,8 @@
 The same command goes on where an interrupted run stopped. `--config.a.b=value` changes a field. The
 exit code is 0 when the run has finished, 75 when a signal has stopped it and the same command is
 wanted again; 1 and 2 are errors.
+
+From Python: `jaxllm.train(experiment, 'runs/demo')` does the same, and returns the summary.
 """
 
 import pathlib
@@ -46,6 +48,8 @@ def main(_) -> None:  # noqa: D103
     print(f'---\n{sample["prompt"]}{sample["text"]}')
   print(f'report: {pathlib.Path(WORKDIR.value) / "report.html"}')
 
+
+config.make_callable(__name__, 'jaxllm.training.loop:train')
 
 if __name__ == '__main__':
   config.run_program(main, FLAGS)

@@ -15,7 +15,7 @@ from jaxllm.data.tokenizers import TokenizerConfig
 from jaxllm.evaluation import tables
 from jaxllm.experiment import Experiment, TrainingConfig
 from jaxllm.models import decoder
-from jaxllm.optim.schedules import ScheduleConfig
+from jaxllm.optim.optimizers import ScheduleConfig
 from jaxllm.tasks.classification import Sentiment
 from jaxllm.tasks.records import RecordsConfig, RecordSource
 from jaxllm.training import loop
@@ -100,9 +100,9 @@ def test_a_run_is_scored_on_its_held_out_records(outputs):
 
 
 def test_a_foreign_model_needs_a_text_or_tasks(outputs):
-  assert outputs[1][1].startswith('error: --model=')
-  assert 'give --text=FILE or --tasks=NAME' in outputs[1][1]
-  assert outputs[1][4].startswith('error: --baseline=')
+  assert outputs[1][1].startswith('error: model=')
+  assert 'give text=FILE or tasks=NAME' in outputs[1][1]
+  assert outputs[1][4].startswith('error: baseline=')
 
 
 def test_any_model_is_measured_on_a_text(outputs):
@@ -167,5 +167,5 @@ def test_what_smaller_weights_cost_is_said(outputs):
   results = json.loads((base / 'int4.json').read_text())
   text, = results['tasks'].values()
   assert results['quantize'] == 'int4' and 'difference' in compared
-  assert outputs[1][8].startswith('error: --limit=3 is for --tasks')
+  assert outputs[1][8].startswith('error: limit=3 is for tasks')
   assert 0 < abs(text['scores']['loss']['comparison']['difference']) < 0.2

@@ -112,7 +112,7 @@ CASES = [
   (('sample', '--model=plain', '--draft=nowhere'), "no such file or directory: 'nowhere'"),
   (('evaluate', '--model=plain', '--baseline=nowhere'), "no such file or directory: 'nowhere'"),
   (('evaluate', '--model=plain', '--tasks=sentimnt'), "did you mean 'sentiment'?"),
-  (('evaluate', '--model=plain', '--tasks=nowhere.json'), '--tasks=nowhere.json'),
+  (('evaluate', '--model=plain', '--tasks=nowhere.json'), 'tasks=nowhere.json'),
   (('evaluate', '--model=plain', '--text=nowhere.txt'), "'nowhere.txt'"),
   (('evaluate', '--model=plain', '--tasks=sentiment', '--data=nowhere.csv'), "'nowhere.csv'"),
   (('evaluate', '--model=plain', '--output=plain/scores.json'), '--output=plain/scores.json'),

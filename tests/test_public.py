@@ -4,6 +4,8 @@ import ast
 import importlib.metadata
 import inspect
 import pathlib
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -17,6 +19,9 @@ from jaxllm.evaluation.perplexity import EvaluationConfig
 from jaxllm.generation.sampling import SamplingConfig
 from jaxllm.interop import exported_runner
 from jaxllm.models import decoder
+from jaxllm.tasks.classification import Sentiment
+from jaxllm.tasks.records import RecordsConfig, RecordSource
+from jaxllm.training import evaluation, loop
 from tests import programs
 from tests.training import tiny_run as tiny
 
@@ -93,3 +98,35 @@ def test_one_default_of_sampling_everywhere():
   given = [sample.MAX_NEW_TOKENS, sample.TEMPERATURE, sample.TOP_K, sample.TOP_P, sample.MIN_P,
            sample.TYPICAL_P, sample.REPETITION_PENALTY, sample.NO_REPEAT_NGRAM_SIZE, sample.SEED]
   assert all(flag.default is None and hasattr(sampling, flag.name) for flag in given)
+
+
+@pytest.mark.parametrize('lines', [
+  'import jaxllm; train, evaluate = jaxllm.train, jaxllm.evaluate; import jaxllm.train',
+  'import jaxllm.evaluate; from jaxllm.train import main; from jaxllm import train, evaluate',
+], ids=['function first', 'program first'])
+def test_functions_and_programs_share_their_names(lines):
+  """Whatever is imported first, both are there under the one name."""
+  check = ('\nassert jaxllm.train is train and jaxllm.evaluate is evaluate'
+           '\nassert callable(train) and train.main and callable(evaluate) and evaluate.FLAGS')
+  subprocess.run([sys.executable, '-c', lines + check], check=True)
+
+
+def test_a_run_needs_one_import(path, tmp_path):
+  assert inspect.signature(jaxllm.train) == inspect.signature(loop.train)
+  assert inspect.signature(jaxllm.evaluate) == inspect.signature(evaluation.evaluate)
+  with pytest.raises(ValueError, match='config.training.batch_size'):
+    jaxllm.train(tiny.experiment(tmp_path, training__batch_size=7), tmp_path / 'run')
+  with pytest.raises(ValueError, match='give text=FILE or tasks=NAME'):
+    jaxllm.evaluate(path)
+  with pytest.raises(ValueError, match='stride=3 is for text, which was not given'):
+    jaxllm.evaluate(path, stride=3)
+  with pytest.raises(ValueError, match="did you mean 'sentiment'"):
+    jaxllm.evaluate(path, 'sentimen')
+  (tmp_path / 'play.txt').write_text('HAMLET. To be, or not to be.')
+  (tmp_path / 'reviews.tsv').write_text('text\tlabel\ngood\tpositive\nbad\tnegative\n')
+  task = Sentiment(data=RecordsConfig(
+    sources=(RecordSource(location=str(tmp_path / 'reviews.tsv'), split='test'),)))
+  model, text = jaxllm.load(path), str(tmp_path / 'play.txt')
+  found = jaxllm.evaluate(model, [task], text)['tasks']
+  assert [*found] == ['sentiment', text] and found['sentiment']['examples'] == 2
+  assert found[text]['scores']['bits_per_byte']['value'] > 7

@@ -3,7 +3,8 @@
 What is proven: every `python -m jaxllm.NAME` command has flags that the program knows and accepts,
 and for `train` and `prepare` a config that resolves, on a mesh of as many devices as the variant
 names; every `make` target, extra and program file exists; every Python block runs by itself, on
-tiny stand-ins for the models and with a `loop.train` that only looks at what it is given.
+tiny stand-ins for the models and with a `jaxllm.train` and a `jaxllm.evaluate` that only look at
+what they are given.
 
 What is not: that commands do what the text says (other tests run the programs), that a package
 index has what is installed, and blocks that talk to a running server or download a benchmark, which
@@ -23,7 +24,7 @@ import jaxllm
 from jaxllm import config, sharding
 from jaxllm.interop import huggingface, sources
 from jaxllm.models import families
-from jaxllm.training import loop
+from jaxllm.training import evaluation, loop
 from tests import programs
 from tests.interop import small
 
@@ -176,6 +177,7 @@ def test_a_python_block_runs_by_itself(code, folder, monkeypatch):
   monkeypatch.setitem(families.PRESETS, 'gpt2_124m', small.CONFIGS['gpt2'])
   trained = []
   monkeypatch.setattr(loop, 'train', lambda experiment, path: trained.append((experiment, path)))
+  monkeypatch.setattr(evaluation, 'evaluate', lambda path: {'loss': float(path == 'runs/mine')})
   exec(compiled, {})
   assert all(isinstance(experiment, jaxllm.Experiment) for experiment, _ in trained)
   assert jax.config.jax_numpy_rank_promotion == 'raise'

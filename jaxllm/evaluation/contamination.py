@@ -1,4 +1,4 @@
-"""Whether a model may have been trained on what it is evaluated on: shared runs of words."""
+"""Contamination: runs of words that evaluation texts share with training texts."""
 
 import os
 import re
@@ -64,7 +64,7 @@ def summary(found: Sequence[Overlap]) -> dict[str, Any]:
 
 
 def longest_text(record: Mapping[str, Any]) -> str:
-  """Return the longest text among the fields of a record, lists joined: what it is about."""
+  """Return the longest text among the fields of a record, lists joined."""
   return max(map(_text, record.values()), key=len, default='')
 
 
@@ -80,7 +80,7 @@ def record_texts(directory: str | os.PathLike[str], tokenizer: Tokenizer) -> Ite
   """Yield the training texts of prepared records, cut where the records cut them.
 
   Args:
-    directory: what `records.prepare` wrote.
+    directory: one that `records.prepare` wrote.
     tokenizer: that of the records.
 
   Raises:

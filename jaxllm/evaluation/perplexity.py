@@ -24,13 +24,13 @@ EvalStep = Callable[[Any, Mapping[str, jax.Array]], dict[str, jax.Array]]
 
 
 class EvaluationConfig(Config):
-  """What is measured during and after training."""
+  """Held-out evaluation and samples, during and after training."""
 
   every_steps: int = pydantic.Field(default=500, gt=0)
   """Steps between two evaluations on the validation records."""
   max_batches: int | None = pydantic.Field(default=None, gt=0)
   """Validation batches per evaluation during training, always the same ones of records that are
-  drawn by the seed; None takes all. What is measured after the last step takes all."""
+  drawn by the seed; None takes all. The last evaluation takes all."""
   batch_size: int | None = pydantic.Field(default=None, gt=0)
   """Records per validation batch; None takes the training batch size."""
   prompts: tuple[str, ...] = ()

@@ -34,7 +34,7 @@ class Metric(NamedTuple):
     values: sums of rows (..., M) -> name -> float64 (...).
     names: the names.
     means: those of them that are means over the examples, of numbers between 0 and 1.
-    largest: what no number can exceed; None: there is no such limit.
+    largest: upper bound of the numbers; None: there is none.
     smaller_is_better: whether it measures errors.
   """
 

@@ -1,6 +1,6 @@
 """Losses, one a file: each returns (sum, count, sums), divided once by the caller.
 
-`OBJECTIVES` lists them, with what the rest of the package must know of each.
+`OBJECTIVES` lists them, each with the facts that the rest of the package reads.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,7 +25,7 @@ class Head(NamedTuple):
 
 
 class Objective(NamedTuple):
-  """What is minimised.
+  """A loss and its facts.
 
   Attributes:
     config: its config class, with a `kind` of its own.

@@ -1,4 +1,4 @@
-"""What losses share: their types, the hidden states that they read, and the model's aux losses."""
+"""Shared parts of losses: their types, the hidden states that they read, the model's aux losses."""
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any

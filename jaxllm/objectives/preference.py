@@ -115,7 +115,7 @@ def preference_loss(
   Args:
     config: the loss.
     model: the decoder.
-    variables: what is trained.
+    variables: those of the policy, which is trained.
     batch: (B, T) arrays `tokens`, `targets`, `weights`, `segment_ids`, `positions` of the preferred
       answers, and the same with `rejected_` before the name. `reference_log_probs` (B, 2), of the
       preferred and the other answer, where they were computed before.

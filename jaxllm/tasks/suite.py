@@ -1,11 +1,12 @@
-"""Which tasks a model is scored on: kinds with their default data, or a JSON file of configs."""
+"""Which tasks a model is scored on: kinds with their default data, configs, or a JSON file."""
 
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxllm.config import ConfigError
+from jaxllm import mistakes
+from jaxllm.config import Config, ConfigError
 from jaxllm.tasks import TASKS
 from jaxllm.tasks.records import RecordSource
 
@@ -13,13 +14,14 @@ Suite = dict[str, Any]
 
 
 def select(
-  names: str, split: str, own: Any = None, data: str | None = None, limit: int | None = None
+  tasks: str | Sequence[Any], split: str, own: Any = None, data: str | None = None,
+  limit: int | None = None,
 ) -> Suite:
   """Return task configs by name.
 
   Args:
-    names: kinds separated by commas, or a .json file: the config of one task, a list of them, or an
-      object of them by name.
+    tasks: kinds separated by commas, or a .json file: the config of one task, a list of them, or an
+      object of them by name; or a sequence of kinds and configs.
     split: which split will be scored.
     own: the task that the model was fine-tuned on; its kind then means this config.
     data: where the records of the one task come from, as `RecordSource.location`; all of them are
@@ -30,24 +32,44 @@ def select(
     ValueError: there is no such kind or file, a config is not accepted, or `data` is given for
       several tasks.
   """
-  if names.endswith('.json'):
-    listed = {name: (fields, f'{names}: {name}') for name, fields in _read(names).items()}
-  else:
-    listed = {kind: ({'kind': kind}, f'--tasks={names}') for kind in names.split(',')}
-  if data and len(listed) > 1:
-    raise ValueError(f'--data={data} is for one task, not for {", ".join(listed)}; name the data '
-                     'of several in a JSON file')
+  named = named_tasks(tasks)
+  if data and len(named) > 1:
+    raise ValueError(f'data={data} is for one task, not for {", ".join(named)}; name the data of '
+                     'several in a JSON file')
   changes: dict[str, Any] = {} if limit is None else {'limit': limit}
   if data:
     changes |= {'sources': (RecordSource(location=data, split=split),), 'group': None}
   found = {}
-  for name, (fields, where) in listed.items():
-    if own is None or fields != {'kind': own.kind}:
-      config = _config({'data': changes, **fields} if data else fields, where)
-    else:
+  for name, fields in named.items():
+    if own is not None and fields == {'kind': own.kind}:
       config = own
+    elif isinstance(fields, Config):
+      config = fields
+    else:
+      try:
+        config = TASKS[fields['kind']].config(**({'data': changes} if data else {}) | fields)
+      except ConfigError as error:
+        raise ValueError(f'tasks={tasks}: {name}: {error}') from None
     found[name] = config.replace(data=config.data.replace(**changes))
   return found
+
+
+def named_tasks(tasks: str | Sequence[Any]) -> dict[str, Any]:
+  """Return name -> config of a task or the fields of one; argument as in `select`.
+
+  Raises:
+    ValueError: there is no such kind or file.
+  """
+  if isinstance(tasks, str):
+    named = _read(tasks) if tasks.endswith('.json') else _by_kind(tasks.split(','))
+  else:
+    named = _by_kind(tasks)
+  for name, fields in named.items():
+    kind = str(_kind(fields))
+    if kind not in TASKS:
+      raise ValueError(f'tasks={tasks}: {name}: kind {kind!r} is no task; one of '
+                       f'{", ".join(TASKS)}{mistakes.hint(kind, TASKS)}')
+  return {name: {'kind': one} if isinstance(one, str) else one for name, one in named.items()}
 
 
 def in_format_of(config: Any, own: Any) -> Any:
@@ -61,29 +83,27 @@ def in_format_of(config: Any, own: Any) -> Any:
   return own.replace(data=config.data) if labels[0] == labels[1] else config
 
 
-def _config(fields: Any, where: str) -> Any:
-  kind = str(fields.get('kind') if isinstance(fields, Mapping) else fields)
-  if kind not in TASKS:
-    raise ValueError(f'{where}: kind {kind!r} is no task; one of {", ".join(TASKS)}')
-  try:
-    return TASKS[kind].config(**fields)
-  except ConfigError as error:
-    raise ValueError(f'{where}: {error}') from None
-
-
 def _read(location: str) -> dict[str, Any]:
   try:
     content = json.loads(pathlib.Path(location).read_text(encoding='utf-8'))
   except (OSError, ValueError) as error:
-    raise ValueError(f'--tasks={location} cannot be read as JSON: {error}') from None
+    raise ValueError(f'tasks={location} cannot be read as JSON: {error}') from None
   if isinstance(content, dict) and 'kind' in content:
     content = [content]
   if isinstance(content, list):
-    kinds = [str(item.get('kind')) if isinstance(item, dict) else str(item) for item in content]
-    content = {
-      f'{kind}_{i}' if kinds.count(kind) > 1 else kind: item
-      for i, (kind, item) in enumerate(zip(kinds, content, strict=True), start=1)}
+    content = _by_kind(content)
   if not isinstance(content, dict) or not content:
-    raise ValueError(f'--tasks={location}: expected the config of a task, a list of them, or an '
+    raise ValueError(f'tasks={location}: expected the config of a task, a list of them, or an '
                      'object of them by name')
   return content
+
+
+def _by_kind(tasks: Sequence[Any]) -> dict[str, Any]:
+  """Return tasks by their kinds; where a kind stands twice, with their places."""
+  kinds = [str(_kind(one)) for one in tasks]
+  return {f'{kind}_{i}' if kinds.count(kind) > 1 else kind: one
+          for i, (kind, one) in enumerate(zip(kinds, tasks, strict=True), start=1)}
+
+
+def _kind(task: Any) -> Any:
+  return task.get('kind') if isinstance(task, Mapping) else getattr(task, 'kind', task)

@@ -20,6 +20,9 @@ def test_kinds_are_those_of_the_run_or_the_defaults():
   found = suite.select('sentiment,translation', 'test', own=CHINESE, limit=5)
   assert found['sentiment'] == CHINESE.replace(data=CHINESE.data.replace(limit=5))
   assert found['translation'].data.limit == 5
+  spam = Classification(**SPAM)
+  assert suite.select([spam, 'sentiment', 'classification'], 'test', own=spam) == {
+    'classification_1': spam, 'sentiment': Sentiment(), 'classification_3': spam}
 
 
 def test_json_gives_one_task_or_several(tmp_path):
