@@ -8,7 +8,7 @@ import pydantic
 
 from jaxllm.config import Config
 from jaxllm.models.decoder import Decoder, DecoderConfig
-from jaxllm.objectives.base import Batch, Sums, hidden_states, with_aux
+from jaxllm.objectives.next_token import Batch, Sums, hidden_states, with_aux
 
 
 class Distillation(Config):

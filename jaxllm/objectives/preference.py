@@ -14,7 +14,7 @@ import pydantic
 from jaxllm.config import Config
 from jaxllm.models.decoder import Decoder
 from jaxllm.models.log_probs import target_log_probs
-from jaxllm.objectives.base import Batch, Sums, hidden_states, with_aux
+from jaxllm.objectives.next_token import Batch, Sums, hidden_states, with_aux
 
 
 class Pair(NamedTuple):

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxllm import sharding
 from jaxllm.experiment import Experiment, SpikeConfig
 from jaxllm.models.decoder import Decoder
-from jaxllm.objectives.base import Batch, Sums, average, scan_sum
+from jaxllm.objectives.next_token import Batch, Sums, average, scan_sum
 from jaxllm.training import examples
 from jaxllm.training import state as train_state
 from jaxllm.training.state import TrainState

@@ -11,7 +11,7 @@ import pytest
 from jaxllm.config import ConfigError
 from jaxllm.models import decoder
 from jaxllm.models.families import PRESETS
-from jaxllm.objectives import base
+from jaxllm.objectives import next_token
 from jaxllm.objectives.next_token import NextToken, next_token_loss, token_sums
 
 VOCAB, PADDED, BATCH, LENGTH = 50, 64, 4, 10
@@ -220,8 +220,8 @@ def test_all_weights_zero_is_zero_and_not_nan(variables, batch, chunk_size):
   nothing = batch | {'weights': np.zeros_like(batch['weights'])}
   for leaf in jax.tree.leaves(grads_and_sums(config, variables, nothing)):
     np.testing.assert_array_equal(leaf, 0)
-  assert base.average(jnp.float32(0), jnp.float32(0)) == 0
-  assert base.average(jnp.float32(3), jnp.float32(2)) == 1.5
+  assert next_token.average(jnp.float32(0), jnp.float32(0)) == 0
+  assert next_token.average(jnp.float32(3), jnp.float32(2)) == 1.5
 
 
 def test_sums_add_over_microbatches(variables, batch):

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from jaxllm import sharding
 from jaxllm.models import decoder
-from jaxllm.objectives import base
+from jaxllm.objectives import next_token
 from jaxllm.optim import optimizers
 from jaxllm.training import state as state_lib
 from jaxllm.training import step as step_lib
@@ -131,7 +131,7 @@ def test_what_layers_report_is_part_of_the_loss_and_averaged_like_it(tmp_path, m
   batch, key = make_batch(8), jax.random.key(0)
 
   def sums(batch, weight, microbatches=1):
-    monkeypatch.setattr(base, 'AUX_WEIGHTS', {'square': weight})
+    monkeypatch.setattr(next_token, 'AUX_WEIGHTS', {'square': weight})
     config = tiny.experiment(tmp_path, training__microbatches=microbatches)
     return jax.jit(lambda *args: step_lib.accumulate_gradients(config, *args))(state, batch, key)
 
