@@ -213,7 +213,7 @@ def _load_saved(path: pathlib.Path) -> Any:
   try:
     return pkgutil.resolve_name(_SAVED).from_json(written.read_text(encoding='utf-8'))
   except (ConfigError, UnicodeError) as error:
-    raise ConfigError(f'--config: {written} is no config of a run: {error}') from error
+    raise ConfigError(f'{written} cannot be read as the config of a run: {error}') from error
 
 
 class Flags:

@@ -43,7 +43,7 @@ def open_workdir(experiment: Experiment, workdir: str | os.PathLike[str]) -> pat
 
 def begun_as(path: pathlib.Path) -> Experiment | None:
   """Return the config of the run that has begun in a directory; None: none has."""
-  return read_config(path) if has_begun(path) and (path / 'config.json').exists() else None
+  return config_lib.load(str(path)) if has_begun(path) and (path / 'config.json').exists() else None
 
 
 def has_begun(path: pathlib.Path) -> bool:
@@ -54,19 +54,6 @@ def has_begun(path: pathlib.Path) -> bool:
 def begun_with(path: pathlib.Path) -> str | None:
   """Return the fingerprint of the records that the run in a directory has begun with."""
   return storage.read_json(path / DATA).get('fingerprint') if has_begun(path) else None
-
-
-def read_config(workdir: str | os.PathLike[str]) -> Experiment:
-  """Read the resolved config of a run.
-
-  Raises:
-    ValueError: there is none, or it is damaged.
-  """
-  path = pathlib.Path(workdir) / 'config.json'
-  try:
-    return Experiment.from_json(path.read_text(encoding='utf-8'))
-  except (OSError, ValueError) as error:
-    raise ValueError(f'{path} cannot be read as the config of a run: {error}') from error
 
 
 def check_same_run(old: Experiment, new: Experiment, workdir: pathlib.Path) -> None:

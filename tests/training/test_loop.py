@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxllm import config as config_lib
 from jaxllm import loading
 from jaxllm.checkpoints import store
 from jaxllm.config import override
@@ -51,7 +52,7 @@ def test_a_run_leaves_all_its_files(whole):
   assert scores['perplexity'] == pytest.approx(np.exp(scores['loss']))
   # Every byte is a token, and each document ends with one more.
   assert scores['bits_per_byte'] == pytest.approx(scores['loss'] / np.log(2), rel=0.02)
-  assert workdir.read_config(base / 'run') == tiny.experiment(base, training__ema_decay=0.9)
+  assert config_lib.load(str(base / 'run')) == tiny.experiment(base, training__ema_decay=0.9)
   sample = json.loads((base / 'run' / 'samples.jsonl').read_text())
   assert sample['prompt'] == 'the king'
 
@@ -163,7 +164,7 @@ def test_what_a_run_changes_is_told_and_a_complete_call_changes_nothing(whole, c
   longer = tiny.experiment(base, training__num_steps=9, training__microbatches=2, **changes)
   with caplog.at_level('INFO', logger='absl'):
     assert train(longer, base / 'longer')['step'] == 9
-  assert workdir.read_config(base / 'longer') == longer
+  assert config_lib.load(str(base / 'longer')) == longer
   told = [r.getMessage() for r in caplog.records]
   assert 'Changed since the last call: config.training.num_steps: 8 -> 9' in told
   assert 'Changed since the last call: config.optimizer.clip_norm: 1.0 -> 0.5' in told
