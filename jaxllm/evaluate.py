@@ -12,9 +12,8 @@ From Python: `jaxllm.evaluate('runs/quickstart', text='play.txt')` returns the s
 """
 
 import json
-import pathlib
 
-from jaxllm import config, mistakes
+from jaxllm import config, mistakes, storage
 
 FLAGS = config.Flags()
 MODEL, MESH, DTYPE = FLAGS.model()
@@ -65,10 +64,9 @@ def main(_) -> None:  # noqa: D103
         beside = f'  ({number(whole[name])} unless {QUANTIZE.value})' if whole else ''
         print(f'{name.replace("_", " "):>14}  {number(value)}{beside}')
   if OUTPUT.value:
-    pathlib.Path(OUTPUT.value).parent.mkdir(parents=True, exist_ok=True)
     # Records may hold dates.
     text = json.dumps(found, indent=2, ensure_ascii=False, default=str)
-    pathlib.Path(OUTPUT.value).write_text(text + '\n', encoding='utf-8')
+    storage.write_file(OUTPUT.value, text + '\n')
 
 
 config.make_callable(__name__, 'jaxllm.training.evaluation:evaluate')
