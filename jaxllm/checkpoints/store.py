@@ -40,8 +40,6 @@ COMMIT_MARKER = 'commit_success.txt'
 DIRECTORY = 'checkpoints'
 STATE, BUNDLE = 'state', 'bundle'
 BEST = 'best.json'
-# Bytes that are read together at least.
-LEAST_AT_ONCE = 64_000_000
 
 
 class CheckpointError(RuntimeError):
@@ -405,10 +403,8 @@ def _read(step: epath.Path, leaves: Mapping[str, jax.ShapeDtypeStruct]) -> dict[
     ),
     target,
   )
-  # Read and decoded but not yet on a device: as much as the largest one, of 4 bytes a number.
-  at_once: Any = max(LEAST_AT_ONCE, 4 * max((leaf.size for leaf in leaves.values()), default=0))
   with _reading(step / STATE):
-    restored = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=(at_once + 1) / 1e9).restore(
+    restored = ocp.PyTreeCheckpointHandler().restore(
       step / STATE,
       args=ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True),
     )
