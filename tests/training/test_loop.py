@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jaxllm import config as config_lib
-from jaxllm import loading
+from jaxllm import loading, storage
 from jaxllm.checkpoints import store
 from jaxllm.config import override
 from jaxllm.training import dataset, loop, state, workdir
@@ -189,11 +189,15 @@ def test_a_killed_run_marks_the_best_checkpoint_that_it_had_not_marked_yet(tmp_p
   class Kill(Exception):
     pass
 
-  def kill(*_):
-    raise Kill
+  write = storage.write_file
+
+  def kill(path, content):
+    if path.name == store.BEST:
+      raise Kill
+    write(path, content)
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(store, '_write_best', kill)
+    patch.setattr(storage, 'write_file', kill)
     with pytest.raises(Kill):
       train(experiment, tmp_path / 'run')
   assert store.best_step(tmp_path / 'run' / 'checkpoints') is None
