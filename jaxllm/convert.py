@@ -8,7 +8,7 @@ some.
 
 import os
 
-from jaxllm import config
+from jaxllm import config, storage
 
 FLAGS = config.Flags()
 SOURCE = FLAGS.string(
@@ -44,7 +44,7 @@ def main(_) -> None:  # noqa: D103
     raise ValueError(f'--buckets={",".join(BUCKETS.value)}: numbers with commas between are needed')
   buckets = [int(length) for length in BUCKETS.value]
   conversion.check_target(TARGET.value, FORMAT.value)
-  origin = exported.source_of(SOURCE.value)
+  origin = exported.source_of(str(sources.at_hand(SOURCE.value)))
   sources.check_exists(origin, REVISION.value)
   if sources.is_foreign(origin):
     source = sources.open_model(origin, REVISION.value, IGNORE_AUTO_MAP.value)
@@ -60,8 +60,9 @@ def main(_) -> None:  # noqa: D103
                        '--format')
     stored = 'float32' if peft.base_model(origin) else None
     loaded = loading.load(origin, MESH.value, stored)
+    where = origin if storage.is_remote(origin) else os.path.abspath(origin)
     report = conversion.from_model(
-      loaded, TARGET.value, FORMAT.value, DTYPE.value, buckets, os.path.abspath(origin))
+      loaded, TARGET.value, FORMAT.value, DTYPE.value, buckets, where)
   proof = report['proof']
   print(f'{TARGET.value}: {FORMAT.value}, proven on {len(proof["prompt_ids"])} tokens')
   if 'max_abs_error' in proof:

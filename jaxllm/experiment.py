@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import pathlib
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 import pydantic
 from absl import logging
 
+from jaxllm import storage
 from jaxllm.adapters import lora
 from jaxllm.adapters.lora import LoraConfig
 from jaxllm.adapters.quantization import QuantizationConfig
@@ -154,6 +156,11 @@ class Experiment(Config):
     logging.warning('config.schedule.warmup_steps=%s instead of %s, a tenth of the %s steps',
                     steps // 10, schedule.warmup_steps, steps)
     return {**updates, 'schedule': schedule.replace(warmup_steps=steps // 10)}
+
+  @property
+  def records_path(self) -> pathlib.Path:
+    """Where the records of this run are kept."""
+    return storage.path(self.records_dir, 'config.records_dir=') / self.name
 
   @property
   def objective_record(self) -> Objective:

@@ -112,6 +112,7 @@ def load(
     return path
   if dtype not in (None, *weights.DTYPES):
     raise ValueError(f'dtype={dtype!r}: one of {", ".join(weights.DTYPES)} or None')
+  path = sources.at_hand(path)
   logging.info('Loading %s.', os.path.basename(os.path.normpath(path)))
   if (base := peft.base_model(path)) is not None:
     return _with_adapters(path, *base, mesh, dtype)
@@ -148,6 +149,7 @@ def _read(source: Source, mesh: Any, dtype: str | None) -> Model:
 
 def describe(path: str | os.PathLike[str]) -> Model:
   """Read all about a model but its weights; path and errors as in `load`."""
+  path = sources.at_hand(path)
   if (base := peft.base_model(path)) is not None:
     source = _base_source(path, *base)
     return _foreign(source, None, _with_files_beside(path, source))
@@ -184,7 +186,7 @@ def _with_adapters(
 def _base_source(
   directory: str | os.PathLike[str], base: str, revision: str | None
 ) -> Source:
-  name = sources.named(base)
+  name = str(sources.at_hand(sources.named(base)))
   if not sources.is_foreign(name):
     raise ValueError(f'{directory} has adapters to {base!r}, which is no Hugging Face or GGUF '
                      'model')

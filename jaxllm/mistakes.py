@@ -32,6 +32,8 @@ def hint(name: str, names: Iterable[str], before: str = '', cutoff: float = 0.6)
 def no_such_path(path: str | os.PathLike[str]) -> str:
   """Return the sentence about a path that does not exist, with the nearest one that does."""
   text = os.fspath(path)
+  if '://' in text:
+    return f'no such file or directory: {text!r}'
   given = pathlib.Path(text).expanduser()
   parent = given.parent
   while not parent.is_dir() and parent != parent.parent:

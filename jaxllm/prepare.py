@@ -4,7 +4,6 @@ Cleans, tokenises and packs the text of an experiment into records, and prints w
 Training does the same by itself where it is needed.
 """
 
-import pathlib
 
 from jaxllm import config
 
@@ -16,7 +15,7 @@ def main(_) -> None:  # noqa: D103
   experiment = config.from_flags(CONFIG.value)
   from jaxllm.data import records
 
-  directory = pathlib.Path(experiment.records_dir) / experiment.name
+  directory = experiment.records_path
   manifest = records.prepare(experiment.data, experiment.tokenizer, directory)
   print(f'{directory}: vocabulary {manifest.vocab_size}, context {manifest.context_length}')
   for name, split in (('train', manifest.train), ('validation', manifest.validation)):

@@ -1,18 +1,162 @@
-"""Files and directories that appear whole or not at all: the only place that renames."""
+"""Paths anywhere, and files and directories that appear whole or not at all.
+
+A path is local (or mounted), or `gs://BUCKET/...` or `s3://BUCKET/...`. Buckets cannot rename: each
+file is one whole object there, and a directory counts once its last file, a marker, is written.
+"""
 
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
+import importlib.util
 import json
+import logging
 import os
 import pathlib
+import re
 import shutil
+import tempfile
 import uuid
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
 _PARTIAL = '.partial-'
+# Scheme of a bucket -> (the package that reads it, the extra that installs that).
+_BUCKETS = {'gs': ('gcsfs', 'gcs'), 's3': ('s3fs', 's3')}
+CACHE = '~/.cache/jaxllm/buckets'
+# Files by which a directory counts as complete.
+MARKERS = ('commit_success.txt', 'config.json', 'adapter_config.json', 'manifest.json')
+
+
+def path(location: str | os.PathLike[str], label: str = '') -> pathlib.Path:
+  """Return a path, with the methods of pathlib wherever it leads.
+
+  Raises:
+    ValueError: it has another scheme than `gs` and `s3`, or names no bucket; the message begins
+      with `label`.
+    ImportError: the package that reads such buckets is not installed.
+  """
+  text = os.fspath(location)
+  if not re.match(r'[A-Za-z][\w+.-]*:(/|$)|(gs|s3):', text):
+    return pathlib.Path(text).expanduser()
+  scheme = text.partition(':')[0]
+  if not re.match(r'(gs|s3)://[^/]', text):
+    raise ValueError(f'{label}{text}: a path is local, gs://BUCKET/... or s3://BUCKET/...; write '
+                     'it so, or mount what else there is')
+  package, extra = _BUCKETS[scheme]
+  if importlib.util.find_spec(package) is None:
+    raise ImportError(f"{label}{text} needs the package {package}: pip install 'jaxllm[{extra}]'")
+  import fsspec
+  from etils import epath
+
+  # Others write there too, so that listings may not be kept; and what fails is raised, not logged.
+  fsspec.config.conf.setdefault(scheme, {})['use_listings_cache'] = False
+  logging.getLogger(package).setLevel(logging.CRITICAL)
+  return cast(pathlib.Path, epath.Path(text.rstrip('/')))
+
+
+def is_remote(location: str | os.PathLike[str]) -> bool:
+  """Return whether a path leads into a bucket."""
+  return os.fspath(location).partition('://')[0] in _BUCKETS
+
+
+def local(location: str | os.PathLike[str], label: str = '') -> pathlib.Path:
+  """Return a path on this machine: what lies in a bucket is copied to `CACHE`, once.
+
+  Copies are made anew where the name, the size or the checksum of an object changes. A pattern with
+  wildcards is that of a directory in a bucket, of which the files that match are copied.
+
+  Raises:
+    OSError: the bucket cannot be read, or nothing is there.
+  """
+  source = path(location, label)
+  if not is_remote(source):
+    return source
+  import fsspec
+
+  has_magic = glob.has_magic(str(source))
+  with explained(source):
+    bucket, key = fsspec.core.url_to_fs(os.fspath(source))
+    found = (bucket.glob if has_magic else bucket.find)(key, detail=True)
+    files = {name: found[name] for name in sorted(found) if found[name]['type'] == 'file'}
+    if not files:
+      raise FileNotFoundError(key)
+    if has_magic:
+      source = next(parent for parent in source.parents if not glob.has_magic(str(parent)))
+    facts = [[key, name, *(str(info.get(fact)) for fact in ('size', 'etag', 'ETag', 'md5Hash'))]
+             for name, info in files.items()]
+    cache = pathlib.Path(CACHE).expanduser()
+    target = cache / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16] / source.name
+    if not target.exists():
+      root = os.fspath(source).partition('://')[2]
+      with locked(cache), replaced(target.parent) as partial:
+        for name, info in files.items():
+          copy = partial / source.name / name.removeprefix(root).lstrip('/')
+          copy.parent.mkdir(parents=True, exist_ok=True)
+          bucket.get_file(name, str(copy))
+          if copy.stat().st_size != info['size']:
+            raise OSError(f'{name} changed while it was copied; try again')
+  return target
+
+
+def upload(source: pathlib.Path, target: str | os.PathLike[str]) -> None:
+  """Copy a local file or directory into a bucket, its markers last.
+
+  Raises:
+    OSError: the bucket cannot be written.
+  """
+  import fsspec
+
+  goal = path(target)
+  files = [source] if source.is_file() else [file for file in source.rglob('*') if file.is_file()]
+  # The marker of a whole directory comes after those of its parts.
+  files.sort(key=lambda file: (file.name in MARKERS, -len(file.parts), file))
+  with explained(goal):
+    bucket, key = fsspec.core.url_to_fs(os.fspath(goal))
+    for file in files:
+      bucket.put_file(str(file), os.path.join(key, file.relative_to(source)).removesuffix('/.'))
+
+
+@contextlib.contextmanager
+def buffered(
+  directory: pathlib.Path, names: Sequence[str]
+) -> Iterator[tuple[pathlib.Path, Callable[[], None]]]:
+  """Yield a local directory for files that grow, and a function that uploads what has grown.
+
+  They are `directory` itself and a function that does nothing, unless it lies in a bucket. There
+  the files `names` are copied first, and all is uploaded at the end.
+  """
+  if not is_remote(directory):
+    yield directory, lambda: None
+    return
+  sizes: dict[pathlib.Path, int] = {}
+  with tempfile.TemporaryDirectory(prefix='jaxllm-') as folder:
+    here = pathlib.Path(folder)
+    for name in names:
+      with explained(directory):
+        if (directory / name).exists():
+          (here / name).write_bytes((directory / name).read_bytes())
+
+    def send() -> None:
+      for file in (file for file in here.rglob('*') if file.is_file()):
+        size = file.stat().st_size
+        if sizes.get(file) != size:
+          upload(file, directory / file.relative_to(here))
+          sizes[file] = size
+
+    try:
+      yield here, send
+    finally:
+      send()
+
+
+def remove(directory: str | os.PathLike[str]) -> None:
+  """Remove a directory with all that is in it, if it is there."""
+  from etils import epath
+
+  with explained(path(directory)):
+    epath.Path(directory).rmtree(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -25,6 +169,12 @@ def replaced(target: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
   Raises:
     OSError: the disk is full or cannot be written.
   """
+  if is_remote(target):
+    with tempfile.TemporaryDirectory(prefix='jaxllm-') as folder:
+      partial = pathlib.Path(folder) / 'whole'
+      yield partial
+      upload(partial, target)
+    return
   target = pathlib.Path(target)
   partial = target.with_name(_PARTIAL + uuid.uuid4().hex[:8])
   with explained(target.parent):
@@ -40,14 +190,14 @@ def replaced(target: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
       partial.unlink(missing_ok=True)
 
 
-def write_file(path: str | os.PathLike[str], content: bytes | str) -> None:
+def write_file(target: str | os.PathLike[str], content: bytes | str) -> None:
   """Write a file whole or not at all, text as UTF-8.
 
   Raises:
     OSError: the disk is full or cannot be written.
   """
   data = content.encode() if isinstance(content, str) else content
-  with replaced(path) as partial, explained(partial.parent), partial.open('wb') as file:
+  with replaced(target) as partial, explained(partial.parent), partial.open('wb') as file:
     file.write(data)
     file.flush()
     os.fsync(file.fileno())
@@ -56,16 +206,21 @@ def write_file(path: str | os.PathLike[str], content: bytes | str) -> None:
 def make_writable(directory: Any, label: str) -> None:
   """Create a directory where it is missing, and check that it can be written.
 
+  In a bucket there are no directories to create, and a bucket is never created.
+
   Raises:
     ValueError: it cannot; the message begins with `label`.
   """
   probe = directory / f'.writable-{uuid.uuid4().hex[:8]}'
   try:
-    directory.mkdir(parents=True, exist_ok=True)
+    if not is_remote(directory):
+      directory.mkdir(parents=True, exist_ok=True)
     probe.write_text('')
     probe.unlink()
-  except OSError as error:
-    raise ValueError(f'{label}{directory}: cannot write there ({error.strerror or error}); choose '
+  except Exception as error:
+    if not (isinstance(error, OSError) or is_remote(directory)):
+      raise
+    raise ValueError(f'{label}{directory}: cannot write there ({_reason(error)}); choose '
                      'another directory, or make this one writable') from error
 
 
@@ -73,9 +228,14 @@ def make_writable(directory: Any, label: str) -> None:
 def locked(directory: pathlib.Path) -> Iterator[None]:
   """Hold a directory, created where needed, against other processes that write into it.
 
+  In a bucket nothing is held: there each writer's objects are whole, and the last one wins.
+
   Raises:
     OSError: the directory cannot be written.
   """
+  if is_remote(directory):
+    yield
+    return
   with contextlib.ExitStack() as stack:
     with explained(directory):
       directory.mkdir(parents=True, exist_ok=True)
@@ -88,16 +248,30 @@ def locked(directory: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def explained(directory: pathlib.Path) -> Iterator[None]:
-  """Add the place and the fix to errors of writing."""
+  """Add the place and the fix to errors of writing, and of buckets."""
   try:
     yield
-  except OSError as error:
+  except Exception as error:
+    code = getattr(error, 'errno', None) or errno.EIO
+    if is_remote(directory) and code != errno.ENOSPC:
+      raise OSError(
+        code, f'the bucket cannot be used: {_reason(error)}; check that it is there, and what your '
+        'credentials may do', str(directory)) from error
+    if not isinstance(error, OSError):
+      raise
     partial = [path for path in (directory, *directory.parents) if path.name.startswith(_PARTIAL)]
     place = partial[-1].parent if partial else directory
     reason = os.strerror(error.errno) if error.errno else str(error)
     raise OSError(
       error.errno or errno.EIO, f'cannot write: {reason}; nothing half-written is left. Make room, '
       'or choose another directory', str(place)) from error
+
+
+def _reason(error: Exception) -> str:
+  if isinstance(error, FileNotFoundError):
+    return 'there is no such bucket or object'
+  text = getattr(error, 'strerror', None) or str(error) or type(error).__name__
+  return ' '.join(text.split())[:300]
 
 
 def file_digest(path: pathlib.Path, known: dict[str, Any]) -> str:

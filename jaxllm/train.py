@@ -7,7 +7,6 @@ wanted again; 1 and 2 are errors.
 From Python: `jaxllm.train(experiment, 'runs/demo')` does the same, and returns the summary.
 """
 
-import pathlib
 import sys
 
 from jaxllm import config
@@ -28,6 +27,7 @@ def main(_) -> None:  # noqa: D103
 
     jax.distributed.initialize()
   experiment = config.from_flags(CONFIG.value)
+  from jaxllm import storage
   from jaxllm.checkpoints import store
   from jaxllm.evaluation import tables
   from jaxllm.training import loop, metrics
@@ -44,9 +44,9 @@ def main(_) -> None:  # noqa: D103
   if scores := summary.get('validation'):
     told = {**metrics.HELD_OUT, 'accuracy': 'accuracy'}.items()
     print(', '.join(f'{text} {tables.number(scores[key])}' for key, text in told if key in scores))
-  for sample in metrics.read_lines(pathlib.Path(WORKDIR.value) / 'samples.jsonl'):
+  for sample in metrics.read_lines(storage.path(WORKDIR.value) / 'samples.jsonl'):
     print(f'---\n{sample["prompt"]}{sample["text"]}')
-  print(f'report: {pathlib.Path(WORKDIR.value) / "report.html"}')
+  print(f'report: {storage.path(WORKDIR.value) / "report.html"}')
 
 
 config.make_callable(__name__, 'jaxllm.training.loop:train')

@@ -2,6 +2,8 @@
 
 A directory holds one subdirectory per step, with the items `state` (arrays, see `tree`) and
 `bundle` (see `bundle`); it counts only once its commit marker is written, last.
+Orbax writes to a file system and to gs:// itself; for s3:// it writes to a local directory, from
+where whole steps are uploaded.
 
 - Writing: `open_store`, `save`, `save_best`, `check`, `wait`, `close`; `save_converted`.
 - Reading a run's own state: `latest_step`, `best_step`, `restore`.
@@ -18,6 +20,8 @@ import dataclasses
 import json
 import logging
 import os
+import pathlib
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -51,6 +55,9 @@ class CheckpointConfig(Config):
 
   every_steps: int = pydantic.Field(default=500, gt=0)
   """Steps between two saves; the last step is always saved."""
+  every_seconds: float | None = pydantic.Field(default=None, gt=0)
+  """Save also when so much time has passed since the last save, by the clock of process 0. Several
+  processes compare it every training.log_every_steps steps. None saves by steps alone."""
   keep_last: int = pydantic.Field(default=3, gt=0)
   """How many of the newest checkpoints are kept."""
   keep_every: int | None = pydantic.Field(default=None, gt=0)
@@ -77,12 +84,14 @@ class Store:
   Attributes:
     directory: where the steps lie.
     manager: Orbax's manager of it.
+    staging: where Orbax writes, if that is not the directory itself.
     pending: the step being written, if any.
     kept: steps that are never deleted: the best one.
   """
 
   directory: epath.Path
   manager: ocp.CheckpointManager
+  staging: tempfile.TemporaryDirectory[str] | None = None
   pending: int | None = None
   kept: set[int] = dataclasses.field(default_factory=set)
 
@@ -91,17 +100,25 @@ def open_store(directory: str | os.PathLike[str], config: CheckpointConfig) -> S
   """Open a checkpoint directory for saving and restoring, creating it where it is missing.
 
   Raises:
-    ValueError: it cannot be written.
+    ValueError: it cannot be written, or several processes would have to write to s3://.
   """
   logging.getLogger('absl').addFilter(_not_from_orbax)
   path = _absolute(directory)
   storage.make_writable(path, 'checkpoints: ')
+  staging = None
+  if _is_staged(path):
+    if jax.process_count() > 1:
+      raise ValueError(f'checkpoints: {path}: several processes cannot write to s3://; choose '
+                       'gs:// or a mounted directory')
+    staging = tempfile.TemporaryDirectory(prefix='jaxllm-')
+    for step in committed_steps(path):
+      _leave_marker(epath.Path(staging.name) / str(step))
   kept = {step for step in [best_step(path)] if step is not None}
   keep: list[Any] = [policies.LatestN(config.keep_last), KeptSteps(kept)]
   if config.keep_every is not None:
     keep.append(policies.EveryNSteps(config.keep_every))
   manager = ocp.CheckpointManager(
-    path,
+    staging.name if staging else path,
     options=ocp.CheckpointManagerOptions(
       preservation_policy=policies.AnyPreservationPolicy(keep),
       enable_async_checkpointing=config.asynchronous,
@@ -109,7 +126,31 @@ def open_store(directory: str | os.PathLike[str], config: CheckpointConfig) -> S
       atomicity_options=ocp_options.AtomicityOptions(mode=ocp_options.AtomicityMode.COMMIT_FILE),
     ),
   )
-  return Store(path, manager, kept=kept)
+  return Store(path, manager, staging, kept=kept)
+
+
+def _is_staged(path: epath.Path) -> bool:
+  return os.fspath(path).startswith('s3://')
+
+
+def _leave_marker(step: epath.Path) -> None:
+  """Leave nothing of a staged step but the sign that it is complete."""
+  step.rmtree(missing_ok=True)
+  step.mkdir()
+  (step / COMMIT_MARKER).write_text('')
+
+
+def _publish(store: Store, step: int) -> None:
+  """Upload a step that Orbax has staged, and remove those that it has deleted."""
+  if store.staging is None:
+    return
+  staged = epath.Path(store.staging.name)
+  storage.upload(pathlib.Path(staged / str(step)), store.directory / str(step))
+  _leave_marker(staged / str(step))
+  for old in set(committed_steps(store.directory)) - set(committed_steps(staged)):
+    # First its marker, so that no half of it ever counts.
+    (store.directory / str(old) / COMMIT_MARKER).unlink()
+    storage.remove(store.directory / str(old))
 
 
 def save(store: Store, step: int, state: Any, bundle: Bundle) -> bool:
@@ -198,6 +239,7 @@ def wait(store: Store) -> None:
     return
   try:
     store.manager.wait_until_finished()
+    _publish(store, store.pending)
     if store.pending not in committed_steps(store.directory):
       raise OSError(f'no {COMMIT_MARKER} was written')
   except Exception as error:
@@ -215,6 +257,8 @@ def close(store: Store) -> None:
     wait(store)
   finally:
     store.manager.close()
+    if store.staging is not None:
+      store.staging.cleanup()
 
 
 def committed_steps(directory: str | os.PathLike[str]) -> list[int]:
@@ -290,7 +334,7 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
     ValueError: there is no checkpoint, or its bundle is damaged.
     CheckpointError: its bundle cannot be read.
   """
-  step = find_step(path)
+  step = _readable(find_step(path))
   with _reading(step / BUNDLE):
     fields = ocp.JsonCheckpointHandler().restore(step / BUNDLE, args=ocp.args.JsonRestore())
   return bundle_lib.from_dict(fields)
@@ -365,7 +409,13 @@ def _not_from_orbax(record: logging.LogRecord) -> bool:
 
 
 def _absolute(path: str | os.PathLike[str]) -> epath.Path:
-  return epath.Path(path).expanduser().resolve()
+  found = epath.Path(storage.path(path))
+  return found if storage.is_remote(found) else found.resolve()
+
+
+def _readable(step: epath.Path) -> epath.Path:
+  """Return where Orbax can read a step: in s3:// it cannot."""
+  return epath.Path(storage.local(step)) if _is_staged(step) else step
 
 
 @contextlib.contextmanager
@@ -378,6 +428,7 @@ def _reading(path: epath.Path) -> Iterator[None]:
 
 def _stored_leaves(step: epath.Path) -> dict[str, jax.ShapeDtypeStruct]:
   """Return path -> shape and dtype of what a step holds."""
+  step = _readable(step)
   with _reading(step / STATE):
     metadata = ocp.PyTreeCheckpointHandler().metadata(step / STATE).tree
   return {
@@ -396,7 +447,7 @@ def _check_same(expected: Mapping[str, Any], stored: Mapping[str, Any], step: ep
 def _read(step: epath.Path, leaves: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
   """Read the named leaves of a step into their shardings."""
   default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  target = tree.nest(leaves)
+  step, target = _readable(step), tree.nest(leaves)
   restore_args = jax.tree.map(
     lambda leaf: ocp.ArrayRestoreArgs(
       sharding=leaf.sharding or default, global_shape=leaf.shape, dtype=leaf.dtype, strict=True
@@ -417,7 +468,7 @@ def _failed(store: Store, error: Exception) -> CheckpointError:
   step, store.pending = store.pending, None
   partial = store.directory / str(step)
   if jax.process_index() == 0 and partial.is_dir() and not (partial / COMMIT_MARKER).exists():
-    partial.rmtree(missing_ok=True)
+    storage.remove(partial)
   # The manager has already crossed out the old steps that this save would have replaced.
   store.manager.reload()
   last = latest_step(store)

@@ -186,7 +186,7 @@ def find(source: SourceConfig) -> Found:
 
 
 def _path(source: SourceConfig) -> Found:
-  location = pathlib.Path(source.location).expanduser()
+  location = storage.local(source.location, 'config.data.sources: ')
   if location.is_file():
     found = [File(location.name, location)]
   elif location.is_dir():

@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import pathlib
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -179,7 +178,7 @@ def prepare(
   if tokenizer is None or not data.sources:
     raise ValueError(f'data.sources={data.sources} and tokenizer={tokenizer}: preparing documents '
                      'needs both')
-  directory = pathlib.Path(directory)
+  directory = storage.path(directory)
   hashes = dict(known := storage.read_json(directory / _HASHES))
   sources = documents.survey(data.sources, data.own_validation, hashes)
   fingerprint = _fingerprint(data, tokenizer, sources)
@@ -193,10 +192,10 @@ def prepare(
         with storage.replaced(folder) as staging:
           staging.mkdir()
           manifest = _write(data, tokenizer, staging, sources, fingerprint, progress)
-          shutil.rmtree(folder, ignore_errors=True)
+          storage.remove(folder)
         storage.write_file(directory / 'manifest.json', manifest.to_json())
         if old and old != fingerprint:
-          shutil.rmtree(directory / old[:16], ignore_errors=True)
+          storage.remove(directory / old[:16])
   if hashes != known:
     with contextlib.suppress(OSError):  # They only save time.
       storage.write_file(directory / _HASHES, json.dumps(hashes))
@@ -209,7 +208,7 @@ def fingerprint(
   """Return the fingerprint that `prepare` would give now; arguments and errors as there."""
   if tokenizer is None:
     raise ValueError('tokenizer=None: preparing documents needs one')
-  hashes = storage.read_json(pathlib.Path(directory) / _HASHES)
+  hashes = storage.read_json(storage.path(directory) / _HASHES)
   return _fingerprint(data, tokenizer, documents.survey(data.sources, data.own_validation, hashes))
 
 
@@ -219,7 +218,7 @@ def load_manifest(directory: str | os.PathLike[str]) -> Manifest:
   Raises:
     ValueError: nothing is prepared there, or by another version.
   """
-  path = pathlib.Path(directory) / 'manifest.json'
+  path = storage.path(directory) / 'manifest.json'
   if not path.is_file():
     raise ValueError(f'no prepared data in {str(directory)!r}: run prepare first')
   return Manifest.from_json(path.read_text(encoding='utf-8'))
@@ -227,14 +226,14 @@ def load_manifest(directory: str | os.PathLike[str]) -> Manifest:
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
   """Load the tokenizer of a prepared directory."""
-  return tokenizers.load(pathlib.Path(directory) / load_manifest(directory).folder / 'tokenizer')
+  return tokenizers.load(storage.path(directory) / load_manifest(directory).folder / 'tokenizer')
 
 
 def shard_paths(
   directory: str | os.PathLike[str], manifest: Manifest, split: str
 ) -> list[pathlib.Path]:
   """List the record files of a split."""
-  folder = pathlib.Path(directory) / manifest.folder
+  folder = storage.local(storage.path(directory) / manifest.folder)
   shards = manifest.split(split).shards
   return [folder / packing.shard_name(split, i) for i in range(len(shards))]
 
@@ -247,8 +246,11 @@ def _prepared(directory: pathlib.Path, fingerprint: str) -> Manifest | None:
     manifest = load_manifest(directory)
   except ValueError:
     return None
-  complete = all(path.is_file() for split in manifest.data.splits
-                 for path in shard_paths(directory, manifest, split))
+  try:
+    complete = all(path.is_file() for split in manifest.data.splits
+                   for path in shard_paths(directory, manifest, split))
+  except FileNotFoundError:
+    return None
   return manifest if complete else None
 
 

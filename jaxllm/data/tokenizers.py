@@ -124,7 +124,7 @@ def read_files(config: TokenizerConfig) -> dict[str, bytes]:
     return {'bytes.txt': b'ids 0 to 255 are bytes, 256 begins and ends a document\n'}
   if config.path is None:
     return {}
-  path, needed = pathlib.Path(config.path), _NEEDED[config.kind]
+  path, needed = storage.local(config.path, 'config.tokenizer.path='), _NEEDED[config.kind]
   found = read_directory(path if path.is_dir() else path.parent)
   own = needed[0] if len(needed) == 1 else _RENAMED.get(path.name, path.name)
   if path.is_file() and own in needed:
@@ -187,7 +187,7 @@ def same_vocabulary(first: Tokenizer, second: Tokenizer) -> bool:
 
 def save(tokenizer: Tokenizer, directory: str | os.PathLike[str]) -> None:
   """Write the tokenizer's files into a directory."""
-  directory = pathlib.Path(directory)
+  directory = storage.path(directory)
   directory.mkdir(parents=True, exist_ok=True)
   for name, content in tokenizer.files().items():
     storage.write_file(directory / name, content)
@@ -199,7 +199,7 @@ def load(directory: str | os.PathLike[str]) -> Tokenizer:
   Raises:
     ValueError: none is there, or it is damaged.
   """
-  found = read_directory(pathlib.Path(directory))
+  found = read_directory(storage.local(directory))
   if not found:
     raise ValueError(f'no tokenizer in {str(directory)!r}: expected {" or ".join(BUILDERS)}')
   return from_files(found)

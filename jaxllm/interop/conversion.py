@@ -237,10 +237,14 @@ def check_target(target: str | os.PathLike[str], form: str) -> pathlib.Path:
   """
   if form not in FORMATS:
     raise ValueError(f'--format={form!r}: one of {", ".join(FORMATS)} is needed')
-  path = pathlib.Path(target).expanduser().absolute()
+  path = storage.path(target, '--target=')
+  path = path if storage.is_remote(path) else path.absolute()
   if path.exists() and (not path.is_dir() or any(path.iterdir())):
     raise ValueError(f'--target={path} is not empty; choose another one')
-  mistakes.check_writeable(path, '--target')
+  if storage.is_remote(path):
+    storage.make_writable(path, '--target=')
+  else:
+    mistakes.check_writeable(path, '--target')
   return path
 
 

@@ -163,7 +163,7 @@ def save(
     'use_rslora': False, 'use_dora': False, 'inference_mode': True, 'modules_to_save': None,
     'init_lora_weights': True,
   }
-  directory = pathlib.Path(directory)
+  directory = storage.path(directory)
   directory.mkdir(parents=True, exist_ok=True)
   storage.write_file(directory / WEIGHTS_FILE, safetensors.save(arrays, {'format': 'pt'}))
   storage.write_file(directory / CONFIG_FILE, json.dumps(keys, indent=2) + '\n')

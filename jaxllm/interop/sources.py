@@ -11,6 +11,8 @@ import pathlib
 import re
 from typing import Any
 
+from jaxllm import storage
+from jaxllm.checkpoints import store
 from jaxllm.interop import gguf, gguf_file, huggingface, tokenizer_files
 from jaxllm.interop.weights import Source
 from jaxllm.mistakes import no_such_path
@@ -110,6 +112,21 @@ def is_foreign(path: str | os.PathLike[str]) -> bool:
   return str(path).startswith(HUB)
 
 
+def at_hand(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
+  """Return a path to read a model from: of a bucket, checkpoints stay there, others are copied.
+
+  Raises:
+    OSError: the bucket cannot be read, or nothing is there.
+  """
+  found = storage.path(path)
+  if storage.is_remote(found):
+    try:
+      store.find_step(found)
+    except ValueError:
+      return storage.local(found)
+  return path
+
+
 def check_exists(
   path: str | os.PathLike[str], revision: str | None = None, field: str = ''
 ) -> None:
@@ -118,7 +135,7 @@ def check_exists(
     return
   if revision is not None:
     raise ValueError(f'revision={revision!r} is for {HUB}NAME of the hub; {str(path)!r} is a path')
-  if not pathlib.Path(path).expanduser().exists():
+  if not storage.path(path, field).exists():
     raise ValueError(f'{field}{no_such_path(path)} (a model of the Hugging Face hub is {HUB}NAME)')
 
 

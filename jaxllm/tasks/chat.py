@@ -10,8 +10,8 @@ otherwise, or gives an answer no end, there is one sequence a turn.
 """
 
 import re
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from collections.abc import Callable, Container, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import pydantic
 
@@ -133,25 +133,15 @@ Message = Mapping[str, Any]
 _STAND_IN = '\ufdd0'
 
 
-class Template(Protocol):
-  """What writes conversations."""
-
-  @property
-  def controls(self) -> Iterable[str]:
-    """Texts that are single tokens where the template writes them; contents only spell them."""
-
-  @property
-  def stops(self) -> Container[str] | None:
-    """The controls that end an answer; None: whatever the template writes after it does."""
-
-  def render(
-    self, conversations: Sequence[Sequence[Message]], open_turn: bool = False
-  ) -> Sequence[str]:
-    """Return the texts of conversations, with `open_turn` up to where the assistant begins."""
-
-
 class WrittenTemplate(NamedTuple):
-  """A template of which only the parts are known; see `Template`."""
+  """A template of which only these parts are known.
+
+  Attributes:
+    render: (conversations, open_turn) -> their texts, with `open_turn` up to where the assistant
+      begins.
+    controls: texts that are single tokens where the template writes them; contents only spell them.
+    stops: the controls that end an answer; None: whatever the template writes after it does.
+  """
 
   render: Callable[..., Sequence[str]]
   controls: tuple[str, ...] = ()
@@ -205,6 +195,9 @@ class ChatTemplate(Config):
   def _turn(self, message: Message) -> str:
     role = dict(self.names).get(message['role']) or message['role']
     return self.prefix.replace('{role}', role) + message['content'] + self.suffix
+
+
+Template = ChatTemplate | WrittenTemplate
 
 
 def _quoted(text: str) -> str:

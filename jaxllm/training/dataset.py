@@ -64,7 +64,7 @@ def open_dataset(
     dataset = _task(experiment, mesh)
   else:
     if jax.process_index() == 0:
-      _prepare(experiment, pathlib.Path(experiment.records_dir) / experiment.name, begun)
+      _prepare(experiment, experiment.records_path, begun)
     sharding.barrier('records are prepared')
     dataset = prepared(experiment)
   _check_vocabulary(experiment, dataset.manifest.vocab_size)
@@ -93,7 +93,7 @@ def _check_vocabulary(experiment: Experiment, vocab_size: int) -> None:
 def find_records(experiment: Experiment, fingerprint: str | None) -> Manifest | None:
   """Return the manifest of prepared documents where it has this fingerprint, else None."""
   try:
-    manifest = records.load_manifest(pathlib.Path(experiment.records_dir) / experiment.name)
+    manifest = records.load_manifest(experiment.records_path)
   except ValueError:
     return None
   return manifest if manifest.fingerprint == fingerprint else None
@@ -115,7 +115,7 @@ def _prepare(experiment: Experiment, directory: pathlib.Path, begun: str | None)
 
 def prepared(experiment: Experiment) -> Dataset:
   """Return the documents of a run, which are prepared already."""
-  directory = pathlib.Path(experiment.records_dir) / experiment.name
+  directory = experiment.records_path
 
   def make_batches(split: str, batch_size: int, shuffle: bool, num_epochs: int | None) -> Batches:
     return batches_lib.make_batches(

@@ -171,7 +171,7 @@ def _training_texts(model: Model) -> Iterable[str] | None:
     return map(contamination.longest_text, task_records.load(own.data, 'train'))
   if not model.experiment or dataset.find_records(model.experiment, model.records) is None:
     return None
-  directory = pathlib.Path(model.experiment.records_dir) / model.experiment.name
+  directory = model.experiment.records_path
   return contamination.record_texts(directory, model.tokenizer)
 
 
@@ -182,7 +182,7 @@ def _held_out(model: Model, given: Any, split: str, batch_size: int) -> dict[str
     raise ValueError(f'model={given} was not trained here, so it has no held-out records: give '
                      'text=FILE or tasks=NAME,...')
   if dataset.find_records(experiment, model.records) is None:
-    directory = pathlib.Path(experiment.records_dir) / experiment.name
+    directory = experiment.records_path
     records.prepare(experiment.data, experiment.tokenizer, directory)
   placement, variables = model.placement, model.variables
   if placement is None:

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import optax
 from absl import logging
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxllm import config as config_lib
@@ -84,7 +85,7 @@ def train(
   mesh = sharding.make_mesh(experiment.mesh, devices)
   _check_batch(experiment, mesh)
   if experiment.reads_models:
-    experiment = pretrained.resolve(experiment, workdir.begun_as(pathlib.Path(path)))
+    experiment = pretrained.resolve(experiment, workdir.begun_as(storage.path(path, '--workdir=')))
   directory = workdir.open_workdir(experiment, path)
   # The records hold log-probabilities of a reference model, computed in resumed runs too.
   if experiment.reads_models and (
@@ -226,7 +227,7 @@ def _loop(
     'train', experiment.training.batch_size, experiment.data.shuffle, None
   )
   saved = step = first
-  waiting = None
+  waiting, saved_at = None, time.monotonic()
   with _stop_requests() as stopping, metrics_lib.open_logger(
     run.path, experiment, run.mesh, first, run.started
   ) as log:
@@ -237,7 +238,8 @@ def _loop(
       step, waiting = step + 1, metrics
       store_lib.check(run.store)
       measuring = [one for one in measurements if _due(step, one.every_steps, last)]
-      saving = _due(step, experiment.checkpoint.every_steps, last)
+      saving = _due(step, experiment.checkpoint.every_steps, last) or _is_late(
+        experiment, step, saved_at)
       stop = _should_stop(stopping, run.store, step)
       if measuring or saving or stop:
         _record(run, log, step, waiting)
@@ -247,8 +249,9 @@ def _loop(
           selected = _measure(run, log, measuring, state, bundle, selected, step)
           stop = stop or selected.exhausted
         if saving or stop:
+          log.upload()  # First, so that no step of a checkpoint is without its metrics.
           store_lib.save(run.store, step, state.replace(frozen={}), bundle)
-          saved = step
+          saved, saved_at = step, time.monotonic()
       if stop:
         break
     store_lib.wait(run.store)
@@ -265,8 +268,19 @@ def _measure(
   log.log_scores(step, scores)
   selected = selected.add(step, scores)
   if selected.best and selected.best[0] == step:
+    log.upload()
     store_lib.save_best(run.store, step, state.replace(frozen={}), bundle, selected.facts)
   return selected
+
+
+def _is_late(experiment: Experiment, step: int, since: float) -> bool:
+  """Return whether `checkpoint.every_seconds` have passed, by the clock of process 0."""
+  seconds = experiment.checkpoint.every_seconds
+  # To compare clocks takes the devices' time, so that several processes do it now and then.
+  if seconds is None or (
+      jax.process_count() > 1 and step % experiment.training.log_every_steps):
+    return False
+  return bool(multihost_utils.broadcast_one_to_all(time.monotonic() - since >= seconds))
 
 
 def _due(step: int, every: int, last: int) -> bool:

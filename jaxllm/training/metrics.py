@@ -102,6 +102,7 @@ class MetricLogger:
   def __init__(
     self, experiment: Experiment, mesh: Mesh, write: Callable[[int, Mapping[str, Any]], None],
     progress: 'Progress', started: float, seconds_before: float,
+    upload: Callable[[], None] = lambda: None,
   ):
     device = mesh.devices.flat[0]
     self._training = experiment.training
@@ -111,7 +112,7 @@ class MetricLogger:
     if self._peak_flops is None and device.platform != 'cpu':
       logging.info('The peak of a %s in %s is unknown, so utilisation (MFU) is not reported.',
                    device.device_kind, experiment.decoder.dtype)
-    self._write, self._progress = write, progress
+    self._write, self._progress, self.upload = write, progress, upload
     self._started, self._seconds_before = started, seconds_before
     self._compilations = _count_compilations()
     self._first = True
@@ -202,14 +203,16 @@ def open_logger(
   """
   before = elapsed_seconds(path, step)
   progress = Progress(experiment.training.num_steps, step, enabled=jax.process_index() == 0)
-  with open_writer(path, step) as write, contextlib.closing(progress):
-    yield MetricLogger(experiment, mesh, write, progress, started, before)
+  kept = ['metrics.jsonl'] if jax.process_index() == 0 else []
+  with storage.buffered(path, kept) as (folder, upload), open_writer(folder, step) as write, \
+       contextlib.closing(progress):
+    yield MetricLogger(experiment, mesh, write, progress, started, before, upload)
 
 
 def elapsed_seconds(path: str | os.PathLike[str], step: int) -> float:
   """Return how long a run had taken up to `step`, over all its starts, from its metrics."""
   seconds = 0.0
-  for record in read(pathlib.Path(path) / 'metrics.jsonl'):
+  for record in read(storage.path(path) / 'metrics.jsonl'):
     if record['step'] <= step:
       seconds = record.get('train/elapsed_seconds', seconds)
   return seconds
@@ -248,16 +251,20 @@ def open_writer(
   if jax.process_index() != 0:
     yield lambda step, scalars: None
     return
-  from tensorboardX import SummaryWriter  # Takes a tenth of a second.
+  from tensorboardX.event_file_writer import EventsWriter  # Takes a tenth of a second.
+  from tensorboardX.proto import event_pb2, summary_pb2
 
   path = pathlib.Path(workdir) / 'metrics.jsonl'
   _drop_later(path, step)
-  tensorboard = SummaryWriter(
-    str(path.with_name('tensorboard')), purge_step=step + 1, flush_secs=30,
-    # Two files of the same second would otherwise have the same name.
-    filename_suffix=f'.{time.time_ns()}',
-  )
+  folder = path.with_name('tensorboard')
+  folder.mkdir(exist_ok=True)
+  # Written at once, not by its thread, which dies of a full disk in silence. Two files of the same
+  # second would otherwise have the same name.
+  tensorboard = EventsWriter(str(folder / 'events'), f'.{time.time_ns()}')
   with path.open('a', encoding='utf-8') as lines, contextlib.closing(tensorboard):
+    tensorboard.write_event(event_pb2.Event(
+      wall_time=time.time(), step=step + 1,
+      session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START)))
 
     def write(step: int, scalars: Mapping[str, Any]) -> None:
       values = {name: float(value) for name, value in scalars.items() if value is not None}
@@ -265,8 +272,11 @@ def open_writer(
       finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
       lines.write(json.dumps({'step': int(step), 'time': now, **finite}, allow_nan=False) + '\n')
       lines.flush()
-      for name, value in values.items():
-        tensorboard.add_scalar(name, value, step, walltime=now)
+      summary = [summary_pb2.Summary.Value(tag=tag, simple_value=value)
+                 for tag, value in values.items()]
+      tensorboard.write_event(event_pb2.Event(
+        wall_time=now, step=step, summary=summary_pb2.Summary(value=summary)))
+      tensorboard.flush()
 
     yield write
 
@@ -279,7 +289,7 @@ def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 def read_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
   """Return the objects of a JSONL file, without lines torn by a crash; none where it is absent."""
   try:
-    lines = pathlib.Path(path).read_text(encoding='utf-8', errors='replace').split('\n')[:-1]
+    lines = storage.path(path).read_bytes().decode(errors='replace').split('\n')[:-1]
   except FileNotFoundError:
     return []
   found = []

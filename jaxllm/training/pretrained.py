@@ -47,7 +47,7 @@ def resolve(experiment: Experiment, begun: Experiment | None = None) -> Experime
       raise
     model, add_bos, tokenizer = begun.decoder, begun.data.add_bos, begun.tokenizer
   if experiment.tokenizer is None:
-    directory = pathlib.Path(experiment.records_dir) / experiment.name / 'tokenizer'
+    directory = experiment.records_path / 'tokenizer'
     changes['tokenizer'] = tokenizer or _write_tokenizer(found.tokenizer.files(), directory)
     changes['data'] = experiment.data.replace(add_bos=add_bos)
   return experiment.replace(**changes, model=experiment.model or model)

@@ -31,7 +31,7 @@ def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
   Args:
     workdir: the directory of a run, finished or not.
   """
-  path = pathlib.Path(workdir)
+  path = storage.path(workdir)
   environment = jinja2.Environment(
     loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
     autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
@@ -53,7 +53,7 @@ def _describe(path: pathlib.Path) -> dict[str, Any]:
     summary = {}  # Of an earlier end: the run went on.
   result = _result(config, summary, train, validation)
   return {
-    'name': config.get('name') or path.resolve().name,
+    'name': config.get('name') or path.name or path.resolve().name,
     'result': result,
     'verdict': _verdict(result),
     'origin': _origin(environment, records),

@@ -9,14 +9,13 @@ import collections
 import dataclasses
 import math
 import os
-import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
-from jaxllm import loading, sharding
+from jaxllm import loading, sharding, storage
 from jaxllm.data import batches as batches_lib
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.evaluation import perplexity, scores
@@ -239,7 +238,7 @@ def restore_selection(
   config = experiment.best
   if config is None:
     return Selection()
-  records = metrics.read(pathlib.Path(workdir) / 'metrics.jsonl')
+  records = metrics.read(storage.path(workdir) / 'metrics.jsonl')
   return Selection(config.metric, experiment.measured[config.metric], config.patience, tuple(
     (record['step'], record[config.metric]) for record in records
     if record['step'] <= step and record.get(config.metric) is not None

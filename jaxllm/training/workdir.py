@@ -34,7 +34,7 @@ def open_workdir(experiment: Experiment, workdir: str | os.PathLike[str]) -> pat
   Raises:
     ValueError: the directory cannot be written, or a field may not change; the message names it.
   """
-  path = pathlib.Path(workdir)
+  path = storage.path(workdir, '--workdir=')
   storage.make_writable(path, '--workdir=')
   if (old := begun_as(path)) is not None:
     check_same_run(old, experiment, path)
@@ -43,7 +43,9 @@ def open_workdir(experiment: Experiment, workdir: str | os.PathLike[str]) -> pat
 
 def begun_as(path: pathlib.Path) -> Experiment | None:
   """Return the config of the run that has begun in a directory; None: none has."""
-  return config_lib.load(str(path)) if has_begun(path) and (path / 'config.json').exists() else None
+  if not has_begun(path) or not (path / 'config.json').exists():
+    return None
+  return config_lib.load(str(storage.local(path / 'config.json')))
 
 
 def has_begun(path: pathlib.Path) -> bool:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -346,3 +347,30 @@ def test_a_run_begins_with_the_parameters_of_another(whole):
   )
   with pytest.raises(ValueError, match='another tokenizer'):
     train(other, base / 'retokenised')
+
+
+def test_checkpoints_by_time_are_between_those_by_step(tmp_path, monkeypatch):
+  hours = iter(range(0, 3600 * 10**6, 3600))
+  monkeypatch.setattr(loop.time, 'monotonic', lambda: next(hours))
+  # A clock on the wall that goes back is not asked.
+  monkeypatch.setattr(loop.time, 'time', lambda: 0.0)
+  timed = tiny.experiment(
+    tmp_path, training__num_steps=4, checkpoint__every_steps=4, checkpoint__every_seconds=1.0,
+    checkpoint__keep_last=9, evaluation__every_steps=9, evaluation__prompts=())
+  train(timed, tmp_path / 'timed')
+  assert store.committed_steps(tmp_path / 'timed' / 'checkpoints') == [1, 2, 3, 4]
+  patient = override(timed, {'checkpoint.every_seconds': 1e9})
+  train(patient, tmp_path / 'patient')
+  assert store.committed_steps(tmp_path / 'patient' / 'checkpoints') == [4]
+
+
+def test_several_processes_save_by_the_clock_of_the_first(tmp_path, monkeypatch):
+  experiment = tiny.experiment(
+    tmp_path, training__log_every_steps=5, checkpoint__every_seconds=10.0)
+  monkeypatch.setattr(loop.jax, 'process_count', lambda: 2)
+  asked = []
+  monkeypatch.setattr(
+    loop.multihost_utils, 'broadcast_one_to_all', lambda due: asked.append(due) or True)
+  assert loop._is_late(experiment, 5, since=time.monotonic())
+  assert asked == [False], 'process 0 has said so'
+  assert not loop._is_late(experiment, 6, since=0.0) and len(asked) == 1
