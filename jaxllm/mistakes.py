@@ -100,6 +100,8 @@ def sentence(error: BaseException, known: flags.FlagValues = flags.FLAGS) -> str
       'tpu of jaxllm), or set JAX_PLATFORMS=cpu')
   if isinstance(error, ImportError):
     return versions.mismatch() or _import_sentence(error)
+  if type(error).__module__.startswith(('aiohttp', 'botocore', 'gcsfs', 'google.a')):
+    return f'the bucket cannot be used: {" ".join(str(error).split())}'
   if isinstance(error, OSError) and error.filename and error.strerror:
     return f'{error.filename}: {error.strerror}'
   refused = where.startswith(_PACKAGE) and line.startswith('raise')

@@ -8,7 +8,7 @@ import re
 import fsspec
 import pytest
 
-from jaxllm import loading, storage
+from jaxllm import loading, mistakes, storage
 from jaxllm.checkpoints import store
 from jaxllm.training import loop
 from tests import buckets, programs
@@ -164,3 +164,11 @@ def test_the_programs_read_and_write_there(base, tmp_path):
   code, _, said = programs.run(
     'convert', f'--source={run}', f'--target={target}', '--format=huggingface')
   assert code == 2 and 'is not empty' in said
+
+
+def test_errors_of_the_clients_of_buckets_are_sentences():
+  from botocore.exceptions import NoCredentialsError
+  from google.auth.exceptions import RefreshError
+  for error in (NoCredentialsError(), RefreshError('expired\n')):
+    said = mistakes.sentence(error)
+    assert said.startswith('the bucket cannot be used: ') and '\n' not in said

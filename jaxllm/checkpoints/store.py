@@ -466,13 +466,15 @@ def _read(step: epath.Path, leaves: Mapping[str, jax.ShapeDtypeStruct]) -> dict[
 def _failed(store: Store, error: Exception) -> CheckpointError:
   """Remove what a failed save left, and say what happened."""
   step, store.pending = store.pending, None
-  partial = store.directory / str(step)
-  if jax.process_index() == 0 and partial.is_dir() and not (partial / COMMIT_MARKER).exists():
-    storage.remove(partial)
-  # The manager has already crossed out the old steps that this save would have replaced.
-  store.manager.reload()
-  last = latest_step(store)
-  kept = 'no older checkpoint exists' if last is None else f'the checkpoint of step {last} is whole'
+  partial, kept = store.directory / str(step), 'what is left there cannot be seen either'
+  with contextlib.suppress(OSError), storage.explained(store.directory):
+    if jax.process_index() == 0 and partial.is_dir() and not (partial / COMMIT_MARKER).exists():
+      storage.remove(partial)
+    # The manager has already crossed out the old steps that this save would have replaced.
+    store.manager.reload()
+    last = latest_step(store)
+    kept = ('no older checkpoint exists' if last is None
+            else f'the checkpoint of step {last} is whole')
   return CheckpointError(
     f'saving step {step} to {store.directory} failed: {_reason(error)}\n'
     f'Check the space and the permissions there; {kept}.')

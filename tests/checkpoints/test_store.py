@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import flax.struct
 import jax
@@ -313,3 +314,12 @@ def test_kill_in_mid_save_leaves_the_last_step(tmp_path):
   store_lib.save(opened, 4, state, BUNDLE)
   store_lib.close(opened)
   assert store_lib.committed_steps(pathlib.Path(tmp_path))[-1] == 4
+
+
+def test_a_directory_that_is_gone_is_still_a_sentence(tmp_path, monkeypatch):
+  opened = store_lib.open_store(tmp_path / 'gone', CheckpointConfig())
+  store_lib.save(opened, 1, {'params': {'a': jnp.zeros(4)}}, BUNDLE)
+  monkeypatch.setattr(store_lib, 'committed_steps', mock.Mock(side_effect=OSError(5, 'no answer')))
+  with pytest.raises(CheckpointError, match='step 1 .*no answer\n.*cannot be seen either'):
+    store_lib.wait(opened)
+  opened.manager.close()
