@@ -1,11 +1,13 @@
 """Packages that do not fit each other are named, with what to install."""
 
+import configparser
 import importlib.metadata
 import pathlib
 import re
 import subprocess
 
 import pytest
+from packaging import requirements
 
 from jaxllm import mistakes, versions
 
@@ -57,9 +59,15 @@ def test_a_wrong_pair_is_one_sentence(install, monkeypatch, packages, said):
 
 
 def test_the_extra_plan_takes_what_fits():
-  lines = [line for line in importlib.metadata.requires('jaxllm') or () if 'libtpu' in line]
-  taken = {re.search(r'>=([\d.]+)', line)[1] for line in lines}
-  assert taken == {versions.LIBTPU['0.10.2'][0], versions.LIBTPU['0.12.0'][0]}
+  settings = configparser.ConfigParser()
+  settings.read(ROOT / 'setup.cfg')
+  lines = settings['options.extras_require']['plan'].split('\n')
+  needs = [requirements.Requirement(line) for line in lines if line]
+  for python, jax in (('3.11', '0.10.2'), ('3.12', '0.12.0'), ('3.13', '0.12.0')):
+    (need,) = [need for need in needs if need.marker.evaluate({'python_version': python})]
+    found = [version for known in versions.LIBTPU.values() for version in known
+             if need.specifier.contains(f'{version}.1')]
+    assert found == [*versions.LIBTPU[jax]]
 
 
 @pytest.mark.parametrize('python', ['311', '312', '313'])
