@@ -11,6 +11,7 @@ VERSION := $(or $(shell $(PYTHON) $(PRINT_VERSION)),$(error $(PYTHON) does not r
 VENV ?= .venv
 BIN := $(VENV)/bin
 LOCK := $(CURDIR)/requirements/py$(subst .,,$(VERSION)).txt
+$(if $(wildcard $(LOCK)),,$(error $(PYTHON) is Python $(VERSION); 3.11, 3.12 or 3.13 is needed))
 # Also for what builds source packages.
 export PIP_CONSTRAINT = $(LOCK)
 export PIP_BUILD_CONSTRAINT = $(LOCK)

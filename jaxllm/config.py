@@ -23,9 +23,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Self
 
 import pydantic
-from absl import app, flags
+from absl import app, flags, logging
 
-from jaxllm import mistakes
+from jaxllm import mistakes, versions
 
 COMPILATION_CACHE = '~/.cache/jaxllm/compiled'
 FLAG_HELP = 'Experiment file, FILE.py[:variant]. --config.a.b=value changes any field.'
@@ -305,6 +305,9 @@ def run_program(main: Callable[[Sequence[str]], Any], own: Flags) -> None:
       raise flags.Error(f'unexpected argument {argv[1]!r}; flags are written --name=value')
     if (flags.FLAGS['verbosity'].value or 0) <= 0:
       mistakes.speak_plainly()
+      # JAX would go on without the accelerator.
+      if wrong := versions.mismatch(os.environ.get('JAX_PLATFORMS') != 'cpu'):
+        logging.warning(wrong)
     return main(argv)
 
   try:

@@ -94,9 +94,10 @@ def sentence(error: BaseException, known: flags.FlagValues = flags.FLAGS) -> str
   if isinstance(error, flags.Error):
     return _flag_sentence(error, known)
   if where.endswith(_BACKENDS) and isinstance(error, RuntimeError | AssertionError):
+    said = ' '.join(str(error).split())
     return versions.mismatch() or (
       f'JAX_PLATFORMS={os.environ.get("JAX_PLATFORMS", "")}: JAX cannot start this backend here'
-      f'{f" ({error})" if str(error) else ""}; install what it needs (the extra cuda12, cuda13 or '
+      f'{f" ({said})" if said else ""}; install what it needs (the extra cuda12, cuda13 or '
       'tpu of jaxllm), or set JAX_PLATFORMS=cpu')
   if isinstance(error, ImportError):
     return versions.mismatch() or _import_sentence(error)
@@ -105,9 +106,9 @@ def sentence(error: BaseException, known: flags.FlagValues = flags.FLAGS) -> str
   if isinstance(error, OSError) and error.filename and error.strerror:
     return f'{error.filename}: {error.strerror}'
   refused = where.startswith(_PACKAGE) and line.startswith('raise')
-  said = isinstance(error, OSError) or type(error).__module__.startswith('jaxllm.') or (
+  told = isinstance(error, OSError) or type(error).__module__.startswith('jaxllm.') or (
     isinstance(error, ValueError) and (refused or type(error) is not ValueError))
-  if said:
+  if told:
     return str(error) or type(error).__name__
   return versions.mismatch(os.environ.get('JAX_PLATFORMS') != 'cpu')
 
