@@ -8,9 +8,8 @@ it is filled with rows of weight 0.
 
 import dataclasses
 import os
-import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,26 +20,38 @@ Decode = Callable[[np.ndarray], Mapping[str, np.ndarray]]
 _DAMAGED = 'the records are damaged; delete the directory and prepare them anew'
 
 
+class Stored(NamedTuple):
+  """The records of a split.
+
+  Attributes:
+    rows: the bytes of each record.
+    dtype: of a record.
+    vocab_size: ids are below it.
+    decode: rows of `dtype` -> arrays of a batch.
+  """
+
+  rows: Sequence[bytes]
+  dtype: np.dtype
+  vocab_size: int
+  decode: Decode = packing.batch_arrays
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Batches:
   """Random access to the batches of one split, as one process sees them."""
 
-  num_records: int
+  stored: Stored
   batch_size: int
   num_epochs: int | None
   rows: range
   """This process's rows of every batch."""
   sequence: Sequence[bytes]
   """The stored records in the order in which they are visited."""
-  dtype: np.dtype
-  vocab_size: int
-  decode: Decode = packing.batch_arrays
-  """Rows of `dtype` -> arrays of a batch."""
 
   @property
   def num_batches(self) -> int:
     """Batches that visit all records: of all epochs, or of one where epochs never end."""
-    return -(-self.num_records * (self.num_epochs or 1) // self.batch_size)
+    return -(-len(self.stored.rows) * (self.num_epochs or 1) // self.batch_size)
 
   def batch_at(self, step: int) -> dict[str, np.ndarray]:
     """Return this process's rows of the batch of a step, as `decode` gives them.
@@ -53,31 +64,53 @@ class Batches:
       raise IndexError(f'step {step}: these records give steps 0 to {self.num_batches - 1}')
     end, first = len(self.sequence), step * self.batch_size
     try:
-      stored = [self.sequence[first + row] for row in self.rows if first + row < end]
-      found_B = np.frombuffer(b''.join(stored), self.dtype)
+      found = [self.sequence[first + row] for row in self.rows if first + row < end]
+      found_B = np.frombuffer(b''.join(found), self.stored.dtype)
     except (RuntimeError, ValueError) as error:
       raise ValueError(f'step {step}: {_DAMAGED} ({error})') from error
-    rows_B = np.zeros(len(self.rows), self.dtype)
+    rows_B = np.zeros(len(self.rows), self.stored.dtype)
     rows_B[: len(found_B)] = found_B
-    batch = dict(self.decode(rows_B))
+    batch = dict(self.stored.decode(rows_B))
     highest = max(int(array.max(initial=0)) for name, array in batch.items()
                   if name.endswith(('tokens', 'targets')))
-    if highest >= self.vocab_size:
+    if highest >= self.stored.vocab_size:
       raise ValueError(f'step {step}: token id {highest} is not in the vocabulary of '
-                       f'{self.vocab_size}; {_DAMAGED}')
+                       f'{self.stored.vocab_size}; {_DAMAGED}')
     return batch
 
 
+def open_records(directory: str | os.PathLike[str], split: str) -> Stored:
+  """Open the records that `records.prepare` wrote of a split, 'train' or 'validation'.
+
+  Raises:
+    ValueError: nothing is prepared there, or records are missing.
+  """
+  import grain
+
+  manifest = records.load_manifest(directory)
+  counts = manifest.split(split).shards
+  paths = records.shard_paths(directory, manifest, split)
+  try:
+    # All files are opened now: later, newly prepared ones may have taken their place.
+    rows = grain.sources.ArrayRecordDataSource([str(path) for path in paths])
+    if len(rows) != sum(counts):
+      raise ValueError(f'there are {len(rows)} records, but the manifest says {sum(counts)}')
+    for i in range(len(counts)):
+      rows[sum(counts[:i])]
+  except (RuntimeError, ValueError) as error:
+    raise ValueError(f'{paths[0].parent}: {_DAMAGED} ({error})') from error
+  dtype = packing.record_dtype(manifest.context_length, manifest.vocab_size)
+  return Stored(rows, dtype, manifest.vocab_size)
+
+
 def make_batches(
-  directory: str | os.PathLike[str], split: str, batch_size: int, seed: int,
-  process_index: int = 0, process_count: int = 1, shuffle: bool = True,
-  num_epochs: int | None = None,
+  stored: Stored, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1,
+  shuffle: bool = True, num_epochs: int | None = None,
 ) -> Batches:
-  """Open the records of a split.
+  """Put records into the order of the epochs, and take this process's rows of each batch.
 
   Args:
-    directory: what `records.prepare` wrote.
-    split: 'train' or 'validation'.
+    stored: from `open_records`, or in memory; every process has all of them.
     batch_size: rows of a batch over all processes.
     seed: decides the order, 0 to 2**32 - 1.
     process_index: which process this is.
@@ -86,70 +119,21 @@ def make_batches(
     num_epochs: how often all records are visited; None never ends.
 
   Raises:
-    ValueError: nothing is prepared there, records are missing, or the batch does not divide.
+    ValueError: the batch does not divide.
   """
-  manifest = records.load_manifest(directory)
-  counts = manifest.split(split).shards
-  source = _open(records.shard_paths(directory, manifest, split), counts)
-  dtype = packing.record_dtype(manifest.context_length, manifest.vocab_size)
-  plain = Batches(sum(counts), batch_size, num_epochs, range(0), source, dtype, manifest.vocab_size)
-  return _arranged(plain, seed if shuffle else None, process_index, process_count)
-
-
-def from_records(
-  rows: np.ndarray, decode: Decode, vocab_size: int, batch_size: int, seed: int,
-  process_index: int = 0, process_count: int = 1, shuffle: bool = True,
-  num_epochs: int | None = None,
-) -> Batches:
-  """Give the same access to records in memory; as `make_batches` but for these arguments.
-
-  Args:
-    rows: structured array, (records,); every process has all of them.
-    decode: rows -> arrays of a batch.
-    vocab_size: ids are below it.
-    batch_size: as in `make_batches`, like the rest.
-  """
-  source = [row.tobytes() for row in rows]
-  plain = Batches(len(rows), batch_size, num_epochs, range(0), source, rows.dtype, vocab_size,
-                  decode)
-  return _arranged(plain, seed if shuffle else None, process_index, process_count)
-
-
-def _arranged(
-  plain: Batches, seed: int | None, process_index: int, process_count: int
-) -> Batches:
-  """Put the records into the order of the epochs, and take this process's rows."""
   import grain
 
-  batch_size = plain.batch_size
   if batch_size < 1 or batch_size % process_count:
     raise ValueError(f'batch_size={batch_size} does not divide into {process_count} equal parts, '
                      'one for each process')
   if not 0 <= process_index < process_count:
     raise ValueError(f'process_index={process_index} is not below process_count={process_count}')
-  sequence = grain.MapDataset.source(plain.sequence)
-  if seed is not None:
+  sequence = grain.MapDataset.source(stored.rows)
+  if shuffle:
     sequence = sequence.shuffle(seed=seed)
   local = batch_size // process_count
-  return dataclasses.replace(
-    plain, rows=range(process_index * local, (process_index + 1) * local),
-    sequence=sequence.repeat(plain.num_epochs),
-  )
-
-
-def _open(paths: Sequence[pathlib.Path], counts: Sequence[int]) -> Any:
-  """Open all record files now: later, newly prepared ones may have taken their place."""
-  import grain
-
-  try:
-    source = grain.sources.ArrayRecordDataSource([str(path) for path in paths])
-    if len(source) != sum(counts):
-      raise ValueError(f'there are {len(source)} records, but the manifest says {sum(counts)}')
-    for i in range(len(counts)):
-      source[sum(counts[:i])]
-  except (RuntimeError, ValueError) as error:
-    raise ValueError(f'{paths[0].parent}: {_DAMAGED} ({error})') from error
-  return source
+  rows = range(process_index * local, (process_index + 1) * local)
+  return Batches(stored, batch_size, num_epochs, rows, sequence.repeat(num_epochs))
 
 
 def prefetch(

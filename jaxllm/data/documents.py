@@ -125,15 +125,20 @@ def documents(source: SourceConfig) -> Iterator[Document]:
     text = row.fields.pop(source.text_field, None)
     if not isinstance(text, str):
       raise ValueError(_no_text(source, row, text))
-    if not text.isascii():
-      _check_unicode(text, f'{row.source}, {row.place}, field {source.text_field!r}')
+    try:
+      if not text.isascii():
+        text.encode()
+    except UnicodeEncodeError as error:
+      raise ValueError(
+        f'{row.where}, field {source.text_field!r}: character {error.start} is half of a surrogate '
+        f'pair ({text[error.start]!r}), which is not text') from None
     yield Document(text, row.source, index, row.fields)
 
 
 def _no_text(source: SourceConfig, row: Row, value: Any) -> str:
   found = 'missing or null' if value is None else type(value).__name__
   others = ', '.join(map(repr, row.fields)) or 'none'
-  message = (f'{row.source}, {row.place}: field {source.text_field!r} is {found}, expected text; '
+  message = (f'{row.where}: field {source.text_field!r} is {found}, expected text; '
              f'other fields, for text_field: {others}')
   format_ = source.format or readers.ENDINGS.get(ending(pathlib.Path(row.source)))
   if value is None and len(row.fields) == 1 and ';' in others:
@@ -143,19 +148,6 @@ def _no_text(source: SourceConfig, row: Row, value: Any) -> str:
                 f'data, name them: column_names=({source.text_field!r}, ...) for this source, or '
                 'in a new first row')
   return message
-
-
-def _check_unicode(text: str, where: str) -> None:
-  try:
-    text.encode()
-  except UnicodeEncodeError as error:
-    raise ValueError(f'{where}: character {error.start} is half of a surrogate pair '
-                     f'({text[error.start]!r}), which is not text') from None
-
-
-def has_scheme(source: SourceConfig) -> bool:
-  """Return whether the location names something, rather than being a path."""
-  return source.location.partition(':')[0] in SCHEMES
 
 
 class Found(NamedTuple):
@@ -235,7 +227,7 @@ def _stdlib(source: SourceConfig, name: str) -> Found:
   return Found(files, rows)
 
 
-def _catalog(open_: Callable[[str, tuple[float, float]], packages.Catalog]) -> Scheme:
+def _catalog(open_: Callable[..., tuple[list[File], readers.Rows]]) -> Scheme:
   def scheme(source: SourceConfig, name: str) -> Found:
     files, rows = open_(name, source.slice)
     title = source.location.partition('?')[0]
@@ -279,7 +271,7 @@ def survey(
     ValueError: there are no files, or texts of `validation` are trained on.
   """
   sources = []
-  read: dict[Any, list[_Read]] = {}
+  read: dict[Any, list[_Read]] = {}  # By path, and by (SHA-256, whether it is trained on).
   for number, source in enumerate([*train, *validation]):
     digest, size, found = hashlib.sha256(), 0, find(source)
     for name, path in found.files:
@@ -302,10 +294,7 @@ class _Read(NamedTuple):
 
 
 def _check_overlap(read: dict[Any, list[_Read]], content: str, new: _Read) -> None:
-  """Refuse a file that is read before, and for validation a copy of what is trained on.
-
-  `read` maps a path or (SHA-256 `content`, train) to who reads it, and grows by `new`.
-  """
+  """Refuse a file that is read before, and for validation a copy of what is trained on."""
   path = new.path.resolve()
   for old in [*read.get(path, ()), *read.get((content, not new.train), ())]:
     starts, stops = zip(old.source.slice, new.source.slice, strict=True)

@@ -270,18 +270,11 @@ PACKAGES = {
 """Name -> data set."""
 
 
-Catalog = tuple[list[File], Rows]
+def tfds(name: str, part: tuple[float, float]) -> tuple[list[File], Rows]:
+  """Return the files and rows of 'NAME[/CONFIG][:VERSION][?split=SPLIT&data_dir=DIR]' of TFDS.
 
-
-def tfds(name: str, part: tuple[float, float]) -> Catalog:
-  """Open a split of a TFDS data set, prepared where no copy is found.
-
-  Args:
-    name: 'NAME[/CONFIG][:VERSION][?split=SPLIT&data_dir=DIR]'; the split is 'train' by default.
-    part: fractions of the rows, from and to.
-
-  Returns:
-    Its files, and its rows as (place, fields).
+  It is prepared where no copy is found; the split is 'train' by default, and `part` are fractions
+  of its rows, from and to.
 
   Raises:
     ValueError: the data set is unknown, or neither prepared nor can be downloaded, or not stored
@@ -296,13 +289,8 @@ def tfds(name: str, part: tuple[float, float]) -> Catalog:
           ((f'{split}[{i}]', dict(examples[i])) for i in _part(len(examples), part)))
 
 
-def hugging_face(name: str, part: tuple[float, float]) -> Catalog:
-  """Open a split of a Hugging Face data set; as `tfds`.
-
-  Args:
-    name: 'NAME[:CONFIG]?split=SPLIT'.
-    part: fractions of the rows, from and to.
-  """
+def hugging_face(name: str, part: tuple[float, float]) -> tuple[list[File], Rows]:
+  """Return the files and rows of 'NAME[:CONFIG]?split=SPLIT' of Hugging Face, as `tfds` does."""
   try:
     import datasets
   except ImportError as error:

@@ -7,13 +7,13 @@
 - `_write` is one pass: read, clean, split, tokenize, pack, write.
 """
 
-import collections
 import contextlib
 import hashlib
 import json
 import os
 import pathlib
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -263,7 +263,7 @@ def _fingerprint(
     fields = source.model_dump(mode='json')
     skipped = {name for name in ('encoding', 'column_names')
                if getattr(source, name) == SourceConfig.model_fields[name].default}
-    skipped |= set() if documents.has_scheme(source) else {'location'}
+    skipped |= set() if source.location.partition(':')[0] in documents.SCHEMES else {'location'}
     return {name: value for name, value in fields.items() if name not in skipped}
 
   facts = {
@@ -280,11 +280,7 @@ def _fingerprint(
   return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-Counters = Sequence[collections.Counter[str]]
-
-
-def _counters(sources: Sequence[Any]) -> Counters:
-  return [collections.Counter() for _ in sources]
+Counters = Sequence[Counter[str]]
 
 
 def _cleaned(data: DataConfig, counts: Counters) -> Iterator[tuple[str, bool]]:
@@ -317,7 +313,7 @@ def _too_few(data: DataConfig) -> bool:
     return False
   sides: set[bool] = set()
   number = 0
-  for number, (text, _) in enumerate(_cleaned(data, _counters(data.sources)), 1):  # noqa: B007
+  for number, (text, _) in enumerate(_cleaned(data, [Counter() for _ in data.sources]), 1):  # noqa: B007
     sides.add(_sample(text) < data.validation)
     if len(sides) > 1:
       return False
@@ -340,14 +336,14 @@ def _write(
   ends = _too_few(data)
   with _bar('tokenizer', ' documents', progress and config.trained) as bar:
     def training() -> Iterator[str]:
-      for split, text in _texts(data, _counters(sources), ends):
+      for split, text in _texts(data, [Counter() for _ in sources], ends):
         bar.update()
         if split == 'train':
           yield text
     tokenizer = tokenizers.train_or_load(config, training())
   tokenizers.save(tokenizer, staging / 'tokenizer')
 
-  counts = _counters(sources)
+  counts: Counters = [Counter() for _ in sources]
   writers = {name: packing.SplitWriter(staging, name, tokenizer, data)
              for name in data.splits}
   with _bar('records', ' tokens', progress) as bar:

@@ -10,9 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxllm.data import parallel, tokenizer_settings
-from jaxllm.data.tokenizer_settings import Part
-
-Files = Mapping[str, bytes]
+from jaxllm.data.tokenizer_settings import Files, Part
 
 MARK = '\u2581'  # SentencePiece's own sign for a space.
 _BYTE = re.compile('<0x[0-9A-F]{2}>')
@@ -125,10 +123,15 @@ class Tokenizer:
   @functools.cached_property
   def named_tokens(self) -> Mapping[str, Any]:
     """The special tokens by the names that chat templates know: {'bos_token': '<s>', ...}."""
-    named = tokenizer_settings.named_tokens(tokenizer_settings.settings(self._files))
+    keys = tokenizer_settings.settings(self._files)
     texts = {i: text for text, i in self.special_tokens.items()}
     ids = {'bos_token': self.bos_id, 'eos_token': self.eos_id}
-    return {name: texts[i] for name, i in ids.items() if i in texts} | named
+    named = {name: texts[i] for name, i in ids.items() if i in texts}
+    said = {key: value for key, value in keys.items() if key.endswith('_token')}
+    for name in ('extra_special_tokens', 'model_specific_special_tokens'):
+      said |= keys[name] if isinstance(keys.get(name), dict) else {}
+    found = {key: tokenizer_settings.text_of(value) for key, value in said.items()}
+    return named | {key: text for key, text in found.items() if isinstance(text, str)}
 
   @functools.cached_property
   def fingerprint(self) -> str:
@@ -246,11 +249,7 @@ def from_library(files: Files) -> Tokenizer:
 
 
 def _inner(files: Files) -> tuple[Any, Mapping[str, Any]]:
-  """Return (the tokenizer of the tokenizers library, its settings) that files describe.
-
-  Raises:
-    ValueError: a file is damaged, or the class of the tokenizer is not known.
-  """
+  """Return (the tokenizer of the tokenizers library, its settings) that files describe."""
   import tokenizers
 
   named = tokenizer_settings.settings(files)
@@ -313,13 +312,11 @@ def _library_bytes(
 
 
 def _decoding_steps(decoder: Any) -> set[str]:
-  """Return the steps of a decoder that joins the bytes of tokens; none: it does something else.
-
-  A space at the beginning of a text may be left out, as SentencePiece does.
-  """
+  """Return the steps of a decoder that joins the bytes of tokens; none: it does something else."""
   steps = decoder.get('decoders', [decoder]) if decoder else []
   known = all(
     step['type'] in ('ByteLevel', 'Metaspace', 'ByteFallback', 'Fuse')
+    # SentencePiece leaves out a space at the beginning of a text.
     or step['type'] == 'Strip' and step['content'] == ' ' and not step['stop']
     or step['type'] == 'Replace' and (step['pattern'], step['content']) == ({'String': MARK}, ' ')
     for step in steps)

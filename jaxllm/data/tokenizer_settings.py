@@ -117,15 +117,6 @@ def chat_templates(files: Files) -> dict[str, str]:
           if isinstance(item.get('name'), str) and isinstance(item.get('template'), str)}
 
 
-def named_tokens(keys: Mapping[str, Any]) -> dict[str, str]:
-  """Return the special tokens that the settings name: {'bos_token': '<s>', ...}."""
-  said = {key: value for key, value in keys.items() if key.endswith('_token')}
-  for name in ('extra_special_tokens', 'model_specific_special_tokens'):
-    said |= keys[name] if isinstance(keys.get(name), dict) else {}
-  named = {key: text_of(value) for key, value in said.items()}
-  return {key: text for key, text in named.items() if isinstance(text, str)}
-
-
 def class_of(keys: Mapping[str, Any]) -> ByteLevelClass:
   """Return the class that the settings name, GPT-2's where they name none.
 
@@ -260,7 +251,7 @@ class StandIns:
     free = (char for char in map(chr, _PRIVATE) if char not in used)
     self._chars = dict(zip(special, free, strict=False))
     self._texts = {char: text for text, char in self._chars.items()}
-    self._spelled = spelled(self._chars)
+    self._spelled = spelled(tuple(self._chars))
 
   def hide(self, value: Any) -> Any:
     """Return the value with every special token replaced, in all its texts and names."""
@@ -280,13 +271,9 @@ class StandIns:
             for i, piece in enumerate(pieces) if piece]
 
 
-def spelled(special: Iterable[str]) -> re.Pattern[str]:
-  """Return the pattern, one group, of texts that spell special tokens; the longest one wins."""
-  return _spelled(tuple(special))
-
-
 @functools.lru_cache(maxsize=16)
-def _spelled(special: tuple[str, ...]) -> re.Pattern[str]:
+def spelled(special: tuple[str, ...]) -> re.Pattern[str]:
+  """Return the pattern, one group, of texts that spell special tokens; the longest one wins."""
   return re.compile(f'({_branches(special) or "(?!)"})')
 
 

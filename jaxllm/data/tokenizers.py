@@ -17,8 +17,8 @@ from absl import logging
 from jaxllm import storage
 from jaxllm.config import Config
 from jaxllm.data import tokenizer_kinds, tokenizer_settings
-from jaxllm.data.tokenizer_kinds import Files
 from jaxllm.data.tokenizer_kinds import Tokenizer as Tokenizer
+from jaxllm.data.tokenizer_settings import Files
 
 BUILDERS: dict[str, Callable[[Files], Tokenizer]] = {
   'tokenizer.json': tokenizer_kinds.from_library,

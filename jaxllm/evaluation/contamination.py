@@ -87,7 +87,8 @@ def record_texts(directory: str | os.PathLike[str], tokenizer: Tokenizer) -> Ite
     ValueError: nothing is prepared there, or it is damaged.
   """
   special = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id}
-  found = batches.make_batches(directory, 'train', _ROWS, seed=0, shuffle=False, num_epochs=1)
+  found = batches.make_batches(
+    batches.open_records(directory, 'train'), _ROWS, seed=0, shuffle=False, num_epochs=1)
   for step in range(found.num_batches):
     batch = found.batch_at(step)
     for tokens_T, segments_T in zip(batch['tokens'], batch['segment_ids'], strict=True):

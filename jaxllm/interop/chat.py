@@ -156,7 +156,7 @@ def encode_with_special(tokenizer: Tokenizer, text: str) -> list[int]:
   Only for text that can be trusted; `Tokenizer.encode` leaves them plain text.
   """
   special = tokenizer.special_tokens
-  pieces = tokenizer_settings.spelled(special).split(text)
+  pieces = tokenizer_settings.spelled(tuple(special)).split(text)
   return tokenizer.encode_parts(
     [special[piece] if i % 2 else piece for i, piece in enumerate(pieces)])
 
@@ -178,7 +178,7 @@ def answer_ends(tokenizer: Tokenizer, template: Templates) -> tuple[int, ...]:
   except TemplateError:
     return ends
   _, found, after = text.rpartition(said)
-  first = tokenizer_settings.spelled(special).search(after) if found else None
+  first = tokenizer_settings.spelled(tuple(special)).search(after) if found else None
   return tuple(dict.fromkeys([*ends, *([special[first[0]]] if first else [])]))
 
 

@@ -4,6 +4,7 @@ A task's records are made in memory, anew whenever the run starts; the manifest'
 whether they are the same.
 """
 
+import functools
 import hashlib
 import pathlib
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from jax.sharding import Mesh
 from jaxllm import loading, sharding
 from jaxllm.data import batches as batches_lib
 from jaxllm.data import records, tokenizers
-from jaxllm.data.batches import Batches
+from jaxllm.data.batches import Batches, Stored
 from jaxllm.data.records import Manifest, Split
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.experiment import Experiment, TrainingConfig
@@ -35,12 +36,22 @@ class Dataset(NamedTuple):
   Attributes:
     manifest: their sources, sizes and fingerprint.
     tokenizer: their tokenizer.
-    make_batches: (split, batch_size, shuffle, num_epochs) -> this process's batches.
+    seed: decides the order of the batches.
+    stored: split -> its records.
   """
 
   manifest: Manifest
   tokenizer: Tokenizer
-  make_batches: Callable[[str, int, bool, int | None], Batches]
+  seed: int
+  stored: Callable[[str], Stored]
+
+  def make_batches(
+    self, split: str, batch_size: int, shuffle: bool, num_epochs: int | None
+  ) -> Batches:
+    """Return this process's batches of a split."""
+    return batches_lib.make_batches(
+      self.stored(split), batch_size, self.seed, jax.process_index(), jax.process_count(), shuffle,
+      num_epochs)
 
 
 def open_dataset(
@@ -116,16 +127,8 @@ def _prepare(experiment: Experiment, directory: pathlib.Path, begun: str | None)
 def prepared(experiment: Experiment) -> Dataset:
   """Return the documents of a run, which are prepared already."""
   directory = experiment.records_path
-
-  def make_batches(split: str, batch_size: int, shuffle: bool, num_epochs: int | None) -> Batches:
-    return batches_lib.make_batches(
-      directory, split, batch_size, experiment.seed, jax.process_index(), jax.process_count(),
-      shuffle, num_epochs,
-    )
-
-  return Dataset(
-    records.load_manifest(directory), records.load_tokenizer(directory), make_batches
-  )
+  return Dataset(records.load_manifest(directory), records.load_tokenizer(directory),
+                 experiment.seed, functools.partial(batches_lib.open_records, directory))
 
 
 def _task(experiment: Experiment, mesh: Mesh | None) -> Dataset:
@@ -165,13 +168,11 @@ def _task(experiment: Experiment, mesh: Mesh | None) -> Dataset:
     validation=splits.get('validation'),
   )
 
-  def make_batches(split: str, batch_size: int, shuffle: bool, num_epochs: int | None) -> Batches:
-    return batches_lib.from_records(
-      arrays[split], encoded.of(experiment).decode, tokenizer.vocab_size, batch_size,
-      experiment.seed, jax.process_index(), jax.process_count(), shuffle, num_epochs,
-    )
+  def stored(split: str) -> Stored:
+    return Stored([row.tobytes() for row in arrays[split]], arrays[split].dtype,
+                  tokenizer.vocab_size, encoded.of(experiment).decode)
 
-  return Dataset(manifest, tokenizer, make_batches)
+  return Dataset(manifest, tokenizer, experiment.seed, stored)
 
 
 def _texts(task: Any) -> Iterator[str]:

@@ -10,9 +10,8 @@ import grain
 import numpy as np
 import pytest
 
-from jaxllm.data import batches as batches_lib
 from jaxllm.data import parallel, records
-from jaxllm.data.batches import make_batches, prefetch
+from jaxllm.data.batches import make_batches, open_records, prefetch
 from jaxllm.data.documents import SourceConfig
 from jaxllm.data.records import DataConfig
 from jaxllm.data.tokenizers import TokenizerConfig
@@ -48,7 +47,8 @@ def _numbers(batch):
 @pytest.mark.parametrize('shuffle', [True, False])
 @pytest.mark.parametrize('batch_size', [4, 8, 64])
 def test_every_record_once_per_epoch(directory, processes, shuffle, batch_size):
-  parts = [make_batches(directory, 'train', batch_size, 5, p, processes, shuffle, num_epochs=1)
+  stored = open_records(directory, 'train')
+  parts = [make_batches(stored, batch_size, 5, p, processes, shuffle, num_epochs=1)
            for p in range(processes)]
   seen = [number for step in range(parts[0].num_batches) for part in parts
           for number in _numbers(part.batch_at(step))]
@@ -61,7 +61,7 @@ def test_every_record_once_per_epoch(directory, processes, shuffle, batch_size):
 
 @pytest.mark.parametrize('batch_size', [4, 8, 64])
 def test_without_end_a_batch_goes_on_with_the_next_epoch(directory, batch_size):
-  batches = make_batches(directory, 'train', batch_size, 5)
+  batches = make_batches(open_records(directory, 'train'), batch_size, 5)
   assert batches.num_batches == -(-RECORDS // batch_size)
   steps = itertools.count()
   seen = []
@@ -75,9 +75,10 @@ def test_without_end_a_batch_goes_on_with_the_next_epoch(directory, batch_size):
 @pytest.mark.parametrize('num_epochs', [None, 1, 3])
 @pytest.mark.parametrize('shuffle', [True, False])
 def test_processes_together_make_the_same_batch(directory, shuffle, num_epochs):
-  alone = make_batches(directory, 'train', 8, 3, 0, 1, shuffle, num_epochs)
+  stored = open_records(directory, 'train')
+  alone = make_batches(stored, 8, 3, 0, 1, shuffle, num_epochs)
   for processes in (2, 4, 8):
-    parts = [make_batches(directory, 'train', 8, 3, p, processes, shuffle, num_epochs)
+    parts = [make_batches(stored, 8, 3, p, processes, shuffle, num_epochs)
              for p in range(processes)]
     for step in (0, 1, 4):
       rows = [part.batch_at(step) for part in parts]
@@ -86,7 +87,8 @@ def test_processes_together_make_the_same_batch(directory, shuffle, num_epochs):
 
 
 def test_batches_are_a_function_of_seed_and_step(directory):
-  first, again, other = (make_batches(directory, 'train', 8, seed) for seed in (1, 1, 2))
+  stored = open_records(directory, 'train')
+  first, again, other = (make_batches(stored, 8, seed) for seed in (1, 1, 2))
   order = [9, 0, 3, 9, 1000]
   for step, other_step in zip(order, reversed(order), strict=True):
     again.batch_at(other_step)
@@ -96,7 +98,7 @@ def test_batches_are_a_function_of_seed_and_step(directory):
 
 
 def test_several_epochs_end(directory):
-  batches = make_batches(directory, 'train', 8, 0, num_epochs=2)
+  batches = make_batches(open_records(directory, 'train'), 8, 0, num_epochs=2)
   assert batches.num_batches == 10
   seen = [n for batch in prefetch(batches, 0, 10) for n in _numbers(batch)]
   assert collections.Counter(seen) == {**dict.fromkeys(range(RECORDS), 2), None: 6}
@@ -106,28 +108,28 @@ def test_several_epochs_end(directory):
 
 
 def test_padding_has_no_weight_and_no_segment(directory):
-  batch = make_batches(directory, 'train', 64, 0, num_epochs=1).batch_at(0)
+  batch = make_batches(open_records(directory, 'train'), 64, 0, num_epochs=1).batch_at(0)
   for name in ('weights', 'segment_ids', 'tokens', 'positions'):
     assert not batch[name][RECORDS:].any()
 
 
 def test_bad_arguments_are_named(directory, tmp_path):
   with pytest.raises(ValueError, match='batch_size=6 does not divide into 4'):
-    make_batches(directory, 'train', 6, 0, 0, 4)
+    make_batches(open_records(directory, 'train'), 6, 0, 0, 4)
   with pytest.raises(ValueError, match='batch_size=0'):
-    make_batches(directory, 'train', 0, 0)
+    make_batches(open_records(directory, 'train'), 0, 0)
   with pytest.raises(ValueError, match='process_index=2'):
-    make_batches(directory, 'train', 4, 0, 2, 2)
+    make_batches(open_records(directory, 'train'), 4, 0, 2, 2)
   with pytest.raises(ValueError, match=r"no split 'validation' was prepared"):
-    make_batches(directory, 'validation', 4, 0)
+    make_batches(open_records(directory, 'validation'), 4, 0)
   with pytest.raises(ValueError, match="no split 'tran'"):
-    make_batches(directory, 'tran', 4, 0)
+    make_batches(open_records(directory, 'tran'), 4, 0)
   with pytest.raises(ValueError, match='no prepared data'):
-    make_batches(tmp_path, 'train', 4, 0)
+    make_batches(open_records(tmp_path, 'train'), 4, 0)
 
 
 def test_prefetch_is_in_order_and_complete(directory):
-  batches = make_batches(directory, 'train', 4, 0)
+  batches = make_batches(open_records(directory, 'train'), 4, 0)
   for threads, ahead in ((1, 1), (3, 8)):
     got = list(prefetch(batches, 5, 20, threads, ahead))
     assert [_numbers(b) for b in got] == [_numbers(batches.batch_at(s)) for s in range(5, 20)]
@@ -174,9 +176,8 @@ def test_work_is_done_ahead_but_not_without_bound():
   assert len(taken) == 5
 
 
-def test_ids_beyond_the_vocabulary_never_reach_a_device(directory, monkeypatch):
-  batches = make_batches(directory, 'train', 4, 0)
-  smaller = batches_lib.dataclasses.replace(batches, vocab_size=50)
+def test_ids_beyond_the_vocabulary_never_reach_a_device(directory):
+  smaller = make_batches(open_records(directory, 'train')._replace(vocab_size=50), 4, 0)
   with pytest.raises(ValueError, match='token id .* is not in the vocabulary of 50'):
     smaller.batch_at(0)
 
@@ -188,17 +189,17 @@ def test_damaged_shards_are_named(directory, tmp_path):
   content = shards[1].read_bytes()
   shards[1].write_bytes(content[: len(content) // 2])
   with pytest.raises(ValueError, match='prepare them anew'):
-    make_batches(copy, 'train', 4, 0)
+    make_batches(open_records(copy, 'train'), 4, 0)
   shards[1].write_bytes(content[:400] + bytes([content[400] ^ 1]) + content[401:])
   with pytest.raises(ValueError, match='prepare them anew'):
-    list(prefetch(make_batches(copy, 'train', 4, 0), 0, 10))
+    list(prefetch(make_batches(open_records(copy, 'train'), 4, 0), 0, 10))
   shards[1].unlink()
   with pytest.raises(ValueError, match='prepare them anew'):
-    make_batches(copy, 'train', 4, 0)
+    make_batches(open_records(copy, 'train'), 4, 0)
 
 
 def test_grain_agrees_about_the_order(directory):
-  batches = make_batches(directory, 'train', 8, 11)
+  batches = make_batches(open_records(directory, 'train'), 8, 11)
   reference = grain.MapDataset.range(RECORDS).shuffle(seed=11).repeat(None).batch(8)
   assert [_numbers(batches.batch_at(s)) for s in (0, 7)] == [
     reference[s].tolist() for s in (0, 7)]

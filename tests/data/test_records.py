@@ -14,7 +14,7 @@ import pytest
 from jaxllm import storage
 from jaxllm.config import ConfigError, override
 from jaxllm.data import records
-from jaxllm.data.batches import make_batches
+from jaxllm.data.batches import make_batches, open_records
 from jaxllm.data.cleaning import CleaningConfig
 from jaxllm.data.documents import SourceConfig
 from jaxllm.data.records import DataConfig, load_manifest, load_tokenizer
@@ -52,10 +52,10 @@ def out(tmp_path):
 def _documents(directory, split):
   """The texts of a split, put together again from its records."""
   tokenizer = load_tokenizer(directory)
-  batches = make_batches(directory, split, 1, 0, shuffle=False, num_epochs=1)
+  stored = open_records(directory, split)
   documents = []
-  for content in batches.sequence:
-    record = np.frombuffer(content, batches.dtype)[0]
+  for content in stored.rows:
+    record = np.frombuffer(content, stored.dtype)[0]
     for segment in range(1, record['segment_ids'].max() + 1):
       piece = record['tokens'][record['segment_ids'] == segment].tolist()
       if documents and documents[-1][-1] != tokenizer.eos_id:
@@ -88,7 +88,7 @@ def test_counts_equal_what_the_batches_hold(corpus, out, packing, borders, token
   text_bytes = 0
   for name in ('train', 'validation'):
     split = manifest.split(name)
-    batches = make_batches(out, name, 4, 0, num_epochs=1)
+    batches = make_batches(open_records(out, name), 4, 0, num_epochs=1)
     targets = [i for step in range(batches.num_batches) for batch in [batches.batch_at(step)]
                for i in batch['targets'][batch['weights'] > 0].tolist()]
     assert split.target_tokens == len(targets)
@@ -155,7 +155,7 @@ def test_unchanged_is_reused_and_changed_is_prepared_anew(corpus, out, tmp_path,
     seen.add(manifest.fingerprint)
     folders = [path.name for path in out.iterdir() if path.is_dir()]
     assert folders == [manifest.folder]  # The old records are gone.
-    assert make_batches(out, 'train', 2, 0).batch_at(0)['tokens'].any()
+    assert make_batches(open_records(out, 'train'), 2, 0).batch_at(0)['tokens'].any()
 
 
 def test_a_changed_tokenizer_file_is_noticed(corpus, out, tmp_path):
@@ -451,9 +451,9 @@ def test_open_batches_outlive_newly_prepared_records(corpus, out, tmp_path, monk
   monkeypatch.setattr(records.packing, '_SHARD_TOKENS', 16 * 20)
   assert len(prepare(_data(corpus), BYTES, out).train.shards) > 4
   shutil.copytree(out, tmp_path / 'copy')
-  batches = make_batches(out, 'train', 4, 0)
+  batches = make_batches(open_records(out, 'train'), 4, 0)
   prepare(_data(corpus, context_length=9), BYTES, out)
-  expected = make_batches(tmp_path / 'copy', 'train', 4, 0)
+  expected = make_batches(open_records(tmp_path / 'copy', 'train'), 4, 0)
   for step in range(expected.num_batches):
     for name, array in expected.batch_at(step).items():
       assert np.array_equal(array, batches.batch_at(step)[name])

@@ -143,7 +143,7 @@ def test_the_longest_special_token_is_found():
   plain = re.compile('|'.join(sorted(map(re.escape, words), key=len, reverse=True)))
   for _ in range(300):
     text = ''.join(random.choices('<ab>x.y ', k=12))
-    found = [match[1] for match in tokenizer_settings.spelled(words).finditer(text)]
+    found = [match[1] for match in tokenizer_settings.spelled(tuple(words)).finditer(text)]
     assert found == plain.findall(text)
-  assert tokenizer_settings.spelled([]).findall('a') == []
-  assert tokenizer_settings.spelled(['a']).findall('aba') == ['a', 'a']
+  assert tokenizer_settings.spelled(()).findall('a') == []
+  assert tokenizer_settings.spelled(('a',)).findall('aba') == ['a', 'a']
