@@ -116,7 +116,7 @@ def override(config: Config, changes: Mapping[str, Any]) -> Any:
 
 def diff(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
   """Return (dotted path, old value, new value) of every leaf that differs."""
-  old_leaves, new_leaves = dict(_leaves(old)), dict(_leaves(new))
+  old_leaves, new_leaves = dict(leaves(old)), dict(leaves(new))
   missing = '<absent>'
   return [
     (path, old_leaves.get(path, missing), new_leaves.get(path, missing))
@@ -451,13 +451,14 @@ def _annotations(annotation: Any) -> Iterator[Any]:
     yield from _annotations(part)
 
 
-def _leaves(value: Any, path: str = '') -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, path: str = '') -> Iterator[tuple[str, Any]]:
+  """Yield (dotted path, value) of every leaf of a config."""
   if isinstance(value, Config):
     for name in type(value).model_fields:
-      yield from _leaves(getattr(value, name), f'{path}.{name}' if path else name)
+      yield from leaves(getattr(value, name), f'{path}.{name}' if path else name)
   elif isinstance(value, tuple) and any(isinstance(item, Config) for item in value):
     for index, item in enumerate(value):
-      yield from _leaves(item, f'{path}.{index}')
+      yield from leaves(item, f'{path}.{index}')
   else:
     yield path, value
 

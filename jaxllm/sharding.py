@@ -271,12 +271,6 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
-def barrier(name: str) -> None:
-  """Wait until all processes have come to this point."""
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(name)
-
-
 def to_host(arrays: Any) -> Any:
   """Return a tree of arrays as NumPy arrays; every process gets all of each."""
   if jax.process_count() == 1:

@@ -19,15 +19,18 @@ WORKDIR = FLAGS.string('workdir', None, 'Directory of the run.', required=True)
 DISTRIBUTED = FLAGS.bool(
   'distributed', False, 'Connect the processes of a TPU pod or a multi-host GPU job first.'
 )
+COORDINATOR = FLAGS.string('coordinator', None, 'HOST:PORT of process 0, where none is found.')
+NUM_PROCESSES = FLAGS.integer('num_processes', None, 'How many processes there are.')
+PROCESS_ID = FLAGS.integer('process_id', None, 'Which one this is, from 0.')
 
 
 def main(_) -> None:  # noqa: D103
-  if DISTRIBUTED.value:
+  if DISTRIBUTED.value or COORDINATOR.value:
     import jax
 
-    jax.distributed.initialize()
+    jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
   experiment = config.from_flags(CONFIG.value)
-  from jaxllm import storage
+  from jaxllm import distributed, storage
   from jaxllm.checkpoints import store
   from jaxllm.evaluation import tables
   from jaxllm.training import loop, metrics
@@ -38,6 +41,8 @@ def main(_) -> None:  # noqa: D103
     sys.exit(f'error: {error}')
   if not summary['complete']:
     sys.exit(SAVED_AND_STOPPED)
+  if not distributed.is_first():
+    return
   trained = summary.get('trained_parameters')
   print(f'{summary["step"]:,} steps, {summary["parameters"]:,} parameters'
         + (f', {trained:,} of adapters trained' if trained else ''))

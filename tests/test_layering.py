@@ -15,7 +15,7 @@ FLOORS: list[set[str]] = [
   {'versions'},
   {'mistakes'},
   {'config'},
-  {'sharding', 'storage'},
+  {'sharding', 'storage', 'distributed'},
   {'models', 'data', 'optim'},
   {'objectives', 'adapters', 'checkpoints', 'generation'},
   {'model'},

@@ -32,7 +32,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 from orbax.checkpoint import options as ocp_options
 
-from jaxllm import sharding, storage
+from jaxllm import distributed, storage
 from jaxllm.checkpoints import bundle as bundle_lib
 from jaxllm.checkpoints import tree
 from jaxllm.checkpoints.bundle import Bundle
@@ -208,7 +208,7 @@ def mark_best(store: Store, step: int | None, facts: Mapping[str, Any]) -> None:
       storage.write_file(store.directory / BEST, json.dumps({'step': step, **facts}) + '\n')
     else:
       (store.directory / BEST).unlink(missing_ok=True)
-  sharding.barrier('the best checkpoint is marked')
+  distributed.barrier('the best checkpoint is marked')
 
 
 def best_step(directory: str | os.PathLike[str]) -> int | None:

@@ -15,7 +15,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from jaxllm import loading, sharding
+from jaxllm import distributed, loading
 from jaxllm.data import batches as batches_lib
 from jaxllm.data import records, tokenizers
 from jaxllm.data.batches import Batches, Stored
@@ -76,7 +76,7 @@ def open_dataset(
   else:
     if jax.process_index() == 0:
       _prepare(experiment, experiment.records_path, begun)
-    sharding.barrier('records are prepared')
+    distributed.barrier('records are prepared')
     dataset = prepared(experiment)
   _check_vocabulary(experiment, dataset.manifest.vocab_size)
   if begun not in (None, dataset.manifest.fingerprint):

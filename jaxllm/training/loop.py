@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxllm import config as config_lib
-from jaxllm import loading, sharding, storage
+from jaxllm import distributed, loading, sharding, storage
 from jaxllm.checkpoints import store as store_lib
 from jaxllm.checkpoints.bundle import Bundle
 from jaxllm.data import batches as batches_lib
@@ -56,6 +56,7 @@ class _Run:
   mesh: Mesh
   tx: optax.GradientTransformation
   dataset: Dataset
+  begun: Experiment | None
   store: store_lib.Store
   started: float
 
@@ -82,21 +83,27 @@ def train(
     checkpoints.store.CheckpointError: a checkpoint could not be written or read.
   """
   started = time.monotonic()
+  distributed.agree(workdir.same_everywhere(experiment, path))
   mesh = sharding.make_mesh(experiment.mesh, devices)
   _check_batch(experiment, mesh)
+  begun = workdir.begun_as(storage.path(path, '--workdir='))
   if experiment.reads_models:
-    experiment = pretrained.resolve(experiment, workdir.begun_as(storage.path(path, '--workdir=')))
+    experiment = pretrained.resolve(experiment, begun)
   directory = workdir.open_workdir(experiment, path)
   # The records hold log-probabilities of a reference model, computed in resumed runs too.
   if experiment.reads_models and (
       not workdir.has_begun(directory) or experiment.objective_record.reference):
     pretrained.check_start(experiment)
+  begun_with = workdir.begun_with(directory)
+  # Until here the directory is read, by all; from here on it is written to.
+  distributed.barrier('the workdir is read')
   run = _Run(
     experiment=experiment,
     path=directory,
     mesh=mesh,
     tx=state_lib.make_optimizer(experiment),
-    dataset=dataset_lib.open_dataset(experiment, workdir.begun_with(directory), mesh),
+    dataset=dataset_lib.open_dataset(experiment, begun_with, mesh),
+    begun=begun,
     store=store_lib.open_store(directory / store_lib.DIRECTORY, experiment.checkpoint),
     started=started,
   )
@@ -113,6 +120,11 @@ def _run(run: _Run) -> dict[str, Any]:
     raise ValueError(f'the run in --workdir={run.path} has taken {latest} steps, more than '
                      f'config.training.num_steps={num_steps}; raise it, or change --workdir')
   selected = scoring.restore_selection(run.experiment, run.path, latest)
+  distributed.agree({
+    'the fingerprint of the records': run.dataset.manifest.fingerprint,
+    'the step to go on from': latest, 'what was measured': selected.history,
+    'the best step': store_lib.best_step(run.store.directory),
+    'whether there is a summary': (run.path / 'summary.json').exists()})
   if latest >= num_steps or selected.exhausted:
     written = run.path / 'summary.json'
     if written.exists() and (summary := json.loads(written.read_text()))['step'] == latest:
@@ -133,7 +145,7 @@ def _run(run: _Run) -> dict[str, Any]:
 
 def _accept(run: _Run, step: int, selected: Selection) -> None:
   """Describe the run in its directory, once nothing is left that could refuse it."""
-  old = workdir.begun_as(run.path) or run.experiment
+  old = run.begun or run.experiment
   rates = [float(state_lib.make_schedule(one)(step)) for one in (old, run.experiment)]
   if rates[0] != rates[1]:
     logging.warning('Learning rate at step %d: %.4g, was to be %.4g.', step, rates[1], rates[0])
@@ -176,8 +188,8 @@ def _initial_state(run: _Run, latest: int) -> tuple[TrainState, Bundle]:
   experiment = run.experiment
   if latest:
     logging.info('Going on from step %d.', latest)
-    if (old := workdir.begun_as(run.path)) is not None:
-      workdir.check_state(old, experiment, run.path)
+    if run.begun is not None:
+      workdir.check_state(run.begun, experiment, run.path)
     bundle = _bundle(run, latest)
     frozen, manifest = _load_frozen(run, bundle)
     abstract = state_lib.abstract_state(experiment, run.tx, run.mesh)

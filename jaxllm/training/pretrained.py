@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxllm import loading, sharding
+from jaxllm import distributed, loading, sharding
 from jaxllm.checkpoints import tree
 from jaxllm.data import tokenizers
 from jaxllm.data.tokenizers import Tokenizer, TokenizerConfig
@@ -139,5 +139,5 @@ def _write_tokenizer(files: Mapping[str, bytes], directory: pathlib.Path) -> Tok
     return TokenizerConfig(kind='bytes')
   if jax.process_index() == 0:
     tokenizers.save(tokenizers.from_files(files), directory)
-  sharding.barrier('the tokenizer is written')
+  distributed.barrier('the tokenizer is written')
   return TokenizerConfig(kind=kind, path=str(directory))

@@ -1,6 +1,7 @@
 """The directory of a run: opened safely, described by files that a person can read."""
 
 import contextlib
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -8,6 +9,7 @@ import pathlib
 import platform
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,12 +18,13 @@ from typing import Any
 import jax
 
 from jaxllm import config as config_lib
-from jaxllm import storage
+from jaxllm import distributed, storage
 from jaxllm.checkpoints import tree
 from jaxllm.experiment import Experiment
 from jaxllm.training import state as state_lib
 
 DATA = 'data.json'
+# Packages that decide what a step computes, and which file formats are written.
 PACKAGES = ('jaxllm', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
 
@@ -32,9 +35,16 @@ def open_workdir(experiment: Experiment, workdir: str | os.PathLike[str]) -> pat
   directory; the rest (steps, learning rate, devices, ...) may.
 
   Raises:
-    ValueError: the directory cannot be written, or a field may not change; the message names it.
+    ValueError: the directory cannot be written, is not the same one in all processes, or a field
+      may not change; the message names it.
   """
   path = storage.path(workdir, '--workdir=')
+  if distributed.is_first():
+    storage.make_writable(path, '--workdir=')
+  distributed.barrier('the workdir is there')
+  if not storage.is_remote(path) and not path.is_dir():
+    raise ValueError(f'--workdir={path} of {socket.gethostname()} is not that of process 0; all '
+                     'processes need one directory, on a file system that they share')
   storage.make_writable(path, '--workdir=')
   if (old := begun_as(path)) is not None:
     check_same_run(old, experiment, path)
@@ -122,6 +132,21 @@ def environment() -> dict[str, Any]:
     'processes': jax.process_count(),
     'git_commit': _git_commit(),
     'command': shlex.join(['python', '-m', spec.name, *sys.argv[1:]] if spec else sys.argv),
+  }
+
+
+def same_everywhere(experiment: Experiment, workdir: str | os.PathLike[str]) -> dict[str, Any]:
+  """Return what must be the same in all processes of a run, by name."""
+  source = pathlib.Path(config_lib.__file__).parent
+  code = hashlib.sha256()
+  for path in sorted(source.rglob('*.py')):
+    code.update(f'{path.relative_to(source)}\0'.encode() + path.read_bytes())
+  return {
+    '--workdir': str(workdir),
+    **{f'config.{path}': value for path, value in config_lib.leaves(experiment)},
+    'the code of jaxllm': code.hexdigest()[:12],
+    'python': '.'.join(map(str, sys.version_info[:2])),
+    **{f'package {name}': importlib.metadata.version(name) for name in PACKAGES},
   }
 
 
