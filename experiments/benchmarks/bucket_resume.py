@@ -3,9 +3,12 @@
     python experiments/benchmarks/bucket_resume.py --scheme=gs --kills=10
 
 Servers of both APIs run on this machine (the extra `dev` has them); the environment of the run has
-no credentials. Each row is a process that was killed (SIGKILL) at a random time, the last one came
-to the end. The program fails where a step is missing from the metrics or there twice, or where a
-loss differs from that of the run which nobody killed.
+no credentials. Each row is a process that was killed (SIGKILL) at a random time after its first
+step; the last one came to the end. The program fails where a step is missing from the metrics or
+there twice, or where a loss differs from that of the run which nobody killed.
+
+Measured on 2 cores, each step once and all losses equal: gs, 300 steps, killed at steps 100 to 180
+six times; s3, 200 steps, killed once at step 180 (later processes had finished by then).
 """
 
 import json
@@ -66,17 +69,25 @@ def main(_) -> None:  # noqa: D103
     start('-c', 'import pathlib, sys\nfrom jaxllm import storage\n'
           f'storage.upload(pathlib.Path({str(corpus)!r}), "{base}/text")').communicate()
     train = ('-m', 'jaxllm.train', f'--config={config}')
-    began = time.monotonic()
-    alone = start(*train, f'--workdir={base}/alone')
+
+    def begin(run):
+      process = start(*train, f'--workdir={base}/{run}')
+      for line in process.stderr:
+        if line.startswith(b'First step'):
+          break
+      return process
+
+    alone, began = begin('alone'), time.monotonic()
     _, said = alone.communicate()
     if alone.returncode:
       sys.exit(said.decode())
     whole = time.monotonic() - began
-    print(f'alone: {whole:.0f} s\n{"kill":>5} {"after":>7} {"steps on record":>16}', flush=True)
+    print(f'alone: {whole:.0f} s after the first step')
+    print(f'{"kill":>5} {"after":>7} {"steps on record":>16}', flush=True)
     for kill in range(KILLS.value + 1):
-      process, after = start(*train, f'--workdir={base}/killed'), None
+      process, after = begin('killed'), None
       if kill < KILLS.value:
-        after = pick.uniform(0.3, 1.0) * whole
+        after = pick.uniform(0.2, 1.8) * whole / (KILLS.value + 1)
         try:
           process.communicate(timeout=after)
         except subprocess.TimeoutExpired:
