@@ -47,7 +47,7 @@ def test_what_takes_a_path_takes_a_model_and_the_other_way_round(path):
   assert jaxllm.load(model) is model
   found = jaxllm.generate(str(path), 'ab', max_new_tokens=3, temperature=0.0)
   assert found == jaxllm.generate(model, 'ab', max_new_tokens=3, temperature=0.0)
-  with pytest.raises(ValueError, match='did you mean .*/model\?'):
+  with pytest.raises(ValueError, match=r'did you mean .*/model\?'):
     jaxllm.generate(path.with_name('modell'), 'ab')
 
 
