@@ -1,19 +1,27 @@
-"""Several processes as one run: of one mind before the first step.
+"""Several processes as one run: of one mind before the first step, told of a preemption.
 
 - `agree`, `barrier`: compare what must be the same in all of them; wait for all of them.
+- `preemption_notice`: Google's word that this machine is taken away becomes a SIGTERM.
 
 They talk through the key-value store of JAX's coordination service, which process 0 runs.
 """
 
+import contextlib
 import hashlib
+import http.client
 import itertools
 import json
+import os
+import pathlib
+import signal
 import socket
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jax._src import distributed as jax_distributed
 
+_NOTICE_SECONDS = 2
 _WEEK = 7 * 24 * 3600 * 1000  # In milliseconds: a process may prepare records for long.
 _GREETING, _HOST = 'jaxllm ', 'jaxllm/host/'
 _STATE: Any = jax_distributed.global_state
@@ -80,3 +88,33 @@ def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], others: lis
           for name in names]
   return (f'{", ".join(rows[:8])}{", ..." if rows[8:] else ""}; start all processes with the same '
           f'command, code, packages and data ({len(others)} differ from process 0)')
+
+
+@contextlib.contextmanager
+def preemption_notice() -> Iterator[None]:
+  """Ask Google's metadata server inside; where this machine is preempted, send itself a SIGTERM.
+
+  Its address is GCE_METADATA_HOST, or what it always is on Google's machines; elsewhere nothing is
+  asked.
+  """
+  product = pathlib.Path('/sys/class/dmi/id/product_name')
+  google = product.exists() and product.read_text().startswith('Google')
+  host = os.environ.get('GCE_METADATA_HOST', 'metadata.google.internal' if google else '')
+  closed = threading.Event()
+
+  def poll() -> None:
+    while not closed.wait(_NOTICE_SECONDS):
+      with contextlib.suppress(OSError, http.client.HTTPException):
+        connection = http.client.HTTPConnection(host, timeout=2)
+        connection.request('GET', '/computeMetadata/v1/instance/preempted',
+                           headers={'Metadata-Flavor': 'Google'})
+        if connection.getresponse().read(16).strip() == b'TRUE':
+          os.kill(os.getpid(), signal.SIGTERM)
+          return
+
+  if host:
+    threading.Thread(target=poll, daemon=True).start()
+  try:
+    yield
+  finally:
+    closed.set()

@@ -1,10 +1,15 @@
-"""Several processes: they start together, and are of one mind."""
+"""Several processes: they start together, are of one mind, and stop at the same step."""
 
-import json
+import http.server
 import re
+import signal
+import threading
 
+from jaxllm import distributed, train
+from jaxllm.checkpoints import store
 from tests import processes
 from tests.training import tiny_run
+from tests.training.test_finetune import lines
 
 
 def make(tmp_path, **changes):
@@ -13,17 +18,6 @@ def make(tmp_path, **changes):
   path = tmp_path / 'config.json'
   path.write_text(config.to_json())
   return path
-
-
-def test_two_begin_and_go_on_in_one_directory(tmp_path):
-  start = {'config': str(make(tmp_path, training__num_steps=2)), 'processes': 2,
-           'workdir': str(tmp_path / 'run')}
-  more = ['--config.training.num_steps=4']
-  first, second = processes.run(start, {**start, 'own': {'0': more, '1': more}})
-  assert [code for code, _ in first + second] == [0] * 4, (first, second)
-  assert json.loads((tmp_path / 'run' / 'summary.json').read_text())['step'] == 4
-  # The first one prints; of the others nothing is heard.
-  assert 'report: ' in first[0][1] and 'report: ' not in first[1][1]
 
 
 def test_what_differs_is_named_with_its_process(tmp_path):
@@ -38,3 +32,48 @@ def test_what_differs_is_named_with_its_process(tmp_path):
       assert re.search(rf'error: .*{field} is \S+ in process 0 \(\S+\) and {value} in process 1 \(',
                        text), text
   assert not (tmp_path / 'run').exists()
+
+
+def test_a_signal_to_one_stops_all_and_more_processes_go_on(tmp_path):
+  path = make(tmp_path, evaluation__every_steps=10**6, checkpoint__every_steps=10**6,
+              training__num_steps=10**6, schedule__decay_steps=100)
+  start = {'config': str(path), 'workdir': str(tmp_path / 'run')}
+  two, four = processes.run({**start, 'processes': 2, 'signal': ('SIGTERM', 1, 4)},
+                            {**start, 'processes': 4, 'signal': ('SIGINT', 0, 4)})
+  assert [code for code, _ in two + four] == [train.SAVED_AND_STOPPED] * 6, (two, four)
+  losses = lines(tmp_path / 'run', 'train/loss')
+  steps = store.committed_steps(tmp_path / 'run' / 'checkpoints')
+  assert len(steps) == 2 and steps[-1] == len(losses)
+
+
+class Metadata(http.server.BaseHTTPRequestHandler):
+  """Google's metadata server, which says at the second request that the machine is preempted."""
+
+  asked = 0
+
+  def do_GET(self):  # noqa: N802
+    good = (self.path == '/computeMetadata/v1/instance/preempted'
+            and self.headers['Metadata-Flavor'] == 'Google')
+    type(self).asked += 1
+    self.send_response(200 if good else 404)
+    self.end_headers()
+    self.wfile.write(b'TRUE' if self.asked > 1 else b'FALSE')
+
+  def log_message(self, *_):
+    pass
+
+
+def test_a_notice_of_preemption_is_a_signal(monkeypatch):
+  monkeypatch.setattr(distributed, '_NOTICE_SECONDS', 0.05)
+  told = threading.Event()
+  before = signal.signal(signal.SIGTERM, lambda *_: told.set())
+  try:
+    with http.server.ThreadingHTTPServer(('localhost', 0), Metadata) as server:
+      threading.Thread(target=server.serve_forever, daemon=True).start()
+      monkeypatch.setenv('GCE_METADATA_HOST', f'localhost:{server.server_port}')
+      with distributed.preemption_notice():
+        assert told.wait(10)
+      server.shutdown()
+  finally:
+    signal.signal(signal.SIGTERM, before)
+  assert Metadata.asked == 2

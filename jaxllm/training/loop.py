@@ -321,23 +321,29 @@ def _record(
 
 @contextlib.contextmanager
 def _stop_requests() -> Iterator[threading.Event]:
-  """Turn SIGTERM and the first SIGINT into an event; a second SIGINT interrupts at once."""
+  """Turn SIGTERM and the first SIGINT into an event; a second SIGINT interrupts at once.
+
+  Of several processes, JAX's own handler of SIGTERM tells the others, so that SIGINT becomes one.
+  A notice of preemption is one in any case.
+  """
   event = threading.Event()
+  several = jax.process_count() > 1
 
   def request(number: int, frame: Any) -> None:
     if event.is_set() and number == signal.SIGINT:
       raise KeyboardInterrupt
     event.set()
     logging.info('%s: saving, then stopping.', signal.Signals(number).name)
+    if several:
+      os.kill(os.getpid(), signal.SIGTERM)
 
-  # Signals belong to the main thread, and a notebook may train in another; of several processes,
-  # JAX's own handler tells the others of a SIGTERM.
-  if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
-    yield event
-    return
-  previous = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
+  previous: dict[int, Any] = {}
+  with contextlib.suppress(ValueError):  # Signals belong to the main thread; this may be another.
+    previous = {number: signal.signal(number, request)
+                for number in ([] if several else [signal.SIGTERM]) + [signal.SIGINT]}
   try:
-    yield event
+    with distributed.preemption_notice():
+      yield event
   finally:
     for number, handler in previous.items():
       signal.signal(number, handler)

@@ -166,8 +166,8 @@ def _tiles(result: Record) -> Rows:
     ('perplexity', result['perplexity'], tables.number),
     ('bits per byte', result['bits_per_byte'], tables.number),
     ('held-out accuracy', result['accuracy'], lambda value: f'{100 * value:.1f} %'),
-    ('parameters', result['parameters'], _count),
-    ('training tokens', result['tokens'], _count),
+    ('parameters', result['parameters'], charts.compact),
+    ('training tokens', result['tokens'], charts.compact),
     ('tokens per second', result['tokens_per_second'], '{:,.0f}'.format),
     ('time', result['seconds'], format_duration),
   ]
@@ -265,11 +265,3 @@ def _last(records: Sequence[Record], name: str) -> float | None:
 def _median(records: Sequence[Record], name: str) -> float | None:
   values = [r[name] for r in records if r.get(name) is not None]
   return statistics.median(values) if values else None
-
-
-def _count(number: float) -> str:
-  """Return a count with its three leading digits and a word: 1.54 million."""
-  for limit, word in ((1e12, 'trillion'), (1e9, 'billion'), (1e6, 'million')):
-    if number >= limit:
-      return f'{number / limit:.3g} {word}'
-  return f'{number:,.0f}'

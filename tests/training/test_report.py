@@ -86,7 +86,7 @@ def test_a_finished_run(finished):
     'Complete. 1,000 steps over 128,000 tokens in 1 min 40 s, 5,000 tokens per second. Held-out '
     'loss 2.000 nats per token, perplexity 7.390, 2.885 bits per byte.' in page.text
   )
-  for words in ('1.54 million parameters', '40.0 % held-out accuracy', '7,654,321',
+  for words in ('1.54M parameters', '40.0 % held-out accuracy', '7,654,321',
                 'positions.kind rotary', '["global", "local"]', 'packages.jax 0.10.2',
                 'peak memory 2.00 GiB', 'unknown: no published peak for cpu', 'training 2',
                 'held-out 2.1', 'Learning rate', 'Gradient norm', 'Tokens per second'):
@@ -99,7 +99,7 @@ def test_command_date_and_device_come_first(finished):
   write(finished, 'environment.json', {
     'device_kind': 'TPU v5e', 'devices': 8, 'command': 'train --config=x.py'})
   text = report(finished).text
-  assert text.index('command train --config=x.py') < text.index('1.54 million')
+  assert text.index('command train --config=x.py') < text.index('1.54M')
   assert 'date 2001-09-09 01:46 to 2001-09-09 02:03 UTC device 8 x TPU v5e' in text
 
 
