@@ -1,12 +1,15 @@
 """Eight CPU devices, strict rank promotion, and compilation that saves time rather than cycles."""
 
 import gc
+import hashlib
 import os
 import pathlib
 
 from jaxlib.version import __version_info__ as jaxlib_version
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
+# Programs of several devices that come from a cache can deadlock on CPU.
+os.environ['JAX_COMPILATION_CACHE_DIR'] = ''
 # Tests compile a lot and run little: without optimization they are four times as fast, and without
 # the fusion emitters XLA compiles in less than half the time. Later versions have no such flag, and
 # XLA ends a process that gives it one it does not know.
@@ -15,6 +18,7 @@ os.environ['XLA_FLAGS'] = ' '.join([
   '--xla_force_host_platform_device_count=8',
   '--xla_backend_optimization_level=0',
   '--xla_llvm_disable_expensive_passes=true',
+  '--xla_cpu_parallel_codegen_split_count=1',
   '--xla_cpu_use_fusion_emitters=false' if jaxlib_version < (0, 12) else '',
 ])
 
@@ -36,7 +40,7 @@ def compile_once(backend, module, devices, options, host_callbacks):
   text = module.operation.get_asm(enable_debug_info=False)
   if host_callbacks or 'callback' in text:
     return compile_program(backend, module, devices, options, host_callbacks)
-  key = text, str(devices), options.SerializeAsString()
+  key = hashlib.sha256(text.encode()).digest(), str(devices), options.SerializeAsString()
   if key not in PROGRAMS:
     PROGRAMS[key] = compile_program(backend, module, devices, options, host_callbacks)
   return PROGRAMS[key]
