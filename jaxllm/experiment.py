@@ -4,7 +4,7 @@ import functools
 import itertools
 import pathlib
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import pydantic
@@ -60,6 +60,8 @@ class TrainingConfig(Config):
   """Skipped steps in a row after which the run stops."""
   log_every_steps: int = pydantic.Field(default=10, gt=0)
   """Steps between two records in metrics.jsonl."""
+  writers: tuple[Literal['tensorboard', 'wandb', 'trackio'], ...] = ('tensorboard',)
+  """Where they go besides; wandb and trackio are extras of these names."""
 
 
 class ScoringConfig(Config):

@@ -23,6 +23,9 @@ COORDINATOR = FLAGS.string('coordinator', None, 'HOST:PORT of process 0, where n
 NUM_PROCESSES = FLAGS.integer('num_processes', None, 'How many processes there are.')
 PROCESS_ID = FLAGS.integer('process_id', None, 'Which one this is, from 0.')
 
+PROFILE_STEPS = FLAGS.string(
+  'profile_steps', None, 'Steps to trace into WORKDIR/profile, as in 10:15; for xprof.')
+
 
 def main(_) -> None:  # noqa: D103
   if DISTRIBUTED.value or COORDINATOR.value:
@@ -33,10 +36,11 @@ def main(_) -> None:  # noqa: D103
   from jaxllm import distributed, storage
   from jaxllm.checkpoints import store
   from jaxllm.evaluation import tables
-  from jaxllm.training import loop, metrics
+  from jaxllm.training import goodput, loop, metrics
 
   try:
-    summary = loop.train(experiment, WORKDIR.value)
+    summary = loop.train(experiment, WORKDIR.value, profile_steps=PROFILE_STEPS.value and
+                         goodput.parse_steps(PROFILE_STEPS.value))
   except (loop.TrainingStopped, store.CheckpointError) as error:
     sys.exit(f'error: {error}')
   if not summary['complete']:

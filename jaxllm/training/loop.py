@@ -8,6 +8,7 @@
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import math
 import os
@@ -33,6 +34,7 @@ from jaxllm.data import tokenizers
 from jaxllm.experiment import Experiment
 from jaxllm.models import decoder
 from jaxllm.training import dataset as dataset_lib
+from jaxllm.training import goodput as goodput_lib
 from jaxllm.training import metrics as metrics_lib
 from jaxllm.training import pretrained, report, scoring, workdir
 from jaxllm.training import state as state_lib
@@ -58,11 +60,13 @@ class _Run:
   dataset: Dataset
   begun: Experiment | None
   store: store_lib.Store
-  started: float
+  goodput: goodput_lib.Goodput
+  profile_steps: tuple[int, int] | None
 
 
 def train(
-  experiment: Experiment, path: str | os.PathLike[str], devices: list[jax.Device] | None = None
+  experiment: Experiment, path: str | os.PathLike[str], devices: list[jax.Device] | None = None,
+  profile_steps: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
   """Train a model, or go on where an interrupted run stopped.
 
@@ -72,17 +76,20 @@ def train(
       `environment.json`, `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `samples.jsonl`,
       `summary.json` and `report.html`.
     devices: the devices to use; all by default.
+    profile_steps: the first and the last of the steps that are traced into `profile/`, for xprof.
 
   Returns:
     The content of `summary.json`: `step`, `num_steps`, `complete`, and when complete the validation
-    scores, the parameter count, tokens and seconds.
+    scores, the parameter count, tokens, seconds and the goodput.
 
   Raises:
     ValueError: the config does not fit the data, the devices, or the run that is already there.
     TrainingStopped: too many steps in a row were not finite or spiked.
     checkpoints.store.CheckpointError: a checkpoint could not be written or read.
   """
-  started = time.monotonic()
+  goodput = goodput_lib.Goodput()
+  for name in {*experiment.training.writers} - {'tensorboard'}:
+    importlib.import_module(name)  # Where it is missing, nothing is computed.
   distributed.agree(workdir.same_everywhere(experiment, path))
   mesh = sharding.make_mesh(experiment.mesh, devices)
   _check_batch(experiment, mesh)
@@ -105,12 +112,14 @@ def train(
     dataset=dataset_lib.open_dataset(experiment, begun_with, mesh),
     begun=begun,
     store=store_lib.open_store(directory / store_lib.DIRECTORY, experiment.checkpoint),
-    started=started,
+    goodput=goodput,
+    profile_steps=profile_steps,
   )
   try:
     return _run(run)
   finally:
     store_lib.close(run.store)
+    goodput.close()
 
 
 def _run(run: _Run) -> dict[str, Any]:
@@ -119,12 +128,16 @@ def _run(run: _Run) -> dict[str, Any]:
   if latest > num_steps:
     raise ValueError(f'the run in --workdir={run.path} has taken {latest} steps, more than '
                      f'config.training.num_steps={num_steps}; raise it, or change --workdir')
+  if run.profile_steps and run.profile_steps[1] > num_steps:
+    raise ValueError(f'--profile_steps={":".join(map(str, run.profile_steps))}: the run ends with '
+                     f'step {num_steps}, config.training.num_steps; name steps up to that')
   selected = scoring.restore_selection(run.experiment, run.path, latest)
   distributed.agree({
     'the fingerprint of the records': run.dataset.manifest.fingerprint,
     'the step to go on from': latest, 'what was measured': selected.history,
     'the best step': store_lib.best_step(run.store.directory),
     'whether there is a summary': (run.path / 'summary.json').exists()})
+  run.goodput.resume(metrics_lib.read(run.path / 'metrics.jsonl'), latest)
   if latest >= num_steps or selected.exhausted:
     written = run.path / 'summary.json'
     if written.exists() and (summary := json.loads(written.read_text()))['step'] == latest:
@@ -223,11 +236,7 @@ def _loop(
   run: _Run, state: TrainState, bundle: Bundle, selected: Selection,
   measurements: Sequence[Measurement],
 ) -> tuple[int, Any, Selection]:
-  """Take steps until the end, a signal, or the end of patience.
-
-  Returns:
-    The step of the last checkpoint, the frozen parameters, and the selection.
-  """
+  """Take steps to the end or a signal; return (last saved step, frozen parameters, selection)."""
   experiment = run.experiment
   first, last = int(state.step), experiment.training.num_steps
   train_step = step_lib.make_train_step(experiment, run.tx, run.mesh)
@@ -241,10 +250,13 @@ def _loop(
   saved = step = first
   waiting, saved_at = None, time.monotonic()
   with _stop_requests() as stopping, metrics_lib.open_logger(
-    run.path, experiment, run.mesh, first, run.started
-  ) as log:
+    run.path, experiment, run.mesh, first, run.goodput
+  ) as log, goodput_lib.tracing(run.path, run.profile_steps) as trace:
     for host_batch in log.wait_for(batches_lib.prefetch(batches, first, last)):
-      state, metrics = train_step(state, sharding.put_batch(host_batch, batch_sharding))
+      trace(step + 1, waiting)
+      with jax.profiler.StepTraceAnnotation('train', step_num=step + 1):
+        state, metrics = train_step(state, sharding.put_batch(host_batch, batch_sharding))
+      log.pending = metrics['loss']
       # The metrics of the step before: those of this one are still being computed.
       _record(run, log, step, waiting)
       step, waiting = step + 1, metrics
@@ -256,17 +268,20 @@ def _loop(
       if measuring or saving or stop:
         _record(run, log, step, waiting)
         waiting = None
-      with log.pause():
-        if measuring:
-          selected = _measure(run, log, measuring, state, bundle, selected, step)
-          stop = stop or selected.exhausted
-        if saving or stop:
+      if measuring:
+        selected = _measure(run, log, measuring, state, bundle, selected, step)
+        stop = stop or selected.exhausted
+      if saving or stop:
+        log.log_goodput(step)
+        with log.pause('checkpoints'):
           log.upload()  # First, so that no step of a checkpoint is without its metrics.
           store_lib.save(run.store, step, state.replace(frozen={}), bundle)
           saved, saved_at = step, time.monotonic()
       if stop:
         break
-    store_lib.wait(run.store)
+    with log.pause('checkpoints'):
+      store_lib.wait(run.store)
+    log.log_goodput(step)
   return saved, state.frozen, selected
 
 
@@ -275,13 +290,16 @@ def _measure(
   bundle: Bundle, selected: Selection, step: int,
 ) -> Selection:
   """Take and log the measurements that are due; save the state if it is the best so far."""
-  scores = scoring.take(measuring, state_lib.variables(
-    run.experiment, state_lib.evaluation_params(state), state.frozen))
+  with log.pause('evaluation'):
+    scores = scoring.take(measuring, state_lib.variables(
+      run.experiment, state_lib.evaluation_params(state), state.frozen))
   log.log_scores(step, scores)
   selected = selected.add(step, scores)
   if selected.best and selected.best[0] == step:
-    log.upload()
-    store_lib.save_best(run.store, step, state.replace(frozen={}), bundle, selected.facts)
+    log.log_goodput(step)
+    with log.pause('checkpoints'):
+      log.upload()
+      store_lib.save_best(run.store, step, state.replace(frozen={}), bundle, selected.facts)
   return selected
 
 
@@ -305,7 +323,7 @@ def _record(
   """Log the metrics of a step; stop the run where too many steps in a row were skipped."""
   if metrics is None:
     return
-  scalars = {name: float(value) for name, value in jax.device_get(metrics).items()}
+  scalars = log.fetch(metrics)
   log.log_step(step, scalars)
   most = run.experiment.training.max_skipped_steps
   if scalars['skipped_in_a_row'] > most:
@@ -366,7 +384,7 @@ def _finish(run: _Run, step: int, frozen: Any) -> dict[str, Any]:
     'complete': True,
     'parameters': decoder.parameter_count(experiment.decoder),
     'train_tokens': round(step * experiment.training.batch_size * data.tokens / data.records),
-    'seconds': metrics_lib.elapsed_seconds(run.path, step),
+    'seconds': run.goodput.elapsed,
   }
   if experiment.finetune.lora is not None:
     summary['trained_parameters'] = state_lib.trained_count(experiment)
@@ -379,8 +397,11 @@ def _finish(run: _Run, step: int, frozen: Any) -> dict[str, Any]:
   variables = state_lib.variables(experiment, params, frozen)
   if run.dataset.manifest.validation is not None:
     measure = scoring.make_held_out(experiment, run.dataset, run.mesh, max_batches=None)
-    summary['validation'] = measure(variables)
-  samples = scoring.continue_prompts(experiment, run.dataset.tokenizer, variables, run.mesh)
+    with run.goodput.spend('evaluation'):
+      summary['validation'] = measure(variables)
+  with run.goodput.spend('samples'):
+    samples = scoring.continue_prompts(experiment, run.dataset.tokenizer, variables, run.mesh)
+  summary['goodput'] = run.goodput.scalars()
   if jax.process_index() == 0:
     if samples:
       lines = [json.dumps(sample, ensure_ascii=False) for sample in samples]

@@ -1,4 +1,4 @@
-"""The metrics of a run: metrics.jsonl, TensorBoard, a progress bar, and utilisation.
+"""The metrics of a run: metrics.jsonl, TensorBoard and trackers, a progress bar, and utilisation.
 
 - `open_logger` -> `MetricLogger`: logs steps and scores, and measures step times.
 - `open_writer`: one record per call, on disk at once; survives a resume. `read` reads them back.
@@ -14,6 +14,7 @@ import pathlib
 import resource
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -26,6 +27,13 @@ from jaxllm import storage
 from jaxllm.evaluation import tables
 from jaxllm.experiment import Experiment
 from jaxllm.training.examples import ENCODINGS
+from jaxllm.training.goodput import Goodput
+
+Write = Callable[[int, Mapping[str, Any]], None]
+# Of `open_writer`: what writes numbers at a step, and what closes it.
+Writer = tuple[Write, Callable[[], None]]
+# Files of the workdir that a resumed run goes on with.
+_KEPT = ('metrics.jsonl', 'writers.json')
 
 # Scores on held-out text that are printed, and how they are called.
 HELD_OUT = {'loss': 'held-out loss', 'perplexity': 'perplexity', 'bits_per_byte': 'bits per byte'}
@@ -96,13 +104,12 @@ class MetricLogger:
   """Writes the metrics of a run and shows its progress.
 
   The time of a step excludes evaluation and checkpoints, which the loop wraps in `pause`; waiting
-  for data is measured apart.
+  for data and for devices is measured apart.
   """
 
   def __init__(
-    self, experiment: Experiment, mesh: Mesh, write: Callable[[int, Mapping[str, Any]], None],
-    progress: 'Progress', started: float, seconds_before: float,
-    upload: Callable[[], None] = lambda: None,
+    self, experiment: Experiment, mesh: Mesh, write: Write, progress: 'Progress',
+    goodput: Goodput, upload: Callable[[], None] = lambda: None,
   ):
     device = mesh.devices.flat[0]
     self._training = experiment.training
@@ -113,37 +120,55 @@ class MetricLogger:
       logging.info('The peak of a %s in %s is unknown, so utilisation (MFU) is not reported.',
                    device.device_kind, experiment.decoder.dtype)
     self._write, self._progress, self.upload = write, progress, upload
-    self._started, self._seconds_before = started, seconds_before
-    self._compilations = _count_compilations()
+    self._goodput = goodput
+    self.pending: Any = None
     self._first = True
     self._reset()
 
   def _reset(self) -> None:
     self._since = time.monotonic()
-    self._steps, self._tokens, self._data_wait = 0, 0.0, 0.0
+    self._steps, self._tokens, self._data_wait, self._device_wait = 0, 0.0, 0.0, 0.0
 
   def wait_for(self, batches: Iterable[Any]) -> Iterator[Any]:
-    """Yield from `batches`, measuring how long each one takes to come."""
+    """Yield from `batches`, measuring how long each one takes to come.
+
+    While the devices are still computing the `pending` array, no time is lost.
+    """
     iterator, end = iter(batches), object()
     while True:
       asked = time.monotonic()
-      if (batch := next(iterator, end)) is end:
+      with self._goodput.spend('data'):
+        batch = next(iterator, end)
+      if batch is end:
         return
-      self._data_wait += time.monotonic() - asked
+      waited = time.monotonic() - asked
+      self._data_wait += waited
+      if self.pending is not None and not self.pending.is_ready():
+        self._goodput.move('data', 'useful', waited)
       yield batch
 
   @contextlib.contextmanager
-  def pause(self) -> Iterator[None]:
-    """Exclude the time inside from the step time."""
+  def pause(self, cause: str) -> Iterator[None]:
+    """Exclude the time inside, spent on `cause`, from the step time."""
     paused = time.monotonic()
-    yield
+    with self._goodput.spend(cause):
+      yield
     self._since += time.monotonic() - paused
+
+  def fetch(self, metrics: Mapping[str, jax.Array]) -> dict[str, float]:
+    """Return the metrics of a step as numbers, measuring how long the devices take."""
+    asked = time.monotonic()
+    with jax.profiler.TraceAnnotation('device'):
+      scalars = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    self._device_wait += time.monotonic() - asked
+    return scalars
 
   def log_step(self, step: int, scalars: Mapping[str, float]) -> None:
     """Take the metrics of a finished step; write them every `log_every_steps`."""
+    self._goodput.end_step(bool(scalars['applied']))
     if self._first:
       self._first = False
-      logging.info('First step after %.1f s.', time.monotonic() - self._started)
+      logging.info('First step after %.1f s.', time.monotonic() - self._goodput.started)
       # The first step compiles, so that its time is no part of the rates.
       self._write_step(step, scalars, None)
       return
@@ -159,9 +184,13 @@ class MetricLogger:
     if step % self._training.log_every_steps == 0 or step == self._training.num_steps:
       self._write_step(step, scalars, seconds)
 
+  def log_goodput(self, step: int) -> None:
+    """Write what the time of the run has gone into."""
+    self._write(step, self._goodput.scalars())
+
   def log_scores(self, step: int, scores: Mapping[str, float]) -> None:
     """Write scores named 'validation/NAME' and 'task/KIND/NAME'."""
-    self._write(step, scores)
+    self._write(step, {**scores, **self._goodput.scalars()})
     numbers = {name: tables.number(value) for name, value in scores.items()}
     held_out = [f'{text} {numbers[f"validation/{name}"]}' for name, text in HELD_OUT.items()
                 if f'validation/{name}' in scores]
@@ -173,8 +202,7 @@ class MetricLogger:
   def _write_step(self, step: int, scalars: Mapping[str, float], seconds: float | None) -> None:
     record: dict[str, Any] = {f'train/{name}': value for name, value in scalars.items()}
     record['train/memory_bytes'] = device_memory_bytes()
-    record['train/compilations'] = len(self._compilations)
-    record['train/elapsed_seconds'] = self._seconds_before + time.monotonic() - self._started
+    record['train/compilations'] = self._goodput.compilations.total()
     if seconds:
       # Model FLOPs utilisation: Chowdhery et al., PaLM, arXiv 2204.02311, appendix B.
       flops_per_second = self._flops_per_step * self._steps / seconds / self._num_devices
@@ -182,15 +210,17 @@ class MetricLogger:
         'train/tokens_per_second': self._tokens / seconds,
         'train/step_seconds': seconds / self._steps,
         'train/data_wait_seconds': self._data_wait / self._steps,
+        'train/device_wait_seconds': self._device_wait / self._steps,
+        'train/host_seconds': (seconds - self._data_wait - self._device_wait) / self._steps,
         'train/mfu': self._peak_flops and flops_per_second / self._peak_flops,
       }
-    self._write(step, record)
+    self._write(step, record | self._goodput.scalars())
     self._reset()
 
 
 @contextlib.contextmanager
 def open_logger(
-  path: pathlib.Path, experiment: Experiment, mesh: Mesh, step: int, started: float
+  path: pathlib.Path, experiment: Experiment, mesh: Mesh, step: int, goodput: Goodput
 ) -> Iterator[MetricLogger]:
   """Open the metrics of a run that continues after `step` steps.
 
@@ -199,49 +229,25 @@ def open_logger(
     experiment: the run.
     mesh: its devices.
     step: steps taken before.
-    started: when this process began, by `time.monotonic`.
+    goodput: of the run, with what its earlier starts have spent.
   """
-  before = elapsed_seconds(path, step)
   progress = Progress(experiment.training.num_steps, step, enabled=jax.process_index() == 0)
-  kept = ['metrics.jsonl'] if jax.process_index() == 0 else []
-  with storage.buffered(path, kept) as (folder, upload), open_writer(folder, step) as write, \
-       contextlib.closing(progress):
-    yield MetricLogger(experiment, mesh, write, progress, started, before, upload)
-
-
-def elapsed_seconds(path: str | os.PathLike[str], step: int) -> float:
-  """Return how long a run had taken up to `step`, over all its starts, from its metrics."""
-  seconds = 0.0
-  for record in read(storage.path(path) / 'metrics.jsonl'):
-    if record['step'] <= step:
-      seconds = record.get('train/elapsed_seconds', seconds)
-  return seconds
-
-
-def _count_compilations() -> list[float]:
-  """Return a list that grows by the seconds of each program that XLA compiles from now on."""
-  seconds: list[float] = []
-
-  def listen(event: str, duration_secs: float, **_: str | int) -> None:
-    if event == '/jax/core/compile/backend_compile_duration':
-      seconds.append(duration_secs)
-
-  jax.monitoring.register_event_duration_secs_listener(listen)
-  return seconds
+  kept = _KEPT if jax.process_index() == 0 else ()
+  with storage.buffered(path, kept) as (folder, upload), \
+       open_writer(folder, experiment, step) as write, contextlib.closing(progress):
+    log = MetricLogger(experiment, mesh, write, progress, goodput, upload)
+    log.log_goodput(step)  # Kept where the records of steps that are lost are dropped.
+    yield log
 
 
 @contextlib.contextmanager
 def open_writer(
-  workdir: str | os.PathLike[str], step: int = 0
-) -> Iterator[Callable[[int, Mapping[str, Any]], None]]:
-  """Open metrics.jsonl and TensorBoard of a run that continues after `step` steps.
+  workdir: str | os.PathLike[str], experiment: Experiment, step: int = 0
+) -> Iterator[Write]:
+  """Open the writers of a run that continues after `step` steps.
 
   Records of later steps, from a run that ended before its next checkpoint, are dropped: from
   metrics.jsonl in one atomic replacement, from TensorBoard by its purge event.
-
-  Args:
-    workdir: an existing directory.
-    step: the step that the run was restored to; 0 for a new one.
 
   Yields:
     A function of the steps taken and of name -> number that writes one record, on disk when it
@@ -251,34 +257,81 @@ def open_writer(
   if jax.process_index() != 0:
     yield lambda step, scalars: None
     return
-  from tensorboardX.event_file_writer import EventsWriter  # Takes a tenth of a second.
-  from tensorboardX.proto import event_pb2, summary_pb2
-
   path = pathlib.Path(workdir) / 'metrics.jsonl'
   _drop_later(path, step)
-  folder = path.with_name('tensorboard')
-  folder.mkdir(exist_ok=True)
-  # Written at once, not by its thread, which dies of a full disk in silence. Two files of the same
-  # second would otherwise have the same name.
-  tensorboard = EventsWriter(str(folder / 'events'), f'.{time.time_ns()}')
-  with path.open('a', encoding='utf-8') as lines, contextlib.closing(tensorboard):
-    tensorboard.write_event(event_pb2.Event(
-      wall_time=time.time(), step=step + 1,
-      session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START)))
+  with contextlib.ExitStack() as stack:
+    lines = stack.enter_context(path.open('a', encoding='utf-8'))
+    others = []
+    for name in experiment.training.writers:
+      other, close = WRITERS[name](experiment, path.parent, step)
+      others.append(other)
+      stack.callback(close)
 
     def write(step: int, scalars: Mapping[str, Any]) -> None:
       values = {name: float(value) for name, value in scalars.items() if value is not None}
-      now = time.time()
       finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-      lines.write(json.dumps({'step': int(step), 'time': now, **finite}, allow_nan=False) + '\n')
+      record = {'step': int(step), 'time': time.time(), **finite}
+      lines.write(json.dumps(record, allow_nan=False) + '\n')
       lines.flush()
-      summary = [summary_pb2.Summary.Value(tag=tag, simple_value=value)
-                 for tag, value in values.items()]
-      tensorboard.write_event(event_pb2.Event(
-        wall_time=now, step=step, summary=summary_pb2.Summary(value=summary)))
-      tensorboard.flush()
+      for other in others:
+        other(int(step), values)
 
     yield write
+
+
+def _tensorboard(experiment: Experiment, workdir: pathlib.Path, step: int) -> Writer:
+  from tensorboardX.event_file_writer import EventsWriter  # Takes a tenth of a second.
+  from tensorboardX.proto import event_pb2, summary_pb2
+
+  folder = workdir / 'tensorboard'
+  folder.mkdir(exist_ok=True)
+  # Written at once, not by its thread, which dies of a full disk in silence. Two files of the same
+  # second would otherwise have the same name.
+  events = EventsWriter(str(folder / 'events'), f'.{time.time_ns()}')
+  events.write_event(event_pb2.Event(
+    wall_time=time.time(), step=step + 1,
+    session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START)))
+
+  def write(step: int, values: Mapping[str, float]) -> None:
+    summary = [summary_pb2.Summary.Value(tag=tag, simple_value=value)
+               for tag, value in values.items()]
+    events.write_event(event_pb2.Event(
+      wall_time=time.time(), step=step, summary=summary_pb2.Summary(value=summary)))
+    events.flush()
+
+  return write, events.close
+
+
+def _wandb(experiment: Experiment, workdir: pathlib.Path, step: int) -> Writer:
+  import wandb
+
+  run = wandb.init(
+    project='jaxllm', name=experiment.name, id=_run_id(workdir), resume='allow', dir=str(workdir),
+    config=experiment.model_dump(mode='json'))
+  return lambda step, values: run.log(dict(values), step=step), run.finish
+
+
+def _trackio(experiment: Experiment, workdir: pathlib.Path, step: int) -> Writer:
+  import trackio
+
+  trackio.init(
+    project='jaxllm', name=f'{experiment.name}-{_run_id(workdir)}', resume='allow',
+    config=experiment.model_dump(mode='json'))
+  return lambda step, values: trackio.log(dict(values), step=step), trackio.finish
+
+
+WRITERS: Mapping[str, Callable[[Experiment, pathlib.Path, int], Writer]] = {
+  'tensorboard': _tensorboard, 'wandb': _wandb, 'trackio': _trackio}
+
+
+def _run_id(workdir: pathlib.Path) -> str:
+  """Return the name by which trackers know the run, stored so that a resumed one goes on in it."""
+  path = workdir / 'writers.json'
+  found = storage.read_json(path).get('id')
+  if not isinstance(found, str):
+    found = uuid.uuid4().hex[:8]
+    storage.write_file(path, json.dumps({'id': found}) + '\n')
+  return found
 
 
 def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

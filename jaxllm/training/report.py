@@ -16,6 +16,7 @@ import jinja2
 from jaxllm import storage
 from jaxllm.evaluation import tables
 from jaxllm.training import charts, metrics
+from jaxllm.training.goodput import CAUSES
 from jaxllm.training.metrics import format_duration
 
 Record = Mapping[str, Any]
@@ -67,6 +68,7 @@ def _describe(path: pathlib.Path) -> dict[str, Any]:
        'text': str(sample.get('text', '')).removeprefix(prompt)}
       for sample in metrics.read_lines(path / 'samples.jsonl')],
     'speed': _speed(train, environment),
+    'goodput': _goodput(records),
     'data': _data(data),
     'environment': list(_flatten(environment)),
     'config': _sections(config),
@@ -219,11 +221,24 @@ def _speed(train: Sequence[Record], environment: Record) -> Rows:
     ('seconds per step', _median(train, 'train/step_seconds'), '{:.4g}'.format),
     ('seconds per step waiting for data', _median(train, 'train/data_wait_seconds'),
      '{:.2g}'.format),
+    ('seconds per step waiting for the device', _median(train, 'train/device_wait_seconds'),
+     '{:.2g}'.format),
     ('peak memory', _last(train, 'train/memory_bytes'), lambda size: f'{size / 2**30:.2f} GiB'),
     ('programs compiled', _last(train, 'train/compilations'), '{:.0f}'.format),
+    *((f'compiled again: {name.partition("/")[2]}', train[-1][name], '{:.0f} times'.format)
+      for name in (train[-1] if train else ()) if name.startswith('recompilations/')),
     ('steps not applied', _last(train, 'train/skipped'), '{:.0f}'.format),
     ('utilisation (MFU)', f'{100 * utilisation:.1f} %' if utilisation else unknown, str),
   ])
+
+
+def _goodput(records: Sequence[Record]) -> list[tuple[str, str, float]]:
+  """Return (cause, text, per cent) of what the time of the run went into."""
+  last = next((one for one in reversed(records) if 'goodput/fraction' in one), {})
+  spent = {cause: last.get(f'goodput/{cause}_seconds') or 0.0 for cause in CAUSES}
+  shares = {cause: 100 * seconds / (sum(spent.values()) or 1) for cause, seconds in spent.items()}
+  return [(CAUSES[cause], f'{format_duration(spent[cause])}, {share:.1f} %', round(share, 2))
+          for cause, share in shares.items() if spent[cause]]
 
 
 def _data(manifest: Record) -> list[tuple[str, ...]]:

@@ -48,12 +48,7 @@ class Measurement(NamedTuple):
 def make_measurements(
   experiment: Experiment, dataset: Dataset, mesh: Mesh
 ) -> list[Measurement]:
-  """Return all that is measured during a run.
-
-  Raises:
-    ValueError: as in `make_tasks`.
-    ImportError: as in `make_tasks`.
-  """
+  """Return all that is measured during a run; errors as in `make_tasks`."""
   found = []
   if dataset.manifest.validation is not None:
     config = experiment.evaluation

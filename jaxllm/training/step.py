@@ -86,8 +86,9 @@ def make_pure_step(experiment: Experiment, tx: optax.GradientTransformation) -> 
     applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     applied &= ~_is_spike(experiment.training.spike, state, loss)
 
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    with jax.named_scope('optimizer'):
+      updates, opt_state = tx.update(grads, state.opt_state, state.params)
+      params = optax.apply_updates(state.params, updates)
     new_state = _next_state(experiment, state, params, opt_state, loss, applied)
     return new_state, {
       'loss': loss,
@@ -120,7 +121,8 @@ def accumulate_gradients(
   loss = make_loss(experiment)
 
   def loss_fn(params: Any, part: Batch, dropout_key: jax.Array) -> tuple[jax.Array, Any]:
-    sums = loss(params, state.frozen, part, dropout_key)
+    with jax.named_scope('loss'):  # Its gradient is transpose(jvp(loss)) in a trace.
+      sums = loss(params, state.frozen, part, dropout_key)
     return sums['loss_sum'], sums
 
   grad_fn = jax.grad(loss_fn, has_aux=True)

@@ -312,7 +312,7 @@ def test_the_exit_code_tells_stopped_from_finished(tmp_path, complete, code):
 import sys
 from jaxllm import config, train
 from jaxllm.training import loop
-loop.train = lambda *_: {summary}
+loop.train = lambda *_, **__: {summary}
 sys.argv = ['train', '--config=experiments/quickstart.py', '--workdir={tmp_path}']
 config.run_program(train.main, train.FLAGS)
 """

@@ -3,7 +3,8 @@
 import contextlib
 import io
 import json
-import time
+import pathlib
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,10 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from jaxllm import sharding
-from jaxllm.training import metrics
+from jaxllm.training import goodput, metrics
 from tests.training import tiny_run
+
+EXPERIMENT = tiny_run.experiment(pathlib.Path(tempfile.mkdtemp()))
 
 
 def records(workdir):
@@ -20,7 +23,7 @@ def records(workdir):
 
 
 def test_a_record_is_on_disk_when_write_returns(tmp_path):
-  with metrics.open_writer(tmp_path) as write:
+  with metrics.open_writer(tmp_path, EXPERIMENT) as write:
     write(3, {'train/loss': jnp.float32(0.5), 'train/mfu': None, 'train/x': float('nan')})
     (record,) = records(tmp_path)
   assert record.pop('time') > 1e9
@@ -28,13 +31,13 @@ def test_a_record_is_on_disk_when_write_returns(tmp_path):
 
 
 def test_resuming_drops_later_and_torn_records_and_keeps_the_rest(tmp_path):
-  with metrics.open_writer(tmp_path) as write:
+  with metrics.open_writer(tmp_path, EXPERIMENT) as write:
     for step in (10, 20, 30):
       write(step, {'train/loss': step / 10})
   before = (tmp_path / 'metrics.jsonl').read_text().splitlines()[:2]
   with (tmp_path / 'metrics.jsonl').open('a') as file:
     file.write('null\n"x"\n{"step": 5\n{"step": 15}')  # No newline: it may go on.
-  with metrics.open_writer(tmp_path, step=20) as write:
+  with metrics.open_writer(tmp_path, EXPERIMENT, step=20) as write:
     write(30, {'train/loss': 7.0})
   assert (tmp_path / 'metrics.jsonl').read_text().splitlines()[:2] == before
   assert [(r['step'], r['train/loss']) for r in records(tmp_path)] == [(10, 1), (20, 2), (30, 7)]
@@ -42,7 +45,7 @@ def test_resuming_drops_later_and_torn_records_and_keeps_the_rest(tmp_path):
 
 
 def test_a_crash_while_dropping_leaves_the_old_file(tmp_path, monkeypatch):
-  with metrics.open_writer(tmp_path) as write:
+  with metrics.open_writer(tmp_path, EXPERIMENT) as write:
     write(10, {'train/loss': 1.0})
 
   def fail(*_):
@@ -50,7 +53,7 @@ def test_a_crash_while_dropping_leaves_the_old_file(tmp_path, monkeypatch):
 
   monkeypatch.setattr(metrics.os, 'replace', fail)
   with pytest.raises(OSError, match='disk'):
-    with metrics.open_writer(tmp_path, step=0):
+    with metrics.open_writer(tmp_path, EXPERIMENT, step=0):
       pass
   assert [r['step'] for r in records(tmp_path)] == [10]
 
@@ -66,7 +69,7 @@ def read_events(path):
 
 def test_tensorboard_holds_the_scalars_and_purges_after_the_resumed_step(tmp_path):
   for step in (0, 20):
-    with metrics.open_writer(tmp_path, step) as write:
+    with metrics.open_writer(tmp_path, EXPERIMENT, step) as write:
       write(step + 10, {'train/loss': 1.5})
   files = sorted((tmp_path / 'tensorboard').iterdir(), key=lambda p: p.stat().st_mtime_ns)
   assert len(files) == 2
@@ -79,7 +82,7 @@ def test_tensorboard_holds_the_scalars_and_purges_after_the_resumed_step(tmp_pat
 
 def test_other_processes_write_nothing(tmp_path, monkeypatch):
   monkeypatch.setattr(jax, 'process_index', lambda: 1)
-  with metrics.open_writer(tmp_path) as write:
+  with metrics.open_writer(tmp_path, EXPERIMENT) as write:
     write(1, {'train/loss': 1.0})
   assert not list(tmp_path.iterdir())
 
@@ -99,7 +102,7 @@ def test_utilisation_is_that_of_all_devices(tmp_path, monkeypatch):
   experiment, records = tiny_run.experiment(tmp_path), []
   mesh = sharding.make_mesh(experiment.mesh)
   log = metrics.MetricLogger(experiment, mesh, lambda step, record: records.append(record),
-                             metrics.Progress(9, enabled=False), time.monotonic(), 0.0)
+                             metrics.Progress(9, enabled=False), goodput.Goodput())
   for step in (1, 2):
     log.log_step(step, {'loss': 1.0, 'tokens_read': 8.0, 'applied': 1.0})
   first, second = records

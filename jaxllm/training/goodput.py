@@ -1,0 +1,167 @@
+"""Where the time of a run goes: by cause over all its starts, compilations by name, and traces."""
+
+import collections
+import contextlib
+import pathlib
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from absl import logging
+
+from jaxllm import storage
+
+# Causes on which the seconds of a run are spent, as the report calls them.
+CAUSES = {
+  'useful': 'steps that count',
+  'start': 'start-up and compilation',
+  'data': 'waiting for data',
+  'evaluation': 'evaluation',
+  'checkpoints': 'checkpoints',
+  'samples': 'samples',
+  'skipped': 'steps that were not applied',
+  'repeated': 'steps that were done again after a restart',
+  'down': 'from a stop to the next start',
+}
+_USEFUL, _ELAPSED = 'goodput/useful_seconds', 'train/elapsed_seconds'
+
+
+class Goodput:
+  """The seconds of a run by cause: each moment goes to one, so that they sum to the run's age.
+
+  Attributes:
+    started: when this process began, by `time.monotonic`.
+    elapsed: how long the run had taken at its last record, without what was in vain.
+    compilations: of this process, by name of the function.
+    recompilations: those after the first step, of functions that had been compiled before.
+  """
+
+  def __init__(self) -> None:
+    self.started = self._began = self._since = time.monotonic()
+    self.elapsed = 0.0
+    self._seconds = dict.fromkeys(CAUSES, 0.0)
+    self.compilations = collections.Counter[str]()
+    self.recompilations = collections.Counter[str]()
+    self._cause, self._useful_before = 'start', 0.0
+    jax.monitoring.register_event_duration_secs_listener(self._count)
+
+  def resume(self, records: Sequence[Mapping[str, Any]], step: int) -> None:
+    """Go on from the records of a run restored to `step`; what came after was in vain.
+
+    What a killed process did after its last record counts as time until the restart.
+    """
+    kept = [one for one in records if one['step'] <= step]
+    self.elapsed = next((one[_ELAPSED] for one in reversed(kept) if _ELAPSED in one), 0.0)
+    self._began -= self.elapsed
+    found = [one for one in records if _USEFUL in one]
+    if not found:
+      return
+    useful = next((one[_USEFUL] for one in reversed(kept) if _USEFUL in one), 0.0)
+    for cause in CAUSES:
+      self._seconds[cause] += found[-1].get(f'goodput/{cause}_seconds', 0.0)
+    self.move('useful', 'repeated', self._seconds['useful'] - useful)
+    self._useful_before = useful
+    ago = time.time() - found[-1]['time'] - (time.monotonic() - self.started)
+    self._seconds['down'] += max(0.0, ago)
+
+  def _settle(self) -> None:
+    now = time.monotonic()
+    self._seconds[self._cause] += now - self._since
+    self._since = now
+
+  def move(self, source: str, target: str, seconds: float) -> None:
+    """Count seconds for another cause after all."""
+    self._seconds[source] -= seconds
+    self._seconds[target] += seconds
+
+  @contextlib.contextmanager
+  def spend(self, cause: str) -> Iterator[None]:
+    """Count the time inside for `cause`, which is its name in traces too."""
+    self._settle()
+    outer, self._cause = self._cause, cause
+    try:
+      with jax.profiler.TraceAnnotation(cause):
+        yield
+    finally:
+      self._settle()
+      self._cause = outer
+
+  def end_step(self, applied: bool) -> None:
+    """Count the time since the step before; that of the first step of a process is start-up."""
+    self._settle()
+    if self._cause == 'start':
+      self._cause = 'useful'
+    elif not applied:
+      self.move('useful', 'skipped', self._seconds['useful'] - self._useful_before)
+    self._useful_before = self._seconds['useful']
+
+  def scalars(self) -> dict[str, float]:
+    """Return what a record in metrics.jsonl tells about time so far."""
+    self._settle()
+    self.elapsed = self._since - self._began
+    return {
+      _ELAPSED: self.elapsed,
+      'goodput/fraction': self._seconds['useful'] / max(sum(self._seconds.values()), 1e-9),
+      **{f'goodput/{cause}_seconds': value for cause, value in self._seconds.items()},
+      **{f'recompilations/{name}': float(n) for name, n in self.recompilations.items()}}
+
+  def close(self) -> None:
+    """Count compilations no longer."""
+    jax.monitoring.unregister_event_duration_listener(self._count)
+
+  def _count(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+    if event != '/jax/core/compile/backend_compile_duration':
+      return
+    name = re.sub(r'^\w*\((.*)\)$', r'\1', str(kwargs.get('fun_name', 'unknown')))
+    self.compilations[name] += 1
+    if self._cause == 'useful':
+      self.move('useful', 'start', duration_secs)
+    if self._cause != 'start' and self.compilations[name] > 1:
+      self.recompilations[name] += 1
+      logging.info('Compiled again, in %.1f s: %s.', duration_secs, name)
+
+
+def parse_steps(text: str) -> tuple[int, int]:
+  """Read FIRST:LAST, two steps from 1 on in order; refuse anything else."""
+  found = re.fullmatch(r'(\d+):(\d+)', text, re.ASCII)
+  first, last = map(int, found.groups()) if found else (0, 0)
+  if not 1 <= first <= last:
+    raise ValueError(f'--profile_steps={text}: expected FIRST:LAST, the numbers of two steps from '
+                     '1 on, as in --profile_steps=10:15')
+  return first, last
+
+
+@contextlib.contextmanager
+def tracing(
+  workdir: pathlib.Path, steps: tuple[int, int] | None
+) -> Iterator[Callable[[int, Any], None]]:
+  """Trace the first to the last of `steps` into `profile/`, where xprof looks for traces.
+
+  Yields:
+    A function to be called before each step with its number, and with arrays of the step before,
+    whose work still belongs to it.
+  """
+  first, last = steps or (0, 0)
+  with contextlib.ExitStack() as stack:
+    def write(written: str) -> None:
+      jax.profiler.stop_trace()
+      target = workdir / 'profile/plugins/profile' / f'steps_{first}_to_{last}'
+      for file in pathlib.Path(written).rglob('*.*'):
+        storage.write_file(target / f'{jax.process_index()}-{file.name}', file.read_bytes())
+      logging.info('Traced; to look at it: xprof --logdir=%s', workdir / 'profile')
+
+    def before(step: int, pending: Any) -> None:
+      if steps and step == first:
+        written = stack.enter_context(tempfile.TemporaryDirectory(prefix='jaxllm-'))
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0  # Calls of Python functions would hide the phases.
+        jax.profiler.start_trace(written, profiler_options=options)
+        stack.callback(write, written)
+      elif steps and step == last + 1:
+        jax.block_until_ready(pending)
+        stack.close()
+
+    yield before
