@@ -59,11 +59,7 @@ class Config(pydantic.BaseModel):
       raise ConfigError(_readable(type(self), error)) from None
 
   def replace(self, **changes: Any) -> Self:
-    """Return a copy with `changes` applied and everything validated again.
-
-    Raises:
-      ConfigError: a field does not exist or its value is not accepted.
-    """
+    """Return a copy with `changes` applied, validated again; a ConfigError names a bad field."""
     return type(self)(**{name: getattr(self, name) for name in type(self).model_fields} | changes)
 
   def follow(self, updates: dict[str, Any], changed: Collection[str]) -> dict[str, Any]:
@@ -83,11 +79,7 @@ class Config(pydantic.BaseModel):
 
   @classmethod
   def from_json(cls, text: str) -> Self:
-    """Rebuild a config from `to_json`.
-
-    Raises:
-      ConfigError: the text is not JSON or does not describe this class.
-    """
+    """Rebuild a config from `to_json`; a ConfigError says what the text is instead."""
     try:
       fields = json.loads(text)
     except json.JSONDecodeError as error:
@@ -98,15 +90,12 @@ class Config(pydantic.BaseModel):
 
 
 def override(config: Config, changes: Mapping[str, Any]) -> Any:
-  """Return `config` with dotted fields replaced, in the order given.
+  """Return a copy of `config` with dotted fields replaced, in the order given.
 
   Args:
     config: any config.
     changes: dotted path -> value, applied together. Text is read as JSON or a Python literal where
       the field accepts it (`1e-3`, `true`, `None`, `(1, 2)`, `{"num_layers": 4}`), else as itself.
-
-  Returns:
-    A new config of the same class.
 
   Raises:
     ConfigError: unknown field (with the nearest name) or a value that is not accepted.

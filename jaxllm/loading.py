@@ -228,11 +228,7 @@ def _merged(
 
 
 def adapters(path: str | os.PathLike[str]) -> tuple[Experiment, dict[str, Any]]:
-  """Return a run and the adapters that it trained, alone.
-
-  Raises:
-    ValueError: it has none, or a trained head besides.
-  """
+  """Return a run and the adapters that it trained; refuse one without, or with a trained head."""
   step = store.find_step(path)
   _, experiment = _described(store.read_bundle(step))
   if experiment is None or experiment.finetune.lora is None:
@@ -316,7 +312,7 @@ def generate(
   cache_dtype: Any = None,
   **options: Any,
 ) -> str | list[str]:
-  """Continue prompts.
+  """Return the continuation of a prompt, or a list of those of several, without the prompts.
 
   Args:
     model: from `load`, or what it takes; load once where you generate often.
@@ -330,9 +326,6 @@ def generate(
       `top_p`, `min_p`, `repetition_penalty`, `seed`, ...; for beam search `num_beams`,
       `length_penalty` and `early_stopping`; `num_drafted` tokens that are guessed ahead, which
       changes the time and not the text.
-
-  Returns:
-    The continuation of one text, or a list of them, without the prompt.
 
   Raises:
     ValueError: an option is not accepted, or a prompt is longer than the context.

@@ -83,11 +83,7 @@ class MeshConfig(Config):
 
 
 def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
-  """Return the size of each of MESH_AXES on `num_devices` devices.
-
-  Raises:
-    ValueError: the sizes do not multiply to the number of devices.
-  """
+  """Return the size of each of MESH_AXES, whose product must be `num_devices`."""
   sizes = [getattr(config, axis) for axis in MESH_AXES]
   known = math.prod(size for size in sizes if size != -1)
   if -1 in sizes and num_devices % known == 0:
@@ -171,11 +167,7 @@ def make_placement(
 
 
 def abstract_mesh(config: MeshConfig, num_devices: int) -> AbstractMesh:
-  """Return the mesh that `config` describes without devices: for shapes and shardings alone.
-
-  Raises:
-    ValueError: the sizes do not multiply to the number of devices.
-  """
+  """Return the mesh of `config` without devices, for shapes and shardings; as `mesh_shape`."""
   sizes = mesh_shape(config, num_devices)
   return AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
@@ -281,14 +273,11 @@ def to_host(arrays: Any) -> Any:
 
 
 def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
-  """Assemble global arrays from the rows that this process holds.
+  """Return global (rows, T) arrays by name, split over the mesh, from this process's rows.
 
   Args:
     batch: name -> (local rows, T) host array.
     sharding: from `batch_sharding`.
-
-  Returns:
-    name -> (global rows, T) array, split over the mesh.
   """
   return {
     name: jax.make_array_from_process_local_data(where, batch[name])

@@ -101,11 +101,7 @@ def local(location: str | os.PathLike[str], label: str = '') -> pathlib.Path:
 
 
 def upload(source: pathlib.Path, target: str | os.PathLike[str]) -> None:
-  """Copy a local file or directory into a bucket, its markers last.
-
-  Raises:
-    OSError: the bucket cannot be written.
-  """
+  """Copy a local file or directory into a bucket, its markers last; an OSError says why not."""
   import fsspec
 
   goal = path(target)
@@ -191,11 +187,7 @@ def replaced(target: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
 
 
 def write_file(target: str | os.PathLike[str], content: bytes | str) -> None:
-  """Write a file whole or not at all, text as UTF-8.
-
-  Raises:
-    OSError: the disk is full or cannot be written.
-  """
+  """Write a file whole or not at all, text as UTF-8; an OSError says why it cannot be."""
   data = content.encode() if isinstance(content, str) else content
   with replaced(target) as partial, explained(partial.parent), partial.open('wb') as file:
     file.write(data)

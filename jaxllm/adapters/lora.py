@@ -72,15 +72,12 @@ def init(config: LoraConfig, params: Tree, key: jax.Array) -> Tree:
 
 
 def abstract(config: LoraConfig, params: Tree, axes: Tree) -> tuple[Tree, Tree]:
-  """Describe the adapters without allocating any.
+  """Return the adapters' shapes, and their logical axis names, as trees of `init`'s form.
 
   Args:
     config: rank, alpha and targets.
     params: shapes of the parameters, from `decoder.abstract`.
     axes: their logical axes, from the same.
-
-  Returns:
-    Trees of `init`'s form: ShapeDtypeStructs, and tuples of logical axis names.
   """
   kernel_axes = flatten_dict(axes, sep='/')
   names = {
@@ -191,11 +188,7 @@ def kernels_of(params: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def shapes(path: str, kernel: tuple[Any, ...], rank: Any) -> tuple[tuple[Any, ...], ...]:
-  """Return the shapes of a, b and scale for that of a kernel, or their axes for its axes.
-
-  Raises:
-    ValueError: it is no kernel of (layers, inputs, outputs).
-  """
+  """Return the shapes, or axes, of a, b and scale; refuse no kernel (layers, inputs, outputs)."""
   stacked = int(path.startswith('layers/'))
   inputs = num_inputs(path)
   if len(kernel) - stacked - inputs < 1:

@@ -32,13 +32,10 @@ class QuantizationConfig(Config):
 
 
 def quantize(variables: Mapping[str, Any], config: QuantizationConfig) -> dict[str, Any]:
-  """Quantise the kernels of a model.
+  """Return the variables of a model with a quantised dict in place of every kernel.
 
   Args:
     variables: of a decoder, layers stacked or not; other collections ('lora') stay as they are.
-
-  Returns:
-    Variables of the same form, with a dict in place of every kernel.
   """
   leaves = flatten_dict(variables['params'])
   return {**variables, 'params': unflatten_dict(

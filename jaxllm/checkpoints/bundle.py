@@ -37,11 +37,7 @@ def to_dict(bundle: Bundle) -> dict[str, Any]:
 
 
 def model_config(bundle: Bundle) -> DecoderConfig:
-  """Return the model of a checkpoint, converted or trained.
-
-  Raises:
-    ValueError: the bundle says nothing of a model.
-  """
+  """Return the model of a checkpoint, converted or trained; refuse a bundle without one."""
   fields = json.loads(bundle.config_json)
   if not isinstance(fields, dict) or not isinstance(fields.get('model'), dict):
     raise ValueError('the config of this checkpoint has no model')
@@ -49,11 +45,7 @@ def model_config(bundle: Bundle) -> DecoderConfig:
 
 
 def from_dict(fields: Mapping[str, Any]) -> Bundle:
-  """Rebuild a bundle from `to_dict`.
-
-  Raises:
-    ValueError: the dict is damaged, or written in a later format.
-  """
+  """Rebuild a bundle from `to_dict`; refuse one that is damaged or of a later format."""
   if fields.get('format') != FORMAT:
     raise ValueError(
       f'the bundle of this checkpoint has format {fields.get("format")!r}, this version of jaxllm '

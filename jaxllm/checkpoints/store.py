@@ -218,11 +218,7 @@ def best_step(directory: str | os.PathLike[str]) -> int | None:
 
 
 def check(store: Store) -> None:
-  """Raise where a background save has failed; costs nothing, to be called each step.
-
-  Raises:
-    CheckpointError: it failed, on a full disk for example. Older steps are untouched.
-  """
+  """Raise a CheckpointError where a background save has failed; costs nothing at each step."""
   # `manager.check_for_errors` would take the error away from the thread that is about to delete
   # old steps, which must see it.
   if store.pending is not None and not store.manager.is_saving_in_progress():
@@ -230,11 +226,7 @@ def check(store: Store) -> None:
 
 
 def wait(store: Store) -> None:
-  """Return once the pending save, if any, is on disk.
-
-  Raises:
-    CheckpointError: it failed.
-  """
+  """Return once the pending save, if any, is on disk; raise a CheckpointError where it failed."""
   if store.pending is None:
     return
   try:
@@ -248,11 +240,7 @@ def wait(store: Store) -> None:
 
 
 def close(store: Store) -> None:
-  """Wait for the pending save and release the threads.
-
-  Raises:
-    CheckpointError: the pending save failed.
-  """
+  """Wait for the pending save, as `wait` does, and release the threads."""
   try:
     wait(store)
   finally:
@@ -278,14 +266,11 @@ def latest_step(store: Store) -> int | None:
 
 
 def restore(store: Store, abstract_state: Any, step: int | None = None) -> Any:
-  """Restore a state, each leaf in the sharding that is asked for.
+  """Return a stored state in the form of `abstract_state`, each leaf in the sharding asked for.
 
   Args:
     abstract_state: pytree of ShapeDtypeStructs with shardings of any mesh.
     step: which one; the newest by default.
-
-  Returns:
-    The state, in the form of `abstract_state`.
 
   Raises:
     ValueError: there is no such step, or leaves differ in path, shape or dtype; the message lists
@@ -343,7 +328,7 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
 def restore_params(
   path: str | os.PathLike[str], abstract: Any = None, shardings: Any = None, dtype: Any = None
 ) -> tuple[Any, Bundle]:
-  """Restore only the parameters: the moving average where the run kept one.
+  """Return (parameters, bundle): of the moving average where the run kept one.
 
   Args:
     path: a workdir, its `checkpoints` directory, or one step.
@@ -352,9 +337,6 @@ def restore_params(
     shardings: in the form of the parameters; None: those of `abstract`, else the first local
       device.
     dtype: of all that is returned; None: as it is stored.
-
-  Returns:
-    (params, bundle).
 
   Raises:
     ValueError: there is no checkpoint, or leaves differ in path, shape or dtype.

@@ -22,11 +22,7 @@ def path_of(keys: Any) -> str:
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-  """Return path -> leaf, in the order of `jax.tree.leaves`.
-
-  Raises:
-    ValueError: two leaves have the same path.
-  """
+  """Return path -> leaf in the order of `jax.tree.leaves`; refuse two of the same path."""
   pairs = [(path_of(keys), leaf) for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)]
   leaves = dict(pairs)
   if len(leaves) != len(pairs):

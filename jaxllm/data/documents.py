@@ -168,11 +168,7 @@ Scheme = Callable[[SourceConfig, str], Found]
 
 
 def find(source: SourceConfig) -> Found:
-  """Find what a source reads.
-
-  Raises:
-    ValueError: there is nothing.
-  """
+  """Find what a source reads; refuse one where there is nothing."""
   scheme, _, rest = source.location.partition(':')
   return SCHEMES[scheme](source, rest) if scheme in SCHEMES else _path(source)
 

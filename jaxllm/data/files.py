@@ -58,11 +58,7 @@ def ending(path: pathlib.Path) -> str:
 
 @contextlib.contextmanager
 def open_bytes(path: pathlib.Path) -> Iterator[Any]:
-  """Open a file for reading, unpacked where it is compressed.
-
-  Raises:
-    ValueError: the compressed data are damaged or cut off.
-  """
+  """Open a file for reading, unpacked where it is compressed; refuse damaged data."""
   with path.open('rb') as file:
     opener = _opener(file)
     try:

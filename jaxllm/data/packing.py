@@ -146,7 +146,7 @@ def pack(
   sequences: Sequence[tuple[Sequence[int], Sequence[float]]], context_length: int, vocab_size: int,
   together: bool = True,
 ) -> np.ndarray:
-  """Lay whole sequences into records, each as a segment of its own that sees nothing else.
+  """Return records with weights of whole sequences, each a segment that sees nothing else.
 
   Longest first, each into the fullest record that still has room for it. Records that sequences
   share are then shuffled, always alike: else the first ones would hold the longest sequences.
@@ -156,9 +156,6 @@ def pack(
     context_length: T.
     vocab_size: ids are below it.
     together: whether sequences share records.
-
-  Returns:
-    Structured array (records,), of a `record_dtype` with weights.
 
   Raises:
     ValueError: a sequence is too long, or an id is not in the vocabulary.
@@ -325,11 +322,7 @@ class SplitWriter:
       dict.fromkeys(('documents', 'tokens', 'target_tokens', 'text_bytes', 'target_bytes'), 0))
 
   def add(self, text: str, encoded: list[int]) -> int:
-    """Append a document and return how many tokens it has, borders included.
-
-    Raises:
-      ValueError: an id is outside the vocabulary.
-    """
+    """Append a document and return its number of tokens, borders included; refuse unknown ids."""
     ids = np.array([*self._prefix, *encoded, *self._suffix], np.int64)
     if not len(ids):
       return 0

@@ -261,11 +261,7 @@ def read_parquet(file: TextFile) -> Rows:
 
 
 def format_of(path: pathlib.Path) -> str:
-  """Return the format that a file's name says.
-
-  Raises:
-    ValueError: it says none that is known.
-  """
+  """Return the format that a file's name says; refuse one that says none that is known."""
   ending = files.ending(path)
   if ending not in ENDINGS:
     known = ' '.join(sorted(set(ENDINGS.values()) - {'text'}))

@@ -159,7 +159,7 @@ def prepare(
   directory: str | os.PathLike[str],
   progress: bool = True,
 ) -> Manifest:
-  """Make `directory` hold the records that the settings describe, or find that it does already.
+  """Make or find the records that the settings describe in `directory`; return their manifest.
 
   Args:
     data: sources and settings.
@@ -167,9 +167,6 @@ def prepare(
     directory: where to write. What was prepared there before is replaced once the new records are
       complete.
     progress: show a bar on stderr.
-
-  Returns:
-    The manifest, as `load_manifest` reads it.
 
   Raises:
     ValueError: a source is missing, damaged or empty, or the settings do not fit the data.
@@ -213,11 +210,7 @@ def fingerprint(
 
 
 def load_manifest(directory: str | os.PathLike[str]) -> Manifest:
-  """Read the manifest of a prepared directory.
-
-  Raises:
-    ValueError: nothing is prepared there, or by another version.
-  """
+  """Read the manifest of a prepared directory; refuse none, or one of another version."""
   path = storage.path(directory) / 'manifest.json'
   if not path.is_file():
     raise ValueError(f'no prepared data in {str(directory)!r}: run prepare first')

@@ -118,11 +118,7 @@ def chat_templates(files: Files) -> dict[str, str]:
 
 
 def class_of(keys: Mapping[str, Any]) -> ByteLevelClass:
-  """Return the class that the settings name, GPT-2's where they name none.
-
-  Raises:
-    ValueError: it is not known.
-  """
+  """Return the class that the settings name, GPT-2's where they name none, if it is known."""
   name = keys.get('tokenizer_class') or 'GPT2Tokenizer'
   known = CLASSES.get(str(name).removesuffix('Fast'))
   if known is None:

@@ -115,11 +115,7 @@ def train_or_load(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
 
 
 def read_files(config: TokenizerConfig) -> dict[str, bytes]:
-  """Read the files that `config.path` names; none where the tokenizer is trained.
-
-  Raises:
-    ValueError: a file is missing.
-  """
+  """Read the files that `config.path` names, none of them missing; none where it is trained."""
   if config.kind == 'bytes':
     return {'bytes.txt': b'ids 0 to 255 are bytes, 256 begins and ends a document\n'}
   if config.path is None:
@@ -143,11 +139,7 @@ def read_files(config: TokenizerConfig) -> dict[str, bytes]:
 def read_directory(
   directory: pathlib.Path, names: Iterable[str] = FILE_NAMES
 ) -> dict[str, bytes]:
-  """Read the files of a tokenizer that lie in a directory, under their names of today.
-
-  Raises:
-    ValueError: one is absurdly large.
-  """
+  """Read a directory's files of a tokenizer by their names of today; refuse absurd sizes."""
   files: dict[str, bytes] = {}
   for path in (directory / name for name in (*names, *_RENAMED)):
     name = _RENAMED.get(path.name, path.name)
@@ -159,11 +151,7 @@ def read_directory(
 
 
 def from_files(files: Files) -> Tokenizer:
-  """Build a tokenizer from `Tokenizer.files()`, or from the files of a model directory.
-
-  Raises:
-    ValueError: no tokenizer is among the files, or it is damaged.
-  """
+  """Build a tokenizer from files of a model directory; refuse none, or damaged ones."""
   for name, build in BUILDERS.items():
     if name in files:
       return build(files)
@@ -194,11 +182,7 @@ def save(tokenizer: Tokenizer, directory: str | os.PathLike[str]) -> None:
 
 
 def load(directory: str | os.PathLike[str]) -> Tokenizer:
-  """Build the tokenizer whose files lie in a directory, among others.
-
-  Raises:
-    ValueError: none is there, or it is damaged.
-  """
+  """Build the tokenizer of a directory; refuse one that is not there, or damaged."""
   found = read_directory(storage.local(directory))
   if not found:
     raise ValueError(f'no tokenizer in {str(directory)!r}: expected {" or ".join(BUILDERS)}')

@@ -29,12 +29,9 @@ class Overlap(NamedTuple):
 def overlaps(
   evaluation: Sequence[str], training: Iterable[str], num_words: int = NGRAM_WORDS
 ) -> list[Overlap]:
-  """Compare evaluation texts with training texts, which are read once and not kept.
+  """Compare each evaluation text with training texts, which are read once and not kept.
 
   Words are compared in lower case without punctuation. A text without words overlaps nothing.
-
-  Returns:
-    One overlap per evaluation text, by n-grams of `num_words` words.
 
   Reference:
     Brown et al., Language Models are Few-Shot Learners, arXiv 2005.14165, appendix C (n = 13).

@@ -59,11 +59,7 @@ def score(name: str, predictions: Sequence[Any], references: Sequence[Any]) -> d
 
 
 def rows(name: str, predictions: Sequence[Any], references: Sequence[Any]) -> np.ndarray:
-  """Return the statistics (I, M) of each example, for `score` and `statistics.py`.
-
-  Raises:
-    ValueError: as in `score`.
-  """
+  """Return the statistics (I, M) of each example, for `score`, as it does, and `statistics.py`."""
   if name not in METRICS:
     raise ValueError(f'metric {name!r}: one of {", ".join(METRICS)}')
   if len(predictions) != len(references) or not len(predictions):

@@ -79,7 +79,7 @@ def beam_search(
   sampling_config: SamplingConfig | None = None, eos_token_ids: Sequence[int] = (),
   bos_id: int | None = None,
 ) -> list[list[Completion]]:
-  """Search for the most probable continuations of prompts.
+  """Return the `num_return` most probable continuations found for each prompt, best first.
 
   Arguments and errors as `decode.generate`, and:
 
@@ -87,9 +87,6 @@ def beam_search(
     beams: how beams compete.
     sampling_config: `max_new_tokens` and the rules that rank tokens (penalties, n-grams, bad words,
       biases, forced tokens); nothing is sampled, so temperature and the like are not read.
-
-  Returns:
-    For each prompt `num_return` continuations with a score, best first.
 
   Reference:
     The search of Transformers 5, whose results it equals: scores and stopping included.

@@ -19,15 +19,12 @@ HELP = '/reset forgets the conversation, /quit ends it.'
 def fit(
   messages: Sequence[Message], encode: Callable[[Sequence[Message]], list[int]], max_tokens: int
 ) -> tuple[list[Message], list[int]]:
-  """Drop the oldest exchanges until a conversation fits.
+  """Drop the oldest exchanges until a conversation fits; return (the messages left, their ids).
 
   Args:
     messages: maybe a system message, then user and assistant in turn; the last is the user's.
     encode: conversation to token ids.
     max_tokens: most ids that fit.
-
-  Returns:
-    (the messages that are left, their ids).
 
   Raises:
     ValueError: the last message alone is too long.

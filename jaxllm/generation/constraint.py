@@ -94,11 +94,7 @@ class JsonConstraints:
     raise NotImplementedError
 
   def schema(self, schema: Any) -> 'JsonConstraint':
-    """Return a constraint to the documents of a JSON Schema.
-
-    Raises:
-      ValueError: the schema is not supported, takes too much to compile, or nothing satisfies it.
-    """
+    """Return a constraint to the documents of a JSON Schema; refuse one that is not supported."""
     text = json.dumps(json_schema.prepare(schema) | {'x-guidance': _OPTIONS})
     grammar = json.dumps({'grammars': [
       {'lark_grammar': f'%llguidance {{"no_forcing": true}}\nstart: %json {text}'}]})
@@ -146,12 +142,7 @@ class JsonConstraint:
     return self._brake.apply(mask)
 
   def advance(self, token: int) -> None:
-    """Take the token that was sampled.
-
-    Raises:
-      ValueError: the token was not allowed.
-      ConstraintError: as `allowed`.
-    """
+    """Take the token that was sampled; refuse one that was not allowed, or as `allowed` does."""
     if not self._matcher.consume_token(token):
       if re.search(r'\bmax is\b|too |limit', self._matcher.get_error()):
         raise ConstraintError(_TOO_COSTLY)

@@ -73,7 +73,7 @@ def generate(
   sampling: SamplingConfig | Sequence[SamplingConfig], eos_token_ids: Sequence[int] = (),
   seeds: Sequence[int] | None = None, bos_id: int | None = None,
 ) -> list[Completion]:
-  """Continue every prompt until it stops, has its number of tokens, or fills the context.
+  """Continue each prompt until it stops, has its number of tokens, or fills the context.
 
   A row gives what it would give alone: its samples depend on its seed and its own tokens. (Logits
   of differently shaped batches may differ in the last bits; a tie that close can fall either way.)
@@ -88,9 +88,6 @@ def generate(
     seeds: one per row; by default that of the row's config, plus the row's number where one config
       serves all.
     bos_id: what an empty prompt begins with.
-
-  Returns:
-    One continuation per prompt, in order, without text.
 
   Raises:
     ValueError: a prompt is longer than the context, or empty while there is no `bos_id`; an id is

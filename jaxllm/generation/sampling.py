@@ -144,16 +144,13 @@ def row_keys(seeds_B: jax.Array, index_B: jax.Array) -> jax.Array:
 def sample(
   keys_B: jax.Array, logits_BV: jax.Array, values: Mapping[str, Any], history: History
 ) -> jax.Array:
-  """Sample the next token of every row.
+  """Return the next token of every row, sampled, as ids_B int32.
 
   Args:
     keys_B: one key per row (see `row_keys`).
     logits_BV: float32 logits of the model.
     values: rule values (see `apply_rules`); temperature 0 takes the largest logit.
     history: the tokens so far.
-
-  Returns:
-    ids_B int32.
   """
   logits_BV = apply_rules(logits_BV, values, history)
   greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)

@@ -21,7 +21,7 @@ def score(
   model: Decoder, variables: Any, sequences: Sequence[Sequence[int]],
   places: Sequence[Sequence[int]] | None = None, num_top: int = 0,
 ) -> list[TokenScores]:
-  """Score tokens of sequences, each given those before it.
+  """Score tokens of each sequence, given those before them; the scores are NumPy arrays.
 
   What several sequences begin with is computed once where one is, but for its last token, a prefix
   of another: so it is with the choices of one token that a question has.
@@ -31,9 +31,6 @@ def score(
     sequences: token ids, at least one, and at most one more than the context's length.
     places: which tokens of each sequence are scored, from 1 on; None: all but the first.
     num_top: at least so many of the most probable tokens are found for each place.
-
-  Returns:
-    NumPy arrays for each sequence.
 
   Raises:
     ValueError: a sequence is empty or too long, or an id is not in the vocabulary.
@@ -74,16 +71,13 @@ def rolling(
   model: Decoder, variables: Any, sequences: Sequence[Sequence[int]],
   places: Sequence[Sequence[int]], context_length: int, stride: int,
 ) -> list[np.ndarray]:
-  """Return rolling log-likelihoods: of tokens of sequences that may exceed the context.
+  """Return rolling log-likelihoods (float64) of tokens of sequences that may exceed the context.
 
   Args:
     sequences: token ids.
     places: which tokens of each sequence are scored, from 1 on, in order.
     context_length: tokens that are read at most to predict one.
     stride: tokens that a window after the first predicts; the others are only context.
-
-  Returns:
-    float64 log-probabilities of each sequence's `places`.
   """
   windows, scored = [], []
   for row, (sequence, wanted) in enumerate(zip(sequences, places, strict=True)):

@@ -94,15 +94,12 @@ def generate(
 
 
 def lookup(state: DecodeState, num_drafted: int, longest: int) -> jax.Array:
-  """Guess what comes next: what followed the last earlier occurrence of the row's last tokens.
+  """Guess drafts_BJ: what followed the last earlier occurrence of the row's last tokens.
 
   Args:
     state: rows in the middle of decoding.
     num_drafted: J.
     longest: tokens that are compared at most; the longest match wins, then the latest.
-
-  Returns:
-    drafts_BJ int32; without a match, whatever stands at the beginning.
   """
   tokens_BS, lengths_B = state.tokens_BS, state.lengths_B
   place_1S = jnp.arange(tokens_BS.shape[1])[None]

@@ -113,16 +113,13 @@ class TextDecoder:
 def read_options(
   options: Mapping[str, Any], num_return_sequences: int = 1, draft: Any = None
 ) -> tuple[SamplingConfig, Way]:
-  """Sort options of generation into how tokens are sampled and how the text is decoded.
+  """Sort options into (how tokens are sampled, the way the text is decoded; None: plain).
 
   Args:
     options: fields of `SamplingConfig`, `BeamConfig` and `SpeculationConfig` by name. `num_beams=1`
       and `num_drafted=0` ask for plain decoding.
     num_return_sequences: continuations of each prompt.
     draft: a draft model, if there is one; it implies speculation.
-
-  Returns:
-    (sampling, the way to decode; None: plain).
 
   Raises:
     ValueError: a value is not accepted, or options exclude each other.

@@ -69,16 +69,13 @@ def prove(
   reference: Callable[..., np.ndarray], config: DecoderConfig, variables: Mapping[str, Any],
   ids: list[int], placement: Placement | None = None,
 ) -> dict[str, Any]:
-  """Compare a model's logits with the reference's.
+  """Compare a model's logits with the reference's; return the figures for the report.
 
   Args:
     reference: returns logits of `ids`, computed in the dtype of its argument `dtype`.
     config: of the converted model.
     ids: the prompt.
     placement: where the variables lie.
-
-  Returns:
-    The figures, for the report.
 
   Raises:
     ConversionError: they differ by more than the bound.
@@ -160,7 +157,7 @@ def from_source(
   source: Source, target: str | os.PathLike[str], form: str, dtype: str | None = None,
   buckets: Sequence[int] = exported.BUCKETS, mesh: Any = None,
 ) -> dict[str, Any]:
-  """Convert a model from outside.
+  """Convert a model from outside; return the report, which also lies in the target.
 
   Args:
     source: from `sources.open_model`.
@@ -169,9 +166,6 @@ def from_source(
     dtype: of the written parameters, 'float32' or 'bfloat16'; None: as they are stored.
     buckets: of an exported program, see `exported.save`.
     mesh: the devices that the model is split over meanwhile, as in `jaxllm.load`.
-
-  Returns:
-    The report, which also lies in the target.
 
   Raises:
     ValueError: the target is in use, a number is not finite, or the result does not compute what
@@ -230,11 +224,7 @@ def from_model(
 
 
 def check_target(target: str | os.PathLike[str], form: str) -> pathlib.Path:
-  """Return the path of a target that can be written.
-
-  Raises:
-    ValueError: it is in use, or there is no such format.
-  """
+  """Return the path of a target that can be written; refuse one in use, or of no format."""
   if form not in FORMATS:
     raise ValueError(f'--format={form!r}: one of {", ".join(FORMATS)} is needed')
   path = storage.path(target, '--target=')

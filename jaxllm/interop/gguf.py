@@ -161,11 +161,7 @@ _CHANGES_TEXT = ('remove_extra_whitespaces', 'precompiled_charsmap', 'normalizer
 def config_keys(
   metadata: Reading, found: Mapping[str, Tensor], model_type: str
 ) -> dict[str, Any]:
-  """Return the keys of the config.json that the metadata stand for.
-
-  Raises:
-    ValueError: a key is missing, or says something that the decoder does not have.
-  """
+  """Return the config.json that the metadata stand for; refuse what the decoder lacks."""
   kind = metadata['general.architecture']
 
   def get(name: str, default: Any = None) -> Any:

@@ -40,11 +40,7 @@ def data(tensor: Tensor) -> np.ndarray:
 
 
 def library() -> Any:
-  """Import the package `gguf`.
-
-  Raises:
-    ValueError: it is not installed.
-  """
+  """Import the package `gguf`, or say how to install it."""
   try:
     import gguf
   except ImportError:
@@ -53,11 +49,7 @@ def library() -> Any:
 
 
 def find(directory: pathlib.Path) -> pathlib.Path:
-  """Return the GGUF file of a directory, the first one of a model in several.
-
-  Raises:
-    ValueError: there are several models.
-  """
+  """Return the GGUF file of a directory, the first of several parts; refuse several models."""
   found = {_PART.sub(r'\1', path.name): path for path in sorted(directory.glob('*.gguf'))[::-1]}
   if len(found) != 1:
     raise ValueError(f'{directory} holds {len(found)} GGUF models; name the file of one: '

@@ -80,11 +80,7 @@ _COMPOSED = ('qwen2', 'qwen35', 'command-r', 'mpt', 'olmo')
 
 
 def treatment(name: Any) -> dict[str, Any]:
-  """Return the arguments of `tokenizer_settings.byte_level` besides vocabulary and merges.
-
-  Raises:
-    ValueError: there is no such name here.
-  """
+  """Return a known name's arguments of `byte_level` besides vocabulary and merges."""
   if name not in _CUTS:
     raise ValueError(f'tokenizer.ggml.pre {name!r} is not supported (supported: '
                      f'{", ".join(_CUTS)}); take the model from its Hugging Face directory')

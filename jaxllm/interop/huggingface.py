@@ -86,11 +86,7 @@ def open_model(directory: str | os.PathLike[str], ignore_auto_map: bool = False)
 
 
 def read_keys(directory: pathlib.Path) -> dict[str, Any]:
-  """Return config.json.
-
-  Raises:
-    ValueError: it is missing or damaged.
-  """
+  """Return config.json; refuse one that is missing or damaged."""
   path = directory / 'config.json'
   if not path.is_file():
     raise ValueError(f'{directory} holds no config.json; is it a Hugging Face model?')
@@ -151,7 +147,7 @@ def save(
   files: Mapping[str, bytes] | None = None, dtype: str | None = None, model_type: str | None = None,
   shard_bytes: int = SHARD_BYTES, add_bos: bool | None = None,
 ) -> Format:
-  """Write a Hugging Face directory.
+  """Write a Hugging Face directory; return how the model is stored in it.
 
   Args:
     directory: must not exist, or be empty.
@@ -161,9 +157,6 @@ def save(
     model_type: the family; None: the first that can say all of the config.
     shard_bytes: weights larger than this go into several files.
     add_bos: whether prompts begin with BOS; None: as the files say.
-
-  Returns:
-    How the model is stored.
 
   Raises:
     ValueError: no family can say all of the config (the message tells what stands in the way), the

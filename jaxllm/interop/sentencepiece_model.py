@@ -79,11 +79,7 @@ _NORMALIZER = ('charsmap', 'dummy_prefix', 'squeeze')
 
 
 def parse(content: bytes) -> Model:
-  """Read a model file.
-
-  Raises:
-    ValueError: it is damaged.
-  """
+  """Read a model file; refuse a damaged one."""
   file = _file_class()()
   try:
     file.ParseFromString(content)

@@ -113,11 +113,7 @@ def is_foreign(path: str | os.PathLike[str]) -> bool:
 
 
 def at_hand(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
-  """Return a path to read a model from: of a bucket, checkpoints stay there, others are copied.
-
-  Raises:
-    OSError: the bucket cannot be read, or nothing is there.
-  """
+  """Return a path to read a model from: of a bucket, checkpoints stay there, others are copied."""
   found = storage.path(path)
   if storage.is_remote(found):
     try:

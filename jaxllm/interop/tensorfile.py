@@ -116,11 +116,7 @@ def find(directory: pathlib.Path) -> list[pathlib.Path]:
 
 
 def read_headers(paths: Iterable[pathlib.Path]) -> dict[str, Tensor]:
-  """Return the tensors of several files by name, everything about them checked.
-
-  Raises:
-    ValueError: a file is damaged, cut off or something else, or a name stands twice.
-  """
+  """Return the tensors of several files by name, all about them checked, or refuse them."""
   tensors: dict[str, Tensor] = {}
   for path in paths:
     for name, tensor in read_header(path).items():
@@ -201,11 +197,7 @@ def write(
 
 
 def parse_json(text: bytes, where: object) -> Any:
-  """Parse JSON from outside.
-
-  Raises:
-    ValueError: it is damaged, nested absurdly deep, or a key stands twice.
-  """
+  """Parse JSON from outside; refuse damage, absurd nesting, and keys that stand twice."""
   def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = [key for key, _ in items]
     if len(set(keys)) != len(keys):

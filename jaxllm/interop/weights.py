@@ -62,11 +62,7 @@ def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
 
 
 def slots(form: Format, config: DecoderConfig) -> list[Slot]:
-  """Return all tensors that a model of this config has.
-
-  Raises:
-    ValueError: the format has no name for some parameter.
-  """
+  """Return all tensors of a model of this config; refuse a format that cannot name one."""
   shapes = parameter_shapes(config)
   found, named = [], set()
   for key, name in form.names.items():

@@ -125,16 +125,13 @@ class Decoder(nn.Module):
     self, tokens_BT: jax.Array, segment_ids_BT: jax.Array | None = None,
     positions_BT: jax.Array | None = None, deterministic: bool = True,
   ) -> jax.Array:
-    """Return the logits of the next token at every position.
+    """Return logits_BTV (float32) of the next tokens; those of padded vocabulary entries are -1e30.
 
     Args:
       tokens_BT: int32 ids, each below `vocab_size` (the caller checks: JAX clamps silently).
       segment_ids_BT: int32, 0 = padding; tokens see only their own segment. None: one segment.
       positions_BT: int32, from 0 in each segment. None: derived from the segments.
       deterministic: whether dropout is off; if not, pass `rngs={'dropout': key}` to `apply`.
-
-    Returns:
-      logits_BTV float32; those of padded vocabulary entries are -1e30.
     """
     return self.logits(self.hidden(tokens_BT, segment_ids_BT, positions_BT, deterministic)[0])
 

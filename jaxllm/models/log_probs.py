@@ -57,16 +57,13 @@ def top_log_probs(logits_NV: jax.Array, num_top: int) -> tuple[jax.Array, jax.Ar
 def score_tokens(
   model: 'Decoder', variables: Any, hidden_ND: jax.Array, targets_N: jax.Array, num_top: int = 0
 ) -> TokenScores:
-  """Score tokens by the hidden states of the positions before them, a few positions at a time.
+  """Return scores of targets_N by the hidden states before them, a few positions at a time.
 
   Args:
     variables: its variables, stacked or not.
     hidden_ND: (..., N, D), from the method `hidden`.
     targets_N: int32 (..., N), the tokens.
     num_top: how many of the most probable tokens are found for each position.
-
-  Returns:
-    The scores, each with the leading axes of `targets_N`.
   """
   total, shape = targets_N.size, targets_N.shape
   together = min(TOGETHER, total)

@@ -77,7 +77,7 @@ def token_sums(
   config: NextToken, logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array,
   is_text_BT: jax.Array | None = None, *, vocab_size: int,
 ) -> Sums:
-  """Sum the losses of logits that are already there.
+  """Return the sums of `next_token_loss` for logits that are already there.
 
   Args:
     config: the loss.
@@ -86,9 +86,6 @@ def token_sums(
     weights_BT: float32.
     is_text_BT: where it is 0, a target is no part of `text_sum`.
     vocab_size: real entries of the vocabulary.
-
-  Returns:
-    float32 scalars: loss_sum, weight_sum and those of `next_token_loss`.
 
   Reference:
     z-loss: Chowdhery et al., PaLM, arXiv 2204.02311, section 5. Label smoothing: Szegedy et al.,

@@ -287,7 +287,7 @@ def _per_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation
 
 
 def make_schedule(config: ScheduleConfig, peak: float, num_steps: int) -> optax.Schedule:
-  """Build the function from the count of finished updates to the learning rate.
+  """Return the function from the count of finished updates to the learning rate, float32.
 
   Every decay would reach its end at count `num_steps`, one past the last update, so that no update
   is made with a rate of 0.
@@ -296,9 +296,6 @@ def make_schedule(config: ScheduleConfig, peak: float, num_steps: int) -> optax.
     config: the shape.
     peak: the highest learning rate.
     num_steps: updates of the whole run.
-
-  Returns:
-    A function of an int32 count, traced or not; the rate is a float32 scalar.
 
   Raises:
     ValueError: the phases are longer than the run.

@@ -58,11 +58,7 @@ class Batch:
     return programs.compilation_count() - self._compiled_before
 
   def start(self, row: int, request: Request, reuse: bool) -> int:
-    """Give a free row to a request, and `reuse` keys and values that the cache has of its prompt.
-
-    Returns:
-      How many tokens of the prompt need not be prefilled.
-    """
+    """Give a row to a request, reusing what is cached; return how many tokens that spares."""
     source, cached = row, 0
     if reuse:
       source, cached = best_row(
@@ -109,16 +105,13 @@ class Batch:
   def decode_step(
     self, rows: Collection[int], masks: Mapping[int, np.ndarray], wants_top: bool, goes_on: bool
   ) -> programs.Sampled:
-    """Sample a token for rows, and have the device work on the next while they travel.
+    """Sample a token for rows, returned on the host while the device works on the next.
 
     Args:
       rows: that go on; all others are closed for good.
       masks: bool (vocab_size,) for rows that are constrained.
       wants_top: whether the most probable tokens are found.
       goes_on: whether any row can take another token after this one.
-
-    Returns:
-      The tokens, on the host.
     """
     live_B = np.zeros(self.num_slots, bool)
     live_B[list(rows)] = True

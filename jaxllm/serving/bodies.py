@@ -103,11 +103,7 @@ async def receive(request: Request, limits: LimitsConfig) -> bytes:
 
 
 def parse(body: bytes) -> dict[str, Any]:
-  """Return the object that a body of JSON is.
-
-  Raises:
-    ApiError: it is no object, or not JSON: NaN, a number too large, nesting too deep, a name twice.
-  """
+  """Return the JSON object in a body; an ApiError says why it is none, or not to be believed."""
   try:
     value = json.loads(body.decode(), parse_constant=_no_constant, parse_float=_finite,
                        object_pairs_hook=_no_duplicates)

@@ -143,11 +143,7 @@ def prefill_chunk(
   model: Decoder, variables: Any, slots: DecodeState, row: jax.Array, tokens_T: jax.Array,
   count: jax.Array,
 ) -> tuple[DecodeState, jax.Array]:
-  """Append the first `count` of some tokens to one row of the cache.
-
-  Returns:
-    (slots, hidden_TD of these tokens, normalised).
-  """
+  """Append the first `count` tokens to a row; return (slots, hidden_TD, normalised)."""
   cache = slots.cache
   start, length = cache.lengths_B[row], tokens_T.shape[0]
   view = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, row, 1), cache)
@@ -170,11 +166,7 @@ def finish_prefill(
   model: Decoder, variables: Any, slots: DecodeState, logits_BV: jax.Array, row: jax.Array,
   hidden_TD: jax.Array, last: jax.Array,
 ) -> tuple[DecodeState, jax.Array]:
-  """Predict what follows place `last` of the chunk that ends a prompt; the row is open from now.
-
-  Returns:
-    (slots, logits_BV of all rows).
-  """
+  """Open a row: return (slots, logits_BV of all rows) after place `last` of its last chunk."""
   hidden_1D = jax.lax.dynamic_slice_in_dim(hidden_TD, last, 1)
   logits_1V: Any = model.apply(variables, hidden_1D, method='logits')
   logits_BV = jax.lax.dynamic_update_slice_in_dim(logits_BV, logits_1V, row, 0)
@@ -227,11 +219,7 @@ def _rest(name: str, value: Any, finished_B: jax.Array) -> Any:
 def decode_step(
   model: Decoder, variables: Any, slots: DecodeState
 ) -> tuple[DecodeState, jax.Array]:
-  """Feed the last token of every open row.
-
-  Returns:
-    (slots, logits_BV of what follows, meaningless in rows that are not open).
-  """
+  """Feed the last token of every open row; return (slots, logits_BV), meaningless in others."""
   slots, logits_BV = decode_state.next_logits(model, variables, slots)
   return pin(slots), logits_BV
 

@@ -190,11 +190,7 @@ class Task(NamedTuple):
 
 
 def placeholders(template: str) -> tuple[str, ...]:
-  """Return the field names in a template.
-
-  Raises:
-    ValueError: the template is not plain text with {name}s; a literal brace is doubled.
-  """
+  """Return the field names in a template; refuse one that is not plain text with {name}s."""
   names = []
   try:
     for _, name, spec, conversion in string.Formatter().parse(template):

@@ -233,11 +233,7 @@ class Chat(base.TaskConfig):
 
 
 def example(config: Chat, record: base.Record) -> base.Example:
-  """Return the example of a record.
-
-  Raises:
-    ValueError: the template is the model's own; see `examples`.
-  """
+  """Return the example of a record by a template that is not the model's own; see `examples`."""
   if config.template is None:
     raise ValueError("template=None: what a chat says is known only together with a model's own "
                      'template; see tasks.chat.examples')

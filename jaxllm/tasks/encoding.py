@@ -22,7 +22,7 @@ class Tokens(NamedTuple):
 
 
 def truncate(tokens: Tokens, context_length: int, policy: Truncation) -> Tokens | None:
-  """Make a sequence fit a record.
+  """Make a sequence fit a record; return None where nothing would be left to learn from it.
 
   Args:
     tokens: the sequence.
@@ -30,9 +30,6 @@ def truncate(tokens: Tokens, context_length: int, policy: Truncation) -> Tokens 
     policy: what to do with a longer one: cut the start of what has no weight, the first token (BOS)
       excepted, and then the end ('start'); cut the end ('end'); leave it out ('drop'); or refuse it
       ('error').
-
-  Returns:
-    The sequence, or None where nothing would be left to learn from it.
 
   Raises:
     ValueError: it is too long and the policy is 'error'.
@@ -54,7 +51,7 @@ def truncate(tokens: Tokens, context_length: int, policy: Truncation) -> Tokens 
 
 
 def encode(segments: Sequence[Segment], tokenizer: Tokenizer, add_bos: bool = True) -> Tokens:
-  """Tokenize each segment by itself, so that weights and tokens cannot come apart.
+  """Return ids and their weights as targets; each segment is tokenized by itself.
 
   A conversation is tokenized as `sequences` does; the last of its sequences is returned.
 
@@ -63,9 +60,6 @@ def encode(segments: Sequence[Segment], tokenizer: Tokenizer, add_bos: bool = Tr
     tokenizer: BOS or EOS is left out where it has none; a control segment that names none of its
       other special tokens is tokenized as text.
     add_bos: whether the model wants BOS; without, it is left out.
-
-  Returns:
-    ids and the weight of each as a target.
   """
   if segments and segments[0] == CONVERSATION:
     return sequences(segments, tokenizer, add_bos)[-1]

@@ -32,11 +32,7 @@ class MultipleChoice(base.CompletionConfig):
 
 
 def example(config: MultipleChoice, record: base.Record) -> base.Example:
-  """Return the example of a record; without an `answer` it can only be answered.
-
-  Raises:
-    ValueError: the answer is none of the choices.
-  """
+  """Return the example of a record; without an `answer` it can only be answered."""
   texts = record['choices']
   reference = None
   if 'answer' in record:

@@ -64,7 +64,7 @@ def predict(
   config: Any, examples: Sequence[Example], model: Model, batch_size: int = BATCH_SIZE,
   way: text.Way = None, draft: text.Draft | None = None,
 ) -> list[Prediction]:
-  """Answer examples, greedily or by beam search where text is generated.
+  """Answer each example, greedily or by beam search where text is generated.
 
   A prompt that leaves no room in the context loses its beginning, BOS excepted. A model with a
   classifier does the task with its labels by that; a chat model that was not fine-tuned is asked
@@ -77,9 +77,6 @@ def predict(
     batch_size: rows of one call.
     way: how text is generated; None: greedily.
     draft: as in `text.complete`.
-
-  Returns:
-    One prediction per example, in order.
   """
   task = TASKS[config.kind]
   generate = functools.partial(_generate, way=way, draft=draft)

@@ -88,14 +88,11 @@ def load(config: RecordsConfig, split: str) -> list[dict[str, Any]]:
 
 
 def rows(config: RecordsConfig, split: str) -> list[Row]:
-  """Read the records of a split.
+  """Return the records of a split in the order of the data.
 
   Args:
     config: sources and how to divide them.
     split: name of a source's split or of one in `fractions`.
-
-  Returns:
-    Records in the order of the data.
 
   Raises:
     ValueError: a file is missing or damaged, or the split has no record.

@@ -55,11 +55,7 @@ def select(
 
 
 def named_tasks(tasks: str | Sequence[Any]) -> dict[str, Any]:
-  """Return name -> config of a task or the fields of one; argument as in `select`.
-
-  Raises:
-    ValueError: there is no such kind or file.
-  """
+  """Return name -> config of a task or its fields; argument and errors as in `select`."""
   if isinstance(tasks, str):
     named = _read(tasks) if tasks.endswith('.json') else _by_kind(tasks.split(','))
   else:

@@ -53,11 +53,7 @@ def of(experiment: Experiment) -> Encoding:
 def make(
   experiment: Experiment, examples: Sequence[Example], tokenizer: Tokenizer
 ) -> tuple[np.ndarray, Omitted]:
-  """Return records, and how many of the examples are left out or cut.
-
-  Raises:
-    ValueError: nothing is left of any example, or one is too long and may not be cut.
-  """
+  """Return records, and how many examples are left out or cut; refuse to make none."""
   records, omitted = of(experiment).make(experiment, examples, tokenizer)
   if not len(records):
     raise ValueError(f'none of {len(examples)} examples can be trained on: '
