@@ -36,7 +36,7 @@ class Goodput:
     started: when this process began, by `time.monotonic`.
     elapsed: how long the run had taken at its last record, without what was in vain.
     compilations: of this process, by name of the function.
-    recompilations: those after the first step, of functions that had been compiled before.
+    recompilations: those in steps after the first, of functions that had been compiled before.
   """
 
   def __init__(self) -> None:
@@ -117,9 +117,10 @@ class Goodput:
       return
     name = re.sub(r'^\w*\((.*)\)$', r'\1', str(kwargs.get('fun_name', 'unknown')))
     self.compilations[name] += 1
-    if self._cause == 'useful':
-      self.move('useful', 'start', duration_secs)
-    if self._cause != 'start' and self.compilations[name] > 1:
+    if self._cause != 'useful':
+      return
+    self.move('useful', 'start', duration_secs)
+    if self.compilations[name] > 1:
       self.recompilations[name] += 1
       logging.info('Compiled again, in %.1f s: %s.', duration_secs, name)
 

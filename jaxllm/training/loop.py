@@ -391,13 +391,13 @@ def _finish(run: _Run, step: int, frozen: Any) -> dict[str, Any]:
   best = store_lib.best_step(run.store.directory)
   if best is not None:
     summary['best_step'] = best
-  params, _ = store_lib.restore_params(
-    run.store.directory / str(step if best is None else best),
-    state_lib.abstract_state(experiment, run.tx, run.mesh).params)
-  variables = state_lib.variables(experiment, params, frozen)
-  if run.dataset.manifest.validation is not None:
-    measure = scoring.make_held_out(experiment, run.dataset, run.mesh, max_batches=None)
-    with run.goodput.spend('evaluation'):
+  with run.goodput.spend('evaluation'):
+    params, _ = store_lib.restore_params(
+      run.store.directory / str(step if best is None else best),
+      state_lib.abstract_state(experiment, run.tx, run.mesh).params)
+    variables = state_lib.variables(experiment, params, frozen)
+    if run.dataset.manifest.validation is not None:
+      measure = scoring.make_held_out(experiment, run.dataset, run.mesh, max_batches=None)
       summary['validation'] = measure(variables)
   with run.goodput.spend('samples'):
     samples = scoring.continue_prompts(experiment, run.dataset.tokenizer, variables, run.mesh)
@@ -408,4 +408,5 @@ def _finish(run: _Run, step: int, frozen: Any) -> dict[str, Any]:
       storage.write_file(run.path / 'samples.jsonl', '\n'.join(lines) + '\n')
     workdir.write_json(run.path / 'summary.json', summary)
     report.write_report(run.path)
-  return summary
+  distributed.barrier('the summary is written')
+  return summary | storage.read_json(run.path / 'summary.json')  # Times are those of process 0.

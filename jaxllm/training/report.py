@@ -68,7 +68,7 @@ def _describe(path: pathlib.Path) -> dict[str, Any]:
        'text': str(sample.get('text', '')).removeprefix(prompt)}
       for sample in metrics.read_lines(path / 'samples.jsonl')],
     'speed': _speed(train, environment),
-    'goodput': _goodput(records),
+    'goodput': _goodput([*records, summary.get('goodput') or {}]),
     'data': _data(data),
     'environment': list(_flatten(environment)),
     'config': _sections(config),

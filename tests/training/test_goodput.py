@@ -55,6 +55,8 @@ def test_a_killed_and_resumed_run_accounts_for_all_its_time(tmp_path, monkeypatc
   assert found['skipped'] == 0 and found['start'] > 0 and found['samples'] > 0
   assert summary['goodput']['goodput/fraction'] == pytest.approx(
     found['useful'] / sum(found.values()))
+  page = (tmp_path / 'run' / 'report.html').read_text()
+  assert all(goodput.CAUSES[cause] in page for cause in ('samples', 'repeated', 'down'))
   ages = [sum(ledger(record).values())
           for record in metrics.read(tmp_path / 'run' / 'metrics.jsonl')]
   assert ages == sorted(ages)
