@@ -146,8 +146,8 @@ def test_a_lost_run_goes_on_without_gap_or_double(base, whole, tmp_path, monkeyp
       seen = {step: tags for step, tags in seen.items() if step < event.step}
     for value in event.summary.value:
       seen.setdefault(event.step, []).append(value.tag)
-  assert sorted(seen) == list(range(1, 7))
-  assert all(tags.count('train/loss') == 1 for tags in seen.values())
+  losses = {step: tags.count('train/loss') for step, tags in seen.items() if 'train/loss' in tags}
+  assert losses == dict.fromkeys(range(1, 7), 1)
 
 
 def test_the_programs_read_and_write_there(base, tmp_path):
