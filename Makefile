@@ -100,7 +100,7 @@ bench-serve: $(VENV)/parity
 	$(BIN)/python experiments/benchmarks/serve_load.py
 
 notebooks: $(VENV)/notebooks $(VENV)/demo
-	cd colab && rm -rf runs merged for_transformers chats.jsonl
+	rm -rf colab/runs
 	JAXLLM_TINY=1 $(BIN)/jupyter-execute colab/*.ipynb
 
 upgrade:
