@@ -2,23 +2,20 @@
 
 `JsonConstraints` makes the constraints of a tokenizer. llguidance computes the masks, and `Brake`
 ends what would be valid and go on for ever: digits and nesting. A new schema is first compiled in
-a process with limits of time and memory (`constraint_worker`), and only then here. Documents are
+a process with limits of time and memory (`sandbox`), and only then here. Documents are
 narrower than their schema: objects have their properties in the order of the schema, white space is
 a space or a new line with up to 32 spaces, and only characters that must be escaped are.
 """
 
-import functools
+import hashlib
 import json
-import pathlib
 import re
-import subprocess
-import sys
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-from jaxllm.generation import json_schema
+from jaxllm.generation import json_schema, sandbox
 
 CPU_SECONDS, MEMORY_BYTES = 2, 400_000_000
 """What compiling a schema may take; Python itself takes about 100 MB of address space."""
@@ -29,7 +26,9 @@ _NEEDED = b'"\\{}[]:,-.+0123456789abcdeflnrstu'
 _OPTIONS = {'whitespace_pattern': r' |\n {0,32}', 'json_allowed_escapes': 'nrbtf\\"'}
 _MAX_ITEMS = 20_000  # About four for each optional property of an object.
 _MAX_LEXER_STATES = 100_000  # Up to 2 kB each, as long as a row lasts.
-_MAX_CHECKED = 256
+_MAX_COMPILED = 10_000
+# Digests of grammars that compiled, the oldest first.
+_compiled: dict[bytes, None] = {}
 _TOO_COSTLY = ('schema: it cannot be followed from here by the tokens of this model, or not at a '
                'bearable cost; make it simpler')
 
@@ -105,7 +104,7 @@ class JsonConstraints:
       max_items_in_row=_MAX_ITEMS, max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False)
     matcher = llguidance.LLMatcher(self.compiled, grammar, log_level=0, limits=limits)
     if matcher.is_error() or not any(matcher.compute_bitmask()) or matcher.is_error():
-      raise ValueError(f'schema: {_reason(matcher.get_error()) or "no document satisfies it"}')
+      raise ValueError('schema: no document satisfies it; look for a recursion without an end')
     return JsonConstraint(self, matcher)
 
 
@@ -203,21 +202,20 @@ def _is_whole(text: bytes) -> bool:
   return True
 
 
-@functools.lru_cache(_MAX_CHECKED)
 def _check(grammar: str) -> None:
   """Compile a grammar in another process, where it can take neither all time nor all memory."""
-  request = json.dumps({'grammar': grammar, 'cpu_seconds': CPU_SECONDS,
-                        'memory_bytes': MEMORY_BYTES})
-  worker = pathlib.Path(__file__).with_name('constraint_worker.py')
+  digest = hashlib.sha256(grammar.encode()).digest()
+  if digest in _compiled:
+    return
   try:
-    done = subprocess.run([sys.executable, '-I', str(worker)], input=request.encode(),
-                          capture_output=True, check=False, timeout=20 * CPU_SECONDS, env={})
-    error = json.loads(done.stdout)['error']
-  except (subprocess.TimeoutExpired, ValueError):
-    raise ValueError(f'schema: to compile it takes more than {CPU_SECONDS} s or {MEMORY_BYTES} '
-                     'bytes of memory; make it simpler') from None
+    error = sandbox.run('compile', CPU_SECONDS, MEMORY_BYTES, grammar=grammar)
+  except sandbox.SandboxError as failure:
+    raise ValueError(f'schema: to compile it is too much: {failure}; make it simpler') from None
   if error:
     raise ValueError(f'schema: {_reason(error)}')
+  while len(_compiled) >= _MAX_COMPILED:
+    _compiled.pop(next(iter(_compiled)), None)
+  _compiled[digest] = None
 
 
 def _reason(error: str) -> str:

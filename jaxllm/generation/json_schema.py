@@ -2,17 +2,12 @@
 
 Rewritten schemas accept only documents of the original: formats become patterns, or go where they
 say nothing about the text (`_FORMATS`); `propertyNames` becomes properties; an alternative of
-`anyOf` that looks around itself is left out where others remain; a reference whose documents
-never end becomes `false`.
+`anyOf` that looks around itself is left out where others remain.
 """
 
-import collections
-import fractions
 import json
-import math
 import re
-import urllib.parse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 MAX_BYTES = 100_000
@@ -47,7 +42,7 @@ def prepare(schema: Any) -> dict[str, Any]:
     schema: parsed JSON: an object, or true.
 
   Raises:
-    ValueError: it is too large or nested too deeply, not JSON, or no finite document satisfies it.
+    ValueError: it is too large or nested too deeply, or not JSON.
   """
   try:
     size = len(json.dumps(schema, ensure_ascii=False, allow_nan=False).encode())
@@ -65,13 +60,7 @@ def prepare(schema: Any) -> dict[str, Any]:
     raise ValueError(f'schema: {json.dumps(schema)[:60]} is no schema that a document can satisfy; '
                      'give an object')
   check_depth(schema)
-  document = {} if schema is True else _rewritten(schema, schema)
-  _check_multiples(document)
-  endless = _endless(document)
-  if '' in endless:
-    raise ValueError('schema: no finite document satisfies it; look for a recursion without an '
-                     'end, or a required value that cannot be')
-  return _replaced(document, endless)
+  return {} if schema is True else _rewritten(schema, schema)
 
 
 _TOO_DEEP = f'schema: nested deeper than {MAX_DEPTH} levels; use $defs'
@@ -87,36 +76,20 @@ def check_depth(schema: Any) -> None:
     raise ValueError(_TOO_DEEP)
 
 
-def _all(schema: Any) -> Iterator[Mapping[str, Any]]:
-  """Yield a schema and all those inside of it that are objects."""
-  if isinstance(schema, Mapping):
-    yield schema
-    parts: list[Any] = []
-    _mapped(schema, parts.append)
-    for part in parts:
-      yield from _all(part)
-
-
-def _mapped(schema: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
-  """Return a schema with a change to each schema directly inside of it."""
-  changed = dict(schema)
-  for key, value in schema.items():
-    if key in _SINGLE:
-      changed[key] = change(value)
-    elif key in _LISTS and isinstance(value, list):
-      changed[key] = [change(part) for part in value]
-    elif key in _MAPS and isinstance(value, Mapping):
-      changed[key] = {name: change(part) for name, part in value.items()}
-  return changed
-
-
 def _rewritten(schema: Any, document: Any) -> Any:
   if not isinstance(schema, Mapping):
     return schema
   for value in (schema.get('const'), *(_list(schema.get('enum')))):
     if isinstance(value, str) and _CONTROL.search(value):
       raise ValueError('schema: a constant holds a control character; leave it out')
-  new = _mapped(schema, lambda part: _rewritten(part, document))
+  new = dict(schema)
+  for key, value in schema.items():
+    if key in _SINGLE:
+      new[key] = _rewritten(value, document)
+    elif key in _LISTS and isinstance(value, list):
+      new[key] = [_rewritten(part, document) for part in value]
+    elif key in _MAPS and isinstance(value, Mapping):
+      new[key] = {name: _rewritten(part, document) for name, part in value.items()}
   kind = new.get('format')
   if isinstance(kind, str) and kind in _FORMATS and 'pattern' not in new:
     if kind not in ('date', 'time', 'date-time', 'duration'):
@@ -129,8 +102,10 @@ def _rewritten(schema: Any, document: Any) -> Any:
     new['anyOf'] = simple or alternatives
   names = new.get('propertyNames')
   if isinstance(names, Mapping) and not {'properties', 'patternProperties'} & set(new):
-    if '$ref' in names:
-      names = _resolved(document, _reference(names))
+    # As pydantic writes the names of an enumeration.
+    _, found, name = str(names.get('$ref', '')).partition('#/$defs/')
+    defined = document.get('$defs') if found else None
+    names = defined.get(name) if isinstance(defined, Mapping) else names
     value = new.get('additionalProperties', True)
     if isinstance(names, Mapping) and isinstance(pattern := names.get('pattern'), str):
       new |= {'patternProperties': {pattern: value}, 'additionalProperties': False}
@@ -140,98 +115,6 @@ def _rewritten(schema: Any, document: Any) -> Any:
       new |= {'properties': dict.fromkeys(known, value), 'additionalProperties': False}
       del new['propertyNames']
   return new
-
-
-def _check_multiples(document: Any) -> None:
-  """Refuse numbers whose common multiple llguidance could not hold."""
-  found = [fractions.Fraction(repr(value)) for schema in _all(document)
-           if isinstance(value := schema.get('multipleOf'), int | float) and value > 0]
-  scale = math.lcm(*(value.denominator for value in found))
-  if found and math.lcm(*(int(value * scale) for value in found)) >= 2**31:
-    raise ValueError('schema.multipleOf: the common multiple of all numbers is too large; use '
-                     'rounder ones')
-
-
-def _resolved(document: Any, reference: str) -> Any:
-  """Return the schema that a reference names; None where that is not known here."""
-  if not re.match('#(/|$)', reference):
-    return None
-  value = document
-  for name in urllib.parse.unquote(reference[1:]).split('/')[1:]:
-    name = name.replace('~1', '/').replace('~0', '~')
-    if isinstance(value, list) and name.isdecimal() and int(name) < len(value):
-      value = value[int(name)]
-    else:
-      value = value.get(name) if isinstance(value, Mapping) else None
-  return value
-
-
-def _endless(document: Any) -> set[str]:
-  """Return the references whose documents never end, and '' where that is true of the document."""
-  targets, users = {'': document}, collections.defaultdict(set)
-  todo = ['']
-  while todo:
-    user = todo.pop()
-    for schema in _all(targets[user]):
-      reference = _reference(schema)
-      users[reference].add(user)
-      if reference not in targets and (target := _resolved(document, reference)) is not None:
-        targets[reference] = target
-        todo.append(reference)
-  endless, todo = set(targets), list(targets)
-  while todo:
-    reference = todo.pop()
-    if reference in endless and _ends(targets[reference], endless):
-      endless.remove(reference)
-      todo += users[reference] & endless
-  return endless
-
-
-def _ends(schema: Any, endless: set[str]) -> bool:
-  """Return whether a schema has finite documents, if no reference of `endless` has."""
-  if not isinstance(schema, Mapping):
-    return schema is not False
-  if 'const' in schema or 'enum' in schema:
-    return True
-  if _reference(schema) in endless or not all(_ends(part, endless)
-                                              for part in _list(schema.get('allOf'))):
-    return False
-  for key in ('anyOf', 'oneOf'):
-    if _list(schema.get(key)) and not any(_ends(part, endless) for part in schema[key]):
-      return False
-  kinds = _list(schema.get('type')) or [schema.get('type')]
-  needed = {'object': _needed_values, 'array': _needed_items}
-  if not all(isinstance(kind, str) and kind in needed for kind in kinds):
-    return True
-  return any(all(_ends(part, endless) for part in needed[kind](schema)) for kind in kinds)
-
-
-def _needed_values(schema: Mapping[str, Any]) -> list[Any]:
-  properties, other = schema.get('properties'), schema.get('additionalProperties', True)
-  known = properties if isinstance(properties, Mapping) else {}
-  return [known.get(name, other) for name in _list(schema.get('required'))
-          if isinstance(name, str)]
-
-
-def _needed_items(schema: Mapping[str, Any]) -> list[Any]:
-  least, first = schema.get('minItems', 0), _list(schema.get('prefixItems'))
-  if not isinstance(least, int) or least <= len(first):
-    return first[:max(least, 0)] if isinstance(least, int) else []
-  return [*first, schema.get('items', True)]
-
-
-def _replaced(schema: Any, endless: set[str]) -> Any:
-  if not endless or not isinstance(schema, Mapping):
-    return schema
-  if _reference(schema) in endless:
-    return False
-  return _mapped(schema, lambda part: _replaced(part, endless))
-
-
-def _reference(schema: Mapping[str, Any]) -> str:
-  """Return what a schema refers to; '-', which no reference is, for nothing."""
-  reference = schema.get('$ref')
-  return reference if isinstance(reference, str) else '-'
 
 
 def _list(value: Any) -> list[Any]:

@@ -1,20 +1,17 @@
 """Chat templates: conversations to token ids, without trusting the template or the messages.
 
-The template, a program from outside, is rendered by `chat_worker` in a process of its own, in
-Jinja's sandbox, with limits of CPU time and memory. Messages stay plain text: a user who
+The template, a program from outside, is rendered in a process of its own (`generation.sandbox`),
+in Jinja's sandbox, with limits of CPU time and memory. Messages stay plain text: a user who
 writes '<|im_end|>' does not end the turn.
 """
 
-import json
-import pathlib
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxllm.data import tokenizer_settings
 from jaxllm.data.tokenizer_settings import StandIns
 from jaxllm.data.tokenizers import Tokenizer
+from jaxllm.generation import sandbox
 
 # Special tokens that end a turn in the usual templates.
 _TURN_ENDS = (
@@ -25,10 +22,8 @@ _TURN_ENDS = (
 # How many conversations are rendered by one process, which has a limit of time.
 _AT_ONCE = 256
 CPU_SECONDS, MEMORY_BYTES, MAX_CHARACTERS = 5, 512_000_000, 10_000_000
+"""What rendering them may take, and how long a text may be."""
 MAX_TEMPLATE_CHARACTERS = 1_000_000
-
-# As a file it would put its own directory, with modules of common names, on the path.
-_START = 'import runpy, sys; runpy.run_path(sys.argv[1], run_name="__main__")'
 
 Message = Mapping[str, Any]
 Templates = str | Mapping[str, str]
@@ -40,8 +35,7 @@ class TemplateError(ValueError):
 
 def render(
   template: str, conversations: Sequence[Sequence[Message]], add_generation_prompt: bool = True,
-  tools: Sequence[Any] | None = None, documents: Sequence[Any] | None = None, *,
-  cpu_seconds: int = CPU_SECONDS, memory_bytes: int = MEMORY_BYTES, **variables: Any,
+  tools: Sequence[Any] | None = None, documents: Sequence[Any] | None = None, **variables: Any,
 ) -> list[str]:
   """Render conversations by a chat template, one text each, as `transformers` does.
 
@@ -52,46 +46,22 @@ def render(
     add_generation_prompt: whether the text ends where the assistant begins.
     tools: JSON schemas of functions; a template tells None from [].
     documents: {'title', 'text'} each.
-    cpu_seconds: how long the template may compute.
-    memory_bytes: how much the process may take, Python itself included.
     **variables: other variables of the template: `bos_token`, `enable_thinking`, ...
 
   Raises:
     TemplateError: the template is damaged, refuses the conversation, or exceeds the limits.
   """
-  if len(conversations) > _AT_ONCE:
-    parts = (conversations[i : i + _AT_ONCE] for i in range(0, len(conversations), _AT_ONCE))
-    return [text for part in parts for text in render(
-      template, part, add_generation_prompt, tools, documents, cpu_seconds=cpu_seconds,
-      memory_bytes=memory_bytes, **variables)]
   if len(template) > MAX_TEMPLATE_CHARACTERS:
     raise TemplateError(f'chat template: longer than {MAX_TEMPLATE_CHARACTERS} characters')
-  request = json.dumps({
-    'template': template,
-    'variables': [
-      {**variables, 'messages': list(map(_plain, messages)), 'tools': tools,
-       'documents': documents, 'add_generation_prompt': add_generation_prompt}
-      for messages in conversations
-    ],
-    'cpu_seconds': cpu_seconds, 'memory_bytes': memory_bytes, 'max_characters': MAX_CHARACTERS,
-  })
-  worker = pathlib.Path(__file__).with_name('chat_worker.py')
+  variables |= {'tools': tools, 'documents': documents,
+                'add_generation_prompt': add_generation_prompt}
+  several = [{**variables, 'messages': list(map(_plain, one))} for one in conversations]
   try:
-    done = subprocess.run(
-      [sys.executable, '-I', '-c', _START, str(worker)], input=request.encode(),
-      capture_output=True, check=False, timeout=20 * cpu_seconds, env={},
-    )
-  except subprocess.TimeoutExpired:
-    raise TemplateError(f'chat template: no answer in {20 * cpu_seconds} seconds') from None
-  try:
-    answer = json.loads(done.stdout)
-  except ValueError:
-    # Ended by the kernel (CPU time), or by Python (memory) before it could answer.
-    raise TemplateError(f'chat template: it takes more than {cpu_seconds} s of CPU time or '
-                        f'{memory_bytes} bytes of memory') from None
-  if 'error' in answer:
-    raise TemplateError(f'chat template: {answer["error"]}')
-  return answer['texts']
+    return [text for start in range(0, len(several), _AT_ONCE) for text in sandbox.run(
+      'render', CPU_SECONDS, MEMORY_BYTES, template=template, max_characters=MAX_CHARACTERS,
+      variables=several[start : start + _AT_ONCE])]
+  except sandbox.SandboxError as error:
+    raise TemplateError(f'chat template: {error}') from None
 
 
 def encode(

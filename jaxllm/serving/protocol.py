@@ -18,7 +18,7 @@ from jaxllm.serving.bodies import Body, Name, String, Text, field_error, unsuppo
 
 # What the server says to the renderer of templates.
 _RESERVED = {'messages', 'conversations', 'tokenizer', 'template', 'tools', 'documents',
-             'add_generation_prompt', 'cpu_seconds', 'memory_bytes'}
+             'add_generation_prompt'}
 
 
 def _shallow(value: dict[str, Any]) -> dict[str, Any]:

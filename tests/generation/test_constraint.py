@@ -15,7 +15,6 @@ import pytest
 from jaxllm.data import tokenizers
 from jaxllm.data.tokenizers import TokenizerConfig
 from jaxllm.generation import constraint as constraint_lib
-from jaxllm.generation import json_schema
 from jaxllm.generation.constraint import ConstraintError, JsonConstraints
 
 BYTES = [bytes([value]) for value in range(256)]
@@ -97,13 +96,6 @@ SCHEMAS = {
            '$defs': {'k': {'enum': ['k1', 'k2']}}},
   'money': {'anyOf': [{'type': 'number', 'minimum': 0}, {
     'type': 'string', 'pattern': r'^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$'}]},
-  'endless': {
-    'type': 'object', 'additionalProperties': False, 'properties': {
-      'a': {'$ref': '#/$defs/never'}, 'b': {'anyOf': [{'$ref': '#/$defs/never'}, {'type': 'null'}]},
-      'c': {'type': 'array', 'items': {'$ref': '#/$defs/deep'}}},
-    '$defs': {'never': {'$ref': '#/$defs/never'},
-              'deep': {'type': 'object', 'properties': {'d': {'$ref': '#/$defs/deep'}},
-                       'required': ['d']}}},
 }
 DOCUMENTS = {
   'record': [{'name': 'é🙂"\\\n', 'age': -12},
@@ -125,7 +117,6 @@ DOCUMENTS = {
   'maps': [{'m': {'x1': 1}, 'names': {'k1': True, 'k2': False}},
            {'m': {'x': 1, 'xy': 2}, 'names': {}, 'other': {'ab': [1]}}],
   'money': [0, 12.5],
-  'endless': [{}, {'b': None}, {'c': []}],
 }
 REFUSED = {
   'record': ['{"name":"abcdef","age":1}', '{"name":"a"}', '{"name":"","age":1}', '{"age":1',
@@ -147,7 +138,6 @@ REFUSED = {
   'all': ['{}', '{"a":null}', '{"b":null,"c'],
   'maps': ['{"m":{}', '{"m":{"y', '{"m":{"x":1},"names":{"k3', '{"m":{"x":"'],
   'money': ['"', '-1'],
-  'endless': ['{"a":', '{"b":{', '{"c":[{'],
   None: ['[', '1', '{a', '{"a":1,}', '{"a"}', "{'a'", '{"a":\x00', '{"a":"\n', '{"\\ud800"',
          '{"\\x', '{"\\udc00', '{"a":[1,]', '{"a":1]', '{"a":1}}', '{"a":tru}', '   {', '{"a":  '],
 }
@@ -181,8 +171,8 @@ def satisfies(schema, value, root=None):
   """Judge a document by the meaning of the keywords, apart from the code under test."""
   root = root or schema
   inside = functools.partial(satisfies, root=root)
-  if isinstance(schema, bool) or schema.get('$ref') == '#/$defs/never':
-    return schema is True
+  if isinstance(schema, bool):
+    return schema
   checks = [
     '$ref' not in schema or inside(root['$defs'][schema['$ref'].split('/')[-1]], value),
     'anyOf' not in schema or any(inside(part, value) for part in schema['anyOf']),
@@ -388,20 +378,17 @@ def test_masks_follow_a_tokenizer():
   ({'type': 'text'}, 'Invalid type: text'),
   ({'type': ['string', {}]}, 'type'),
   ({'type': 'string', 'minLength': 3, 'maxLength': 2}, r'minLength \(3\)'),
-  ({'type': 'object', 'required': ['a'], 'additionalProperties': False}, 'no finite'),
+  ({'type': 'object', 'required': ['a'], 'additionalProperties': False}, 'required'),
   ({'$ref': '#/$defs/x'}, 'does not exist'),
   ({'$ref': ['x']}, 'ref must be a string'),
   ({'$ref': 'https://example.org/x'}, 'not present|not.*resolve|retriev'),
-  ({'$ref': '#'}, 'recursion without'),
-  ({'anyOf': [{'$ref': '#'}]}, 'recursion without'),
-  ({'type': 'object', 'properties': {'a': {'$ref': '#'}}, 'required': ['a']}, 'recursion without'),
-  ({'type': 'array', 'items': {'$ref': '#'}, 'minItems': 1}, 'recursion without'),
+  ({'$ref': '#'}, 'no document'),
+  ({'anyOf': [{'$ref': '#'}]}, 'no document'),
   ({'type': 'integer', 'enum': ['a']}, 'incompatible types'),
   ({'enum': []}, 'empty'),
   ({'const': float('nan')}, 'not JSON'),
   ({'const': '\ud800'}, 'surrogate'),
   ({'const': 'a\x01'}, 'control character'),
-  ({'allOf': [{'type': 'integer', 'multipleOf': p} for p in (65537, 65539, 65543)]}, 'multiple'),
   ({'type': 'array', 'items': 5}, 'must be an object or boolean'),
   ({'x-guidance': {'lenient': True}, 'not': {}}, 'not supported: "not"'),
   ('x', 'no schema'),
@@ -430,24 +417,23 @@ def test_large_and_deep_schemas_are_refused_or_read_without_recursion():
   del chain['n900']
   with pytest.raises(ValueError, match='does not exist'):
     constraints.schema({'$ref': '#/$defs/n0', '$defs': chain})
-  assert json_schema._endless({'$ref': '#/a', 'a': {'$ref': '#/b'}, 'b': {'$ref': '#/a'}}) == {
-    '', '#/a', '#/b'}
 
 
 @pytest.mark.parametrize('schema', [
   {'type': 'integer', 'multipleOf': 99_999_989},
+  {'allOf': [{'type': 'integer', 'multipleOf': prime} for prime in (65537, 65539, 65543)]},
   {'type': 'object', 'patternProperties': {f'^x{i}_.*$': {} for i in range(1000)}},
-], ids=['multipleOf', 'patternProperties'])
+], ids=['multipleOf', 'common multiple', 'patternProperties'])
 def test_what_takes_too_long_to_compile_is_given_up(schema, monkeypatch):
   monkeypatch.setattr(constraint_lib, 'CPU_SECONDS', 1)
-  with pytest.raises(ValueError, match='to compile it takes more than 1 s'):
+  with pytest.raises(ValueError, match='it takes more than 1 s of CPU time'):
     JsonConstraints([*BYTES, b''], [256]).schema(schema)
 
 
 def test_a_schema_is_tried_in_a_process_once(monkeypatch):
   constraints = JsonConstraints([*BYTES, b''], [256])
   constraints.schema({'const': 'once'})
-  monkeypatch.setattr(constraint_lib.subprocess, 'run', lambda *args, **kwargs: 1 / 0)
+  monkeypatch.setattr(constraint_lib.sandbox, 'run', lambda *args, **kwargs: 1 / 0)
   constraints.schema({'const': 'once'})
   with pytest.raises(ZeroDivisionError):
     constraints.schema({'const': 'twice'})

@@ -154,7 +154,7 @@ def user(content, **more):
   ('tools', [{'type': 'custom', 'custom': {}}]), ('tools', [{'type': 'function', 'function': {}}]),
   ('tools', [{'type': 'function', 'function': {'name': 'f', 'x': 1}}]),
   ('tool_choice', 'required'), ('tool_choice', {'type': 'function', 'function': {'name': 'f'}}),
-  ('chat_template_kwargs', []), ('chat_template_kwargs', {'cpu_seconds': 9}),
+  ('chat_template_kwargs', []), ('chat_template_kwargs', {'template': 'x'}),
   ('chat_template_kwargs', {'messages': []}), ('safety_identifier', 5), ('prompt_cache_key', {}),
   ('functions', [{}]), ('function_call', 'auto'), ('audio', {}), ('modalities', ['audio']),
   ('prediction', []), ('reasoning_effort', 'lots'), ('verbosity', 'low'),
