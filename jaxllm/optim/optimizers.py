@@ -27,7 +27,7 @@ class OptimizerConfig(Config):
   """
 
   name: str = 'adamw'
-  """adamw, adafactor, lion, muon, sgd or schedule_free_adamw."""
+  """adamw, lion, muon, sgd or schedule_free_adamw."""
   learning_rate: float = pydantic.Field(1e-3, gt=0)
   """Peak learning rate; the schedule scales it."""
   weight_decay: float = pydantic.Field(0.1, ge=0)
@@ -154,24 +154,6 @@ def _adamw(
   return _descend(task, optax.scale_by_adam(beta1, beta2, epsilon, mu_dtype=momentum_dtype))
 
 
-def _adafactor(task: _Task) -> optax.GradientTransformation:
-  """Shazeer and Stern, Adafactor, arXiv 1804.04235, algorithm 5, without relative step sizes.
-
-  Factored, clipped and scaled matrix by matrix: optax alone would take a stack of layers for one
-  block, and a head axis for a matrix dimension. Unlike `optax.adafactor`, weight decay is scaled
-  by the learning rate, as everywhere here.
-  """
-  matrix = optax.chain(
-    optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
-  )
-  labels = jax.tree_util.tree_map_with_path(
-    lambda path, _: 'stacked' if _is_stacked(path) else 'single', task.params
-  )
-  rules = {'stacked': _per_layer(matrix), 'single': matrix}
-  present = set(jax.tree.leaves(labels))
-  return _descend(task, optax.partition({name: rules[name] for name in present}, labels))
-
-
 def _lion(
   task: _Task, *, beta1: float = 0.9, beta2: float = 0.99, momentum_dtype: str | None = None
 ) -> optax.GradientTransformation:
@@ -225,7 +207,6 @@ def _schedule_free_adamw(
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
   'adamw': _adamw,
-  'adafactor': _adafactor,
   'lion': _lion,
   'muon': _muon,
   'sgd': _sgd,
@@ -244,46 +225,20 @@ def _keys(path: tuple[Any, ...]) -> list[str]:
   return [str(getattr(entry, 'key', entry)) for entry in path]
 
 
-def _is_stacked(path: tuple[Any, ...]) -> bool:
-  return 'layers' in _keys(path)
-
-
 def _matrix_axes(path: tuple[Any, ...], leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
   """Return the axes of a stacked kernel (L, inputs..., outputs...) that are its matrix's rows and
   columns; None for other parameters.
   """
-  *_, owner, name = ['', *_keys(path)]
-  if name != 'kernel' or not _is_stacked(path):
+  keys = _keys(path)
+  if keys[-1] != 'kernel' or 'layers' not in keys:
     return None
   axes = tuple(range(1, leaf.ndim))
+  owner = keys[-2]
   if len(axes) > 2 and owner not in ('query', 'key', 'value', 'out'):
-    raise ValueError(f'{"/".join(_keys(path))}: shape {leaf.shape} is not (layers, in, out), and '
-                     f'no rule says which axes of {owner!r} are inputs')
+    raise ValueError(f'{"/".join(keys)}: shape {leaf.shape} is not (layers, in, out), and no rule '
+                     f'says which axes of {owner!r} are inputs')
   num_inputs = len(axes) - 1 if owner == 'out' else 1
   return optax.contrib.MuonDimensionNumbers(axes[:num_inputs], axes[num_inputs:])
-
-
-def _per_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-  """Apply `tx` to every layer of stacked parameters by itself, kernels as (in, out) matrices."""
-
-  def matrix(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-    axes = _matrix_axes(path, leaf)
-    if axes is None:
-      return leaf
-    rows = math.prod(leaf.shape[axis] for axis in axes.reduction_axis)
-    return leaf.reshape(leaf.shape[0], rows, -1)
-
-  def matrices(tree: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(matrix, tree)
-
-  def init(params: Any) -> Any:
-    return jax.vmap(tx.init)(matrices(params))
-
-  def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-    new, state = jax.vmap(tx.update)(matrices(updates), state, matrices(params))
-    return jax.tree.map(lambda u, old: u.reshape(old.shape), new, updates), state
-
-  return optax.GradientTransformation(init, update)
 
 
 def make_schedule(config: ScheduleConfig, peak: float, num_steps: int) -> optax.Schedule:

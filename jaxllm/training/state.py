@@ -12,7 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from jaxllm import sharding
 from jaxllm.adapters import lora as lora_lib
@@ -154,11 +154,14 @@ def abstract_state(
     ValueError: an axis is not divisible by the mesh axes that its rule names.
   """
   params = _placed(*abstract_params(experiment), experiment, mesh)
-  like = {path: (leaf.shape, leaf.sharding) for path, leaf in tree.flatten(params).items()}
+  like = {(path, leaf.shape): leaf.sharding for path, leaf in tree.flatten(params).items()}
   state = jax.eval_shape(lambda: init_state(experiment, tx))
 
   def place(keys: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    where = _like_parameter(tree.path_of(keys), leaf.shape, like) or sharding.replicated(mesh)
+    # The path of what belongs to a parameter ends with the path of the parameter.
+    names = tree.path_of(keys).split('/')
+    ends = [('/'.join(names[start:]), leaf.shape) for start in range(len(names))]
+    where = next((like[end] for end in ends if end in like), sharding.replicated(mesh))
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
   state = jax.tree_util.tree_map_with_path(place, state)
@@ -283,33 +286,3 @@ def next_average(experiment: Experiment, ema: Any, opt_state: Any, params: Any) 
 def evaluation_params(state: TrainState) -> Any:
   """Return the trained parameters to evaluate and sample with: their average where there is one."""
   return state.params if state.ema is None else state.ema
-
-
-def _like_parameter(
-  path: str, shape: tuple[int, ...], like: dict[str, Any]
-) -> NamedSharding | None:
-  """Return the sharding of a leaf like that of the parameter whose path ends `path`.
-
-  An optimizer may see a kernel as a matrix, with two of its axes merged, and a factored moment
-  lacks one axis of what it sees.
-  """
-  parts = path.split('/')
-  for start in range(len(parts)):
-    if (end := '/'.join(parts[start:])) in like:
-      full_shape, where = like[end]
-      entries = tuple(where.spec) + (None,) * (len(full_shape) - len(where.spec))
-      whole = [(full_shape, entries), *_merged(full_shape, entries)]
-      factored = [(sizes[:i] + sizes[i + 1 :], spec[:i] + spec[i + 1 :])
-                  for sizes, spec in whole for i in range(len(sizes))]
-      for seen, spec in whole + factored:
-        if seen == shape:
-          return NamedSharding(where.mesh, PartitionSpec(*spec))
-  return None
-
-
-def _merged(shape: tuple[int, ...], spec: tuple[Any, ...]) -> list[tuple[Any, Any]]:
-  """Merge each pair of neighbouring axes of which only the first may be split."""
-  return [
-    (shape[:i] + (shape[i] * shape[i + 1],) + shape[i + 2 :], spec[: i + 1] + spec[i + 2 :])
-    for i in range(1, len(shape) - 1) if spec[i + 1] is None
-  ]
