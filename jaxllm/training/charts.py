@@ -165,13 +165,7 @@ def _linear_ticks(low: float, high: float, count: int, smallest: float = 0) -> l
 
 
 def _log_ticks(low: float, high: float, count: int) -> list[float]:
-  """Return round numbers in [low, high], spread evenly over its logarithm."""
-  powers = range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)
-  best: list[float] = []
-  for digits in ((1,), (1, 3), (1, 2, 5), (1, 2, 3, 5), (1, 1.5, 2, 3, 4, 5, 7),
-                 (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)):
-    ticks = [d * 10.0**p for p in powers for d in digits if low <= d * 10.0**p <= high]
-    if not best or len(ticks) <= count + 1:
-      best = ticks
-  gap = -(-len(best) // (count + 1)) if len(best) > count + 1 else 1
-  return best[::gap]
+  """Return round numbers in [low, high], about `count` of them, evenly over its logarithm."""
+  digits = 1 if high > 5 * low else 2
+  ticks = {float(f'{tick:.{digits}g}') for tick in np.geomspace(low, high, count)}
+  return sorted(tick for tick in ticks if low <= tick <= high)

@@ -8,7 +8,7 @@ import json
 import os
 import pathlib
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -52,14 +52,14 @@ def _describe(path: pathlib.Path) -> dict[str, Any]:
   validation = [r for r in records if 'validation/loss' in r]
   if summary.get('step', -1) < max((r['step'] for r in records), default=0):
     summary = {}  # Of an earlier end: the run went on.
-  result = _result(config, summary, train, validation)
+  step = summary.get('step') or max((r['step'] for r in train), default=0)
   return {
     'name': config.get('name') or path.name or path.resolve().name,
-    'result': result,
-    'verdict': _verdict(result),
+    'complete': bool(summary.get('complete')),
+    'step': step,
+    'num_steps': (config.get('training') or {}).get('num_steps'),
     'origin': _origin(environment, records),
-    'note': _note(config, summary, validation),
-    'tiles': _tiles(result),
+    'tiles': _tiles(step, config, summary, train, validation),
     'loss_chart': _loss_chart(train, validation),
     'charts': _small_charts(train),
     'task_charts': _task_charts(records),
@@ -70,63 +70,9 @@ def _describe(path: pathlib.Path) -> dict[str, Any]:
     'speed': _speed(train, environment),
     'goodput': _goodput([*records, summary.get('goodput') or {}]),
     'data': _data(data),
-    'environment': list(_flatten(environment)),
-    'config': _sections(config),
+    'files': {name: json.dumps(content, indent=2, ensure_ascii=False) for name, content in (
+      ('config.json', config), ('environment.json', environment)) if content},
   }
-
-
-def _result(
-  config: Record, summary: Record, train: Sequence[Record], validation: Sequence[Record]
-) -> dict[str, Any]:
-  """Return how far the run came and how good it is; None where that is not known."""
-  training, data = config.get('training') or {}, config.get('data') or {}
-  step = summary.get('step') or max((r['step'] for r in train), default=0)
-  tokens_per_step = training.get('batch_size', 0) * data.get('context_length', 0)
-  scores = dict(summary.get('validation') or {})
-  if not scores and validation:
-    scores = {key.partition('/')[2]: value for key, value in validation[-1].items()}
-  return {
-    'complete': bool(summary.get('complete')),
-    'step': step,
-    'num_steps': training.get('num_steps'),
-    'tokens': summary.get('train_tokens') or step * tokens_per_step or None,
-    'parameters': summary.get('parameters'),
-    'seconds': summary.get('seconds') or _last(train, 'train/elapsed_seconds'),
-    'tokens_per_second': _median(train, 'train/tokens_per_second'),
-    'train_loss': _last(train, 'train/loss'),
-    'loss': scores.get('loss'),
-    'loss_step': ((summary.get('best_step') or step) if summary.get('validation') or not validation
-                  else validation[-1]['step']),
-    'perplexity': scores.get('perplexity'),
-    'bits_per_byte': scores.get('bits_per_byte'),
-    'accuracy': scores.get('accuracy'),
-  }
-
-
-def _verdict(result: Record) -> str:
-  """Say in a few words how far the run came and how good it is."""
-  if not result['step']:
-    return 'No metrics have been written yet.'
-  text = f'{result["step"]:,}'
-  if result['num_steps'] and not result['complete']:
-    text += f' of {result["num_steps"]:,}'
-  text += ' steps'
-  if result['tokens']:
-    text += f' over {result["tokens"]:,} tokens'
-  if result['seconds']:
-    text += f' in {format_duration(result["seconds"])}'
-  if result['tokens_per_second']:
-    text += f', {result["tokens_per_second"]:,.0f} tokens per second'
-  if result['loss'] is None:
-    return text + '. No held-out score yet.'
-  text += f'. Held-out loss {tables.number(result["loss"])} nats per token'
-  if result['loss_step'] != result['step']:
-    text += f' at step {result["loss_step"]:,}'
-  if result['perplexity'] is not None:
-    text += f', perplexity {tables.number(result["perplexity"])}'
-  if result['bits_per_byte'] is not None:
-    text += f', {tables.number(result["bits_per_byte"])} bits per byte'
-  return text + '.'
 
 
 def _known(rows: Sequence[tuple[str, Any, Callable[[Any], str]]]) -> Rows:
@@ -146,36 +92,28 @@ def _origin(environment: Record, records: Sequence[Record]) -> Rows:
                  ('device', f'{count} x {kind}' if kind and count else kind, str)])
 
 
-def _note(config: Record, summary: Record, validation: Sequence[Record]) -> str:
-  """Say why the curve of the held-out loss ends at another value than the figure."""
-  final = (summary.get('validation') or {}).get('loss')
-  curve = validation[-1]['validation/loss'] if validation else None
-  if final is None or curve is None or tables.number(final) == tables.number(curve):
-    return ''
-  batches = (config.get('evaluation') or {}).get('max_batches')
-  text = f'The curve of the held-out loss ends at {tables.number(curve)}'
-  if batches:
-    text += f', which is of a sample of {batches:,} batches, drawn while the run lasted'
-  text += f'; {tables.number(final)} is of all held-out records'
-  best = summary.get('best_step')
-  return text + (f', with the weights of step {best:,}, the best.' if best else ', at the end.')
-
-
-def _tiles(result: Record) -> Rows:
-  """Return the headline figures."""
-  rows: list[tuple[str, Any, Callable[[Any], str]]] = [
-    ('held-out loss', result['loss'], tables.number),
-    ('perplexity', result['perplexity'], tables.number),
-    ('bits per byte', result['bits_per_byte'], tables.number),
-    ('held-out accuracy', result['accuracy'], lambda value: f'{100 * value:.1f} %'),
-    ('parameters', result['parameters'], charts.compact),
-    ('training tokens', result['tokens'], charts.compact),
-    ('tokens per second', result['tokens_per_second'], '{:,.0f}'.format),
-    ('time', result['seconds'], format_duration),
-  ]
-  if result['loss'] is None:
-    rows.insert(0, ('training loss', result['train_loss'], tables.number))
-  return _known(rows)
+def _tiles(
+  step: int, config: Record, summary: Record, train: Sequence[Record], validation: Sequence[Record]
+) -> Rows:
+  """Return the headline figures, as far as they are known."""
+  training, data = config.get('training') or {}, config.get('data') or {}
+  tokens = step * training.get('batch_size', 0) * data.get('context_length', 0)
+  scores, scored_step = dict(summary.get('validation') or {}), summary.get('best_step') or step
+  if not scores and validation:
+    scored_step = validation[-1]['step']
+    scores = {key.partition('/')[2]: value for key, value in validation[-1].items()}
+  at_step = f' at step {scored_step:,}' if scored_step != step else ''
+  return _known([
+    ('training loss', None if scores.get('loss') else _last(train, 'train/loss'), tables.number),
+    ('held-out loss' + at_step, scores.get('loss'), tables.number),
+    ('perplexity', scores.get('perplexity'), tables.number),
+    ('bits per byte', scores.get('bits_per_byte'), tables.number),
+    ('held-out accuracy', scores.get('accuracy'), lambda value: f'{100 * value:.1f} %'),
+    ('parameters', summary.get('parameters'), charts.compact),
+    ('training tokens', summary.get('train_tokens') or tokens or None, charts.compact),
+    ('tokens per second', _median(train, 'train/tokens_per_second'), '{:,.0f}'.format),
+    ('time', summary.get('seconds') or _last(train, 'train/elapsed_seconds'), format_duration),
+  ])
 
 
 def _loss_chart(train: Sequence[Record], validation: Sequence[Record]) -> dict[str, Any] | None:
@@ -252,25 +190,6 @@ def _data(manifest: Record) -> list[tuple[str, ...]]:
     row = [f'{count:,}' if isinstance(count, int) else 'unknown' for count in counts]
     table.append((key.replace('_', ' '), *row))
   return table
-
-
-def _sections(config: Record) -> list[tuple[str, Rows]]:
-  """Return (section, rows) with the plain fields of the run first."""
-  run = {key: value for key, value in config.items() if not isinstance(value, dict)}
-  sections = {'run': run} | {key: v for key, v in config.items() if isinstance(v, dict)}
-  return [(name, list(_flatten(fields))) for name, fields in sections.items() if fields]
-
-
-def _flatten(value: Any, path: str = '') -> Iterator[tuple[str, str]]:
-  """Yield (dotted path, text) of every leaf; lists of plain values stay on one line."""
-  if isinstance(value, dict) and (value or not path):
-    for key, child in value.items():
-      yield from _flatten(child, f'{path}.{key}' if path else str(key))
-  elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
-    for index, child in enumerate(value):
-      yield from _flatten(child, f'{path}.{index}')
-  else:
-    yield path, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _last(records: Sequence[Record], name: str) -> float | None:

@@ -35,7 +35,7 @@ def test_places_follow_the_values():
 def test_logarithmic_where_asked_and_where_it_helps():
   wide = charts.chart('Loss', [line([10.0, 1.0, 3.1622776])], '{:g}'.format, log=True)
   assert wide['lines'][0]['path'].endswith('L1000.0 500.0')
-  assert labels(wide['y_ticks']) == ['1', '2', '3', '5', '10']
+  assert labels(wide['y_ticks']) == ['1', '2', '3', '6', '10']
   narrow = charts.chart('Loss', [line([3.0, 2.0])], '{:g}'.format, log=True)
   assert narrow['y_ticks'][0] == {'label': '2', 'place': 100}
   negative = charts.chart('Loss', [line([-1.0, 9.0])], '{:g}'.format, log=True)
