@@ -1,23 +1,12 @@
 """Published models as configs, `PRESETS['gpt2_124m']`, and how they are stored, `HUGGINGFACE`."""
 
 from jaxllm.models.config import DecoderConfig
-from jaxllm.models.families import (
-  gemma,
-  gpt2,
-  gpt3,
-  llama,
-  mistral,
-  neox,
-  olmo,
-  phi,
-  qwen,
-  smollm,
-)
+from jaxllm.models.families import gemma, gpt2, llama, mistral, neox, olmo, phi, qwen, smollm
 from jaxllm.models.families.huggingface import Format
 
 FAMILIES: dict[str, dict[str, DecoderConfig]] = {
   family.__name__.rpartition('.')[2]: family.PRESETS
-  for family in (gpt2, gpt3, llama, smollm, mistral, qwen, gemma, phi, olmo, neox)
+  for family in (gpt2, llama, smollm, mistral, qwen, gemma, phi, olmo, neox)
 }
 
 PRESETS: dict[str, DecoderConfig] = {

@@ -1,9 +1,14 @@
-"""GPT-2: learned positions, LayerNorm, biases everywhere, tanh GELU, tied head.
+"""GPT-2 and GPT-3: learned positions, LayerNorm, biases everywhere, tanh GELU, tied head.
 
 Reference:
   Radford et al., "Language Models are Unsupervised Multitask Learners", 2019. The sizes are those
   of the released weights (the paper's counts are wrong, as its authors note). Dropout is 0 here;
   the original trained with 0.1.
+  Brown et al., "Language Models are Few-Shot Learners", arXiv 2005.14165, Table 2.1. The paper
+  alternates dense and locally banded sparse attention, whose pattern is not published; all layers
+  are dense here, which changes no parameter. Two of its rows contradict themselves (heads x
+  head_dim is not the width): 1.3B has 16 heads of 128 here instead of 24, and 13B the width 5,120
+  instead of 5,140; both then meet the published counts.
 """
 
 from typing import Any
@@ -20,17 +25,26 @@ _SMALL = DecoderConfig(
 )
 
 
-def preset(embed_dim: int, num_layers: int, num_heads: int, **fields: Any) -> DecoderConfig:
-  """Return GPT-2 of another size."""
+def _sized(embed_dim: int, num_layers: int, num_heads: int, **fields: Any) -> DecoderConfig:
   return _SMALL.replace(embed_dim=embed_dim, num_layers=num_layers, num_heads=num_heads,
                         mlp_dim=4 * embed_dim, **fields)
 
 
 PRESETS = {
   'gpt2_124m': _SMALL,
-  'gpt2_355m': preset(1024, 24, 16),
-  'gpt2_774m': preset(1280, 36, 20),
-  'gpt2_1.5b': preset(1600, 48, 25),
+  'gpt2_355m': _sized(1024, 24, 16),
+  'gpt2_774m': _sized(1280, 36, 20),
+  'gpt2_1.5b': _sized(1600, 48, 25),
+  **{f'gpt3_{name}': _sized(*size, max_length=2048) for name, size in {
+    '125m': (768, 12, 12),
+    '350m': (1024, 24, 16),
+    '760m': (1536, 24, 16),
+    '1.3b': (2048, 24, 16),
+    '2.7b': (2560, 32, 32),
+    '6.7b': (4096, 32, 32),
+    '13b': (5120, 40, 40),
+    '175b': (12288, 96, 96),
+  }.items()},
 }
 
 _SIZES = {'vocab_size': 'vocab_size', 'embed_dim': 'n_embd', 'num_layers': 'n_layer',
