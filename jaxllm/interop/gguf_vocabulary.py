@@ -178,15 +178,15 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str, 
   if len(set(pieces)) != len(pieces):
     twice = next(piece for piece in pieces if pieces.count(piece) > 1)
     raise ValueError(f'{_KEY}tokens: {twice!r} stands twice, with spaces and with their sign')
-  model = sentencepiece_model.Model(
-    pieces, _list(metadata, 'scores', len(tokens), 0.0), kinds,
-    byte_fallback=sentencepiece_model.BYTE in kinds,
-    dummy_prefix=bool(metadata.get(_KEY + 'add_space_prefix', True)),
-    bos_id=ids.get('bos_token_id', -1), eos_id=ids.get('eos_token_id', -1),
-    pad_id=ids.get('pad_token_id', -1),
-    unk_id=kinds.index(UNKNOWN) if UNKNOWN in kinds else ids.get('unk_token_id', 0),
-  )
-  return {'tokenizer.model': sentencepiece_model.build(model)}
+  ids.setdefault('unk_token_id', 0)
+  if UNKNOWN in kinds:
+    ids['unk_token_id'] = kinds.index(UNKNOWN)
+  content = sentencepiece_model.build(
+    zip(pieces, _list(metadata, 'scores', len(tokens), 0.0), kinds, strict=True),
+    {'algorithm': sentencepiece_model.BPE, 'byte_fallback': sentencepiece_model.BYTE in kinds,
+     **{f'{name}_id': ids.get(f'{name}_token_id', -1) for name in ('unk', 'bos', 'eos', 'pad')}},
+    {'dummy_prefix': bool(metadata.get(_KEY + 'add_space_prefix', True)), 'squeeze': False})
+  return {'tokenizer.model': content}
 
 
 def _byte_level(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str, bytes]:

@@ -22,7 +22,6 @@ import numpy as np
 
 from jaxllm import storage
 from jaxllm.adapters import lora as lora_lib
-from jaxllm.adapters.lora import LoraConfig
 from jaxllm.checkpoints import tree
 from jaxllm.interop import tensorfile, weights
 from jaxllm.models import decoder
@@ -50,35 +49,24 @@ _WHOLE = 'whole'
 Matrices = dict[str, dict[str, np.ndarray]]
 
 
-def load(
-  directory: str | os.PathLike[str], form: Format, config: DecoderConfig
-) -> tuple[dict[str, Any], LoraConfig]:
-  """Read an adapter directory that PEFT wrote.
-
-  Args:
-    directory: holds adapter_config.json and adapter_model.safetensors.
-    form: how the base model's family stores its weights.
-
-  Returns:
-    The `lora` collection, and a config with its rank, alpha, dropout and targets. Layers without an
-    adapter have zeros; where ranks differ, the smaller ones are filled up with zeros.
-
-  Raises:
-    ValueError: the files are missing or damaged, or use something that has no counterpart here.
-  """
-  return _collect(*_read(pathlib.Path(directory)), form, config)
-
-
 def merge(
   directory: str | os.PathLike[str], form: Format, config: DecoderConfig, params: Mapping[str, Any]
 ) -> tuple[DecoderConfig, dict[str, Any]]:
   """Return the config and the parameters of a base model with the adapters of a directory in them.
 
-  Unlike `load` it also reads adapters to the embedding, and whole matrices for embedding and head.
-  Where these two are one array and only one of them changes, they become two, as in PEFT.
-  Arguments and errors as in `load`; `params` are those of the base model.
+  Of embedding and head it also reads whole matrices. Where these two are one array and only one of
+  them changes, they become two, as in PEFT.
+
+  Args:
+    directory: holds adapter_config.json and adapter_model.safetensors, as PEFT wrote them.
+    form: how the base model's family stores its weights.
+    config: of the base model.
+    params: of the base model.
+
+  Raises:
+    ValueError: the files are missing or damaged, or use something that has no counterpart here.
   """
-  keys, matrices = _read(pathlib.Path(directory))
+  keys, matrices = read(pathlib.Path(directory))
   params = dict(params)
   changed = {path: name for path in ('embed/embedding', 'head/kernel')
              if (name := _find(form, form.names[path], matrices)) is not None}
@@ -109,7 +97,7 @@ def merge(
     params[part] = {**params[part], leaf: table}
   if not matrices:
     return config, params
-  return config, lora_lib.merge(params, _collect(keys, matrices, form, config)[0])
+  return config, lora_lib.merge(params, collect(keys, matrices, form, config))
 
 
 def base_model(directory: str | os.PathLike[str]) -> tuple[str, str | None] | None:
@@ -169,9 +157,10 @@ def save(
   storage.write_file(directory / CONFIG_FILE, json.dumps(keys, indent=2) + '\n')
 
 
-def _collect(
+def collect(
   keys: Mapping[str, Any], matrices: Matrices, form: Format, config: DecoderConfig
-) -> tuple[dict[str, Any], LoraConfig]:
+) -> dict[str, Any]:
+  """Return the `lora` collection of what `read` returns; zeros where a layer has no adapter."""
   form = dataclasses.replace(form, kernels='out_in')
   shapes = weights.parameter_shapes(config)
   layers: dict[str, dict[int, tuple[np.ndarray, np.ndarray, float]]] = {}
@@ -196,12 +185,8 @@ def _collect(
                      f'{", ".join(sorted(matrices))}')
   abstract, _ = decoder.abstract(config)
   kernels = dict(lora_lib.kernels_of(abstract['params']))
-  lora = tree.nest({path: _stack(path, kernels[path].shape, found)
-                        for path, found in layers.items()})
-  return lora, LoraConfig(
-    rank=int(keys['r']), alpha=float(keys['lora_alpha']), targets=tuple(map(re.escape, layers)),
-    dropout_rate=float(keys.get('lora_dropout') or 0.0),
-  )
+  return tree.nest({path: _stack(path, kernels[path].shape, found)
+                    for path, found in layers.items()})
 
 
 def _find(form: Format, tensor: str, matrices: Matrices) -> str | None:
@@ -254,8 +239,8 @@ def _join(
   return a_RI, weights.join(form, slot, parts)
 
 
-def _read(directory: pathlib.Path) -> tuple[dict[str, Any], Matrices]:
-  """Return the config and the weights of a directory."""
+def read(directory: pathlib.Path) -> tuple[dict[str, Any], Matrices]:
+  """Return the config and the weights of an adapter directory, by module."""
   keys = _read_config(directory / CONFIG_FILE)
   matrices = _read_weights(directory / WEIGHTS_FILE)
   for saved in keys.get('modules_to_save') or []:

@@ -8,9 +8,8 @@ Reference:
   sentencepiece_model.proto in github.com/google/sentencepiece.
 """
 
-import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
@@ -36,84 +35,49 @@ _MESSAGES: dict[str, dict[str, tuple[int, str, str]]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Model:
-  """A model file.
-
-  Attributes:
-    pieces: the text of each id.
-    scores: log-probability, or for BPE minus the rank.
-    kinds: NORMAL, CONTROL, ...
-    algorithm: UNIGRAM, BPE or CHAR.
-    charsmap: precompiled normalisation, empty where there is none.
-    byte_fallback: whether unknown characters are given by their bytes.
-    dummy_prefix: whether a space is put before every text.
-    squeeze: whether extra spaces are removed.
-    bos_id: -1 where there is none, like the next two.
-    eos_id: ends a text.
-    pad_id: padding.
-    unk_id: stands for an unknown piece.
-  """
-
-  pieces: Sequence[str]
-  scores: Sequence[float]
-  kinds: Sequence[int]
-  algorithm: int = BPE
-  charsmap: bytes = b''
-  byte_fallback: bool = True
-  dummy_prefix: bool = True
-  squeeze: bool = False
-  bos_id: int = 1
-  eos_id: int = 2
-  pad_id: int = -1
-  unk_id: int = 0
-
-  def of_kind(self, *kinds: int) -> list[str]:
-    """Return the pieces of these kinds."""
-    return [piece for piece, kind in zip(self.pieces, self.kinds, strict=True) if kind in kinds]
-
-
-# Fields of `Model` by the message that holds them.
-_TRAINER = ('algorithm', 'byte_fallback', 'unk_id', 'bos_id', 'eos_id', 'pad_id')
-_NORMALIZER = ('charsmap', 'dummy_prefix', 'squeeze')
-
-
-def parse(content: bytes) -> Model:
-  """Read a model file; refuse a damaged one."""
-  file = _file_class()()
+def parse(content: bytes) -> Any:
+  """Return the message of a model file; refuse a damaged one."""
+  model = _file_class()()
   try:
-    file.ParseFromString(content)
-    pieces = [entry.piece.decode('utf-8') for entry in file.pieces]
-    if not all(entry.HasField('piece') for entry in file.pieces):
+    model.ParseFromString(content)
+    if not all(entry.HasField('piece') for entry in model.pieces):
       raise ValueError('a piece has no text')
+    texts(model)
   except (message.DecodeError, ValueError) as error:
     raise ValueError(f'tokenizer.model: not a SentencePiece model: {error!r}') from None
-  return Model(
-    pieces, [entry.score for entry in file.pieces], [entry.kind for entry in file.pieces],
-    **{name: getattr(file.trainer, name) for name in _TRAINER},
-    **{name: getattr(file.normalizer, name) for name in _NORMALIZER})
+  return model
 
 
-def build(model: Model) -> bytes:
-  """Write a model file that SentencePiece encodes with as `model` says."""
-  file = _file_class()()
-  for piece, score, kind in zip(model.pieces, model.scores, model.kinds, strict=True):
-    file.pieces.add(piece=piece.encode(), score=score, kind=kind)
-  for name in _TRAINER:
-    setattr(file.trainer, name, getattr(model, name))
-  for name in _NORMALIZER:
-    setattr(file.normalizer, name, getattr(model, name))
+def texts(model: Any, *kinds: int) -> list[str]:
+  """Return the pieces of these kinds, of all where none is given."""
+  return [entry.piece.decode() for entry in model.pieces if not kinds or entry.kind in kinds]
+
+
+def build(
+  pieces: Iterable[tuple[str, float, int]], trainer: Mapping[str, Any],
+  normalizer: Mapping[str, Any],
+) -> bytes:
+  """Write a model file.
+
+  Args:
+    pieces: text, score and kind of each id; the score is a log-probability, or for BPE minus the
+      rank.
+    trainer: fields of the message 'Trainer'; ids of special pieces are -1 where there is none.
+    normalizer: fields of the message 'Normalizer'.
+  """
+  model = _file_class()()
+  for piece, score, kind in pieces:
+    model.pieces.add(piece=piece.encode(), score=score, kind=kind)
+  model.trainer.MergeFrom(type(model.trainer)(vocab_size=len(model.pieces), **trainer))
+  model.normalizer.MergeFrom(type(model.normalizer)(name=b'identity', escape=True, **normalizer))
   for name in ('unk', 'bos', 'eos', 'pad'):
-    if (i := getattr(model, f'{name}_id')) >= 0:
-      setattr(file.trainer, f'{name}_piece', model.pieces[i].encode())
-  file.trainer.vocab_size, file.normalizer.name, file.normalizer.escape = (
-    len(model.pieces), b'identity', True)
-  return file.SerializeToString()
+    if (i := getattr(model.trainer, f'{name}_id')) >= 0:
+      setattr(model.trainer, f'{name}_piece', model.pieces[i].piece)
+  return model.SerializeToString()
 
 
 @functools.cache
 def _file_class() -> Any:
-  """Return the class of a whole file."""
   file = descriptor_pb2.FileDescriptorProto(name='jaxllm.proto', package='jaxllm', syntax='proto2')
   kinds = descriptor_pb2.FieldDescriptorProto
   for message_name, fields in _MESSAGES.items():

@@ -4,7 +4,6 @@ A `tokenizer.json` is passed on; of SentencePiece models, GPT-2 vocabularies and
 and checked to give the same ids as the original.
 """
 
-import dataclasses
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +14,7 @@ from jaxllm.data.tokenizer_kinds import MARK
 from jaxllm.data.tokenizer_settings import CHAT, CONFIG, GENERATION
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.interop import sentencepiece_model
+from jaxllm.interop.sentencepiece_model import texts
 from jaxllm.models.config import DecoderConfig
 
 Files = Mapping[str, bytes]
@@ -118,15 +118,14 @@ def from_sentencepiece(
   import tokenizers as library
 
   model = sentencepiece_model.parse(content)
-  renamed = renamed or {}
-  model = dataclasses.replace(
-    model, pieces=[renamed.get(i, piece) for i, piece in enumerate(model.pieces)])
+  for i, text in (renamed or {}).items():
+    model.pieces[i].piece = text.encode()
   made = library.Tokenizer(_inner(model))
-  prefix = prefix if model.dummy_prefix else 'never'
+  prefix = prefix if model.normalizer.dummy_prefix else 'never'
   normalizers: list[Any] = []
-  if model.charsmap:
-    normalizers.append(library.normalizers.Precompiled(model.charsmap))
-  if model.squeeze:
+  if model.normalizer.charsmap:
+    normalizers.append(library.normalizers.Precompiled(model.normalizer.charsmap))
+  if model.normalizer.squeeze:
     normalizers += [library.normalizers.Replace(library.Regex(r'\A +| +\z'), ''),
                     library.normalizers.Replace(library.Regex(' {2,}'), ' ')]
   if prefix == 'sentencepiece':
@@ -136,10 +135,10 @@ def from_sentencepiece(
   cuts: list[Any] = []
   if prefix in ('always', 'first'):
     cuts.append(library.pre_tokenizers.Metaspace(MARK, prepend_scheme=prefix, split=False))
-  words = model.of_kind(sentencepiece_model.USER_DEFINED)
-  if words and model.algorithm != sentencepiece_model.UNIGRAM:
+  words = texts(model, sentencepiece_model.USER_DEFINED)
+  if words and model.trainer.algorithm != sentencepiece_model.UNIGRAM:
     # A stretch between two of them that spells a piece which no text gives is kept from it.
-    never = _any_of([piece[:-1] for piece in model.of_kind(*_NEVER)])
+    never = _any_of([piece[:-1] for piece in texts(model, *_NEVER)])
     patterns = (_any_of([word for word in words if ' ' not in word]), rf'\A(?:{never})(?=.\z)')
     cuts += [library.pre_tokenizers.Split(library.Regex(pattern), 'isolated')
              for pattern in patterns]
@@ -150,26 +149,27 @@ def from_sentencepiece(
   if prefix != 'never':
     decoders.append(library.decoders.Strip(' ', 1, 0))
   made.decoder = library.decoders.Sequence(decoders)
-  made.add_special_tokens(model.of_kind(sentencepiece_model.CONTROL, sentencepiece_model.UNKNOWN))
+  made.add_special_tokens(texts(model, sentencepiece_model.CONTROL, sentencepiece_model.UNKNOWN))
   return made.to_str().encode()
 
 
-def _inner(model: sentencepiece_model.Model) -> Any:
+def _inner(model: Any) -> Any:
   """Return the model of the tokenizers library that has the pieces of SentencePiece's."""
   import tokenizers as library
 
-  if model.algorithm == sentencepiece_model.UNIGRAM:
+  pieces, trainer = texts(model), model.trainer
+  if trainer.algorithm == sentencepiece_model.UNIGRAM:
     # A text that spells '<s>' must not give that piece. SentencePiece scores with -0.1 what always
     # is a piece.
     fixed = {sentencepiece_model.USER_DEFINED: -0.1} | dict.fromkeys(_NEVER, -1e4)
-    scored = [(piece, fixed.get(kind, score)) for piece, score, kind in zip(
-      model.pieces, model.scores, model.kinds, strict=True)]
-    return library.models.Unigram(scored, model.unk_id, model.byte_fallback)
-  vocab = {piece: i for i, piece in enumerate(model.pieces)}
+    scored = [(piece, fixed.get(entry.kind, entry.score))
+              for piece, entry in zip(pieces, model.pieces, strict=True)]
+    return library.models.Unigram(scored, trainer.unk_id, trainer.byte_fallback)
+  vocab = {piece: i for i, piece in enumerate(pieces)}
   return library.models.BPE(
-    vocab, _merges(model, vocab), unk_token=model.pieces[model.unk_id], fuse_unk=True,
-    byte_fallback=model.byte_fallback,
-    ignore_merges=sentencepiece_model.USER_DEFINED in model.kinds)
+    vocab, _merges(model, vocab), unk_token=pieces[trainer.unk_id], fuse_unk=True,
+    byte_fallback=trainer.byte_fallback,
+    ignore_merges=bool(texts(model, sentencepiece_model.USER_DEFINED)))
 
 
 def byte_level_bpe(
@@ -217,12 +217,12 @@ def _any_of(texts: Sequence[str]) -> str:
   return '|'.join(re.escape(text) for text in sorted(texts, key=len, reverse=True))
 
 
-def _merges(model: sentencepiece_model.Model, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
+def _merges(model: Any, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
   """Return the merges of a BPE model: every pair of pieces that makes a piece, best piece first."""
-  normal = set(model.of_kind(sentencepiece_model.NORMAL))
+  normal = set(texts(model, sentencepiece_model.NORMAL))
   found = [
-    (-score, vocab[first], vocab[second], first, second)
-    for piece, score in zip(model.pieces, model.scores, strict=True) if piece in normal
+    (-entry.score, vocab[first], vocab[second], first, second)
+    for entry in model.pieces if (piece := entry.piece.decode()) in normal
     for cut in range(1, len(piece))
     if (first := piece[:cut]) in normal and (second := piece[cut:]) in normal]
   return [(first, second) for *_, first, second in sorted(found)]
@@ -235,9 +235,9 @@ def check_equal(original: Tokenizer, content: bytes) -> None:
     model = sentencepiece_model.parse(original.files()['tokenizer.model'])
     # Pieces that text always or never gives.
     kinds = [sentencepiece_model.USER_DEFINED]
-    if model.algorithm != sentencepiece_model.UNIGRAM:
+    if model.trainer.algorithm != sentencepiece_model.UNIGRAM:
       kinds += [sentencepiece_model.CONTROL, sentencepiece_model.BYTE]
-    words = [piece.replace(MARK, ' ') for piece in model.of_kind(*kinds)]
+    words = [piece.replace(MARK, ' ') for piece in texts(model, *kinds)]
   # Alone, within text, beside spaces and beside each other.
   around = [form.format(piece, other) for piece, other in zip(
     words, [*words[1:], *words[:1]], strict=True)

@@ -225,16 +225,17 @@ def _from_sentencepiece(
   """
   original = tokenizers.from_files({'tokenizer.model': files['tokenizer.model']})
   model = sentencepiece_model.parse(files['tokenizer.model'])
-  vocab = {piece: i for i, piece in enumerate(model.pieces)}
+  pieces = sentencepiece_model.texts(model)
+  vocab = {piece: i for i, piece in enumerate(pieces)}
   own: dict[str, Any] = {'add_bos_token': True} | {
-    f'{name}_token': model.pieces[i] for name, i in (
-      ('bos', model.bos_id), ('eos', model.eos_id), ('unk', model.unk_id)) if i >= 0}
+    f'{name}_token': pieces[i] for name in ('bos', 'eos', 'unk')
+    if (i := getattr(model.trainer, f'{name}_id')) >= 0}
   named = _numbered(files, own | settings, vocab, vocab_size)
   added = tokenizer_settings.listed(files, named)
   beyond = {i: token.content for i, token in added.items() if token.content not in vocab}
   prefix = _prefix(settings, model_type)
   if not beyond and all(named[name] == token for name, token in own.items()) and (
-      prefix == 'sentencepiece' or not model.dummy_prefix):
+      prefix == 'sentencepiece' or not model.normalizer.dummy_prefix):
     return files
   try:
     tokenizer_export.check_equal(

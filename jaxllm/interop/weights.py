@@ -1,8 +1,8 @@
 """From stored tensors to variables on devices, and back: checked first, then read one by one.
 
 A `Source` is a model on disk whose names, shapes and sizes fit together; nothing of it is allocated
-yet. `load` looks for NaN and puts every parameter straight into its sharding: each
-device's part is cut from the mapped files, so that a model larger than one host's memory loads.
+yet. `load` puts every parameter straight into its sharding and looks for NaN there: each device's
+part is cut from the mapped files, so that a model larger than one host's memory loads.
 
 One table says which stored tensor holds which parameters, and how. The `Format` of a family names
 the tensors; `slots` lists those of a config, `match` finds them in a file, `split` cuts a
@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -267,10 +268,6 @@ def load(
   Raises:
     ValueError: a tensor has NaN or infinite numbers, or the mesh does not divide a dimension.
   """
-  for tensor in source.tensors.values():
-    if not tensorfile.is_finite(tensor.array()):
-      raise ValueError(f'{source.path}: {tensor.name} holds NaN or infinite numbers; the file is '
-                       'damaged, or the training it comes from has diverged')
   shapes, axes = (each['params'] for each in decoder.abstract(source.config))
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   places = (placement.shardings(axes, shapes) if placement
@@ -280,13 +277,24 @@ def load(
   def read(target: str, shape: tuple[int, ...], where: jax.sharding.Sharding) -> jax.Array:
     slots = [slot for slot in source.slots if target in slot.targets]
     kind = _dtype(source, slots, dtype)
-    return jax.make_array_from_callback(
+    leaf = jax.make_array_from_callback(
       shape, where, _reader(source, slots, target, shape, unpadded, kind))
+    if not _is_finite(leaf):
+      stored = [source.tensors[slot.name] for slot in slots]
+      name = next((one.name for one in stored if not np.isfinite(one.array()).all()), target)
+      raise ValueError(f'{source.path}: {name} holds NaN or infinite numbers; the file is damaged, '
+                       'or the training it comes from has diverged')
+    return leaf
 
   flat = tree.flatten(places)
   return {'params': tree.nest({
     target: read(target, leaf.shape, flat[target])
     for target, leaf in tree.flatten(shapes).items()})}
+
+
+@jax.jit
+def _is_finite(leaf: jax.Array) -> jax.Array:
+  return jnp.isfinite(leaf).all()
 
 
 def cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:

@@ -39,6 +39,10 @@ def _random(config, lora_config=LORA, seed=0):
     adapters)
 
 
+def _load(directory, kind='llama'):
+  return peft.collect(*peft.read(directory), HUGGINGFACE[kind], MODELS[kind])
+
+
 def _deltas(adapters):
   return {path: np.asarray(lora_lib.delta(adapter))
           for path, adapter in lora_lib.adapters(adapters)}
@@ -54,11 +58,7 @@ def _assert_same(ours, theirs):
 def test_written_and_read_back(kind, tmp_path):
   adapters = _random(MODELS[kind])
   peft.save(tmp_path, adapters, HUGGINGFACE[kind], MODELS[kind])
-  found, config = peft.load(tmp_path, HUGGINGFACE[kind], MODELS[kind])
-  _assert_same(_deltas(found), _deltas(adapters))
-  shapes, _ = decoder.abstract(MODELS[kind])
-  again = lora_lib.init(config.replace(rank=3), shapes['params'], jax.random.key(0))
-  assert dict(lora_lib.adapters(again)).keys() == dict(lora_lib.adapters(found)).keys()
+  _assert_same(_deltas(_load(tmp_path, kind)), _deltas(adapters))
   assert sorted(path.name for path in tmp_path.iterdir()) == [
     'adapter_config.json', 'adapter_model.safetensors']
 
@@ -67,7 +67,7 @@ def test_a_head_with_padded_vocabulary(tmp_path):
   adapters = _random(MODEL, LORA.replace(targets=('head', 'layers/mlp/up')))
   adapters['head']['b'] = adapters['head']['b'].at[:, 30:].set(0)
   peft.save(tmp_path, adapters, HUGGINGFACE['llama'], MODEL)
-  _assert_same(_deltas(peft.load(tmp_path, HUGGINGFACE['llama'], MODEL)[0]), _deltas(adapters))
+  _assert_same(_deltas(_load(tmp_path)), _deltas(adapters))
 
 
 def test_names_as_peft_spells_them(tmp_path):
@@ -117,7 +117,7 @@ def test_what_has_no_counterpart_is_refused(changes, message, tmp_path):
   peft.save(tmp_path, _random(MODEL), HUGGINGFACE['llama'], MODEL)
   _edit(tmp_path, **changes)
   with pytest.raises(ValueError, match=message):
-    peft.load(tmp_path, HUGGINGFACE['llama'], MODEL)
+    _load(tmp_path)
 
 
 @pytest.mark.parametrize('kind', [
@@ -126,7 +126,7 @@ def test_a_beginning_that_changes_the_base_is_refused(kind, tmp_path):
   peft.save(tmp_path, _random(MODEL), HUGGINGFACE['llama'], MODEL)
   _edit(tmp_path, init_lora_weights=kind)
   with pytest.raises(ValueError, match=f"'{kind}' changes the base .*weight_conversion=INITIAL"):
-    peft.load(tmp_path, HUGGINGFACE['llama'], MODEL)
+    _load(tmp_path)
 
 
 @pytest.mark.parametrize('changes', [
@@ -138,7 +138,7 @@ def test_what_the_weights_say_anyway_is_read_past(changes, tmp_path):
   adapters = _random(MODEL)
   peft.save(tmp_path, adapters, HUGGINGFACE['llama'], MODEL)
   _edit(tmp_path, **changes)
-  _assert_same(_deltas(peft.load(tmp_path, HUGGINGFACE['llama'], MODEL)[0]), _deltas(adapters))
+  _assert_same(_deltas(_load(tmp_path)), _deltas(adapters))
 
 
 def _merged(directory, arrays, config=MODEL, **changes):
@@ -206,7 +206,7 @@ def test_another_vocabulary_is_refused(tmp_path):
 def test_scale_of_rank_stabilised_adapters(tmp_path):
   peft.save(tmp_path, _random(MODEL), HUGGINGFACE['llama'], MODEL)
   _edit(tmp_path, use_rslora=True, lora_alpha=5)
-  found, _ = peft.load(tmp_path, HUGGINGFACE['llama'], MODEL)
+  found = _load(tmp_path)
   np.testing.assert_allclose(found['layers']['mlp']['up']['scale'], 5 / 3**0.5, rtol=1e-6)
 
 
@@ -233,7 +233,7 @@ def test_weights_that_do_not_fit_are_named(arrays, message, tmp_path):
   save_file({name: np.ones(shape, np.float32) for name, shape in arrays.items()},
             tmp_path / 'adapter_model.safetensors')
   with pytest.raises(ValueError, match=message):
-    peft.load(tmp_path, HUGGINGFACE['llama'], MODEL)
+    _load(tmp_path)
 
 
 def test_layers_without_an_adapter_have_none(tmp_path):
@@ -243,7 +243,7 @@ def test_layers_without_an_adapter_have_none(tmp_path):
   peft.save(tmp_path, adapters, HUGGINGFACE['llama'], MODEL)
   file = tmp_path / 'adapter_model.safetensors'
   save_file({k: v for k, v in load_file(file).items() if '.layers.1.' not in k}, file)
-  found = _deltas(peft.load(tmp_path, HUGGINGFACE['llama'], MODEL)[0])
+  found = _deltas(_load(tmp_path))
   for path, delta in _deltas(adapters).items():
     np.testing.assert_allclose(found[path][[0, 2]], delta[[0, 2]], rtol=1e-5, atol=1e-5)
     assert not found[path][1].any()
@@ -299,8 +299,7 @@ def test_peft_computes_the_same(kind, tmp_path):
   expected = their_logits(model)
   assert np.abs(expected - plain).max() > 1e-2
   form = HUGGINGFACE[kind]
-  adapters, found = peft.load(tmp_path / 'theirs', form, loaded.config)
-  assert found.rank == 4 and found.alpha == 12
+  adapters = peft.collect(*peft.read(tmp_path / 'theirs'), form, loaded.config)
   np.testing.assert_allclose(our_logits(adapters), expected, atol=1e-4)
 
   # From us to PEFT.

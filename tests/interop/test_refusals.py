@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import struct
 
 import jax
@@ -60,10 +61,10 @@ def rewrite_header(path, change):
   (b'GGUF' + bytes(100), 'GGUF'),
   (b'version https://git-lfs.github.com/spec/v1\n', 'Git LFS'),
   (b'', 'cut off'),
-  (bytes(8), 'the header'),
-  ((10**15).to_bytes(8, 'little') + b'{}', 'its header would have 10{15} bytes'),
-  ((200_000).to_bytes(8, 'little') + b'[' * 200_000, 'the header'),
-  ((2).to_bytes(8, 'little') + b'[]', 'not an object'),
+  (bytes(8), 'header'),
+  ((10**15).to_bytes(8, 'little') + b'{}', 'header too large'),
+  ((200_000).to_bytes(8, 'little') + b'[' * 200_000, 'header'),
+  ((2).to_bytes(8, 'little') + b'[]', 'no safetensors file'),
 ])
 def test_files_in_disguise(model, content, message):
   (model / 'model.safetensors').write_bytes(content)
@@ -112,21 +113,21 @@ def test_duplicate_tensors(model):
   (model / 'model.safetensors.index.json').write_text(json.dumps({'weight_map': index}))
   refused(model, "tensor 'model.norm.weight' is also in")
   (model / 'model.safetensors.index.json').unlink()
-  rewrite_header(model / 'model.safetensors', lambda text: text[:-1].rstrip('} ') + '},' + (
-    '"model.norm.weight":{"dtype":"F32","shape":[24],"data_offsets":[0,96]}}'))
+  entry = r'"model.norm.weight":{.*?}'
+  rewrite_header(model / 'model.safetensors', lambda text: re.sub(entry, r'\g<0>,\g<0>', text))
   refused(model, "'model.norm.weight' stands twice")
 
 
 @pytest.mark.parametrize(('old', 'new', 'message'), [
-  ('"shape":[24]', '"shape":[25]', 'takes 100 bytes, but data_offsets'),
-  ('"shape":[24]', '"shape":[-24]', 'shape'),
+  ('"shape":[24]', '"shape":[25]', 'invalid shape, data type, or offset'),
+  ('"shape":[24]', '"shape":[-24]', 'integer `-24`'),
   ('"shape":[24]', '"shape":[24,0]', 'shape'),
   ('"shape":[24]', '"shape":[1,1,1,1,1,1,1,1,24]', 'shape'),
-  ('"shape":[24]', '"shape":[true]', 'shape'),
-  ('"shape":[24]', '"shape":[4611686018427387904,24]', 'takes'),
-  ('"dtype":"F32"', '"dtype":"Q7"', "dtype 'Q7'"),
+  ('"shape":[24]', '"shape":[true]', 'boolean `true`'),
+  ('"shape":[24]', '"shape":[4611686018427387904,24]', 'overflow'),
+  ('"dtype":"F32"', '"dtype":"Q7"', 'unknown variant `Q7`'),
   ('"dtype":"F32","shape":[24]', '"dtype":"I32","shape":[24]', 'I32; F32, F16'),
-  ('"data_offsets"', '"offsets"', 'data_offsets are needed'),
+  ('"data_offsets"', '"offsets"', 'missing field `data_offsets`'),
 ])
 def test_headers_that_lie(model, old, new, message):
   def change(text):
@@ -140,7 +141,7 @@ def test_headers_that_lie(model, old, new, message):
 def test_ranges_that_overlap_or_leave_holes(model):
   path = model / 'model.safetensors'
   rewrite_header(path, lambda text: text.replace('[0,', '[96,', 1))
-  refused(model, 'takes')
+  refused(model, 'invalid offset for tensor')
 
   def shifted(by):
     def change(text):
@@ -151,10 +152,10 @@ def test_ranges_that_overlap_or_leave_holes(model):
       return json.dumps(header)
     return change
 
-  for by, message in ((-4, 'overlaps'), (4, 'leaves a hole')):
+  for by in (-4, 4):
     small.save(model.parent / f'shifted{by}')
     rewrite_header(model.parent / f'shifted{by}' / 'model.safetensors', shifted(by))
-    refused(model.parent / f'shifted{by}', message)
+    refused(model.parent / f'shifted{by}', 'invalid offset for tensor')
 
 
 def test_truncated_and_lengthened_files(model):
@@ -164,7 +165,7 @@ def test_truncated_and_lengthened_files(model):
     path.write_bytes(content[:size])
     refused(model, 'cut off')
   path.write_bytes(content + b'x')
-  refused(model, 'bytes that belong to no tensor')
+  refused(model, 'not fully covered')
 
 
 def test_missing_unexpected_and_misshapen_tensors(model):
@@ -181,9 +182,10 @@ def test_missing_unexpected_and_misshapen_tensors(model):
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
 @pytest.mark.parametrize('value', [np.nan, np.inf])
-def test_numbers_that_are_not_finite(model, dtype, value):
+def test_numbers_that_are_not_finite(model, dtype, value, monkeypatch):
   import ml_dtypes
 
+  monkeypatch.undo()  # They are looked at where they will lie.
   arrays = tensors(model)
   kind = ml_dtypes.bfloat16 if dtype == 'bfloat16' else np.dtype(dtype)
   changed = arrays['model.layers.1.mlp.up_proj.weight'].astype(kind)

@@ -178,15 +178,16 @@ def pieces():
   wanted = TokenizerConfig(kind='sentencepiece', vocab_size=315)
   content = tokenizers.train_or_load(wanted, [TEXT]).files()['tokenizer.model']
   model = sentencepiece_model.parse(content)
-  kinds = [*model.kinds, *[sentencepiece_model.USER_DEFINED] * 4]
-  words = ['<table>', '\u2581\u2581\u2581', 'brown', '\n\n']
-  return sentencepiece_model.Model(
-    [*model.pieces, *words], [*model.scores, 0.0, 0.0, 0.0, 0.0], kinds, bos_id=1, eos_id=2,
-    pad_id=0, unk_id=3)
+  pieces = [(entry.piece.decode(), entry.score, entry.kind) for entry in model.pieces]
+  pieces += [(word, 0.0, sentencepiece_model.USER_DEFINED)
+             for word in ('<table>', '\u2581\u2581\u2581', 'brown', '\n\n')]
+  return sentencepiece_model.build(
+    pieces, {'algorithm': sentencepiece_model.BPE, 'byte_fallback': True, 'bos_id': 1, 'eos_id': 2,
+             'pad_id': 0, 'unk_id': 3}, {'dummy_prefix': True, 'squeeze': False})
 
 
 def test_pieces_that_text_always_gives_are_exported(pieces):
-  files = {'tokenizer.model': sentencepiece_model.build(pieces)}
+  files = {'tokenizer.model': pieces}
   original = tokenizers.from_files(files)
   written, _ = tokenizer_export.huggingface_files(files, config(319))
   made = tokenizers.from_files({'tokenizer.json': written['tokenizer.json']})
@@ -198,7 +199,7 @@ def test_pieces_that_text_always_gives_are_exported(pieces):
 
 
 def test_added_tokens_of_a_sentencepiece_model(pieces):
-  files = {'tokenizer.model': sentencepiece_model.build(pieces)}
+  files = {'tokenizer.model': pieces}
   assert opened(files, 'llama', 319)[1].keys() == files.keys()
   said = {'added_tokens_decoder': {'319': {'content': END, 'special': True, 'normalized': False}},
           'eos_token': END}
@@ -218,7 +219,7 @@ def test_added_tokens_of_a_sentencepiece_model(pieces):
 def test_added_tokens_without_flags_are_found_anywhere(pieces):
   added = json.dumps({START: 319, END: 320}).encode()
   tokenizer, _ = opened(
-    {'tokenizer.model': sentencepiece_model.build(pieces), 'added_tokens.json': added,
+    {'tokenizer.model': pieces, 'added_tokens.json': added,
      **settings(eos_token=END)}, 'mistral', 321)
   assert tokenizer.special_tokens[END] == tokenizer.eos_id == 320
   assert tokenizer.encode_parts([320, f'\n{START}x']).count(319) == 1

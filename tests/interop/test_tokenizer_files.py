@@ -41,9 +41,13 @@ def test_sentencepiece_files_are_read_and_written():
   config = TokenizerConfig(kind='sentencepiece', vocab_size=315)
   original = tokenizers.train_or_load(config, [TEXT])
   model = sentencepiece_model.parse(original.files()['tokenizer.model'])
-  assert (model.algorithm, model.byte_fallback, model.dummy_prefix) == (2, True, False)
-  assert (model.pad_id, model.bos_id, model.eos_id, model.unk_id) == (0, 1, 2, 3)
-  built = tokenizers.from_files({'tokenizer.model': sentencepiece_model.build(model)})
+  trainer = {'algorithm': 2, 'byte_fallback': True, 'pad_id': 0, 'bos_id': 1, 'eos_id': 2,
+             'unk_id': 3}
+  assert {name: getattr(model.trainer, name) for name in trainer} == trainer
+  assert not model.normalizer.dummy_prefix
+  built = tokenizers.from_files({'tokenizer.model': sentencepiece_model.build(
+    [(entry.piece.decode(), entry.score, entry.kind) for entry in model.pieces], trainer,
+    {name: getattr(model.normalizer, name) for name in ('charsmap', 'dummy_prefix', 'squeeze')})})
   for text in PROBES:
     assert built.encode(text) == original.encode(text)
   for damaged in (b'\x08', b'\x0a\xff\xff\xff\xff\xff', b'\xff' * 40, b'\x0a\x02\x08\x01'):
