@@ -227,7 +227,7 @@ class Experiment(Config):
 def _problems(experiment: Experiment) -> Iterator[str]:
   """Yield conflicts between fields; each check may rely on those before it."""
   data, model, tokenizer = experiment.data, experiment.model, experiment.tokenizer
-  training, finetune = experiment.training, experiment.finetune
+  training = experiment.training
   if bool(data.sources) == (experiment.task is not None):
     yield (f'data.sources={data.sources} and task={experiment.task and experiment.task.kind!r}: '
            'set one of them; a task has records of its own, in task.data')
@@ -239,16 +239,9 @@ def _problems(experiment: Experiment) -> Iterator[str]:
            f'{model.vocab_size}; lower the first or raise the second')
   if experiment.init_from is None:
     wanting = [name for name in ('model', 'tokenizer') if getattr(experiment, name) is None]
-    wanting += ['finetune.lora'] if finetune.lora else []
+    wanting += ['finetune.lora'] if experiment.finetune.lora else []
     if wanting:
       yield f'init_from=None: {", ".join(wanting)} cannot do without; name a model'
-  if experiment.optimizer.name == 'schedule_free_adamw':
-    if finetune.rules:
-      yield (f'finetune.rules={finetune.rules}: schedule_free_adamw averages all that it trains; '
-             'choose another optimizer')
-    if training.ema_decay is not None:
-      yield (f'training.ema_decay={training.ema_decay}: schedule_free_adamw keeps its own average; '
-             'set ema_decay to None')
   if training.batch_size % training.microbatches:
     yield (f'training.batch_size={training.batch_size} does not divide into '
            f'training.microbatches={training.microbatches} equal parts')

@@ -27,7 +27,7 @@ class OptimizerConfig(Config):
   """
 
   name: str = 'adamw'
-  """adamw, lion, muon, sgd or schedule_free_adamw."""
+  """adamw, lion, muon or sgd."""
   learning_rate: float = pydantic.Field(1e-3, gt=0)
   """Peak learning rate; the schedule scales it."""
   weight_decay: float = pydantic.Field(0.1, ge=0)
@@ -37,13 +37,11 @@ class OptimizerConfig(Config):
   clip_norm: float | None = pydantic.Field(1.0, gt=0)
   """Gradients with a larger global norm are scaled down to it; None: never."""
   beta1: float | None = pydantic.Field(None, ge=0, lt=1)
-  """Decay of the first moment (adamw, muon's AdamW part: 0.9; lion: 0.9, the update's mixture);
-  for schedule_free_adamw the interpolation towards the average (0.9)."""
+  """Decay of the first moment (adamw, muon's AdamW part: 0.9; lion: 0.9, the update's mixture)."""
   beta2: float | None = pydantic.Field(None, ge=0, lt=1)
-  """Decay of the second moment (adamw, muon: 0.95; schedule_free_adamw: 0.999); lion's momentum
-  (0.99)."""
+  """Decay of the second moment (adamw, muon: 0.95); lion's momentum (0.99)."""
   epsilon: float | None = pydantic.Field(None, gt=0)
-  """Added to the denominator (adamw, muon, schedule_free_adamw: 1e-8)."""
+  """Added to the denominator (adamw, muon: 1e-8)."""
   momentum: float | None = pydantic.Field(None, ge=0, lt=1)
   """Decay of the momentum (sgd: 0.9; muon: 0.95)."""
   momentum_dtype: Literal['float32', 'bfloat16'] | None = None
@@ -107,16 +105,6 @@ def make_optimizer(
   if config.clip_norm is None:
     return optimizer
   return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
-
-
-def evaluation_params(config: OptimizerConfig, opt_state: Any, params: Any) -> Any:
-  """Return the parameters to evaluate: the average of a schedule-free optimizer, else `params`."""
-  if config.name != 'schedule_free_adamw':
-    return params
-  kind = optax.contrib.ScheduleFreeState
-  found = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kind))
-  state = next(node for node in found if isinstance(node, kind))
-  return optax.contrib.schedule_free_eval_params(state, params)
 
 
 def decay_mask(names: tuple[str, ...], params: Any) -> Any:
@@ -197,20 +185,11 @@ def _sgd(
   return _descend(task, optax.trace(momentum, accumulator_dtype=momentum_dtype))
 
 
-def _schedule_free_adamw(
-  task: _Task, *, beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8
-) -> optax.GradientTransformation:
-  """Defazio et al., The Road Less Scheduled, arXiv 2405.15682; wants the constant schedule."""
-  second_moment = optax.scale_by_rms(beta2, epsilon, eps_in_sqrt=False, bias_correction=True)
-  return optax.contrib.schedule_free(_descend(task, second_moment), task.schedule, b1=beta1)
-
-
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
   'adamw': _adamw,
   'lion': _lion,
   'muon': _muon,
   'sgd': _sgd,
-  'schedule_free_adamw': _schedule_free_adamw,
 }
 """name -> function of (task, **settings); its keyword arguments are the fields that it reads."""
 

@@ -115,7 +115,7 @@ def init_state(
     params=params,
     opt_state=tx.init(params),
     # A copy: the step donates the state, and two leaves may not share a buffer.
-    ema=jax.tree.map(jnp.copy, params) if averages(experiment) else None,
+    ema=jax.tree.map(jnp.copy, params) if experiment.training.ema_decay else None,
     loss_mean=jnp.zeros((), jnp.float32),
     loss_variance=jnp.zeros((), jnp.float32),
     skipped=jnp.zeros((), jnp.int32),
@@ -267,20 +267,6 @@ def variables(
   if key is not None:
     adapters = lora_lib.drop(adapters, config.lora.dropout_rate, key)
   return {'params': {**frozen[BASE], **head}, 'lora': adapters}
-
-
-def averages(experiment: Experiment) -> bool:
-  """Return whether the run keeps an average beside the parameters that it trains."""
-  schedule_free = experiment.optimizer.name == 'schedule_free_adamw'
-  return schedule_free or experiment.training.ema_decay is not None
-
-
-def next_average(experiment: Experiment, ema: Any, opt_state: Any, params: Any) -> Any:
-  """Return the average after a step: the optimizer's own, or the moving one."""
-  decay = experiment.training.ema_decay
-  if decay is None:
-    return optimizers.evaluation_params(experiment.optimizer, opt_state, params)
-  return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
 
 
 def evaluation_params(state: TrainState) -> Any:

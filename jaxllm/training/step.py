@@ -114,15 +114,14 @@ def make_pure_step(experiment: Experiment, tx: optax.GradientTransformation) -> 
 def accumulate_gradients(
   experiment: Experiment, state: TrainState, batch: Batch, key: jax.Array
 ) -> tuple[Any, dict[str, jax.Array]]:
-  """Return the gradient of the summed loss, and the sums of `make_loss`, over the
-  microbatches of a batch.
-  """
+  """Return the gradient of the summed loss and the sums of `make_sums` over the microbatches."""
   microbatches = experiment.training.microbatches
-  loss = make_loss(experiment)
+  sums_of = make_sums(experiment)
 
   def loss_fn(params: Any, part: Batch, dropout_key: jax.Array) -> tuple[jax.Array, Any]:
     with jax.named_scope('loss'):  # Its gradient is transpose(jvp(loss)) in a trace.
-      sums = loss(params, state.frozen, part, dropout_key)
+      variables = train_state.variables(experiment, params, state.frozen, dropout_key)
+      sums = sums_of(variables, state.frozen, part, dropout_key)
     return sums['loss_sum'], sums
 
   grad_fn = jax.grad(loss_fn, has_aux=True)
@@ -139,24 +138,14 @@ def accumulate_gradients(
   return scan_sum(gradients, parts, jnp.arange(microbatches))
 
 
-def make_loss(experiment: Experiment) -> Loss:
+def make_sums(experiment: Experiment) -> Loss:
   """Return the loss that the run minimises.
 
   Returns:
-    A function of the trained parameters, the frozen ones, a batch, and the key of dropout (None:
-    none). It gives float32 scalars: `loss_sum`, `weight_sum` (tokens or examples),
+    A function of the model's variables, the frozen parameters, a batch, and the key of dropout
+    (None: none). It gives float32 scalars: `loss_sum`, `weight_sum` (tokens or examples),
     `cross_entropy_sum` (the loss itself where it is none), `correct_sum` and the objective's own.
   """
-  sums = make_sums(experiment)
-
-  def loss(params: Any, frozen: Any, batch: Batch, key: jax.Array | None) -> Sums:
-    return sums(train_state.variables(experiment, params, frozen, key), frozen, batch, key)
-
-  return loss
-
-
-def make_sums(experiment: Experiment) -> Loss:
-  """Like `make_loss`, but takes the full model variables instead of the trainable parameters."""
   config, of = experiment.objective, experiment.objective_record
 
   def sums(variables: Any, frozen: Any, batch: Batch, key: jax.Array | None) -> Sums:
@@ -194,9 +183,9 @@ def _next_state(
   # Early on the plain mean of all losses, later an exponential one over `window` steps.
   weight = 1.0 / jnp.minimum(state.step - state.skipped + 1, window).astype(jnp.float32)
   deviation = loss - state.loss_mean
-  ema = None
-  if train_state.averages(experiment):
-    ema = train_state.next_average(experiment, state.ema, opt_state, params)
+  ema, decay = None, training.ema_decay
+  if decay is not None:
+    ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params)
   changed = state.replace(
     params=params,
     opt_state=opt_state,

@@ -178,9 +178,10 @@ def test_packed_equals_unpacked(base):
     for together in (True, False)
   )
   assert len(packed['tokens']) < len(alone['tokens'])
-  loss = step_lib.make_loss(config)
+  loss = step_lib.make_sums(config)
   params = loading.load(base / 'base').variables['params']
-  both = jax.jit(jax.value_and_grad(lambda p, batch: loss(p, {}, batch, None)['loss_sum']))
+  both = jax.jit(jax.value_and_grad(
+    lambda params, batch: loss({'params': params}, {}, batch, None)['loss_sum']))
   (first, grads), (second, expected) = (both(params, batch) for batch in (packed, alone))
   np.testing.assert_allclose(first, second, rtol=1e-5)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), grads, expected)

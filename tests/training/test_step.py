@@ -11,7 +11,6 @@ from jax.sharding import PartitionSpec
 from jaxllm import sharding
 from jaxllm.models import decoder
 from jaxllm.objectives import next_token
-from jaxllm.optim import optimizers
 from jaxllm.training import state as state_lib
 from jaxllm.training import step as step_lib
 from tests.training import tiny_run as tiny
@@ -198,7 +197,7 @@ def test_state_and_batch_have_the_named_shardings(tmp_path):
   assert placed['tokens'].addressable_shards[0].data.shape == (2, 32)
 
 
-@pytest.mark.parametrize('name', ['lion', 'muon', 'sgd', 'schedule_free_adamw'])
+@pytest.mark.parametrize('name', ['lion', 'muon', 'sgd'])
 def test_every_optimizer_state_takes_its_parameters_shardings(tmp_path, name):
   experiment = tiny.experiment(tmp_path, optimizer__name=name, mesh=MESHES['mixed'])
   mesh = sharding.make_mesh(experiment.mesh)
@@ -249,17 +248,3 @@ def test_a_spike_is_skipped_once_the_statistics_are_warm(tmp_path):
 def test_the_donated_step_compiles_once(tmp_path, one_device):
   train_step, _, _ = begin(tiny.experiment(tmp_path), 1)
   assert train_step._cache_size() == 1
-
-
-def test_schedule_free_training_keeps_the_parameters_to_evaluate(tmp_path):
-  changes = {'optimizer__name': 'schedule_free_adamw', 'schedule__name': 'constant'}
-  experiment = tiny.experiment(tmp_path, **changes)
-  state, _ = take_steps(experiment, 1, [make_batch(seed=seed) for seed in range(3)])
-  expected = optimizers.evaluation_params(experiment.optimizer, state.opt_state, state.params)
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
-    state_lib.evaluation_params(state), expected,
-  )
-  assert optax.global_norm(jax.tree.map(jnp.subtract, state.ema, state.params)) > 1e-4
-  with pytest.raises(ValueError, match='keeps its own average'):
-    tiny.experiment(tmp_path, training__ema_decay=0.9, **changes)
