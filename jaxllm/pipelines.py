@@ -12,7 +12,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxllm import loading
 from jaxllm.generation import chat as conversation
@@ -25,6 +25,8 @@ from jaxllm.tasks.chat import PLAIN
 from jaxllm.tasks.question_answering import ExtractiveQuestionAnswering, QuestionAnswering
 
 Pipeline = Callable[..., Any]
+
+_DECODING = {*texts_lib.BeamConfig.model_fields, *texts_lib.SpeculationConfig.model_fields}
 
 
 def pipeline(
@@ -64,21 +66,36 @@ def pipeline(
   if batch_size < 1:
     raise ValueError(f'batch_size={batch_size}: at least 1')
   loaded = loading.load(model, mesh, dtype)
-  own = PIPELINES[task](loaded, batch_size, fields)
+
+  def make(fields: Mapping[str, Any]) -> Pipeline:
+    draft = loading.as_draft(fields.get('draft'), loaded.placement)
+    _, way = texts_lib.read_options(
+      {name: value for name, value in fields.items() if name in _DECODING}, draft=draft)
+    others = {name: value for name, value in fields.items() if name not in {*_DECODING, 'draft'}}
+    return PIPELINES[task](loaded, others, _How(batch_size, way, draft))
+
+  own = make(fields)
   named = inspect.signature(own).parameters
 
   @functools.wraps(own)
   def run(*inputs: Any, **options: Any) -> Any:
     changes = {name: value for name, value in options.items() if name not in named}
     asked = {name: value for name, value in options.items() if name in named}
-    chosen = PIPELINES[task](loaded, batch_size, {**fields, **changes}) if changes else own
+    chosen = make({**fields, **changes}) if changes else own
     return chosen(*inputs, **asked)
 
   return run
 
 
-def _translation(model: Model, batch_size: int, fields: Mapping[str, Any]) -> Pipeline:
-  fields, way, draft = _way(model, fields)
+class _How(NamedTuple):
+  """How answers are computed: inputs at once, the way of decoding, and a model that drafts."""
+
+  batch_size: int
+  way: texts_lib.Way
+  draft: texts_lib.Draft | None
+
+
+def _translation(model: Model, fields: Mapping[str, Any], how: _How) -> Pipeline:
   config = _config(model, fields, 'translation')
 
   def translate(
@@ -94,37 +111,30 @@ def _translation(model: Model, batch_size: int, fields: Mapping[str, Any]) -> Pi
                          f'{config.source_language!r} into {config.target_language!r}, since its '
                          f'prompt has no {{{name}}}')
     records = [{'source': text, **languages} for text in _several(texts)]
-    return _answer(model, batch_size, config, records, way, draft)
+    return _answer(model, how, config, records)
 
   return translate
 
 
-def _summarization(model: Model, batch_size: int, fields: Mapping[str, Any]) -> Pipeline:
-  fields, way, draft = _way(model, fields)
+def _summarization(model: Model, fields: Mapping[str, Any], how: _How) -> Pipeline:
   config = _config(model, fields, 'summarization')
-
-  def summarize(texts: str | Sequence[str]) -> list[Prediction]:
-    """Summarise texts."""
-    records = [{'document': text} for text in _several(texts)]
-    return _answer(model, batch_size, config, records, way, draft)
-
-  return summarize
+  return lambda texts: _answer(model, how, config, [{'document': one} for one in _several(texts)])
 
 
-def _classification(model: Model, batch_size: int, fields: Mapping[str, Any]) -> Pipeline:
+def _classification(model: Model, fields: Mapping[str, Any], how: _How) -> Pipeline:
   config = _config(model, fields, 'sentiment', 'classification')
+  if how.way:
+    raise ValueError('num_beams, num_drafted, draft: a label is chosen, not generated')
 
   def classify(texts: str | Sequence[str]) -> list[Prediction]:
     """Say the most likely label of texts, and its probability among the labels."""
-    found = _answer(model, batch_size, config, [{'text': text} for text in _several(texts)])
+    found = _answer(model, how, config, [{'text': text} for text in _several(texts)])
     return [{name: one[name] for name in ('label', 'score')} for one in found]
 
   return classify
 
 
-def _question_answering(
-  model: Model, batch_size: int, fields: Mapping[str, Any]
-) -> Pipeline:
+def _question_answering(model: Model, fields: Mapping[str, Any], how: _How) -> Pipeline:
   own = _config(model, fields, 'question_answering', 'extractive_question_answering')
   common = {name: getattr(own, name) for name in QuestionAnswering.model_fields if name != 'kind'}
 
@@ -144,14 +154,13 @@ def _question_answering(
                        'one for all')
     records = [{'question': q, 'context': c} for q, c in zip(questions, contexts, strict=True)]
     config: Any = QuestionAnswering if context is None else ExtractiveQuestionAnswering
-    found = _answer(model, batch_size, config(**common), records)
+    found = _answer(model, how, config(**common), records)
     return found[0] if isinstance(question, str) else found
 
   return answer
 
 
-def _text_generation(model: Model, batch_size: int, fields: Mapping[str, Any]) -> Pipeline:
-  fields, way, draft = _way(model, fields)
+def _text_generation(model: Model, fields: Mapping[str, Any], how: _How) -> Pipeline:
   sampling, stop = _sampling(fields)
 
   def generate(
@@ -160,7 +169,7 @@ def _text_generation(model: Model, batch_size: int, fields: Mapping[str, Any]) -
     """Continue prompts; `return_full_text` puts them before the generated text."""
     several = _several(prompts)
     ids = [model.encode_prompt(prompt) for prompt in several]
-    found = _continue(model, batch_size, ids, sampling, stop, model.eos_token_ids, way, draft)
+    found = _continue(model, how, ids, sampling, stop, model.eos_token_ids)
     results = [
       [{'generated_text': (prompt if return_full_text else '') + text}]
       for prompt, text in zip(several, found, strict=True)
@@ -170,9 +179,8 @@ def _text_generation(model: Model, batch_size: int, fields: Mapping[str, Any]) -
   return generate
 
 
-def _chat(model: Model, batch_size: int, fields: Mapping[str, Any]) -> Pipeline:
+def _chat(model: Model, fields: Mapping[str, Any], how: _How) -> Pipeline:
   chat = model.chat_format or loading.chat_format(model, PLAIN)
-  fields, way, draft = _way(model, fields)
   sampling, stop = _sampling(fields)
   room = max(model.config.max_length - sampling.max_new_tokens, model.config.max_length // 2)
 
@@ -189,8 +197,7 @@ def _chat(model: Model, batch_size: int, fields: Mapping[str, Any]) -> Pipeline:
     single = bool(messages) and isinstance(messages[0], Mapping)
     several: list[list[Any]] = [[*messages]] if single else [[*one] for one in messages]
     ids = [conversation.fit(one, chat.encode, room)[1] for one in several]
-    found = _continue(
-      model, batch_size, ids, sampling, (*stop, *chat.stop), chat.eos_token_ids, way, draft)
+    found = _continue(model, how, ids, sampling, (*stop, *chat.stop), chat.eos_token_ids)
     results = [
       [{'generated_text': [*one, {'role': 'assistant', 'content': text.strip()}]}]
       for one, text in zip(several, found, strict=True)
@@ -213,8 +220,7 @@ def _config(model: Model, fields: Mapping[str, Any], *kinds: str) -> Any:
 
 
 def _answer(
-  model: Model, batch_size: int, config: Any, records: Sequence[Record],
-  way: texts_lib.Way = None, draft: texts_lib.Draft | None = None,
+  model: Model, how: _How, config: Any, records: Sequence[Record]
 ) -> list[Prediction]:
   examples = []
   for number, record in enumerate(records):
@@ -222,34 +228,21 @@ def _answer(
       examples.append(TASKS[config.kind].example(config, record))
     except ValueError as error:
       raise ValueError(f'input {number}: {error}') from None
-  return predict.predict(config, examples, model, batch_size, way, draft)
+  return predict.predict(config, examples, model, *how)
 
 
 def _continue(
-  model: Model, batch_size: int, prompts: Sequence[Sequence[int]], sampling: SamplingConfig,
-  stop: Sequence[str], eos_token_ids: Sequence[int], way: texts_lib.Way,
-  draft: texts_lib.Draft | None,
+  model: Model, how: _How, prompts: Sequence[Sequence[int]], sampling: SamplingConfig,
+  stop: Sequence[str], eos_token_ids: Sequence[int],
 ) -> Iterator[str]:
   """Yield continuations; each is sampled with the seed of the config, wherever it stands."""
-  for start in range(0, len(prompts), batch_size):
-    rows = prompts[start : start + batch_size]
+  for start in range(0, len(prompts), how.batch_size):
+    rows = prompts[start : start + how.batch_size]
     for completion in texts_lib.complete(
       model.decoder, model.unstacked, model.tokenizer, rows, sampling, stop, eos_token_ids,
-      seeds=[sampling.seed] * len(rows), way=way, draft=draft,
+      seeds=[sampling.seed] * len(rows), way=how.way, draft=how.draft,
     ):
       yield completion.text
-
-
-def _way(
-  model: Model, fields: Mapping[str, Any]
-) -> tuple[Mapping[str, Any], texts_lib.Way, texts_lib.Draft | None]:
-  """Take the fields of beam search and speculation out of those of a pipeline."""
-  draft = loading.as_draft(fields.get('draft'), model.placement)
-  names = {*texts_lib.BeamConfig.model_fields, *texts_lib.SpeculationConfig.model_fields}
-  _, way = texts_lib.read_options(
-    {name: value for name, value in fields.items() if name in names}, draft=draft)
-  others = {name: value for name, value in fields.items() if name not in {*names, 'draft'}}
-  return others, way, draft
 
 
 def _sampling(fields: Mapping[str, Any]) -> tuple[SamplingConfig, tuple[str, ...]]:
@@ -266,7 +259,7 @@ def _several(inputs: str | Sequence[str]) -> list[str]:
   return several
 
 
-PIPELINES: Mapping[str, Callable[[Model, int, Mapping[str, Any]], Pipeline]] = {
+PIPELINES: Mapping[str, Callable[[Model, Mapping[str, Any], _How], Pipeline]] = {
   'translation': _translation,
   'summarization': _summarization,
   'sentiment-analysis': _classification,

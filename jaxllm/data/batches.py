@@ -8,12 +8,12 @@ it is filled with rows of weight 0.
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxllm.data import packing, parallel, records
+from jaxllm.data import packing, records
 
 Decode = Callable[[np.ndarray], Mapping[str, np.ndarray]]
 
@@ -134,11 +134,3 @@ def make_batches(
   local = batch_size // process_count
   rows = range(process_index * local, (process_index + 1) * local)
   return Batches(stored, batch_size, num_epochs, rows, sequence.repeat(num_epochs))
-
-
-def prefetch(
-  batches: Batches, start_step: int, stop_step: int, num_threads: int = 2, buffer_size: int = 4
-) -> Iterator[dict[str, np.ndarray]]:
-  """Yield the batches of steps start_step .. stop_step - 1; see `parallel.map_ahead`."""
-  return parallel.map_ahead(
-    batches.batch_at, range(start_step, stop_step), num_threads, buffer_size)

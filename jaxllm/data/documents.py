@@ -6,7 +6,7 @@
 """
 
 import codecs
-import dataclasses
+import functools
 import glob
 import hashlib
 import os
@@ -37,12 +37,6 @@ Encoding = Annotated[str, pydantic.AfterValidator(_known_encoding)]
 """The encoding of files, by its name in Python."""
 
 
-def _known_format(name: str) -> str:
-  if name not in readers.FORMATS:
-    raise ValueError(f'expected one of {", ".join(readers.FORMATS)}')
-  return name
-
-
 class SourceConfig(Config):
   """One source of documents."""
 
@@ -50,7 +44,8 @@ class SourceConfig(Config):
   """A file, directory or glob; 'package:NAME[/PART]' for a data set of `packages.PACKAGES`, or
   'package:MODULE/GLOB' for files inside an installed package; 'stdlib' for Python's own library;
   'tfds:NAME[/CONFIG][:VERSION][?split=train&data_dir=...]'; or 'hf:NAME[:CONFIG]?split=SPLIT'."""
-  format: Annotated[str, pydantic.AfterValidator(_known_format)] | None = None
+  format: Literal[
+    'text', 'markdown', 'lines', 'jsonl', 'json', 'csv', 'tsv', 'parquet'] | None = None
   """How files are read: as 'text', 'markdown' (text without its emphasis, heading and line break
   marks), 'lines' (each a text), 'jsonl', 'json', 'csv' (with quotation marks), 'tsv' (where they
   are text) or 'parquet'; None goes by their names, and refuses unknown endings. Files packed as
@@ -100,28 +95,14 @@ Sources = Annotated[tuple[SourceConfig, ...], pydantic.BeforeValidator(_as_sourc
 """Sources, each a `SourceConfig` or its location; also one text with commas between locations."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Document:
-  """One text, where it came from, and what else its row held."""
-
-  text: str
-  source: str
-  """The file, or the dataset's name."""
-  index: int
-  """Which document of that file it is, from 0."""
-  metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-
-def documents(source: SourceConfig) -> Iterator[Document]:
-  """Yield the documents of a source; each call starts anew, and the order never changes.
+def documents(source: SourceConfig) -> Iterator[str]:
+  """Yield the texts of a source; each call starts anew, and the order never changes.
 
   Raises:
     ValueError: nothing is there, a file is damaged, or a row has no text; the message names the
       file, the place in it, and what is there instead.
   """
-  name, index = None, 0
   for row in find(source).rows:
-    name, index = row.source, index + 1 if row.source == name else 0
     text = row.fields.pop(source.text_field, None)
     if not isinstance(text, str):
       raise ValueError(_no_text(source, row, text))
@@ -132,7 +113,7 @@ def documents(source: SourceConfig) -> Iterator[Document]:
       raise ValueError(
         f'{row.where}, field {source.text_field!r}: character {error.start} is half of a surrogate '
         f'pair ({text[error.start]!r}), which is not text') from None
-    yield Document(text, row.source, index, row.fields)
+    yield text
 
 
 def _no_text(source: SourceConfig, row: Row, value: Any) -> str:
@@ -201,7 +182,11 @@ def _file_rows(source: SourceConfig, files: Sequence[File], format_: str | None)
       name = source.plain_text
     file = TextFile(path, source.encoding, source.encoding_errors, source.separator, source.slice,
                     source.text_field, source.column_names)
-    yield from (Row(str(path), *row) for row in readers.FORMATS[name](file))
+    read = functools.partial(readers.FORMATS[name], file)
+    # Texts are cut at characters.
+    rows = read() if name in readers.TEXTS else (
+      row for row, _ in readers.part(read, file.slice))
+    yield from (Row(str(path), *row) for row in rows)
 
 
 def _package(source: SourceConfig, name: str) -> Found:
@@ -211,16 +196,6 @@ def _package(source: SourceConfig, name: str) -> Found:
   pieces = readers.part(lambda: enumerate(read(), 1), source.slice)
   rows = (Row(source.location, f'row {number}', fields) for (number, fields), _ in pieces)
   return Found(files, rows, shared=True)
-
-
-def _stdlib(source: SourceConfig, name: str) -> Found:
-  files = packages.stdlib_files()
-  pieces = readers.part(
-    lambda: ((file, text) for file in files for text in enumerate(packages.stdlib_texts(file))),
-    source.slice)
-  rows = (Row(str(file.path), f'document {number}', {source.text_field: text})
-          for (file, (number, text)), _ in pieces)
-  return Found(files, rows)
 
 
 def _catalog(open_: Callable[..., tuple[list[File], readers.Rows]]) -> Scheme:
@@ -234,7 +209,7 @@ def _catalog(open_: Callable[..., tuple[list[File], readers.Rows]]) -> Scheme:
 
 SCHEMES: Mapping[str, Scheme] = {
   'package': _package,
-  'stdlib': _stdlib,
+  'stdlib': lambda source, name: _package(source, 'python-source'),
   'tfds': _catalog(packages.tfds),
   'hf': _catalog(packages.hugging_face),
 }

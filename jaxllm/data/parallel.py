@@ -10,7 +10,7 @@ _Out = TypeVar('_Out')
 
 
 def map_ahead(
-  function: Callable[[_In], _Out], items: Iterable[_In], num_threads: int, ahead: int
+  function: Callable[[_In], _Out], items: Iterable[_In], num_threads: int = 2, ahead: int = 4
 ) -> Iterator[_Out]:
   """Yield `function(item)` for each item in order, while threads work on the next ones.
 

@@ -6,13 +6,13 @@
 """
 
 import csv
-import functools
 import io
 import itertools
 import json
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from jaxllm.data import files
@@ -21,7 +21,6 @@ from jaxllm.data.files import TextFile
 Fields = dict[str, Any]
 Rows = Iterator[tuple[str, Fields]]
 """(place, such as 'line 3'; fields) of each row."""
-Reader = Callable[[TextFile], Rows]
 
 # Text between runs of * or _ that open before and close after a word.
 _EMPHASIS = re.compile(r'(?<![\w\\*_])[*_]+(?![\s*_])(.{1,1000}?)(?<!\s)[*_]+(?!\w)', re.DOTALL)
@@ -70,15 +69,6 @@ def part(
     first, last = first - size(item), last - size(item)
 
 
-def _sliced(read: Reader) -> Reader:
-  """Let a reader give the rows of `file.slice` alone."""
-  @functools.wraps(read)
-  def rows(file: TextFile) -> Rows:
-    return (row for row, _ in part(lambda: read(file), file.slice))
-
-  return rows
-
-
 def plain(value: Any) -> Any:
   """Turn arrays and NumPy's numbers into those of Python, tuples into lists, bytes into text."""
   if isinstance(value, bytes):
@@ -118,7 +108,6 @@ def read_markdown(file: TextFile) -> Rows:
           for place, fields in read_text(file))
 
 
-@_sliced
 def read_lines(file: TextFile) -> Rows:
   """Yield ('line N', text) of each line that is not blank, stripped."""
   return ((f'line {i}', {file.text_field: line.strip()})
@@ -133,7 +122,6 @@ def strip_markdown(text: str) -> str:
   return re.sub(r'\\([!-/:-@\[-`{-~])', r'\1', text).lstrip('\n')
 
 
-@_sliced
 def read_jsonl(file: TextFile) -> Rows:
   """Yield ('line N', object) of a file with one JSON object a line; blank lines are skipped."""
   for number, line in enumerate(files.lines(file), 1):
@@ -148,7 +136,6 @@ def read_jsonl(file: TextFile) -> Rows:
     yield f'line {number}', _object(fields, where)
 
 
-@_sliced
 def read_json(file: TextFile) -> Rows:
   """Yield ('item N', object) of a file with an array of objects, or with objects in a row."""
   text = files.whole(file, files.blocks(file))
@@ -180,10 +167,13 @@ def read_json(file: TextFile) -> Rows:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   fields = dict(pairs)
   if len(fields) < len(pairs):
-    names = [name for name, _ in pairs]
-    twice = next(name for name in names if names.count(name) > 1)
-    raise ValueError(f'the key {twice!r} stands twice in an object')
+    raise ValueError(f'the key {_twice(name for name, _ in pairs)!r} stands twice in an object')
   return fields
+
+
+def _twice(names: Iterable[str]) -> str | None:
+  """Return the name that stands twice; None: there is none."""
+  return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 _JSON = json.JSONDecoder(object_pairs_hook=_unique)
@@ -195,7 +185,6 @@ def _object(value: Any, where: str) -> dict[str, Any]:
   return value
 
 
-@_sliced
 def read_csv(file: TextFile) -> Rows:
   r"""Yield ('line N', fields) of a file with quoted values, cut at tabs where its name says .tsv.
 
@@ -216,7 +205,6 @@ def _csv_rows(file: TextFile) -> Iterator[tuple[int, list[str]]]:
     raise ValueError(f'{file.path}, line {reader.line_num}: not CSV: {error}') from None
 
 
-@_sliced
 def read_tsv(file: TextFile) -> Rows:
   r"""Yield ('line N', fields) of a file that is cut at \n and tabs; quotation marks are text."""
   rows = enumerate((line.removesuffix('\r') for line in files.lines(file)), 1)
@@ -234,8 +222,8 @@ def _table(file: TextFile, rows: Iterator[tuple[int, list[str]]]) -> Rows:
       names = values
       if '\r' in ''.join(names):
         raise ValueError(f'{where}: a name of a column holds CR; end the lines with line feeds')
-      if twice := [name for i, name in enumerate(names) if name in names[:i]]:
-        raise ValueError(f'{where}: the first row names two columns {twice[0]!r}; rename one, or, '
+      if (twice := _twice(names)) is not None:
+        raise ValueError(f'{where}: the first row names two columns {twice!r}; rename one, or, '
                          'where that row is data, set column_names for this source')
       continue
     if len(values) != len(names):
@@ -243,7 +231,6 @@ def _table(file: TextFile, rows: Iterator[tuple[int, list[str]]]) -> Rows:
     yield f'line {number}', dict(zip(names, values, strict=True))
 
 
-@_sliced
 def read_parquet(file: TextFile) -> Rows:
   """Yield ('row N', fields) of a Parquet file."""
   import pyarrow
@@ -273,7 +260,8 @@ def format_of(path: pathlib.Path) -> str:
   return ENDINGS[ending]
 
 
-FORMATS: dict[str, Reader] = {
+TEXTS = ('text', 'markdown')
+FORMATS: dict[str, Callable[[TextFile], Rows]] = {
   'text': read_text, 'markdown': read_markdown, 'lines': read_lines, 'jsonl': read_jsonl,
   'json': read_json, 'csv': read_csv, 'tsv': read_tsv, 'parquet': read_parquet,
 }

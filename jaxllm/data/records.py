@@ -281,7 +281,7 @@ def _cleaned(data: DataConfig, counts: Counters) -> Iterator[tuple[str, bool]]:
   sources = (*data.sources, *data.own_validation)
   for number, (source, count) in enumerate(zip(sources, counts, strict=True)):
     for document in documents.documents(source):
-      text = clean(document.text, data.cleaning)
+      text = clean(document, data.cleaning)
       count.update(documents=1, dropped=not text)
       if text:
         yield text, number >= len(data.sources)

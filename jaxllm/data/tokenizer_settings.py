@@ -42,15 +42,10 @@ class ByteLevelClass(NamedTuple):
   cuts: tuple[str, ...] = ()
 
 
-_ROBERTA = ByteLevelClass({
-  'bos_token': '<s>', 'eos_token': '</s>', 'unk_token': '<unk>', 'sep_token': '</s>',
-  'pad_token': '<pad>', 'cls_token': '<s>', 'mask_token': '<mask>'})
 CLASSES: Mapping[str, ByteLevelClass] = {
   'GPT2Tokenizer': ByteLevelClass(),
   'CodeGenTokenizer': ByteLevelClass(),
   'GPTNeoXTokenizer': ByteLevelClass({**_ENDS, 'pad_token': '<|padding|>'}, composed=True),
-  'RobertaTokenizer': _ROBERTA,
-  'BartTokenizer': _ROBERTA,
   'Qwen2Tokenizer': ByteLevelClass(
     {'eos_token': _END, 'unk_token': _END, 'pad_token': _END}, composed=True,
     cuts=(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"

@@ -185,7 +185,7 @@ def complete(
     if settings.get('tokenizer_class') in _ANY_CLASS:
       settings['tokenizer_class'] = _CLASSES.get(model_type, f'none for model_type {model_type}')
     vocab, tokens = json.loads(files[kind]), tokenizer_settings.class_of(settings).tokens
-    settings = {**tokens, 'add_bos_token': 'cls_token' in tokens, **settings}
+    settings = {**tokens, 'add_bos_token': False, **settings}
   else:
     content = json.loads(files[kind])
     added = {token.get('content'): token['id'] for token in content.get('added_tokens') or []}

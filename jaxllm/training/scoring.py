@@ -16,7 +16,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxllm import loading, sharding, storage
-from jaxllm.data import batches as batches_lib
+from jaxllm.data import parallel
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.evaluation import perplexity, scores
 from jaxllm.experiment import Experiment
@@ -98,7 +98,7 @@ def make_held_out(
       (dataset.tokenizer.bos_id, dataset.tokenizer.eos_id),
     )
     return lambda variables: perplexity.evaluate(
-      eval_step, variables, batches_lib.prefetch(batches, 0, count), batch_sharding,
+      eval_step, variables, parallel.map_ahead(batches.batch_at, range(count)), batch_sharding,
       held_out.bytes_per_token,
     )
   sums = step_lib.make_sums(experiment)
@@ -110,7 +110,7 @@ def make_held_out(
 
   def validate(variables: Any) -> Scores:
     totals: collections.Counter[str] = collections.Counter()
-    for batch in batches_lib.prefetch(batches, 0, count):
+    for batch in parallel.map_ahead(batches.batch_at, range(count)):
       found = example_step(variables, sharding.put_batch(batch, batch_sharding))
       totals.update({name: float(value) for name, value in found.items()})
     return {'loss': totals['cross_entropy_sum'] / totals['weight_sum'],

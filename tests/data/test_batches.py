@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from jaxllm.data import parallel, records
-from jaxllm.data.batches import make_batches, open_records, prefetch
+from jaxllm.data.batches import make_batches, open_records
 from jaxllm.data.documents import SourceConfig
+from jaxllm.data.parallel import map_ahead
 from jaxllm.data.records import DataConfig
 from jaxllm.data.tokenizers import TokenizerConfig
 
@@ -100,7 +101,7 @@ def test_batches_are_a_function_of_seed_and_step(directory):
 def test_several_epochs_end(directory):
   batches = make_batches(open_records(directory, 'train'), 8, 0, num_epochs=2)
   assert batches.num_batches == 10
-  seen = [n for batch in prefetch(batches, 0, 10) for n in _numbers(batch)]
+  seen = [n for batch in map(batches.batch_at, range(10)) for n in _numbers(batch)]
   assert collections.Counter(seen) == {**dict.fromkeys(range(RECORDS), 2), None: 6}
   for step in (10, -1):
     with pytest.raises(IndexError, match=f'step {step}: .* 0 to 9'):
@@ -128,12 +129,12 @@ def test_bad_arguments_are_named(directory, tmp_path):
     make_batches(open_records(tmp_path, 'train'), 4, 0)
 
 
-def test_prefetch_is_in_order_and_complete(directory):
+def test_batches_ahead_are_in_order_and_complete(directory):
   batches = make_batches(open_records(directory, 'train'), 4, 0)
   for threads, ahead in ((1, 1), (3, 8)):
-    got = list(prefetch(batches, 5, 20, threads, ahead))
+    got = list(map_ahead(batches.batch_at, range(5, 20), threads, ahead))
     assert [_numbers(b) for b in got] == [_numbers(batches.batch_at(s)) for s in range(5, 20)]
-  assert list(prefetch(batches, 5, 5)) == []
+  assert list(map_ahead(batches.batch_at, range(0))) == []
 
 
 def test_an_error_in_a_thread_comes_in_its_place():
@@ -192,7 +193,7 @@ def test_damaged_shards_are_named(directory, tmp_path):
     make_batches(open_records(copy, 'train'), 4, 0)
   shards[1].write_bytes(content[:400] + bytes([content[400] ^ 1]) + content[401:])
   with pytest.raises(ValueError, match='prepare them anew'):
-    list(prefetch(make_batches(open_records(copy, 'train'), 4, 0), 0, 10))
+    list(map(make_batches(open_records(copy, 'train'), 4, 0).batch_at, range(10)))
   shards[1].unlink()
   with pytest.raises(ValueError, match='prepare them anew'):
     make_batches(open_records(copy, 'train'), 4, 0)

@@ -4,19 +4,18 @@ import json
 import pathlib
 import subprocess
 import sys
-import time
 import types
 
 import pytest
 
 from jaxllm.config import ConfigError
 from jaxllm.data import files as files_lib
-from jaxllm.data import packages, readers
+from jaxllm.data import readers
 from jaxllm.data.documents import SourceConfig, documents, find, package_available
 
 
 def _texts(location, **fields):
-  return [d.text for d in documents(SourceConfig(location=str(location), **fields))]
+  return [*documents(SourceConfig(location=str(location), **fields))]
 
 
 def _write(path: pathlib.Path, content: bytes | str) -> pathlib.Path:
@@ -47,8 +46,7 @@ def test_each_call_starts_anew(tmp_path):
   source = SourceConfig(location=str(_write(tmp_path / 'a.txt', 'x--y')), separator='--')
   first = list(documents(source))
   assert first == list(documents(source))
-  assert [(d.text, d.index, d.source) for d in first] == [
-    ('x', 0, str(tmp_path / 'a.txt')), ('y', 1, str(tmp_path / 'a.txt'))]
+  assert first == ['x', 'y']
 
 
 @pytest.mark.parametrize('content, text', [
@@ -121,12 +119,11 @@ def _table(path, rows_):
 
 
 @pytest.mark.parametrize('suffix', ['.jsonl', '.json', '.csv', '.tsv', '.parquet'])
-def test_tables_give_text_and_the_other_fields(tmp_path, suffix):
+def test_tables_give_text_and_rows(tmp_path, suffix):
   path = _table(tmp_path / f'a{suffix}', ROWS)
   format_ = 'csv' if suffix == '.tsv' else None
   found = list(documents(SourceConfig(location=str(path), format=format_)))
-  assert [d.text for d in found] == [row['text'] for row in ROWS]
-  assert [d.metadata for d in found] == [{'label': 'a'}, {'label': 'b'}]
+  assert found == [row['text'] for row in ROWS]
   assert [row.fields for row in find(SourceConfig(location=str(path), format=format_)).rows] == ROWS
   assert _texts(path, text_field='label', format=format_) == ['a', 'b']
   place = {'.jsonl': 'line 1', '.json': 'item 1', '.parquet': 'row 1'}.get(suffix, 'line 3')
@@ -223,9 +220,8 @@ def test_the_standard_library():
   assert 'json/decoder.py' in names and names == sorted(names)
   assert not any('site-packages' in name or '/test/' in name for name in names)
   found = list(documents(source))
-  assert sum(len(d.text) for d in found) > 3_000_000
-  topics = [d.text for d in found if d.source.endswith('topics.py')]
-  assert len(topics) > 50 and any(text.startswith('The "if" statement') for text in topics)
+  assert sum(map(len, found)) > 3_000_000 and len(found) > len(names) + 50
+  assert any(text.startswith('The "if" statement') for text in found)
 
 
 _PREPARE = '''
@@ -249,10 +245,11 @@ def test_tfds_reads_a_prepared_copy_and_needs_no_network(tmp_path):
   subprocess.run([sys.executable, '-c', _PREPARE, str(tmp_path)], check=True, capture_output=True)
   location = f'tfds:tiny_texts:1.2.0?data_dir={tmp_path}'
   found = list(documents(SourceConfig(location=location)))
-  assert sorted(d.text for d in found) == [f'text {i} 你' for i in range(10)]
-  assert all(d.text == f'text {d.metadata["label"]} 你' for d in found)
-  assert _texts(f'{location}&split=train[:30%]') == [d.text for d in found[:3]]
-  assert _texts(location, slice=(0.5, 1.0)) == [d.text for d in found[5:]]
+  assert sorted(found) == [f'text {i} 你' for i in range(10)]
+  rows = [row.fields for row in find(SourceConfig(location=location)).rows]
+  assert all(row['text'] == f'text {row["label"]} 你' for row in rows)
+  assert _texts(f'{location}&split=train[:30%]') == found[:3]
+  assert _texts(location, slice=(0.5, 1.0)) == found[5:]
   assert [name for name, _ in find(SourceConfig(location=f'{location}&split=test')).files] == [
     'tiny_texts-test.array_record-00000-of-00001']
   with pytest.raises(ValueError, match="no split 'dev'; it has .*train"):
@@ -262,13 +259,9 @@ def test_tfds_reads_a_prepared_copy_and_needs_no_network(tmp_path):
   assert 'tensorflow' not in sys.modules
 
 
-def test_tfds_offline_fails_at_once(tmp_path, monkeypatch):
-  def no_network(*args, **kwargs):
-    raise OSError('Name or service not known')
-  monkeypatch.setattr(packages.urllib.request, 'urlopen', no_network)
-  start = time.monotonic()
-  with pytest.raises(ValueError, match=rf"'tfds:lm1b': no prepared copy at {tmp_path}.*no network"):
+def test_tfds_without_a_prepared_copy_says_how_to_make_one(tmp_path):
+  with pytest.raises(ValueError, match=rf"'tfds:lm1b': there is no prepared copy at {tmp_path}.*"
+                     r"prepare it: tfds.builder\('lm1b', file_format='array_record'\)"):
     _texts(f'tfds:lm1b?data_dir={tmp_path}')
   with pytest.raises(ValueError, match=rf"'tfds:nosuch': no prepared copy in {tmp_path}"):
     _texts(f'tfds:nosuch?data_dir={tmp_path}')
-  assert time.monotonic() - start < 20

@@ -14,7 +14,7 @@ from jaxllm.data.documents import SourceConfig, documents
 
 def _texts(path, content, **fields):
   path.write_bytes(content if isinstance(content, bytes) else content.encode())
-  return [d.text for d in documents(SourceConfig(location=str(path), **fields))]
+  return [*documents(SourceConfig(location=str(path), **fields))]
 
 
 def _zstd(content):
@@ -142,4 +142,4 @@ def test_paths_may_hold_brackets_and_a_tilde(tmp_path, monkeypatch):
   monkeypatch.setenv('HOME', str(tmp_path))
   for location in (tmp_path / 'texts [v2]', tmp_path / 'texts [v2]' / '*.txt', '~/texts [v2]/a.txt',
                    '~/texts [v2]/**/*.txt'):
-    assert [d.text for d in documents(SourceConfig(location=str(location)))] == ['x'], location
+    assert [*documents(SourceConfig(location=str(location)))] == ['x'], location

@@ -81,10 +81,6 @@ def test_the_cut_of_gpt2_and_its_kin():
     assert opened(vocab_and_merges() | files, model_type, rows=259)[0].eos_id is None
   spaced, _ = opened(vocab_and_merges() | settings(add_prefix_space=True), 'gpt2')
   assert spaced.encode('a') == [258]
-  said = settings(tokenizer_class='RobertaTokenizer')
-  roberta, kept = opened(vocab_and_merges() | said, rows=270)
-  assert (roberta.bos_id, roberta.eos_id, roberta.pad_id) == (259, 260, 262)
-  assert tokenizer_settings.add_bos(kept)
 
 
 @pytest.mark.parametrize('files, model_type, message', [

@@ -65,7 +65,6 @@ MORE = {'320': {'content': END, 'special': True, 'normalized': False},
   ('qwen2', {}),
   ('gpt2', {}),
   ('gpt2', settings(tokenizer_class='GPT2Tokenizer', add_prefix_space=True, eos_token=END) | ADDED),
-  ('gpt2', settings(tokenizer_class='RobertaTokenizer')),
   ('gpt_neox', settings(tokenizer_class='GPTNeoXTokenizer')),
   *[(model_type, settings(**said, add_bos_token=True, eos_token=END, added_tokens_decoder=MORE))
     for model_type, said in (
