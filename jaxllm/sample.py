@@ -30,7 +30,6 @@ TOP_K = FLAGS.integer('top_k', None, 'Draw from this many likeliest tokens; 0: f
 TOP_P = FLAGS.float('top_p', None, 'Draw from the likeliest tokens of this mass.', 0, 1)
 MIN_P = FLAGS.float(
   'min_p', None, "Draw from tokens of at least this share of the best's.", 0, 1)
-TYPICAL_P = FLAGS.float('typical_p', None, 'Draw from tokens of expected surprise.', 0, 1)
 REPETITION_PENALTY = FLAGS.float('repetition_penalty', None, 'Above 1 avoids repetition.', 0)
 NO_REPEAT_NGRAM_SIZE = FLAGS.integer(
   'no_repeat_ngram_size', None, 'No so many tokens come twice.', 0)
@@ -50,7 +49,7 @@ def main(_) -> None:  # noqa: D103
 
   _check_flags()
   others = SamplingConfig.from_json(SAMPLING.value)
-  own = (MAX_NEW_TOKENS, TEMPERATURE, TOP_K, TOP_P, MIN_P, TYPICAL_P, SEED, REPETITION_PENALTY,
+  own = (MAX_NEW_TOKENS, TEMPERATURE, TOP_K, TOP_P, MIN_P, SEED, REPETITION_PENALTY,
          NO_REPEAT_NGRAM_SIZE)
   if twice := sorted({flag.name for flag in own} & others.model_fields_set):
     raise ValueError(f'--sampling: {", ".join(twice)} has a flag of its own')
@@ -89,7 +88,7 @@ def _check_flags() -> None:
   if chosen and CACHE_DTYPE.value:
     raise ValueError(f'--cache_dtype={CACHE_DTYPE.value} works without {chosen[0]} only')
   useless = {'--chat': ('prompt', 'num_samples'),
-             '--num_beams': ('temperature', 'top_k', 'top_p', 'min_p', 'typical_p', 'seed')}
+             '--num_beams': ('temperature', 'top_k', 'top_p', 'min_p', 'seed')}
   needed = {'system': '--chat', 'length_penalty': '--num_beams'}
   for name in useless.get(chosen[0] if chosen else '', ()):
     if FLAGS[name].present:

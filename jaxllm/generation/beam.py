@@ -86,7 +86,7 @@ def beam_search(
   Args:
     beams: how beams compete.
     sampling_config: `max_new_tokens` and the rules that rank tokens (penalties, n-grams, bad words,
-      biases, forced tokens); nothing is sampled, so temperature and the like are not read.
+      biases); nothing is sampled, so temperature and the like are not read.
 
   Reference:
     The search of Transformers 5, whose results it equals: scores and stopping included.

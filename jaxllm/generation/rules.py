@@ -124,16 +124,6 @@ def min_new_tokens(logits_BV: jax.Array, value_B: jax.Array, history: History) -
   return _mask_logits(logits_BV, jnp.where(early_B1, history.stop_ids_BE, NO_TOKEN))
 
 
-def forced_bos_id(logits_BV: jax.Array, value_B: jax.Array, history: History) -> jax.Array:
-  """Make this the second token of all, as Transformers does: after a prompt of one token."""
-  return _force(logits_BV, value_B, history.lengths_B == 1)
-
-
-def forced_eos_id(logits_BV: jax.Array, value_B: jax.Array, history: History) -> jax.Array:
-  """Make this the last token of a row that is one short of its limit."""
-  return _force(logits_BV, value_B, history.lengths_B == history.limits_B - 1)
-
-
 def temperature(logits_BV: jax.Array, value_B: jax.Array, _: History) -> jax.Array:
   """Divide logits, shifted so that the largest is 0, by the temperature; 0 leaves them as they are.
 
@@ -172,18 +162,6 @@ def min_p(logits_BV: jax.Array, value_B: jax.Array, _: History) -> jax.Array:
   return jnp.where(logits_BV >= least_B[:, None], logits_BV, -jnp.inf)
 
 
-def typical_p(logits_BV: jax.Array, value_B: jax.Array, _: History) -> jax.Array:
-  """Keep the tokens whose surprise is nearest to the expected one and adds up to `value_B`.
-
-  Reference:
-    Meister et al., "Locally Typical Sampling", arXiv 2202.00666, equation 9.
-  """
-  logprobs_BV = jax.nn.log_softmax(logits_BV)
-  p_BV = jnp.exp(logprobs_BV)
-  entropy_B = -jnp.sum(jnp.where(p_BV > 0, p_BV * logprobs_BV, 0.0), axis=-1)
-  return _keep_largest(logits_BV, -jnp.abs(-logprobs_BV - entropy_B[:, None]), p_BV, value_B)
-
-
 RULES: Mapping[str, Rule] = {
   'biases': Rule(biases, 0.0),
   'repetition_penalty': Rule(repetition_penalty, 1.0),
@@ -191,13 +169,10 @@ RULES: Mapping[str, Rule] = {
   'frequency_penalty': Rule(frequency_penalty, 0.0),
   'no_repeat_ngram_size': Rule(no_repeat_ngram_size, 0),
   'min_new_tokens': Rule(min_new_tokens, 0),
-  'forced_bos_id': Rule(forced_bos_id, NO_TOKEN),
-  'forced_eos_id': Rule(forced_eos_id, NO_TOKEN),
   'temperature': Rule(temperature, 1.0),
   'top_k': Rule(top_k, 0),
   'top_p': Rule(top_p, 1.0),
   'min_p': Rule(min_p, 0.0),
-  'typical_p': Rule(typical_p, 1.0),
 }
 
 # Rules that are part of every program; the others come together, where any row asks for one.
@@ -229,11 +204,6 @@ def _rows(logits_BV: jax.Array, ids_BN: jax.Array) -> Any:
 
 def _mask_logits(logits_BV: jax.Array, ids_BN: jax.Array) -> jax.Array:
   return _rows(logits_BV, ids_BN).set(-jnp.inf, mode='drop')
-
-
-def _force(logits_BV: jax.Array, ids_B: jax.Array, now_B: jax.Array) -> jax.Array:
-  only_BV = jnp.where(jnp.arange(logits_BV.shape[1])[None] == ids_B[:, None], 0.0, -jnp.inf)
-  return jnp.where(now_B[:, None], only_BV, logits_BV)
 
 
 def _keep_largest(

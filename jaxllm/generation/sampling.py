@@ -35,8 +35,6 @@ class SamplingConfig(Config):
   """Sample from the smallest set of most probable tokens whose probabilities add up to this."""
   min_p: float = pydantic.Field(default=0.0, ge=0, le=1)
   """Sample from tokens at least this fraction as probable as the most probable one."""
-  typical_p: float = pydantic.Field(default=1.0, gt=0, le=1)
-  """Sample from the tokens nearest to the expected surprise whose probabilities add up to this."""
   repetition_penalty: float = pydantic.Field(default=1.0, gt=0)
   """Divide positive logits of tokens that occurred, in the prompt too, by this; multiply negative
   ones."""
@@ -50,14 +48,8 @@ class SamplingConfig(Config):
   """Sequences of token ids that never come, except one that would only keep a row from ending."""
   logit_bias: tuple[tuple[int, float], ...] = ()
   """Pairs of a token id and what is added to its logit."""
-  sequence_bias: tuple[tuple[tuple[int, ...], float], ...] = ()
-  """Pairs of token ids and what is added to the logit of the last one after all the others."""
   min_new_tokens: int = pydantic.Field(default=0, ge=0)
   """Tokens before which nothing ends a row but the number of tokens and the context."""
-  forced_bos_id: int = pydantic.Field(default=NO_TOKEN, ge=NO_TOKEN)
-  """What follows a prompt of one token; -1: the model decides."""
-  forced_eos_id: int = pydantic.Field(default=NO_TOKEN, ge=NO_TOKEN)
-  """What a row that reaches its number of tokens ends with; -1: the model decides."""
   seed: int = pydantic.Field(default=0, ge=0, le=MAX_SEED)
   """Of the random numbers: the same seed gives the same continuation."""
 
@@ -71,17 +63,13 @@ class SamplingConfig(Config):
 
   @pydantic.model_validator(mode='after')
   def _check(self) -> 'SamplingConfig':
-    for name, sequences in (('bad_words', self.bad_words),
-                            ('sequence_bias', [sequence for sequence, _ in self.sequence_bias])):
-      if not all(sequences):
-        raise ValueError(f'{name}: a sequence without tokens; leave it out')
+    if not all(self.bad_words):
+      raise ValueError('bad_words: a sequence without tokens; leave it out')
     return self
 
   def ids(self) -> set[int]:
     """Return all token ids that the config names, for a check against a vocabulary."""
-    named = {self.forced_bos_id, self.forced_eos_id} - {NO_TOKEN}
-    named |= {token for token, _ in self.logit_bias}
-    return named.union(*self.bad_words, *(sequence for sequence, _ in self.sequence_bias))
+    return {token for token, _ in self.logit_bias}.union(*self.bad_words)
 
 
 def row_values(
@@ -165,7 +153,7 @@ def sample(
 
 def _asks_for_more(config: SamplingConfig) -> bool:
   extra = RULES.keys() - {*BASIC, 'biases'}
-  return bool(config.bad_words or config.logit_bias or config.sequence_bias) or any(
+  return bool(config.bad_words or config.logit_bias) or any(
     getattr(config, name) != RULES[name].off for name in extra)
 
 
@@ -176,9 +164,8 @@ def _biases(
   tables: list[dict[tuple[int, ...], float]] = []
   for config, stops in zip(configs, stop_token_ids, strict=True):
     table: dict[tuple[int, ...], float] = {}
-    single = (((token,), bias) for token, bias in config.logit_bias)
-    for sequence, bias in (*single, *config.sequence_bias):
-      table[sequence] = table.get(sequence, 0.0) + bias
+    for token, bias in config.logit_bias:
+      table[token,] = table.get((token,), 0.0) + bias
     table |= {word: -np.inf for word in config.bad_words
               if not (len(word) == 1 and word[0] in stops)}
     tables.append(table)

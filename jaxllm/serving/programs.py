@@ -84,10 +84,10 @@ def row_fields(request: Request, context_length: int) -> dict[str, Any]:
   values = {name: jax.tree.map(lambda leaf: leaf[0], value) for name, value in values.items()}
   width, length = values['biases'].sequences_BWN.shape
   if width > MAX_BIASES:
-    raise ValueError(f'logit_bias, bad_words, sequence_bias: more than {MAX_BIASES} entries; at '
+    raise ValueError(f'logit_bias, bad_words: more than {MAX_BIASES} entries; at '
                      'most that many are served')
   if length > MAX_BIAS_TOKENS:
-    raise ValueError(f'bad_words, sequence_bias: a sequence of more than {MAX_BIAS_TOKENS} tokens; '
+    raise ValueError(f'bad_words: a sequence of more than {MAX_BIAS_TOKENS} tokens; '
                      'at most that many are served')
   tokens_S = np.zeros(context_length + 1, np.int32)
   tokens_S[: len(request.prompt)] = request.prompt

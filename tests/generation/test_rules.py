@@ -56,11 +56,10 @@ def test_bad_words_and_biases_in_literals():
   words = ((11,), (0,), (3, 1, 10), (9, 4, 2), (5, 5, 5, 3))
   # Token 0 ends rows 0 and 1, so it stays allowed there.
   assert banned(one(bad_words=words)) == [[11], [10, 11], [0, 2, 11], [0, 11]]
-  got = one(logit_bias=((3, 1.5), (4, -2.0)), sequence_bias=(((2, 3), 10.0), ((3,), 0.25)))
+  got = one(logit_bias=((3, 1.5), (4, -2.0), (3, 0.25)))
   want = LOGITS.copy()
   want[:, 3] += 1.75
   want[:, 4] -= 2
-  want[3, 3] += 10
   np.testing.assert_allclose(got, want, atol=1e-6)
 
 
@@ -77,18 +76,14 @@ def test_presence_and_frequency_count_the_continuation():
   np.testing.assert_allclose(one(frequency_penalty=0.5), want, atol=1e-6)
 
 
-def test_ends_are_forbidden_and_forced():
+def test_ends_are_forbidden():
   # New tokens so far: 0, 2, 4, 1.
   assert banned(one(min_new_tokens=2)) == [[0], [], [], [2]]
-  forced = one(forced_bos_id=7, forced_eos_id=9)
-  others = [[i for i in range(VOCAB) if i != keep] for keep in (7, 9, 9)]
-  assert banned(forced) == [others[0], others[1], [], others[2]]
-  assert forced[0, 7] == forced[1, 9] == 0
 
 
 def test_rows_mix_rules():
   configs = [
-    SamplingConfig(repetition_penalty=1.7, typical_p=0.6), SamplingConfig(no_repeat_ngram_size=2),
+    SamplingConfig(repetition_penalty=1.7, top_p=0.6), SamplingConfig(no_repeat_ngram_size=2),
     SamplingConfig(bad_words=((4, 3),), frequency_penalty=1.0), SamplingConfig(),
   ]
   got = ruled(configs)
@@ -116,13 +111,12 @@ def test_decoding_with_rules():
   prompts = [[1, 2, 3], [4, 5, 4, 5], [6], [7, 8]]
   configs = [
     PLAIN.replace(no_repeat_ngram_size=1), PLAIN.replace(min_new_tokens=12, temperature=0.0),
-    PLAIN.replace(forced_bos_id=9, forced_eos_id=10, bad_words=((0,), (1,))), PLAIN,
+    PLAIN.replace(bad_words=((0,), (1,), (2, 3)), top_k=3), PLAIN,
   ]
   together = decode.generate(MODEL, VARIABLES, prompts, configs, [11, 12], seeds=[3] * 4)
   assert len({*together[0].tokens, 1, 2, 3}) == len(together[0].tokens) + 3
   assert len(together[1].tokens) == 12
-  assert together[2].tokens[0] == 9
-  assert together[2].finish_reason == 'stop' or together[2].tokens[-1] == 10
+  assert not {0, 1} & {*together[2].tokens}
   for row in range(4):
     alone, = decode.generate(
       MODEL, VARIABLES, [prompts[row]], [configs[row]], eos_token_ids=[11, 12], seeds=[3])
@@ -136,16 +130,15 @@ def test_decoding_with_rules():
 
 # One value of every rule that shapes a draw.
 EVERY = {
-  'top_k': 4, 'top_p': 0.6, 'min_p': 0.1, 'typical_p': 0.7, 'repetition_penalty': 1.4,
-  'presence_penalty': 0.8, 'frequency_penalty': 0.6, 'no_repeat_ngram_size': 1,
+  'top_k': 2, 'top_p': 0.3, 'min_p': 0.5, 'repetition_penalty': 3.0,
+  'presence_penalty': 2.0, 'frequency_penalty': 1.5, 'no_repeat_ngram_size': 1,
   'bad_words': ((3,), (4, 5)), 'logit_bias': ((6, 2.0), (6, 1.0)),
-  'sequence_bias': (((7, 8), 3.0),),
-  'min_new_tokens': 5, 'forced_bos_id': 9, 'forced_eos_id': 10,
+  'min_new_tokens': 5,
 }
 
 
 def test_every_rule_alone_is_that_rule_among_the_others():
-  biases = {'bad_words', 'logit_bias', 'sequence_bias'}
+  biases = {'bad_words', 'logit_bias'}
   assert set(EVERY) | {'temperature', 'biases'} == set(RULES) | {'temperature'} | biases
   configs = [PLAIN.replace(**{name: value}) for name, value in EVERY.items()]
   prompts = [[1 + i, 5, 4, 5][: 1 + i % 4] for i in range(len(configs))]
@@ -155,15 +148,14 @@ def test_every_rule_alone_is_that_rule_among_the_others():
   for row, config in enumerate(configs):
     alone, = decode.generate(MODEL, VARIABLES, [prompts[row]], [config], [11], seeds=[3])
     assert alone.tokens == together[row].tokens
-  # Most rules show in so short a text.
+  # Many rules show in so short a text.
   changed = sum(a.tokens != b.tokens for a, b in zip(together, plain, strict=True))
-  assert changed >= len(configs) // 2
+  assert changed >= 4
 
 
 @pytest.mark.parametrize('fields, message', [
-  ({'repetition_penalty': 0.0}, 'repetition_penalty'), ({'typical_p': 0.0}, 'typical_p'),
+  ({'repetition_penalty': 0.0}, 'repetition_penalty'),
   ({'bad_words': ((),)}, 'bad_words'), ({'logit_bias': ((1, float('nan')),)}, 'logit_bias'),
-  ({'forced_bos_id': -2}, 'forced_bos_id'),
 ])
 def test_bad_values_are_named(fields, message):
   with pytest.raises(ConfigError, match=message):
@@ -171,7 +163,7 @@ def test_bad_values_are_named(fields, message):
 
 
 @pytest.mark.parametrize('fields', [
-  {'bad_words': ((1, 99),)}, {'logit_bias': ((23, 1.0),)}, {'forced_eos_id': 40}])
+  {'bad_words': ((1, 99),)}, {'logit_bias': ((23, 1.0),)}])
 def test_ids_of_another_vocabulary_are_refused(fields):
   with pytest.raises(ValueError, match='is no token id of the model'):
     make_requests(MODEL_CONFIG, [[1]], SamplingConfig(**fields))
@@ -187,16 +179,11 @@ def test_state_holds_rules_by_row():
 PROCESSORS = {
   'repetition_penalty': ('RepetitionPenaltyLogitsProcessor', 1.3, {}),
   'no_repeat_ngram_size': ('NoRepeatNGramLogitsProcessor', 2, {}),
-  'typical_p': ('TypicalLogitsWarper', 0.7, {}),
   'top_k': ('TopKLogitsWarper', 4, {}),
   'top_p': ('TopPLogitsWarper', 0.6, {}),
   'min_p': ('MinPLogitsWarper', 0.2, {}),
   'bad_words': ('NoBadWordsLogitsProcessor', ((8,), (3, 1, 10), (4, 4), (2,)), {}),
-  'sequence_bias': (
-    'SequenceBiasLogitsProcessor', (((8,), 1.5), ((3, 1, 10), -2.5), ((2, 3), 1.0)), {}),
   'min_new_tokens': ('MinNewTokensLengthLogitsProcessor', 2, {}),
-  'forced_bos_id': ('ForcedBOSTokenLogitsProcessor', 7, {}),
-  'forced_eos_id': ('ForcedEOSTokenLogitsProcessor', 9, {}),
 }
 
 
@@ -206,18 +193,14 @@ def processor(name, row):
   make = getattr(transformers.generation.logits_process, made)
   if name == 'bad_words':
     return make([list(word) for word in value], eos_token_id=STOPS[row])
-  if name == 'sequence_bias':
-    return make(dict(value))
   if name == 'min_new_tokens':
     return make(PROMPTS[row], value, STOPS[row])
-  if name == 'forced_eos_id':
-    return make(LIMITS[row], value)
   return make(value)
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize('names', [(name,) for name in PROCESSORS] + [
-  ('sequence_bias', 'repetition_penalty', 'no_repeat_ngram_size', 'top_k', 'top_p', 'typical_p')])
+  ('bad_words', 'repetition_penalty', 'no_repeat_ngram_size', 'top_k', 'top_p')])
 def test_rules_equal_the_processors_of_transformers(names):
   torch = pytest.importorskip('torch')
   got = one(**{name: PROCESSORS[name][1] for name in names})

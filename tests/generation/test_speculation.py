@@ -49,7 +49,7 @@ def test_the_same_tokens_as_without(name):
 
 def test_rules_and_full_contexts_are_kept():
   rules = [GREEDY.replace(no_repeat_ngram_size=2, temperature=0.9, max_new_tokens=1000),
-           GREEDY.replace(presence_penalty=1.0, forced_eos_id=3)] + [GREEDY] * 2
+           GREEDY.replace(presence_penalty=1.0)] + [GREEDY] * 2
   want = generate(MODEL, VARIABLES, PROMPTS, rules, seeds=[5] * 4)
   got, _ = speculation.generate(
     MODEL, VARIABLES, PROMPTS, rules, SpeculationConfig(num_drafted=3), seeds=[5] * 4)

@@ -72,7 +72,7 @@ def requests():
     Request((*SYSTEM, 9, 8), warm, 3, num_top=1),
     Request((*SYSTEM, *range(25)), GREEDY.replace(max_new_tokens=30), 0),
     Request((200, 201), eager, 5, stop=('ee', 'x')),
-    Request((9,) * 33, warm.replace(typical_p=0.9, no_repeat_ngram_size=2), 7,
+    Request((9,) * 33, warm.replace(top_p=0.9, no_repeat_ngram_size=2), 7,
             stop_token_ids=(9, 10)),
     Request((104, 105), warm, 9, constraint=Lowercase()),
     Request((*range(30),), GREEDY.replace(max_new_tokens=1), 0, num_top=2, score_prompt=True),
