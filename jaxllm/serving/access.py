@@ -99,6 +99,11 @@ class LimitsConfig(Config):
   drain_seconds: int = pydantic.Field(default=60, gt=0)
   """Time for running answers to end after SIGTERM."""
 
+  @property
+  def shortest(self) -> float:
+    """The shortest time that a client may let a connection wait."""
+    return min(self.header_seconds, self.body_seconds, self.send_seconds)
+
 
 # Open without a key, so that health checks need none.
 OPEN_PATHS = ('/health', '/ready')

@@ -9,7 +9,7 @@ import http
 import resource
 import sys
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import h11
 import uvicorn
@@ -17,7 +17,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from jaxllm.serving.access import ApiError, LimitsConfig
 
-Phase = Literal['headers', 'body']
 # The app answers a body that is too slow; this much later the connection breaks, answered or not.
 LINGER_SECONDS = 5.0
 # How long a connection may wait for its next request.
@@ -33,46 +32,23 @@ class LimitedProtocol(H11Protocol):
   """A connection with limits; `settings` makes the class that has them."""
 
   limits: LimitsConfig
-  _phase: Phase | None = None
-  _phase_timer: asyncio.TimerHandle | None = None
-  _send_timer: asyncio.TimerHandle | None = None
+  _timer: asyncio.TimerHandle | None = None
+  _wait: tuple[float, str, Any] | None = None
+  _since = 0.0
 
   def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-    """Start the timer of the headers, or refuse one connection too many."""
+    """Look at the connection from now on, or refuse one too many."""
     super().connection_made(transport)
     if len(self.connections) > self.limits.max_connections:
       self._refuse(ApiError(503, 'there are too many connections; come back later',
                             code='too_many_connections', headers={'Retry-After': '5'}))
-      return
-    self._watch()
-
-  def data_received(self, data: bytes) -> None:
-    """Parse bytes and update the timer."""
-    super().data_received(data)
-    self._watch()
+    self._look()
 
   def connection_lost(self, exc: Exception | None) -> None:
-    """Stop the timers."""
+    """Look no more."""
     super().connection_lost(exc)
-    for timer in (self._phase_timer, self._send_timer):
-      if timer is not None:
-        timer.cancel()
-
-  def pause_writing(self) -> None:
-    """Start the timer of a client that does not read."""
-    super().pause_writing()
-    if self._send_timer is None:
-      self._look_again()
-
-  def on_response_complete(self) -> None:
-    """Start the timer of a connection that closes after this response."""
-    super().on_response_complete()
-    self._end()
-
-  def timeout_keep_alive_handler(self) -> None:
-    """Start the timer of an idle connection that closes."""
-    super().timeout_keep_alive_handler()
-    self._end()
+    if self._timer is not None:
+      self._timer.cancel()
 
   def send_400_response(self, msg: str) -> None:
     """Refuse bytes that are no HTTP, or headers that are too large."""
@@ -85,31 +61,30 @@ class LimitedProtocol(H11Protocol):
     else:
       self._refuse(ApiError(400, 'this is no valid HTTP/1.1 request', code='invalid_http'))
 
-  def _watch(self) -> None:
-    """Start a timer when headers or a body begin to arrive; stop it when they are complete."""
-    state = self.conn.their_state
-    phase: Phase | None = None
-    if state is h11.SEND_BODY:
-      phase = 'body'
-    elif state is h11.IDLE and self.timeout_keep_alive_task is None:
-      phase = 'headers'
-    if phase == self._phase:
-      return
-    if self._phase_timer is not None:
-      self._phase_timer.cancel()
-    self._phase, self._phase_timer = phase, None
-    if phase is not None:
-      seconds = (self.limits.header_seconds if phase == 'headers'
-                 else self.limits.body_seconds + LINGER_SECONDS)
-      self._phase_timer = self.loop.call_later(seconds, self._too_slow, phase)
-
-  def _too_slow(self, phase: Phase) -> None:
-    if phase == 'headers' and not self.transport.is_closing():
+  def _look(self) -> None:
+    """Break the connection if its client lets it wait too long; look again soon."""
+    wait, now = self._waiting(), self.loop.time()
+    if wait != self._wait:
+      self._wait, self._since = wait, now
+    elif wait is not None and now - self._since >= wait[0]:
+      if wait[1] != 'headers' or self.transport.is_closing():
+        self.transport.abort()
+        return
       self._refuse(ApiError(
         408, f'the headers did not arrive within {self.limits.header_seconds:g} seconds',
         code='request_timeout'))
-    else:
-      self.transport.abort()
+    self._timer = self.loop.call_later(min(self.limits.shortest / 8, 1.0), self._look)
+
+  def _waiting(self) -> tuple[float, str, Any] | None:
+    """Return (seconds that it may take, what the client has to send or to take, what of it)."""
+    state, unsent = self.conn.their_state, self.transport.get_write_buffer_size()
+    if unsent:
+      return self.limits.send_seconds, 'answer', unsent
+    if state is h11.SEND_BODY:
+      return self.limits.body_seconds + LINGER_SECONDS, 'body', self.cycle
+    if state is h11.IDLE and self.timeout_keep_alive_task is None:
+      return self.limits.header_seconds, 'headers', self.cycle
+    return None
 
   def _refuse(self, error: ApiError) -> None:
     """Send an error without asking the app, and close."""
@@ -123,27 +98,10 @@ class LimitedProtocol(H11Protocol):
     except h11.LocalProtocolError:
       # A response is under way.
       self.transport.abort()
-      return
     self.transport.close()
-    self._end()
-
-  def _end(self) -> None:
-    """Start the timer of a connection that closes: its client may read nothing."""
-    if self.transport.is_closing() and self._send_timer is None:
-      self._look_again()
-
-  def _look_again(self) -> None:
-    left = self.transport.get_write_buffer_size()
-    self._send_timer = self.loop.call_later(self.limits.send_seconds, self._look, left)
-
-  def _look(self, before: int) -> None:
-    """Abort the connection if its client has read nothing since the last look."""
-    self._send_timer = None
-    left = self.transport.get_write_buffer_size()
-    if left >= before and (left or self.transport.is_closing()):
-      self.transport.abort()
-    elif left or self.transport.is_closing():
-      self._look_again()
+    if self.cycle is not None:
+      # The app may answer too.
+      self.cycle.disconnected = True
 
 
 class Server(uvicorn.Server):

@@ -205,7 +205,7 @@ class Raw:
 HEAD = b'POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n'
 
 
-def test_what_is_no_http(server):
+def test_what_is_no_http(server, caplog):
   for data in (b'\x16\x03\x01 hello\r\n\r\n', b'GET\r\n\r\n', b'GET / HTTP/x\r\n\r\n',
                b'GET / HTTP/1.1\r\n\r\n', HEAD + b'content-length: -5\r\n\r\n',
                HEAD + b'content-length: 5\r\ncontent-length: 6\r\n\r\n',
@@ -213,6 +213,12 @@ def test_what_is_no_http(server):
     with Raw(server) as raw:
       raw.send(data)
       refused(raw.answer(), 400)
+  # The app answers the headers, and the server what comes after them.
+  for head in (HEAD.replace(b'/json', b'/xml'), HEAD.replace(b'/v1/completions', b'/nothing')):
+    with Raw(server) as raw:
+      raw.send(head + b'transfer-encoding: chunked\r\n\r\nzz\r\n')
+      refused(raw.answer(), 400)
+  assert 'Traceback' not in caplog.text and 'Exception' not in caplog.text
   with Raw(server) as raw:
     raw.send(HEAD + b'x: ' + b'y' * 50_000)
     refused(raw.answer(), 431)
