@@ -70,7 +70,7 @@ def continue_ours(path: pathlib.Path, count: int):
   tokenizer = tokenizers.from_files(loaded.files)
   ids = [tokenizer.encode(prompt) for prompt in PROMPTS]
   asked = [{'role': 'user', 'content': QUESTION}]
-  ids.append(chat.encode(tokenizer, tokenizer.chat_templates, asked))
+  ids += chat.encode_all(tokenizer, tokenizer.chat_templates, [asked])
   done = decode.generate(
     Decoder(loaded.config), unstack(variables), ids,
     SamplingConfig(temperature=0.0, max_new_tokens=count), tokenizer.eos_token_ids,

@@ -95,37 +95,45 @@ def init_decode_state(
   used = len(requests)
   rows = used if exact_rows else power_of_two(used)
   requests = [*requests, *[Request((0,), requests[0].sampling, 0)] * (rows - used)]
+  stop_token_ids = [request.stop_token_ids for request in requests]
   # The last token of a row is never read, so it needs no position in the cache.
-  limits = [
-    min(len(request.prompt) + request.sampling.max_new_tokens, config.max_length + 1)
-    for request in requests
-  ]
-  cache_length = min(power_of_two(max(limits) - 1, LEAST_TOKENS), config.max_length)
+  longest = max(len(request.prompt) + request.sampling.max_new_tokens for request in requests)
+  cache_length = min(power_of_two(min(longest, config.max_length + 1) - 1, LEAST_TOKENS),
+                     config.max_length)
   num_top = min(power_of_two(num_top, LEAST_TOP), config.vocab_size) if num_top else 0
-  num_stop = power_of_two(max(len(request.stop_token_ids) for request in requests), LEAST_STOP_IDS)
-  tokens_BS = np.zeros((rows, cache_length + 1), np.int32)
-  stop_ids_BE = np.full((rows, num_stop), NO_TOKEN, np.int32)
+  num_stop = power_of_two(max(map(len, stop_token_ids)), LEAST_STOP_IDS)
+  host = row_arrays(requests, cache_length, config.max_length, num_stop, num_top)
+  host['finished_B'] = np.arange(rows) >= used
+  host['values'] = sampling.row_values([one.sampling for one in requests], stop_token_ids)
+  cache = init_cache(config, rows, cache_length + spare_positions, cache_dtype, stacked, placement)
+  return put_state(cache, host, placement)
+
+
+def row_arrays(
+  requests: Sequence[Request], cache_length: int, max_length: int, num_stop: int, num_top: int = 0
+) -> dict[str, Any]:
+  """Return the arrays of closed rows of a `DecodeState`, but for the values of rules."""
+  shape = len(requests), cache_length + 1
+  tokens_BS = np.zeros(shape, np.int32)
+  stop_ids_BE = np.full((shape[0], num_stop), NO_TOKEN, np.int32)
   for row, request in enumerate(requests):
     tokens_BS[row, : len(request.prompt)] = request.prompt
     stop_ids_BE[row, : len(request.stop_token_ids)] = request.stop_token_ids
   lengths_B = np.array([len(request.prompt) for request in requests], np.int32)
-  host = {
+  limits = [min(len(request.prompt) + request.sampling.max_new_tokens, max_length + 1)
+            for request in requests]
+  return {
     'tokens_BS': tokens_BS,
-    'logprobs_BS': np.zeros(tokens_BS.shape, np.float32),
-    'top_ids_BSA': np.zeros((*tokens_BS.shape, num_top), np.int32),
-    'top_logprobs_BSA': np.zeros((*tokens_BS.shape, num_top), np.float32),
+    'logprobs_BS': np.zeros(shape, np.float32),
+    'top_ids_BSA': np.zeros((*shape, num_top), np.int32),
+    'top_logprobs_BSA': np.zeros((*shape, num_top), np.float32),
     'prompt_lengths_B': lengths_B,
     'lengths_B': lengths_B.copy(),
     'limits_B': np.array(limits, np.int32),
-    'finished_B': np.arange(rows) >= used,
+    'finished_B': np.ones(shape[0], bool),
     'stop_ids_BE': stop_ids_BE,
     'seeds_B': np.array([request.seed for request in requests], np.uint32),
-    'values': sampling.row_values(
-      [request.sampling for request in requests], [request.stop_token_ids for request in requests]
-    ),
   }
-  cache = init_cache(config, rows, cache_length + spare_positions, cache_dtype, stacked, placement)
-  return put_state(cache, host, placement)
 
 
 def prompt_bucket(state: DecodeState, requests: Sequence[Request]) -> int:

@@ -64,13 +64,6 @@ def render(
     raise TemplateError(f'chat template: {error}') from None
 
 
-def encode(
-  tokenizer: Tokenizer, template: Templates, messages: Sequence[Message], *args: Any, **options: Any
-) -> list[int]:
-  """Return the token ids of one conversation; arguments as in `encode_all`."""
-  return encode_all(tokenizer, template, [messages], *args, **options)[0]
-
-
 def encode_all(
   tokenizer: Tokenizer, template: Templates, conversations: Sequence[Sequence[Message]],
   add_generation_prompt: bool = True, tools: Sequence[Any] | None = None,

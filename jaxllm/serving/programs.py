@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxllm.generation import decode_state, sampling
 from jaxllm.generation.decode_state import DecodeState, pin
-from jaxllm.generation.rules import NO_TOKEN, RULES, Biases
+from jaxllm.generation.rules import RULES, Biases
 from jaxllm.generation.sampling import Request
 from jaxllm.models import log_probs
 from jaxllm.models.decoder import Decoder, init_cache
@@ -53,15 +53,6 @@ def init_state(
   """Return rows of which none is open, and their logits."""
   fields = row_fields(Request((0,), sampling.SamplingConfig(), 0), context_length)
   host = jax.tree.map(lambda leaf: np.stack([leaf] * num_slots), fields)
-  shape = num_slots, context_length + 1
-  host |= {
-    'lengths_B': host['prompt_lengths_B'].copy(),
-    'finished_B': np.ones(num_slots, bool),
-    'logprobs_BS': np.zeros(shape, np.float32),
-    # Found by `top_logprobs`, where a request wants them.
-    'top_ids_BSA': np.zeros((*shape, 0), np.int32),
-    'top_logprobs_BSA': np.zeros((*shape, 0), np.float32),
-  }
   config, placement = model.config, model.placement
   cache = init_cache(
     config, num_slots, context_length, cache_dtype, stacked=False, placement=placement)
@@ -71,7 +62,7 @@ def init_state(
 
 
 def row_fields(request: Request, context_length: int) -> dict[str, Any]:
-  """Return the fields of `DecodeState` that a request decides, for one row.
+  """Return the fields of `DecodeState` for the row of a request.
 
   Raises:
     ValueError: there are more stop ids or biases than a row has room for.
@@ -89,20 +80,9 @@ def row_fields(request: Request, context_length: int) -> dict[str, Any]:
   if length > MAX_BIAS_TOKENS:
     raise ValueError(f'bad_words: a sequence of more than {MAX_BIAS_TOKENS} tokens; '
                      'at most that many are served')
-  tokens_S = np.zeros(context_length + 1, np.int32)
-  tokens_S[: len(request.prompt)] = request.prompt
-  stop_ids_E = np.full(MAX_STOP_IDS, NO_TOKEN, np.int32)
-  stop_ids_E[: len(request.stop_token_ids)] = request.stop_token_ids
-  # The last token of a row is never fed, so it needs no slot.
-  limit = min(len(request.prompt) + request.sampling.max_new_tokens, context_length + 1)
-  return {
-    'tokens_BS': tokens_S,
-    'prompt_lengths_B': np.int32(len(request.prompt)),
-    'limits_B': np.int32(limit),
-    'stop_ids_BE': stop_ids_E,
-    'seeds_B': np.uint32(request.seed),
-    'values': values,
-  }
+  fields = decode_state.row_arrays([request], context_length, context_length, MAX_STOP_IDS)
+  # The most probable tokens are found by `top_logprobs`, where a request wants them.
+  return {name: leaf[0] for name, leaf in fields.items()} | {'values': values}
 
 
 @functools.partial(jax.jit, donate_argnames='slots')
@@ -117,7 +97,6 @@ def start_row(
     fields: from `row_fields`.
     cached: tokens of the prompt whose keys and values are in the row already.
   """
-  fields = fields | {'lengths_B': fields['prompt_lengths_B'], 'finished_B': True}
   old = {name: getattr(slots, name) for name in fields}
   new = jax.tree.map(lambda leaf, value: leaf.at[row].set(value), old, fields)
   lengths_B = slots.cache.lengths_B.at[row].set(cached)

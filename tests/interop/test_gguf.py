@@ -88,7 +88,7 @@ def test_the_tokenizer(tmp_path):
   text = 'naïve <|end|> 机器\n'
   assert tokenizer.decode(tokenizer.encode(text)) == text
   template = tokenizer_settings.chat_templates(files).get('default')
-  ids = chat.encode(tokenizer, template, [{'role': 'user', 'content': 'a<|end|>'}])
+  ids, = chat.encode_all(tokenizer, template, [[{'role': 'user', 'content': 'a<|end|>'}]])
   assert ids == [*tokenizer.encode('a<|end|>'), 258]
 
 

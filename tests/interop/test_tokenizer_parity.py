@@ -49,7 +49,7 @@ def test_a_written_tokenizer(kind, add_bos, tmp_path, caplog):
   ours = tokenizers.from_files(tokenizer_files.read(tmp_path / 'model'))
   messages = [{'role': 'user', 'content': 'The quick  fox'}]
   expected = theirs.apply_chat_template(messages, return_dict=False)
-  assert chat.encode(ours, TEMPLATE, messages, add_generation_prompt=False) == expected
+  assert chat.encode_all(ours, TEMPLATE, [messages], False) == [expected]
   assert tokenizer_settings.add_bos(tokenizer_files.read(tmp_path / 'model')) == add_bos
 
 
