@@ -1,7 +1,7 @@
-"""Line charts as plain numbers and SVG paths, for a template to draw.
+"""Line charts as numbers and SVG paths, for a template to draw.
 
-Paths live in a square of `SIZE` units that the page stretches to any width; labels are placed in
-per cent, so that text keeps its size on a phone.
+Everything is placed in a square of 100 units, which the page stretches to any width; labels stand
+beside the drawing, so that text keeps its size on a phone.
 """
 
 import math
@@ -10,61 +10,53 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-SIZE = 1000
 _MAX_BUCKETS = 400
-_MAX_POINTS = 60
+_MAX_MARKS = 60
 
 
-class Series(NamedTuple):
-  """One line: its name, how it looks, and its finite points.
+class Line(NamedTuple):
+  """One line.
 
   Attributes:
     label: for the legend; empty for none.
-    style: CSS class of the line.
+    style: its CSS class. The points of 'validation' are marked, where there are not too many.
     steps: int, ascending.
-    values: float64, as many.
-    points: whether points are marked and labelled, where there are not too many.
+    values: float64, finite, as many.
   """
 
   label: str
   style: str
   steps: np.ndarray
   values: np.ndarray
-  points: bool = False
 
 
-def series(
-  records: Sequence[Mapping[str, Any]], name: str, label: str, style: str, points: bool = False
-) -> Series:
+def line(records: Sequence[Mapping[str, Any]], name: str, label: str, style: str) -> Line:
   """Collect the finite values of a metric from records."""
-  found = [(r['step'], r[name]) for r in records if isinstance(r.get(name), int | float)]
-  found = [(step, value) for step, value in found if math.isfinite(value)]
+  found = [(r['step'], r[name]) for r in records
+           if isinstance(r.get(name), int | float) and math.isfinite(r[name])]
   steps, values = zip(*found, strict=True) if found else ((), ())
-  return Series(label, style, np.array(steps, int), np.array(values, float), points)
+  return Line(label, style, np.array(steps, int), np.array(values, float))
 
 
-def smooth(line: Series, label: str, style: str) -> Series:
+def smooth(noisy: Line, label: str, style: str) -> Line:
   """Return the running mean over about a twentieth of the points, spikes left out.
 
   The mean is that of each window's middle half. The window narrows towards the first point, where
   metrics fall steeply, and is cut off at the last one, where they are noise.
   """
-  count = len(line.values)
+  count = len(noisy.values)
   centres = np.unique(np.linspace(0, count - 1, min(count, _MAX_BUCKETS)).round().astype(int))
   means = []
   for centre in centres:
     half = min(count // 40, centre)
-    window = np.sort(line.values[centre - half : centre + half + 1])
+    window = np.sort(noisy.values[centre - half : centre + half + 1])
     cut = len(window) // 4
     means.append(window[cut : len(window) - cut].mean())
-  return Series(label, style, line.steps[centres], np.array(means))
+  return Line(label, style, noisy.steps[centres], np.array(means))
 
 
 def chart(
-  title: str,
-  lines: Sequence[Series],
-  text: Callable[[float], str],
-  num_ticks: tuple[int, int] = (6, 5),
+  title: str, lines: Sequence[Line], text: Callable[[float], str], num_ticks: int = 6,
   log: bool = False,
 ) -> dict[str, Any] | None:
   """Lay out a chart.
@@ -73,45 +65,48 @@ def chart(
     title: of the chart.
     lines: drawn in this order; empty ones are left out.
     text: writes a value for a label.
-    num_ticks: about how many along the steps and along the values.
+    num_ticks: about how many along the steps.
     log: whether the value axis is logarithmic; only where all values are positive and span more
       than a factor of 3.
 
   Returns:
-    What the template draws: `title`, `latest` (the last value), `lines` (label, style, path and
-    points), `x_ticks` and `y_ticks` (label and place in per cent). None where there is no point.
+    What the template draws: `title`, `lines` (label, style, path, marked points and the latest
+    value), `x_ticks` and `y_ticks` (label and place). None where there is no point.
   """
   lines = [line for line in lines if len(line.steps)]
   if not lines:
     return None
-  values = np.concatenate([line.values for line in lines])
-  low, high = float(values.min()), float(values.max())
+  everything = np.concatenate([line.values for line in lines])
+  low, high = float(everything.min()), float(everything.max())
   log = log and 0 < 3 * low < high
   if high - low <= 1e-9 * abs(high):
     margin = abs(high) * 0.05 or 1.0
     low, high = low - margin, high + margin
-  last_step = max(int(line.steps[-1]) for line in lines)
+  scale: Any = np.log if log else np.asarray
+  last_step = max(*(line.steps[-1] for line in lines), 1)
 
-  def x(step: float) -> float:
-    return step / max(last_step, 1)
+  def x(step: Any) -> Any:
+    return 100 * step / last_step
 
-  def y(value: float) -> float:
-    if log:
-      return math.log(high / value) / math.log(high / low)
-    return (high - value) / (high - low)
+  def y(value: Any) -> Any:
+    return 100 * (scale(high) - scale(value)) / (scale(high) - scale(low))
 
+  drawn = []
+  for label, style, steps, values in lines:
+    steps, values = _thin(steps, values)
+    places = [f'{a:.2f} {b:.2f}' for a, b in zip(x(steps), y(values), strict=True)]
+    marked = len(places) == 1 or (style == 'validation' and len(places) <= _MAX_MARKS)
+    points = [{'place': place, 'label': f'step {step:,}: {text(value)}'}
+              for place, step, value in zip(places, steps, values, strict=True) if marked]
+    drawn.append({'label': label, 'style': style, 'latest': text(float(f'{values[-1]:.4g}')),
+                  'path': 'M' + 'L'.join(places), 'points': points})
+  y_ticks = (_log_ticks if log else _linear_ticks)(low, high, 5)
   return {
     'title': title,
-    'latest': text(float(f'{lines[-1].values[-1]:.3g}')),
-    'lines': [_draw(line, x, y, text) for line in lines],
-    'x_ticks': [
-      {'label': compact(tick), 'place': round(100 * x(tick), 2)}
-      for tick in _linear_ticks(0, last_step, num_ticks[0], smallest=1)
-    ],
-    'y_ticks': [
-      {'label': text(tick), 'place': round(100 * y(tick), 2)}
-      for tick in (_log_ticks if log else _linear_ticks)(low, high, num_ticks[1])
-    ],
+    'lines': drawn,
+    'x_ticks': [{'label': compact(tick), 'place': round(x(tick), 2)}
+                for tick in _linear_ticks(0, last_step, num_ticks, smallest=1)],
+    'y_ticks': [{'label': text(tick), 'place': round(float(y(tick)), 2)} for tick in y_ticks],
   }
 
 
@@ -124,24 +119,6 @@ def compact(value: float) -> str:
     digits, _, power = f'{value:.2e}'.partition('e')
     return f'{float(digits):g}e{int(power)}'
   return f'{value:.4g}'
-
-
-def _draw(
-  line: Series, x: Callable[[float], float], y: Callable[[float], float],
-  text: Callable[[float], str],
-) -> dict[str, Any]:
-  steps, values = _thin(line.steps, line.values)
-  places = [
-    f'{SIZE * x(step):.1f} {SIZE * y(value):.1f}' for step, value in zip(steps, values, strict=True)
-  ]
-  points = []
-  if (line.points and len(places) <= _MAX_POINTS) or len(places) == 1:
-    points = [
-      {'place': place, 'label': f'step {step:,}: {text(value)}'}
-      for place, step, value in zip(places, steps, values, strict=True)
-    ]
-  return {'label': line.label, 'style': line.style, 'latest': text(float(line.values[-1])),
-          'path': 'M' + 'L'.join(places), 'points': points}
 
 
 def _thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -21,6 +21,7 @@ from jaxllm.training.metrics import format_duration
 
 Record = Mapping[str, Any]
 Rows = list[tuple[str, str]]
+Chart = dict[str, Any] | None
 
 
 def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
@@ -116,39 +117,36 @@ def _tiles(
   ])
 
 
-def _loss_chart(train: Sequence[Record], validation: Sequence[Record]) -> dict[str, Any] | None:
-  raw = charts.series(train, 'train/loss', '', 'raw')
+def _loss_chart(train: Sequence[Record], validation: Sequence[Record]) -> Chart:
+  raw = charts.line(train, 'train/loss', '', 'raw')
   mean = charts.smooth(raw, 'training', 'train')
-  held_out = charts.series(validation, 'validation/loss', 'held-out', 'validation', points=True)
+  held_out = charts.line(validation, 'validation/loss', 'held-out', 'validation')
   return charts.chart('Loss, nats per token', [raw, mean, held_out], '{:.4g}'.format, log=True)
 
 
-def _small_charts(train: Sequence[Record]) -> list[dict[str, Any]]:
+def _small_charts(train: Sequence[Record]) -> list[Chart]:
   drawn = []
-  for title, name, noisy, log in (
-    ('Learning rate', 'train/learning_rate', False, False),
-    ('Gradient norm', 'train/grad_norm', True, True),
-    ('Tokens per second', 'train/tokens_per_second', True, False),
-    ('Training accuracy', 'train/accuracy', True, False),
-    ('Parameter norm', 'train/param_norm', False, False),
-    ('Seconds waiting for data', 'train/data_wait_seconds', True, False),
+  for title, name, noisy in (
+    ('Learning rate', 'train/learning_rate', False),
+    ('Gradient norm', 'train/grad_norm', True),
+    ('Tokens per second', 'train/tokens_per_second', True),
+    ('Training accuracy', 'train/accuracy', True),
+    ('Parameter norm', 'train/param_norm', False),
+    ('Seconds waiting for data', 'train/data_wait_seconds', True),
   ):
-    line = charts.series(train, name, '', 'raw' if noisy else 'train')
+    line = charts.line(train, name, '', 'raw' if noisy else 'train')
     lines = [line, charts.smooth(line, '', 'train')] if noisy else [line]
-    drawn.append(charts.chart(title, lines, charts.compact, num_ticks=(4, 5), log=log))
-  return [chart for chart in drawn if chart]
+    drawn.append(charts.chart(title, lines, charts.compact, 4, log='norm' in title))
+  return drawn
 
 
-def _task_charts(records: Sequence[Record]) -> list[dict[str, Any]]:
+def _task_charts(records: Sequence[Record]) -> list[Chart]:
   """Draw every score of every task, in the order of metrics.jsonl."""
   names = dict.fromkeys(name for r in records for name in r if name.startswith('task/'))
-  drawn = []
-  for name in names:
-    _, kind, metric = name.split('/', 2)
-    line = charts.series(records, name, '', 'validation', points=True)
-    title = f'{kind}: {metric}'.replace('_', ' ')
-    drawn.append(charts.chart(title, [line], '{:.4g}'.format, num_ticks=(4, 5)))
-  return [chart for chart in drawn if chart]
+  return [
+    charts.chart(': '.join(name.split('/', 2)[1:]).replace('_', ' '),
+                 [charts.line(records, name, '', 'validation')], '{:.4g}'.format, 4)
+    for name in names]
 
 
 def _speed(train: Sequence[Record], environment: Record) -> Rows:

@@ -10,31 +10,31 @@ def records(values, name='train/loss', every=10):
   return [{'step': every * (i + 1), name: value} for i, value in enumerate(values)]
 
 
-def line(values, **options):
-  return charts.series(records(values), 'train/loss', 'training', 'train', **options)
+def line(values, style='train'):
+  return charts.line(records(values), 'train/loss', 'training', style)
 
 
 def labels(ticks):
   return [tick['label'] for tick in ticks]
 
 
-def test_series_leaves_out_what_is_not_finite():
+def test_lines_leave_out_what_is_not_finite():
   found = line([1.0, None, float('nan'), 'x', 2.0])
   assert found.steps.tolist() == [10, 50] and found.values.tolist() == [1.0, 2.0]
 
 
 def test_places_follow_the_values():
   chart = charts.chart('Loss', [line([4.0, 2.0, 3.0])], '{:g}'.format)
-  assert chart['lines'][0]['path'] == 'M333.3 0.0L666.7 1000.0L1000.0 500.0'
+  assert chart['lines'][0]['path'] == 'M33.33 0.00L66.67 100.00L100.00 50.00'
   assert labels(chart['y_ticks']) == ['2', '2.5', '3', '3.5', '4']
   assert [tick['place'] for tick in chart['y_ticks']] == [100, 75, 50, 25, 0]
   assert labels(chart['x_ticks']) == ['0', '10', '20', '30']
-  assert chart['latest'] == '3' and chart['lines'][0]['points'] == []
+  assert chart['lines'][0]['latest'] == '3' and chart['lines'][0]['points'] == []
 
 
 def test_logarithmic_where_asked_and_where_it_helps():
   wide = charts.chart('Loss', [line([10.0, 1.0, 3.1622776])], '{:g}'.format, log=True)
-  assert wide['lines'][0]['path'].endswith('L1000.0 500.0')
+  assert wide['lines'][0]['path'].endswith('L100.00 50.00')
   assert labels(wide['y_ticks']) == ['1', '2', '3', '6', '10']
   narrow = charts.chart('Loss', [line([3.0, 2.0])], '{:g}'.format, log=True)
   assert narrow['y_ticks'][0] == {'label': '2', 'place': 100}
@@ -44,7 +44,7 @@ def test_logarithmic_where_asked_and_where_it_helps():
 
 def test_one_point_is_marked_and_constants_have_an_axis():
   chart = charts.chart('Loss', [line([2.5])], '{:g}'.format)
-  assert chart['lines'][0]['points'] == [{'place': '1000.0 500.0', 'label': 'step 10: 2.5'}]
+  assert chart['lines'][0]['points'] == [{'place': '100.00 50.00', 'label': 'step 10: 2.5'}]
   assert chart['y_ticks']
   assert charts.chart('Loss', [line([0.0, 0.0])], '{:g}'.format)['y_ticks']
 
@@ -58,8 +58,8 @@ def test_many_points_are_thinned_but_a_spike_survives():
   values = np.ones(50_000)
   values[31_337] = 9.0
   path = charts.chart('Loss', [line(list(values))], '{:g}'.format)['lines'][0]['path']
-  assert path.count('L') < 900 and ' 0.0' in path
-  many = charts.chart('Loss', [line(list(values), points=True)], '{:g}'.format)
+  assert path.count('L') < 900 and ' 0.00' in path
+  many = charts.chart('Loss', [line(list(values), 'validation')], '{:g}'.format)
   assert many['lines'][0]['points'] == []
 
 
