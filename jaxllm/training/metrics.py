@@ -29,6 +29,8 @@ from jaxllm.experiment import Experiment
 from jaxllm.training.examples import ENCODINGS
 from jaxllm.training.goodput import Goodput
 
+# Seconds -> '02:05' or '1:02:05'.
+format_duration: Callable[[float], str] = tqdm.tqdm.format_interval
 Write = Callable[[int, Mapping[str, Any]], None]
 # Of `open_writer`: what writes numbers at a step, and what closes it.
 Writer = tuple[Write, Callable[[], None]]
@@ -372,15 +374,12 @@ class Progress:
     self, num_steps: int, step: int = 0, enabled: bool = True, line_seconds: float = 10.0
   ):
     """Start at `step` of `num_steps`; where not `enabled` (other processes), show nothing."""
-    self._num_steps = num_steps
-    self._line_seconds = line_seconds
-    self._enabled = enabled
+    self._num_steps, self._line_seconds, self._enabled = num_steps, line_seconds, enabled
     self._started: tuple[int, float] | None = None
     self._last_line = -math.inf
     self._bar = tqdm.tqdm(
       total=num_steps, initial=step, dynamic_ncols=True, file=sys.stderr,
-      bar_format='{percentage:3.0f}% |{bar}| {desc}',
-    ) if enabled and sys.stderr.isatty() else None
+      bar_format='{percentage:3.0f}% |{bar}| {desc}', disable=None if enabled else True)
 
   def update(self, step: int, loss: float, tokens_per_second: float) -> None:
     """Show that `step` steps are done."""
@@ -388,19 +387,17 @@ class Progress:
       return
     now = time.monotonic()
     first_step, first_time = self._started = self._started or (step, now)
-    left = ''
-    if step >= self._num_steps:
-      left = 'done'
-    elif step > first_step:
+    left = 'done' if step >= self._num_steps else ''
+    if first_step < step < self._num_steps:
       seconds = (now - first_time) / (step - first_step) * (self._num_steps - step)
       left = f'{format_duration(seconds)} left'
     text = (f'step {step:,}/{self._num_steps:,}  loss {loss:.3f}  {tokens_per_second:,.0f} '
             f'tokens/s  {left}')
-    if self._bar is not None:
-      self._bar.n = step
-      self._bar.set_description_str(text, refresh=False)
-      self._bar.update(0)
-    elif now - self._last_line >= self._line_seconds or step == self._num_steps:
+    self._bar.n = step
+    self._bar.set_description_str(text, refresh=False)
+    self._bar.update(0)
+    late = now - self._last_line >= self._line_seconds or step == self._num_steps
+    if self._bar.disable and late:
       self._last_line = now
       print(text, file=sys.stderr, flush=True)
 
@@ -411,20 +408,5 @@ class Progress:
 
   def close(self) -> None:
     """Leave the bar as it stands."""
-    if self._bar is not None:
-      self._bar.refresh()
-      self._bar.close()
-
-
-def format_duration(seconds: float) -> str:
-  """Return a duration as people say it: `42 s`, `3 min 05 s`, `2 h 07 min`, `3 d 04 h`."""
-  seconds = round(seconds)
-  if seconds < 60:
-    return f'{seconds} s'
-  if seconds < 3600:
-    return f'{seconds // 60} min {seconds % 60:02d} s'
-  minutes = round(seconds / 60)
-  if minutes < 24 * 60:
-    return f'{minutes // 60} h {minutes % 60:02d} min'
-  hours = round(minutes / 60)
-  return f'{hours // 24} d {hours % 24:02d} h'
+    self._bar.refresh()
+    self._bar.close()

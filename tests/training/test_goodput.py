@@ -76,7 +76,7 @@ def test_the_report_shows_where_the_time_went(tmp_path):
              'goodput/repeated_seconds': 30.0}
   (tmp_path / 'metrics.jsonl').write_text(json.dumps(record) + '\n')
   page = report.write_report(tmp_path).read_text()
-  for words in ('1 min 30 s, 75.0 %', 'done again after a restart', '30 s, 25.0 %',
+  for words in ('01:30, 75.0 %', 'done again after a restart', '00:30, 25.0 %',
                 'compiled again: train_step', '2 times'):
     assert words in page, words
   assert goodput.CAUSES['down'] not in page

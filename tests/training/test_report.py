@@ -82,7 +82,7 @@ def finished(tmp_path):
 
 def test_a_finished_run(finished):
   page = report(finished)
-  for words in ('Complete. 1,000 steps.', '128k training tokens', '1 min 40 s time',
+  for words in ('Complete. 1,000 steps.', '128k training tokens', '01:40 time',
                 '5,000 tokens per second', '2.000 held-out loss', '7.390 perplexity',
                 '2.885 bits per byte', '1.54M parameters', '40.0 % held-out accuracy', '7,654,321',
                 '"positions": { "kind": "rotary" }', '"jax": "0.10.2"',
@@ -143,7 +143,7 @@ def test_an_unfinished_run(finished):
   write(finished, 'metrics.jsonl', train_records(250), lines=True)
   page = report(finished)
   assert 'Not finished. 250 of 1,000 steps.' in page.text
-  assert '32k training tokens' in page.text and '25 s time' in page.text
+  assert '32k training tokens' in page.text and '00:25 time' in page.text
   assert 'None yet. They are written when the run is complete' in page.text
   assert '3.500 training loss' in page.text
 
