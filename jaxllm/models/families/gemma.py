@@ -170,7 +170,7 @@ _SANDWICH = {
 }
 _NAMES3 = _SANDWICH | llama.QUERY_KEY_NORMS
 
-HUGGINGFACE = hf.Format(
+GEMMA = hf.Format(
   'gemma', 'GemmaForCausalLM', llama.NAMES, encode=_encode1,
   decode=lambda keys: hf.rms_decoder(hf.with_defaults(keys, _DEFAULTS), **_common(keys)),
 )
