@@ -10,11 +10,13 @@
 Names are loaded when they are first used, so that importing the package costs nothing.
 """
 
+import ast
 import importlib
 import importlib.metadata
-from typing import TYPE_CHECKING, Any
+import pathlib
+import typing
 
-if TYPE_CHECKING:
+if typing.TYPE_CHECKING:
   from jaxllm.adapters.lora import LoraConfig
   from jaxllm.adapters.quantization import QuantizationConfig
   from jaxllm.adapters.rules import PathRule
@@ -58,26 +60,10 @@ if TYPE_CHECKING:
 
   __version__: str
 
-# module -> the public names that it defines
-_MODULES = {
-  'adapters.lora': 'LoraConfig', 'adapters.quantization': 'QuantizationConfig',
-  'adapters.rules': 'PathRule', 'checkpoints.store': 'CheckpointConfig',
-  'data.cleaning': 'CleaningConfig', 'data.documents': 'SourceConfig', 'data.records': 'DataConfig',
-  'data.tokenizers': 'TokenizerConfig', 'evaluation.perplexity': 'EvaluationConfig',
-  'experiment': 'BestConfig Experiment FinetuneConfig ScoringConfig SpikeConfig TrainingConfig',
-  'generation.sampling': 'SamplingConfig', 'loading': 'generate load', 'model': 'Model',
-  'models.config': 'DecoderConfig', 'models.families': 'PRESETS',
-  'objectives.classification': 'ClassifierConfig', 'objectives.distillation': 'Distillation',
-  'objectives.next_token': 'NextToken', 'objectives.preference': 'Dpo Ipo Orpo SimPo',
-  'optim.optimizers': 'OptimizerConfig ScheduleConfig',
-  'pipelines': 'pipeline', 'sharding': 'MeshConfig', 'tasks.chat': 'Chat ChatTemplate',
-  'tasks.classification': 'Classification Sentiment', 'tasks.language_modeling': 'LanguageModeling',
-  'tasks.multiple_choice': 'MultipleChoice', 'tasks.preference': 'Preference',
-  'tasks.question_answering': 'ExtractiveQuestionAnswering QuestionAnswering',
-  'tasks.records': 'RecordSource RecordsConfig', 'tasks.summarization': 'Summarization',
-  'tasks.translation': 'Translation', 'training.evaluation': 'evaluate', 'training.loop': 'train',
-}
-_PUBLIC = {name: f'jaxllm.{module}' for module, names in _MODULES.items() for name in names.split()}
+# Public name -> the module that defines it, as type checkers see above.
+_PUBLIC = {name.name: line.module or ''
+           for line in ast.walk(ast.parse(pathlib.Path(__file__).read_text(encoding='utf-8')))
+           if isinstance(line, ast.ImportFrom) for name in line.names}
 
 __all__ = [
   'PRESETS', 'BestConfig', 'Chat', 'ChatTemplate', 'CheckpointConfig', 'Classification',
@@ -91,7 +77,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> typing.Any:
   if name == '__version__':
     return importlib.metadata.version('jaxllm')
   if name not in _PUBLIC:
@@ -100,9 +86,8 @@ def __getattr__(name: str) -> Any:
   if name in ('train', 'evaluate'):
     # The modules of the programs have these names too, and may be called as the functions.
     return importlib.import_module(f'{__name__}.{name}')
-  value = getattr(importlib.import_module(_PUBLIC[name]), name)
-  globals()[name] = value
-  return value
+  globals()[name] = getattr(importlib.import_module(_PUBLIC[name]), name)
+  return globals()[name]
 
 
 def __dir__() -> list[str]:

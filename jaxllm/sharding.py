@@ -9,8 +9,9 @@ import contextlib
 import contextvars
 import dataclasses
 import math
+import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -20,8 +21,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from jaxllm.config import Config
 
-Rules = tuple[tuple[str, tuple[str, ...]], ...]
-MESH_AXES = ('data', 'fsdp', 'tensor', 'context', 'expert')
+Axis = Literal['data', 'fsdp', 'tensor', 'context', 'expert']
+MESH_AXES: tuple[Axis, ...] = typing.get_args(Axis)
+Rules = tuple[tuple[str, tuple[Axis, ...]], ...]
 
 DEFAULT_RULES: Rules = (
   # Activations.
@@ -65,20 +67,15 @@ class MeshConfig(Config):
 
   @pydantic.model_validator(mode='after')
   def _check(self) -> 'MeshConfig':
-    sizes = [getattr(self, axis) for axis in MESH_AXES]
-    for axis, size in zip(MESH_AXES, sizes, strict=True):
+    sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
+    for axis, size in sizes.items():
       if size != -1 and size < 1:
         raise ValueError(f'{axis}={size}: a positive number, or -1 for all remaining devices')
-    if sizes.count(-1) > 1:
+    if list(sizes.values()).count(-1) > 1:
       raise ValueError('at most one mesh axis may be -1')
     names = [name for name, _ in self.rules]
-    for name, axes in self.rules:
-      if names.count(name) > 1:
-        raise ValueError(f'rules: {name!r} stands more than once')
-      for axis in axes:
-        if axis not in MESH_AXES:
-          raise ValueError(f'rules: {name!r} -> {axis!r} is no mesh axis (mesh axes: '
-                           f'{", ".join(MESH_AXES)})')
+    if twice := [name for name in names if names.count(name) > 1]:
+      raise ValueError(f'rules: {twice[0]!r} stands more than once')
     return self
 
 
@@ -172,9 +169,7 @@ def abstract_mesh(config: MeshConfig, num_devices: int) -> AbstractMesh:
   return AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def partition_spec(
-  axes: Sequence[str | None], rules: Sequence[tuple[str, tuple[str, ...]]]
-) -> PartitionSpec:
+def partition_spec(axes: Sequence[str | None], rules: Rules) -> PartitionSpec:
   """Turn logical axis names (None: not split) into a PartitionSpec.
 
   Raises:
@@ -190,7 +185,7 @@ def partition_spec(
     if used & set(mesh_axes):
       raise ValueError(f'config.mesh.rules maps two axes of {tuple(axes)} to {mesh_axes}')
     used |= set(mesh_axes)
-    entries.append(mesh_axes if len(mesh_axes) > 1 else mesh_axes[0] if mesh_axes else None)
+    entries.append(mesh_axes)
   return PartitionSpec(*entries)
 
 
@@ -205,7 +200,7 @@ def _dividing(
       if size % math.prod(mesh.shape[name] for name in [*kept, axis]):
         break
       kept.append(axis)
-    entries.append(tuple(kept) if len(kept) > 1 else kept[0] if kept else None)
+    entries.append(tuple(kept))
   return PartitionSpec(*entries)
 
 
@@ -285,26 +280,30 @@ def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[
   }
 
 
-# The mesh that the code being traced runs on: a property of the trace, not of the model, so that
-# model code stays free of devices.
-_ACTIVE: contextvars.ContextVar[tuple[Mesh, MeshConfig] | None] = contextvars.ContextVar(
-  'active_mesh', default=None
-)
+# Where the code being traced runs: a property of the trace, not of the model, so that model code
+# stays free of devices.
+_ACTIVE: contextvars.ContextVar[Placement | None] = contextvars.ContextVar('active', default=None)
 
 
-def active(placement: Placement | None) -> contextlib.AbstractContextManager[None]:
-  """Make `constrain` effective for a placement; None: leave things as they are."""
-  return activate(placement.mesh, placement.config) if placement else contextlib.nullcontext()
+def activate(mesh: Mesh, config: MeshConfig) -> contextlib.AbstractContextManager[None]:
+  """Make `constrain` effective for code that is traced inside."""
+  return active(Placement(mesh, config))
 
 
 @contextlib.contextmanager
-def activate(mesh: Mesh, config: MeshConfig) -> Iterator[None]:
-  """Make `constrain` effective for code that is traced inside."""
-  token = _ACTIVE.set((mesh, config))
+def active(placement: Placement | None) -> Iterator[None]:
+  """Make `constrain` effective for a placement; None: leave things as they are."""
+  token = _ACTIVE.set(placement or _ACTIVE.get())
   try:
     yield
   finally:
     _ACTIVE.reset(token)
+
+
+def _split() -> Placement | None:
+  """Return the active placement if it has several devices."""
+  placement = _ACTIVE.get()
+  return placement if placement and placement.mesh.size > 1 else None
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -316,22 +315,16 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     x: array of any dtype.
     *axes: one logical name, or None, per dimension.
   """
-  active = _ACTIVE.get()
-  if active is None or active[0].size == 1:
-    return x
-  mesh, config = active
-  return jax.lax.with_sharding_constraint(
-    x, NamedSharding(mesh, _dividing(x.shape, axes, mesh, config))
-  )
+  placement = _split()
+  return x if placement is None else jax.lax.with_sharding_constraint(
+    x, placement.sharding(x.shape, *axes))
 
 
 def num_parts(axis: str) -> int:
   """Return into how many parts a logical axis is split; outside `activate` 1."""
-  active = _ACTIVE.get()
-  if active is None:
-    return 1
-  mesh, config = active
-  return math.prod(mesh.shape[name] for name in dict(config.rules)[axis])
+  placement = _split()
+  return 1 if placement is None else math.prod(
+    placement.mesh.shape[name] for name in dict(placement.config.rules)[axis])
 
 
 def map_shards(
@@ -346,19 +339,18 @@ def map_shards(
     in_axes: logical axis names, or None for not split, of each argument.
     out_axes: the same of the result.
   """
-  active = _ACTIVE.get()
-  if active is None or active[0].size == 1:
+  placement = _split()
+  if placement is None:
     return f
-  mesh, config = active
+  rules = placement.config.rules
   return jax.shard_map(
-    f, mesh=mesh, in_specs=tuple(partition_spec(axes, config.rules) for axes in in_axes),
-    out_specs=partition_spec(out_axes, config.rules), check_vma=False,
-  )
+    f, mesh=placement.mesh, in_specs=tuple(partition_spec(axes, rules) for axes in in_axes),
+    out_specs=partition_spec(out_axes, rules), check_vma=False)
 
 
 def platform() -> str:
   """Return the platform that the code being traced will run on: 'cpu', 'gpu' or 'tpu'."""
-  active = _ACTIVE.get()
-  if active is None or isinstance(active[0], AbstractMesh):
+  placement = _ACTIVE.get()
+  if placement is None or isinstance(placement.mesh, AbstractMesh):
     return jax.default_backend()
-  return active[0].devices.flat[0].platform
+  return placement.mesh.devices.flat[0].platform

@@ -65,8 +65,10 @@ def test_type_checkers_see_what_is_imported_lazily():
   guarded = next(node for node in tree.body if isinstance(node, ast.If))
   seen = {alias.name: line.module for line in guarded.body if isinstance(line, ast.ImportFrom)
           for alias in line.names}
-  assert guarded.test.id == 'TYPE_CHECKING' and seen == jaxllm._PUBLIC
+  assert guarded.test.attr == 'TYPE_CHECKING' and seen == jaxllm._PUBLIC
   assert set(jaxllm.__all__) == set(seen)
+  for name, module in seen.items():
+    assert hasattr(importlib.import_module(module), name)
 
 
 def test_a_run_is_a_config(tmp_path):

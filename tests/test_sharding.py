@@ -29,7 +29,7 @@ def test_sizes_that_do_not_fit_are_refused(fields, message):
 @pytest.mark.parametrize('fields, message', [
   ({'data': 0}, 'data=0'),
   ({'data': -1, 'fsdp': -1}, 'at most one'),
-  ({'rules': (('embed', ('gpu',)),)}, "'gpu' is no mesh axis"),
+  ({'rules': (('embed', ('gpu',)),)}, "rules.0.1.0='gpu': Input should be 'data', 'fsdp'"),
   ({'rules': (('embed', ()), ('embed', ()))}, 'more than once'),
 ])
 def test_bad_mesh_configs_are_refused(fields, message):
