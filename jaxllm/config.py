@@ -63,14 +63,7 @@ class Config(pydantic.BaseModel):
     return type(self)(**{name: getattr(self, name) for name in type(self).model_fields} | changes)
 
   def follow(self, updates: dict[str, Any], changed: Collection[str]) -> dict[str, Any]:
-    """Return `updates` of fields with further updates that follow from them; by default none.
-
-    `override` asks this before it checks the fields together.
-
-    Args:
-      updates: field -> new value.
-      changed: dotted paths from here that were changed by name.
-    """
+    """Return `updates` by `override` with what follows from them; `changed` are dotted paths."""
     return updates
 
   def to_json(self) -> str:
@@ -308,7 +301,7 @@ def run_program(main: Callable[[Sequence[str]], Any], own: Flags) -> None:
     if text is None or (flags.FLAGS['verbosity'].value or 0) > 0:
       raise
     print(f'error: {text}', file=sys.stderr)
-    sys.exit(2)
+    sys.exit(getattr(error, 'exit_code', 2))  # 1: the same call may succeed later.
 
 
 def make_callable(program: str, function: str) -> None:

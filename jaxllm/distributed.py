@@ -1,31 +1,56 @@
-"""Several processes as one run: of one mind before the first step, told of a preemption.
+"""Several processes as one run: connected, of one mind, stopped at the same step.
 
+- `connected`: connect the processes; where one of them fails or is lost, all end and say why.
 - `agree`, `barrier`: compare what must be the same in all of them; wait for all of them.
-- `preemption_notice`: Google's word that this machine is taken away becomes a SIGTERM.
+- `stop_requests`: a signal or a notice of preemption to one stops all after the same step.
 
-They talk through the key-value store of JAX's coordination service, which process 0 runs.
+Each process has a connection to process 0, on which it is told of errors by a thread, since its
+main thread may wait for another process. The rest goes through the key-value store of JAX's
+coordination service, which process 0 runs.
 """
 
 import contextlib
+import ctypes
 import hashlib
 import http.client
 import itertools
 import json
+import logging
 import os
 import pathlib
+import re
+import selectors
 import signal
 import socket
+import sys
 import threading
-from collections.abc import Iterator, Mapping
-from typing import Any
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NoReturn
 
+import jax
 from jax._src import distributed as jax_distributed
+from jax._src.clusters import ClusterEnv
 
+from jaxllm import mistakes
+
+SAVED_AND_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: to be tried again.
+_POLL_SECONDS = 0.5
 _NOTICE_SECONDS = 2
 _WEEK = 7 * 24 * 3600 * 1000  # In milliseconds: a process may prepare records for long.
-_GREETING, _HOST = 'jaxllm ', 'jaxllm/host/'
+_GREETING = 'jaxllm '
+# A host that is gone is noticed within half a minute.
+_KEEPALIVE = {'TCP_KEEPIDLE': 10, 'TCP_KEEPINTVL': 5, 'TCP_KEEPCNT': 4}
 _STATE: Any = jax_distributed.global_state
 _SERIAL = itertools.count()  # Of barriers: every process passes the same ones in the same order.
+_HOSTS: list[str] = []  # Of all processes, where `connected` has connected them.
+
+
+class ProcessError(RuntimeError):
+  """A process of the run is missing; the message names it."""
+
+  exit_code = 1
 
 
 def _read(prefix: str) -> dict[int, str]:
@@ -36,6 +61,209 @@ def _read(prefix: str) -> dict[int, str]:
 
 def _write(prefix: str, value: str) -> None:
   _STATE.client.key_value_set(f'{prefix}{_STATE.process_id}', value, allow_overwrite=True)
+
+
+def _name(process: int) -> str:
+  return f'process {process} ({_HOSTS[process] if _HOSTS else "unknown host"})'
+
+
+@contextlib.contextmanager
+def connected(
+  wanted: bool, coordinator: str | None, num_processes: int | None, process_id: int | None,
+  timeout_seconds: int,
+) -> Iterator[None]:
+  """Connect the processes of a run, and let an error in one of them end all of them.
+
+  With several processes an exception inside is printed here and told to the others, and the process
+  ends; SIGTERM ends all of them with SAVED_AND_STOPPED, except inside of `stop_requests`.
+
+  Args:
+    wanted: whether there are others at all; False does nothing.
+    coordinator: HOST:PORT of process 0. Where it, `num_processes` and `process_id` are None, they
+      come from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID (or Kubernetes'
+      JOB_COMPLETION_INDEX), else from SLURM, GKE or the Cloud TPU VM.
+    num_processes: how many there are.
+    process_id: which one this is.
+    timeout_seconds: how long to wait for the others.
+
+  Raises:
+    ValueError: nothing says where the others are.
+    ProcessError: some did not come; the message says which.
+  """
+  connections = _connect(
+    coordinator, num_processes, process_id, timeout_seconds) if wanted else None
+  if not connections:
+    yield
+    return
+  if _STATE.process_id:  # What process 0 says is said once.
+    for logger in (logging.getLogger(), logging.getLogger('absl')):
+      logger.setLevel(logging.ERROR)
+  # Where process 0 is lost, a thread of JAX aborts this one: 6 seconds later, the signal's number,
+  # so that `_watch` can name it before.
+  libc = ctypes.CDLL(None)
+  libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
+  leaving = threading.Event()
+  watch = threading.Thread(target=_watch, args=(connections, leaving), daemon=True)
+  watch.start()
+  try:
+    with _signals(_stop_now):
+      yield
+      barrier('the run is done')
+  except BaseException as error:  # Including SystemExit: the others wait for this process.
+    _leave(error, connections, leaving)
+  leaving.set()
+  watch.join()
+  jax.distributed.shutdown()
+
+
+def _stop_now(number: int, frame: Any) -> NoReturn:
+  raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(SAVED_AND_STOPPED)
+
+
+def _connect(
+  address: str | None, number: int | None, me: int | None, timeout: int
+) -> dict[int, socket.socket]:
+  """Connect to the coordination service; return the connections of `_roll_call`."""
+  devices = None
+  if (address, number, me) == (None, None, None):
+    numbers = [os.environ.get('JAX_NUM_PROCESSES', ''),
+               os.environ.get('JAX_PROCESS_ID', os.environ.get('JOB_COMPLETION_INDEX', ''))]
+    if all(text.isdecimal() for text in numbers):
+      address, (number, me) = os.environ.get('JAX_COORDINATOR_ADDRESS'), map(int, numbers)
+    else:
+      address, number, me, devices = _detect(timeout)
+  if address is None or number is None or me is None:
+    raise ValueError(f'--coordinator={address} --num_processes={number} --process_id={me}: all '
+                     'three are needed (or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and '
+                     'JAX_PROCESS_ID)')
+  if not re.fullmatch(r'.+:\d+', address):
+    raise ValueError(f'--coordinator={address}: HOST:PORT of process 0 is needed')
+  if not 0 <= me < number:
+    raise ValueError(f'--process_id={me} is not below --num_processes={number}')
+  connections = _roll_call(address, number, me, timeout) if number > 1 else {}
+  jax.distributed.initialize(address, number, me, devices, cluster_detection_method='deactivate',
+                             heartbeat_timeout_seconds=60)
+  return connections
+
+
+def _detect(timeout: int) -> tuple[str | None, int | None, int | None, Any]:
+  """Return what JAX finds out about a cluster: address of process 0, how many, which, devices."""
+  try:
+    found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, timeout)
+  except Exception as error:  # Those of requests, where metadata are asked for.
+    raise ProcessError(f'--distributed: {" ".join(str(error).split())[:300]}') from error
+  if None in found[:3]:
+    raise ValueError(
+      '--distributed: this is no Cloud TPU VM, no GKE pod and no SLURM step that srun has started; '
+      'give --coordinator=HOST:PORT, --num_processes and --process_id, or leave it out where there '
+      'is one process')
+  return found
+
+
+def _roll_call(coordinator: str, number: int, me: int, timeout: int) -> dict[int, socket.socket]:
+  """Return once all processes are there; JAX aborts where one is not, and does not say which.
+
+  The others call process 0 at the address where JAX's service will be, and it answers all at once:
+  who is missing, and the names of the hosts. The connections are kept, because they end at once
+  when a process does.
+  """
+  host, port = coordinator.rsplit(':', 1)
+  deadline = time.monotonic() + timeout
+  connections: dict[int, socket.socket] = {}
+  answer = _gather(int(port), number, deadline, connections) if me == 0 else ''
+  while not answer.startswith(_GREETING):
+    if time.monotonic() > deadline:
+      raise ProcessError(f'--distributed: process 0 at {coordinator} does not answer within '
+                         f'{timeout} seconds (this is process {me} of {number}); look at its log, '
+                         'and whether this host can reach it')
+    time.sleep(0.1)
+    with contextlib.suppress(OSError):
+      connections[0] = socket.create_connection((host.strip('[]'), int(port)), timeout=5)
+      connections[0].sendall(f'{_GREETING}{me} {number} {socket.gethostname()}\n'.encode())
+      connections[0].settimeout(timeout + 5)  # It waits for others, who may have come later.
+      answer = connections[0].makefile(errors='replace').readline()
+  missing, _, hosts = answer.removeprefix(_GREETING).partition(';')
+  if missing:
+    raise ProcessError(f'--distributed: process {missing} of {number} did not come to process 0 on '
+                       f'{hosts.split()[0]} within {timeout} seconds')
+  _HOSTS[:] = hosts.split()
+  for connection in connections.values():
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in _KEEPALIVE.items():
+      if hasattr(socket, option):  # Linux has them.
+        connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+  return connections
+
+
+def _gather(port: int, number: int, deadline: float, callers: dict[int, socket.socket]) -> str:
+  """Wait for all processes, add their connections to `callers`, and answer them."""
+  wide, hosts = socket.has_dualstack_ipv6(), {0: socket.gethostname()}
+  with socket.create_server(
+    ('', port), family=socket.AF_INET6 if wide else socket.AF_INET, dualstack_ipv6=wide,
+    backlog=1024) as server:
+    while len(hosts) < number and (left := deadline - time.monotonic()) > 0:
+      server.settimeout(left)
+      with contextlib.suppress(OSError):
+        connection, _ = server.accept()
+        connection.settimeout(2)
+        said = connection.makefile(errors='replace').readline(300)
+        if match := re.fullmatch(rf'{_GREETING}(\d+) {number} (\S+)\n', said):
+          callers[int(match[1])], hosts[int(match[1])] = connection, match[2]
+  missing = ', '.join(str(one) for one in range(number) if one not in hosts)
+  answer = f'{_GREETING}{missing};{" ".join(hosts[one] for one in sorted(hosts))}\n'
+  for connection in callers.values():
+    with contextlib.suppress(OSError):
+      connection.sendall(answer.encode())
+  return answer
+
+
+def _watch(connections: Mapping[int, socket.socket], leaving: threading.Event) -> None:
+  """End this process when another one has failed, or has ended; a thread, until `leaving`."""
+  selector = selectors.DefaultSelector()
+  for process, connection in connections.items():
+    selector.register(connection, selectors.EVENT_READ, process)
+  while not leaving.is_set():
+    for key, _ in selector.select(_POLL_SECONDS):
+      line = ''
+      with contextlib.suppress(OSError):
+        line = connections[key.data].makefile().readline()
+      if leaving.is_set():
+        return
+      process, code, text = json.loads(line) if line else (
+        key.data, 1, 'has ended without a word: killed, out of memory, or its host is gone')
+      print(f'error: {_name(process)}: {text}', file=sys.stderr, flush=True)
+      _end(connections if is_first() else {}, process, code, text)
+
+
+def _leave(
+  error: BaseException, connections: Mapping[int, socket.socket], leaving: threading.Event
+) -> NoReturn:
+  """Print an error, tell the others, and end this process."""
+  if isinstance(error, jax.errors.JaxRuntimeError):
+    # An exchange fails where a process has ended: `_watch` names that, and ends this one.
+    time.sleep(3 * _POLL_SECONDS)
+  leaving.set()
+  text, code = mistakes.sentence(error), getattr(error, 'exit_code', 2)
+  if isinstance(error, SystemExit):
+    text, code = 'stopped by SIGTERM; the same command goes on', SAVED_AND_STOPPED
+  elif isinstance(error, KeyboardInterrupt):
+    text, code = 'interrupted', 130
+  elif text is None:
+    text, code = f'{type(error).__name__}: {error}', 1
+    traceback.print_exc()
+  print(f'error: {text}', file=sys.stderr, flush=True)
+  _end(connections, _STATE.process_id, code, text)
+
+
+def _end(
+  others: Mapping[int, socket.socket], process: int, code: int, text: str
+) -> NoReturn:
+  """Tell others, who tell no one unless they are process 0, why all end; then end at once."""
+  for connection in others.values():
+    with contextlib.suppress(OSError):
+      connection.sendall((json.dumps([process, code, text]) + '\n').encode())
+  sys.stdout.flush()
+  os._exit(code)
 
 
 def is_first() -> bool:
@@ -65,7 +293,6 @@ def agree(facts: Mapping[str, Any]) -> None:
   digest = hashlib.sha256(text.encode()).hexdigest()
   _write(f'{prefix}facts/', text)
   _write(f'{prefix}digest/', digest)
-  _write(_HOST, socket.gethostname())
   barrier('facts are written')
   verdict = ''
   if is_first():
@@ -81,40 +308,110 @@ def agree(facts: Mapping[str, Any]) -> None:
 
 
 def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], others: list[int]) -> str:
-  hosts = _read(_HOST)
-  here, there = (f'process {one} ({hosts.get(one, "unknown host")})' for one in (0, others[0]))
   names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
-  rows = [f'{name} is {ours.get(name)!r} in {here} and {theirs.get(name)!r} in {there}'
-          for name in names]
+  rows = [f'{name} is {ours.get(name)!r} in {_name(0)} and {theirs.get(name)!r} in '
+          f'{_name(others[0])}' for name in names]
   return (f'{", ".join(rows[:8])}{", ..." if rows[8:] else ""}; start all processes with the same '
           f'command, code, packages and data ({len(others)} differ from process 0)')
 
 
 @contextlib.contextmanager
-def preemption_notice() -> Iterator[None]:
-  """Ask Google's metadata server inside; where this machine is preempted, send itself a SIGTERM.
-
-  Its address is GCE_METADATA_HOST, or what it always is on Google's machines; elsewhere nothing is
-  asked.
-  """
-  product = pathlib.Path('/sys/class/dmi/id/product_name')
-  google = product.exists() and product.read_text().startswith('Google')
-  host = os.environ.get('GCE_METADATA_HOST', 'metadata.google.internal' if google else '')
-  closed = threading.Event()
-
-  def poll() -> None:
-    while not closed.wait(_NOTICE_SECONDS):
-      with contextlib.suppress(OSError, http.client.HTTPException):
-        connection = http.client.HTTPConnection(host, timeout=2)
-        connection.request('GET', '/computeMetadata/v1/instance/preempted',
-                           headers={'Metadata-Flavor': 'Google'})
-        if connection.getresponse().read(16).strip() == b'TRUE':
-          os.kill(os.getpid(), signal.SIGTERM)
-          return
-
-  if host:
-    threading.Thread(target=poll, daemon=True).start()
+def _signals(handler: Callable[[int, Any], Any]) -> Iterator[None]:
+  """Handle SIGTERM and SIGINT inside; outside of the main thread, which gets them, do nothing."""
+  previous: dict[int, Any] = {}
+  with contextlib.suppress(ValueError):
+    previous = {one: signal.signal(one, handler) for one in (signal.SIGTERM, signal.SIGINT)}
   try:
     yield
   finally:
-    closed.set()
+    for number, before in previous.items():
+      signal.signal(number, before)
+
+
+class Stopper:
+  """Tells the steps of a loop when to stop: all processes after the same one.
+
+  The main thread says in `due` which step it goes on with. Once any process is asked to stop, the
+  thread of each one writes down the step that its main thread has gone on with, and all stop after
+  the last of these. No main thread has to come to a certain point for that, so that none waits for
+  one that waits for it on a device.
+  """
+
+  def __init__(self, step: int, last: int) -> None:
+    """Begin with `step` steps taken; `last` is where the loop ends by itself."""
+    self.asked, self._closed, self._agreed = (threading.Event() for _ in range(3))
+    self._lock, self._proposed = threading.Lock(), False
+    self._last = self._stop_step = last
+    self._going_on_with = min(step + 1, last)
+    self._several, self._prefix = _STATE.num_processes > 1, f'jaxllm/stop/{next(_SERIAL)}/'
+    targets = [self._poll_peers] * self._several + [self._poll_notice] * bool(metadata_host())
+    self._threads = [threading.Thread(target=target, daemon=True) for target in targets]
+    for thread in self._threads:
+      thread.start()
+
+  def due(self, step: int) -> bool:
+    """Return whether to stop after `step` steps, which have been taken; to be called once each."""
+    if not self._several:
+      return self.asked.is_set()
+    with self._lock:
+      if not self._proposed:
+        self._going_on_with = min(step + 1, self._last)
+        return False
+    self._agreed.wait()
+    return step >= self._stop_step
+
+  def close(self) -> None:
+    """End the threads; the others no longer wait for this process."""
+    self._closed.set()
+    for thread in self._threads:
+      thread.join()
+
+  def _poll_peers(self) -> None:
+    while not self._closed.is_set() and not _read(f'{self._prefix}asked/'):
+      if self.asked.wait(_POLL_SECONDS):
+        _write(f'{self._prefix}asked/', '')
+    with self._lock:
+      self._proposed = True
+      _write(f'{self._prefix}step/', str(self._going_on_with))
+    while not self._closed.wait(_POLL_SECONDS / 10):
+      steps = _read(f'{self._prefix}step/')
+      if len(steps) == _STATE.num_processes:
+        self._stop_step = max(map(int, steps.values()))
+        self._agreed.set()
+        return
+
+  def _poll_notice(self) -> None:
+    while not self._closed.wait(_NOTICE_SECONDS):
+      with contextlib.suppress(OSError, http.client.HTTPException):
+        connection = http.client.HTTPConnection(metadata_host(), timeout=2)
+        connection.request('GET', '/computeMetadata/v1/instance/preempted',
+                           headers={'Metadata-Flavor': 'Google'})
+        if connection.getresponse().read(16).strip() == b'TRUE':
+          print('This machine is being preempted: saving, then stopping.', file=sys.stderr)
+          self.asked.set()
+          return
+
+
+def metadata_host() -> str:
+  """Return the host of Google's metadata server; '' where this is not Google's machine."""
+  product = pathlib.Path('/sys/class/dmi/id/product_name')
+  google = product.exists() and product.read_text().startswith('Google')
+  return os.environ.get('GCE_METADATA_HOST', 'metadata.google.internal' if google else '')
+
+
+@contextlib.contextmanager
+def stop_requests(step: int, last: int) -> Iterator[Stopper]:
+  """Turn SIGTERM, the first SIGINT and a notice of preemption into a request to stop.
+
+  A second SIGINT interrupts at once. Arguments as of `Stopper`.
+  """
+  stopper = Stopper(step, last)
+
+  def request(number: int, frame: Any) -> None:
+    if stopper.asked.is_set() and number == signal.SIGINT:
+      raise KeyboardInterrupt
+    stopper.asked.set()
+    print(f'{signal.Signals(number).name}: saving, then stopping.', file=sys.stderr, flush=True)
+
+  with _signals(request), contextlib.closing(stopper):
+    yield stopper

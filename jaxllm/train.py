@@ -5,46 +5,40 @@ exit code is 0 when the run has finished, 75 when a signal has stopped it and th
 wanted again; 1 and 2 are errors.
 
 From Python: `jaxllm.train(experiment, 'runs/demo')` does the same, and returns the summary.
+
+With --distributed the same command on every host is one run: processes find each other on Cloud TPU
+VMs, in GKE and in SLURM, elsewhere by --coordinator, --num_processes and --process_id.
 """
 
 import sys
 
 from jaxllm import config
 
-SAVED_AND_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: to be tried again.
-
 FLAGS = config.Flags()
 CONFIG = FLAGS.string('config', None, config.FLAG_HELP, required=True)
 WORKDIR = FLAGS.string('workdir', None, 'Directory of the run.', required=True)
-DISTRIBUTED = FLAGS.bool(
-  'distributed', False, 'Connect the processes of a TPU pod or a multi-host GPU job first.'
-)
-COORDINATOR = FLAGS.string('coordinator', None, 'HOST:PORT of process 0, where none is found.')
+DISTRIBUTED = FLAGS.bool('distributed', False, 'Connect the processes of a run on several hosts.')
+COORDINATOR = FLAGS.string('coordinator', None, 'HOST:PORT of process 0, for --distributed.')
 NUM_PROCESSES = FLAGS.integer('num_processes', None, 'How many processes there are.')
 PROCESS_ID = FLAGS.integer('process_id', None, 'Which one this is, from 0.')
-
+CONNECT_SECONDS = FLAGS.integer('connect_seconds', 50, 'How long to wait for the other processes.')
 PROFILE_STEPS = FLAGS.string(
   'profile_steps', None, 'Steps to trace into WORKDIR/profile, as in 10:15; for xprof.')
 
 
 def main(_) -> None:  # noqa: D103
-  if DISTRIBUTED.value or COORDINATOR.value:
-    import jax
-
-    jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-  experiment = config.from_flags(CONFIG.value)
   from jaxllm import distributed, storage
-  from jaxllm.checkpoints import store
   from jaxllm.evaluation import tables
   from jaxllm.training import goodput, loop, metrics
 
-  try:
-    summary = loop.train(experiment, WORKDIR.value, profile_steps=PROFILE_STEPS.value and
-                         goodput.parse_steps(PROFILE_STEPS.value))
-  except (loop.TrainingStopped, store.CheckpointError) as error:
-    sys.exit(f'error: {error}')
+  own = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+  wanted = DISTRIBUTED.value or own != (None, None, None)
+  with distributed.connected(wanted, *own, CONNECT_SECONDS.value):
+    summary = loop.train(
+      config.from_flags(CONFIG.value), WORKDIR.value,
+      profile_steps=PROFILE_STEPS.value and goodput.parse_steps(PROFILE_STEPS.value))
   if not summary['complete']:
-    sys.exit(SAVED_AND_STOPPED)
+    sys.exit(distributed.SAVED_AND_STOPPED)
   if not distributed.is_first():
     return
   trained = summary.get('trained_parameters')

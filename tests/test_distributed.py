@@ -1,49 +1,127 @@
-"""Several processes: they start together, are of one mind, and stop at the same step."""
+"""Several processes: they start together, are of one mind, stop together, and end together."""
 
 import http.server
 import re
-import signal
 import threading
+import time
 
-from jaxllm import distributed, train
+import jax
+import numpy as np
+import pytest
+
+from jaxllm import distributed
 from jaxllm.checkpoints import store
-from tests import processes
+from jaxllm.training import loop
+from tests import processes, programs
 from tests.training import tiny_run
 from tests.training.test_finetune import lines
 
 
 def make(tmp_path, **changes):
-  """Write the config of a run, and return its path."""
-  config = tiny_run.experiment(tmp_path, **{'evaluation__prompts': (), **changes})
+  """Write the config of a run that does not end by itself, and return both."""
+  config = tiny_run.experiment(tmp_path, **{
+    'evaluation__prompts': (), 'evaluation__every_steps': 10**6, 'checkpoint__every_steps': 10**6,
+    'training__num_steps': 10**6, 'schedule__decay_steps': 100, **changes})
   path = tmp_path / 'config.json'
   path.write_text(config.to_json())
-  return path
-
-
-def test_what_differs_is_named_with_its_process(tmp_path):
-  start = {'config': str(make(tmp_path)), 'workdir': str(tmp_path / 'run'), 'processes': 2}
-  rate, steps = processes.run(
-    {**start, 'own': {'1': ['--config.optimizer.learning_rate=0.5']}},
-    {**start, 'own': {'1': ['--config.training.num_steps=7']}})
-  for found, field, value in ((rate, 'config.optimizer.learning_rate', '0.5'),
-                              (steps, 'config.training.num_steps', '7')):
-    for code, text in found:
-      assert code == 2, text
-      assert re.search(rf'error: .*{field} is \S+ in process 0 \(\S+\) and {value} in process 1 \(',
-                       text), text
-  assert not (tmp_path / 'run').exists()
+  return config, path
 
 
 def test_a_signal_to_one_stops_all_and_more_processes_go_on(tmp_path):
-  path = make(tmp_path, evaluation__every_steps=10**6, checkpoint__every_steps=10**6,
-              training__num_steps=10**6, schedule__decay_steps=100)
+  config, path = make(tmp_path)
   start = {'config': str(path), 'workdir': str(tmp_path / 'run')}
   two, four = processes.run({**start, 'processes': 2, 'signal': ('SIGTERM', 1, 4)},
                             {**start, 'processes': 4, 'signal': ('SIGINT', 0, 4)})
-  assert [code for code, _ in two + four] == [train.SAVED_AND_STOPPED] * 6, (two, four)
+  assert [code for code, _ in two + four] == [distributed.SAVED_AND_STOPPED] * 6, (two, four)
   losses = lines(tmp_path / 'run', 'train/loss')
   steps = store.committed_steps(tmp_path / 'run' / 'checkpoints')
   assert len(steps) == 2 and steps[-1] == len(losses)
+  one = config.replace(training=config.training.replace(num_steps=len(losses)))
+  loop.train(one, tmp_path / 'one', jax.devices()[:1])
+  np.testing.assert_allclose(losses, lines(tmp_path / 'one', 'train/loss'), rtol=1e-4)
+  params = [store.restore_params(tmp_path / name)[0] for name in ('run', 'one')]
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *params)
+  # The first one prints; of the others nothing is heard.
+  assert not [text for code, text in two[1:] if 'Training' in text or 'step ' in text]
+
+
+def test_what_differs_is_named_with_its_process(tmp_path):
+  _, path = make(tmp_path)
+  start = {'config': str(path), 'workdir': str(tmp_path / 'run'), 'processes': 2}
+  rate, steps, failed = processes.run(
+    {**start, 'own': {'1': ['--config.optimizer.learning_rate=0.5']}},
+    {**start, 'own': {'1': ['--config.training.num_steps=7']}},
+    # One that cannot read its config at all.
+    {**start, 'own': {'1': ['--config.training.num_step=7']}})
+  for found, field, value in ((rate, 'config.optimizer.learning_rate', '0.5'),
+                              (steps, 'config.training.num_steps', '7')):
+    for code, text in found:
+      assert code == 2
+      assert re.search(rf'error: .*{field} is \S+ in process 0 \(\S+\) and {value} in process 1 \(',
+                       text), text
+  assert [code for code, _ in failed] == [2, 2]
+  assert 'did you mean config.training.num_steps?' in failed[0][1]
+  assert 'error: process 1 (' in failed[0][1]
+  assert not (tmp_path / 'run').exists()
+
+
+def test_who_does_not_come_or_is_killed_is_named(tmp_path):
+  _, path = make(tmp_path)
+  start = {'config': str(path), 'workdir': str(tmp_path / 'run')}
+  wait = {str(number): ['--connect_seconds=4'] for number in range(3)}
+  absent, first, killed, headless = processes.run(
+    {**start, 'processes': 3, 'absent': [1], 'own': wait},
+    {**start, 'processes': 2, 'absent': [0], 'own': wait},
+    {**start, 'processes': 2, 'signal': ('SIGKILL', 1, 2)},
+    {**start, 'processes': 2, 'signal': ('SIGKILL', 0, 2)})
+  for _, text in absent:
+    assert re.search(r'process 1 of 3 did not come to process 0 on \S+ within 4 s', text), text
+  assert 'process 0 at localhost:' in first[0][1]
+  assert [code for code, _ in [*absent, *first]] == [1, 1, 1]
+  assert killed[0][0] == 1 and 'error: process 1 (' in killed[0][1], killed
+  assert headless[1][0] == 1 and 'error: process 0 (' in headless[1][1], headless
+
+
+@pytest.mark.parametrize('flags, said', [
+  (['--num_processes=2'], 'all three are needed'),
+  (['--coordinator=x', '--num_processes=2', '--process_id=0'], 'HOST:PORT'),
+  (['--coordinator=x:1', '--num_processes=2', '--process_id=2'], '--process_id=2 is not below'),
+])
+def test_flags_that_do_not_fit_are_refused(tmp_path, flags, said):
+  code, _, error = programs.run('train', '--config=experiments/quickstart.py',
+                                f'--workdir={tmp_path}', *flags)
+  assert code == 2 and said in error
+
+
+def test_where_nothing_tells_of_others_the_fix_is_named(tmp_path, monkeypatch):
+  monkeypatch.setattr(distributed.ClusterEnv, 'auto_detect_unset_distributed_params',
+                      lambda *_: (None, None, None, None))
+  code, _, error = programs.run('train', '--config=experiments/quickstart.py',
+                                f'--workdir={tmp_path}', '--distributed')
+  assert code == 2 and '--coordinator=HOST:PORT' in error
+
+
+@pytest.mark.parametrize('environment, found', [
+  ({'JAX_COORDINATOR_ADDRESS': 'a:1', 'JAX_NUM_PROCESSES': '4', 'JAX_PROCESS_ID': '3'},
+   ('a:1', 4, 3, None)),
+  ({'JAX_COORDINATOR_ADDRESS': 'a:1', 'JAX_NUM_PROCESSES': '4', 'JOB_COMPLETION_INDEX': '2'},
+   ('a:1', 4, 2, None)),
+  # JAX gives each process of SLURM one GPU.
+  ({'SLURM_JOB_ID': '4096', 'SLURM_STEP_NODELIST': 'node[07-09]', 'SLURM_NTASKS': '6',
+    'SLURM_PROCID': '5', 'SLURM_LOCALID': '1'}, ('node07:61440', 6, 5, [1])),
+])
+def test_the_environment_tells_where_the_others_are(monkeypatch, environment, found):
+  asked = []
+  monkeypatch.setattr(jax.distributed, 'initialize', lambda *given, **_: asked.append(given))
+  monkeypatch.setattr(distributed, '_roll_call', lambda *given: asked.append(given[:3]) or {})
+  for name in ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID',
+               'JOB_COMPLETION_INDEX'):
+    monkeypatch.delenv(name, raising=False)
+  for name, value in environment.items():
+    monkeypatch.setenv(name, value)
+  with distributed.connected(True, None, None, None, 5):
+    pass
+  assert asked == [found[:3], found]
 
 
 class Metadata(http.server.BaseHTTPRequestHandler):
@@ -63,17 +141,16 @@ class Metadata(http.server.BaseHTTPRequestHandler):
     pass
 
 
-def test_a_notice_of_preemption_is_a_signal(monkeypatch):
+def test_a_notice_of_preemption_asks_to_stop(monkeypatch):
   monkeypatch.setattr(distributed, '_NOTICE_SECONDS', 0.05)
-  told = threading.Event()
-  before = signal.signal(signal.SIGTERM, lambda *_: told.set())
-  try:
-    with http.server.ThreadingHTTPServer(('localhost', 0), Metadata) as server:
-      threading.Thread(target=server.serve_forever, daemon=True).start()
-      monkeypatch.setenv('GCE_METADATA_HOST', f'localhost:{server.server_port}')
-      with distributed.preemption_notice():
-        assert told.wait(10)
-      server.shutdown()
-  finally:
-    signal.signal(signal.SIGTERM, before)
+  with http.server.ThreadingHTTPServer(('localhost', 0), Metadata) as server:
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv('GCE_METADATA_HOST', f'localhost:{server.server_port}')
+    with distributed.stop_requests(0, 10) as stopping:
+      assert not stopping.due(1)
+      deadline = time.monotonic() + 10
+      while not stopping.due(2):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    server.shutdown()
   assert Metadata.asked == 2

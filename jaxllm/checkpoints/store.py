@@ -49,6 +49,8 @@ BEST = 'best.json'
 class CheckpointError(RuntimeError):
   """A checkpoint could not be written or read; the message says where, why and what is left."""
 
+  exit_code = 1
+
 
 class CheckpointConfig(Config):
   """When the state is saved, and what is kept."""

@@ -6,17 +6,14 @@
 - `_finish` proves the run from its checkpoint: held-out scores, samples, report.
 """
 
-import contextlib
 import dataclasses
 import importlib
 import json
 import math
 import os
 import pathlib
-import signal
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -46,6 +43,8 @@ from jaxllm.training.state import TrainState
 
 class TrainingStopped(RuntimeError):
   """Training cannot go on; the message gives the reason and the fix."""
+
+  exit_code = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,7 +247,7 @@ def _loop(
   )
   saved = step = first
   waiting, saved_at = None, time.monotonic()
-  with _stop_requests() as stopping, metrics_lib.open_logger(
+  with distributed.stop_requests(first, last) as stopping, metrics_lib.open_logger(
     run.path, experiment, run.mesh, first, run.goodput
   ) as log, goodput_lib.tracing(run.path, run.profile_steps) as trace:
     for host_batch in log.wait_for(parallel.map_ahead(batches.batch_at, range(first, last))):
@@ -263,7 +262,7 @@ def _loop(
       measuring = [one for one in measurements if _due(step, one.every_steps, last)]
       saving = _due(step, experiment.checkpoint.every_steps, last) or _is_late(
         experiment, step, saved_at)
-      stop = _should_stop(stopping, run.store, step)
+      stop = stopping.due(step)
       if measuring or saving or stop:
         _record(run, log, step, waiting)
         waiting = None
@@ -334,43 +333,6 @@ def _record(
       'config.optimizer.learning_rate, lengthen config.schedule.warmup_steps, or look at the data '
       f'of these steps'
     )
-
-
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
-  """Turn SIGTERM and the first SIGINT into an event; a second SIGINT interrupts at once.
-
-  Of several processes, JAX's own handler of SIGTERM tells the others, so that SIGINT becomes one.
-  A notice of preemption is one in any case.
-  """
-  event = threading.Event()
-  several = jax.process_count() > 1
-
-  def request(number: int, frame: Any) -> None:
-    if event.is_set() and number == signal.SIGINT:
-      raise KeyboardInterrupt
-    event.set()
-    logging.info('%s: saving, then stopping.', signal.Signals(number).name)
-    if several:
-      os.kill(os.getpid(), signal.SIGTERM)
-
-  previous: dict[int, Any] = {}
-  with contextlib.suppress(ValueError):  # Signals belong to the main thread; this may be another.
-    previous = {number: signal.signal(number, request)
-                for number in ([] if several else [signal.SIGTERM]) + [signal.SIGINT]}
-  try:
-    with distributed.preemption_notice():
-      yield event
-  finally:
-    for number, handler in previous.items():
-      signal.signal(number, handler)
-
-
-def _should_stop(event: threading.Event, store: store_lib.Store, step: int) -> bool:
-  if jax.process_count() > 1:
-    # All processes must stop at the same step; the coordinator agrees on it.
-    return store.manager.reached_preemption(step)
-  return event.is_set()
 
 
 def _finish(run: _Run, step: int, frozen: Any) -> dict[str, Any]:
