@@ -2,14 +2,17 @@
 
   make bench              (installs the extra `parity`: torch, transformers, peft)
   python experiments/benchmarks/train_throughput.py [--rounds=3] [--sizes=small,124m,lora]
+      [--nanogpt=nanoGPT/model.py] [--jaxllm_python=.venv313/bin/python]
 
 The sizes are those of a GPT-2, against `GPT2LMHeadModel`, all of which is trained; `lora` are
-adapters of rank 8 to every linear map of the layers of a SmolLM2-135M, against `peft`.
+adapters of rank 8 to every linear map of the layers of a SmolLM2-135M, against `peft`. Where
+--nanogpt names the `model.py` of a clone of github.com/karpathy/nanoGPT, that model takes turns
+too. --jaxllm_python measures jaxllm on another Python, as one with a newer jax and no torch.
 
 Every measurement is a process of its own, which takes a few steps to warm up and then times some;
 the candidates take turns, so that a machine whose speed drifts treats them alike. The table holds
-medians over the rounds and the ratio to PyTorch's eager float32 at the same size. On a GPU the
-same program measures the GPU.
+medians over the rounds and the ratio to PyTorch's eager float32 at the same size (`torch`, or
+`nanogpt` where that alone is measured). On a GPU the same program measures the GPU.
 """
 
 import json
@@ -22,14 +25,17 @@ import time
 from absl import app, flags
 
 ROUNDS = flags.DEFINE_integer('rounds', 3, 'Times that each candidate is measured.')
-SIZES = flags.DEFINE_list('sizes', ['small', '124m'], 'small, 124m, 355m, lora.')
+SIZES = flags.DEFINE_list('sizes', ['small', '124m'], 'characters, small, 124m, 355m, lora.')
 CANDIDATES = flags.DEFINE_list('candidates', None, 'A part of the candidates, by name.')
 OUTPUT = flags.DEFINE_string('output', 'runs/train_throughput.json', 'Where the JSON goes.')
+NANOGPT = flags.DEFINE_string('nanogpt', None, "Path of nanoGPT's model.py.")
+JAXLLM_PYTHON = flags.DEFINE_string('jaxllm_python', sys.executable, 'Interpreter for jaxllm.')
 WORKER = flags.DEFINE_string('worker', None, 'Internal: size/candidate to measure here.')
 SECONDS = flags.DEFINE_float('seconds', 12.0, 'Seconds to time for each measurement, at least.')
 
 # layers, width, heads, context, batch, vocabulary
 SHAPES = {
+  'characters': (6, 384, 6, 256, 16, 65),  # As nanoGPT's Shakespeare.
   'small': (6, 384, 6, 256, 16, 4096),
   '124m': (12, 768, 12, 256, 4, 50257),
   '355m': (24, 1024, 16, 256, 4, 50257),
@@ -40,18 +46,19 @@ NAMES = (
   'torch eager float32', 'torch compiled float32', 'torch eager bfloat16',
   'torch compiled bfloat16',
 )
+NANOGPT_NAMES = ('nanogpt eager float32', 'nanogpt compiled float32')
 
 
 def main(_) -> None:
   if WORKER.value:
     size, name = WORKER.value.split('/')
     library, *_ = name.split()
-    measure = measure_jaxllm if library == 'jaxllm' else measure_torch
-    print('RESULT ' + json.dumps(measure(size, name)))
+    measures = {'jaxllm': measure_jaxllm, 'torch': measure_torch, 'nanogpt': measure_nanogpt}
+    print('RESULT ' + json.dumps(measures[library](size, name)))
     return
   results = {}
   for size in SIZES.value:
-    names = CANDIDATES.value or NAMES
+    names = CANDIDATES.value or (NAMES + NANOGPT_NAMES if NANOGPT.value else NAMES)
     runs = {name: [] for name in names}
     for _ in range(ROUNDS.value):
       for name in names:
@@ -67,7 +74,10 @@ def main(_) -> None:
 
 
 def run_worker(size: str, name: str) -> dict | None:
-  command = [sys.executable, __file__, f'--worker={size}/{name}', f'--seconds={SECONDS.value}']
+  python = JAXLLM_PYTHON.value if name.startswith('jaxllm') else sys.executable
+  command = [python, __file__, f'--worker={size}/{name}', f'--seconds={SECONDS.value}']
+  if NANOGPT.value:
+    command.append(f'--nanogpt={NANOGPT.value}')
   done = subprocess.run(command, capture_output=True, text=True)
   lines = [line for line in done.stdout.splitlines() if line.startswith('RESULT ')]
   if not lines:
@@ -90,7 +100,8 @@ def summary(found: list[dict]) -> dict:
 
 def print_table(size: str, rows: dict) -> None:
   layers, width, heads, context, batch, vocabulary = SHAPES[size]
-  base = rows.get('torch eager float32', {}).get('tokens_per_second')
+  base = next((rows[name]['tokens_per_second'] for name in (
+    'torch eager float32', 'nanogpt eager float32') if name in rows), None)
   print(f'\n{size}: {layers} layers, {width} wide, {heads} heads, context {context}, '
         f'batch {batch}, vocabulary {vocabulary}')
   print(f'{"":26}{"tokens/s":>10}{"min..max":>18}{"ratio":>8}{"first step":>12}{"peak GB":>9}')
@@ -212,6 +223,37 @@ def measure_torch(size: str, name: str) -> dict:
   if device == 'cuda':
     result['peak_memory_gb'] = torch.cuda.max_memory_allocated() / 1e9
   return result
+
+
+def measure_nanogpt(size: str, name: str) -> dict:
+  import importlib.util
+
+  import torch
+
+  spec = importlib.util.spec_from_file_location('nanogpt_model', NANOGPT.value)
+  module = importlib.util.module_from_spec(spec)
+  sys.modules[spec.name] = module
+  spec.loader.exec_module(module)
+  layers, width, heads, context, batch, vocabulary = SHAPES[size]
+  device = 'cuda' if torch.cuda.is_available() else 'cpu'
+  torch.manual_seed(0)
+  model = module.GPT(module.GPTConfig(
+    block_size=context, vocab_size=vocabulary, n_layer=layers, n_head=heads, n_embd=width,
+    dropout=0.0, bias=True)).to(device).train()
+  optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), device)
+  forward = torch.compile(model) if 'compiled' in name else model
+  ids = torch.randint(0, vocabulary, (batch, context + 1), device=device)
+  tokens, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+  def one() -> float:
+    _, loss = forward(tokens, targets)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(loss.detach())
+
+  return timed(one, batch * context)
 
 
 def torch_gpt2(size: str):
