@@ -27,6 +27,7 @@ from jaxllm.objectives import OBJECTIVES, AnyObjective, Objective
 from jaxllm.objectives.classification import ClassifierConfig
 from jaxllm.objectives.next_token import NextToken
 from jaxllm.optim.optimizers import OptimizerConfig, ScheduleConfig
+from jaxllm.optim.privacy import PrivacyConfig
 from jaxllm.sharding import MeshConfig
 from jaxllm.tasks import TASKS, AnyTask
 
@@ -135,6 +136,8 @@ class Experiment(Config):
   divergence from a teacher ('distillation')."""
   optimizer: OptimizerConfig = OptimizerConfig()
   schedule: ScheduleConfig = ScheduleConfig()
+  privacy: PrivacyConfig | None = None
+  """Train with differential privacy (DP-SGD), whatever the objective; None: without."""
   mesh: MeshConfig = MeshConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
   evaluation: EvaluationConfig = EvaluationConfig()
@@ -242,6 +245,9 @@ def _problems(experiment: Experiment) -> Iterator[str]:
     wanting += ['finetune.lora'] if experiment.finetune.lora else []
     if wanting:
       yield f'init_from=None: {", ".join(wanting)} cannot do without; name a model'
+  if experiment.privacy is not None and training.spike is not None:
+    yield (f'training.spike={training.spike}: whether a step is taken would tell of its records; '
+           'with privacy set it to None')
   if training.batch_size % training.microbatches:
     yield (f'training.batch_size={training.batch_size} does not divide into '
            f'training.microbatches={training.microbatches} equal parts')

@@ -29,6 +29,7 @@ from jaxllm.checkpoints.bundle import Bundle
 from jaxllm.data import parallel, tokenizers
 from jaxllm.experiment import Experiment
 from jaxllm.models import decoder
+from jaxllm.optim import privacy
 from jaxllm.training import dataset as dataset_lib
 from jaxllm.training import goodput as goodput_lib
 from jaxllm.training import metrics as metrics_lib
@@ -86,7 +87,8 @@ def train(
     checkpoints.store.CheckpointError: a checkpoint could not be written or read.
   """
   goodput = goodput_lib.Goodput()
-  for name in {*experiment.training.writers} - {'tensorboard'}:
+  needed = {*experiment.training.writers, *(['dp_accounting'] if experiment.privacy else [])}
+  for name in needed - {'tensorboard'}:
     importlib.import_module(name)  # Where it is missing, nothing is computed.
   distributed.agree(workdir.same_everywhere(experiment, path))
   mesh = sharding.make_mesh(experiment.mesh, devices)
@@ -242,6 +244,8 @@ def _loop(
   logging.info('Training %s parameters on %d x %s; the first step compiles.',
                f'{decoder.parameter_count(experiment.decoder):,}', run.mesh.size,
                run.mesh.devices.flat[0].device_kind)
+  for name, value in _promise(run, last).items():
+    logging.info('After %d steps %s will be %.4g.', last, name, value)
   batches = run.dataset.make_batches(
     'train', experiment.training.batch_size, experiment.data.shuffle, None
   )
@@ -270,7 +274,7 @@ def _loop(
         selected = _measure(run, log, measuring, state, bundle, selected, step)
         stop = stop or selected.exhausted
       if saving or stop:
-        log.log_goodput(step)
+        log.log_scores(step, _promise(run, step))
         with log.pause('checkpoints'):
           log.upload()  # First, so that no step of a checkpoint is without its metrics.
           store_lib.save(run.store, step, state.replace(frozen={}), bundle)
@@ -299,6 +303,15 @@ def _measure(
       log.upload()
       store_lib.save_best(run.store, step, state.replace(frozen={}), bundle, selected.facts)
   return selected
+
+
+def _promise(run: _Run, step: int) -> dict[str, float]:
+  """Return what differential privacy promises after `step` steps; nothing without it."""
+  experiment = run.experiment
+  return {} if experiment.privacy is None else {
+    f'privacy/{name}': value for name, value in privacy.epsilon(
+      experiment.privacy, step, experiment.training.batch_size,
+      run.dataset.manifest.train.records).items()}
 
 
 def _is_late(experiment: Experiment, step: int, since: float) -> bool:
@@ -362,6 +375,7 @@ def _finish(run: _Run, step: int, frozen: Any) -> dict[str, Any]:
       summary['validation'] = measure(variables)
   with run.goodput.spend('samples'):
     samples = scoring.continue_prompts(experiment, run.dataset.tokenizer, variables, run.mesh)
+  summary |= _promise(run, step)
   summary['goodput'] = run.goodput.scalars()
   if jax.process_index() == 0:
     if samples:

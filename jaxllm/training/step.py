@@ -18,6 +18,7 @@ from jaxllm import sharding
 from jaxllm.experiment import Experiment, SpikeConfig
 from jaxllm.models.decoder import Decoder
 from jaxllm.objectives.next_token import Batch, Sums, average, scan_sum
+from jaxllm.optim import privacy
 from jaxllm.training import examples
 from jaxllm.training import state as train_state
 from jaxllm.training.state import TrainState
@@ -80,7 +81,8 @@ def make_pure_step(experiment: Experiment, tx: optax.GradientTransformation) -> 
     key = jax.random.fold_in(jax.random.key(experiment.seed), state.step)
     grads, sums = accumulate_gradients(experiment, state, batch, key)
     count = sums['weight_sum']
-    grads = jax.tree.map(lambda grad: average(grad, count), grads)
+    parts = count if experiment.privacy is None else jnp.float32(experiment.training.batch_size)
+    grads = jax.tree.map(lambda grad: average(grad, parts), grads)
     loss = average(sums['cross_entropy_sum'], count)
     grad_norm = optax.global_norm(grads)
     applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -114,7 +116,9 @@ def make_pure_step(experiment: Experiment, tx: optax.GradientTransformation) -> 
 def accumulate_gradients(
   experiment: Experiment, state: TrainState, batch: Batch, key: jax.Array
 ) -> tuple[Any, dict[str, jax.Array]]:
-  """Return the gradient of the summed loss and the sums of `make_sums` over the microbatches."""
+  """Return the gradient of the summed loss and the sums of `make_sums` over the microbatches; with
+  `privacy` the noisy sum of the gradients of rows.
+  """
   microbatches = experiment.training.microbatches
   sums_of = make_sums(experiment)
 
@@ -124,18 +128,23 @@ def accumulate_gradients(
       sums = sums_of(variables, state.frozen, part, dropout_key)
     return sums['loss_sum'], sums
 
-  grad_fn = jax.grad(loss_fn, has_aux=True)
-  if microbatches == 1:
-    return grad_fn(state.params, batch, key)
-
-  # Part i takes rows i, i + M, ...: every device keeps its own rows in every part.
-  length = max(x.shape[1] for x in batch.values())
-  parts = {name: _split_rows(x, microbatches, x.shape[1] == length) for name, x in batch.items()}
+  grad_fn, private = jax.grad(loss_fn, has_aux=True), experiment.privacy
+  if private is not None:
+    grad_fn = privacy.clipped_sum(grad_fn, private)
 
   def gradients(part: Batch, index: jax.Array) -> Any:
     return grad_fn(state.params, part, jax.random.fold_in(key, index))
 
-  return scan_sum(gradients, parts, jnp.arange(microbatches))
+  if microbatches == 1:
+    grads, sums = grad_fn(state.params, batch, key)
+  else:
+    # Part i takes rows i, i + M, ...: every device keeps its own rows in every part.
+    length = max(x.shape[1] for x in batch.values())
+    parts = {name: _split_rows(x, microbatches, x.shape[1] == length) for name, x in batch.items()}
+    grads, sums = scan_sum(gradients, parts, jnp.arange(microbatches))
+  if private is not None:
+    grads = privacy.add_noise(grads, private, jax.random.fold_in(key, microbatches))
+  return grads, sums
 
 
 def make_sums(experiment: Experiment) -> Loss:
