@@ -327,6 +327,11 @@ def from_flags(location: str) -> Any:
   return override(load(location), _OVERRIDES)
 
 
+def overrides() -> dict[str, str]:
+  """Return the `--config.a.b=value` of the command line: dotted path -> value."""
+  return dict(_OVERRIDES)
+
+
 # absl keeps parsed flags in a process-wide object; the overrides of the same command line sit
 # beside it.
 _OVERRIDES: dict[str, str] = {}

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Train a model on GPUs, one process per GPU, as JAX expects in SLURM; here experiments/gpt2_124m.py
-# on 2 nodes of 8.
+# Train gpt2-124m on 2 node(s) of 8 GPUs: one process per GPU, as JAX expects in SLURM. Printed by
 #
-#   sbatch experiments/launch/slurm.sh
+#   python -m jaxllm.tools.launch --config=experiments/gpt2_124m.py:h100 --for=slurm --nodes=2
+#
+#   sbatch this_file.sh
 #
 # Before, once, where all nodes see it: uv venv --python 3.12 venv, then
 # uv pip install --python venv/bin/python '.[cuda13]' (cuda12 for older drivers).
@@ -22,9 +23,11 @@
 set -uo pipefail
 
 cd "$SLURM_SUBMIT_DIR"
-# Processes end by themselves when one of them does; srun is not to be quicker, while they save.
-srun --kill-on-bad-exit=0 venv/bin/python -m jaxllm.train --distributed \
-  --config=experiments/gpt2_124m.py:h100 --workdir=/shared/runs/gpt2_124m \
+# Ours end by themselves when one of them does, with a sentence; srun is not to be quicker.
+srun --kill-on-bad-exit=0 venv/bin/python -m jaxllm.train \
+  --config=experiments/gpt2_124m.py:h100 \
+  --workdir=/shared/runs/gpt2_124m \
+  --distributed \
   --config.records_dir=/shared/runs/records
 code=$?
 

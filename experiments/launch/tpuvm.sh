@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Train a model on a TPU slice; here experiments/gpt3.py:13b on v5p-256 (4x4x8: 128 chips of two
-# cores, 32 hosts). For another slice change the accelerator type and the runtime version. TPU7x is
-# not part of this API, which is no longer developed: see gke.yaml.
+# Train gpt3-13b on a TPU slice v5p-256: 4x4x8, 128 chips, 32 host(s) of 4. Printed by
+#
+#   python -m jaxllm.tools.launch --config=experiments/gpt3.py:13b --for=tpuvm
 #
 # Run from the root of the repository, on a machine that stays (in tmux, or on a small VM):
 #
-#   bash experiments/launch/tpuvm.sh
+#   bash this_file.sh
+#
+# The Cloud TPU API is no longer developed, and has no TPU7x: see --for=gke.
 #
 # It asks for the slice through a queued resource, copies this directory to every host, trains, and
 # does so again when the slice is taken away, until the run has finished. All that must outlive a
@@ -15,8 +17,12 @@ set -euo pipefail
 NAME=gpt3-13b
 ZONE=us-central1-a  # One that has this kind of TPU and your quota.
 WORKDIR=gs://BUCKET/runs/gpt3_13b
-ARGUMENTS=(--config=experiments/gpt3.py:13b --workdir="$WORKDIR" --distributed
-           --config.records_dir=gs://BUCKET/runs/records)
+ARGUMENTS=(
+  --config=experiments/gpt3.py:13b \
+  --workdir=gs://BUCKET/runs/gpt3_13b \
+  --distributed \
+  --config.records_dir=gs://BUCKET/runs/records
+)
 
 tpu() { gcloud compute tpus "$@" --zone="$ZONE" --quiet; }
 on_all_hosts() { tpu tpu-vm ssh "$NAME" --worker=all --command="$1"; }
