@@ -4,6 +4,7 @@
 a fault of ours, and a report needs its traceback.
 """
 
+import contextlib
 import difflib
 import importlib.metadata
 import logging
@@ -64,7 +65,8 @@ class Voice(logging.Handler):
       before = {logging.WARNING: 'warning: ', logging.ERROR: 'error: '}.get(record.levelno, '')
       import tqdm
 
-      tqdm.tqdm.write(before + self.format(record), file=sys.stderr)
+      with contextlib.suppress(OSError):  # A full disk ends no program by what it says of itself.
+        tqdm.tqdm.write(before + self.format(record), file=sys.stderr)
 
 
 def speak_plainly() -> None:
@@ -73,6 +75,8 @@ def speak_plainly() -> None:
   root.handlers = [Voice()]
   for logger in (root, logging.getLogger('absl')):
     logger.setLevel(logging.INFO)
+  # Of callbacks that nobody waits for any more, such as those of a save that has failed.
+  sys.unraisablehook = lambda unraisable: None
   if not sys.warnoptions:
     warnings.simplefilter('ignore')
 

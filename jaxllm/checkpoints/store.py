@@ -104,7 +104,8 @@ def open_store(directory: str | os.PathLike[str], config: CheckpointConfig) -> S
   Raises:
     ValueError: it cannot be written, or several processes would have to write to s3://.
   """
-  logging.getLogger('absl').addFilter(_not_from_orbax)
+  for logger in ('absl', 'asyncio'):
+    logging.getLogger(logger).addFilter(_not_from_orbax)
   path = _absolute(directory)
   storage.make_writable(path, 'checkpoints: ')
   staging = None
@@ -246,7 +247,8 @@ def close(store: Store) -> None:
   try:
     wait(store)
   finally:
-    store.manager.close()
+    with contextlib.suppress(Exception):  # It raises what `wait` has raised before.
+      store.manager.close()
     if store.staging is not None:
       store.staging.cleanup()
 
@@ -388,8 +390,10 @@ def save_converted(
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:
-  # Orbax logs every phase, and a failure once per thread with its trace; what matters is raised.
-  return f'{os.sep}orbax{os.sep}' not in record.pathname
+  # Orbax logs every phase, and a failure once per thread with its trace, as asyncio does for it;
+  # what matters is raised.
+  return not (f'{os.sep}orbax{os.sep}' in record.pathname
+              or record.getMessage().startswith('Future exception was never retrieved'))
 
 
 def _absolute(path: str | os.PathLike[str]) -> epath.Path:

@@ -7,6 +7,7 @@
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -235,8 +236,14 @@ def open_logger(
   """
   progress = Progress(experiment.training.num_steps, step, enabled=jax.process_index() == 0)
   kept = _KEPT if jax.process_index() == 0 else ()
-  with storage.buffered(path, kept) as (folder, upload), \
+  failed: set[str] = set()
+  with storage.buffered(path, kept) as (folder, send), \
        open_writer(folder, experiment, step) as write, contextlib.closing(progress):
+
+    def upload() -> None:
+      with spared(f'{path}/metrics.jsonl', failed):
+        send()
+
     log = MetricLogger(experiment, mesh, write, progress, goodput, upload)
     log.log_goodput(step)  # Kept where the records of steps that are lost are dropped.
     yield log
@@ -254,31 +261,61 @@ def open_writer(
   Yields:
     A function of the steps taken and of name -> number that writes one record, on disk when it
     returns: None is left out, a number that is not finite becomes null in the JSON. It writes
-    nothing in processes other than the first.
+    nothing in processes other than the first. What cannot be written is missing, and never ends
+    the run: of a failure there is one warning, after which a tracker is left alone.
   """
   if jax.process_index() != 0:
     yield lambda step, scalars: None
     return
   path = pathlib.Path(workdir) / 'metrics.jsonl'
   _drop_later(path, step)
-  with contextlib.ExitStack() as stack:
-    lines = stack.enter_context(path.open('a', encoding='utf-8'))
-    others = []
+  failed: set[str] = set()
+  others: dict[str, Writer] = {}
+
+  def write(step: int, scalars: Mapping[str, Any]) -> None:
+    values = {name: float(value) for name, value in scalars.items() if value is not None}
+    finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+    with spared(str(path), failed):
+      _append(path, {'step': int(step), 'time': time.time(), **finite})
+    for name, (send, _) in others.items():
+      if name not in failed:
+        with spared(name, failed):
+          send(int(step), values)
+
+  try:
     for name in experiment.training.writers:
-      other, close = WRITERS[name](experiment, path.parent, step)
-      others.append(other)
-      stack.callback(close)
-
-    def write(step: int, scalars: Mapping[str, Any]) -> None:
-      values = {name: float(value) for name, value in scalars.items() if value is not None}
-      finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-      record = {'step': int(step), 'time': time.time(), **finite}
-      lines.write(json.dumps(record, allow_nan=False) + '\n')
-      lines.flush()
-      for other in others:
-        other(int(step), values)
-
+      others[str(path.with_name(name))] = WRITERS[name](experiment, path.parent, step)
     yield write
+  finally:
+    for name, (_, close) in others.items():
+      with spared(name, failed):
+        close()
+
+
+@contextlib.contextmanager
+def spared(name: str, failed: set[str]) -> Iterator[None]:
+  """Let an error inside cost what is written there and not the run; warn of the first one.
+
+  Args:
+    name: of what is written.
+    failed: the names that have failed; this one is added.
+  """
+  try:
+    yield
+  except Exception as error:  # Trackers raise errors of their own.
+    if name not in failed:
+      failed.add(name)
+      logging.warning('%s cannot be written: %s; the run goes on without it.', name,
+                      ' '.join(str(error).split()) or type(error).__name__)
+
+
+def _append(path: pathlib.Path, record: Mapping[str, Any]) -> None:
+  """Add a record to a JSONL file, whole or not at all."""
+  with path.open('ab', buffering=0) as file:
+    size, line = file.tell(), json.dumps(record, allow_nan=False).encode() + b'\n'
+    if file.write(line) < len(line):  # The disk is full.
+      file.truncate(size)
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _tensorboard(experiment: Experiment, workdir: pathlib.Path, step: int) -> Writer:
@@ -399,12 +436,14 @@ class Progress:
     late = now - self._last_line >= self._line_seconds or step == self._num_steps
     if self._bar.disable and late:
       self._last_line = now
-      print(text, file=sys.stderr, flush=True)
+      self.message(text)
 
   def message(self, text: str) -> None:
-    """Print a line without tearing the bar."""
+    """Print a line without tearing the bar; where it cannot be printed, nobody misses it."""
     if self._enabled:
-      tqdm.tqdm.write(text, file=sys.stderr)
+      with contextlib.suppress(OSError):
+        tqdm.tqdm.write(text, file=sys.stderr)
+        sys.stderr.flush()
 
   def close(self) -> None:
     """Leave the bar as it stands."""

@@ -162,8 +162,8 @@ def test_trackers_get_the_metrics_and_a_resumed_run_goes_on_in_theirs(tmp_path, 
     with metrics.open_writer(tmp_path, experiment, step) as write:
       write(step + 2, {'train/loss': 1.5, 'train/mfu': None})
   names = [name for name, *_ in trackers]
-  assert names == 2 * ['wandb.init', 'trackio.init', 'wandb.log', 'trackio.log', 'trackio.finish',
-                       'wandb.finish']
+  assert names == 2 * ['wandb.init', 'trackio.init', 'wandb.log', 'trackio.log', 'wandb.finish',
+                       'trackio.finish']
   options = [options for name, _, options in trackers if name.endswith('init')]
   assert options[:2] == options[2:]
   assert options[0]['resume'] == options[1]['resume'] == 'allow'

@@ -3,7 +3,10 @@
 import contextlib
 import io
 import json
+import os
 import pathlib
+import resource
+import signal
 import tempfile
 
 import jax
@@ -78,6 +81,44 @@ def test_tensorboard_holds_the_scalars_and_purges_after_the_resumed_step(tmp_pat
     assert [e.step for e in events if e.HasField('session_log')] == [step + 1]
     values = [(e.step, v.tag, v.simple_value) for e in events for v in e.summary.value]
     assert values == [(step + 10, 'train/loss', 1.5)]
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs a device that is always full')
+def test_a_full_disk_costs_the_log_and_is_told_once(tmp_path, caplog):
+  with metrics.open_writer(tmp_path, EXPERIMENT) as write:
+    write(1, {'train/loss': 1.0})
+    (tmp_path / 'metrics.jsonl').rename(tmp_path / 'before')
+    (tmp_path / 'metrics.jsonl').symlink_to('/dev/full')
+    events, = (tmp_path / 'tensorboard').iterdir()
+    full = os.open('/dev/full', os.O_WRONLY)
+    number, = (int(n) for n in os.listdir('/proc/self/fd')
+               if os.path.realpath(f'/proc/self/fd/{n}') == str(events))
+    os.dup2(full, number)  # From now on the file of events is full too.
+    os.close(full)
+    for step in (2, 3):
+      write(step, {'train/loss': 1.0})
+    (tmp_path / 'metrics.jsonl').unlink()
+    (tmp_path / 'before').rename(tmp_path / 'metrics.jsonl')  # There is room again.
+    write(4, {'train/loss': 1.0})
+  assert [record['step'] for record in records(tmp_path)] == [1, 4]
+  first, second = (record.getMessage() for record in caplog.records)
+  assert first.startswith(f'{tmp_path}/metrics.jsonl cannot be written: [Errno 28] No space left')
+  assert second.startswith(f'{tmp_path}/tensorboard cannot be written: [Errno 28]')
+
+
+def test_a_torn_record_is_taken_back(tmp_path):
+  path, limits = tmp_path / 'metrics.jsonl', resource.getrlimit(resource.RLIMIT_FSIZE)
+  metrics._append(path, {'step': 1})
+  before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 4, limits[1]))
+  try:
+    with pytest.raises(OSError, match='No space left'):
+      metrics._append(path, {'step': 2})
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, before)
+  metrics._append(path, {'step': 3})
+  assert [record['step'] for record in records(tmp_path)] == [1, 3]
 
 
 def test_other_processes_write_nothing(tmp_path, monkeypatch):
