@@ -277,9 +277,9 @@ def open_writer(
     finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
     with spared(str(path), failed):
       _append(path, {'step': int(step), 'time': time.time(), **finite})
-    for name, (send, _) in others.items():
-      if name not in failed:
-        with spared(name, failed):
+    for target, (send, _) in others.items():
+      if target not in failed:
+        with spared(target, failed):
           send(int(step), values)
 
   try:
@@ -287,8 +287,8 @@ def open_writer(
       others[str(path.with_name(name))] = WRITERS[name](experiment, path.parent, step)
     yield write
   finally:
-    for name, (_, close) in others.items():
-      with spared(name, failed):
+    for target, (_, close) in others.items():
+      with spared(target, failed):
         close()
 
 

@@ -70,9 +70,8 @@ def _describe(path: pathlib.Path) -> dict[str, Any]:
       for sample in metrics.read_lines(path / 'samples.jsonl')],
     'speed': _speed(train, environment),
     'goodput': _goodput([*records, summary.get('goodput') or {}]),
-    'data': _data(data),
     'files': {name: json.dumps(content, indent=2, ensure_ascii=False) for name, content in (
-      ('config.json', config), ('environment.json', environment)) if content},
+      ('data.json', data), ('config.json', config), ('environment.json', environment)) if content},
   }
 
 
@@ -175,19 +174,6 @@ def _goodput(records: Sequence[Record]) -> list[tuple[str, str, float]]:
   shares = {cause: 100 * seconds / (sum(spent.values()) or 1) for cause, seconds in spent.items()}
   return [(CAUSES[cause], f'{format_duration(spent[cause])}, {share:.1f} %', round(share, 2))
           for cause, share in shares.items() if spent[cause]]
-
-
-def _data(manifest: Record) -> list[tuple[str, ...]]:
-  """Return a table of figures with one column per split, headings first."""
-  splits = {n: manifest[n] for n in ('train', 'validation') if isinstance(manifest.get(n), dict)}
-  if not splits:
-    return []
-  table = [('', *splits)]
-  for key in ('documents', 'records', 'tokens', 'text_bytes'):
-    counts = [split.get(key) for split in splits.values()]
-    row = [f'{count:,}' if isinstance(count, int) else 'unknown' for count in counts]
-    table.append((key.replace('_', ' '), *row))
-  return table
 
 
 def _last(records: Sequence[Record], name: str) -> float | None:

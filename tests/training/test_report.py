@@ -84,7 +84,8 @@ def test_a_finished_run(finished):
   page = report(finished)
   for words in ('Complete. 1,000 steps.', '128k training tokens', '01:40 time',
                 '5,000 tokens per second', '2.000 held-out loss', '7.390 perplexity',
-                '2.885 bits per byte', '1.54M parameters', '40.0 % held-out accuracy', '7,654,321',
+                '2.885 bits per byte', '1.54M parameters', '40.0 % held-out accuracy',
+                '"tokens": 1234567',
                 '"positions": { "kind": "rotary" }', '"jax": "0.10.2"',
                 'peak memory 2.00 GiB', 'unknown: no published peak for cpu', 'training 2',
                 'held-out 2.1', 'Learning rate', 'Gradient norm', 'Tokens per second'):
@@ -178,7 +179,7 @@ def test_an_empty_or_damaged_workdir(tmp_path, damage):
   page = report(tmp_path)
   assert tmp_path.name in page.text
   assert 'Not started. No metrics have been written yet.' in page.text
-  assert 'neither config.json nor environment.json' in page.text
+  assert 'holds no data.json, config.json or environment.json' in page.text
 
 
 def test_losses_that_were_not_finite_are_gaps(finished):
