@@ -55,7 +55,7 @@ def main(_) -> None:  # noqa: D103
     mistakes.check_writeable(OUTPUT.value, '--output')
   from jaxllm import loading
 
-  canaries = [line for line in storage.path(CANARIES.value).read_text('utf-8').splitlines()
+  canaries = [line for line in storage.path(CANARIES.value).read_text('utf-8').split('\n')
               if line.strip()] if CANARIES.value else []
   for canary in canaries:
     if len(re.findall(r'\d', canary)) < 4:
