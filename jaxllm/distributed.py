@@ -277,6 +277,16 @@ def barrier(name: str) -> None:
     _STATE.client.wait_at_barrier(f'jaxllm/{next(_SERIAL)}/{name}', _WEEK)
 
 
+def from_first(value: str) -> str:
+  """Return the value of the first process, when it has one; those of others do not matter."""
+  if _STATE.num_processes == 1:
+    return value
+  key = f'jaxllm/first/{next(_SERIAL)}'
+  if is_first():
+    _STATE.client.key_value_set(key, _GREETING + value)
+  return _STATE.client.blocking_key_value_get(key, _WEEK).removeprefix(_GREETING)
+
+
 def agree(facts: Mapping[str, Any]) -> None:
   """Compare facts of all processes; also a barrier.
 

@@ -17,7 +17,8 @@ def main(_) -> None:  # noqa: D103
 
   directory = experiment.records_path
   manifest = records.prepare(experiment.data, experiment.tokenizer, directory)
-  print(f'{directory}: vocabulary {manifest.vocab_size}, context {manifest.context_length}')
+  print(f'{directory / manifest.folder}: vocabulary {manifest.vocab_size}, '
+        f'context {manifest.context_length}')
   for name, split in (('train', manifest.train), ('validation', manifest.validation)):
     if split is not None:
       print(

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from jaxllm.checkpoints import store
-from jaxllm.data import tokenizers
+from jaxllm.data import records, tokenizers
 from jaxllm.data.records import DataConfig
 from jaxllm.data.tokenizers import TokenizerConfig
 from jaxllm.evaluation import tables
@@ -41,11 +41,11 @@ def tune(base, name):
   rows = [{'text': f'{word} {i} ' + ' '.join('abcdefghijklmn'), 'label': label} for i in range(10)
           for word, label in (('bad', 'negative'), ('good', 'positive'))]
   source.write_text(''.join(json.dumps(row) + '\n' for row in rows))
-  records = RecordsConfig(sources=(
+  data = RecordsConfig(sources=(
     RecordSource(location=str(source), split='train'),
     RecordSource(location=str(source), split='validation'),
   ))
-  task = Sentiment(data=records, prompt='{text}:', labels=(('negative', 'n'), ('positive', 'p')))
+  task = Sentiment(data=data, prompt='{text}:', labels=(('negative', 'n'), ('positive', 'p')))
   experiment = Experiment(
     name=name, records_dir=str(base / 'records'), init_from=str(base / 'run'),
     data=DataConfig(context_length=32), task=task,
@@ -60,7 +60,15 @@ def outputs(tmp_path_factory):
   base = tmp_path_factory.mktemp('evaluate')
   run, foreign = base / 'run', base / 'foreign'
   # Trained on eight devices and scored on two, and by its records alone: its corpus has moved.
-  loop.train(tiny.experiment(base, evaluation__prompts=(), mesh={'data': 1, 'fsdp': 8}), run)
+  first = base / 'first'
+  loop.train(tiny.experiment(first, evaluation__prompts=(), mesh={'data': 1, 'fsdp': 8}),
+             first / 'run')
+  # It is moved, with its records.
+  for name in ('run', 'records', 'corpus'):
+    (first / name).rename(base / name)
+  # Another run of this name has other records there.
+  other = DataConfig(sources=str(base / 'corpus'), context_length=20, validation=0.5)
+  records.prepare(other, TokenizerConfig(kind='bytes'), base / 'records' / 'tiny', progress=False)
   (base / 'corpus').rename(base / 'moved')
   tokenizer = tokenizers.train_or_load(TokenizerConfig(kind='bytes'), [])
   store.save_converted(foreign, tiny.MODEL, decoder.init(tiny.MODEL, jax.random.key(9)),

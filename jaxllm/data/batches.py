@@ -17,8 +17,6 @@ from jaxllm.data import packing, records
 
 Decode = Callable[[np.ndarray], Mapping[str, np.ndarray]]
 
-_DAMAGED = 'the records are damaged; delete the directory and prepare them anew'
-
 
 class Stored(NamedTuple):
   """The records of a split.
@@ -67,7 +65,7 @@ class Batches:
       found = [self.sequence[first + row] for row in self.rows if first + row < end]
       found_B = np.frombuffer(b''.join(found), self.stored.dtype)
     except (RuntimeError, ValueError) as error:
-      raise ValueError(f'step {step}: {_DAMAGED} ({error})') from error
+      raise ValueError(f'step {step}: {records.DAMAGED} ({error})') from error
     rows_B = np.zeros(len(self.rows), self.stored.dtype)
     rows_B[: len(found_B)] = found_B
     batch = dict(self.stored.decode(rows_B))
@@ -75,30 +73,28 @@ class Batches:
                   if name.endswith(('tokens', 'targets')))
     if highest >= self.stored.vocab_size:
       raise ValueError(f'step {step}: token id {highest} is not in the vocabulary of '
-                       f'{self.stored.vocab_size}; {_DAMAGED}')
+                       f'{self.stored.vocab_size}; {records.DAMAGED}')
     return batch
 
 
 def open_records(directory: str | os.PathLike[str], split: str) -> Stored:
   """Open the records that `records.prepare` wrote of a split, 'train' or 'validation'.
 
-  Raises:
-    ValueError: nothing is prepared there, or records are missing.
+  Arguments and errors are those of `records.open_shards`.
   """
   import grain
 
-  manifest = records.load_manifest(directory)
+  manifest, paths = records.open_shards(directory, split)
   counts = manifest.split(split).shards
-  paths = records.shard_paths(directory, manifest, split)
   try:
-    # All files are opened now: later, newly prepared ones may have taken their place.
+    # All files are opened now: later, they may be gone.
     rows = grain.sources.ArrayRecordDataSource([str(path) for path in paths])
     if len(rows) != sum(counts):
       raise ValueError(f'there are {len(rows)} records, but the manifest says {sum(counts)}')
     for i in range(len(counts)):
       rows[sum(counts[:i])]
   except (RuntimeError, ValueError) as error:
-    raise ValueError(f'{paths[0].parent}: {_DAMAGED} ({error})') from error
+    raise ValueError(f'{paths[0].parent}: {records.DAMAGED} ({error})') from error
   dtype = packing.record_dtype(manifest.context_length, manifest.vocab_size)
   return Stored(rows, dtype, manifest.vocab_size)
 

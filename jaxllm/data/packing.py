@@ -312,6 +312,7 @@ class SplitWriter:
   """
 
   def __init__(self, directory: pathlib.Path, name: str, tokenizer: Tokenizer, data: Any):
+    self._directory, self._name = directory, name
     self._tokenizer, self._joined = tokenizer, data.packing == 'concat'
     self._prefix = _border(tokenizer.bos_id, 'bos') if data.add_bos else []
     self._suffix = _border(tokenizer.eos_id, 'eos') if data.add_eos else []
@@ -342,7 +343,9 @@ class SplitWriter:
     self._write(self._packer.finish())
     self._shards.close()
     shards = tuple(self._shards.counts)
-    return {**self._counts, 'records': sum(shards), 'shards': shards}
+    paths = (self._directory / shard_name(self._name, i) for i in range(len(shards)))
+    digests = tuple(storage.file_digest(path, {}) for path in paths)
+    return {**self._counts, 'records': sum(shards), 'shards': shards, 'sha256': digests}
 
   def _write(self, records: Iterator[np.ndarray]) -> None:
     for record in records:

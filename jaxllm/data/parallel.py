@@ -10,7 +10,7 @@ _Out = TypeVar('_Out')
 
 
 def map_ahead(
-  function: Callable[[_In], _Out], items: Iterable[_In], num_threads: int = 2, ahead: int = 4
+  function: Callable[[_In], _Out], items: Iterable[_In], num_threads: int | None = 2, ahead: int = 4
 ) -> Iterator[_Out]:
   """Yield `function(item)` for each item in order, while threads work on the next ones.
 
@@ -20,7 +20,7 @@ def map_ahead(
   Args:
     function: called from several threads at once.
     items: read from the calling thread, at most `ahead` items before they are needed.
-    num_threads: threads, at least 1.
+    num_threads: threads, at least 1; None: a few more than there are cores.
     ahead: results that are begun or waiting at any time, at least 1.
   """
   pool = concurrent.futures.ThreadPoolExecutor(num_threads, thread_name_prefix='map_ahead')

@@ -1,9 +1,9 @@
 """Documents to fixed-length records on disk, with a manifest that says what they are.
 
 - `DataConfig` says what goes in; `prepare` does it once and returns the `Manifest`.
-- A prepared directory holds `manifest.json`, the commit point, and the folder that it names, with
-  ArrayRecord shards and the tokenizer. It is used again as long as settings, sources and tokenizer
-  files stay the same, and replaced when one of them changes.
+- Records lie in a folder that is named by their fingerprint, what they are made of: ArrayRecord
+  shards, the tokenizer, and `manifest.json`. Settings, sources or tokenizer files that change give
+  other folders beside it; what lies in one is compared with the manifest when it is opened.
 - `_write` is one pass: read, clean, split, tokenize, pack, write.
 """
 
@@ -22,7 +22,7 @@ from absl import logging
 
 from jaxllm import storage
 from jaxllm.config import Config
-from jaxllm.data import documents, packing, tokenizers
+from jaxllm.data import documents, packing, parallel, tokenizers
 from jaxllm.data.cleaning import CleaningConfig, clean
 from jaxllm.data.documents import SourceConfig, SourceCounts, Sources
 from jaxllm.data.tokenizers import Tokenizer, TokenizerConfig
@@ -34,6 +34,7 @@ VERSION = 1
 _OLD_PACKING = {'best_fit': 'whole', 'concat': 'stream'}
 
 _HASHES = '.source_hashes.json'
+DAMAGED = 'the records are damaged; delete the directory and prepare them anew'
 
 
 class DataConfig(Config):
@@ -103,6 +104,8 @@ class Split(Config):
   predicts unless a BOS stands before them."""
   shards: tuple[int, ...]
   """Records in each shard."""
+  sha256: tuple[str, ...] = ()
+  """SHA-256 of each shard; () of older records, which are not compared."""
   dropped: int = 0
   """Examples of a task that are left out: too long, or without anything to train on."""
   cut: int = 0
@@ -164,8 +167,7 @@ def prepare(
   Args:
     data: sources and settings.
     tokenizer: which tokenizer; trained on the training documents where it has no files.
-    directory: where to write. What was prepared there before is replaced once the new records are
-      complete.
+    directory: where their folder is made. Folders of other records there stay as they are.
     progress: show a bar on stderr.
 
   Raises:
@@ -179,24 +181,23 @@ def prepare(
   hashes = dict(known := storage.read_json(directory / _HASHES))
   sources = documents.survey(data.sources, data.own_validation, hashes)
   fingerprint = _fingerprint(data, tokenizer, sources)
-  manifest = _prepared(directory, fingerprint)
-  if manifest is None:
+  if find(directory, fingerprint) is None:
     with storage.locked(directory):
-      manifest = _prepared(directory, fingerprint)  # Another process may have been faster.
-      if manifest is None:
-        old = storage.read_json(directory / 'manifest.json').get('fingerprint', '')
+      if find(directory, fingerprint) is None:  # Another process may have been faster.
         folder = directory / fingerprint[:16]
+        if folder.exists():
+          logging.warning('%s is not complete; its records are prepared anew', folder)
         with storage.replaced(folder) as staging:
           staging.mkdir()
-          manifest = _write(data, tokenizer, staging, sources, fingerprint, progress)
+          fields = _write(data, tokenizer, staging, sources, fingerprint, progress).model_dump(
+            mode='json')
+          storage.write_file(staging / 'manifest.json', json.dumps(
+            {**fields, 'sha256': _digest(fields)}, indent=2))
           storage.remove(folder)
-        storage.write_file(directory / 'manifest.json', manifest.to_json())
-        if old and old != fingerprint:
-          storage.remove(directory / old[:16])
   if hashes != known:
     with contextlib.suppress(OSError):  # They only save time.
       storage.write_file(directory / _HASHES, json.dumps(hashes))
-  return manifest
+  return load_manifest(directory / fingerprint[:16])
 
 
 def fingerprint(
@@ -209,42 +210,92 @@ def fingerprint(
   return _fingerprint(data, tokenizer, documents.survey(data.sources, data.own_validation, hashes))
 
 
+def find(directory: str | os.PathLike[str], fingerprint: str | None) -> pathlib.Path | None:
+  """Return the folder of the records with this fingerprint; None: they are not all there."""
+  directory = storage.path(directory)
+  with contextlib.suppress(OSError):  # Manifests once lay beside their folders.
+    old = storage.read_json(directory / 'manifest.json').get('fingerprint')
+    if isinstance(old, str) and (directory / old[:16]).is_dir():
+      (directory / 'manifest.json').rename(directory / old[:16] / 'manifest.json')
+  folder = directory / (fingerprint or 'none')[:16]
+  try:
+    manifest = load_manifest(folder)
+    complete = manifest.fingerprint == fingerprint and all(
+      path.is_file() for split in manifest.data.splits
+      for path in shard_paths(folder, manifest, split))
+  except (ValueError, FileNotFoundError):
+    return None
+  return folder if complete else None
+
+
+def folder_of(directory: str | os.PathLike[str]) -> pathlib.Path:
+  """Return the folder of records: the directory itself, or the only one in it."""
+  directory = storage.path(directory)
+  found = [directory, *(path.parent for path in directory.glob('*/manifest.json'))]
+  if (directory / 'manifest.json').is_file() or len(found) == 1:
+    return directory
+  if len(found) > 2:
+    raise ValueError(f'{directory} holds the records of {", ".join(p.name for p in found[1:])}; '
+                     'name one of these folders')
+  return found[1]
+
+
 def load_manifest(directory: str | os.PathLike[str]) -> Manifest:
-  """Read the manifest of a prepared directory; refuse none, or one of another version."""
-  path = storage.path(directory) / 'manifest.json'
+  """Read the manifest of records (see `folder_of`); refuse none, or a damaged one."""
+  path = folder_of(directory) / 'manifest.json'
   if not path.is_file():
     raise ValueError(f'no prepared data in {str(directory)!r}: run prepare first')
-  return Manifest.from_json(path.read_text(encoding='utf-8'))
+  try:
+    fields = json.loads(path.read_bytes())
+    if fields.pop('sha256', None) not in (None, _digest(fields)):
+      raise ValueError('its checksum is another')
+    return Manifest(**fields)
+  except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    raise ValueError(f'{path}: {DAMAGED} ({error})') from None
+
+
+def _digest(fields: Mapping[str, Any]) -> str:
+  return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
-  """Load the tokenizer of a prepared directory."""
-  return tokenizers.load(storage.path(directory) / load_manifest(directory).folder / 'tokenizer')
+  """Load the tokenizer of records (see `folder_of`); refuse one that is not as it was written."""
+  place = folder_of(directory) / 'tokenizer'
+  files = tokenizers.read_directory(storage.local(place))
+  if tokenizers.fingerprint(files) != load_manifest(directory).tokenizer_fingerprint:
+    raise ValueError(f'{place}: {DAMAGED} (a file is not as it was written)')
+  return tokenizers.from_files(files)
 
 
 def shard_paths(
   directory: str | os.PathLike[str], manifest: Manifest, split: str
 ) -> list[pathlib.Path]:
   """List the record files of a split."""
-  folder = storage.local(storage.path(directory) / manifest.folder)
+  folder = storage.local(folder_of(directory))
   shards = manifest.split(split).shards
   return [folder / packing.shard_name(split, i) for i in range(len(shards))]
 
 
-def _prepared(directory: pathlib.Path, fingerprint: str) -> Manifest | None:
-  """Return the manifest if the records of this fingerprint are all there."""
-  if storage.read_json(directory / 'manifest.json').get('fingerprint') != fingerprint:
-    return None
-  try:
-    manifest = load_manifest(directory)
-  except ValueError:
-    return None
-  try:
-    complete = all(path.is_file() for split in manifest.data.splits
-                   for path in shard_paths(directory, manifest, split))
-  except FileNotFoundError:
-    return None
-  return manifest if complete else None
+def open_shards(
+  directory: str | os.PathLike[str], split: str
+) -> tuple[Manifest, list[pathlib.Path]]:
+  """Return the manifest of records (see `folder_of`) and the verified record files of a split.
+
+  The files are read once, about a second for a gigabyte and core.
+
+  Raises:
+    ValueError: nothing is prepared there, or a file is not as it was written.
+  """
+  manifest = load_manifest(directory)
+  paths = shard_paths(directory, manifest, split)
+  if lost := [path for path in paths if not path.is_file()]:
+    raise ValueError(f'{lost[0]}: {DAMAGED} (there is no such file)')
+  digests = parallel.map_ahead(lambda path: storage.file_digest(path, {}), paths, os.cpu_count())
+  written = manifest.split(split).sha256
+  for path, digest, wanted in zip(paths, digests, written, strict=False):
+    if digest != wanted:
+      raise ValueError(f'{path}: {DAMAGED} (it is not as it was written)')
+  return manifest, paths
 
 
 def _fingerprint(
@@ -270,7 +321,7 @@ def _fingerprint(
     'tokenizer_files': {name: hashlib.sha256(content).hexdigest()
                         for name, content in tokenizers.read_files(tokenizer).items()},
   }
-  return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+  return _digest(facts)
 
 
 Counters = Sequence[Counter[str]]

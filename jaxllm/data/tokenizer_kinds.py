@@ -136,10 +136,15 @@ class Tokenizer:
   @functools.cached_property
   def fingerprint(self) -> str:
     """SHA-256 of the files, as hexadecimal digits."""
-    digest = hashlib.sha256()
-    for name, content in sorted(self._files.items()):
-      digest.update(f'{name}\0{len(content)}\0'.encode() + content)
-    return digest.hexdigest()
+    return fingerprint(self._files)
+
+
+def fingerprint(files: Files) -> str:
+  """Return the SHA-256 of files of a tokenizer, as hexadecimal digits."""
+  digest = hashlib.sha256()
+  for name, content in sorted(files.items()):
+    digest.update(f'{name}\0{len(content)}\0'.encode() + content)
+  return digest.hexdigest()
 
 
 def _valid(text: str) -> str:

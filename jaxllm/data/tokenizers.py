@@ -18,6 +18,7 @@ from jaxllm import storage
 from jaxllm.config import Config
 from jaxllm.data import tokenizer_kinds, tokenizer_settings
 from jaxllm.data.tokenizer_kinds import Tokenizer as Tokenizer
+from jaxllm.data.tokenizer_kinds import fingerprint as fingerprint
 from jaxllm.data.tokenizer_settings import Files
 
 BUILDERS: dict[str, Callable[[Files], Tokenizer]] = {

@@ -6,6 +6,7 @@ whether they are the same.
 
 import functools
 import hashlib
+import os
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -74,10 +75,8 @@ def open_dataset(
   if experiment.task is not None:
     dataset = _task(experiment, mesh)
   else:
-    if jax.process_index() == 0:
-      _prepare(experiment, experiment.records_path, begun)
-    distributed.barrier('records are prepared')
-    dataset = prepared(experiment)
+    folder = _prepare(experiment, begun) if jax.process_index() == 0 else ''
+    dataset = prepared(experiment, distributed.from_first(str(folder)))
   _check_vocabulary(experiment, dataset.manifest.vocab_size)
   if begun not in (None, dataset.manifest.fingerprint):
     raise ValueError(f'{_CHANGED} (fingerprint {str(begun)[:12]}, now '
@@ -101,34 +100,26 @@ def _check_vocabulary(experiment: Experiment, vocab_size: int) -> None:
                      f'{vocab_size}, or choose a smaller config.tokenizer')
 
 
-def find_records(experiment: Experiment, fingerprint: str | None) -> Manifest | None:
-  """Return the manifest of prepared documents where it has this fingerprint, else None."""
-  try:
-    manifest = records.load_manifest(experiment.records_path)
-  except ValueError:
-    return None
-  return manifest if manifest.fingerprint == fingerprint else None
-
-
-def _prepare(experiment: Experiment, directory: pathlib.Path, begun: str | None) -> None:
-  if find_records(experiment, begun) is not None:
+def _prepare(experiment: Experiment, begun: str | None) -> pathlib.Path:
+  """Return the folder of the run's records, prepared where they are not there."""
+  directory = experiment.records_path
+  folder = records.find(directory, begun)
+  if folder is not None:
     try:
       now = records.fingerprint(experiment.data, experiment.tokenizer, directory)
     except (OSError, ValueError, ImportError) as error:
       logging.warning('A source cannot be read any more (%s); the records in %s suffice.',
-                      error, directory)
-      return
+                      error, folder)
+      return folder
     if now != begun:
-      raise ValueError(f'config.data: {_CHANGED}; choose another --workdir, and another '
-                       f'config.name, since {directory} holds the records of that run')
-  records.prepare(experiment.data, experiment.tokenizer, directory)
+      raise ValueError(f'config.data: {_CHANGED}; choose another --workdir')
+  return directory / records.prepare(experiment.data, experiment.tokenizer, directory).folder
 
 
-def prepared(experiment: Experiment) -> Dataset:
-  """Return the documents of a run, which are prepared already."""
-  directory = experiment.records_path
-  return Dataset(records.load_manifest(directory), records.load_tokenizer(directory),
-                 experiment.seed, functools.partial(batches_lib.open_records, directory))
+def prepared(experiment: Experiment, folder: str | os.PathLike[str]) -> Dataset:
+  """Return the documents of a run, which are prepared already in a folder."""
+  return Dataset(records.load_manifest(folder), records.load_tokenizer(folder),
+                 experiment.seed, functools.partial(batches_lib.open_records, folder))
 
 
 def _task(experiment: Experiment, mesh: Mesh | None) -> Dataset:

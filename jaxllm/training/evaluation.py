@@ -1,5 +1,6 @@
 """Scores of a finished model: on the held-out records of its run, on tasks, on texts."""
 
+import dataclasses
 import json
 import math
 import os
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 from absl import logging
 
-from jaxllm import loading, mistakes, sharding
+from jaxllm import loading, mistakes, sharding, storage
 from jaxllm.data import documents, records
 from jaxllm.evaluation import contamination, tables
 from jaxllm.evaluation import scores as scores_lib
@@ -58,7 +59,7 @@ def evaluate(
   """
   texts = [text] if isinstance(text, str) else list(text)
   _check_inputs(model, baseline, tasks, texts, data, split, limit)
-  ours = loading.load(model, mesh, dtype)
+  ours = _moved(loading.load(model, mesh, dtype), model)
   theirs = None if baseline is None else loading.load(baseline, mesh, dtype)
   if quantize:
     ours, theirs = ours.quantized(quantize), theirs or ours
@@ -84,6 +85,19 @@ def evaluate(
              for name, task in selected.items()}
   results |= {path: _text(ours, theirs, path, context_length, stride) for path in texts}
   return {'tasks': results}
+
+
+def _moved(model: Model, given: AnyModel) -> Model:
+  """Return the model of a run that was moved, with the records that lie beside it."""
+  experiment = model.experiment
+  if experiment is None or isinstance(given, Model) or records.find(
+      experiment.records_path, model.records):
+    return model
+  places = (parent / experiment.records_path.parent.name
+            for parent in storage.path(given).absolute().parents)
+  found = next((p for p in places if records.find(p / experiment.name, model.records)), None)
+  return dataclasses.replace(
+    model, experiment=experiment.replace(records_dir=str(found))) if found else model
 
 
 def _check_inputs(
@@ -169,10 +183,8 @@ def _training_texts(model: Model) -> Iterable[str] | None:
   """Return the training texts of a run; None where they are not known."""
   if own := model.task:
     return map(contamination.longest_text, task_records.load(own.data, 'train'))
-  if not model.experiment or dataset.find_records(model.experiment, model.records) is None:
-    return None
-  directory = model.experiment.records_path
-  return contamination.record_texts(directory, model.tokenizer)
+  folder = model.experiment and records.find(model.experiment.records_path, model.records)
+  return contamination.record_texts(folder, model.tokenizer) if folder else None
 
 
 def _held_out(model: Model, given: Any, split: str, batch_size: int) -> dict[str, Any]:
@@ -181,9 +193,14 @@ def _held_out(model: Model, given: Any, split: str, batch_size: int) -> dict[str
   if experiment is None:
     raise ValueError(f'model={given} was not trained here, so it has no held-out records: give '
                      'text=FILE or tasks=NAME,...')
-  if dataset.find_records(experiment, model.records) is None:
-    directory = experiment.records_path
-    records.prepare(experiment.data, experiment.tokenizer, directory)
+  directory = experiment.records_path
+  folder = records.find(directory, model.records)
+  if folder is None:
+    manifest = records.prepare(experiment.data, experiment.tokenizer, directory)
+    folder = directory / manifest.folder
+    if model.records not in (None, manifest.fingerprint):
+      raise ValueError(f'model={given} was trained on other records than its sources give now, and '
+                       f'those are not in {directory}: put them there, or give text=FILE')
   placement, variables = model.placement, model.variables
   if placement is None:
     # Of the mesh that it was trained on nothing is needed but the rules.
@@ -199,4 +216,4 @@ def _held_out(model: Model, given: Any, split: str, batch_size: int) -> dict[str
     model=model.config, mesh=placement.config,
     evaluation=experiment.evaluation.replace(batch_size=batch_size))
   return scoring.make_held_out(
-    used, dataset.prepared(experiment), placement.mesh, None, split)(variables)
+    used, dataset.prepared(experiment, folder), placement.mesh, None, split)(variables)

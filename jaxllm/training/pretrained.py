@@ -47,8 +47,7 @@ def resolve(experiment: Experiment, begun: Experiment | None = None) -> Experime
       raise
     model, add_bos, tokenizer = begun.decoder, begun.data.add_bos, begun.tokenizer
   if experiment.tokenizer is None:
-    directory = experiment.records_path / 'tokenizer'
-    changes['tokenizer'] = tokenizer or _write_tokenizer(found.tokenizer.files(), directory)
+    changes['tokenizer'] = tokenizer or _write_tokenizer(found.tokenizer, experiment.records_path)
     changes['data'] = experiment.data.replace(add_bos=add_bos)
   return experiment.replace(**changes, model=experiment.model or model)
 
@@ -128,8 +127,9 @@ def _check_vocabulary(field: str, path: str, theirs: Tokenizer, ours: Tokenizer)
                      'config.tokenizer gives; point config.tokenizer at its files, or leave it out')
 
 
-def _write_tokenizer(files: Mapping[str, bytes], directory: pathlib.Path) -> TokenizerConfig:
-  """Write the files of a tokenizer, and return the config that reads them."""
+def _write_tokenizer(tokenizer: Tokenizer, directory: pathlib.Path) -> TokenizerConfig:
+  """Write the files of a tokenizer, by its fingerprint, and return the config that reads them."""
+  files = tokenizer.files()
   kinds: dict[str, Any] = {
     'tokenizer.json': 'json', 'tokenizer.model': 'sentencepiece', 'vocab.json': 'gpt2',
   }
@@ -137,7 +137,8 @@ def _write_tokenizer(files: Mapping[str, bytes], directory: pathlib.Path) -> Tok
               'bytes')
   if kind == 'bytes':
     return TokenizerConfig(kind='bytes')
+  path = directory / f'tokenizer-{tokenizer.fingerprint[:16]}'
   if jax.process_index() == 0:
-    tokenizers.save(tokenizers.from_files(files), directory)
+    tokenizers.save(tokenizer, path)
   distributed.barrier('the tokenizer is written')
-  return TokenizerConfig(kind=kind, path=str(directory))
+  return TokenizerConfig(kind=kind, path=str(path))

@@ -153,9 +153,13 @@ def test_unchanged_is_reused_and_changed_is_prepared_anew(corpus, out, tmp_path,
     manifest = prepare(data, tok, out)
     assert manifest.fingerprint not in seen
     seen.add(manifest.fingerprint)
-    folders = [path.name for path in out.iterdir() if path.is_dir()]
-    assert folders == [manifest.folder]  # The old records are gone.
-    assert make_batches(open_records(out, 'train'), 2, 0).batch_at(0)['tokens'].any()
+    batches = make_batches(open_records(out / manifest.folder, 'train'), 2, 0)
+    assert batches.batch_at(0)['tokens'].any()
+  # Each lies beside the others, which stay as they were.
+  assert len(seen) == len([path for path in out.iterdir() if path.is_dir()]) == 10
+  assert load_manifest(out / first.folder) == first
+  with pytest.raises(ValueError, match=f'holds the records of .*{first.folder}.*name one'):
+    load_manifest(out)
 
 
 def test_a_changed_tokenizer_file_is_noticed(corpus, out, tmp_path):
@@ -177,8 +181,44 @@ def test_lost_shards_are_prepared_anew(corpus, out):
   path.unlink()
   assert prepare(_data(corpus), BYTES, out) == manifest
   assert path.is_file()
-  (out / 'manifest.json').write_text('{"half')
+  (out / manifest.folder / 'manifest.json').write_text('{"half')
+  with pytest.raises(ValueError, match='manifest.json: the records are damaged; delete the'):
+    load_manifest(out)
   assert prepare(_data(corpus), BYTES, out) == manifest
+
+
+def test_a_flipped_bit_of_any_file_is_named(corpus, out):
+  manifest = prepare(_data(corpus, validation=None), TokenizerConfig(vocab_size=320), out)
+  folder = out / manifest.folder
+  files = [path for path in folder.rglob('*') if path.is_file()]
+  assert {path.name for path in files} == {
+    'manifest.json', 'tokenizer.model', 'train-00000.array_record'}
+  for path in files:
+    content = path.read_bytes()
+    for place in range(3, len(content), max(len(content) // 9, 1)):
+      path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1:])
+      with pytest.raises(ValueError, match=rf'{folder}.*the records are damaged; delete the dir'):
+        load_tokenizer(out), open_records(out, 'train')
+    path.write_bytes(content)
+  (folder / 'tokenizer' / 'special_tokens_map.json').write_text('{}')
+  with pytest.raises(ValueError, match='tokenizer: the records are damaged'):
+    load_tokenizer(out)
+
+
+def test_records_of_before_are_found_beside_new_ones(corpus, out, monkeypatch):
+  manifest = prepare(_data(corpus), BYTES, out)
+  folder = out / manifest.folder
+  (folder / 'manifest.json').unlink()
+  # Manifests had no checksums, and lay beside the folder.
+  old = manifest.replace(**{name: manifest.split(name).replace(sha256=())
+                            for name in ('train', 'validation')})
+  (out / 'manifest.json').write_text(old.to_json())
+  other = prepare(_data(corpus, context_length=9), BYTES, out)
+  monkeypatch.setattr(records, '_write', _never)
+  assert records.find(out, manifest.fingerprint) == folder
+  assert prepare(_data(corpus), BYTES, out) == old
+  assert records.find(out, other.fingerprint) == out / other.folder
+  assert open_records(folder, 'train').rows
 
 
 def test_prepared_twice_is_the_same_to_the_byte(corpus, tmp_path):
@@ -192,9 +232,9 @@ def test_prepared_twice_is_the_same_to_the_byte(corpus, tmp_path):
 
 def test_the_split_depends_on_each_document_alone(tmp_path, out):
   def held_out(texts):
-    prepare(_data(_jsonl(tmp_path / 'c.jsonl', texts)), BYTES, out)
-    assert not set(_documents(out, 'train')) & set(_documents(out, 'validation'))
-    return set(_documents(out, 'validation'))
+    folder = out / prepare(_data(_jsonl(tmp_path / 'c.jsonl', texts)), BYTES, out).folder
+    assert not set(_documents(folder, 'train')) & set(_documents(folder, 'validation'))
+    return set(_documents(folder, 'validation'))
   chosen = held_out(TEXTS)
   assert 3 <= len(chosen) <= 25
   assert held_out(TEXTS[::-1]) == chosen
@@ -433,7 +473,7 @@ def test_killed_in_the_middle_nothing_is_left_after_the_next_try(corpus, out):
   assert process.stdout.readline() == 'adding\n'
   process.send_signal(signal.SIGKILL)
   process.wait()
-  assert _leftovers(out) and not (out / 'manifest.json').exists()
+  assert _leftovers(out) and not [*out.glob('*/manifest.json')]
   manifest = prepare(_data(corpus), TokenizerConfig(vocab_size=320), out)
   assert not _leftovers(out)
   assert load_manifest(out) == manifest
@@ -447,12 +487,12 @@ def test_processes_at_once_do_the_work_once(corpus, out):
   assert sorted(_documents(out, 'train') + _documents(out, 'validation')) == sorted(TEXTS)
 
 
-def test_open_batches_outlive_newly_prepared_records(corpus, out, tmp_path, monkeypatch):
+def test_open_batches_outlive_their_files(corpus, out, tmp_path, monkeypatch):
   monkeypatch.setattr(records.packing, '_SHARD_TOKENS', 16 * 20)
   assert len(prepare(_data(corpus), BYTES, out).train.shards) > 4
   shutil.copytree(out, tmp_path / 'copy')
   batches = make_batches(open_records(out, 'train'), 4, 0)
-  prepare(_data(corpus, context_length=9), BYTES, out)
+  shutil.rmtree(out)
   expected = make_batches(open_records(tmp_path / 'copy', 'train'), 4, 0)
   for step in range(expected.num_batches):
     for name, array in expected.batch_at(step).items():
@@ -463,7 +503,6 @@ def test_files_are_hashed_once(corpus, out, monkeypatch):
   prepare(_data(corpus), BYTES, out)
   monkeypatch.setattr(storage.hashlib, 'file_digest', _never)
   prepare(_data(corpus), BYTES, out)
-  prepare(_data(corpus, context_length=9), BYTES, out)
 
 
 def test_progress_goes_to_stderr_or_nowhere(corpus, out, capfd):
