@@ -193,11 +193,6 @@ PACKERS: dict[str, Callable[[np.dtype], EndToEnd | BestFit]] = {
 }
 
 
-def count_targets(records: np.ndarray) -> int:
-  """Count the tokens that have weight as targets in one or more records."""
-  return int(_is_target(records['segment_ids']).sum())
-
-
 def batch_arrays(records: np.ndarray) -> dict[str, np.ndarray]:
   """Decode records.
 
@@ -349,7 +344,7 @@ class SplitWriter:
 
   def _write(self, records: Iterator[np.ndarray]) -> None:
     for record in records:
-      self._counts.update(target_tokens=count_targets(record))
+      self._counts.update(target_tokens=int(_is_target(record['segment_ids']).sum()))
       self._shards.write(record.tobytes())
 
 

@@ -231,20 +231,19 @@ def find(directory: str | os.PathLike[str], fingerprint: str | None) -> pathlib.
 def folder_of(directory: str | os.PathLike[str]) -> pathlib.Path:
   """Return the folder of records: the directory itself, or the only one in it."""
   directory = storage.path(directory)
-  found = [directory, *(path.parent for path in directory.glob('*/manifest.json'))]
-  if (directory / 'manifest.json').is_file() or len(found) == 1:
+  if (directory / 'manifest.json').is_file():
     return directory
-  if len(found) > 2:
-    raise ValueError(f'{directory} holds the records of {", ".join(p.name for p in found[1:])}; '
-                     'name one of these folders')
-  return found[1]
+  found = [path.parent for path in directory.glob('*/manifest.json')]
+  if len(found) != 1:
+    raise ValueError(f'{directory} holds the records of {", ".join(p.name for p in found)}; name '
+                     f'one of these folders' if found else
+                     f'no prepared data in {str(directory)!r}: run prepare first')
+  return found[0]
 
 
 def load_manifest(directory: str | os.PathLike[str]) -> Manifest:
   """Read the manifest of records (see `folder_of`); refuse none, or a damaged one."""
   path = folder_of(directory) / 'manifest.json'
-  if not path.is_file():
-    raise ValueError(f'no prepared data in {str(directory)!r}: run prepare first')
   try:
     fields = json.loads(path.read_bytes())
     if fields.pop('sha256', None) not in (None, _digest(fields)):
@@ -272,8 +271,7 @@ def shard_paths(
 ) -> list[pathlib.Path]:
   """List the record files of a split."""
   folder = storage.local(folder_of(directory))
-  shards = manifest.split(split).shards
-  return [folder / packing.shard_name(split, i) for i in range(len(shards))]
+  return [folder / packing.shard_name(split, i) for i, _ in enumerate(manifest.split(split).shards)]
 
 
 def open_shards(

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -14,24 +14,15 @@ NGRAM_WORDS = 13
 _ROWS = 64
 
 
-class Overlap(NamedTuple):
-  """How much of one evaluation text stands in the training texts.
-
-  Attributes:
-    share: of its n-grams, in [0, 1]; of texts shorter than n words, 1 where they stand there whole.
-    example: the first shared n-gram, or None.
-  """
-
-  share: float
-  example: str | None
-
-
 def overlaps(
   evaluation: Sequence[str], training: Iterable[str], num_words: int = NGRAM_WORDS
-) -> list[Overlap]:
+) -> list[tuple[float, str | None]]:
   """Compare each evaluation text with training texts, which are read once and not kept.
 
   Words are compared in lower case without punctuation. A text without words overlaps nothing.
+
+  Returns:
+    For each text the share of its n-grams that are in the training texts, and the first of them.
 
   Reference:
     Brown et al., Language Models are Few-Shot Learners, arXiv 2005.14165, appendix C (n = 13).
@@ -45,19 +36,17 @@ def overlaps(
     words = _words(text)
     for length in lengths:
       seen.update(unseen.intersection(_runs(words, length)))
-  return [_overlap(ngrams, seen) for ngrams in wanted]
+  shared = [[ngram for ngram in ngrams if ngram in seen] for ngrams in wanted]
+  return [(len(own) / len(ngrams), ' '.join(own[0])) if own else (0.0, None)
+          for own, ngrams in zip(shared, wanted, strict=True)]
 
 
-def summary(found: Sequence[Overlap]) -> dict[str, Any]:
+def summary(found: Sequence[tuple[float, str | None]]) -> dict[str, Any]:
   """Return how many texts overlap, and the one that does most, as JSON-able values."""
-  worst = max(found, key=lambda overlap: overlap.share)
-  return {
-    'texts': len(found),
-    'overlapping': sum(overlap.share > 0 for overlap in found),
-    'mean_share': sum(overlap.share for overlap in found) / len(found),
-    'ngram_words': NGRAM_WORDS,
-    'example': worst.example,
-  }
+  shares = [share for share, _ in found]
+  return {'texts': len(found), 'overlapping': sum(share > 0 for share in shares),
+          'mean_share': sum(shares) / len(shares), 'ngram_words': NGRAM_WORDS,
+          'example': max(found, key=lambda one: one[0])[1]}
 
 
 def longest_text(record: Mapping[str, Any]) -> str:
@@ -92,13 +81,6 @@ def record_texts(directory: str | os.PathLike[str], tokenizer: Tokenizer) -> Ite
       for segment in np.unique(segments_T[segments_T > 0]):
         ids = tokens_T[segments_T == segment].tolist()
         yield tokenizer.decode([token for token in ids if token not in special])
-
-
-def _overlap(ngrams: Sequence[tuple[str, ...]], seen: set[tuple[str, ...]]) -> Overlap:
-  shared = [ngram for ngram in ngrams if ngram in seen]
-  if not shared:
-    return Overlap(0.0, None)
-  return Overlap(len(shared) / len(ngrams), ' '.join(shared[0]))
 
 
 def _words(text: str) -> list[str]:

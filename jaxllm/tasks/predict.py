@@ -139,10 +139,14 @@ def _generate(
     rows = order[start : start + batch_size]
     # A last, smaller batch is filled up, which is cheaper than compiling for its size.
     padding = rows[:1] * (batch_size - len(rows)) if start else []
-    found = _answer(config.stop, max_new_tokens, model, eos_ids,
-                    [prompts[i] for i in rows + padding], way, draft)
-    for i, answer in zip(rows, found, strict=False):
-      answers[i] = answer
+    # White space at the beginning is not the stop text.
+    found = text.complete(
+      model.decoder, model.unstacked, model.tokenizer, [prompts[i] for i in rows + padding],
+      SamplingConfig(temperature=0.0, max_new_tokens=max_new_tokens),
+      [config.stop] if config.stop else (), eos_ids, skip_space=True, way=way, draft=draft)
+    for i, one in zip(rows, found, strict=False):
+      answers[i] = Answer(text=one.text, score=float(np.exp(
+        np.mean(one.logprobs or [0.0]) if one.score is None else one.score)))
   return answers
 
 
@@ -164,21 +168,6 @@ def _cut(ids: list[int], room: int, begins: Container[int | None]) -> list[int]:
   if len(ids) <= room:
     return ids
   return ids[:1] + ids[len(ids) - room + 1 :] if ids[0] in begins else ids[-room:]
-
-
-def _answer(
-  stop: str | None, max_new_tokens: int, model: Model, eos_ids: Sequence[int],
-  prompts: Sequence[list[int]], way: text.Way, draft: text.Draft | None,
-) -> list[Answer]:
-  """Continue prompts up to the stop text, which white space at the beginning is not."""
-  found = text.complete(
-    model.decoder, model.unstacked, model.tokenizer, prompts,
-    SamplingConfig(temperature=0.0, max_new_tokens=max_new_tokens), [stop] if stop else (), eos_ids,
-    skip_space=True, way=way, draft=draft)
-  return [
-    Answer(text=one.text, score=float(np.exp(
-      np.mean(one.logprobs or [0.0]) if one.score is None else one.score)))
-    for one in found]
 
 
 def _choose(

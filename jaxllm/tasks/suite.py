@@ -1,11 +1,10 @@
 """Which tasks a model is scored on: kinds with their default data, configs, or a JSON file."""
 
 import json
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxllm import mistakes
+from jaxllm import mistakes, storage
 from jaxllm.config import Config, ConfigError
 from jaxllm.tasks import TASKS
 from jaxllm.tasks.records import RecordSource
@@ -56,10 +55,14 @@ def select(
 
 def named_tasks(tasks: str | Sequence[Any]) -> dict[str, Any]:
   """Return name -> config of a task or its fields; argument and errors as in `select`."""
+  given: Any = tasks
   if isinstance(tasks, str):
-    named = _read(tasks) if tasks.endswith('.json') else _by_kind(tasks.split(','))
-  else:
-    named = _by_kind(tasks)
+    given = _read(tasks) if tasks.endswith('.json') else tasks.split(',')
+  kinds = [str(_kind(one)) for one in given]
+  # Where a kind stands twice, its name has the place.
+  named = given if isinstance(given, Mapping) else {
+    f'{kind}_{i}' if kinds.count(kind) > 1 else kind: one
+    for i, (kind, one) in enumerate(zip(kinds, given, strict=True), start=1)}
   for name, fields in named.items():
     kind = str(_kind(fields))
     if kind not in TASKS:
@@ -79,26 +82,15 @@ def in_format_of(config: Any, own: Any) -> Any:
   return own.replace(data=config.data) if labels[0] == labels[1] else config
 
 
-def _read(location: str) -> dict[str, Any]:
+def _read(location: str) -> Any:
   try:
-    content = json.loads(pathlib.Path(location).read_text(encoding='utf-8'))
-  except (OSError, ValueError) as error:
+    content = json.loads(storage.local(location, '--tasks=').read_bytes())
+  except (OSError, ValueError, RecursionError) as error:
     raise ValueError(f'tasks={location} cannot be read as JSON: {error}') from None
-  if isinstance(content, dict) and 'kind' in content:
-    content = [content]
-  if isinstance(content, list):
-    content = _by_kind(content)
-  if not isinstance(content, dict) or not content:
+  if not isinstance(content, dict | list) or not content:
     raise ValueError(f'tasks={location}: expected the config of a task, a list of them, or an '
                      'object of them by name')
-  return content
-
-
-def _by_kind(tasks: Sequence[Any]) -> dict[str, Any]:
-  """Return tasks by their kinds; where a kind stands twice, with their places."""
-  kinds = [str(_kind(one)) for one in tasks]
-  return {f'{kind}_{i}' if kinds.count(kind) > 1 else kind: one
-          for i, (kind, one) in enumerate(zip(kinds, tasks, strict=True), start=1)}
+  return [content] if 'kind' in content and isinstance(content, dict) else content
 
 
 def _kind(task: Any) -> Any:

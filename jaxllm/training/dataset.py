@@ -8,7 +8,7 @@ import functools
 import hashlib
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -126,7 +126,9 @@ def _task(experiment: Experiment, mesh: Mesh | None) -> Dataset:
   task: Any = experiment.task
   if experiment.tokenizer is None:
     raise ValueError('config.tokenizer=None: it is read from config.init_from when training starts')
-  tokenizer = tokenizers.train_or_load(experiment.tokenizer, _texts(task))
+  tokenizer = tokenizers.train_or_load(experiment.tokenizer, (
+    part.text for example in predict.examples(task, 'train') for part in example.segments
+    if not part.control) if experiment.tokenizer.trained else ())
   arrays, splits = {}, {}
   for name in ('train', *(['validation'] if 'validation' in task.data.splits else [])):
     shortened: set[int] = set()
@@ -164,12 +166,6 @@ def _task(experiment: Experiment, mesh: Mesh | None) -> Dataset:
                   tokenizer.vocab_size, encoded.of(experiment).decode)
 
   return Dataset(manifest, tokenizer, experiment.seed, stored)
-
-
-def _texts(task: Any) -> Iterator[str]:
-  """Yield the texts that a tokenizer is trained on, where it is."""
-  for example in predict.examples(task, 'train'):
-    yield from (part.text for part in example.segments if not part.control)
 
 
 def _count(

@@ -108,14 +108,10 @@ def _make_tokens(
 def _pairs_dtype(experiment: Experiment) -> np.dtype:
   tokens = _tokens_dtype(experiment)
   fields: list[Any] = [('chosen', tokens), ('rejected', tokens)]
-  if _needs_log_probs(experiment):
+  # With adapters, the model without them is asked in each step.
+  if experiment.objective_record.reference and experiment.finetune.lora is None:
     fields.append((REFERENCE, '<f4', (2,)))
   return np.dtype(fields)
-
-
-def _needs_log_probs(experiment: Experiment) -> bool:
-  # With adapters, the model without them is asked in each step.
-  return experiment.objective_record.reference and experiment.finetune.lora is None
 
 
 def _make_pairs(

@@ -133,7 +133,9 @@ def make_tasks(experiment: Experiment, dataset: Dataset, mesh: Mesh) -> Measure:
     chosen = task.data.limit if config.max_examples is None else config.max_examples
     subset = task.replace(data=task.data.replace(limit=chosen))
     examples.append((task, loading.task_examples(subset, config.split, dataset.tokenizer)))
-    _check_installed(task)
+    if TASKS[task.kind].kind == 'generate':
+      for name in TASKS[task.kind].metrics:  # What is not installed is named before the first step.
+        scores.rows(name, ['a'], ['a'])
   bare = make_model(experiment, dataset.tokenizer, None, mesh)
 
   def measure(variables: Any) -> Scores:
@@ -177,13 +179,6 @@ def score(task: Any, examples: list[Example], predictions: list[Any]) -> Scores:
   for name, of in TASKS[task.kind].metrics.items():
     found |= scores.score(name, [of(p) for p in predictions], [e.reference for e in examples])
   return found
-
-
-def _check_installed(task: Any) -> None:
-  """Score an empty answer now rather than after the first steps."""
-  if TASKS[task.kind].kind == 'generate':
-    for name in TASKS[task.kind].metrics:
-      scores.rows(name, ['a'], ['a'])
 
 
 class Selection(NamedTuple):

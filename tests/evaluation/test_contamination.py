@@ -7,7 +7,6 @@ from jaxllm.data.documents import SourceConfig
 from jaxllm.data.records import DataConfig
 from jaxllm.data.tokenizers import TokenizerConfig
 from jaxllm.evaluation.contamination import (
-  Overlap,
   longest_text,
   overlaps,
   record_texts,
@@ -22,18 +21,18 @@ def test_literals():
     training, num_words=3,
   )
   assert found == [
-    Overlap(1.0, 'two three four'), Overlap(0.5, 'one two three'), Overlap(1.0, 'eight'),
-    Overlap(0.0, None), Overlap(0.0, None), Overlap(1.0, 'seven eight'),
+    (1.0, 'two three four'), (0.5, 'one two three'), (1.0, 'eight'),
+    (0.0, None), (0.0, None), (1.0, 'seven eight'),
   ]
 
 
 def test_chinese_is_compared_by_character():
   found = overlaps(['猫坐在垫子上'], ['那只猫坐在垫子里。'], num_words=4)
-  assert found == [Overlap(2 / 3, '猫 坐 在 垫')]
+  assert found == [(2 / 3, '猫 坐 在 垫')]
 
 
 def test_runs_do_not_cross_texts():
-  assert overlaps(['a b c'], ['a b', 'c'], num_words=3) == [Overlap(0.0, None)]
+  assert overlaps(['a b c'], ['a b', 'c'], num_words=3) == [(0.0, None)]
 
 
 def test_a_copied_passage_is_found_in_a_long_text():
@@ -43,7 +42,7 @@ def test_a_copied_passage_is_found_in_a_long_text():
 
 
 def test_the_summary_counts_and_shows_the_worst():
-  found = summary([Overlap(0.0, None), Overlap(0.5, 'a b'), Overlap(0.25, 'c d')])
+  found = summary([(0.0, None), (0.5, 'a b'), (0.25, 'c d')])
   assert found == {'texts': 3, 'overlapping': 2, 'mean_share': 0.25, 'ngram_words': 13,
                    'example': 'a b'}
 

@@ -142,9 +142,15 @@ def test_generated_batch_equals_one_at_a_time(model):
 
 def test_the_score_is_that_of_the_answer_alone(model):
   prompt = [BYTES.bos_id, *b'hello']
-  whole, = predict_lib._answer(None, 12, model, model.eos_token_ids, [prompt], None, None)
+  def answer(stop):
+    config = Summarization(max_new_tokens=12, prompt='{document}', stop=stop)
+    found, = predict_lib._generate(
+      config, _examples(config, [{'document': 'hello'}]), model, 1, None, None)
+    return found
+
+  whole = answer(None)
   stop = whole.text[3]
-  cut, = predict_lib._answer(stop, 12, model, model.eos_token_ids, [prompt], None, None)
+  cut = answer(stop)
   assert whole.text.startswith(cut.text) and stop not in cut.text
   sampling = SamplingConfig(temperature=0.0, max_new_tokens=12)
   found, = decode.generate(model.decoder, model.variables, [prompt], sampling, [BYTES.eos_id])
