@@ -19,13 +19,11 @@ def main(_) -> None:  # noqa: D103
   manifest = records.prepare(experiment.data, experiment.tokenizer, directory)
   print(f'{directory / manifest.folder}: vocabulary {manifest.vocab_size}, '
         f'context {manifest.context_length}')
-  for name, split in (('train', manifest.train), ('validation', manifest.validation)):
-    if split is not None:
-      print(
-        f'  {name}: {split.documents:,} documents, {split.text_bytes:,} bytes, '
-        f'{split.tokens:,} tokens ({split.bytes_per_token:.2f} bytes each), '
-        f'{split.records:,} records'
-      )
+  for name in manifest.data.splits:
+    split = manifest.split(name)
+    print(f'  {name}: {split.documents:,} documents, {split.text_bytes:,} bytes, '
+          f'{split.tokens:,} tokens ({split.bytes_per_token:.2f} bytes each), '
+          f'{split.records:,} records')
 
 
 if __name__ == '__main__':

@@ -216,7 +216,9 @@ def find(directory: str | os.PathLike[str], fingerprint: str | None) -> pathlib.
   with contextlib.suppress(OSError):  # Manifests once lay beside their folders.
     old = storage.read_json(directory / 'manifest.json').get('fingerprint')
     if isinstance(old, str) and (directory / old[:16]).is_dir():
-      (directory / 'manifest.json').rename(directory / old[:16] / 'manifest.json')
+      storage.write_file(directory / old[:16] / 'manifest.json',
+                         (directory / 'manifest.json').read_bytes())
+      (directory / 'manifest.json').unlink()
   folder = directory / (fingerprint or 'none')[:16]
   try:
     manifest = load_manifest(folder)

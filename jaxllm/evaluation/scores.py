@@ -2,7 +2,7 @@
 
 A `Metric` is a pair of pure functions: the first turns each example into additive statistics, the
 second turns their sums into named numbers. Whatever is additive can be resampled, so intervals and
-significance tests (`statistics.py`) are exact for every metric, corpus-level ones included.
+significance tests (`tables.py`) are exact for every metric, corpus-level ones included.
 
 `METRICS` lists them: accuracy, classification, calibration, squad, bleu, chrf, rouge, perplexity,
 bits_per_byte.
@@ -59,24 +59,13 @@ def score(name: str, predictions: Sequence[Any], references: Sequence[Any]) -> d
 
 
 def rows(name: str, predictions: Sequence[Any], references: Sequence[Any]) -> np.ndarray:
-  """Return the statistics (I, M) of each example, for `score`, as it does, and `statistics.py`."""
+  """Return the statistics (I, M) of each example, for `score`, as it does, and `tables.py`."""
   if name not in METRICS:
     raise ValueError(f'metric {name!r}: one of {", ".join(METRICS)}')
   if len(predictions) != len(references) or not len(predictions):
     raise ValueError(f'{len(predictions)} predictions for {len(references)} references: there must '
                      'be one prediction per reference, and at least one')
   return METRICS[name].statistics(predictions, references)
-
-
-def confusion_matrix(
-  predictions: Sequence[Any], references: Sequence[Any], labels: Sequence[Any]
-) -> np.ndarray:
-  """Count (reference, prediction) pairs: int64 (C, C), row = reference, column = prediction.
-
-  `labels` are the order of rows and columns; predictions outside of them are left out.
-  """
-  counts = collections.Counter(zip(references, predictions, strict=True))
-  return np.array([[counts[row, column] for column in labels] for row in labels], np.int64)
 
 
 # Accuracy and classification: predictions and references are labels; None is an answer that could

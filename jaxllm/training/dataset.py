@@ -22,7 +22,7 @@ from jaxllm.data import records, tokenizers
 from jaxllm.data.batches import Batches, Stored
 from jaxllm.data.records import Manifest, Split
 from jaxllm.data.tokenizers import Tokenizer
-from jaxllm.experiment import Experiment, TrainingConfig
+from jaxllm.experiment import Experiment
 from jaxllm.tasks import predict
 from jaxllm.tasks.base import Example
 from jaxllm.tasks.encoding import Omitted
@@ -81,16 +81,13 @@ def open_dataset(
   if begun not in (None, dataset.manifest.fingerprint):
     raise ValueError(f'{_CHANGED} (fingerprint {str(begun)[:12]}, now '
                      f'{dataset.manifest.fingerprint[:12]}); choose another --workdir')
-  _tell_repeats(experiment.training, dataset.manifest.train.records)
-  return dataset
-
-
-def _tell_repeats(training: TrainingConfig, num_records: int) -> None:
-  times = training.num_steps * training.batch_size // num_records
-  if num_records < training.batch_size or times > 40:
+  steps, size = experiment.training.num_steps, experiment.training.batch_size
+  count = dataset.manifest.train.records
+  times = steps * size // count
+  if count < size or times > 40:
     logging.warning('%s steps of %s records read each of the %s training records %s times: so '
-                    'little text is learnt by heart', training.num_steps, training.batch_size,
-                    num_records, times)
+                    'little text is learnt by heart', steps, size, count, times)
+  return dataset
 
 
 def _check_vocabulary(experiment: Experiment, vocab_size: int) -> None:

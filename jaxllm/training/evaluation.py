@@ -1,5 +1,6 @@
 """Scores of a finished model: on the held-out records of its run, on tasks, on texts."""
 
+import collections
 import dataclasses
 import json
 import math
@@ -14,7 +15,6 @@ from absl import logging
 from jaxllm import loading, mistakes, sharding, storage
 from jaxllm.data import documents, records
 from jaxllm.evaluation import contamination, tables
-from jaxllm.evaluation import scores as scores_lib
 from jaxllm.interop import sources
 from jaxllm.model import Model
 from jaxllm.tasks import TASKS, language_modeling, predict, suite
@@ -131,8 +131,9 @@ def _task(
   references = [example.reference for example in examples]
   labels = [label for label, _ in getattr(task, 'labels', ())]
   said = [prediction.get('label') for prediction in found]
-  confusion = labels and {'labels': labels, 'counts': scores_lib.confusion_matrix(
-    said, references, labels).tolist()}
+  pairs = collections.Counter(zip(references, said, strict=True))
+  confusion = labels and {'labels': labels, 'counts': [
+    [pairs[true, answer] for answer in labels] for true in labels]}
   return {
     'config': json.loads(task.to_json()), 'split': split, 'confusion': confusion or None,
     **_result(model, TASKS[task.kind].metrics, found, theirs, references,
@@ -170,21 +171,17 @@ def _result(
     rows = [{**row, 'baseline': one} for row, one in zip(rows, theirs, strict=True)]
   overlap = None
   try:
-    if (training := _training_texts(model)) is not None:
+    folder = model.experiment and records.find(model.experiment.records_path, model.records)
+    training: Iterable[str] = contamination.record_texts(folder, model.tokenizer) if folder else ()
+    if own := model.task:
+      training = map(contamination.longest_text, task_records.load(own.data, 'train'))
+    if own or folder:
       overlap = contamination.summary(contamination.overlaps(texts, training))
   except (OSError, ValueError, ImportError) as error:
     logging.warning(
       'contamination is not checked: the training records cannot be read: %s', error)
   return {'examples': len(found), 'scores': tables.score(metrics, found, references, theirs),
           'contamination': overlap, 'predictions': rows}
-
-
-def _training_texts(model: Model) -> Iterable[str] | None:
-  """Return the training texts of a run; None where they are not known."""
-  if own := model.task:
-    return map(contamination.longest_text, task_records.load(own.data, 'train'))
-  folder = model.experiment and records.find(model.experiment.records_path, model.records)
-  return contamination.record_texts(folder, model.tokenizer) if folder else None
 
 
 def _held_out(model: Model, given: Any, split: str, batch_size: int) -> dict[str, Any]:

@@ -31,8 +31,6 @@ def test_classification_literals():
     'macro_f1': (2 / 3 + 2 / 4) / 2, 'micro_f1': 2 * 2 / (3 + 4),
   })
   assert scores.score('accuracy', predictions, references) == {'accuracy': 0.5}
-  matrix = scores.confusion_matrix(predictions, references, ['a', 'b'])
-  assert matrix.tolist() == [[1, 1], [0, 1]]
 
 
 def test_calibration_literals():
@@ -115,10 +113,6 @@ def test_classification_equals_scikit_learn(seed, labels):
     )
     for name, value in zip(('precision', 'recall', 'f1'), expected[:3], strict=True):
       assert found[f'{average}_{name}'] == pytest.approx(value), (average, name)
-  np.testing.assert_array_equal(
-    scores.confusion_matrix(predictions, references, list(labels)),
-    sklearn.confusion_matrix(references, predictions, labels=list(labels)),
-  )
 
 
 @pytest.mark.parity

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from jaxllm.evaluation import scores, statistics
+from jaxllm.evaluation import scores
+from jaxllm.evaluation import tables as statistics
 
 
 def _answers(seed, count, accuracy):
