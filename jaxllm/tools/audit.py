@@ -99,7 +99,7 @@ def audit(
   Raises:
     ValueError: there are fewer than two texts of a kind.
   """
-  from jaxllm.evaluation import statistics
+  from jaxllm.evaluation import tables
 
   for name, rows in (('members', members), ('others', others)):
     if len(rows) < 2:
@@ -114,7 +114,7 @@ def audit(
     spelled = [bool(one.is_greedy_N[first:last].all()) for one in rows
                if len(one.is_greedy_N) >= last]
     if spelled:
-      share: Any = statistics.bootstrap('accuracy', spelled, [True] * len(spelled))['accuracy']
+      share: Any = tables.bootstrap('accuracy', spelled, [True] * len(spelled))['accuracy']
       found[f'extracted of {len(spelled)} {kind}'] = tuple(share)
   if canaries:
     exposures = np.array([_exposure(model, one, seed) for one in canaries])

@@ -13,7 +13,8 @@ from tests.training import tiny_run as tiny
   (3, 'read each of the 3 training records 53 times'), (8, ''), (1000, ''),
 ])
 def test_little_text_is_said_to_be_read_often(caplog, monkeypatch, tmp_path, num_records, said):
-  manifest = SimpleNamespace(train=SimpleNamespace(records=num_records), vocab_size=1)
+  train = SimpleNamespace(records=num_records)
+  manifest = SimpleNamespace(train=train, vocab_size=1, fingerprint='f')
   monkeypatch.setattr(dataset, '_prepare', lambda *_: '')
   monkeypatch.setattr(dataset, 'prepared', lambda *_: SimpleNamespace(manifest=manifest))
   dataset.open_dataset(tiny.experiment(tmp_path, training__num_steps=20))
