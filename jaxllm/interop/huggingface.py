@@ -26,7 +26,7 @@ from jaxllm.interop.weights import Slot, Source
 from jaxllm.models.config import DecoderConfig
 from jaxllm.models.families import HUGGINGFACE
 from jaxllm.models.families.huggingface import Format, pattern
-from jaxllm.models.positions import DynamicScaling, YarnScaling
+from jaxllm.models.positions import YarnScaling
 
 MAX_CONFIG_BYTES = 10_000_000
 SHARD_BYTES = 5_000_000_000
@@ -228,7 +228,7 @@ def normal(config: DecoderConfig) -> DecoderConfig:
   scaling = getattr(config.positions, 'scaling', None)
   # A context shorter than its scaling reaches has no words of its own.
   reach = 0
-  if isinstance(scaling, YarnScaling | DynamicScaling):
+  if isinstance(scaling, YarnScaling):
     reach = int(scaling.original_length * scaling.factor)
   local = config.local_positions
   return config.replace(

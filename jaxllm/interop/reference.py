@@ -236,9 +236,6 @@ def _turns(
              or rope.get('original_max_position_embeddings') or longest)
   if kind == 'linear':
     return turns_P / by, 1.0
-  if kind == 'dynamic':
-    grown = by * max(length, longest) / longest - (by - 1)
-    return (base * grown ** (dim / (dim - 2))) ** -exponents_P, 1.0
   if kind == 'llama3':
     waves_P, low, high = 2 * math.pi / turns_P, rope['low_freq_factor'], rope['high_freq_factor']
     smooth_P = (trained / waves_P - low) / (high - low)

@@ -9,13 +9,7 @@ import pydantic
 from jaxllm.config import Config
 from jaxllm.models.linear import InitializerConfig
 from jaxllm.models.norms import NormConfig
-from jaxllm.models.positions import (
-  DynamicScaling,
-  LearnedPositions,
-  LongRopeScaling,
-  RotaryPositions,
-  rotary_dim,
-)
+from jaxllm.models.positions import LearnedPositions, LongRopeScaling, RotaryPositions, rotary_dim
 
 LayerKind = Literal['global', 'local', 'global_nope']
 BiasPlace = Literal['qkv', 'attention_out', 'mlp', 'head']
@@ -210,8 +204,6 @@ def _rotary_problems(
   dim, scaling = rotary_dim(rotary, head_size), rotary.scaling
   rotated = f'{name}.fraction={rotary.fraction} of head_dim={head_size} rotates {dim}'
   yield dim < 2 or dim % 2, f'{rotated} dimensions; they must be an even number, at least 2'
-  yield isinstance(scaling, DynamicScaling) and dim < 4, (
-    f"{name}.scaling: 'dynamic' needs at least 4 rotated dimensions, {rotated}")
   for field in ('short_factors', 'long_factors') if isinstance(scaling, LongRopeScaling) else ():
     count = len(getattr(scaling, field))
     yield count != dim // 2, (

@@ -33,21 +33,6 @@ class LinearScaling(Config):
   """How many times longer the context gets."""
 
 
-class DynamicScaling(Config):
-  """The base grows with the row's length once that exceeds the trained one (dynamic NTK).
-
-  The frequencies depend on the length of the row in the same call. Keys already cached keep the
-  frequencies of the call that wrote them, as in other implementations; hence beyond
-  `original_length` cached decoding differs slightly from the full forward pass.
-  """
-
-  kind: Literal['dynamic'] = 'dynamic'
-  factor: float = pydantic.Field(ge=1)
-  """Strength: 1 keeps the frequencies reaching exactly the row's length."""
-  original_length: int = pydantic.Field(gt=0)
-  """Context length of the training, in tokens."""
-
-
 class Llama3Scaling(Config):
   """Low frequencies divided by a factor, high ones kept, a smooth ramp between.
 
@@ -92,8 +77,8 @@ class YarnScaling(Config):
 class LongRopeScaling(Config):
   """Each pair has a divisor of its own, and another one in rows beyond the trained length.
 
-  A row's divisors depend on its length in the same call, as with `DynamicScaling`. (Other
-  implementations let the longest row of a batch decide for all.)
+  A row's divisors depend on its length in the same call. (Other implementations let the longest
+  row of a batch decide for all.) Keys already cached keep those of the call that wrote them.
 
   Reference:
     Ding et al., "LongRoPE", arXiv 2402.13753.
@@ -110,7 +95,7 @@ class LongRopeScaling(Config):
   """Factor of the rotated queries and of the rotated keys."""
 
 
-Scaling = LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling | LongRopeScaling
+Scaling = LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling
 
 
 class RotaryPositions(Config):
@@ -189,11 +174,6 @@ def _frequencies(config: RotaryPositions, dim: int, length_B: jax.Array) -> jax.
     case YarnScaling():
       kept_P = _kept_by_yarn(scaling, config.base, dim // 2)
       frequencies_P = frequencies_P * (kept_P + (1 - kept_P) / scaling.factor)
-    case DynamicScaling():
-      stretch_B = jnp.maximum(length_B / scaling.original_length, 1.0)
-      growth_B = scaling.factor * stretch_B - (scaling.factor - 1)
-      powers_P = jnp.asarray(exponents_P * dim / (dim - 2), jnp.float32)
-      return jnp.asarray(frequencies_P, jnp.float32)[None] / growth_B[:, None] ** powers_P[None]
     case LongRopeScaling():
       short_P, long_P = (
         jnp.asarray(frequencies_P / np.asarray(factors), jnp.float32)

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 import pydantic
 
@@ -63,7 +62,7 @@ class ScheduleConfig(Config):
   """How the learning rate moves over a run: a warmup to the peak, then a named shape."""
 
   name: str = 'cosine'
-  """constant, linear, cosine, inverse_sqrt, or wsd (warmup, stable, decay)."""
+  """constant, linear, cosine, or wsd (warmup, stable, decay)."""
   warmup_steps: int = pydantic.Field(0, ge=0)
   """Steps of linear warmup; the first update already uses peak / (warmup_steps + 1), not 0."""
   decay_steps: int | None = pydantic.Field(None, gt=0)
@@ -76,9 +75,9 @@ class ScheduleConfig(Config):
   def _check(self) -> 'ScheduleConfig':
     if self.name not in SCHEDULES:
       raise ValueError(f'name={self.name!r}: one of {", ".join(SCHEDULES)}')
-    if self.decay_steps is not None and self.name in ('constant', 'inverse_sqrt'):
-      raise ValueError(f'decay_steps={self.decay_steps}: {self.name!r} has no decay phase; set it '
-                       'to None')
+    if self.decay_steps is not None and self.name == 'constant':
+      raise ValueError(f'decay_steps={self.decay_steps}: a constant rate has no decay phase; '
+                       'set it to None')
     return self
 
 
@@ -249,12 +248,6 @@ def make_schedule(config: ScheduleConfig, peak: float, num_steps: int) -> optax.
   return optax.join_schedules([warmup, shape], [config.warmup_steps])
 
 
-def _inverse_sqrt(config: ScheduleConfig, peak: float, num_steps: int) -> optax.Schedule:
-  """Vaswani et al., Attention Is All You Need, arXiv 1706.03762, equation 3, scaled to the peak."""
-  first = config.warmup_steps + 1
-  return lambda count: peak * jnp.maximum(jnp.sqrt(first / (first + count)), config.final_fraction)
-
-
 def _wsd(config: ScheduleConfig, peak: float, num_steps: int) -> optax.Schedule:
   """Hu et al., arXiv 2404.06395, section 4; the fifth: Hägele et al., arXiv 2405.18392."""
   decay = config.decay_steps or max(1, min(num_steps, (num_steps + config.warmup_steps) // 5))
@@ -267,7 +260,6 @@ SCHEDULES: dict[str, Callable[[ScheduleConfig, float, int], optax.Schedule]] = {
     peak, peak * config.final_fraction, config.decay_steps or num_steps),
   'cosine': lambda config, peak, num_steps: optax.cosine_decay_schedule(
     peak, config.decay_steps or num_steps, config.final_fraction),
-  'inverse_sqrt': _inverse_sqrt,
   'wsd': _wsd,
 }
 """name -> function of (config, peak, steps after the warmup), counting from the warmup's end."""

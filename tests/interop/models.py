@@ -22,8 +22,6 @@ MODELS = {
     'attention_bias': True, 'mlp_bias': True, 'vocab_size': 131}),
   'llama_linear': ('Llama', RMS | {'rope_parameters': {
     'rope_type': 'linear', 'factor': 3.0, 'rope_theta': 5000.0}}),
-  'llama_dynamic': ('Llama', RMS | {'max_position_embeddings': 24, 'rope_parameters': {
-    'rope_type': 'dynamic', 'factor': 4.0, 'rope_theta': 10000.0}}),
   'llama3': ('Llama', RMS | {'head_dim': 14, 'rope_parameters': {
     'rope_type': 'llama3', 'factor': 8.0, 'rope_theta': 50000.0, 'low_freq_factor': 1.0,
     'high_freq_factor': 4.0, 'original_max_position_embeddings': 32}}),

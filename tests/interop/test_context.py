@@ -10,7 +10,7 @@ import small
 
 from jaxllm.interop import conversion, huggingface, weights
 from jaxllm.models.families import HUGGINGFACE
-from jaxllm.models.positions import DynamicScaling, LinearScaling, RotaryPositions, YarnScaling
+from jaxllm.models.positions import LinearScaling, RotaryPositions, YarnScaling
 
 SIZES = {
   'vocab_size': 64, 'hidden_size': 32, 'intermediate_size': 48, 'num_hidden_layers': 2,
@@ -22,7 +22,6 @@ SIZES = {
   ({'rope_type': 'default'}, 32),
   ({'rope_type': 'linear', 'factor': 4.0}, 128),
   ({'type': 'linear', 'factor': 2.5}, 80),
-  ({'rope_type': 'dynamic', 'factor': 4.0}, 128),
   ({'rope_type': 'yarn', 'factor': 4.0}, 128),
   ({'rope_type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 32}, 128),
   # The longest context already.
@@ -49,7 +48,7 @@ def test_a_length_out_of_reach_is_refused():
 
 @pytest.mark.parametrize('scaling', [
   LinearScaling(factor=4.0), LinearScaling(factor=3.0), YarnScaling(factor=4.0, original_length=16),
-  YarnScaling(factor=2.0, original_length=16), DynamicScaling(factor=4.0, original_length=16),
+  YarnScaling(factor=2.0, original_length=16),
 ])
 @pytest.mark.parametrize('name', ['llama', 'gpt_neox', 'gemma3_text'])
 def test_the_length_survives_writing(name, scaling):

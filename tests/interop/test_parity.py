@@ -102,7 +102,7 @@ def test_logits_of_a_full_and_of_a_padded_batch(pair):
 def depends_on_batch(config):
   """Whether transformers lets the longest row of a batch choose the rotation of all rows."""
   scaling = getattr(config.positions, 'scaling', None)
-  return getattr(scaling, 'kind', None) in ('dynamic', 'longrope')
+  return getattr(scaling, 'kind', None) == 'longrope'
 
 
 def test_greedy_continuations_of_a_full_and_of_a_padded_batch(pair):

@@ -6,14 +6,8 @@ import tiny
 from jaxllm.config import ConfigError
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.models.norms import NormConfig
-from jaxllm.models.positions import (
-  DynamicScaling,
-  LearnedPositions,
-  LongRopeScaling,
-  RotaryPositions,
-)
+from jaxllm.models.positions import LearnedPositions, LongRopeScaling, RotaryPositions
 
-DYNAMIC = DynamicScaling(factor=2, original_length=8)
 LONG = LongRopeScaling(short_factors=(1, 1), long_factors=(1,), original_length=8)
 
 
@@ -24,10 +18,6 @@ LONG = LongRopeScaling(short_factors=(1, 1), long_factors=(1,), original_length=
     ({'num_kv_heads': 3}, ['num_kv_heads=3', 'num_heads=4']),
     ({'head_dim': 3}, ['fraction=1.0', 'head_dim=3', 'even']),
     ({'positions': RotaryPositions(fraction=0.25)}, ['positions.fraction=0.25', 'even']),
-    (
-      {'positions': RotaryPositions(fraction=0.5, scaling=DYNAMIC)},
-      ['positions.scaling', 'dynamic', 'at least 4', 'rotates 2'],
-    ),
     ({'positions': RotaryPositions(scaling=LONG)}, ['long_factors', '1 number', '2 pairs']),
     ({'window': 4}, ['window=4', "'global'", 'local layers']),
     ({'layer_pattern': ('local',)}, ['window=None', "'local'"]),

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from jaxllm.models.positions import (
-  DynamicScaling,
   LinearScaling,
   Llama3Scaling,
   LongRopeScaling,
@@ -39,15 +38,6 @@ def test_linear_scaling_divides_every_angle():
   got, magnitude = angles(LinearScaling(factor=4))
   np.testing.assert_allclose(got, [0.25, 0.025, 0.0025, 0.00025], rtol=1e-5)
   np.testing.assert_allclose(magnitude, 1, rtol=1e-6)
-
-
-def test_dynamic_scaling_grows_the_base_beyond_the_trained_length():
-  scaling = DynamicScaling(factor=2, original_length=10)
-  np.testing.assert_allclose(angles(scaling, length=10)[0], angles(None)[0], rtol=1e-6)
-  base = 10_000 * (2 * 30 / 10 - 1) ** (8 / 6)
-  np.testing.assert_allclose(
-    angles(scaling, length=30)[0], [base ** (-2 * i / 8) for i in range(4)], rtol=1e-5
-  )
 
 
 def test_llama3_scaling_keeps_high_and_divides_low_frequencies():

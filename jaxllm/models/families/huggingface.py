@@ -14,7 +14,6 @@ from typing import Any, Literal
 from jaxllm.models.config import DecoderConfig
 from jaxllm.models.norms import NormConfig
 from jaxllm.models.positions import (
-  DynamicScaling,
   LinearScaling,
   Llama3Scaling,
   LongRopeScaling,
@@ -248,8 +247,6 @@ def scaling_keys(config: DecoderConfig, scaling: Scaling | None) -> dict[str, An
   for field, value in dict(scaling).items():
     if field in _SCALING_KEYS and value is not None and value is not True:
       keys[_SCALING_KEYS[field]] = list(value) if isinstance(value, tuple) else value
-  if isinstance(scaling, DynamicScaling):
-    del keys['original_max_position_embeddings']
   if isinstance(scaling, LongRopeScaling):
     keys['factor'] = max(1.0, config.max_length / scaling.original_length)
   return keys
@@ -262,7 +259,7 @@ def context_length(keys: Keys, positions: RotaryPositions) -> int:
   training beside it.
   """
   longest, scaling = size(keys, 'max_position_embeddings'), positions.scaling
-  if not isinstance(scaling, LinearScaling | DynamicScaling | YarnScaling):
+  if not isinstance(scaling, LinearScaling | YarnScaling):
     return longest
   trained = (_length(keys, _rope(keys)) if isinstance(scaling, LinearScaling)
              else scaling.original_length)
@@ -272,8 +269,6 @@ def context_length(keys: Keys, positions: RotaryPositions) -> int:
 def context_keys(config: DecoderConfig) -> dict[str, int]:
   """Return the keys that `context_length` reads."""
   scaling, longest = getattr(config.positions, 'scaling', None), config.max_length
-  if isinstance(scaling, DynamicScaling):
-    longest = scaling.original_length
   if not isinstance(scaling, LinearScaling):
     return {'max_position_embeddings': longest}
   trained = longest / scaling.factor
@@ -369,9 +364,6 @@ def _longrope(keys: Keys, rope: Keys) -> LongRopeScaling:
 _SCALINGS: dict[str, Callable[[Keys, Keys], Scaling | None]] = {
   'default': lambda keys, rope: None,
   'linear': lambda keys, rope: LinearScaling(factor=number(rope, 'factor')),
-  'dynamic': lambda keys, rope: DynamicScaling(
-    factor=number(rope, 'factor'), original_length=size(keys, 'max_position_embeddings')
-  ),
   'llama3': lambda keys, rope: Llama3Scaling(
     factor=number(rope, 'factor'),
     low_frequency_factor=number(rope, 'low_freq_factor'),
