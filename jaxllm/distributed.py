@@ -370,6 +370,10 @@ class Stopper:
     self._agreed.wait()
     return step >= self._stop_step
 
+  def is_asked_alone(self) -> bool:
+    """Return whether to stop where nobody else has to take the step that is waited for."""
+    return self.asked.is_set() and not self._several
+
   def close(self) -> None:
     """End the threads; the others no longer wait for this process."""
     self._closed.set()

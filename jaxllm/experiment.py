@@ -58,7 +58,13 @@ class TrainingConfig(Config):
   spike: SpikeConfig | None = SpikeConfig()
   """Skip steps whose loss spikes; None skips only steps that are not finite."""
   max_skipped_steps: int = pydantic.Field(default=10, ge=0)
-  """Skipped steps in a row after which the run stops."""
+  """Skipped steps in a row after which the run goes back."""
+  max_rollbacks: int = pydantic.Field(default=2, ge=0)
+  """Times that it goes back to its last good checkpoint and passes over the batches of the skipped
+  steps and of the one before; then it stops."""
+  watchdog_seconds: float | None = pydantic.Field(default=None, gt=0)
+  """After the first step, a step, a batch, a save or an evaluation that takes longer ends the
+  process with the stacks of its threads and exit code 124; None: nothing does."""
   log_every_steps: int = pydantic.Field(default=10, gt=0)
   """Steps between two records in metrics.jsonl."""
   writers: tuple[Literal['tensorboard', 'wandb', 'trackio'], ...] = ('tensorboard',)

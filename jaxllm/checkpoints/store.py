@@ -89,6 +89,8 @@ class Store:
     staging: where Orbax writes, if that is not the directory itself.
     pending: the step being written, if any.
     kept: steps that are never deleted: the best one.
+    newest: the newest step that is saved, or being saved.
+    good: the newest step after which training is known to have gone on well; never deleted either.
   """
 
   directory: epath.Path
@@ -96,6 +98,8 @@ class Store:
   staging: tempfile.TemporaryDirectory[str] | None = None
   pending: int | None = None
   kept: set[int] = dataclasses.field(default_factory=set)
+  newest: int | None = None
+  good: set[int] = dataclasses.field(default_factory=set)
 
 
 def open_store(directory: str | os.PathLike[str], config: CheckpointConfig) -> Store:
@@ -108,16 +112,17 @@ def open_store(directory: str | os.PathLike[str], config: CheckpointConfig) -> S
     logging.getLogger(logger).addFilter(_not_from_orbax)
   path = _absolute(directory)
   storage.make_writable(path, 'checkpoints: ')
-  staging = None
+  staging, steps = None, committed_steps(path)
   if _is_staged(path):
     if jax.process_count() > 1:
       raise ValueError(f'checkpoints: {path}: several processes cannot write to s3://; choose '
                        'gs:// or a mounted directory')
     staging = tempfile.TemporaryDirectory(prefix='jaxllm-')
-    for step in committed_steps(path):
+    for step in steps:
       _leave_marker(epath.Path(staging.name) / str(step))
   kept = {step for step in [best_step(path)] if step is not None}
-  keep: list[Any] = [policies.LatestN(config.keep_last), KeptSteps(kept)]
+  good = set(steps[-2:-1])  # Nothing is saved while steps are skipped.
+  keep: list[Any] = [policies.LatestN(config.keep_last), KeptSteps(kept), KeptSteps(good)]
   if config.keep_every is not None:
     keep.append(policies.EveryNSteps(config.keep_every))
   manager = ocp.CheckpointManager(
@@ -129,7 +134,7 @@ def open_store(directory: str | os.PathLike[str], config: CheckpointConfig) -> S
       atomicity_options=ocp_options.AtomicityOptions(mode=ocp_options.AtomicityMode.COMMIT_FILE),
     ),
   )
-  return Store(path, manager, staging, kept=kept)
+  return Store(path, manager, staging, None, kept, max(steps, default=None), good)
 
 
 def _is_staged(path: epath.Path) -> bool:
@@ -179,7 +184,7 @@ def save(store: Store, step: int, state: Any, bundle: Bundle) -> bool:
     STATE: ocp.args.PyTreeSave(tree.nest(tree.flatten(state))),
     BUNDLE: ocp.args.JsonSave(bundle_lib.to_dict(bundle)),
   })
-  store.pending = step
+  store.pending = store.newest = step
   try:
     store.manager.save(step, args=items, force=True)
   except Exception as error:
@@ -212,6 +217,28 @@ def mark_best(store: Store, step: int | None, facts: Mapping[str, Any]) -> None:
     else:
       (store.directory / BEST).unlink(missing_ok=True)
   distributed.barrier('the best checkpoint is marked')
+
+
+def confirm(store: Store, step: int) -> None:
+  """Take the newest save before `step`, which went well, for good."""
+  if store.newest is not None and store.newest < step:
+    store.good.clear()
+    store.good.add(store.newest)
+
+
+def go_back(store: Store) -> int:
+  """Remove the steps after the last good one, and return that; 0 where there is none."""
+  wait(store)
+  target = max(store.good.intersection(committed_steps(store.directory)), default=0)
+  for directory in [store.directory, *([epath.Path(store.staging.name)] if store.staging else [])]:
+    for step in committed_steps(directory) if jax.process_index() == 0 else ():
+      if step > target:
+        (directory / str(step) / COMMIT_MARKER).unlink()  # First, so that no half ever counts.
+        storage.remove(directory / str(step))
+  distributed.barrier('later checkpoints are removed')
+  store.manager.reload()
+  store.newest = target or None
+  return target
 
 
 def best_step(directory: str | os.PathLike[str]) -> int | None:

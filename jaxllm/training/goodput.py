@@ -1,10 +1,18 @@
-"""Where the time of a run goes: by cause over all its starts, compilations by name, and traces."""
+"""Where the time of a run goes: by cause over all its starts, compilations by name, and traces.
+
+`Watchdog` ends a run in which it goes nowhere.
+"""
 
 import collections
 import contextlib
+import faulthandler
+import math
+import os
 import pathlib
 import re
+import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -29,6 +37,33 @@ CAUSES = {
 _USEFUL, _ELAPSED = 'goodput/useful_seconds', 'train/elapsed_seconds'
 
 
+HUNG = 124  # The exit code of `timeout`.
+
+
+class Watchdog:
+  """Ends this process, with the stacks of all threads, where it is at one thing for too long."""
+
+  def __init__(self, seconds: float | None):
+    """Watch from the first `expect` on; None: never."""
+    self.closed = threading.Event()
+    self._what, self._since = '', math.inf
+    if seconds is not None:
+      threading.Thread(target=self._watch, args=(seconds,), daemon=True).start()
+
+  def expect(self, what: str) -> None:
+    """Say what is waited for from now on."""
+    self._what, self._since = what, time.monotonic()
+
+  def _watch(self, seconds: float) -> None:
+    while not self.closed.wait(min(1.0, seconds / 4)):
+      if time.monotonic() - self._since > seconds:
+        print(f'error: nothing has moved for {seconds:g} seconds (config.training.'
+              f'watchdog_seconds) in: {self._what}; the stacks of all threads follow',
+              file=sys.__stderr__, flush=True)
+        faulthandler.dump_traceback(2)
+        os._exit(HUNG)
+
+
 class Goodput:
   """The seconds of a run by cause: each moment goes to one, so that they sum to the run's age.
 
@@ -39,7 +74,8 @@ class Goodput:
     recompilations: those in steps after the first, of functions that had been compiled before.
   """
 
-  def __init__(self) -> None:
+  def __init__(self, watchdog_seconds: float | None = None) -> None:
+    self._watchdog = Watchdog(watchdog_seconds)
     self.started = self._began = self._since = time.monotonic()
     self.elapsed = 0.0
     self._seconds = dict.fromkeys(CAUSES, 0.0)
@@ -59,13 +95,17 @@ class Goodput:
     found = [one for one in records if _USEFUL in one]
     if not found:
       return
-    useful = next((one[_USEFUL] for one in reversed(kept) if _USEFUL in one), 0.0)
     for cause in CAUSES:
       self._seconds[cause] += found[-1].get(f'goodput/{cause}_seconds', 0.0)
-    self.move('useful', 'repeated', self._seconds['useful'] - useful)
-    self._useful_before = useful
+    self.lose(kept)
     ago = time.time() - found[-1]['time'] - (time.monotonic() - self.started)
     self._seconds['down'] += max(0.0, ago)
+
+  def lose(self, kept: Sequence[Mapping[str, Any]]) -> None:
+    """Count as in vain what came after the records that are kept."""
+    useful = next((one[_USEFUL] for one in reversed(kept) if _USEFUL in one), 0.0)
+    self.move('useful', 'repeated', self._seconds['useful'] - useful)
+    self._useful_before = useful
 
   def _settle(self) -> None:
     now = time.monotonic()
@@ -82,12 +122,16 @@ class Goodput:
     """Count the time inside for `cause`, which is its name in traces too."""
     self._settle()
     outer, self._cause = self._cause, cause
+    if outer != 'start':  # That takes as long as it takes.
+      self._watchdog.expect(CAUSES[cause])
     try:
       with jax.profiler.TraceAnnotation(cause):
         yield
     finally:
       self._settle()
       self._cause = outer
+      if outer != 'start':
+        self._watchdog.expect('a step')
 
   def end_step(self, applied: bool) -> None:
     """Count the time since the step before; that of the first step of a process is start-up."""
@@ -97,6 +141,7 @@ class Goodput:
     elif not applied:
       self.move('useful', 'skipped', self._seconds['useful'] - self._useful_before)
     self._useful_before = self._seconds['useful']
+    self._watchdog.expect('a step')
 
   def scalars(self) -> dict[str, float]:
     """Return what a record in metrics.jsonl tells about time so far."""
@@ -109,7 +154,8 @@ class Goodput:
       **{f'recompilations/{name}': float(n) for name, n in self.recompilations.items()}}
 
   def close(self) -> None:
-    """Count compilations no longer."""
+    """Count compilations no longer, and end the watch."""
+    self._watchdog.closed.set()
     jax.monitoring.unregister_event_duration_listener(self._count)
 
   def _count(self, event: str, duration_secs: float, **kwargs: str | int) -> None:

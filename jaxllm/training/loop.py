@@ -33,7 +33,7 @@ from jaxllm.optim import privacy
 from jaxllm.training import dataset as dataset_lib
 from jaxllm.training import goodput as goodput_lib
 from jaxllm.training import metrics as metrics_lib
-from jaxllm.training import pretrained, report, scoring, workdir
+from jaxllm.training import passed_over, pretrained, report, scoring, workdir
 from jaxllm.training import state as state_lib
 from jaxllm.training import step as step_lib
 from jaxllm.training.dataset import Dataset
@@ -46,6 +46,10 @@ class TrainingStopped(RuntimeError):
   """Training cannot go on; the message gives the reason and the fix."""
 
   exit_code = 1
+
+
+class _TooManySkipped(Exception):
+  """Too many steps in a row were not applied; its arguments are the reason, the first, the last."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,10 +87,10 @@ def train(
 
   Raises:
     ValueError: the config does not fit the data, the devices, or the run that is already there.
-    TrainingStopped: too many steps in a row were not finite or spiked.
+    TrainingStopped: too many steps in a row were not finite or spiked, again and again.
     checkpoints.store.CheckpointError: a checkpoint could not be written or read.
   """
-  goodput = goodput_lib.Goodput()
+  goodput = goodput_lib.Goodput(experiment.training.watchdog_seconds)
   needed = {*experiment.training.writers, *(['dp_accounting'] if experiment.privacy else [])}
   for name in needed - {'tensorboard'}:
     importlib.import_module(name)  # Where it is missing, nothing is computed.
@@ -115,8 +119,14 @@ def train(
     goodput=goodput,
     profile_steps=profile_steps,
   )
+  goodput.resume(metrics_lib.read(directory / 'metrics.jsonl'),
+                 store_lib.latest_step(run.store) or 0)
   try:
-    return _run(run)
+    while True:
+      try:
+        return _run(run)
+      except _TooManySkipped as error:
+        _go_back(run, error)
   finally:
     store_lib.close(run.store)
     goodput.close()
@@ -136,8 +146,8 @@ def _run(run: _Run) -> dict[str, Any]:
     'the fingerprint of the records': run.dataset.manifest.fingerprint,
     'the step to go on from': latest, 'what was measured': selected.history,
     'the best step': store_lib.best_step(run.store.directory),
+    'what is passed over': passed_over.read(run.path),
     'whether there is a summary': (run.path / 'summary.json').exists()})
-  run.goodput.resume(metrics_lib.read(run.path / 'metrics.jsonl'), latest)
   if latest >= num_steps or selected.exhausted:
     written = run.path / 'summary.json'
     if written.exists() and (summary := json.loads(written.read_text()))['step'] == latest:
@@ -249,12 +259,23 @@ def _loop(
   batches = run.dataset.make_batches(
     'train', experiment.training.batch_size, experiment.data.shuffle, None
   )
+  order = passed_over.indices(passed_over.read(run.path), first, last)
   saved = step = first
   waiting, saved_at = None, time.monotonic()
   with distributed.stop_requests(first, last) as stopping, metrics_lib.open_logger(
     run.path, experiment, run.mesh, first, run.goodput
   ) as log, goodput_lib.tracing(run.path, run.profile_steps) as trace:
-    for host_batch in log.wait_for(parallel.map_ahead(batches.batch_at, range(first, last))):
+
+    def save() -> None:
+      nonlocal saved, saved_at
+      log.log_scores(step, _promise(run, step))
+      with log.pause('checkpoints'):
+        log.upload()  # First, so that no step of a checkpoint is without its metrics.
+        store_lib.save(run.store, step, state.replace(frozen={}), bundle)
+        saved, saved_at = step, time.monotonic()
+
+    for host_batch in log.wait_for(
+        parallel.map_ahead(batches.batch_at, order, given_up=stopping.is_asked_alone)):
       trace(step + 1, waiting)
       with jax.profiler.StepTraceAnnotation('train', step_num=step + 1):
         state, metrics = train_step(state, sharding.put_batch(host_batch, batch_sharding))
@@ -268,19 +289,21 @@ def _loop(
         experiment, step, saved_at)
       stop = stopping.due(step)
       if measuring or saving or stop:
-        _record(run, log, step, waiting)
-        waiting = None
+        skipping, waiting = not _record(run, log, step, waiting), None
+        if skipping and step < last:  # Whether the state is good shows when a step is applied.
+          measuring, saving = [], False
+        if skipping and stop:
+          break
       if measuring:
         selected = _measure(run, log, measuring, state, bundle, selected, step)
         stop = stop or selected.exhausted
       if saving or stop:
-        log.log_scores(step, _promise(run, step))
-        with log.pause('checkpoints'):
-          log.upload()  # First, so that no step of a checkpoint is without its metrics.
-          store_lib.save(run.store, step, state.replace(frozen={}), bundle)
-          saved, saved_at = step, time.monotonic()
+        save()
       if stop:
         break
+    else:  # The steps are done, or the run was stopped while it waited for a batch.
+      if step > saved and _record(run, log, step, waiting):
+        save()
     with log.pause('checkpoints'):
       store_lib.wait(run.store)
     log.log_goodput(step)
@@ -330,22 +353,50 @@ def _due(step: int, every: int, last: int) -> bool:
 
 def _record(
   run: _Run, log: MetricLogger, step: int, metrics: dict[str, jax.Array] | None
-) -> None:
-  """Log the metrics of a step; stop the run where too many steps in a row were skipped."""
+) -> bool:
+  """Log the metrics of a step; return whether it was applied, or none is given."""
   if metrics is None:
-    return
+    return True
   scalars = log.fetch(metrics)
   log.log_step(step, scalars)
-  most = run.experiment.training.max_skipped_steps
-  if scalars['skipped_in_a_row'] > most:
-    last = store_lib.latest_step(run.store)
-    raise TrainingStopped(
-      f'steps {step - most} to {step} were not applied: the loss or its gradient was not finite, '
+  if scalars['applied']:
+    store_lib.confirm(run.store, step)
+    return True
+  training, skipped = run.experiment.training, round(scalars['skipped_in_a_row'])
+  ruined = step == training.num_steps and not math.isfinite(scalars['loss'])
+  if skipped > training.max_skipped_steps or ruined:
+    first = step - skipped + 1
+    raise _TooManySkipped(
+      f'steps {first} to {step} were not applied: their loss, gradient or update was not finite, '
       f'or the loss spiked (last loss {scalars["loss"]:.4g}, gradient norm '
-      f'{scalars["grad_norm"]:.4g}). The last checkpoint is step {last}; lower '
+      f'{scalars["grad_norm"]:.4g})', first, step)
+  return False
+
+
+def _go_back(run: _Run, error: _TooManySkipped) -> None:
+  """Go back to the last good checkpoint, to pass over the batches that led to skipped steps.
+
+  The step before the first of them is suspected too: its update was applied before it showed.
+  """
+  (reason, first, last), training = error.args, run.experiment.training
+  passed, target = passed_over.read(run.path), store_lib.go_back(run.store)
+  if len(passed) >= training.max_rollbacks:
+    raise TrainingStopped(
+      f'{reason}. The run has gone back {len(passed)} times (config.training.max_rollbacks='
+      f'{training.max_rollbacks}); its last good checkpoint is step {target or "none"}. Lower '
       'config.optimizer.learning_rate, lengthen config.schedule.warmup_steps, or look at the data '
-      f'of these steps'
-    )
+      'of these steps')
+  run.goodput.lose([record for record in metrics_lib.read(run.path / 'metrics.jsonl')
+                    if record['step'] <= target])
+  suspects = list(passed_over.indices(passed, max(first - 2, target), last))
+  logging.warning(
+    '%s. Going back to step %d and passing over batches %d to %d, places %d to %d in the order of '
+    'the records.', reason, target, suspects[0], suspects[-1], suspects[0] * training.batch_size,
+    (suspects[-1] + 1) * training.batch_size - 1)
+  if jax.process_index() == 0:
+    found = {'first': suspects[0], 'last': suspects[-1], 'back_to_step': target, 'reason': reason}
+    workdir.write_json(run.path / passed_over.FILE, {'batches': [*passed, found]})
+  distributed.barrier('what is passed over is written')
 
 
 def _finish(run: _Run, step: int, frozen: Any) -> dict[str, Any]:

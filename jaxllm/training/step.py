@@ -1,8 +1,8 @@
 """The train step: one pure function, jitted once, over any mesh.
 
 Loss sums and token counts are added over microbatches and devices and divided once, so that
-accumulation, packing and sharding never change the loss. A step whose loss or gradient is not
-finite, or whose loss spikes, changes nothing but its counters.
+accumulation, packing and sharding never change the loss. A step whose loss, gradient, parameters or
+optimizer state are not finite, or whose loss spikes, changes nothing but its counters.
 """
 
 from collections.abc import Callable
@@ -85,12 +85,15 @@ def make_pure_step(experiment: Experiment, tx: optax.GradientTransformation) -> 
     grads = jax.tree.map(lambda grad: average(grad, parts), grads)
     loss = average(sums['cross_entropy_sum'], count)
     grad_norm = optax.global_norm(grads)
-    applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    applied &= ~_is_spike(experiment.training.spike, state, loss)
-
     with jax.named_scope('optimizer'):
       updates, opt_state = tx.update(grads, state.opt_state, state.params)
       params = optax.apply_updates(state.params, updates)
+    applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    applied &= ~_is_spike(experiment.training.spike, state, loss)
+    # What would be kept, too: a step from a finite gradient can be too large.
+    applied &= jnp.isfinite(optax.global_norm(params))
+    for leaf in jax.tree.leaves(opt_state):
+      applied &= jnp.isfinite(leaf).all()
     new_state = _next_state(experiment, state, params, opt_state, loss, applied)
     return new_state, {
       'loss': loss,

@@ -3,6 +3,8 @@
 import collections
 import itertools
 import shutil
+import subprocess
+import sys
 import threading
 import time
 
@@ -204,3 +206,18 @@ def test_grain_agrees_about_the_order(directory):
   reference = grain.MapDataset.range(RECORDS).shuffle(seed=11).repeat(None).batch(8)
   assert [_numbers(batches.batch_at(s)) for s in (0, 7)] == [
     reference[s].tolist() for s in (0, 7)]
+
+
+def test_a_hung_call_can_be_given_up_and_keeps_no_program_alive():
+  code = """
+import threading, time
+from jaxllm.data import parallel
+
+asked = threading.Event()
+for item in parallel.map_ahead(lambda i: time.sleep(1e6 * (i == 3)) or i, range(9),
+                               given_up=asked.is_set):
+  print(item)
+  asked.set()
+"""
+  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=60)
+  assert (done.returncode, done.stdout.split(), done.stderr) == (0, ['0', '1', '2'], '')

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import subprocess
 import sys
 import time
 import types
@@ -188,3 +189,23 @@ def test_a_missing_tracker_is_told_before_anything_is_computed(tmp_path, monkeyp
   assert re.fullmatch('the package trackio is not installed: pip install .*trackio.*',
                       mistakes.sentence(caught.value, train.FLAGS.values))
   assert not (tmp_path / 'run').exists()
+
+
+def test_a_watchdog_says_what_hangs_and_ends_the_process():
+  code = """
+import contextlib, time
+from jaxllm.training import goodput
+with contextlib.closing(goodput.Goodput(0.4)) as spent:
+  with spent.spend('evaluation'):
+    time.sleep(0.8)  # Before the first step nothing is watched.
+  spent.end_step(True)
+  with spent.spend('evaluation'):
+    time.sleep(0.1)
+  with spent.spend('data'):
+    time.sleep(60)
+"""
+  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=50)
+  assert done.returncode == goodput.HUNG
+  assert ('error: nothing has moved for 0.4 seconds (config.training.watchdog_seconds) in: waiting '
+          'for data; the stacks') in done.stderr
+  assert 'most recent call first' in done.stderr and '"<string>", line 11' in done.stderr

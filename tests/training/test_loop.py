@@ -17,6 +17,7 @@ from jaxllm import config as config_lib
 from jaxllm import loading, storage
 from jaxllm.checkpoints import store
 from jaxllm.config import override
+from jaxllm.data import batches
 from jaxllm.training import dataset, loop, state, workdir
 from tests.training import tiny_run as tiny
 
@@ -208,13 +209,59 @@ def test_a_killed_run_marks_the_best_checkpoint_that_it_had_not_marked_yet(tmp_p
     assert train(experiment, tmp_path / 'run')['best_step'] == 2
 
 
-def test_skipped_steps_stop_the_run_with_a_message(tmp_path):
-  experiment = tiny.experiment(
-    tmp_path, training__max_skipped_steps=2, optimizer__learning_rate=1e30,
-    optimizer__clip_norm=None, training__num_steps=30, schedule__warmup_steps=0,
-  )
-  with pytest.raises(loop.TrainingStopped, match='learning_rate'):
+class BadBatches:
+  """Batches of which some have a loss that is not finite; `seen` are the indices that were read."""
+
+  def __init__(self, monkeypatch, bad):
+    self.seen, self.bad, real = [], bad, batches.Batches.batch_at
+
+    def batch_at(stored, index):
+      found = real(stored, index)
+      if stored.num_epochs is None:
+        self.seen.append(index)
+        if index in self.bad:
+          found['weights'] = np.full_like(found['weights'], np.nan)
+      return found
+
+    monkeypatch.setattr(batches.Batches, 'batch_at', batch_at)
+
+
+def test_bad_batches_are_passed_over_and_a_resumed_run_passes_over_the_same(
+  tmp_path, monkeypatch, caplog
+):
+  changes = {'checkpoint__every_steps': 2, 'checkpoint__keep_last': 1,
+             'training__max_skipped_steps': 1, 'evaluation__prompts': ()}
+  experiment = tiny.experiment(tmp_path, **changes)
+  read = BadBatches(monkeypatch, {5, 6})
+  summary = train(experiment, tmp_path / 'run')
+  assert summary['complete'] and summary['step'] == 8
+  # Steps 6 and 7 were skipped; step 5 is suspected; no save at 6. The last good step is 4.
+  batch = experiment.training.batch_size
+  text = f'passing over batches 4 to 6, places {4 * batch} to {7 * batch - 1} in the order'
+  assert f'Going back to step 4 and {text}' in caplog.text
+  assert max(read.seen) == 10
+  records = [json.loads(line) for line in (tmp_path / 'run/metrics.jsonl').read_text().splitlines()]
+  assert all(r['train/applied'] == 1 for r in records if 'train/loss' in r)
+  assert records[-1]['goodput/repeated_seconds'] > 0
+  # The batches that are passed over are never read again: whole ones in their place change nothing.
+  shutil.copytree(tmp_path / 'run', tmp_path / 'again')
+  for step in store.committed_steps(tmp_path / 'again/checkpoints'):
+    shutil.rmtree(tmp_path / 'again/checkpoints' / str(step))
+  read.bad = set()
+  train(experiment, tmp_path / 'again')
+  assert losses(tmp_path / 'again') == losses(tmp_path / 'run')
+
+
+def test_a_run_that_is_ruined_again_and_again_stops_and_keeps_its_good_checkpoint(
+  tmp_path, monkeypatch
+):
+  changes = {'checkpoint__every_steps': 1, 'checkpoint__keep_last': 1,
+             'training__max_skipped_steps': 2, 'evaluation__prompts': ()}
+  BadBatches(monkeypatch, set(range(5, 100)))
+  experiment = tiny.experiment(tmp_path, training__max_rollbacks=1, **changes)
+  with pytest.raises(loop.TrainingStopped, match='gone back 1 times .*max_rollbacks=1.*is step 4'):
     train(experiment, tmp_path / 'run')
+  assert store.committed_steps(tmp_path / 'run/checkpoints') == [4]
 
 
 @pytest.mark.parametrize('changes, message', [

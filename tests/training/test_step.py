@@ -227,6 +227,17 @@ def test_a_step_that_is_not_finite_changes_only_counters(tmp_path):
   assert metrics['applied'] == 1 and metrics['skipped_in_a_row'] == 0 and again.skipped == 1
 
 
+def test_an_update_that_ruins_the_parameters_is_not_applied(tmp_path):
+  """The gradient is finite, and so is each new parameter; their norm is not."""
+  experiment = tiny.experiment(tmp_path, optimizer__learning_rate=1e28, schedule__warmup_steps=0)
+  train_step, state, put = begin(experiment, 1)
+  before = jax.tree.map(np.array, state.params)
+  after, metrics = train_step(state, put(make_batch()))
+  assert np.isfinite(metrics['loss']) and np.isfinite(metrics['grad_norm'])
+  assert metrics['applied'] == 0 and metrics['skipped_in_a_row'] == 1
+  jax.tree.map(np.testing.assert_array_equal, after.params, before)
+
+
 def test_a_spike_is_skipped_once_the_statistics_are_warm(tmp_path):
   experiment = tiny.experiment(
     tmp_path, training__spike={'deviations': 6.0, 'window_steps': 5}
