@@ -61,7 +61,7 @@ class CheckpointConfig(Config):
   """Save also when so much time has passed since the last save, by the clock of process 0. Several
   processes compare it every training.log_every_steps steps. None saves by steps alone."""
   keep_last: int = pydantic.Field(default=3, gt=0)
-  """How many of the newest checkpoints are kept."""
+  """How many of the newest checkpoints are kept; so is the newest from which steps were applied."""
   keep_every: int | None = pydantic.Field(default=None, gt=0)
   """Also keep, for good, the checkpoints of steps divisible by this; None keeps no others."""
   asynchronous: bool = True

@@ -55,7 +55,7 @@ def test_patience_ends_the_run_and_the_best_checkpoint_is_kept(stopped):
   directory, config, summary = stopped
   assert lines(directory / 'run', 'task/sentiment/accuracy') == [0.1, 0.2, 0.2, 0.1]
   assert summary['complete'] and (summary['step'], summary['best_step']) == (8, 4)
-  assert store.committed_steps(directory / 'run' / 'checkpoints') == [4, 8]
+  assert store.committed_steps(directory / 'run' / 'checkpoints') == [4, 6, 8]
   marked = json.loads((directory / 'run' / 'checkpoints' / 'best.json').read_text())
   assert marked == {'step': 4, 'metric': 'task/sentiment/accuracy', 'value': 0.2}
   best, at_four, last = (
@@ -79,7 +79,7 @@ def test_more_patience_goes_on_where_the_run_ended(stopped):
     patch.setattr(scoring, 'score', lambda *_: {'accuracy': next(accuracies)})
     summary = train(longer, directory / 'run')
   assert (summary['step'], summary['best_step']) == (16, 10)
-  assert store.committed_steps(directory / 'run' / 'checkpoints') == [10, 16]
+  assert store.committed_steps(directory / 'run' / 'checkpoints') == [10, 15, 16]
 
 
 def test_scores_are_those_of_the_model_on_the_same_examples(stopped):
