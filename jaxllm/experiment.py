@@ -4,7 +4,7 @@ import functools
 import itertools
 import pathlib
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import pydantic
@@ -44,6 +44,10 @@ class SpikeConfig(Config):
   """Time constant of the running mean and deviation, and the steps before the check begins."""
 
 
+Fault = Annotated[str, pydantic.Field(
+  pattern=r'^((kill|nan|full_disk)@(\d+|random)|(stall|slow_disk)@(\d+|random):\d+(\.\d+)?)$')]
+
+
 class TrainingConfig(Config):
   """The shape of the run: how many steps, of how much, guarded how."""
 
@@ -65,6 +69,9 @@ class TrainingConfig(Config):
   watchdog_seconds: float | None = pydantic.Field(default=None, gt=0)
   """After the first step, a step, a batch, a save or an evaluation that takes longer ends the
   process with the stacks of its threads and exit code 124; None: nothing does."""
+  faults: tuple[Fault, ...] = ()
+  """Faults on purpose, each once: 'kill@120', 'stall@50:30' (seconds), 'nan@7' (the batch of a
+  step), 'slow_disk@100:5' and 'full_disk@100' (at the next save); 'random' may stand for a step."""
   log_every_steps: int = pydantic.Field(default=10, gt=0)
   """Steps between two records in metrics.jsonl."""
   writers: tuple[Literal['tensorboard', 'wandb', 'trackio'], ...] = ('tensorboard',)

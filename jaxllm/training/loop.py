@@ -37,6 +37,7 @@ from jaxllm.training import passed_over, pretrained, report, scoring, workdir
 from jaxllm.training import state as state_lib
 from jaxllm.training import step as step_lib
 from jaxllm.training.dataset import Dataset
+from jaxllm.training.faults import Faults
 from jaxllm.training.metrics import MetricLogger
 from jaxllm.training.scoring import Measurement, Selection
 from jaxllm.training.state import TrainState
@@ -259,6 +260,7 @@ def _loop(
   batches = run.dataset.make_batches(
     'train', experiment.training.batch_size, experiment.data.shuffle, None
   )
+  faults = Faults(experiment, run.path)
   order = passed_over.indices(passed_over.read(run.path), first, last)
   saved = step = first
   waiting, saved_at = None, time.monotonic()
@@ -271,12 +273,14 @@ def _loop(
       log.log_scores(step, _promise(run, step))
       with log.pause('checkpoints'):
         log.upload()  # First, so that no step of a checkpoint is without its metrics.
+        faults.before_save(step)
         store_lib.save(run.store, step, state.replace(frozen={}), bundle)
         saved, saved_at = step, time.monotonic()
 
     for host_batch in log.wait_for(
         parallel.map_ahead(batches.batch_at, order, given_up=stopping.is_asked_alone)):
       trace(step + 1, waiting)
+      host_batch = faults.before_step(step + 1, host_batch)
       with jax.profiler.StepTraceAnnotation('train', step_num=step + 1):
         state, metrics = train_step(state, sharding.put_batch(host_batch, batch_sharding))
       log.pending = metrics['loss']
