@@ -55,8 +55,8 @@ def main(_) -> None:  # noqa: D103
     raise ValueError(f'--sampling: {", ".join(twice)} has a flag of its own')
   options = {name: getattr(others, name) for name in others.model_fields_set}
   options |= {flag.name: flag.value for flag in own if flag.value is not None}
-  if NUM_BEAMS.value > 1:
-    options |= {'num_beams': NUM_BEAMS.value, 'length_penalty': LENGTH_PENALTY.value}
+  options |= {name: FLAGS[name].value for name in ('num_beams', 'length_penalty')
+              if FLAGS[name].present}
   if NUM_DRAFTED.value:
     options['num_drafted'] = NUM_DRAFTED.value
   sampling, _ = text.read_options(options, NUM_SAMPLES.value, DRAFT.value)
@@ -79,23 +79,18 @@ def main(_) -> None:  # noqa: D103
 
 
 def _check_flags() -> None:
-  """Refuse flags that another one would leave without effect."""
-  ways = {'--chat': CHAT.value, '--num_beams': NUM_BEAMS.value > 1,
-          '--num_drafted and --draft': bool(NUM_DRAFTED.value or DRAFT.value)}
-  chosen = [name for name, on in ways.items() if on]
-  if len(chosen) > 1:
-    raise ValueError(f'{" with ".join(chosen)}: these are different ways to decode; choose one')
-  if chosen and CACHE_DTYPE.value:
-    raise ValueError(f'--cache_dtype={CACHE_DTYPE.value} works without {chosen[0]} only')
-  useless = {'--chat': ('prompt', 'num_samples'),
-             '--num_beams': ('temperature', 'top_k', 'top_p', 'min_p', 'seed')}
-  needed = {'system': '--chat', 'length_penalty': '--num_beams'}
-  for name in useless.get(chosen[0] if chosen else '', ()):
+  """Refuse flags that another one would leave without effect; see also `text.read_options`."""
+  ways = {'num_beams': NUM_BEAMS.value > 1, 'num_drafted': NUM_DRAFTED.value, 'draft': DRAFT.value}
+  for name in [name for name, on in ways.items() if on]:
+    if CHAT.value:
+      raise ValueError(f'--chat with --{name}: these are different ways to decode; choose one')
+  for name in ('prompt', 'num_samples', 'cache_dtype') if CHAT.value else ():
     if FLAGS[name].present:
-      raise ValueError(f'--{name} works without {chosen[0]} only')
-  for name, way in needed.items():
-    if FLAGS[name].present and way not in chosen:
-      raise ValueError(f'--{name} works with {way} only')
+      raise ValueError(f'--{name} works without --chat only')
+  if CACHE_DTYPE.value and any(ways.values()):
+    raise ValueError(f'--cache_dtype={CACHE_DTYPE.value} works with plain decoding only')
+  if SYSTEM.value is not None and not CHAT.value:
+    raise ValueError('--system works with --chat only')
 
 
 def _chat(model, sampling) -> None:

@@ -89,7 +89,7 @@ def test_beams_and_speculation_everywhere(model):
   ({'num_beams': 2, 'num_drafted': 2}, 'different ways to decode'),
   ({'num_beams': 2, 'top_k': 3}, 'top_k works without num_beams only'),
   ({'length_penalty': 2.0}, 'length_penalty works with num_beams above 1 only'),
-  ({'num_beams': 2, 'cache_dtype': 'int8'}, 'echo, num_top and cache_dtype'),
+  ({'num_beams': 2, 'cache_dtype': 'int8'}, 'cache_dtype: not with beams'),
   ({'num_return_sequences': 2}, 'give a list of prompts'),
   ({'num_return_sequences': 0}, 'num_return_sequences=0'),
 ])

@@ -17,7 +17,7 @@ PLAIN = ['--temperature=0', '--max_new_tokens=8']
 REFUSED = {
   'twice': '--sampling: top_k has a flag of its own',
   'ways': '--chat with --num_beams: these are different ways',
-  'useless': '--top_k works without --num_beams only',
+  'useless': 'top_k works without num_beams only',
   'system': '--system works with --chat only',
 }
 

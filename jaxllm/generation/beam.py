@@ -53,17 +53,7 @@ class BeamConfig(Config):
 
 @flax.struct.dataclass
 class _Beams:
-  """Beams in the middle of the search; finished ones have `done_` in front.
-
-  Attributes:
-    rows: rows of all beams, P * K; its tokens are the running sequences.
-    scores_PK: float32, log-probability of each running beam.
-    done_tokens_PKS: int32.
-    done_lengths_PK: int32, prompt included.
-    done_scores_PK: float32, divided by the length penalty.
-    is_done_PK: bool, whether the place holds a finished sequence.
-    open_P: bool, whether running beams may still improve the finished ones.
-  """
+  """The running beams, rows with their scores, and the best finished ones (`done_`)."""
 
   rows: Any
   scores_PK: jax.Array  # noqa: N815
@@ -85,8 +75,8 @@ def beam_search(
 
   Args:
     beams: how beams compete.
-    sampling_config: `max_new_tokens` and the rules that rank tokens (penalties, n-grams, bad words,
-      biases); nothing is sampled, so temperature and the like are not read.
+    sampling_config: `max_new_tokens` and the rules that rank tokens (penalties, n-grams, biases);
+      nothing is sampled, so temperature and the like are not read.
 
   Reference:
     The search of Transformers 5, whose results it equals: scores and stopping included.
@@ -110,7 +100,7 @@ def beam_search(
     (found.done_tokens_PKS, found.done_lengths_PK, found.done_scores_PK))
   return [
     [decode.completion(request, tokens_PKS[row, beam], (), lengths_PK[row, beam],
-                       float(scores_PK[row, beam])) for beam in range(beams.num_return)]
+                       score=float(scores_PK[row, beam])) for beam in range(beams.num_return)]
     for row, request in enumerate(requests)
   ]
 

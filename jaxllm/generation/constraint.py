@@ -5,21 +5,25 @@ ends what would be valid and go on for ever: digits and nesting. A new schema is
 a process with limits of time and memory (`sandbox`), and only then here. Documents are
 narrower than their schema: objects have their properties in the order of the schema, white space is
 a space or a new line with up to 32 spaces, and only characters that must be escaped are.
+
+Schemas are rewritten for llguidance, so that they accept only documents of the original: formats
+become patterns, or go where they say nothing about the text (`_FORMATS`); `propertyNames` becomes
+properties; an alternative of `anyOf` that looks around itself is left out where others remain.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-from jaxllm.generation import json_schema, sandbox
+from jaxllm.generation import sandbox
 
 CPU_SECONDS, MEMORY_BYTES = 2, 400_000_000
 """What compiling a schema may take; Python itself takes about 100 MB of address space."""
-MAX_DEPTH, MAX_DIGITS, MAX_EXPONENT = 32, 32, 2
+MAX_NESTING, MAX_DIGITS, MAX_EXPONENT = 32, 32, 2
 
 # What every JSON document can be spelled with; all other characters can be escaped.
 _NEEDED = b'"\\{}[]:,-.+0123456789abcdeflnrstu'
@@ -31,6 +35,31 @@ _MAX_COMPILED = 10_000
 _compiled: dict[bytes, None] = {}
 _TOO_COSTLY = ('schema: it cannot be followed from here by the tokens of this model, or not at a '
                'bearable cost; make it simpler')
+
+
+MAX_BYTES = 100_000
+"""Of a schema as JSON."""
+MAX_DEPTH = 64
+"""Levels of objects and lists that a schema, as JSON, may have."""
+
+_HEX = '[0-9a-f]'
+_YEAR = '^([1-9]|0[1-9]|00[1-9]|000[1-9])'  # Not 0000, which no calendar of Python has.
+_SECOND = '[^:]*:[^:]*:[0-5]'  # Not 60.
+# A pattern in place of a format, or with it; None: the format says nothing about the text.
+_FORMATS: dict[str, str | None] = {
+  'duration': r'^P(T?\d{1,4}[A-Z])+$', 'date': _YEAR, 'time': f'^{_SECOND}',
+  'date-time': f'{_YEAR}{_SECOND}',
+  'base64': '^([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$',
+  'base64url': '^([A-Za-z0-9_-]{4})*([A-Za-z0-9_-]{2}==|[A-Za-z0-9_-]{3}=)?$',
+  **{f'uuid{version}': f'^{_HEX}{{8}}-{_HEX}{{4}}-{version}{_HEX}{{3}}-[89ab]{_HEX}{{3}}-'
+     f'{_HEX}{{12}}$' for version in range(1, 9)},
+  **dict.fromkeys(('binary', 'byte', 'password', 'path', 'file-path', 'directory-path')),
+}
+_LISTS = ('anyOf', 'oneOf', 'allOf', 'prefixItems')
+_MAPS = ('properties', 'patternProperties', '$defs', 'definitions')
+_SINGLE = ('items', 'additionalProperties', 'additionalItems')
+_LOOKS_AROUND = re.compile(r'\(\?<?[=!]|\\[bBzZ]')
+_CONTROL = re.compile(r'[\x00-\x07\x0b\x0e-\x1f\x7f]')
 
 
 class ConstraintError(ValueError):
@@ -92,12 +121,15 @@ class JsonConstraints:
     """Never called, for grammars are compiled with `no_forcing`."""
     raise NotImplementedError
 
-  def schema(self, schema: Any) -> 'JsonConstraint':
-    """Return a constraint to the documents of a JSON Schema; refuse one that is not supported."""
-    text = json.dumps(json_schema.prepare(schema) | {'x-guidance': _OPTIONS})
+  def schema(self, schema: Any, client: str = '') -> 'JsonConstraint':
+    """Return a constraint to the documents of a JSON Schema; refuse one that is not supported.
+
+    Nobody but its `client` can tell by the time that a schema was compiled before.
+    """
+    text = json.dumps(prepare(schema) | {'x-guidance': _OPTIONS})
     grammar = json.dumps({'grammars': [
       {'lark_grammar': f'%llguidance {{"no_forcing": true}}\nstart: %json {text}'}]})
-    _check(grammar)
+    _check(grammar, client)
     import llguidance
 
     limits = llguidance.LLParserLimits(
@@ -122,11 +154,6 @@ class JsonConstraint:
   def copy(self) -> 'JsonConstraint':
     """Return another one, which has to be at the start too."""
     return JsonConstraint(self._vocabulary, self._matcher.deep_copy())
-
-  @property
-  def complete(self) -> bool:
-    """Whether the text is a whole document."""
-    return self._matcher.is_accepting()
 
   def allowed(self) -> np.ndarray:
     """Return bool (vocab_size,): the tokens that may come next; EOS after the end.
@@ -182,7 +209,7 @@ class Brake:
     braked_V = mask_V
     if not self._in_string:
       braked_V = mask_V & (self._digits_V <= max(MAX_DIGITS - self._digits, 0))
-    if self._depth >= MAX_DEPTH:
+    if self._depth >= MAX_NESTING:
       braked_V = braked_V & ~(self._opens_later_V if self._in_string else self._opens_V).view(bool)
     return braked_V if braked_V.any() else mask_V
 
@@ -202,9 +229,9 @@ def _is_whole(text: bytes) -> bool:
   return True
 
 
-def _check(grammar: str) -> None:
+def _check(grammar: str, client: str) -> None:
   """Compile a grammar in another process, where it can take neither all time nor all memory."""
-  digest = hashlib.sha256(grammar.encode()).digest()
+  digest = hashlib.sha256(f'{client} {grammar}'.encode()).digest()
   if digest in _compiled:
     return
   try:
@@ -224,3 +251,89 @@ def _reason(error: str) -> str:
   text = ' '.join(re.split(r'\s+1 \| %llg|\n\n', text)[0].split())
   text = re.sub(r'Unimplemented keys: \[(.*)\]', r'not supported: \1; leave it out', text)
   return text.partition('. Enable')[0][:200]
+
+
+def prepare(schema: Any) -> dict[str, Any]:
+  """Return a schema that llguidance can compile.
+
+  Args:
+    schema: parsed JSON: an object, or true.
+
+  Raises:
+    ValueError: it is too large or nested too deeply, or not JSON.
+  """
+  try:
+    size = len(json.dumps(schema, ensure_ascii=False, allow_nan=False).encode())
+  except RecursionError:
+    raise ValueError(_TOO_DEEP) from None
+  except UnicodeEncodeError:
+    raise ValueError('schema: a text holds half of a surrogate pair; send whole characters'
+                     ) from None
+  except ValueError as error:
+    raise ValueError(f'schema: not JSON: {error}') from None
+  if size > MAX_BYTES:
+    raise ValueError(f'schema: {size} bytes are more than {MAX_BYTES}; leave out descriptions, or '
+                     'use $defs')
+  if not isinstance(schema, Mapping) and schema is not True:
+    raise ValueError(f'schema: {json.dumps(schema)[:60]} is no schema that a document can satisfy; '
+                     'give an object')
+  check_depth(schema)
+  return {} if schema is True else _rewritten(schema, schema)
+
+
+_TOO_DEEP = f'schema: nested deeper than {MAX_DEPTH} levels; use $defs'
+
+
+def check_depth(schema: Any) -> None:
+  """Raise ValueError for JSON of more than `MAX_DEPTH` levels."""
+  level = [schema]
+  for _ in range(MAX_DEPTH):
+    level = [child for item in level if isinstance(item, dict | list)
+             for child in (item.values() if isinstance(item, dict) else item)]
+  if level:
+    raise ValueError(_TOO_DEEP)
+
+
+def _rewritten(schema: Any, document: Any) -> Any:
+  if not isinstance(schema, Mapping):
+    return schema
+  for value in (schema.get('const'), *(_list(schema.get('enum')))):
+    if isinstance(value, str) and _CONTROL.search(value):
+      raise ValueError('schema: a constant holds a control character; leave it out')
+  new = dict(schema)
+  for key, value in schema.items():
+    if key in _SINGLE:
+      new[key] = _rewritten(value, document)
+    elif key in _LISTS and isinstance(value, list):
+      new[key] = [_rewritten(part, document) for part in value]
+    elif key in _MAPS and isinstance(value, Mapping):
+      new[key] = {name: _rewritten(part, document) for name, part in value.items()}
+  kind = new.get('format')
+  if isinstance(kind, str) and kind in _FORMATS and 'pattern' not in new:
+    if kind not in ('date', 'time', 'date-time', 'duration'):
+      del new['format']
+    if pattern := _FORMATS[kind]:
+      new['pattern'] = pattern
+  if alternatives := _list(new.get('anyOf')):
+    simple = [part for part in alternatives if not (isinstance(part, Mapping) and
+              _LOOKS_AROUND.search(str(part.get('pattern', ''))))]
+    new['anyOf'] = simple or alternatives
+  names = new.get('propertyNames')
+  if isinstance(names, Mapping) and not {'properties', 'patternProperties'} & set(new):
+    # As pydantic writes the names of an enumeration.
+    _, found, name = str(names.get('$ref', '')).partition('#/$defs/')
+    defined = document.get('$defs') if found else None
+    names = defined.get(name) if isinstance(defined, Mapping) else names
+    value = new.get('additionalProperties', True)
+    if isinstance(names, Mapping) and isinstance(pattern := names.get('pattern'), str):
+      new |= {'patternProperties': {pattern: value}, 'additionalProperties': False}
+      del new['propertyNames']
+    elif isinstance(names, Mapping) and 'enum' in names:
+      known = [name for name in _list(names['enum']) if isinstance(name, str)]
+      new |= {'properties': dict.fromkeys(known, value), 'additionalProperties': False}
+      del new['propertyNames']
+  return new
+
+
+def _list(value: Any) -> list[Any]:
+  return value if isinstance(value, list) else []

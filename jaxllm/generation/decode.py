@@ -30,7 +30,7 @@ class TextPiece:
     text: whole characters that no stop string can begin in any more; '' where only tokens are made.
     tokens: new ids, without the stop token.
     logprobs: natural log-probability of each under the model, before any logit rule.
-    top: the most probable tokens at each position, where they were asked for.
+    top: the most probable tokens at each position, where a server finds them.
     finish_reason: 'stop' (a stop string or token came), 'length', or None: more follows.
     stop: the stop string that ended the row.
   """
@@ -49,10 +49,9 @@ class Completion:
   """A finished continuation.
 
   Attributes:
-    text: without the stop string; after the prompt's where that is echoed; '' from `generate`.
-    tokens: new ids, those of a stop string included; after the prompt's where that is echoed.
-    logprobs: of each, before any logit rule; None for the first token of an echoed prompt.
-    top: the most probable tokens at each position, where they were asked for.
+    text: without the stop string; '' from `generate`.
+    tokens: new ids, those of a stop string included.
+    logprobs: of each, before any logit rule.
     finish_reason: as in `TextPiece`.
     stop: as in `TextPiece`.
     score: of beam search: the sum of log-probabilities, after the logit rules, divided by the
@@ -61,19 +60,27 @@ class Completion:
 
   text: str = ''
   tokens: list[int] = dataclasses.field(default_factory=list)
-  logprobs: list[Any] = dataclasses.field(default_factory=list)
-  top: list[Top] = dataclasses.field(default_factory=list)
+  logprobs: list[float] = dataclasses.field(default_factory=list)
   finish_reason: FinishReason = 'length'
   stop: str | None = None
   score: float | None = None
 
 
 def generate(
+  model: Decoder, variables: Any, prompts: Sequence[Sequence[int]], *args: Any, **options: Any
+) -> list[Completion]:
+  """Continue each prompt to its end; arguments and errors as `stream`."""
+  options = {'steps_per_piece': model.config.max_length, **options}
+  return collect(stream(model, variables, prompts, *args, **options), len(prompts))
+
+
+def stream(
   model: Decoder, variables: Any, prompts: Sequence[Sequence[int]],
   sampling: SamplingConfig | Sequence[SamplingConfig], eos_token_ids: Sequence[int] = (),
-  seeds: Sequence[int] | None = None, bos_id: int | None = None,
-) -> list[Completion]:
-  """Continue each prompt until it stops, has its number of tokens, or fills the context.
+  seeds: Sequence[int] | None = None, bos_id: int | None = None, steps_per_piece: int = 1,
+  cancelled: Collection[int] = (), cache_dtype: Any = None,
+) -> Iterator[TextPiece]:
+  """Yield continuations while they grow; the pieces of a row add up to what `generate` returns.
 
   A row gives what it would give alone: its samples depend on its seed and its own tokens. (Logits
   of differently shaped batches may differ in the last bits; a tie that close can fall either way.)
@@ -88,34 +95,16 @@ def generate(
     seeds: one per row; by default that of the row's config, plus the row's number where one config
       serves all.
     bos_id: what an empty prompt begins with.
-
-  Raises:
-    ValueError: a prompt is longer than the context, or empty while there is no `bos_id`; an id is
-      not in the vocabulary; the numbers of prompts, configs and seeds differ.
-  """
-  steps = model.config.max_length
-  return collect(
-    stream(model, variables, prompts, sampling, eos_token_ids, seeds, bos_id, steps), len(prompts))
-
-
-def stream(
-  model: Decoder, variables: Any, prompts: Sequence[Sequence[int]],
-  sampling: SamplingConfig | Sequence[SamplingConfig], eos_token_ids: Sequence[int] = (),
-  seeds: Sequence[int] | None = None, bos_id: int | None = None, steps_per_piece: int = 1,
-  num_top: int = 0, cancelled: Collection[int] = (), cache_dtype: Any = None,
-) -> Iterator[TextPiece]:
-  """Yield continuations while they grow; the pieces of a row add up to what `generate` returns.
-
-  Arguments and errors as `generate`, at the call and not at the first piece, and:
-
-  Args:
     steps_per_piece: decode steps between two pieces of a row.
-    num_top: how many of the most probable tokens come with each token.
     cancelled: rows that are to end; the caller may add to it between pieces.
     cache_dtype: dtype of keys and values; the model's by default, int8 to quantise them.
+
+  Raises:
+    ValueError: at the call: a prompt is longer than the context, or empty while there is no
+      `bos_id`; an id is not in the vocabulary; the numbers of prompts, configs and seeds differ.
   """
   requests = make_requests(model.config, prompts, sampling, eos_token_ids, seeds, bos_id)
-  return _stream(model, variables, requests, steps_per_piece, num_top, cancelled, cache_dtype)
+  return _stream(model, variables, requests, steps_per_piece, cancelled, cache_dtype)
 
 
 def collect(pieces: Iterable[TextPiece], rows: int) -> list[Completion]:
@@ -124,42 +113,47 @@ def collect(pieces: Iterable[TextPiece], rows: int) -> list[Completion]:
   for piece in pieces:
     old = results[piece.row]
     results[piece.row] = Completion(
-      old.text + piece.text, old.tokens + piece.tokens, [*old.logprobs, *piece.logprobs],
-      old.top + piece.top, piece.finish_reason or 'length', piece.stop)
+      old.text + piece.text, old.tokens + piece.tokens, old.logprobs + piece.logprobs,
+      piece.finish_reason or 'length', piece.stop)
   return results
 
 
 def completion(
   request: Request, tokens_S: np.ndarray, logprobs_S: Sequence[float] | np.ndarray, length: int,
-  score: float | None = None,
+  start: int | None = None, is_finished: bool = True, score: float | None = None,
 ) -> Completion:
-  """Cut a finished continuation out of a row of `length` tokens."""
-  start, is_stopped = len(request.prompt), int(tokens_S[length - 1]) in request.stop_token_ids
-  end = length - is_stopped
+  """Cut the continuation, or what it gained after the first `start` tokens, out of a row."""
+  start = len(request.prompt) if start is None else start
+  is_stopped = is_finished and int(tokens_S[length - 1]) in request.stop_token_ids
+  new = slice(start, length - is_stopped)
   return Completion(
-    tokens=tokens_S[start:end].tolist(), logprobs=[*map(float, logprobs_S[start:end])],
+    tokens=tokens_S[new].tolist(), logprobs=[*map(float, logprobs_S[new])],
     finish_reason='stop' if is_stopped else 'length', score=score)
 
 
 def _stream(
   model: Decoder, variables: Any, requests: Sequence[Request], steps_per_piece: int,
-  num_top: int, cancelled: Collection[int], cache_dtype: Any,
+  cancelled: Collection[int], cache_dtype: Any,
 ) -> Iterator[TextPiece]:
   if not requests:
     return
   state = decode_state.init_decode_state(
-    model.config, requests, not decoder.is_unstacked(variables), num_top, cache_dtype,
+    model.config, requests, not decoder.is_unstacked(variables), cache_dtype,
     placement=model.placement)
   state = decode_state.prefill(model, variables, state, decode_state.prompt_bucket(state, requests))
   seen = [len(request.prompt) for request in requests]
   live = list(range(len(requests)))
   while True:
-    host = sharding.to_host((state.tokens_BS, state.logprobs_BS, state.top_ids_BSA,
-                             state.top_logprobs_BSA, state.lengths_B, state.finished_B))
+    tokens_BS, logprobs_BS, lengths_B, finished_B = sharding.to_host(
+      (state.tokens_BS, state.logprobs_BS, state.lengths_B, state.finished_B))
     for row in live:
       if row not in cancelled:
-        yield _piece(requests[row], row, seen[row], num_top, *(leaf[row] for leaf in host))
-    *_, seen, finished_B = host
+        length = int(lengths_B[row])
+        gained = completion(requests[row], tokens_BS[row], logprobs_BS[row], length, seen[row],
+                            finished_B[row])
+        yield TextPiece(row, '', gained.tokens, gained.logprobs, [],
+                        gained.finish_reason if finished_B[row] else None)
+    seen = lengths_B
     ended = [row for row in live if row in cancelled and not finished_B[row]]
     live = [row for row in live if not finished_B[row] and row not in cancelled]
     if not live:
@@ -168,19 +162,3 @@ def _stream(
       state = dataclasses.replace(
         state, finished_B=state.finished_B.at[np.array(ended)].set(True))
     state = decode_state.decode_steps(model, variables, state, jnp.int32(steps_per_piece))
-
-
-def _piece(
-  request: Request, row: int, start: int, num_top: int, tokens_S: np.ndarray,
-  logprobs_S: np.ndarray, top_ids_SA: np.ndarray, top_logprobs_SA: np.ndarray, length: int,
-  finished: bool,
-) -> TextPiece:
-  """Cut out what a row of `length` tokens gained after its first `start`."""
-  is_stopped = finished and int(tokens_S[length - 1]) in request.stop_token_ids
-  new = slice(start, length - is_stopped)
-  reason: FinishReason | None = 'stop' if is_stopped else 'length' if finished else None
-  top = [
-    [*zip(ids[:num_top].tolist(), logprobs[:num_top].tolist(), strict=True)]
-    for ids, logprobs in zip(top_ids_SA[new], top_logprobs_SA[new], strict=True)
-  ] if num_top else []
-  return TextPiece(row, '', tokens_S[new].tolist(), logprobs_S[new].tolist(), top, reason)

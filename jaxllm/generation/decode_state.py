@@ -5,7 +5,7 @@ are ever compiled. `prefill` reads the prompts, `decode_steps` adds tokens until
 or a number of steps is done. Their parts `last_logits`, `next_logits` and `sample_step` are what
 an engine for continuous batching needs: a prompt can be read in chunks, and with an unstacked cache
 every leaf of `DecodeState` has the row as its first axis, so that a row can be given to another
-request. A is a letter for the most probable tokens that are recorded with each token.
+request.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from jaxllm.models import log_probs
 from jaxllm.models.decoder import Decoder, DecoderConfig, KVCache, init_cache
 from jaxllm.sharding import Placement, active, constrain, replicated
 
-LEAST_TOKENS, LEAST_STOP_IDS, LEAST_TOP = 16, 4, 4
+LEAST_TOKENS, LEAST_STOP_IDS = 16, 4
 
 
 @flax.struct.dataclass
@@ -37,8 +37,6 @@ class DecodeState(History):
     cache: holds all tokens of a row but the last one.
     logprobs_BS: float32 (B, S + 1), log-probability of each token of the continuation under the
       model, before any logit rule.
-    top_ids_BSA: int32 (B, S + 1, A), the most probable tokens, before any logit rule; A may be 0.
-    top_logprobs_BSA: float32, their log-probabilities.
     finished_B: bool; a finished row does not change any more.
     seeds_B: uint32.
     values: rule name -> values with the row as first axis, see `sampling.row_values`.
@@ -47,8 +45,6 @@ class DecodeState(History):
 
   cache: KVCache
   logprobs_BS: jax.Array  # noqa: N815
-  top_ids_BSA: jax.Array  # noqa: N815
-  top_logprobs_BSA: jax.Array  # noqa: N815
   finished_B: jax.Array  # noqa: N815
   seeds_B: jax.Array  # noqa: N815
   values: Mapping[str, Any]
@@ -77,7 +73,7 @@ def put_state(cache: KVCache, host: Mapping[str, Any], placement: Placement | No
 
 
 def init_decode_state(
-  config: DecoderConfig, requests: Sequence[Request], stacked: bool, num_top: int = 0,
+  config: DecoderConfig, requests: Sequence[Request], stacked: bool,
   cache_dtype: jnp.dtype | None = None, spare_positions: int = 0, exact_rows: bool = False,
   placement: Placement | None = None,
 ) -> DecodeState:
@@ -86,7 +82,6 @@ def init_decode_state(
   Args:
     requests: at least one.
     stacked: whether the variables, and so the cache, are stacked.
-    num_top: how many of the most probable tokens are recorded at each position.
     cache_dtype: dtype of keys and values; the model's by default, int8 to quantise them.
     spare_positions: cache beyond what the rows can fill, for drafts that may be refused.
     exact_rows: whether the number of rows is that of the requests, and no power of two.
@@ -100,17 +95,16 @@ def init_decode_state(
   longest = max(len(request.prompt) + request.sampling.max_new_tokens for request in requests)
   cache_length = min(power_of_two(min(longest, config.max_length + 1) - 1, LEAST_TOKENS),
                      config.max_length)
-  num_top = min(power_of_two(num_top, LEAST_TOP), config.vocab_size) if num_top else 0
   num_stop = power_of_two(max(map(len, stop_token_ids)), LEAST_STOP_IDS)
-  host = row_arrays(requests, cache_length, config.max_length, num_stop, num_top)
+  host = row_arrays(requests, cache_length, config.max_length, num_stop)
   host['finished_B'] = np.arange(rows) >= used
-  host['values'] = sampling.row_values([one.sampling for one in requests], stop_token_ids)
+  host['values'] = sampling.row_values([one.sampling for one in requests])
   cache = init_cache(config, rows, cache_length + spare_positions, cache_dtype, stacked, placement)
   return put_state(cache, host, placement)
 
 
 def row_arrays(
-  requests: Sequence[Request], cache_length: int, max_length: int, num_stop: int, num_top: int = 0
+  requests: Sequence[Request], cache_length: int, max_length: int, num_stop: int
 ) -> dict[str, Any]:
   """Return the arrays of closed rows of a `DecodeState`, but for the values of rules."""
   shape = len(requests), cache_length + 1
@@ -125,8 +119,6 @@ def row_arrays(
   return {
     'tokens_BS': tokens_BS,
     'logprobs_BS': np.zeros(shape, np.float32),
-    'top_ids_BSA': np.zeros((*shape, num_top), np.int32),
-    'top_logprobs_BSA': np.zeros((*shape, num_top), np.float32),
     'prompt_lengths_B': lengths_B,
     'lengths_B': lengths_B.copy(),
     'limits_B': np.array(limits, np.int32),
@@ -191,7 +183,6 @@ def sample_step(
   keys_B = sampling.row_keys(state.seeds_B, state.lengths_B - state.prompt_lengths_B)
   allowed_BV = logits_BV if allowed_BV is None else allowed_BV
   ids_B = sampling.sample(keys_B, allowed_BV, state.values, state)
-  top_ids_BA, top_BA = log_probs.top_log_probs(logits_BV, state.top_ids_BSA.shape[-1])
   rows_B = jnp.arange(ids_B.shape[0])
   # A finished row writes past the end, which drops it.
   places_B = jnp.where(state.finished_B, state.tokens_BS.shape[1], state.lengths_B)
@@ -205,8 +196,6 @@ def sample_step(
     state,
     tokens_BS=put(state.tokens_BS, ids_B),
     logprobs_BS=put(state.logprobs_BS, log_probs.target_log_probs(logits_BV, ids_B)),
-    top_ids_BSA=put(state.top_ids_BSA, top_ids_BA),
-    top_logprobs_BSA=put(state.top_logprobs_BSA, top_BA),
     lengths_B=lengths_B,
     finished_B=state.finished_B | stopped_B | (lengths_B >= state.limits_B),
   ))

@@ -2,7 +2,7 @@
 
 `RULES` lists them in the order in which they apply, that of Transformers: first those that look at
 the tokens so far, then those that look at probabilities. `value` holds a setting per row; most are
-one number, `Biases` is a table. Letters: W sequences per row, N tokens of a sequence, E stop ids.
+one number, `Biases` is a table. Letters: W biases per row, N tokens, E stop ids.
 """
 
 from collections.abc import Callable, Mapping
@@ -37,14 +37,9 @@ class History:
 
 @flax.struct.dataclass
 class Biases:
-  """Sequences whose last token gets a bias where the tokens so far end with the others.
+  """Tokens that get a bias: int32 ids, filled up with NO_TOKEN, and float32 biases."""
 
-  Attributes:
-    sequences_BWN: int32, aligned on the right and filled up on the left with NO_TOKEN.
-    biases_BW: float32; -inf masks the token.
-  """
-
-  sequences_BWN: jax.Array  # noqa: N815
+  ids_BW: jax.Array  # noqa: N815
   biases_BW: jax.Array  # noqa: N815
 
 
@@ -55,20 +50,9 @@ class Rule(NamedTuple):
   off: float
 
 
-def biases(logits_BV: jax.Array, value: Biases, history: History) -> jax.Array:
-  """Add the bias of every sequence that the next token would complete.
-
-  One token alone is a logit bias, -inf for a sequence makes it a bad word.
-  """
-  before_BWN = value.sequences_BWN[..., :-1]
-  back_N = jnp.arange(before_BWN.shape[-1], 0, -1)
-  places_BN = history.lengths_B[:, None] - back_N[None]
-  last_BN = _tokens_at(history.tokens_BS, places_BN)
-  # A place before the first token holds nothing that a sequence could ask for.
-  last_BN = jnp.where(places_BN >= 0, last_BN, NO_TOKEN - 1)
-  fits_BWN = (before_BWN == NO_TOKEN) | (before_BWN == last_BN[:, None])
-  added_BW = jnp.where(fits_BWN.all(axis=-1), value.biases_BW, 0.0)
-  return _rows(logits_BV, value.sequences_BWN[..., -1]).add(added_BW, mode='drop')
+def biases(logits_BV: jax.Array, value: Biases, _: History) -> jax.Array:
+  """Add the biases of tokens."""
+  return _rows(logits_BV, value.ids_BW).add(value.biases_BW, mode='drop')
 
 
 def repetition_penalty(logits_BV: jax.Array, value_B: jax.Array, history: History) -> jax.Array:
@@ -209,11 +193,8 @@ def _mask_logits(logits_BV: jax.Array, ids_BN: jax.Array) -> jax.Array:
 def _keep_largest(
   logits_BV: jax.Array, scores_BV: jax.Array, weights_BV: jax.Array, target_B: jax.Array
 ) -> jax.Array:
-  """Keep the fewest largest scores whose weights add up to a target; all, if they never do.
-
-  The threshold is found bit by bit, from the highest: 32 passes over the row, which cost less than
-  sorting it and are exact.
-  """
+  """Keep the fewest largest scores whose weights add up to a target; all, if they never do."""
+  # The threshold is found bit by bit: 32 passes over the row, exact and cheaper than sorting.
   bits_BV = jax.lax.bitcast_convert_type(scores_BV, jnp.uint32)
   top_bit = jnp.uint32(1 << 31)
   # Unsigned integers in the order of the floats.

@@ -44,8 +44,6 @@ class SamplingConfig(Config):
   """Subtracted from the logits of tokens for each time that the continuation has them."""
   no_repeat_ngram_size: int = pydantic.Field(default=0, ge=0)
   """No sequence of this many tokens comes twice; 0: it may."""
-  bad_words: tuple[tuple[int, ...], ...] = ()
-  """Sequences of token ids that never come, except one that would only keep a row from ending."""
   logit_bias: tuple[tuple[int, float], ...] = ()
   """Pairs of a token id and what is added to its logit."""
   min_new_tokens: int = pydantic.Field(default=0, ge=0)
@@ -61,29 +59,21 @@ class SamplingConfig(Config):
       del fields['no_repeat_ngram']
     return fields
 
-  @pydantic.model_validator(mode='after')
-  def _check(self) -> 'SamplingConfig':
-    if not all(self.bad_words):
-      raise ValueError('bad_words: a sequence without tokens; leave it out')
-    return self
-
   def ids(self) -> set[int]:
     """Return all token ids that the config names, for a check against a vocabulary."""
-    return {token for token, _ in self.logit_bias}.union(*self.bad_words)
+    return {token for token, _ in self.logit_bias}
 
 
 def row_values(
-  configs: Sequence[SamplingConfig], stop_token_ids: Sequence[Sequence[int]] | None = None,
-  every_rule: bool = False, least_biases: tuple[int, int] = (4, 2),
+  configs: Sequence[SamplingConfig], every_rule: bool = False, least_biases: int = 4
 ) -> dict[str, Any]:
   """Return the value of every rule for each row, name -> arrays whose first axis is the row.
 
   Args:
     configs: one per row.
-    stop_token_ids: tokens that end each row, which no bad word of one token masks.
     every_rule: whether rules that no row asks for get an entry too. By default only the basic ones
       do; any other one brings in all, so that a program has one of two sets of rules.
-    least_biases: the least numbers of entries, and of tokens of each, in the table of biases.
+    least_biases: the least number of entries in the table of biases.
   """
   names = RULES if every_rule or any(map(_asks_for_more, configs)) else BASIC
   values: dict[str, Any] = {
@@ -92,7 +82,7 @@ def row_values(
     for name in names if name != 'biases'
   }
   if 'biases' in names:
-    values['biases'] = _biases(configs, stop_token_ids or [()] * len(configs), least_biases)
+    values['biases'] = _biases(configs, least_biases)
   return values
 
 
@@ -153,31 +143,24 @@ def sample(
 
 def _asks_for_more(config: SamplingConfig) -> bool:
   extra = RULES.keys() - {*BASIC, 'biases'}
-  return bool(config.bad_words or config.logit_bias) or any(
+  return bool(config.logit_bias) or any(
     getattr(config, name) != RULES[name].off for name in extra)
 
 
-def _biases(
-  configs: Sequence[SamplingConfig], stop_token_ids: Sequence[Sequence[int]], least: tuple[int, int]
-) -> Biases:
-  """Put biases and bad words of all rows into one table, in sizes that are powers of two."""
-  tables: list[dict[tuple[int, ...], float]] = []
-  for config, stops in zip(configs, stop_token_ids, strict=True):
-    table: dict[tuple[int, ...], float] = {}
+def _biases(configs: Sequence[SamplingConfig], least: int) -> Biases:
+  """Put the biases of all rows into one table, whose width is a power of two."""
+  tables: list[dict[int, float]] = []
+  for config in configs:
+    table: dict[int, float] = {}
     for token, bias in config.logit_bias:
-      table[token,] = table.get((token,), 0.0) + bias
-    table |= {word: -np.inf for word in config.bad_words
-              if not (len(word) == 1 and word[0] in stops)}
+      table[token] = table.get(token, 0.0) + bias
     tables.append(table)
-  width = power_of_two(max(map(len, tables)), least[0])
-  length = power_of_two(max((len(ids) for table in tables for ids in table), default=1), least[1])
-  sequences_BWN = np.full((len(configs), width, length), NO_TOKEN, np.int32)
-  biases_BW = np.zeros((len(configs), width), np.float32)
+  shape = len(configs), power_of_two(max(map(len, tables)), least)
+  ids_BW, biases_BW = np.full(shape, NO_TOKEN, np.int32), np.zeros(shape, np.float32)
   for row, table in enumerate(tables):
-    for place, (ids, bias) in enumerate(table.items()):
-      sequences_BWN[row, place, length - len(ids) :] = ids
-      biases_BW[row, place] = bias
-  return Biases(sequences_BWN, biases_BW)  # type: ignore[arg-type]
+    ids_BW[row, : len(table)] = [*table]
+    biases_BW[row, : len(table)] = [*table.values()]
+  return Biases(ids_BW, biases_BW)  # type: ignore[arg-type]
 
 
 def power_of_two(number: int, least: int = 1) -> int:

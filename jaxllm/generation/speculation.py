@@ -68,7 +68,12 @@ def generate(
     ValueError: as `decode.generate`, or the draft has another vocabulary or a shorter context.
   """
   if draft is not None:
-    _check_draft(model, draft)
+    ours, theirs = model.config, draft.model.config
+    if ours.vocab_size != theirs.vocab_size or ours.max_length > theirs.max_length:
+      raise ValueError(
+        f'the draft has a vocabulary of {theirs.vocab_size} and a context of {theirs.max_length}, '
+        f'the model {ours.vocab_size} and {ours.max_length}; they need the same tokenizer, and the '
+        'draft must read all that the model reads')
   requests = make_requests(model.config, prompts, sampling, eos_token_ids, seeds, bos_id)
   if not requests:
     return [], 0.0
@@ -196,13 +201,3 @@ def _check(model: Decoder, variables: Any, state: DecodeState, drafts_BJ: jax.Ar
   # The cache forgets what was refused, and does not hold the newest token.
   held_B = jnp.where(counts_B > 0, state.lengths_B - 1, state.cache.lengths_B)
   return dataclasses.replace(state, cache=dataclasses.replace(state.cache, lengths_B=held_B))
-
-
-def _check_draft(model: Decoder, draft: Draft) -> None:
-  ours, theirs = model.config, draft.model.config
-  if ours.vocab_size != theirs.vocab_size:
-    raise ValueError(f'the draft has a vocabulary of {theirs.vocab_size} and the model one of '
-                     f'{ours.vocab_size}; they need the same tokenizer')
-  if theirs.max_length < ours.max_length:
-    raise ValueError(f'the draft has a context of {theirs.max_length} and the model one of '
-                     f'{ours.max_length}; the draft must read all that the model reads')

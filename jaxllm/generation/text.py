@@ -1,4 +1,4 @@
-"""Text in, text out: stop strings, streaming of whole characters, log-probabilities, echo.
+"""Text in, text out: stop strings, streaming of whole characters.
 
 `stream_text` yields text while it grows, `complete` returns it whole; both give the same. The text
 of tokens is what the tokenizer makes of them after the prompt: that of their bytes, or else what it
@@ -13,14 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxllm.data.tokenizers import Tokenizer
-from jaxllm.generation import beam, decode, scoring, speculation
+from jaxllm.generation import beam, decode, speculation
 from jaxllm.generation.beam import BeamConfig
-from jaxllm.generation.decode import Completion, TextPiece, Top
+from jaxllm.generation.decode import Completion, TextPiece
 from jaxllm.generation.rules import RULES
 from jaxllm.generation.sampling import SamplingConfig
 from jaxllm.generation.speculation import Draft, SpeculationConfig
 from jaxllm.models.decoder import Decoder
-from jaxllm.models.log_probs import TokenScores
 
 __all__ = ['Completion', 'TextDecoder', 'TextPiece', 'complete', 'stream_text', 'text_of']
 
@@ -151,7 +150,7 @@ def read_options(
 def stream_text(
   model: Decoder, variables: Any, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]],
   sampling: SamplingConfig | Sequence[SamplingConfig], stop: Sequence[str] = (),
-  stop_token_ids: Sequence[int] = (), seeds: Sequence[int] | None = None, num_top: int = 0,
+  stop_token_ids: Sequence[int] = (), seeds: Sequence[int] | None = None,
   steps_per_piece: int = 1, cache_dtype: Any = None, skip_space: bool = False,
 ) -> Iterator[TextPiece]:
   """Yield text while it grows.
@@ -170,7 +169,7 @@ def stream_text(
   cancelled: set[int] = set()
   pieces = decode.stream(
     model, variables, prompts, sampling, (*tokenizer.eos_token_ids, *stop_token_ids), seeds,
-    tokenizer.bos_id, steps_per_piece, num_top, cancelled, cache_dtype)
+    tokenizer.bos_id, steps_per_piece, cancelled, cache_dtype)
   decoders = [TextDecoder(tokenizer, stop, prompt, skip_space) for prompt in prompts]
   return _texts(pieces, decoders, cancelled)
 
@@ -178,8 +177,8 @@ def stream_text(
 def complete(
   model: Decoder, variables: Any, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]],
   sampling: SamplingConfig | Sequence[SamplingConfig], stop: Sequence[str] = (),
-  stop_token_ids: Sequence[int] = (), seeds: Sequence[int] | None = None, num_top: int = 0,
-  echo: bool = False, cache_dtype: Any = None, skip_space: bool = False, way: Way = None,
+  stop_token_ids: Sequence[int] = (), seeds: Sequence[int] | None = None,
+  cache_dtype: Any = None, skip_space: bool = False, way: Way = None,
   draft: Draft | None = None,
 ) -> list[Completion]:
   """Continue prompts.
@@ -187,7 +186,6 @@ def complete(
   Arguments and errors as `stream_text`, and:
 
   Args:
-    echo: whether results begin with the prompt, scored like the rest.
     way: how beams compete, or how tokens are guessed. Beam search gives `num_return` completions of
       each prompt, best first, and samples nothing; speculation gives what plain decoding gives.
     draft: a smaller model that guesses the tokens of speculation.
@@ -197,58 +195,28 @@ def complete(
   """
   if way is None:
     steps = STEPS_PER_LOOK if stop else model.config.max_length
-    results = decode.collect(
+    return decode.collect(
       stream_text(model, variables, tokenizer, prompts, sampling, stop, stop_token_ids, seeds,
-                  num_top, steps, cache_dtype, skip_space), len(prompts))
-  elif echo or num_top or cache_dtype is not None:
-    raise ValueError('echo, num_top and cache_dtype: not with beams or speculation; leave them '
-                     'out, or num_beams, num_drafted and draft')
-  else:
-    eos_token_ids = (*tokenizer.eos_token_ids, *stop_token_ids)
-    found = _decode_by(
-      way, model, variables, tokenizer.bos_id, prompts, sampling, eos_token_ids, seeds, draft)
-    count = len(found) // max(len(prompts), 1)
-    pieces = (TextPiece(row, '', one.tokens, one.logprobs, [], one.finish_reason)
-              for row, one in enumerate(found))
-    decoders = [TextDecoder(tokenizer, stop, prompts[row // count], skip_space)
-                for row in range(len(found))]
-    results = [dataclasses.replace(result, score=one.score) for result, one in zip(
-      decode.collect(_texts(pieces, decoders, set()), len(found)), found, strict=True)]
-  if not echo:
-    return results
-  bos_id = tokenizer.bos_id
-  prompts = [prompt or ([] if bos_id is None else [bos_id]) for prompt in prompts]
-  scores = scoring.score(model, variables, prompts, num_top=num_top)
-  return [
-    dataclasses.replace(
-      result, text=text_of(tokenizer, prompt) + result.text, tokens=[*prompt, *result.tokens],
-      logprobs=[None, *score.log_probs_N.tolist(), *result.logprobs],
-      top=[*_top(score, num_top), *result.top],
-    )
-    for result, prompt, score in zip(results, prompts, scores, strict=True)
-  ]
-
-
-def _decode_by(
-  way: Way, model: Decoder, variables: Any, bos_id: int | None, prompts: Sequence[Sequence[int]],
-  sampling: Any, eos_token_ids: Sequence[int], seeds: Sequence[int] | None, draft: Draft | None,
-) -> list[Completion]:
+                  steps, cache_dtype, skip_space), len(prompts))
+  if cache_dtype is not None:
+    raise ValueError('cache_dtype: not with beams or speculation; leave it out, or num_beams, '
+                     'num_drafted and draft')
+  eos_token_ids = (*tokenizer.eos_token_ids, *stop_token_ids)
   if isinstance(way, BeamConfig):
-    beams = beam.beam_search(model, variables, prompts, way, sampling, eos_token_ids, bos_id)
-    return [found for several in beams for found in several]
-  assert way is not None
-  results, per_pass = speculation.generate(
-    model, variables, prompts, sampling, way, draft, eos_token_ids, seeds, bos_id)
-  logging.info('%.2f tokens per pass of the model.', per_pass)
-  return results
-
-
-def _top(score: TokenScores, num_top: int) -> list[Top]:
-  """Return the most probable tokens at each place of a prompt; its first token has none."""
-  if not num_top:
-    return []
-  return [[], *([*zip(ids[:num_top].tolist(), log_probs[:num_top].tolist(), strict=True)]
-                for ids, log_probs in zip(score.top_ids_NA, score.top_log_probs_NA, strict=True))]
+    assert isinstance(sampling, SamplingConfig)
+    found = [one for several in beam.beam_search(
+      model, variables, prompts, way, sampling, eos_token_ids, tokenizer.bos_id) for one in several]
+  else:
+    found, per_pass = speculation.generate(
+      model, variables, prompts, sampling, way, draft, eos_token_ids, seeds, tokenizer.bos_id)
+    logging.info('%.2f tokens per pass of the model.', per_pass)
+  count = len(found) // max(len(prompts), 1)
+  pieces = (TextPiece(row, '', one.tokens, one.logprobs, [], one.finish_reason)
+            for row, one in enumerate(found))
+  decoders = [TextDecoder(tokenizer, stop, prompts[row // count], skip_space)
+              for row in range(len(found))]
+  return [dataclasses.replace(result, score=one.score) for result, one in zip(
+    decode.collect(_texts(pieces, decoders, set()), len(found)), found, strict=True)]
 
 
 def text_of(tokenizer: Tokenizer, ids: Sequence[int], context: Sequence[int] = ()) -> str:
@@ -271,7 +239,7 @@ def _texts(
       cancelled.add(piece.row)
     yield dataclasses.replace(
       piece, text=text, tokens=piece.tokens[:used], logprobs=piece.logprobs[:used],
-      top=piece.top[:used], stop=decoder.stop,
+      stop=decoder.stop,
       finish_reason=piece.finish_reason if decoder.stop is None else 'stop')
 
 

@@ -35,7 +35,7 @@ class TemplateError(ValueError):
 
 def render(
   template: str, conversations: Sequence[Sequence[Message]], add_generation_prompt: bool = True,
-  tools: Sequence[Any] | None = None, documents: Sequence[Any] | None = None, **variables: Any,
+  **variables: Any,
 ) -> list[str]:
   """Render conversations by a chat template, one text each, as `transformers` does.
 
@@ -44,17 +44,16 @@ def render(
     conversations: each a list of messages {'role': ..., 'content': ...}; a key whose value is None
       is left out.
     add_generation_prompt: whether the text ends where the assistant begins.
-    tools: JSON schemas of functions; a template tells None from [].
-    documents: {'title', 'text'} each.
-    **variables: other variables of the template: `bos_token`, `enable_thinking`, ...
+    **variables: of the template: `bos_token`, `tools` (JSON schemas of functions; a template tells
+      None from []), `documents` ({'title', 'text'} each), `enable_thinking`, ...
 
   Raises:
     TemplateError: the template is damaged, refuses the conversation, or exceeds the limits.
   """
   if len(template) > MAX_TEMPLATE_CHARACTERS:
     raise TemplateError(f'chat template: longer than {MAX_TEMPLATE_CHARACTERS} characters')
-  variables |= {'tools': tools, 'documents': documents,
-                'add_generation_prompt': add_generation_prompt}
+  variables = {'tools': None, 'documents': None, **variables,
+               'add_generation_prompt': add_generation_prompt}
   several = [{**variables, 'messages': list(map(_plain, one))} for one in conversations]
   try:
     return [text for start in range(0, len(several), _AT_ONCE) for text in sandbox.run(
@@ -66,34 +65,27 @@ def render(
 
 def encode_all(
   tokenizer: Tokenizer, template: Templates, conversations: Sequence[Sequence[Message]],
-  add_generation_prompt: bool = True, tools: Sequence[Any] | None = None,
-  documents: Sequence[Any] | None = None, *, bos_id: int | None = None, **variables: Any,
+  add_generation_prompt: bool = True, *, bos_id: int | None = None, **variables: Any,
 ) -> list[list[int]]:
   """Return the token ids of conversations.
 
-  Special tokens that the template writes become tokens; those that a message, a tool, a document
-  or a variable spells stay text.
+  Special tokens that the template writes become tokens; those that a message or a variable spells
+  stay text. Arguments and errors as `render`, and:
 
   Args:
+    tokenizer: its special tokens are variables of the template too.
     template: its chat template, or several by name: 'tool_use' is for tools, 'default' for the
       rest.
-    conversations: each a list of messages.
-    add_generation_prompt: whether they end where the assistant begins.
-    tools: as in `render`.
-    documents: as in `render`.
     bos_id: the token that all begin with, whether or not the template writes it; None: none.
-    **variables: other variables of the template; the tokenizer's special tokens have their names.
 
   Raises:
-    TemplateError: as `render`, or none of the templates is the default.
+    TemplateError: none of the templates is the default.
   """
-  special = tokenizer.special_tokens
-  given = [list(map(list, conversations)), tools, documents, variables]
+  special, given = tokenizer.special_tokens, [list(map(list, conversations)), variables]
   stand_ins = StandIns(special, given)
-  conversations, tools, documents, variables = stand_ins.hide(given)
-  texts = render(
-    _choose(template, tools), conversations, add_generation_prompt, tools, documents,
-    **{**tokenizer.named_tokens, **variables})
+  conversations, variables = stand_ins.hide(given)
+  texts = render(_choose(template, variables.get('tools')), conversations, add_generation_prompt,
+                 **{**tokenizer.named_tokens, **variables})
   begin = [] if bos_id is None else [bos_id]
   result = []
   for text in texts:

@@ -89,7 +89,7 @@ def pair(tmp_path_factory):
 @pytest.mark.parametrize('fields', [
   {}, {'length_penalty': 0.0}, {'length_penalty': 2.0}, {'length_penalty': -1.0},
   {'no_repeat_ngram_size': 2, 'repetition_penalty': 1.4},
-  {'min_new_tokens': 4, 'bad_words': ((5,),)},
+  {'min_new_tokens': 4, 'logit_bias': ((5, -100.0),)},
 ], ids=str)
 def test_equals_transformers(pair, early_stopping, fields):
   torch = pytest.importorskip('torch')
@@ -100,10 +100,9 @@ def test_equals_transformers(pair, early_stopping, fields):
   prompts = np.random.default_rng(len(str(fields))).integers(4, 19, size=(4, 5)).tolist()
   ours = beam_search(model, variables, prompts, config,
                      SamplingConfig(max_new_tokens=12, **rules), eos_token_ids=[3])
-  names = {'bad_words': 'bad_words_ids'}
-  theirs_rules = {names.get(name, name): value for name, value in rules.items()}
-  if 'bad_words_ids' in theirs_rules:
-    theirs_rules['bad_words_ids'] = [list(word) for word in theirs_rules['bad_words_ids']]
+  theirs_rules = {name: value for name, value in rules.items() if name != 'logit_bias'}
+  if biases := rules.get('logit_bias'):
+    theirs_rules['sequence_bias'] = {(token,): bias for token, bias in biases}
   for prompt, beams in zip(prompts, ours, strict=True):
     out = theirs.generate(
       torch.tensor([prompt]), num_beams=4, num_return_sequences=3, max_new_tokens=12,

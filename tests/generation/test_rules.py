@@ -52,10 +52,7 @@ def test_no_repeat_ngram_in_literals():
   assert banned(one(no_repeat_ngram_size=50)) == [[]] * 4
 
 
-def test_bad_words_and_biases_in_literals():
-  words = ((11,), (0,), (3, 1, 10), (9, 4, 2), (5, 5, 5, 3))
-  # Token 0 ends rows 0 and 1, so it stays allowed there.
-  assert banned(one(bad_words=words)) == [[11], [10, 11], [0, 2, 11], [0, 11]]
+def test_biases_in_literals():
   got = one(logit_bias=((3, 1.5), (4, -2.0), (3, 0.25)))
   want = LOGITS.copy()
   want[:, 3] += 1.75
@@ -84,7 +81,7 @@ def test_ends_are_forbidden():
 def test_rows_mix_rules():
   configs = [
     SamplingConfig(repetition_penalty=1.7, top_p=0.6), SamplingConfig(no_repeat_ngram_size=2),
-    SamplingConfig(bad_words=((4, 3),), frequency_penalty=1.0), SamplingConfig(),
+    SamplingConfig(logit_bias=((4, 3.0),), frequency_penalty=1.0), SamplingConfig(),
   ]
   got = ruled(configs)
   for row, config in enumerate(configs):
@@ -111,7 +108,7 @@ def test_decoding_with_rules():
   prompts = [[1, 2, 3], [4, 5, 4, 5], [6], [7, 8]]
   configs = [
     PLAIN.replace(no_repeat_ngram_size=1), PLAIN.replace(min_new_tokens=12, temperature=0.0),
-    PLAIN.replace(bad_words=((0,), (1,), (2, 3)), top_k=3), PLAIN,
+    PLAIN.replace(logit_bias=((0, -100.0), (1, -100.0)), top_k=3), PLAIN,
   ]
   together = decode.generate(MODEL, VARIABLES, prompts, configs, [11, 12], seeds=[3] * 4)
   assert len({*together[0].tokens, 1, 2, 3}) == len(together[0].tokens) + 3
@@ -123,7 +120,7 @@ def test_decoding_with_rules():
     assert alone.tokens == together[row].tokens
   # All sets of rules but the basic one share their programs.
   count = decode_state.decode_steps._cache_size()
-  changed = [PLAIN.replace(presence_penalty=1.0, bad_words=((3, 4),))] + [PLAIN] * 3
+  changed = [PLAIN.replace(presence_penalty=1.0, logit_bias=((3, -4.0),))] + [PLAIN] * 3
   decode.generate(MODEL, VARIABLES, prompts, changed, eos_token_ids=[11])
   assert decode_state.decode_steps._cache_size() == count
 
@@ -132,14 +129,13 @@ def test_decoding_with_rules():
 EVERY = {
   'top_k': 2, 'top_p': 0.3, 'min_p': 0.5, 'repetition_penalty': 3.0,
   'presence_penalty': 2.0, 'frequency_penalty': 1.5, 'no_repeat_ngram_size': 1,
-  'bad_words': ((3,), (4, 5)), 'logit_bias': ((6, 2.0), (6, 1.0)),
+  'logit_bias': ((6, 2.0), (6, 1.0)),
   'min_new_tokens': 5,
 }
 
 
 def test_every_rule_alone_is_that_rule_among_the_others():
-  biases = {'bad_words', 'logit_bias'}
-  assert set(EVERY) | {'temperature', 'biases'} == set(RULES) | {'temperature'} | biases
+  assert set(EVERY) | {'temperature', 'biases'} == set(RULES) | {'logit_bias'}
   configs = [PLAIN.replace(**{name: value}) for name, value in EVERY.items()]
   prompts = [[1 + i, 5, 4, 5][: 1 + i % 4] for i in range(len(configs))]
   seeds = [3] * len(configs)
@@ -155,7 +151,7 @@ def test_every_rule_alone_is_that_rule_among_the_others():
 
 @pytest.mark.parametrize('fields, message', [
   ({'repetition_penalty': 0.0}, 'repetition_penalty'),
-  ({'bad_words': ((),)}, 'bad_words'), ({'logit_bias': ((1, float('nan')),)}, 'logit_bias'),
+  ({'logit_bias': ((1, float('nan')),)}, 'logit_bias'),
 ])
 def test_bad_values_are_named(fields, message):
   with pytest.raises(ConfigError, match=message):
@@ -163,7 +159,7 @@ def test_bad_values_are_named(fields, message):
 
 
 @pytest.mark.parametrize('fields', [
-  {'bad_words': ((1, 99),)}, {'logit_bias': ((23, 1.0),)}])
+  {'logit_bias': ((23, 1.0),)}, {'logit_bias': ((-1, 1.0),)}])
 def test_ids_of_another_vocabulary_are_refused(fields):
   with pytest.raises(ValueError, match='is no token id of the model'):
     make_requests(MODEL_CONFIG, [[1]], SamplingConfig(**fields))
@@ -171,7 +167,7 @@ def test_ids_of_another_vocabulary_are_refused(fields):
 
 def test_state_holds_rules_by_row():
   requests = make_requests(
-    MODEL_CONFIG, [[1], [2]], [PLAIN.replace(bad_words=((1, 2, 3),)), PLAIN])
+    MODEL_CONFIG, [[1], [2]], [PLAIN.replace(logit_bias=((1, 2.0),)), PLAIN])
   values = decode_state.init_decode_state(MODEL_CONFIG, requests, stacked=False).values
   assert all(leaf.shape[0] == 2 for leaf in jax.tree.leaves(values))
 
@@ -182,7 +178,6 @@ PROCESSORS = {
   'top_k': ('TopKLogitsWarper', 4, {}),
   'top_p': ('TopPLogitsWarper', 0.6, {}),
   'min_p': ('MinPLogitsWarper', 0.2, {}),
-  'bad_words': ('NoBadWordsLogitsProcessor', ((8,), (3, 1, 10), (4, 4), (2,)), {}),
   'min_new_tokens': ('MinNewTokensLengthLogitsProcessor', 2, {}),
 }
 
@@ -191,8 +186,6 @@ def processor(name, row):
   transformers = pytest.importorskip('transformers')
   made, value, _ = PROCESSORS[name]
   make = getattr(transformers.generation.logits_process, made)
-  if name == 'bad_words':
-    return make([list(word) for word in value], eos_token_id=STOPS[row])
   if name == 'min_new_tokens':
     return make(PROMPTS[row], value, STOPS[row])
   return make(value)
@@ -200,7 +193,7 @@ def processor(name, row):
 
 @pytest.mark.parity
 @pytest.mark.parametrize('names', [(name,) for name in PROCESSORS] + [
-  ('bad_words', 'repetition_penalty', 'no_repeat_ngram_size', 'top_k', 'top_p')])
+  ('repetition_penalty', 'no_repeat_ngram_size', 'top_k', 'top_p')])
 def test_rules_equal_the_processors_of_transformers(names):
   torch = pytest.importorskip('torch')
   got = one(**{name: PROCESSORS[name][1] for name in names})
