@@ -18,6 +18,9 @@ HOST = FLAGS.string('host', '127.0.0.1', 'Address to listen at; 0.0.0.0: from ev
 PORT = FLAGS.integer('port', 8000, 'Port to listen at.', 0, 65535)
 NAME = FLAGS.string('name', None, 'What clients call the model; by default its last part.')
 API_KEYS_FILE = FLAGS.string('api_keys_file', None, 'A file of API keys, one per line.')
+METRICS_KEY_FILE = FLAGS.string(
+  'metrics_key_file', None, 'A file with the key of /metrics, which is closed without one where '
+  'there are API keys.')
 ANONYMOUS = FLAGS.bool('anonymous', False, 'Let others than this machine in without a key.')
 ALLOWED_HOSTS = FLAGS.list(
   'allowed_hosts', [], 'Further names that requests to a loopback address may give as their host.')
@@ -39,7 +42,7 @@ def main(_) -> None:  # noqa: D103
   from jaxllm.serving import access, connections
 
   bounds = connections.fitting(access.LimitsConfig.from_json(LIMITS.value))
-  api_keys = access.read_keys(API_KEYS_FILE.value)
+  api_keys = access.read_keys(API_KEYS_FILE.value, metrics_path=METRICS_KEY_FILE.value)
   local = HOST.value in access.LOOPBACK
   if not (local or api_keys or ANONYMOUS.value):
     raise ValueError(f'--host={HOST.value}: without API keys everyone who reaches this address '
@@ -61,7 +64,7 @@ def main(_) -> None:  # noqa: D103
     cache_dtype=CACHE_DTYPE.value))
   name = NAME.value or pathlib.Path(MODEL.value).resolve().name
   name = name.removeprefix('hf:').removesuffix('.gguf')
-  service = Service(model, engine, name, bounds)
+  service = Service(model, engine, name, bounds, len(api_keys) > 1)
   hosts = (*access.LOOPBACK, *ALLOWED_HOSTS.value) if local else None
   server = connections.Server(
     uvicorn.Config(http.make_app(service, api_keys, hosts), HOST.value, PORT.value,

@@ -6,6 +6,7 @@ import hmac
 import os
 import pathlib
 import re
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -75,17 +76,16 @@ class LimitsConfig(Config):
   max_prompt_tokens: int | None = pydantic.Field(default=None, gt=0)
   """Tokens of one prompt; None: as many as the context holds, less one."""
   max_rows: int = pydantic.Field(default=64, gt=0)
-  """Choices of a request: its prompts times n."""
+  """Choices of a request: its prompts times n; texts that it embeds."""
   max_new_tokens: int = pydantic.Field(default=32_768, gt=0)
   """Tokens that a request may ask for: choices times max_tokens."""
-  max_inputs: int = pydantic.Field(default=256, gt=0)
-  """Texts that a request may embed."""
-  max_biases: int = pydantic.Field(default=512, gt=0, le=512)
-  """Entries of logit_bias."""
-  max_stop_characters: int = pydantic.Field(default=256, gt=0)
-  """Characters of one stop string."""
+  max_text_bytes: int | None = pydantic.Field(default=None, gt=0)
+  """Bytes of a text that becomes tokens, and tokens that become a text; None: 32 for each token of
+  the context, at least 200,000."""
   max_concurrency: int = pydantic.Field(default=256, gt=0)
   """Requests that are worked on at the same time; further ones are told to come back."""
+  max_buffered_bytes: int = pydantic.Field(default=256_000_000, gt=0)
+  """Bytes of bodies that are held; requests that would bring more are told to come back."""
   max_connections: int = pydantic.Field(default=1024, gt=0)
   """Open connections; further ones are closed."""
   header_seconds: float = pydantic.Field(default=10, gt=0)
@@ -99,78 +99,117 @@ class LimitsConfig(Config):
   drain_seconds: int = pydantic.Field(default=60, gt=0)
   """Time for running answers to end after SIGTERM."""
 
-  @property
-  def shortest(self) -> float:
-    """The shortest time that a client may let a connection wait."""
-    return min(self.header_seconds, self.body_seconds, self.send_seconds)
-
 
 # Open without a key, so that health checks need none.
-OPEN_PATHS = ('/health', '/ready')
+OPEN_PATHS, METRICS_PATH = ('/health', '/ready'), '/metrics'
 LOOPBACK = ('127.0.0.1', '::1', 'localhost')
-_KEY = re.compile(r'[!-~]{8,256}')
+# Of addresses that sent wrong keys.
+FORGET_SECONDS, MAX_ADDRESSES = 600.0, 10_000
+_KEY = re.compile(r'[!-~]{16,256}')
 
 
 class Keys:
-  """API keys; only their digests are kept."""
+  """API keys and the key of /metrics; only their digests are kept."""
 
-  def __init__(self, keys: Iterable[str]):
-    self._digests = tuple(hashlib.sha256(key.encode()).digest() for key in keys)
+  def __init__(self, keys: Iterable[str], metrics: Iterable[str] = ()):
+    self._keys, self._metrics = (
+      [hashlib.sha256(key.encode()).digest() for key in given] for given in (keys, metrics))
 
-  def __bool__(self) -> bool:
-    """Return whether there are any."""
-    return bool(self._digests)
+  def __len__(self) -> int:
+    """Return how many clients there are to be told apart."""
+    return len(self._keys)
 
-  def allow(self, key: str) -> bool:
-    """Return whether a key is one of them, in a time that says nothing about which."""
+  def client(self, key: str, path: str) -> str | None:
+    """Return the name under which the holder of a key has its shares; None: it may not ask.
+
+    The name is '' where all are one client. The time says nothing about which key it is.
+    """
+    known = self._metrics if path == METRICS_PATH else self._keys
+    if path in OPEN_PATHS or not (known or self._keys):
+      return ''
     digest = hashlib.sha256(key.encode(errors='replace')).digest()
-    return sum(hmac.compare_digest(digest, known) for known in self._digests) > 0
+    found = sum(number * hmac.compare_digest(digest, other)
+                for number, other in enumerate(known, 1))
+    return (str(found) if len(known) > 1 else '') if found else None
 
 
-def read_keys(path: str | None, environ: Mapping[str, str] = os.environ) -> Keys:
+class WrongKeys:
+  """Slows those who try keys; right keys never wait."""
+
+  def __init__(self) -> None:
+    self._tries: dict[str, tuple[int, float]] = {}
+
+  def delay(self, address: str) -> float:
+    """Return the seconds that the answer to a wrong key from this address waits."""
+    now = time.monotonic()
+    count, last = self._tries.pop(address, (0, now))
+    count = 1 if now - last > FORGET_SECONDS else min(count + 1, 6)
+    # Those of whom nothing was heard for the longest time come first.
+    self._tries[address] = count, now
+    if len(self._tries) > MAX_ADDRESSES:
+      del self._tries[next(iter(self._tries))]
+    return 0.05 * 2**count
+
+
+def read_keys(
+  path: str | None, environ: Mapping[str, str] = os.environ, metrics_path: str | None = None
+) -> Keys:
   """Return the API keys of a file, one per line, and of JAXLLM_API_KEYS, with commas between.
 
   Raises:
     ValueError: there is no such file, it has no key, or one is too short to be a secret.
   """
-  found: list[str] = []
-  if path is not None:
-    lines = [line.strip() for line in pathlib.Path(path).read_text(encoding='utf-8').split('\n')]
-    found = [line for line in lines if line and not line.startswith('#')]
-    if not found:
-      raise ValueError('--api_keys_file: the file has no key; write one per line')
+  found = _read_file('--api_keys_file', path) if path is not None else []
   found += [key.strip() for key in environ.get('JAXLLM_API_KEYS', '').split(',') if key.strip()]
-  for place, key in enumerate(found, 1):
+  metrics = _read_file('--metrics_key_file', metrics_path) if metrics_path is not None else []
+  for place, key in enumerate([*found, *metrics], 1):
     if not _KEY.fullmatch(key):
-      raise ValueError(f'API key number {place}: a key is 8 to 256 characters of ASCII without '
+      raise ValueError(f'API key number {place}: a key is 16 to 256 characters of ASCII without '
                        "spaces; make one with `python -c 'import secrets; "
                        "print(secrets.token_urlsafe(32))'`")
-  return Keys(found)
+  if len(set(found + metrics)) < len(found + metrics) or len(metrics) > 1:
+    raise ValueError('--api_keys_file, --metrics_key_file: a key is there twice, or /metrics has '
+                     'more than one; each client needs a key of its own')
+  return Keys(found, metrics)
 
 
-def access_error(
+def _read_file(flag: str, path: str) -> list[str]:
+  lines = [line.strip() for line in pathlib.Path(path).read_text(encoding='utf-8').split('\n')]
+  if not (found := [line for line in lines if line and not line.startswith('#')]):
+    raise ValueError(f'{flag}: the file has no key; write one per line')
+  return found
+
+
+def check_access(
   connection: HTTPConnection, keys: Keys, hosts: Sequence[str] | None
-) -> ApiError | None:
-  """Return why a request is refused before anything is read of it; None: it is not.
+) -> str:
+  """Return the name of the client (see `Keys.client`), before anything is read of its request.
 
   Args:
     connection: of the request.
     keys: one of them is needed; none: everyone may ask.
     hosts: names that the server goes by; None: any. A page elsewhere that turns its own name into
       our address (DNS rebinding) still sends its name.
+
+  Raises:
+    ApiError: the request is refused.
   """
   host, path = connection.headers.get('host'), connection.scope['path']
   if host and hosts is not None and re.sub(r':\d*$', '', host).strip('[]').lower() not in hosts:
-    return ApiError(403, 'Host: the server does not go by this name; use 127.0.0.1, or start it '
-                         'with --allowed_hosts', code='unknown_host')
+    raise ApiError(403, 'Host: the server does not go by this name; use 127.0.0.1, or start it '
+                        'with --allowed_hosts', code='unknown_host')
   key = _sent_key(connection.headers.get('authorization', ''))
-  if not keys or path in OPEN_PATHS or keys.allow(key):
-    return None
+  client = keys.client(key, path)
+  if client is not None:
+    return client
   # A browser asks for the key by itself where Basic is offered.
   browser = path == '/' or path.startswith('/static/')
   offered = 'Basic realm="jaxllm: any name, API key as password"' if browser else 'Bearer'
-  return ApiError(401, 'the API key is missing or wrong; send it as Authorization: Bearer KEY',
-                  code='invalid_api_key', headers={'WWW-Authenticate': offered})
+  what = ('the key of /metrics is missing or wrong; the server reads it from --metrics_key_file'
+          if path == METRICS_PATH else
+          'the API key is missing or wrong; send it as Authorization: Bearer KEY')
+  raise ApiError(401, what, code='invalid_api_key',
+                 headers={'WWW-Authenticate': offered})
 
 
 def _sent_key(authorization: str) -> str:

@@ -26,8 +26,20 @@ from jaxllm.serving.service import Plan, Service, engine_errors
 from jaxllm.serving.streams import ClosedError, FailedError, QueueFullError, RequestStream
 
 PAGE_TYPES = {'html': 'text/html', 'css': 'text/css', 'js': 'text/javascript'}
-# (body, time of the request, send) to the response; None: it has been sent.
-Work = Callable[[bytes, float, Send], Awaitable[Response | None]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+  """A request that was read: whose it is, when it began to come, and where its answer goes."""
+
+  client: str
+  body: bytes
+  started: float
+  send: Send
+
+
+# From a call to its response; None: it has been sent.
+Work = Callable[[Call], Awaitable[Response | None]]
 _STREAM_HEADERS = [(b'content-type', b'text/event-stream; charset=utf-8'),
                    (b'cache-control', b'no-cache'), (b'x-accel-buffering', b'no')]
 
@@ -51,12 +63,6 @@ def make_app(service: Service, keys: Keys, hosts: Sequence[str] | None = None
       raise HTTPException(404)
     return Response(page[name], media_type=PAGE_TYPES[name.rpartition('.')[2]])
 
-  async def health(request: Request) -> Response:
-    return _alive(service, 'ok', FailedError)
-
-  async def ready(request: Request) -> Response:
-    return _alive(service, 'ready', ClosedError)
-
   async def statistics(request: Request) -> Response:
     return Response(service.metrics.text(), media_type=CONTENT_TYPE)
 
@@ -70,17 +76,21 @@ def make_app(service: Service, keys: Keys, hosts: Sequence[str] | None = None
   async def tokenizer_info(request: Request) -> Response:
     return JSONResponse(service.tokenizer_info())
 
-  async def tokenize(body: bytes, *_: Any) -> Response:
-    tokens = await service.in_thread(service.tokenize, body)
-    return JSONResponse({'tokens': tokens, 'count': len(tokens)})
+  async def tokenize(call: Call) -> Response:
+    tokens = await service.read(call.client, call.body, service.tokenize)
+    return await service.write(
+      call.client, len(tokens), lambda: {'tokens': tokens, 'count': len(tokens)})
 
-  async def detokenize(body: bytes, *_: Any) -> Response:
-    return JSONResponse({'prompt': await service.in_thread(service.detokenize, body)})
+  async def detokenize(call: Call) -> Response:
+    text = await service.read(call.client, call.body, service.detokenize)
+    return JSONResponse({'prompt': text})
 
   gets: dict[str, Callable[[Request], Awaitable[Response]]] = {
-    '/': functools.partial(file, name='index.html'), '/static/{name}': file, '/health': health,
-    '/ready': ready, '/metrics': statistics, '/v1/models': models,
-    '/v1/models/{model:path}': one_model, '/tokenizer_info': tokenizer_info}
+    '/': functools.partial(file, name='index.html'), '/static/{name}': file,
+    '/health': functools.partial(_alive, service, 'ok', FailedError),
+    '/ready': functools.partial(_alive, service, 'ready', ClosedError),
+    '/metrics': statistics, '/v1/models': models, '/v1/models/{model:path}': one_model,
+    '/tokenizer_info': tokenizer_info}
   posts: dict[str, Work] = {
     '/v1/completions': functools.partial(_generate, service, service.completion),
     '/v1/chat/completions': functools.partial(_generate, service, service.chat),
@@ -94,36 +104,29 @@ def make_app(service: Service, keys: Keys, hosts: Sequence[str] | None = None
 
 @dataclasses.dataclass(frozen=True)
 class _Post:
-  """An endpoint that reads a body and works as long as its client is connected.
-
-  Attributes:
-    service: bounds how many work at a time.
-    work: makes the response.
-  """
+  """An endpoint that reads a body and works as long as its client is connected."""
 
   service: Service
   work: Work
 
   async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-    started = time.monotonic()
+    started, service, client = time.monotonic(), self.service, scope['jaxllm.client']
 
     async def respond() -> None:
-      response = await self.work(body, started, send)
+      response = await self.work(Call(client, body, started, send))
       if response is not None:
         await response(scope, receive, send)
 
-    with self.service.admitted(), contextlib.suppress(ClientDisconnect):
-      body = await bodies.receive(Request(scope, receive), self.service.limits)
-      await _while_connected(receive, respond())
+    with service.buffered.taking(client) as take, contextlib.suppress(ClientDisconnect):
+      body = await bodies.receive(Request(scope, receive), service.limits, take)
+      # Who only sends half a body takes no place from others.
+      with service.active.taking(client) as enter:
+        enter(1)
+        await _while_connected(receive, respond())
 
 
 async def _while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
-  """Do work until it is done or the client goes away.
-
-  Raises:
-    ClientDisconnect: the client has gone, and the work was cancelled.
-    Exception: what the work raises.
-  """
+  """Do work until it is done, or cancel it and raise ClientDisconnect when the client goes away."""
   async def gone() -> None:
     while (await receive())['type'] != 'http.disconnect':
       pass
@@ -145,21 +148,21 @@ async def _while_connected(receive: Receive, work: Coroutine[Any, Any, None]) ->
 
 
 async def _generate(
-  service: Service, make_plan: Callable[[bytes], Plan], body: bytes, started: float, send: Send
+  service: Service, make_plan: Callable[[bytes, str], Plan], call: Call
 ) -> Response | None:
   """Answer by text, whole or streamed."""
-  plan = await service.in_thread(make_plan, body)
+  plan = await service.read(call.client, call.body, make_plan, call.client)
   with engine_errors():
-    stream = service.engine.submit(plan.requests)
+    stream = service.engine.submit(plan.requests, call.client)
   try:
-    async with contextlib.aclosing(_deltas(service, plan.answer, stream, started)) as deltas:
+    async with contextlib.aclosing(_deltas(service, plan.answer, stream, call.started)) as deltas:
       if plan.answer.stream:
-        await _send_events(service, plan.answer, deltas, send)
+        await _send_events(service, plan.answer, deltas, call.send)
         return None
       async with _answering(service):
         async for _ in deltas:
           pass
-        return JSONResponse(plan.answer.whole())
+        return await service.write(call.client, plan.answer.num_entries, plan.answer.whole)
   finally:
     stream.cancel()
 
@@ -229,23 +232,31 @@ async def _answering(service: Service) -> AsyncIterator[None]:
     raise invalid('response_format', str(error)) from None
 
 
-async def _embed(service: Service, body: bytes, *_: Any) -> Response:
-  prompts, as_base64 = await service.in_thread(service.embedding, body)
+async def _embed(service: Service, call: Call) -> Response:
+  requests, as_base64 = await service.read(call.client, call.body, service.embedding)
   with engine_errors():
-    vectors = service.engine.embed(prompts)
-  async with _answering(service):
-    # Cancelling this also cancels the future of the engine, which frees its slot.
-    found = await asyncio.wrap_future(vectors)
-  data = [{'object': 'embedding', 'index': index,
-           'embedding': base64.b64encode(vector.astype('<f4').tobytes()).decode() if as_base64
-                        else vector.tolist()}
-          for index, vector in enumerate(found)]
-  count = sum(map(len, prompts))
-  return JSONResponse({'object': 'list', 'data': data, 'model': service.name,
-                       'usage': {'prompt_tokens': count, 'total_tokens': count}})
+    stream = service.engine.submit(requests, call.client)
+  try:
+    async with _answering(service):
+      found = [one.mean_D for one in sorted([one async for one in stream])]
+  finally:
+    stream.cancel()
+
+  def whole() -> dict[str, Any]:
+    data = [{'object': 'embedding', 'index': index,
+             'embedding': base64.b64encode(vector.astype('<f4').tobytes()).decode() if as_base64
+                          else vector.tolist()}
+            for index, vector in enumerate(found)]
+    count = sum(len(request.prompt) for request in requests)
+    return {'object': 'list', 'data': data, 'model': service.name,
+            'usage': {'prompt_tokens': count, 'total_tokens': count}}
+
+  return await service.write(call.client, sum(vector.size for vector in found), whole)
 
 
-def _alive(service: Service, status: str, error: type[ClosedError]) -> Response:
+async def _alive(
+  service: Service, status: str, error: type[ClosedError], _: Request
+) -> Response:
   """Answer whether the engine works: 503 where it refuses, by this error, to take anything."""
   try:
     service.engine.submit([])

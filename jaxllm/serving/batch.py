@@ -44,7 +44,8 @@ class Batch:
     self.chunk = min(chunk, context_length)
     self.small = min(max(self.chunk // SMALL_SHARE, LEAST_SMALL), self.chunk)
     self.held: list[Sequence[int]] = [()] * num_slots
-    """Tokens of each row whose keys and values another prompt may take over."""
+    """Tokens of each row whose keys and values another prompt of its client may take over."""
+    self._clients = [''] * num_slots
     self._config, self._model = model.config, model.decoder
     self._variables = model.unstacked
     self._state, self._logits_BV = programs.init_state(
@@ -57,15 +58,20 @@ class Batch:
     """How many programs were compiled since the batch was made, its own included."""
     return programs.compilation_count() - self._compiled_before
 
-  def start(self, row: int, request: Request, reuse: bool) -> int:
+  def held_by(self, client: str) -> list[Sequence[int]]:
+    """Return `held`, with nothing in rows of other clients, who must not learn from the time."""
+    return [tokens if client == other else ()
+            for tokens, other in zip(self.held, self._clients, strict=True)]
+
+  def start(self, row: int, request: Request, client: str, reuse: bool) -> int:
     """Give a row to a request, reusing what is cached; return how many tokens that spares."""
     source, cached = row, 0
     if reuse:
       source, cached = best_row(
-        request.prompt, self.held, self.chunk, [row, *range(self.num_slots)])
+        request.prompt, self.held_by(client), self.chunk, [row, *range(self.num_slots)])
     if cached and source != row:
       self._state = programs.copy_prefix(self._state, np.int32(source), np.int32(row))
-    self.held[row] = request.prompt[:cached]
+    self.held[row], self._clients[row] = request.prompt[:cached], client
     fields = programs.row_fields(request, self.context_length)
     self._state = programs.start_row(self._state, np.int32(row), fields, np.int32(cached))
     return cached
@@ -136,7 +142,7 @@ class Batch:
       count = programs.compilation_count()
       for length in {self.chunk, self.small}:
         prompt = (0,) * length
-        self.start(0, Request(prompt, SamplingConfig(), 0), reuse=False)
+        self.start(0, Request(prompt, SamplingConfig(), 0), '', reuse=False)
         chunk = self.prefill(0, prompt, 0)
         self.score(chunk, prompt, 1)
         self.pool(chunk)

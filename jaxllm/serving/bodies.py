@@ -6,7 +6,7 @@ Texts are never repeated in messages, for they may be prompts.
 import asyncio
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, TypeVar
 
 import pydantic
@@ -70,8 +70,10 @@ def unsupported(instead: str, *neutral: Any) -> Any:
   return pydantic.Field(None, json_schema_extra=extra)
 
 
-async def receive(request: Request, limits: LimitsConfig) -> bytes:
-  """Return the body of a request.
+async def receive(
+  request: Request, limits: LimitsConfig, take: Callable[[int], None]
+) -> bytes:
+  """Return the body of a request; `take` is told how many bytes come.
 
   Raises:
     ApiError: it is not JSON by its header, too large, or too slow.
@@ -93,6 +95,7 @@ async def receive(request: Request, limits: LimitsConfig) -> bytes:
   try:
     async with asyncio.timeout(limits.body_seconds):
       async for part in request.stream():
+        take(len(part))
         body += part
         if len(body) > limits.max_body_bytes:
           raise too_large

@@ -73,7 +73,8 @@ class LimitedProtocol(H11Protocol):
       self._refuse(ApiError(
         408, f'the headers did not arrive within {self.limits.header_seconds:g} seconds',
         code='request_timeout'))
-    self._timer = self.loop.call_later(min(self.limits.shortest / 8, 1.0), self._look)
+    soon = min(self.limits.header_seconds, self.limits.body_seconds, self.limits.send_seconds) / 8
+    self._timer = self.loop.call_later(min(soon, 1.0), self._look)
 
   def _waiting(self) -> tuple[float, str, Any] | None:
     """Return (seconds that it may take, what the client has to send or to take, what of it)."""

@@ -6,7 +6,6 @@ and end at any step; a row's tokens depend on its own request alone, bit for bit
 """
 
 import collections
-import concurrent.futures
 import dataclasses
 import logging
 import threading
@@ -19,16 +18,15 @@ import pydantic
 
 from jaxllm.config import Config
 from jaxllm.generation.constraint import ConstraintError
-from jaxllm.generation.sampling import SamplingConfig, make_requests
+from jaxllm.generation.sampling import make_requests
 from jaxllm.generation.text import TextPiece
 from jaxllm.model import Model
 from jaxllm.serving import programs
 from jaxllm.serving.batch import Batch, choose_row, chunk_size, pairs
+from jaxllm.serving.shares import fits
 from jaxllm.serving.streams import (
   ClosedError,
-  Embedding,
   FailedError,
-  Generation,
   QueueFullError,
   Request,
   RequestStream,
@@ -106,20 +104,28 @@ class Engine:
                         self.config.prefill_chunk, self.config.cache_dtype)
     # Guards the queue and the four flags; everything else belongs to the thread.
     self._changed = threading.Condition()
-    self._queue: collections.deque[Row] = collections.deque()
+    self._queue: list[Row] = []
     self._closing = self._abandoned = False
     self._failure: Exception | None = None
     # Free slots, the least recently used first.
     self._free = list(range(self.config.num_slots))
     self._prefilling: collections.deque[Row] = collections.deque()
-    self._decoding: list[Generation] = []
+    self._decoding: list[Row] = []
     self._counts: collections.Counter[str] = collections.Counter()
     self._finished: collections.Counter[str] = collections.Counter()
     self._thread = threading.Thread(target=self._run, name='jaxllm-engine', daemon=True)
     self._thread.start()
 
-  def submit(self, requests: Sequence[Request]) -> RequestStream:
-    """Take requests, all or none; they are served in the order in which they come.
+  def submit(self, requests: Sequence[Request], client: str = '') -> RequestStream:
+    """Take requests, all or none.
+
+    A free row goes to the client that has the fewest, and of its requests to those that were
+    submitted with the fewest in work, the oldest first.
+
+    Args:
+      requests: to be served.
+      client: whose they are. What one client left in the cache is not reused for another, and none
+        gets all rows or the whole queue; '' stands for a client that may.
 
     Raises:
       ValueError: a request cannot be served: its prompt is empty or too long, an id is not in the
@@ -128,33 +134,15 @@ class Engine:
       ClosedError: the engine was closed; or it failed (FailedError).
     """
     stream = RequestStream(len(requests), self._notify)
-    self._enqueue([Generation(self._checked(request), stream, index, self._model.tokenizer)
-                   for index, request in enumerate(requests)])
+    self._enqueue([
+      Row(self._checked(request), client, stream, index, self._model.tokenizer)
+      for index, request in enumerate(requests)], client)
     return stream
-
-  def embed(
-    self, prompts: Sequence[Sequence[int]]
-  ) -> 'concurrent.futures.Future[list[np.ndarray]]':
-    """Average the final hidden states of each prompt; all of them wait as one request.
-
-    Returns:
-      A future of one (D,) float32 array per prompt. Cancelling it frees its slot.
-
-    Raises:
-      ValueError: there is no prompt; this and all others as `submit`.
-    """
-    if not prompts:
-      raise ValueError('prompts: none given; give at least one')
-    requests = [self._checked(Request(tuple(prompt), SamplingConfig(max_new_tokens=1), 0))
-                for prompt in prompts]
-    future: concurrent.futures.Future[list[np.ndarray]] = concurrent.futures.Future()
-    self._enqueue([Embedding(future, requests)])
-    return future
 
   def statistics(self) -> Statistics:
     """Return a snapshot."""
     with self._changed:
-      queued = sum(not row.is_cancelled for row in self._queue)
+      queued = sum(not row.stream.cancelled for row in self._queue)
       rows = [*self._prefilling, *self._decoding]
     counts = {name: self._counts[name] for name in (
       'prompt_tokens', 'completion_tokens', 'prefix_hit_tokens', 'decode_steps')}
@@ -181,31 +169,27 @@ class Engine:
 
   def _checked(self, request: Request) -> Request:
     """Return a request with all tokens that end it, or raise the ValueError of `submit`."""
-    if not request.prompt:
-      raise ValueError('prompt: no tokens; give at least one')
     if len(request.prompt) > self.context_length:
       raise ValueError(f'prompt: {len(request.prompt)} tokens, but a row holds '
                        f'{self.context_length}; shorten it')
     if not 0 <= request.num_top <= programs.NUM_TOP:
       raise ValueError(f'num_top={request.num_top}: between 0 and {programs.NUM_TOP} are given')
-    if '' in request.stop:
-      raise ValueError("stop: '' would end the text before it begins; leave it out")
     stop_token_ids = dict.fromkeys((*self._model.tokenizer.eos_token_ids, *request.stop_token_ids))
     plain, = make_requests(
       self._model.config, [request.prompt], [request.sampling], [*stop_token_ids], [request.seed])
     programs.row_fields(plain, self.context_length)
     return dataclasses.replace(request, prompt=plain.prompt, stop_token_ids=plain.stop_token_ids)
 
-  def _enqueue(self, rows: Sequence[Row]) -> None:
+  def _enqueue(self, rows: Sequence[Row], client: str) -> None:
     with self._changed:
       if self._failure is not None:
         raise FailedError('the engine failed; see its log') from self._failure
       if self._closing:
         raise ClosedError('the engine is closed')
-      waiting = sum(not row.is_cancelled for row in self._queue)
-      room = len(self._free) + self.config.max_queue - waiting
-      if len(rows) > room:
-        raise QueueFullError(f'{waiting} requests wait, and {len(rows)} more are too many '
+      waiting = [row.client for row in self._queue if not row.stream.cancelled]
+      room = len(self._free) + self.config.max_queue - len(waiting)
+      if not fits(len(rows), room, waiting.count(client), client):
+        raise QueueFullError(f'{len(waiting)} requests wait, and {len(rows)} more are too many '
                              f'(max_queue={self.config.max_queue}); try again later')
       self._queue.extend(rows)
       self._changed.notify_all()
@@ -237,22 +221,32 @@ class Engine:
       while not (self._queue or self._prefilling or self._decoding or self._closing):
         self._changed.wait()
         self._sweep()
-      while self._queue and self._free:
-        row = self._queue.popleft()
+      while self._free and (row := self._next()) is not None:
+        self._queue.remove(row)
         row.slot = choose_row(
-          row.request.prompt, self._batch.held, self._free, self._batch.chunk)
+          row.request.prompt, self._batch.held_by(row.client), self._free, self._batch.chunk)
         self._free.remove(row.slot)
         self._prefilling.append(row)
       return not self._abandoned and bool(self._prefilling or self._decoding)
 
+  def _next(self) -> Row | None:
+    """Return the row that is admitted next; None: no client may have more."""
+    working = [*self._prefilling, *self._decoding]
+    held = collections.Counter(row.client for row in working)
+    groups = collections.Counter(id(row.stream) for row in working)
+    allowed = [row for row in self._queue
+               if fits(1, len(self._free), held[row.client], row.client)]
+    return min(allowed, key=lambda row: (held[row.client], groups[id(row.stream)]), default=None)
+
   def _sweep(self) -> None:
     """Release cancelled rows."""
-    gone = [row for row in (*self._queue, *self._prefilling, *self._decoding) if row.is_cancelled]
+    working = (*self._queue, *self._prefilling, *self._decoding)
+    gone = [row for row in working if row.stream.cancelled]
     if gone:
-      self._queue = collections.deque(row for row in self._queue if row not in gone)
+      self._queue = [row for row in self._queue if row not in gone]
     for row in gone:
       self._release(row, 'cancelled')
-      row.fail(None)
+      row.stream.put(None)
 
   def _release(self, row: Row, reason: str) -> None:
     self._finished[reason] += 1
@@ -271,7 +265,7 @@ class Engine:
       row = self._prefilling[0]
       if not row.started:
         row.started = True
-        row.prefilled = self._batch.start(row.slot, row.request, row.reuse)
+        row.prefilled = self._batch.start(row.slot, row.request, row.client, row.reuse)
         self._counts['prefix_hit_tokens'] += row.prefilled
         self._counts['prompt_tokens'] += len(row.request.prompt)
       left -= chunk_size(
@@ -281,14 +275,11 @@ class Engine:
       chunk = self._batch.prefill(row.slot, row.request.prompt, row.prefilled)
       row.prefilled = chunk.end
       row.after_chunk(self._batch, chunk)
-      if not row.started:
-        # It has turned to its next prompt: those that wait come first.
-        self._prefilling.rotate(-1)
-      elif row.prefilled < len(row.request.prompt):
+      if row.prefilled < len(row.request.prompt):
         continue
-      elif isinstance(row, Embedding):
+      if row.request.pool:
         self._release(row, 'embedded')
-        row.deliver()
+        row.stream.put(row.pooled())
       else:
         self._batch.finish_prefill(row.slot, chunk)
         with self._changed:
@@ -301,7 +292,10 @@ class Engine:
     rows = list(self._decoding)
     if not rows:
       return
-    goes_on = any(row.new_tokens + 1 < self._room(row) for row in rows)
+    # The last token of a row is never fed.
+    goes_on = any(row.new_tokens + 1 < min(
+      row.request.sampling.max_new_tokens, self.context_length + 1 - len(row.request.prompt))
+      for row in rows)
     wants_top = any(row.request.num_top for row in rows)
     sampled = self._batch.decode_step([row.slot for row in rows], masks, wants_top, goes_on)
     self._counts['decode_steps'] += 1
@@ -335,16 +329,11 @@ class Engine:
         self._give(row, row.stop())
     return masks
 
-  def _give(self, row: Generation, piece: TextPiece) -> None:
+  def _give(self, row: Row, piece: TextPiece) -> None:
     # The slot is free before the client sees the last piece.
     if piece.finish_reason is not None:
       self._release(row, piece.finish_reason)
     row.stream.put(piece)
-
-  def _room(self, row: Row) -> int:
-    """Return how many tokens may follow a row's prompt; the last one is never fed."""
-    return min(row.request.sampling.max_new_tokens,
-               self.context_length + 1 - len(row.request.prompt))
 
   def _fail_one(self, row: Row, error: Exception) -> None:
     """End one row whose constraint or text failed; clients see the message of a ConstraintError."""
@@ -353,7 +342,7 @@ class Engine:
       failure = RuntimeError(f'this request failed on the server: {type(error).__name__}')
       failure.__cause__ = error
     self._release(row, 'error')
-    row.fail(failure)
+    row.stream.put(failure)
 
   def _end_all(self) -> None:
     """End all rows that are left with an error."""
@@ -367,4 +356,4 @@ class Engine:
       if self._failure is not None:
         error = FailedError('the engine failed; see its log')
         error.__cause__ = self._failure
-      row.fail(error)
+      row.stream.put(error)

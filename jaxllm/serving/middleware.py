@@ -1,5 +1,6 @@
 """Middleware around all routes: access, headers, errors, the log, and metrics for Prometheus."""
 
+import asyncio
 import dataclasses
 import logging
 import secrets
@@ -26,7 +27,7 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import Message, Receive, Scope, Send
 
-from jaxllm.serving.access import ApiError, Keys, access_error
+from jaxllm.serving.access import ApiError, Keys, WrongKeys, check_access
 from jaxllm.serving.engine import Engine
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -97,13 +98,14 @@ _LOG = logging.getLogger('jaxllm.serving')
 
 
 class RequestMiddleware:
-  """Check every request by `access_error`, count and log it, and answer its errors."""
+  """Check every request by `check_access`, count and log it, and answer its errors."""
 
   def __init__(self, router: Router, keys: Keys, hosts: Sequence[str] | None, metrics: Metrics):
     # Starlette's own app would raise an error again for the server to log, prompt and all.
     self._app = ExceptionMiddleware(
       router, {ApiError: _told, HTTPException: _told, Exception: _told})
     self._keys, self._hosts, self._metrics = keys, hosts, metrics
+    self._wrong_keys = WrongKeys()
     self._paths: dict[Any, str] = {route.endpoint: route.path for route in router.routes
                                if isinstance(route, Route)}
 
@@ -121,8 +123,12 @@ class RequestMiddleware:
       await send(message)
 
     try:
-      error = access_error(request, self._keys, self._hosts)
-      await (error.response() if error else self._app)(scope, receive, send_on)
+      scope['jaxllm.client'] = check_access(request, self._keys, self._hosts)
+      await self._app(scope, receive, send_on)
+    except ApiError as error:  # Of the access.
+      if error.status == 401 and 'authorization' in request.headers:
+        await asyncio.sleep(self._wrong_keys.delay(request.client.host if request.client else ''))
+      await error.response()(scope, receive, send_on)
     finally:
       seconds = time.monotonic() - started
       route = self._paths.get(scope.get('endpoint'), 'other')

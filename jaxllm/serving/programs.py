@@ -24,9 +24,8 @@ from jaxllm.models import log_probs
 from jaxllm.models.decoder import Decoder, init_cache
 from jaxllm.sharding import active, constrain
 
-# Room in the arrays of every row: stop ids, entries of logit_bias and the like, tokens of each;
-# powers of two.
-MAX_STOP_IDS, MAX_BIASES, MAX_BIAS_TOKENS = 16, 512, 8
+# Room in the arrays of every row, powers of two.
+MAX_STOP_IDS, MAX_BIASES = 16, 512
 # Top logprobs that are computed where any request wants some.
 NUM_TOP = 20
 
@@ -70,18 +69,11 @@ def row_fields(request: Request, context_length: int) -> dict[str, Any]:
   if len(request.stop_token_ids) > MAX_STOP_IDS:
     raise ValueError(f'stop_token_ids: {len(request.stop_token_ids)} tokens; at most '
                      f'{MAX_STOP_IDS} are served')
-  values = sampling.row_values([request.sampling], [request.stop_token_ids], every_rule=True,
-                               least_biases=(MAX_BIASES, MAX_BIAS_TOKENS))
+  values = sampling.row_values([request.sampling], every_rule=True, least_biases=MAX_BIASES)
+  if values['biases'].ids_BW.size > MAX_BIASES:
+    raise ValueError(f'logit_bias: more than {MAX_BIASES} entries; at most that many are served')
   values = {name: jax.tree.map(lambda leaf: leaf[0], value) for name, value in values.items()}
-  width, length = values['biases'].sequences_BWN.shape
-  if width > MAX_BIASES:
-    raise ValueError(f'logit_bias, bad_words: more than {MAX_BIASES} entries; at '
-                     'most that many are served')
-  if length > MAX_BIAS_TOKENS:
-    raise ValueError(f'bad_words: a sequence of more than {MAX_BIAS_TOKENS} tokens; '
-                     'at most that many are served')
   fields = decode_state.row_arrays([request], context_length, context_length, MAX_STOP_IDS)
-  # The most probable tokens are found by `top_logprobs`, where a request wants them.
   return {name: leaf[0] for name, leaf in fields.items()} | {'values': values}
 
 

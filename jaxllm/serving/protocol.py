@@ -12,9 +12,10 @@ from typing import Annotated, Any, Literal, TypeVar
 import pydantic
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, ValidationInfo
 
-from jaxllm.generation import json_schema
+from jaxllm.generation import constraint
 from jaxllm.generation.sampling import SamplingConfig
 from jaxllm.serving.bodies import Body, Name, String, Text, field_error, unsupported
+from jaxllm.serving.programs import MAX_BIASES
 
 # What the server says to the renderer of templates.
 _RESERVED = {'messages', 'conversations', 'tokenizer', 'template', 'tools', 'documents',
@@ -23,9 +24,9 @@ _RESERVED = {'messages', 'conversations', 'tokenizer', 'template', 'tools', 'doc
 
 def _shallow(value: dict[str, Any]) -> dict[str, Any]:
   try:
-    json_schema.check_depth(value)
+    constraint.check_depth(value)
   except ValueError:
-    raise field_error(f'nested deeper than {json_schema.MAX_DEPTH} levels') from None
+    raise field_error(f'nested deeper than {constraint.MAX_DEPTH} levels') from None
   return value
 
 
@@ -159,8 +160,7 @@ def _message(value: Any) -> dict[str, Any]:
 Message = Annotated[dict[str, Any], PlainValidator(_message)]
 
 
-MAX_STOPS = 4
-MAX_CHOICES = 128
+MAX_STOPS, MAX_STOP_CHARACTERS, MAX_CHOICES = 4, 256, 128
 LARGEST = 2**31 - 1
 
 T = TypeVar('T')
@@ -173,16 +173,12 @@ def _in_vocabulary(token: int, info: ValidationInfo) -> int:
   return token
 
 
-def _bounded(limit: str, what: str) -> AfterValidator:
-  """Bound the length of a value by a field of `LimitsConfig`."""
-  def check(value: Any, info: ValidationInfo) -> Any:
-    context: Any = info.context
-    most = getattr(context['limits'], limit)
-    if len(value) > most:
-      raise field_error(f'{len(value)} {what} are too many; {most} are accepted')
-    return value
-
-  return AfterValidator(check)
+def _few(value: Any, info: ValidationInfo) -> Any:
+  """Bound the number of prompts."""
+  context: Any = info.context
+  if len(value) > (most := context['limits'].max_rows):
+    raise field_error(f'{len(value)} texts are too many; {most} are accepted')
+  return value
 
 
 TokenId = Annotated[int, Field(ge=0), AfterValidator(_in_vocabulary)]
@@ -200,17 +196,24 @@ def _prompts(value: Any, info: ValidationInfo) -> list[Prompt]:
     return [_TEXT.validate_python(value)]
   if isinstance(value, list) and value:
     if isinstance(value[0], int):
-      return [_IDS.validate_python(value, context=info.context)]
+      return [_ids(value, info)]
     for kind, adapter in ((str, _TEXTS), (list, _ID_LISTS)):
       if isinstance(value[0], kind):
         return adapter.validate_python(value, context=info.context)
   raise field_error('Input should be a string, a list of token ids, or a list of either')
 
 
-def _listed(value: Any, info: ValidationInfo) -> Any:
-  if not isinstance(value, str):
-    return value
-  return [pydantic.TypeAdapter(Stop).validate_python(value, context=info.context)]
+def _ids(value: Any, info: ValidationInfo) -> list[int]:
+  """Read token ids, of which no more are looked at than can be worked on."""
+  context: Any = info.context
+  most = context['limits'].max_text_bytes
+  if isinstance(value, list) and most is not None and len(value) > most:
+    raise field_error(f'{len(value)} ids are too many; {most} are accepted')
+  return _IDS.validate_python(value, context=context) if value != [] else []
+
+
+def _listed(value: Any) -> Any:
+  return [pydantic.TypeAdapter(Stop).validate_python(value)] if isinstance(value, str) else value
 
 
 def _spelled_id(key: str) -> int:
@@ -227,7 +230,7 @@ Ignored = Annotated[T | None, AfterValidator(lambda _: None)]
 BiasKey = Annotated[str, AfterValidator(_spelled_id), AfterValidator(_in_vocabulary)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Effort = Literal['none', 'minimal', 'low', 'medium', 'high', 'xhigh', 'max']
-Stop = Annotated[Text, _bounded('max_stop_characters', 'characters')]
+Stop = Annotated[Text, Field(max_length=MAX_STOP_CHARACTERS)]
 
 
 class _JsonSchema(Body):
@@ -271,7 +274,7 @@ class GenerationRequest(ModelRequest):
   repetition_penalty: float = Field(1.0, gt=0, le=100)
   presence_penalty: float = Field(0.0, ge=-2, le=2)
   frequency_penalty: float = Field(0.0, ge=-2, le=2)
-  logit_bias: Annotated[dict[BiasKey, Bias], _bounded('max_biases', 'entries')] = {}
+  logit_bias: Annotated[dict[BiasKey, Bias], Field(max_length=MAX_BIASES)] = {}
   max_tokens: Length | None = None
   n: int = Field(1, ge=1, le=MAX_CHOICES)
   seed: int | None = Field(None, ge=-(2**63), lt=2**63)
@@ -331,7 +334,7 @@ class GenerationRequest(ModelRequest):
 class CompletionRequest(GenerationRequest):
   """The body of `POST /v1/completions`."""
 
-  prompt: Annotated[Prompts, _bounded('max_rows', 'prompts')]
+  prompt: Annotated[Prompts, AfterValidator(_few)]
   max_tokens: Length | None = 16
   logprobs: int | None = Field(None, ge=0, le=5)
   echo: bool = False
@@ -398,7 +401,7 @@ class EmbeddingRequest(ModelRequest):
   """The body of `POST /v1/embeddings`."""
 
   model: ModelName
-  input: Annotated[Prompts, _bounded('max_inputs', 'inputs')]
+  input: Annotated[Prompts, AfterValidator(_few)]
   encoding_format: Literal['float', 'base64'] = 'float'
   user: Ignored[str] = None
   dimensions: None = unsupported('embeddings have the width of the model; leave it out')
@@ -414,4 +417,4 @@ class TokenizeRequest(ModelRequest):
 class DetokenizeRequest(ModelRequest):
   """The body of `POST /detokenize`."""
 
-  tokens: list[TokenId]
+  tokens: Annotated[list[int], PlainValidator(_ids)]

@@ -122,6 +122,12 @@ class Answer:
     self._id = f'{"chatcmpl" if self._is_chat else "cmpl"}-{uuid.uuid4().hex}'
     self._created = int(time.time())
 
+  @property
+  def num_entries(self) -> int:
+    """How many tokens the answer says something of."""
+    return sum(1 + len(item.top) for choice in self.choices for delta in choice.deltas
+               for item in delta.scored)
+
   def whole(self) -> dict[str, Any]:
     """Return an answer that is not streamed."""
     choices = []

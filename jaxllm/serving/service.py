@@ -4,19 +4,19 @@
 takes time, and runs in threads.
 """
 
-import asyncio
-import concurrent.futures
 import contextlib
-import dataclasses
+import functools
+import json
 import re
 import secrets
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
+
+from starlette.responses import JSONResponse, Response
 
 from jaxllm.generation.constraint import JsonConstraint, JsonConstraints
-from jaxllm.generation.sampling import MAX_SEED
+from jaxllm.generation.sampling import MAX_SEED, SamplingConfig
 from jaxllm.generation.text import text_of
 from jaxllm.interop import chat as templates
 from jaxllm.model import Model
@@ -26,16 +26,18 @@ from jaxllm.serving.engine import Engine
 from jaxllm.serving.middleware import Metrics
 from jaxllm.serving.protocol import ChatCompletionRequest, GenerationRequest, Prompt
 from jaxllm.serving.responses import Answer, Names
+from jaxllm.serving.shares import Budget, Workers
 from jaxllm.serving.streams import ClosedError, QueueFullError, Request
 
 THREADS, SCHEMA_THREADS = 4, 2
+# Entries of an answer that are encoded in a moment.
+MAX_ENTRIES = 2000
 _JSON = '{"a": [-1.5, true]}'
 T = TypeVar('T')
 R = TypeVar('R', bound=protocol.ModelRequest)
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
   """What a request of text asks of the engine, one request per choice, and its answer."""
 
   requests: tuple[Request, ...]
@@ -43,68 +45,73 @@ class Plan:
 
 
 class Service:
-  """A model, by the name that clients know, and what may be asked of it."""
+  """A model, by the name that clients know, and what may be asked of it.
 
-  def __init__(self, model: Model, engine: Engine, name: str, limits: LimitsConfig):
+  `shared`: whether there are several clients that are told apart.
+  """
+
+  def __init__(self, model: Model, engine: Engine, name: str, limits: LimitsConfig,
+               shared: bool = False):
     self.engine, self.name, self.tokenizer = engine, name, model.tokenizer
     self._context_length, most = engine.context_length, engine.config
+    room = most.num_slots + most.max_queue
     self.limits = limits.replace(
       # More could never be taken, however long a client waits.
-      max_rows=min(limits.max_rows, most.num_slots + most.max_queue),
+      max_rows=min(limits.max_rows, max(3 * room // 4, 1) if shared else room),
+      max_text_bytes=limits.max_text_bytes or max(32 * self._context_length, 200_000),
       max_prompt_tokens=min(limits.max_prompt_tokens or self._context_length,
                             self._context_length - 1))
-    self.created, self.active = int(time.time()), 0
-    self.metrics = Metrics(engine, lambda: self.active)
+    self.created = int(time.time())
+    self.active = Budget(limits.max_concurrency, 'too many requests are being worked on')
+    self.buffered = Budget(limits.max_buffered_bytes, 'too many bodies are coming in')
+    self.metrics = Metrics(engine, lambda: self.active.used)
     self._model = model
     self._vocab_size = min(model.config.vocab_size, model.tokenizer.vocab_size)
     self._names = Names(model.tokenizer)
     self._template = '\n'.join(model.tokenizer.chat_templates.values())
-    self._pool = concurrent.futures.ThreadPoolExecutor(THREADS, 'jaxllm-tokens')
+    self._workers = Workers(THREADS, 'jaxllm-tokens')
     # What may compile a schema, which can take seconds, keeps nobody else waiting.
-    self._schema_pool = concurrent.futures.ThreadPoolExecutor(SCHEMA_THREADS, 'jaxllm-schemas')
-    self._constraints_lock = threading.Lock()
-    self._constraints: JsonConstraints | None = None
+    self._schema_workers = Workers(SCHEMA_THREADS, 'jaxllm-schemas')
 
-  @contextlib.contextmanager
-  def admitted(self) -> Iterator[None]:
-    """Count among the requests that are worked on, or raise where there are too many."""
-    if self.active >= self.limits.max_concurrency:
-      raise busy(f'{self.active} requests are being worked on; come back later')
-    self.active += 1
-    try:
-      yield
-    finally:
-      self.active -= 1
-
-  async def in_thread(self, work: Callable[[bytes], T], body: bytes) -> T:
+  async def read(self, client: str, body: bytes, work: Callable[..., T], *args: Any) -> T:
     """Return what `work` makes of a body, computed off the event loop."""
-    pool = self._schema_pool if b'json_' in body else self._pool
-    return await asyncio.get_running_loop().run_in_executor(pool, work, body)
+    workers = self._schema_workers if b'json_' in body else self._workers
+    return await workers.run(client, len(body), work, body, *args)
+
+  async def write(self, client: str, size: int, work: Callable[[], Any]) -> Response:
+    """Return the response with what `work` makes; `size` is the number of its entries."""
+    if size <= MAX_ENTRIES:
+      return JSONResponse(work())
+    # Encoding at once would let no other thread run until the end.
+    parts = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(',', ':')).iterencode
+    content = await self._workers.run(client, size, lambda: ''.join(parts(work())).encode())
+    return Response(content, media_type='application/json')
 
   def close(self) -> None:
     """Let the threads go."""
-    for pool in (self._pool, self._schema_pool):
-      pool.shutdown(wait=False, cancel_futures=True)
+    self._workers.close()
+    self._schema_workers.close()
 
-  def completion(self, body: bytes) -> Plan:
+  def completion(self, body: bytes, client: str = '') -> Plan:
     """Plan the answer to the body of a completion, or raise an ApiError."""
     request = self._read(protocol.CompletionRequest, body)
     prompts = self._tokens('prompt', request.prompt)
     echoes = [None] * len(prompts) if not request.echo else [
       prompt if isinstance(prompt, str) else text_of(self.tokenizer, prompt)
       for prompt in request.prompt]
-    return self._plan(request, prompts, echoes)
+    return self._plan(request, prompts, echoes, client)
 
-  def chat(self, body: bytes) -> Plan:
+  def chat(self, body: bytes, client: str = '') -> Plan:
     """Plan the answer to the body of a chat completion, or raise an ApiError."""
     request = self._read(protocol.ChatCompletionRequest, body)
     if self._model.chat_format is None:
       raise invalid('messages', 'this model has no chat template; send a text to /v1/completions',
                     'no_chat_template')
     self._check_template(request)
+    self._check_size('messages', sum(len(one['content']) for one in request.messages))
     with _expressible('messages'):
       ids = self._model.chat_format.encode(request.messages, **request.variables)
-    return self._plan(request, [self._fitting('messages', ids)], [None])
+    return self._plan(request, [self._fitting('messages', ids)], [None], client)
 
   def _check_template(self, request: protocol.ChatCompletionRequest) -> None:
     """Refuse by name what the chat template would pass over."""
@@ -120,10 +127,12 @@ class Service:
         raise invalid(name, 'the chat template of this model does not read it; leave it out',
                       'unsupported_field')
 
-  def embedding(self, body: bytes) -> tuple[list[tuple[int, ...]], bool]:
-    """Return the prompts of an embedding, and whether it is wanted as base64."""
+  def embedding(self, body: bytes) -> tuple[list[Request], bool]:
+    """Return the requests of an embedding, and whether it is wanted as base64."""
     request = self._read(protocol.EmbeddingRequest, body)
-    return self._tokens('input', request.input), request.encoding_format == 'base64'
+    sampling = SamplingConfig(max_new_tokens=1)
+    return [Request(prompt, sampling, 0, pool=True)
+            for prompt in self._tokens('input', request.input)], request.encoding_format == 'base64'
 
   def tokenize(self, body: bytes) -> list[int]:
     """Return the tokens of the body of a tokenize request.
@@ -133,6 +142,7 @@ class Service:
     """
     request = self._read(protocol.TokenizeRequest, body)
     begin = self._model.encode_prompt('') if request.add_special_tokens else []
+    self._check_size('prompt', len(request.prompt))
     with _expressible('prompt'):
       return begin + templates.encode_with_special(self.tokenizer, request.prompt)
 
@@ -168,10 +178,17 @@ class Service:
     result = []
     for index, prompt in enumerate(prompts):
       at = name if len(prompts) == 1 else f'{name}[{index}]'
+      self._check_size(at, len(prompt))
       with _expressible(at):
         ids = self._model.encode_prompt(prompt) if isinstance(prompt, str) else prompt
       result.append(self._fitting(at, ids))
     return result
+
+  def _check_size(self, name: str, size: int) -> None:
+    """Refuse a text that could keep a thread busy for long."""
+    if size > (most := self.limits.max_text_bytes or size):
+      raise invalid(name, f'longer than {most} characters or ids; send less of it',
+                    'context_length_exceeded')
 
   def _fitting(self, name: str, ids: Sequence[int]) -> tuple[int, ...]:
     most = self.limits.max_prompt_tokens or 0
@@ -181,7 +198,7 @@ class Service:
     return tuple(ids)
 
   def _plan(self, request: GenerationRequest, prompts: Sequence[tuple[int, ...]],
-            echoes: Sequence[str | None]) -> Plan:
+            echoes: Sequence[str | None], client: str) -> Plan:
     rows = len(prompts) * request.n
     if rows > self.limits.max_rows:
       raise invalid('n', f'{len(prompts)} prompts times n={request.n} are more than '
@@ -198,7 +215,7 @@ class Service:
       raise invalid('max_tokens', f'{length} tokens for each of {rows} choices are more than '
                     f'{self.limits.max_new_tokens}; ask for fewer')
     turn = self._model.chat_format if isinstance(request, ChatCompletionRequest) else None
-    constraint = self._constraint(request)
+    constraint = self._constraint(request, client)
     # What is bound to a schema ends when that is complete, not where a text happens to stand.
     ends = turn.stop if turn and constraint is None else ()
     score_prompt = request.num_top is not None and echoes[0] is not None
@@ -214,31 +231,30 @@ class Service:
     echoes = [echo for echo in echoes for _ in range(request.n)]
     return Plan(requests, Answer(request, self._names, echoes, sum(map(len, prompts))))
 
-  def _constraint(self, request: GenerationRequest) -> JsonConstraint | None:
-    schema = request.text_schema
-    if schema is None:
+  def _constraint(self, request: GenerationRequest, client: str) -> JsonConstraint | None:
+    if (schema := request.text_schema) is None:
       return None
-    with self._constraints_lock:
-      if self._constraints is None:
-        self._constraints = self._make_constraints()
+    if self._constraints is None:
+      raise invalid('response_format', 'the vocabulary of this model cannot spell JSON; leave it '
+                                       'out')
     try:
-      return self._constraints.schema(schema)
+      return self._constraints.schema(schema, client)
     except ValueError as error:
       raise invalid('response_format.json_schema.schema', str(error)[:300]) from None
 
-  def _make_constraints(self) -> JsonConstraints:
+  @functools.cached_property
+  def _constraints(self) -> JsonConstraints | None:
     tokenizer = self.tokenizer
+    # Of some tokenizers the text of ids is not that of the bytes of each.
+    ids = tokenizer.encode(_JSON)
+    joined = b''.join(tokenizer.id_bytes[token] for token in ids).decode(errors='replace')
+    if not joined.strip() == text_of(tokenizer, ids).strip() == _JSON:
+      return None
     try:
-      # Of some tokenizers the text of ids is not that of the bytes of each.
-      ids = tokenizer.encode(_JSON)
-      joined = b''.join(tokenizer.id_bytes[token] for token in ids).decode(errors='replace')
-      if not joined.strip() == text_of(tokenizer, ids).strip() == _JSON:
-        raise ValueError
       return JsonConstraints(tokenizer.id_bytes, sorted(tokenizer.eos_token_ids),
                              self._model.config.vocab_size)
     except ValueError:
-      raise invalid('response_format', 'the vocabulary of this model cannot spell JSON; leave it '
-                                       'out') from None
+      return None
 
 
 @contextlib.contextmanager

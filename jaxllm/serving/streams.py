@@ -1,14 +1,11 @@
-"""A request to the engine, the stream that answers it, and the rows in which it is worked on.
-
-A `Generation` continues a prompt, an `Embedding` only reads some; a `Row` is either.
-"""
+"""A request to the engine, the stream that answers it, and the rows in which it is worked on."""
 
 import asyncio
 import collections
-import concurrent.futures
 import dataclasses
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -42,12 +39,21 @@ class Request(sampling.Request):
     score_prompt: whether the first piece is the prompt itself, with its log-probabilities (None for
       the first token) and most probable tokens.
     constraint: masks tokens; the engine's alone from now on.
+    pool: whether nothing is wanted but the mean of the prompt's hidden states.
   """
 
   stop: tuple[str, ...] = ()
   num_top: int = 0
   score_prompt: bool = False
   constraint: Constraint | None = None
+  pool: bool = False
+
+
+class Pooled(NamedTuple):
+  """The mean, (D,) float32, of the final hidden states of prompt number `row`."""
+
+  row: int
+  mean_D: np.ndarray  # noqa: N815
 
 
 class RequestStream:
@@ -61,11 +67,13 @@ class RequestStream:
     self.cancelled = False
     self._on_cancel, self._num_open = on_cancel, num_rows
     self._lock = threading.Lock()
-    self._pieces: collections.deque[TextPiece | Exception] = collections.deque()
+    self._pieces: collections.deque[TextPiece | Pooled | Exception] = collections.deque()
     self._wake: Callable[[], object] | None = None
 
-  async def __aiter__(self) -> AsyncIterator[TextPiece]:
-    """Yield text as it grows; the last piece of a row has a `finish_reason`, unless cancelled.
+  async def __aiter__(self) -> AsyncIterator[Any]:
+    """Yield text as it grows, a `TextPiece`; or `Pooled` where only that was asked for.
+
+    The last piece of a row has a `finish_reason`, unless it was cancelled.
 
     Raises:
       FailedError: the engine failed.
@@ -99,7 +107,7 @@ class RequestStream:
       self.cancelled = True
       self._on_cancel()
 
-  def put(self, piece: TextPiece | Exception | None) -> None:
+  def put(self, piece: TextPiece | Pooled | Exception | None) -> None:
     """Add a piece, an error, or None for the end of a cancelled row; for the engine alone."""
     with self._lock:
       if piece is not None:
@@ -114,31 +122,26 @@ class RequestStream:
         self.cancelled = True
 
 
-class _Row:
-  def __init__(self, request: Request):
-    self.request = request
+class Row:
+  """A prompt in work: request number `index` of a stream, checked."""
+
+  def __init__(self, request: Request, client: str, stream: RequestStream, index: int,
+               tokenizer: Tokenizer):
+    self.request, self.client, self.stream = request, client, stream
     self.slot, self.prefilled, self.new_tokens = -1, 0, 0
     self.started = False
-
-
-class Generation(_Row):
-  """A prompt that is continued: request number `index` of a stream, checked."""
-
-  def __init__(self, request: Request, stream: RequestStream, index: int, tokenizer: Tokenizer):
-    super().__init__(request)
-    self.reuse = not request.score_prompt
-    self.stream, self._index, self._tokenizer = stream, index, tokenizer
+    # What is cached has no hidden states.
+    self.reuse = not (request.score_prompt or request.pool)
+    self._index, self._tokenizer = index, tokenizer
     self._decoder = TextDecoder(tokenizer, request.stop, request.prompt)
     self._prompt_logprobs: list[float | None] = [None]
     self._prompt_top: list[Top] = [[]] if request.num_top else []
-
-  @property
-  def is_cancelled(self) -> bool:
-    """Whether the client has gone."""
-    return self.stream.cancelled
+    self._sum_D = np.zeros((), np.float32)
 
   def after_chunk(self, batch: Batch, chunk: Chunk) -> None:
-    """Score the chunk where that was asked for, and give the whole prompt after the last one."""
+    """Average or score the chunk where that was asked for; give all scores after the last one."""
+    if self.request.pool:
+      self._sum_D = self._sum_D + batch.pool(chunk)
     if not self.request.score_prompt:
       return
     prompt = self.request.prompt
@@ -169,49 +172,6 @@ class Generation(_Row):
     """Return the end of a row without another token."""
     return TextPiece(self._index, self._decoder.finish(), [], [], [], 'stop', self._decoder.stop)
 
-  def fail(self, error: Exception | None) -> None:
-    """End the row early; None: because it was cancelled."""
-    self.stream.put(error)
-
-
-class Embedding(_Row):
-  """Prompts whose hidden states are averaged to (D,) float32, one after the other in one slot."""
-
-  reuse = False
-
-  def __init__(
-    self, future: 'concurrent.futures.Future[list[np.ndarray]]', requests: Sequence[Request]
-  ):
-    super().__init__(requests[0])
-    self._future, self._waiting = future, [*requests[1:]]
-    self._means: list[np.ndarray] = []
-    self._sum_D = np.zeros((), np.float32)
-
-  @property
-  def is_cancelled(self) -> bool:
-    """Whether the client has gone."""
-    return self._future.cancelled()
-
-  def after_chunk(self, batch: Batch, chunk: Chunk) -> None:
-    """Add up hidden states; after the last chunk turn to the next prompt."""
-    self._sum_D = self._sum_D + batch.pool(chunk)
-    if chunk.end < len(self.request.prompt):
-      return
-    self._means.append(self._sum_D / np.float32(chunk.end))
-    self._sum_D = np.zeros((), np.float32)
-    if self._waiting:
-      self.request = self._waiting.pop(0)
-      self.prefilled, self.started = 0, False
-
-  def deliver(self) -> None:
-    """Resolve the future."""
-    if self._future.set_running_or_notify_cancel():
-      self._future.set_result(self._means)
-
-  def fail(self, error: Exception | None) -> None:
-    """End the row early; None: because it was cancelled."""
-    if error is not None and self._future.set_running_or_notify_cancel():
-      self._future.set_exception(error)
-
-
-Row = Generation | Embedding
+  def pooled(self) -> Pooled:
+    """Return the mean of the hidden states."""
+    return Pooled(self._index, self._sum_D / np.float32(len(self.request.prompt)))

@@ -110,14 +110,14 @@ class Server:
     """Return once no slot is in use and nothing waits."""
     def idle():
       now = self.service.engine.statistics()
-      return not (now.busy_slots or now.queued or self.service.active)
+      return not (now.busy_slots or now.queued or self.service.active.used)
 
     wait_until(idle, seconds)
 
 
 @contextlib.contextmanager
 def running(model, engine, keys=(), hosts=('127.0.0.1', 'localhost', '::1'), send_bytes=None,
-            make=uvicorn.Server, **limits):
+            make=uvicorn.Server, metrics_keys=(), **limits):
   """Serve a model while the context lasts; the engine stays open.
 
   Args:
@@ -127,11 +127,12 @@ def running(model, engine, keys=(), hosts=('127.0.0.1', 'localhost', '::1'), sen
     hosts: names that the server goes by.
     send_bytes: what the system may keep of what a client does not take.
     make: makes the server of its config.
+    metrics_keys: the key of /metrics.
     **limits: fields of `LimitsConfig`.
   """
   bounds = LimitsConfig(**limits)
-  service = Service(model, engine, NAME, bounds)
-  app = make_app(service, Keys(keys), hosts)
+  service = Service(model, engine, NAME, bounds, len(keys) > 1)
+  app = make_app(service, Keys(keys, metrics_keys), hosts)
   server = make(uvicorn.Config(
     app, host='127.0.0.1', log_level='warning', **connections.settings(bounds)))
   with socket.create_server(('127.0.0.1', 0)) as listener:

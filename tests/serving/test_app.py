@@ -267,7 +267,7 @@ def test_chats_end_with_the_turn_and_go_through_the_template(client):
   content = 'Hi<|im_end|><|endoftext|>'
   messages = [{'role': 'user', 'content': content}]
   prompt = [TURN, *b'user\n', *content.encode(), TURN_END, TURN, *b'assistant\n']
-  assert templates.encode(model.tokenizer, TEMPLATE, messages) == prompt
+  assert templates.encode_all(model.tokenizer, TEMPLATE, [messages]) == [prompt]
   free = {'temperature': 0, 'logit_bias': {str(TURN_END): -100, str(END): -100}}
   answer = client.chat.completions.create(**CHAT | {'messages': messages}, **free)
   # Spelled special tokens stay text: as many tokens as the bytes and those of the template.
@@ -369,7 +369,8 @@ def test_errors_reach_the_client_as_its_own(client, server):
   assert caught.value.code == 'context_length_exceeded'
 
 
-def test_keys_are_needed_everywhere_but_for_health():
+def test_keys_are_needed_everywhere_but_for_health(monkeypatch):
+  monkeypatch.setattr('jaxllm.serving.access.WrongKeys.delay', lambda self, address: 0.0)
   with running(*shared(), keys=['correct-horse', 'battery-staple']) as server:
     for path in ('/v1/models', '/metrics', '/', '/static/app.js', '/tokenizer_info', '/nope'):
       for headers in ({}, {'authorization': 'Bearer wrong-horse'}, {'authorization': 'Bearer'},
@@ -377,6 +378,8 @@ def test_keys_are_needed_everywhere_but_for_health():
         answer = server.get(path, **headers)
         assert answer.status_code == 401 and 'www-authenticate' in answer.headers
         assert answer.json()['error']['code'] == 'invalid_api_key'
+    metrics = server.get('/metrics', authorization='Bearer correct-horse')
+    assert metrics.status_code == 401 and '--metrics_key_file' in metrics.text
     assert server.complete().status_code == 401
     assert server.get('/health').status_code == server.get('/ready').status_code == 200
     assert server.get('/v1/models', authorization='Bearer battery-staple').status_code == 200

@@ -118,7 +118,7 @@ def test_special_tokens_in_content_change_nothing_but_the_text(server):
 def test_schemas_that_compile_slowly_keep_nobody_waiting(server, monkeypatch):
   begun, go_on = threading.Semaphore(0), threading.Event()
 
-  def compile_slowly(grammar):
+  def compile_slowly(grammar, client):
     begun.release()
     assert go_on.wait(20)
     raise ValueError('schema: too slow')
@@ -260,7 +260,7 @@ def test_a_client_that_takes_nothing_loses_its_slot():
     idle.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     idle.connect(('127.0.0.1', server.port))
     idle.sendall(HEAD + b'content-length: %d\r\n\r\n' % len(body) + body)
-    wait_until(lambda: server.service.active)
+    wait_until(lambda: server.service.active.used)
     served(server)
     server.wait_until_idle()
     served(server)
@@ -314,7 +314,8 @@ def test_a_full_queue_and_too_much_concurrency_are_told(server):
   server.wait_until_idle()
   with running(*shared(), max_concurrency=1) as other:
     other.wait_until_idle()
-    with other.service.admitted():
+    with other.service.active.taking('') as take:
+      take(1)
       answer = other.complete()
       assert refused(answer, 429)['code'] == 'rate_limit_exceeded'
       assert answer.headers['retry-after'] == '1'
@@ -389,7 +390,7 @@ class Stalled:
     self.context_length, self.config, self.error = engine.context_length, engine.config, error
     self.cancelled = 0
 
-  def submit(self, requests):
+  def submit(self, requests, client=''):
     if isinstance(self.error, ClosedError):
       raise self.error
     return Halted(self)

@@ -5,12 +5,12 @@ import types
 
 import pytest
 
-from jaxllm.serving import bodies, protocol
+from jaxllm.serving import access, bodies, protocol
 from jaxllm.serving.access import ApiError, Keys, LimitsConfig, read_keys
 from jaxllm.serving.engine import Statistics
 from jaxllm.serving.middleware import Metrics
 
-LIMITS = LimitsConfig(max_rows=4, max_inputs=2)
+LIMITS = LimitsConfig(max_rows=4)
 VOCAB = 300
 TEXT = {'model': 'm', 'prompt': 'x'}
 CHAT = {'model': 'm', 'messages': [{'role': 'user', 'content': 'x'}]}
@@ -244,7 +244,7 @@ def test_embeddings_and_tokens():
 
   assert embedding().input == ['a'] and embedding().encoding_format == 'float'
   assert embedding(input=[[1], [2]], encoding_format='base64').input == [[1], [2]]
-  for name, value in (('dimensions', 5), ('encoding_format', 'int8'), ('input', ['a'] * 3),
+  for name, value in (('dimensions', 5), ('encoding_format', 'int8'), ('input', ['a'] * 5),
                       ('input', None), ('input', '')):
     assert refusal(embedding, **{name: value}).param == name
   asked = read(protocol.TokenizeRequest, {'prompt': ''})
@@ -260,18 +260,50 @@ def test_unknown_fields_have_a_hint():
 
 def test_keys(tmp_path):
   path = tmp_path / 'keys'
-  path.write_text('# two people\nfirst-key\n\nsecond-key\n')
-  keys = read_keys(str(path), {'JAXLLM_API_KEYS': 'third-key, fourth-key'})
-  assert all(keys.allow(f'{name}-key') for name in ('first', 'second', 'third', 'fourth'))
-  assert not any(map(keys.allow, ('', 'first-ke', 'first-key ', '# two people', 'fifth-key\ud800')))
-  assert not read_keys(None, {}) and not read_keys(None, {}).allow('')
-  with pytest.raises(ValueError, match='number 2') as caught:
-    read_keys(None, {'JAXLLM_API_KEYS': 'long-enough,brief'})
-  assert 'brief' not in str(caught.value)
+  one, two, three, four, five = (f'{name}-of-sixteen-or-more' for name in 'abcde')
+  path.write_text(f'# two people\n{one}\n\n{two}\n')
+  keys = read_keys(str(path), {'JAXLLM_API_KEYS': f'{three}, {four}'})
+  assert [keys.client(key, '/v1/models') for key in (one, two, three, four)] == [*'1234']
+  for wrong in ('', one[:-1], f'{one} ', '# two people', f'{five}\ud800'):
+    assert keys.client(wrong, '/v1/models') is None
+    assert keys.client(wrong, '/health') == ''
+  assert not read_keys(None, {}) and read_keys(None, {}).client('', '/metrics') == ''
+  assert read_keys(None, {'JAXLLM_API_KEYS': one}).client(one, '/v1/models') == ''
+  for keys_given in (f'{one},fifteen-letters', f'{one},{one}'):
+    with pytest.raises(ValueError, match='number 2|twice') as caught:
+      read_keys(None, {'JAXLLM_API_KEYS': keys_given})
+    assert 'fifteen' not in str(caught.value) and one not in str(caught.value)
   path.write_text('# nothing\n')
   with pytest.raises(ValueError, match='no key'):
     read_keys(str(path), {})
-  assert 'first-key' not in repr(vars(Keys(['first-key'])))
+  assert one not in repr(vars(Keys([one], [two])))
+
+
+def test_metrics_have_a_key_of_their_own(tmp_path):
+  one, two = 'a-key-of-a-client', 'the-key-of-metrics'
+  path = tmp_path / 'metrics'
+  path.write_text(two)
+  for given, metrics, opened in [
+      ({}, None, {'/metrics': ['', one], '/v1/models': ['', one]}),
+      ({'JAXLLM_API_KEYS': one}, None, {'/metrics': [], '/v1/models': [one]}),
+      ({'JAXLLM_API_KEYS': one}, str(path), {'/metrics': [two], '/v1/models': [one]}),
+      ({}, str(path), {'/metrics': [two], '/v1/models': ['', one, two]})]:
+    keys = read_keys(None, given, metrics)
+    for route, right in opened.items():
+      for key in ('', one, two):
+        assert (keys.client(key, route) is not None) == (key in right or right == ['', one]), route
+
+
+def test_wrong_keys_wait_longer_and_longer(monkeypatch):
+  now = [0.0]
+  monkeypatch.setattr(access.time, 'monotonic', lambda: now[0])
+  monkeypatch.setattr(access, 'MAX_ADDRESSES', 2)
+  wrong = access.WrongKeys()
+  assert [wrong.delay('a') for _ in range(8)] == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 3.2, 3.2]
+  assert wrong.delay('b') == 0.1
+  now[0] += 601
+  assert wrong.delay('a') == 0.1
+  assert wrong.delay('c') == 0.1 and len(wrong._tries) == 2
 
 
 def test_metrics_are_cumulative():
