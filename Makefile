@@ -111,6 +111,7 @@ upgrade:
 	  echo torch | .venv-uv/bin/uv pip compile setup.cfg --quiet --upgrade --universal \
 	    --python-version=$$version --no-python-downloads --no-header --no-annotate --excludes=/dev/stdin \
 	    --extra=dev --extra=tasks --extra=demo --extra=notebooks --extra=parity --extra=build \
+	    --extra=profile --extra=wandb --extra=trackio \
 	    --output-file=requirements/py$$(echo $$version | tr -d .).txt || exit 1; \
 	done
 	rm -r .venv-uv
