@@ -5,6 +5,7 @@ import functools
 import logging
 import os
 import pathlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, overload
 
@@ -98,8 +99,8 @@ def load(
       heads that `tensor` does not divide lie on all devices.
     dtype: of the parameters, 'float32' or 'bfloat16', which then is the one of activations too.
       None: as it is stored where jaxllm made it, so that its scores are those of the run; a model
-      from outside gets float32 on CPU, which computes fastest with it, and bfloat16 elsewhere, for
-      which these models are made.
+      from outside gets bfloat16, for which these models are made, but float32 on CPUs and on GPUs
+      before Ampere (T4, V100), which compute fastest with it.
 
   Raises:
     ValueError: there is no model at that path, its files do not fit together, or the mesh does not
@@ -143,8 +144,14 @@ def _on(model: Model, placement: Placement | None, dtype: str | None) -> Model:
 def _read(source: Source, mesh: Any, dtype: str | None) -> Model:
   placement = make_placement(mesh, source.config)
   device = placement.mesh.devices.flat[0] if placement else jax.devices()[0]
-  dtype = dtype or ('float32' if device.platform == 'cpu' else 'bfloat16')
+  dtype = dtype or _default_dtype(device)
   return _on(_foreign(source, weights.load(source, dtype, placement)), placement, dtype)
+
+
+def _default_dtype(device: jax.Device) -> str:
+  """Return the dtype in which a device computes fastest."""
+  before_ampere = re.fullmatch(r'[1-7]\.\d', getattr(device, 'compute_capability', ''))
+  return 'float32' if device.platform == 'cpu' or before_ampere else 'bfloat16'
 
 
 def describe(path: str | os.PathLike[str]) -> Model:

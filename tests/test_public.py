@@ -1,17 +1,19 @@
 """The public face: small, typed, and one default of everything."""
 
 import ast
+import importlib
 import importlib.metadata
 import inspect
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import pytest
 
 import jaxllm
-from jaxllm import config
+from jaxllm import config, loading
 from jaxllm.checkpoints import store
 from jaxllm.data import tokenizers
 from jaxllm.data.tokenizers import TokenizerConfig
@@ -132,3 +134,14 @@ def test_a_run_needs_one_import(path, tmp_path):
   found = jaxllm.evaluate(model, [task], text)['tasks']
   assert [*found] == ['sentiment', text] and found['sentiment']['examples'] == 2
   assert found[text]['scores']['bits_per_byte']['value'] > 7
+
+
+@pytest.mark.parametrize('device, dtype', [
+  ({'platform': 'cpu'}, 'float32'), ({'platform': 'tpu'}, 'bfloat16'),
+  ({'platform': 'gpu', 'compute_capability': '7.5'}, 'float32'),
+  ({'platform': 'gpu', 'compute_capability': '8.0'}, 'bfloat16'),
+  ({'platform': 'gpu', 'compute_capability': '10.0'}, 'bfloat16'),
+  ({'platform': 'gpu', 'compute_capability': 'gfx942'}, 'bfloat16'),
+])
+def test_models_from_outside_get_the_dtype_of_the_chip(device, dtype):
+  assert loading._default_dtype(types.SimpleNamespace(**device)) == dtype
