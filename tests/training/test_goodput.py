@@ -95,6 +95,17 @@ class Clock:
     return 1e9 + self.now
 
 
+def test_a_wall_clock_that_was_set_back_counts_for_nothing():
+  """All durations are by the monotonic clock, but the time between two starts."""
+  clock = goodput.Goodput()
+  clock.resume([{'step': 3, 'time': time.time() + 86_400, 'train/elapsed_seconds': 10.0,
+                 'goodput/useful_seconds': 8.0, 'goodput/start_seconds': 2.0}], 3)
+  found = clock.scalars()
+  clock.close()
+  assert ledger(found)['down'] == 0 and 10 <= found['train/elapsed_seconds'] < 20
+  assert 10 <= sum(ledger(found).values()) < 20 and 0 < found['goodput/fraction'] <= 1
+
+
 def test_each_second_has_one_cause_and_a_step_that_was_skipped_is_lost(monkeypatch):
   clock = Clock(monkeypatch)
   with contextlib.closing(goodput.Goodput()) as spent:

@@ -45,7 +45,7 @@ from jaxllm.training import loop
 from tests.training import test_processes
 base = pathlib.Path(sys.argv[3])
 for name, config in test_processes.RUNS.items():
-  print('SUMMARY', loop.train(config(base), base / 'two' / name))
+  print('SUMMARY', loop.train(config(base), base / 'two' / name, profile_steps=(2, 2)))
 """
 
 
@@ -73,6 +73,8 @@ def test_two_processes_train_what_one_does(tmp_path):
   for name in RUNS:
     one, two = base / 'one' / name, base / 'two' / name
     np.testing.assert_allclose(lines(two, 'train/loss'), lines(one, 'train/loss'), rtol=1e-5)
+    traces = [path.name for path in (two / 'profile').rglob('steps_2_to_2/*.xplane.pb')]
+    assert sorted(trace[:2] for trace in traces) == ['0-', '1-'], 'each process writes its own'
     summaries = [json.loads((path / 'summary.json').read_text()) for path in (one, two)]
     assert summaries[0].get('best_step') == summaries[1].get('best_step')
     np.testing.assert_allclose(*(list(s['validation'].values()) for s in summaries), rtol=1e-5)
