@@ -1,13 +1,16 @@
 """Start runs of several processes at once, stop them, and count what goes wrong.
 
   python experiments/benchmarks/starts.py [--processes=2,4,16] [--starts=30] [--signals=10]
+      [--minutes=10]
 
 Each start is a new workdir and new records that all processes open at once, up to the first steps;
 it fails where any of them ends in an error. A part of the runs gets SIGTERM or SIGINT, sent to one
 process at a random moment: all must save the same step and end with the exit code 75. Processes are
-forked from one that has imported everything, so that they come at the same moment.
+forked from one that has imported everything, so that they come at the same moment. What does not
+fit into the minutes is left out, and the table says how many there were.
 """
 
+import itertools
 import json
 import os
 import pathlib
@@ -19,6 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 
 from absl import app, flags
 
@@ -26,6 +30,7 @@ PROCESSES = flags.DEFINE_list('processes', ['2', '4'], 'Numbers of processes.')
 STARTS = flags.DEFINE_integer('starts', 30, 'Starts with each number, of two steps.')
 SIGNALS = flags.DEFINE_integer('signals', 10, 'Runs with each number that get a signal.')
 OUTPUT = flags.DEFINE_string('output', 'runs/starts.json', 'Where the JSON goes.')
+MINUTES = flags.DEFINE_float('minutes', 60, 'How long for each number of processes, at most.')
 SEED = flags.DEFINE_integer('seed', 0, 'Of the moments and the processes that get a signal.')
 LIMIT_SECONDS = 300
 
@@ -45,8 +50,9 @@ def main(_) -> None:
         f'{"seconds p50":>12} {"p99":>6}')
   with tempfile.TemporaryDirectory() as directory:
     for number in map(int, PROCESSES.value):
-      started = [start(pathlib.Path(directory), number, 2) for _ in range(STARTS.value)]
-      stopped = [stop(pathlib.Path(directory), number, pick) for _ in range(SIGNALS.value)]
+      base, deadline = pathlib.Path(directory), time.monotonic() + 60 * MINUTES.value
+      started = [start(base, number, 2) for _ in in_time(STARTS.value, deadline)]
+      stopped = [stop(base, number, pick) for _ in in_time(SIGNALS.value, deadline)]
       seconds = sorted(run['seconds'] for run in stopped)
       good = [run for run in stopped if run['good']]
       rows[number] = {'starts': started, 'stopped': stopped}
@@ -62,6 +68,11 @@ def main(_) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(json.dumps(rows, indent=2) + '\n')
   print(f'wrote {path}')
+
+
+def in_time(number: int, deadline: float) -> Iterator[int]:
+  """Count to a number, or until a deadline."""
+  return itertools.takewhile(lambda _: time.monotonic() < deadline, range(number))
 
 
 def start(directory: pathlib.Path, number: int, num_steps: int) -> dict:
