@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import re
+import resource
 import signal as signals
 import socket
 import subprocess
@@ -24,8 +25,9 @@ def run(*starts, devices=1):
 
   Args:
     *starts: dicts with `config` (a config.json), `workdir`, `processes`; `own` (number of a process
-      -> its further arguments), `absent` (numbers that do not come) and `signal` (its name, number
-      of the process that gets it, steps that are taken before).
+      -> its further arguments), `absent` (numbers that do not come), `full` (number of a process ->
+      most bytes that it may write into a file) and `signal` (its name, number of the process that
+      gets it, steps that are taken before).
     devices: of each process.
 
   Returns:
@@ -40,7 +42,7 @@ def run(*starts, devices=1):
   return [[tuple(one) for one in start] for start in json.loads(done.stdout)]
 
 
-def _start(config, workdir, processes, own=None, absent=(), signal=None):
+def _start(config, workdir, processes, own=None, absent=(), full=None, signal=None):
   with socket.socket() as free:
     free.bind(('localhost', 0))
     port = free.getsockname()[1]
@@ -53,7 +55,7 @@ def _start(config, workdir, processes, own=None, absent=(), signal=None):
       f'--num_processes={processes}', f'--process_id={number}',
       *(own or {}).get(str(number), ())]
     log = pathlib.Path(config).with_name(f'said-{number}.txt')
-    children[number] = (_fork(arguments, log), log)
+    children[number] = (_fork(arguments, log, full and full.get(str(number), -1)), log)
   if signal:
     name, victim, more = signal
     _await(lambda: _steps(workdir) >= before + more)
@@ -76,14 +78,18 @@ def _await(done):
     time.sleep(0.02)
 
 
-def _fork(arguments, log):
+def _fork(arguments, log, most_bytes=None):
   import jax
 
   from jaxllm import config, train
+  from jaxllm.checkpoints import store
 
   if child := os.fork():
     return child
   code = 1
+  if most_bytes:
+    store._SAVE_SECONDS = 5
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
   try:
     with log.open('w', buffering=1) as file:
       os.dup2(file.fileno(), 1)

@@ -30,17 +30,25 @@ def make(tmp_path, **changes):
 def test_a_signal_to_one_stops_all_and_more_processes_go_on(tmp_path):
   config, path = make(tmp_path)
   start = {'config': str(path), 'workdir': str(tmp_path / 'run')}
-  two, four = processes.run({**start, 'processes': 2, 'signal': ('SIGTERM', 1, 4)},
-                            {**start, 'processes': 4, 'signal': ('SIGINT', 0, 4)})
+  flags = ['--config.mesh={"data": 1, "fsdp": 2}', '--config.checkpoint.every_steps=2']
+  two, four, full = processes.run(
+    {**start, 'processes': 2, 'signal': ('SIGTERM', 1, 4)},
+    {**start, 'processes': 4, 'signal': ('SIGINT', 0, 4)},
+    {**start, 'processes': 2, 'full': {'1': 9000}, 'own': {'0': flags, '1': flags}})
   assert [code for code, _ in two + four] == [distributed.SAVED_AND_STOPPED] * 6, (two, four)
-  losses = lines(tmp_path / 'run', 'train/loss')
   steps = store.committed_steps(tmp_path / 'run' / 'checkpoints')
-  assert len(steps) == 2 and steps[-1] == len(losses)
+  losses = lines(tmp_path / 'run', 'train/loss')
+  assert len(steps) == 2 and steps[-1] < len(losses)
+  losses = losses[:steps[-1]]
   one = config.replace(training=config.training.replace(num_steps=len(losses)))
   loop.train(one, tmp_path / 'one', jax.devices()[:1])
   np.testing.assert_allclose(losses, lines(tmp_path / 'one', 'train/loss'), rtol=1e-4)
   params = [store.restore_params(tmp_path / name)[0] for name in ('run', 'one')]
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *params)
+  # A disk that is full under one of them ends all, and leaves what had been saved.
+  for code, text in full:
+    assert code == 1 and re.search(r'error: .*saving step \d+ to \S+ failed: ', text), text
+    assert f'checkpoint of step {steps[-1]} is whole' in text
   # The first one prints; of the others nothing is heard.
   assert not [text for code, text in two[1:] if 'Training' in text or 'step ' in text]
 

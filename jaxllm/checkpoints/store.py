@@ -44,6 +44,8 @@ COMMIT_MARKER = 'commit_success.txt'
 DIRECTORY = 'checkpoints'
 STATE, BUNDLE = 'state', 'bundle'
 BEST = 'best.json'
+# After which a save fails in all processes where one of them could not write its part.
+_SAVE_SECONDS = 1200
 
 
 class CheckpointError(RuntimeError):
@@ -130,6 +132,7 @@ def open_store(directory: str | os.PathLike[str], config: CheckpointConfig) -> S
     options=ocp.CheckpointManagerOptions(
       preservation_policy=policies.AnyPreservationPolicy(keep),
       enable_async_checkpointing=config.asynchronous,
+      async_options=ocp_options.AsyncOptions(timeout_secs=_SAVE_SECONDS),
       # A rename alone would let any directory with a number for a name pass for a checkpoint.
       atomicity_options=ocp_options.AtomicityOptions(mode=ocp_options.AtomicityMode.COMMIT_FILE),
     ),
