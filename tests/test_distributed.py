@@ -34,7 +34,7 @@ def test_a_signal_to_one_stops_all_and_more_processes_go_on(tmp_path):
   two, four, full = processes.run(
     {**start, 'processes': 2, 'signal': ('SIGTERM', 1, 4)},
     {**start, 'processes': 4, 'signal': ('SIGINT', 0, 4)},
-    {**start, 'processes': 2, 'full': {'1': 9000}, 'own': {'0': flags, '1': flags}})
+    {**start, 'processes': 2, 'full': {'1': 30_000}, 'own': {'0': flags, '1': flags}})
   assert [code for code, _ in two + four] == [distributed.SAVED_AND_STOPPED] * 6, (two, four)
   steps = store.committed_steps(tmp_path / 'run' / 'checkpoints')
   losses = lines(tmp_path / 'run', 'train/loss')
