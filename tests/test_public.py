@@ -100,7 +100,7 @@ def test_one_default_of_sampling_everywhere():
     assert served[name].default == getattr(sampling, name)
   sample = programs.load('sample')
   given = [sample.MAX_NEW_TOKENS, sample.TEMPERATURE, sample.TOP_K, sample.TOP_P, sample.MIN_P,
-           sample.TYPICAL_P, sample.REPETITION_PENALTY, sample.NO_REPEAT_NGRAM_SIZE, sample.SEED]
+           sample.REPETITION_PENALTY, sample.NO_REPEAT_NGRAM_SIZE, sample.SEED]
   assert all(flag.default is None and hasattr(sampling, flag.name) for flag in given)
 
 
