@@ -85,15 +85,17 @@ def _own_template(experiment: Experiment | None) -> ChatTemplate | None:
 
 
 def load(
-  path: Model | str | os.PathLike[str], mesh: Any = None, dtype: str | None = None
+  path: Model | str | os.PathLike[str], mesh: Any = None, dtype: str | None = None,
+  verify: str = 'full',
 ) -> Model:
   """Load a model with its tokenizer; no array of it is ever whole where the mesh splits it.
 
   Args:
-    path: a workdir, its `checkpoints` directory, one checkpoint in it, a Hugging Face directory, a
-      `.gguf` file, `hf:NAME` of the Hugging Face hub, or a directory of adapters that PEFT wrote,
-      which are added to the model that it names; its tokenizer and chat template, if it has them,
-      take the place of that model's. A loaded model is returned as it is.
+    path: a workdir or its `checkpoints` directory, whose best checkpoint is taken, or else the
+      newest that is whole; one checkpoint in it, a Hugging Face directory, a `.gguf` file,
+      `hf:NAME` of the Hugging Face hub, or a directory of adapters that PEFT wrote, which are added
+      to the model that it names; its tokenizer and chat template, if it has them, take the place of
+      that model's. A loaded model is returned as it is.
     mesh: the devices to split it over: sizes of mesh axes, {'fsdp': 4, 'tensor': 2}, a `MeshConfig`
       or a `jax.sharding.Mesh`; None: one device. A run is split by its own rules. Key and value
       heads that `tensor` does not divide lie on all devices.
@@ -101,25 +103,32 @@ def load(
       None: as it is stored where jaxllm made it, so that its scores are those of the run; a model
       from outside gets bfloat16, for which these models are made, but float32 on CPUs and on GPUs
       before Ampere (T4, V100), which compute fastest with it.
+    verify: 'full' compares the arrays of a checkpoint with the fingerprints that were saved with
+      them; 'off' does not.
 
   Raises:
     ValueError: there is no model at that path, its files do not fit together, or the mesh does not
       divide it.
-    checkpoints.store.CheckpointError: the files are damaged.
+    checkpoints.store.DamagedError: the checkpoint that the path names is damaged, or all are.
   """
   if isinstance(path, Model):
     if (mesh, dtype) != (None, None):
       raise ValueError('mesh, dtype: the model is loaded already; give them to jaxllm.load')
     return path
-  if dtype not in (None, *weights.DTYPES):
-    raise ValueError(f'dtype={dtype!r}: one of {", ".join(weights.DTYPES)} or None')
+  for name, value, known in (('dtype', dtype, (*weights.DTYPES, None)),
+                             ('verify', verify, ('full', 'off'))):
+    if value not in known:
+      raise ValueError(f'{name}={value!r}: one of {", ".join(map(str, known))}')
   path = sources.at_hand(path)
   logging.info('Loading %s.', os.path.basename(os.path.normpath(path)))
   if (base := peft.base_model(path)) is not None:
     return _with_adapters(path, *base, mesh, dtype)
   if sources.is_foreign(path):
     return _read(sources.open_model(path), mesh, dtype)
-  step = store.find_step(path)
+  return store.first_whole(path, functools.partial(_load_step, mesh, dtype, verify))
+
+
+def _load_step(mesh: Any, dtype: str | None, verify: str, step: os.PathLike[str]) -> Model:
   bundle = store.read_bundle(step)
   config, experiment = _described(bundle)
   placement = make_placement(
@@ -128,10 +137,10 @@ def load(
     tree['params'] for tree in decoder.abstract(config))
   where = placement and placement.shardings(axes, shapes)
   if experiment and experiment.finetune.lora:
-    params = _merged(step, bundle, experiment, placement, where, dtype)
+    params = _merged(step, bundle, experiment, placement, where, dtype, verify)
   else:
     # A converted model may be stored in bfloat16; a run's parameters are float32.
-    params, _ = store.restore_params(step, shapes if experiment else None, where, dtype)
+    params, _ = store.restore_params(step, shapes if experiment else None, where, dtype, verify)
   return _on(_stored(bundle, {'params': params}, config, experiment), placement, dtype)
 
 
@@ -211,7 +220,7 @@ def _with_files_beside(directory: str | os.PathLike[str], source: Source) -> dic
 
 def _merged(
   step: os.PathLike[str], bundle: Bundle, experiment: Experiment, placement: Placement | None,
-  where: Any, dtype: str | None,
+  where: Any, dtype: str | None, verify: str,
 ) -> Any:
   """Return the parameters of the model that the run began with, its adapters added.
 
@@ -224,7 +233,7 @@ def _merged(
     raise ValueError(f'{step} holds adapters to {path!r}, which cannot be loaded: {error}') from (
       error)
   check_model('init_from', path, base, bundle.manifest[BASE])
-  adapters, _ = store.restore_params(step, shardings=where)
+  adapters, _ = store.restore_params(step, shardings=where, verify=verify)
   # The adapters were trained beside quantised parameters.
   if experiment.finetune.base is not None:
     base = dequantize_tree(quantize({'params': base}, experiment.finetune.base))['params']
@@ -236,11 +245,10 @@ def _merged(
 
 def adapters(path: str | os.PathLike[str]) -> tuple[Experiment, dict[str, Any]]:
   """Return a run and the adapters that it trained; refuse one without, or with a trained head."""
-  step = store.find_step(path)
-  _, experiment = _described(store.read_bundle(step))
+  _, experiment = _described(store.read_bundle(path))
   if experiment is None or experiment.finetune.lora is None:
     raise ValueError(f'{path} has no adapters: it was not trained with config.finetune.lora')
-  found, _ = store.restore_params(step)
+  found, _ = store.restore_params(path)
   if HEAD in found:
     raise ValueError(f'{path} has a trained head besides its adapters; only both together are the '
                      'model')

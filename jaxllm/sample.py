@@ -12,6 +12,7 @@ from jaxllm import config
 
 FLAGS = config.Flags()
 MODEL, MESH, DTYPE = FLAGS.model()
+VERIFY = FLAGS.enum('verify', 'full', ['full', 'off'], 'Whether checkpoints are checked.')
 PROMPT = FLAGS.multi_string('prompt', [''], 'Text to continue; may be repeated.')
 CHAT = FLAGS.bool('chat', False, "Converse, by the model's chat template.")
 SYSTEM = FLAGS.string('system', None, 'The system message of a chat.')
@@ -62,7 +63,7 @@ def main(_) -> None:  # noqa: D103
   sampling, _ = text.read_options(options, NUM_SAMPLES.value, DRAFT.value)
   for path in filter(None, (MODEL.value, DRAFT.value)):
     sources.check_exists(path)
-  model = loading.load(MODEL.value, MESH.value, DTYPE.value)
+  model = loading.load(MODEL.value, MESH.value, DTYPE.value, VERIFY.value)
   if QUANTIZE.value:
     model = model.quantized(QUANTIZE.value)
   if CHAT.value:

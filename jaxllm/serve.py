@@ -14,6 +14,7 @@ from jaxllm import config
 
 FLAGS = config.Flags()
 MODEL, MESH, DTYPE = FLAGS.model()
+VERIFY = FLAGS.enum('verify', 'full', ['full', 'off'], 'Whether checkpoints are checked.')
 HOST = FLAGS.string('host', '127.0.0.1', 'Address to listen at; 0.0.0.0: from everywhere.')
 PORT = FLAGS.integer('port', 8000, 'Port to listen at.', 0, 65535)
 NAME = FLAGS.string('name', None, 'What clients call the model; by default its last part.')
@@ -53,7 +54,7 @@ def main(_) -> None:  # noqa: D103
   from jaxllm.serving.engine import Engine, EngineConfig
   from jaxllm.serving.service import Service
 
-  model = loading.load(MODEL.value, MESH.value, DTYPE.value)
+  model = loading.load(MODEL.value, MESH.value, DTYPE.value, VERIFY.value)
   if QUANTIZE.value:
     model = model.quantized(QUANTIZE.value)
   # The stacked ones are not needed any more.

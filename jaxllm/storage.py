@@ -155,6 +155,18 @@ def remove(directory: str | os.PathLike[str]) -> None:
     epath.Path(directory).rmtree(missing_ok=True)
 
 
+def rename(source: Any, target: Any) -> None:
+  """Rename a directory; in a bucket its objects are copied, then removed."""
+  with explained(path(target)):
+    if is_remote(source):
+      import fsspec
+
+      bucket, key = fsspec.core.url_to_fs(os.fspath(source))
+      bucket.mv(key, os.fspath(target).partition('://')[2], recursive=True)
+    else:
+      os.rename(source, target)
+
+
 @contextlib.contextmanager
 def replaced(target: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
   """Yield a free path for a file or directory that becomes `target` when the block is done.

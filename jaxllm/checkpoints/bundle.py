@@ -1,16 +1,31 @@
-"""What travels beside the weights, so that a checkpoint alone is enough to sample from."""
+"""What travels beside the weights, and proves them: a checkpoint alone is enough to sample from."""
 
 import base64
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
 
 from jaxllm.models.config import DecoderConfig
 
-FORMAT = 1
+FORMAT = 2
 # Entry of the manifest of a model that was converted, not trained: where it comes from.
 CONVERTED = 'converted'
+
+
+class CheckpointError(RuntimeError):
+  """A checkpoint could not be written or read; the message says where, why and what is left.
+
+  Attributes:
+    step: the directory of the checkpoint that could not be read.
+  """
+
+  step: Any = None
+
+
+class DamagedError(CheckpointError):
+  """A checkpoint is not what was saved; the message names the file or the leaf."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,19 +36,60 @@ class Bundle:
     config_json: the resolved config of the run.
     tokenizer_files: file name -> content, all that rebuilds the tokenizer.
     manifest: the data manifest, JSON-able.
+    best: the best step so far, and what it is the best by; empty where none is.
+    leaves: path -> shape, dtype and fingerprint of each array, from `tree.fingerprints`; None where
+      the version that wrote it took none.
   """
 
   config_json: str
   tokenizer_files: Mapping[str, bytes]
   manifest: Mapping[str, Any]
+  best: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  leaves: Mapping[str, str] | None = None
 
 
 def to_dict(bundle: Bundle) -> dict[str, Any]:
   """Return a JSON-able dict from which `from_dict` rebuilds an equal bundle."""
   files = {name: base64.b64encode(content).decode('ascii')
            for name, content in bundle.tokenizer_files.items()}
-  return {'format': FORMAT, 'config_json': bundle.config_json, 'tokenizer_files': files,
-          'manifest': dict(bundle.manifest)}
+  fields = {**dataclasses.asdict(bundle), 'format': FORMAT, 'tokenizer_files': files}
+  return {**fields, 'sha256': _digests(fields)}
+
+
+def _digests(fields: Mapping[str, Any]) -> dict[str, str]:
+  """Return the SHA-256 of each part of a bundle, of the tokenizer's files one by one."""
+  parts = {name: value for name, value in fields.items() if name not in ('sha256',
+                                                                         'tokenizer_files')}
+  parts |= {f'tokenizer/{name}': text for name, text in fields['tokenizer_files'].items()}
+  return {name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+          for name, value in parts.items()}
+
+
+def from_dict(fields: Mapping[str, Any]) -> Bundle:
+  """Rebuild a bundle from `to_dict`.
+
+  Raises:
+    ValueError: it is not what was written; the message names the parts.
+    CheckpointError: a later version wrote it.
+  """
+  try:
+    stored, found = fields.get('sha256'), _digests(fields)
+    if stored is None and fields['format'] != 1:
+      raise ValueError('its digests are missing')
+    if stored not in (None, found):
+      differ = [name for name in found | stored if found.get(name) != stored.get(name)]
+      raise ValueError(f'{", ".join(differ)} changed after it was saved')
+    files = {str(name): base64.b64decode(text, validate=True)
+             for name, text in fields['tokenizer_files'].items()}
+    bundle = Bundle(str(fields['config_json']), files, dict(fields['manifest']),
+                    dict(fields.get('best') or {}), fields.get('leaves'))
+  except (KeyError, TypeError, AttributeError) as error:
+    raise ValueError(f'a part is missing or of another kind: {error!r}') from error
+  if fields['format'] not in (1, FORMAT):
+    raise CheckpointError(
+      f'the bundle of this checkpoint has format {fields["format"]!r}, this version of jaxllm '
+      f'reads format {FORMAT}; use the version that wrote it')
+  return bundle
 
 
 def model_config(bundle: Bundle) -> DecoderConfig:
@@ -42,17 +98,3 @@ def model_config(bundle: Bundle) -> DecoderConfig:
   if not isinstance(fields, dict) or not isinstance(fields.get('model'), dict):
     raise ValueError('the config of this checkpoint has no model')
   return DecoderConfig(**fields['model'])
-
-
-def from_dict(fields: Mapping[str, Any]) -> Bundle:
-  """Rebuild a bundle from `to_dict`; refuse one that is damaged or of a later format."""
-  if fields.get('format') != FORMAT:
-    raise ValueError(
-      f'the bundle of this checkpoint has format {fields.get("format")!r}, this version of jaxllm '
-      f'reads format {FORMAT}; use the version that wrote it')
-  try:
-    files = {str(name): base64.b64decode(text, validate=True)
-             for name, text in fields['tokenizer_files'].items()}
-    return Bundle(str(fields['config_json']), files, dict(fields['manifest']))
-  except (KeyError, TypeError, AttributeError, ValueError) as error:
-    raise ValueError(f'the bundle of this checkpoint is damaged: {error!r}') from error

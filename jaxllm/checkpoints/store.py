@@ -1,13 +1,14 @@
 """Checkpoints on disk: saved asynchronously and atomically, restored onto any mesh.
 
 A directory holds one subdirectory per step, with the items `state` (arrays, see `tree`) and
-`bundle` (see `bundle`); it counts only once its commit marker is written, last.
+`bundle` (see `bundle`); it counts only once its commit marker is written, last. The bundle holds a
+fingerprint of every array and digests of the rest, which every reading checks.
 Orbax writes to a file system and to gs:// itself; for s3:// it writes to a local directory, from
 where whole steps are uploaded.
 
 - Writing: `open_store`, `save`, `save_best`, `check`, `wait`, `close`; `save_converted`.
-- Reading a run's own state: `latest_step`, `best_step`, `restore`.
-- Reading a model from a path: `find_step`, `read_bundle`, `restore_params`.
+- Reading a run's own state: `latest_step`, `best_step`, `restore`, `quarantine`.
+- Reading a model from a path: `find_steps`, `read_bundle`, `restore_params`.
 
 Orbax's v1 interface (0.12.8) reads and writes the same files, but needs a registered handler where
 the bundle is to stay JSON, drives the same manager through a private attribute, and takes its
@@ -22,20 +23,22 @@ import logging
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 import pydantic
 from etils import epath
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 from orbax.checkpoint import options as ocp_options
 
 from jaxllm import distributed, storage
 from jaxllm.checkpoints import bundle as bundle_lib
 from jaxllm.checkpoints import tree
-from jaxllm.checkpoints.bundle import Bundle
+from jaxllm.checkpoints.bundle import Bundle, CheckpointError, DamagedError
 from jaxllm.config import Config
 from jaxllm.mistakes import no_such_path
 from jaxllm.models.config import DecoderConfig
@@ -46,10 +49,9 @@ STATE, BUNDLE = 'state', 'bundle'
 BEST = 'best.json'
 # After which a save fails in all processes where one of them could not write its part.
 _SAVE_SECONDS = 1200
-
-
-class CheckpointError(RuntimeError):
-  """A checkpoint could not be written or read; the message says where, why and what is left."""
+# What TensorStore's errors begin with that files of a checkpoint do not cause.
+_NOT_DAMAGE = ('ABORTED', 'CANCELLED', 'DEADLINE_EXCEEDED', 'PERMISSION_DENIED',
+               'RESOURCE_EXHAUSTED', 'UNAUTHENTICATED', 'UNAVAILABLE')
 
   exit_code = 1
 
@@ -93,6 +95,7 @@ class Store:
     kept: steps that are never deleted: the best one.
     newest: the newest step that is saved, or being saved.
     good: the newest step after which training is known to have gone on well; never deleted either.
+    best: what the steps that are saved say of the best one: its number, its metric and value.
   """
 
   directory: epath.Path
@@ -102,6 +105,7 @@ class Store:
   kept: set[int] = dataclasses.field(default_factory=set)
   newest: int | None = None
   good: set[int] = dataclasses.field(default_factory=set)
+  best: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def open_store(directory: str | os.PathLike[str], config: CheckpointConfig) -> Store:
@@ -110,8 +114,7 @@ def open_store(directory: str | os.PathLike[str], config: CheckpointConfig) -> S
   Raises:
     ValueError: it cannot be written, or several processes would have to write to s3://.
   """
-  for logger in ('absl', 'asyncio'):
-    logging.getLogger(logger).addFilter(_not_from_orbax)
+  _quieten_orbax()
   path = _absolute(directory)
   storage.make_writable(path, 'checkpoints: ')
   staging, steps = None, committed_steps(path)
@@ -183,13 +186,14 @@ def save(store: Store, step: int, state: Any, bundle: Bundle) -> bool:
   wait(store)
   if step in committed_steps(store.directory):
     return False
-  items = ocp.args.Composite(**{
-    STATE: ocp.args.PyTreeSave(tree.nest(tree.flatten(state))),
-    BUNDLE: ocp.args.JsonSave(bundle_lib.to_dict(bundle)),
-  })
+  leaves = tree.flatten(state)
   store.pending = store.newest = step
   try:
-    store.manager.save(step, args=items, force=True)
+    bundle = dataclasses.replace(bundle, best=store.best, leaves=tree.fingerprints(leaves))
+    store.manager.save(step, force=True, args=ocp.args.Composite(**{
+      STATE: ocp.args.PyTreeSave(tree.nest(leaves)),
+      BUNDLE: ocp.args.JsonSave(bundle_lib.to_dict(bundle)),
+    }))
   except Exception as error:
     raise _failed(store, error) from error
   return True
@@ -198,28 +202,25 @@ def save(store: Store, step: int, state: Any, bundle: Bundle) -> bool:
 def save_best(
   store: Store, step: int, state: Any, bundle: Bundle, facts: Mapping[str, Any]
 ) -> None:
-  """Save the best state so far, and mark it so: it is kept, and what `find_step` finds.
+  """Save the best state so far, and mark it so: it is kept, and what `find_steps` finds first.
 
   Returns once it is on disk; until then the best one before is kept too. Arguments and errors as in
   `save`; `facts`, JSON-able, say what it is the best by.
   """
   store.kept.add(step)
+  store.best = {'step': step, **facts}
   save(store, step, state, bundle)
   wait(store)
   mark_best(store, step, facts)
 
 
 def mark_best(store: Store, step: int | None, facts: Mapping[str, Any]) -> None:
-  """Mark a step as the best, or none where it is None or not there; facts as in `save_best`."""
-  wanted = {one for one in committed_steps(store.directory) if one == step}
-  store.kept.intersection_update(wanted)
-  store.kept.update(wanted)
-  if jax.process_index() == 0:
-    if wanted:
-      storage.write_file(store.directory / BEST, json.dumps({'step': step, **facts}) + '\n')
-    else:
-      (store.directory / BEST).unlink(missing_ok=True)
-  distributed.barrier('the best checkpoint is marked')
+  """Let the next steps name a step as the best, or none where it is None or not there."""
+  store.kept.intersection_update({step})
+  store.best = {}
+  if step in committed_steps(store.directory):
+    store.kept.add(step)
+    store.best = {'step': step, **facts}
 
 
 def confirm(store: Store, step: int) -> None:
@@ -245,9 +246,40 @@ def go_back(store: Store) -> int:
 
 
 def best_step(directory: str | os.PathLike[str]) -> int | None:
-  """Return the step that is marked as the best of a checkpoint directory, if it is there."""
-  step = storage.read_json(_absolute(directory) / BEST).get('step')
-  return step if step in committed_steps(directory) else None
+  """Return the best step of a checkpoint directory, if it is there: the newest one names it."""
+  steps, path = committed_steps(directory), _absolute(directory)
+  for newest in reversed(steps):
+    with contextlib.suppress(CheckpointError):
+      bundle = _bundle_of(path / str(newest))
+      # Earlier versions had a file for it.
+      best = storage.read_json(path / BEST) if bundle.leaves is None else bundle.best
+      return best['step'] if best.get('step') in steps else None
+  return None
+
+
+def quarantine(store: Store, error: DamagedError) -> None:
+  """Rename a damaged step, so that it never counts again, and is there to be looked at.
+
+  Raises:
+    DamagedError: the step is of another directory, or the only one.
+  """
+  if error.step is None or error.step.parent != store.directory:
+    raise error
+  step, steps = error.step.name, committed_steps(store.directory)
+  if len(steps) < 2:
+    raise DamagedError(f'{error}\nNo other checkpoint is there; to begin anew, choose another '
+                       '--workdir') from error
+  names = [f'{step}.damaged{number or ""}' for number in range(len(steps) + 99)]
+  name = next(name for name in names if not (store.directory / name).exists())
+  distributed.barrier('the damage is seen')
+  if jax.process_index() == 0:
+    storage.rename(error.step, store.directory / name)
+  if store.staging is not None:
+    epath.Path(store.staging.name, step).rmtree(missing_ok=True)
+  distributed.barrier('the damaged step is renamed')
+  store.manager.reload()
+  store.newest = latest_step(store)
+  logging.warning('%s\nIt is called %s now; the run goes back to an older step.', error, name)
 
 
 def check(store: Store) -> None:
@@ -317,13 +349,14 @@ def restore(store: Store, abstract_state: Any, step: int | None = None) -> Any:
     wanted = 'checkpoint' if step is None else f'step {step}'
     raise ValueError(f'{store.directory} holds no complete {wanted} (steps: {steps or "none"})')
   path = store.directory / str(steps[-1] if step is None else step)
-  expected = tree.flatten(abstract_state)
-  _check_same(expected, _stored_leaves(path), path)
-  return jax.tree.unflatten(jax.tree.structure(abstract_state), _read(path, expected).values())
+  expected, bundle = tree.flatten(abstract_state), _bundle_of(path)
+  _check_same(expected, _stored_leaves(path, bundle), path)
+  restored = _read(path, expected, bundle)
+  return jax.tree.unflatten(jax.tree.structure(abstract_state), restored.values())
 
 
-def find_step(path: str | os.PathLike[str]) -> epath.Path:
-  """Return the directory of the best complete step under a path, of the newest where none is best.
+def find_steps(path: str | os.PathLike[str]) -> list[epath.Path]:
+  """Return the directories of the complete steps under a path: the best, then from the newest on.
 
   Args:
     path: a workdir, its `checkpoints` directory, or one step.
@@ -331,67 +364,104 @@ def find_step(path: str | os.PathLike[str]) -> epath.Path:
   Raises:
     ValueError: there is none.
   """
-  logging.getLogger('absl').addFilter(_not_from_orbax)
+  _quieten_orbax()
   given = _absolute(path)
   if (given / STATE).is_dir() and (given / COMMIT_MARKER).exists():
-    return given
+    return [given]
   for directory in (given / DIRECTORY, given):
-    steps = committed_steps(directory)
-    if steps:
-      marked = best_step(directory)
-      return directory / str(steps[-1] if marked is None else marked)
+    if steps := committed_steps(directory):
+      best = best_step(directory)
+      for entry in directory.iterdir():
+        if entry.name.isdecimal() and int(entry.name) > steps[-1]:
+          logging.warning('%s is not complete, and does not count.', entry)
+      return [directory / str(step)
+              for step in sorted(steps, key=lambda step: (step == best, step), reverse=True)]
   if not given.exists():
     raise ValueError(f'{no_such_path(path)} (a model of the Hugging Face hub is hf:NAME)')
   raise ValueError(f'{given} holds no complete checkpoint; give a workdir, its {DIRECTORY}/ '
                    'directory, or one step of that')
 
 
-def read_bundle(path: str | os.PathLike[str]) -> Bundle:
-  """Return what travels with the newest checkpoint under a path (see `find_step`).
+def first_whole(path: str | os.PathLike[str], read: Callable[[epath.Path], Any]) -> Any:
+  """Return what `read` makes of the first of `find_steps` that is not damaged, and log the others.
 
   Raises:
-    ValueError: there is no checkpoint, or its bundle is damaged.
-    CheckpointError: its bundle cannot be read.
+    ValueError: there is no checkpoint.
+    DamagedError: none is whole, or the one step that the path names is not.
   """
-  step = _readable(find_step(path))
-  with _reading(step / BUNDLE):
-    fields = ocp.JsonCheckpointHandler().restore(step / BUNDLE, args=ocp.args.JsonRestore())
-  return bundle_lib.from_dict(fields)
+  steps = find_steps(path)
+  for step in steps:
+    try:
+      found = read(step)
+      break
+    except DamagedError as error:
+      if step == steps[-1]:
+        raise
+      logging.warning('%s\nStep %s is passed over.', error, step.name)
+  if step != steps[0]:
+    logging.warning('Step %s is taken.', step.name)
+  return found
+
+
+def read_bundle(path: str | os.PathLike[str]) -> Bundle:
+  """Return what travels with the checkpoint under a path (see `first_whole`).
+
+  Raises:
+    ValueError: there is no checkpoint.
+    CheckpointError: a later version wrote it.
+    DamagedError: it is not what was saved, or has links that lead out of it.
+  """
+  return first_whole(path, _bundle_of)
+
+
+def _bundle_of(step: epath.Path) -> Bundle:
+  with _reading(step, BUNDLE):
+    for file in [] if storage.is_remote(step) else pathlib.Path(step).rglob('*'):
+      if not file.resolve().is_relative_to(step):
+        raise ValueError(f'{file} is a link that leads out of the checkpoint')
+    return bundle_lib.from_dict(ocp.JsonCheckpointHandler().restore(
+      _readable(step / BUNDLE), args=ocp.args.JsonRestore()))
 
 
 def restore_params(
-  path: str | os.PathLike[str], abstract: Any = None, shardings: Any = None, dtype: Any = None
+  path: str | os.PathLike[str], abstract: Any = None, shardings: Any = None, dtype: Any = None,
+  verify: str = 'full',
 ) -> tuple[Any, Bundle]:
   """Return (parameters, bundle): of the moving average where the run kept one.
 
   Args:
-    path: a workdir, its `checkpoints` directory, or one step.
+    path: a workdir, its `checkpoints` directory, or one step; of several, the first whole one.
     abstract: tree of ShapeDtypeStructs to check against, with shardings or without; None takes what
       is stored, as nested dicts.
     shardings: in the form of the parameters; None: those of `abstract`, else the first local
       device.
     dtype: of all that is returned; None: as it is stored.
+    verify: 'full' compares the arrays with their fingerprints, 'off' does not.
 
   Raises:
     ValueError: there is no checkpoint, or leaves differ in path, shape or dtype.
-    CheckpointError: the files are damaged.
+    DamagedError: the files are damaged.
   """
-  step = find_step(path)
-  bundle = read_bundle(step)
-  stored = tree.nest(_stored_leaves(step))
-  name = 'ema' if 'ema' in stored else 'params'
-  if name not in stored:
-    raise ValueError(f'{step} holds no params (only {", ".join(stored)})')
-  wanted = stored[name] if abstract is None else abstract
-  _check_same(tree.flatten(wanted), tree.flatten(stored[name]), step)
-  if shardings is None:
-    shardings = jax.tree.map(lambda leaf: getattr(leaf, 'sharding', None), wanted)
-  leaves = jax.tree.map(
-    lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=where),
-    wanted, shardings,
-  )
-  restored = _read(step, {f'{name}/{path}': leaf for path, leaf in tree.flatten(leaves).items()})
-  return jax.tree.unflatten(jax.tree.structure(wanted), restored.values()), bundle
+  def read(step: epath.Path) -> tuple[Any, Bundle]:
+    bundle = _bundle_of(step)
+    stored = tree.nest(_stored_leaves(step, bundle))
+    name = 'ema' if 'ema' in stored else 'params'
+    if name not in stored:
+      raise ValueError(f'{step} holds no params (only {", ".join(stored)})')
+    wanted = stored[name] if abstract is None else abstract
+    _check_same(tree.flatten(wanted), tree.flatten(stored[name]), step)
+    where = tree.flatten(shardings)
+    leaves = {f'{name}/{path}': jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=where.get(path) or getattr(leaf, 'sharding', None))
+      for path, leaf in tree.flatten(wanted).items()}
+    parts = [leaves]
+    if dtype is not None:  # One by one, so that what is stored larger is never there as a whole.
+      parts = [{path: leaf} for path, leaf in leaves.items()]
+    restored = [leaf if dtype is None else leaf.astype(dtype)
+                for part in parts for leaf in _read(step, part, bundle, verify).values()]
+    return jax.tree.unflatten(jax.tree.structure(wanted), restored), bundle
+
+  return first_whole(path, read)
 
 
 def save_converted(
@@ -419,6 +489,11 @@ def save_converted(
     close(store)
 
 
+def _quieten_orbax() -> None:
+  for name in ('absl', 'asyncio'):
+    logging.getLogger(name).addFilter(_not_from_orbax)
+
+
 def _not_from_orbax(record: logging.LogRecord) -> bool:
   # Orbax logs every phase, and a failure once per thread with its trace, as asyncio does for it;
   # what matters is raised.
@@ -431,27 +506,48 @@ def _absolute(path: str | os.PathLike[str]) -> epath.Path:
   return found if storage.is_remote(found) else found.resolve()
 
 
-def _readable(step: epath.Path) -> epath.Path:
-  """Return where Orbax can read a step: in s3:// it cannot."""
-  return epath.Path(storage.local(step)) if _is_staged(step) else step
+def _readable(path: epath.Path) -> epath.Path:
+  """Return where Orbax can read an item of a step: in s3:// it cannot."""
+  return epath.Path(storage.local(path)) if _is_staged(path) else path
 
 
 @contextlib.contextmanager
-def _reading(path: epath.Path) -> Iterator[None]:
+def _reading(step: epath.Path, item: str) -> Iterator[None]:
+  """Turn what reading raises into a CheckpointError: of all processes, if one of them has one.
+
+  It is a DamagedError unless memory, the network or a permission may be what is missing.
+  """
+  error: Exception | None = None
   try:
     yield
-  except Exception as error:
-    raise CheckpointError(f'{path} cannot be read: {_reason(error)}') from error
+  except CheckpointError:
+    raise
+  except Exception as caught:
+    error = caught
+  elsewhere = isinstance(error, MemoryError | RuntimeError) or (
+    isinstance(error, OSError) and not isinstance(error, FileNotFoundError)) or (
+    str(error).startswith(_NOT_DAMAGE))
+  worst = 0 if error is None else 1 if elsewhere else 2
+  if jax.process_count() > 1:
+    worst = int(multihost_utils.process_allgather(np.array(worst)).max())
+  if worst:
+    failure = (CheckpointError, DamagedError)[worst - 1](
+      f'{step / item} cannot be read: {_reason(error or OSError("another process says so"))}')
+    failure.step = step
+    raise failure from error
 
 
-def _stored_leaves(step: epath.Path) -> dict[str, jax.ShapeDtypeStruct]:
+def _stored_leaves(step: epath.Path, bundle: Bundle) -> dict[str, jax.ShapeDtypeStruct]:
   """Return path -> shape and dtype of what a step holds."""
-  step = _readable(step)
-  with _reading(step / STATE):
-    metadata = ocp.PyTreeCheckpointHandler().metadata(step / STATE).tree
-  return {
-    path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-    for path, leaf in tree.flatten(metadata).items()}
+  with _reading(step, STATE):
+    metadata = ocp.PyTreeCheckpointHandler().metadata(_readable(step / STATE)).tree
+    found = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+             for path, leaf in tree.flatten(metadata).items()}
+    _compare(bundle, {path: tree.describe(leaf) for path, leaf in found.items()},
+             lambda text: text.rpartition(' ')[0])
+    if bundle.leaves is not None and (lost := bundle.leaves.keys() - found):
+      raise ValueError(f'{sorted(lost)[0]} is missing')
+  return found
 
 
 def _check_same(expected: Mapping[str, Any], stored: Mapping[str, Any], step: epath.Path) -> None:
@@ -462,23 +558,41 @@ def _check_same(expected: Mapping[str, Any], stored: Mapping[str, Any], step: ep
       'Use the config that it was saved with, or another directory.')
 
 
-def _read(step: epath.Path, leaves: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-  """Read the named leaves of a step into their shardings."""
+def _read(
+  step: epath.Path, leaves: Mapping[str, jax.ShapeDtypeStruct], bundle: Bundle, verify: str = 'full'
+) -> dict[str, jax.Array]:
+  """Read the named leaves of a step into their shardings, and compare their fingerprints."""
   default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  step, target = _readable(step), tree.nest(leaves)
+  target = tree.nest(leaves)
   restore_args = jax.tree.map(
     lambda leaf: ocp.ArrayRestoreArgs(
       sharding=leaf.sharding or default, global_shape=leaf.shape, dtype=leaf.dtype, strict=True
     ),
     target,
   )
-  with _reading(step / STATE):
-    restored = ocp.PyTreeCheckpointHandler().restore(
-      step / STATE,
+  with _reading(step, STATE):
+    restored = tree.flatten(ocp.PyTreeCheckpointHandler().restore(
+      _readable(step / STATE),
       args=ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True),
-    )
-  found = tree.flatten(restored)
-  return {path: found[path] for path in leaves}
+    ))
+    found = {path: restored[path] for path in leaves}
+  if verify == 'full':
+    if bundle.leaves is None:
+      logging.info('%s was saved without fingerprints; its arrays are not verified.', step)
+    else:
+      with _reading(step, STATE):
+        _compare(bundle, tree.fingerprints(found))
+  return found
+
+
+def _compare(
+  bundle: Bundle, found: Mapping[str, str], part: Callable[[str], str] = lambda text: text
+) -> None:
+  """Raise a ValueError that names leaves that are not what a bundle says of them."""
+  changed = [] if bundle.leaves is None else [
+    path for path, text in found.items() if part(bundle.leaves.get(path, '')) != text]
+  if changed:
+    raise ValueError(f'{", ".join(changed[:5])} changed after it was saved')
 
 
 def _failed(store: Store, error: Exception) -> CheckpointError:

@@ -45,11 +45,11 @@ def differences(expected: Mapping[str, Any], stored: Mapping[str, Any]) -> list[
   lines = []
   for path, leaf in expected.items():
     if path not in stored:
-      lines.append(f'{path}: not in the checkpoint, expected {_describe(leaf)}')
-    elif _describe(leaf) != _describe(stored[path]):
-      lines.append(f'{path}: {_describe(stored[path])} in the checkpoint, expected '
-                   f'{_describe(leaf)}')
-  lines += [f'{path}: {_describe(leaf)} in the checkpoint, not expected'
+      lines.append(f'{path}: not in the checkpoint, expected {describe(leaf)}')
+    elif describe(leaf) != describe(stored[path]):
+      lines.append(f'{path}: {describe(stored[path])} in the checkpoint, expected '
+                   f'{describe(leaf)}')
+  lines += [f'{path}: {describe(leaf)} in the checkpoint, not expected'
             for path, leaf in stored.items() if path not in expected]
   return lines
 
@@ -61,19 +61,13 @@ def listing(lines: list[str]) -> str:
   return '\n'.join(shown + ([f'  ... and {more} more'] if more > 0 else []))
 
 
-def _describe(leaf: Any) -> str:
+def describe(leaf: Any) -> str:
+  """Return the dtype and shape of a leaf, such as 'float32[2, 3]'."""
   return f'{np.dtype(leaf.dtype).name}{list(leaf.shape)}'
 
 
 def fingerprint(arrays: Any) -> str:
-  """Return 16 hexadecimal digits that depend on every leaf's path, shape, dtype and bits.
-
-  Computed where the arrays lie. Each leaf gives two sums of its bits, one of them weighted by
-  position; integers add up to the same in any order, so that meshes do not matter.
-
-  Args:
-    arrays: pytree of arrays.
-  """
+  """Return 16 hexadecimal digits that depend on every leaf's path, shape, dtype and bits."""
   digest = hashlib.sha256()
   for path, leaf in sorted(flatten(arrays).items()):
     sums = jax.device_get(_sums(leaf))
@@ -81,13 +75,31 @@ def fingerprint(arrays: Any) -> str:
   return digest.hexdigest()[:16]
 
 
+def fingerprints(leaves: Mapping[str, jax.Array]) -> dict[str, str]:
+  """Return path -> shape, dtype and fingerprint of each leaf, 24 hexadecimal digits.
+
+  Computed where the arrays lie, from three sums of their words: plain, weighted by position, and
+  mixed with it. Integers add up to the same in any order, so that meshes do not matter. One changed
+  word always changes the first and the last; several leave all three alone once in 2**64 or more.
+  """
+  sums = jax.device_get({path: _sums(leaf) for path, leaf in leaves.items()})
+  return {path: f'{describe(leaf)} {"".join(f"{int(one):08x}" for one in sums[path])}'
+          for path, leaf in leaves.items()}
+
+
 @jax.jit
-def _sums(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _sums(leaf: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  leaf = leaf.astype(jnp.uint8) if leaf.dtype == bool else leaf
   bits = jnp.dtype(f'uint{8 * leaf.dtype.itemsize}')
   words = jax.lax.bitcast_convert_type(leaf, bits).astype(jnp.uint32)
-  # Odd weights: a change of one word always changes the sum.
   position = jnp.zeros(leaf.shape, jnp.uint32)
   for axis, size in enumerate(leaf.shape):
     index = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
     position = position * jnp.uint32(size % 2**32) + index
-  return jnp.sum(words, dtype=jnp.uint32), jnp.sum(words * (2 * position + 1), dtype=jnp.uint32)
+  # Odd factors and shifted differences can be undone, so that no two words mix to the same.
+  mixed = words + position * jnp.uint32(0x9E3779B1)
+  for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
+    mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
+  return (jnp.sum(words, dtype=jnp.uint32),
+          jnp.sum(words * (2 * position + 1), dtype=jnp.uint32),
+          jnp.sum(mixed, dtype=jnp.uint32))

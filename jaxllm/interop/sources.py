@@ -117,7 +117,7 @@ def at_hand(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
   found = storage.path(path)
   if storage.is_remote(found):
     try:
-      store.find_step(found)
+      store.find_steps(found)
     except ValueError:
       return storage.local(found)
   return path

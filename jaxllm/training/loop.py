@@ -128,6 +128,8 @@ def train(
         return _run(run)
       except _TooManySkipped as error:
         _go_back(run, error)
+      except store_lib.DamagedError as error:
+        store_lib.quarantine(run.store, error)
   finally:
     store_lib.close(run.store)
     goodput.close()

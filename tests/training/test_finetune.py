@@ -85,7 +85,7 @@ def base(tmp_path_factory):
 
 
 def test_only_adapters_are_trained_and_stored(base):
-  stored = store._stored_leaves(store.find_step(base / 'tuned'))
+  stored = store.read_bundle(base / 'tuned').leaves
   params = {path.rpartition('/')[2] for path in stored if path.startswith('params/')}
   assert params == {'a', 'b', 'scale'}
   moments = {path.rpartition('/')[2] for path in stored if '/mu/' in path or '/nu/' in path}
@@ -242,7 +242,7 @@ def test_rules_freeze_and_must_match(base):
   np.testing.assert_array_equal(before['embed']['embedding'], after['embed']['embedding'])
   moved = after['layers']['mlp']['up']['kernel'] - before['layers']['mlp']['up']['kernel']
   assert np.abs(moved).max() > 0
-  stored = store._stored_leaves(store.find_step(base / 'ruled'))
+  stored = store.read_bundle(base / 'ruled').leaves
   assert not any('/mu/' in path and '/attention/' in path for path in stored)
   for frozen in (FinetuneConfig(rules=(PathRule(pattern='.*'),)),
                  LORA.replace(rules=(PathRule(pattern='.*/[ab]'),))):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jaxllm import config as config_lib
-from jaxllm import loading, storage
+from jaxllm import loading
 from jaxllm.checkpoints import store
 from jaxllm.config import override
 from jaxllm.data import batches
@@ -131,7 +131,7 @@ def test_a_second_call_says_that_the_run_is_complete(whole, caplog):
 
 def contents(path):
   """Return all that describes a run, and would be a lie where a call was refused."""
-  names = ('config.json', 'environment.json', 'data.json', 'checkpoints/best.json')
+  names = ('config.json', 'environment.json', 'data.json')
   return {name: (path / name).read_bytes() for name in names if (path / name).exists()}
 
 
@@ -183,7 +183,7 @@ def test_tokens_are_counted_as_they_are_in_the_records(whole):
     8 * 8 * train_split['tokens'] / train_split['records'])
 
 
-def test_a_killed_run_marks_the_best_checkpoint_that_it_had_not_marked_yet(tmp_path):
+def test_the_best_checkpoint_is_marked_in_the_moment_that_it_is_committed(tmp_path):
   experiment = tiny.experiment(
     tmp_path, training__num_steps=4, evaluation__every_steps=2, evaluation__prompts=(),
     best={'metric': 'validation/loss'})
@@ -191,18 +191,14 @@ def test_a_killed_run_marks_the_best_checkpoint_that_it_had_not_marked_yet(tmp_p
   class Kill(Exception):
     pass
 
-  write = storage.write_file
-
-  def kill(path, content):
-    if path.name == store.BEST:
-      raise Kill
-    write(path, content)
+  def kill(*_):
+    raise Kill
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(storage, 'write_file', kill)
+    patch.setattr(store, 'mark_best', lambda opened, step, facts: step and kill())
     with pytest.raises(Kill):
       train(experiment, tmp_path / 'run')
-  assert store.best_step(tmp_path / 'run' / 'checkpoints') is None
+  assert store.best_step(tmp_path / 'run' / 'checkpoints') == 2
   # Nothing that comes is better, so that only what is there can be marked.
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(loop.scoring, 'take', lambda *_: {'validation/loss': 1e9})
