@@ -6,14 +6,11 @@ jaxllm, and from any of these to a Hugging Face directory or to exported program
 some.
 """
 
-import os
-
-from jaxllm import config, storage
+from jaxllm import config
 
 FLAGS = config.Flags()
 SOURCE = FLAGS.string(
-  'source', None, 'A workdir, a Hugging Face directory, a .gguf file, hf:NAME of the hub, or '
-  'exported programs, which are made anew.',
+  'source', None, 'A workdir, a Hugging Face directory, a .gguf file or hf:NAME of the hub.',
   required=True,
 )
 TARGET = FLAGS.string('target', None, 'The new directory.', required=True)
@@ -35,7 +32,7 @@ BUCKETS = FLAGS.list(
 
 
 def main(_) -> None:  # noqa: D103
-  from jaxllm.interop import conversion, exported, sources
+  from jaxllm.interop import conversion, sources
 
   if FORMAT.value == 'peft':
     _write_adapters()
@@ -44,7 +41,7 @@ def main(_) -> None:  # noqa: D103
     raise ValueError(f'--buckets={",".join(BUCKETS.value)}: numbers with commas between are needed')
   buckets = [int(length) for length in BUCKETS.value]
   conversion.check_target(TARGET.value, FORMAT.value)
-  origin = exported.source_of(str(sources.at_hand(SOURCE.value)))
+  origin = str(sources.at_hand(SOURCE.value))
   sources.check_exists(origin, REVISION.value)
   if sources.is_foreign(origin):
     source = sources.open_model(origin, REVISION.value, IGNORE_AUTO_MAP.value)
@@ -60,9 +57,7 @@ def main(_) -> None:  # noqa: D103
                        '--format')
     stored = 'float32' if peft.base_model(origin) else None
     loaded = loading.load(origin, MESH.value, stored)
-    where = origin if storage.is_remote(origin) else os.path.abspath(origin)
-    report = conversion.from_model(
-      loaded, TARGET.value, FORMAT.value, DTYPE.value, buckets, where)
+    report = conversion.from_model(loaded, TARGET.value, FORMAT.value, DTYPE.value, buckets)
   proof = report['proof']
   print(f'{TARGET.value}: {FORMAT.value}, proven on {len(proof["prompt_ids"])} tokens')
   if 'max_abs_error' in proof:

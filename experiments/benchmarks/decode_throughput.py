@@ -114,7 +114,7 @@ def bandwidth() -> float:
 def measure_jaxllm(size: str, name: str, batches: list[int]) -> dict:
   import jax
 
-  from jaxllm.adapters.quantization import QuantizationConfig, quantize, stored_bytes
+  from jaxllm.adapters.quantization import QuantizationConfig, quantize
   from jaxllm.generation import decode
   from jaxllm.generation.sampling import SamplingConfig
   from jaxllm.models import decoder
@@ -131,7 +131,7 @@ def measure_jaxllm(size: str, name: str, batches: list[int]) -> dict:
     results = decode.generate(model, variables, [[*range(1, PROMPT + 1)]] * batch, greedy)
     assert all(len(result.tokens) == new for result in results)
 
-  return timed(run, batches, stored_bytes(variables))
+  return timed(run, batches, sum(leaf.nbytes for leaf in jax.tree.leaves(variables)))
 
 
 def measure_torch(size: str, name: str, batches: list[int]) -> dict:

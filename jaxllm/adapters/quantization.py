@@ -49,11 +49,6 @@ def dequantize_tree(variables: Mapping[str, Any], dtype: Any = jnp.float32) -> d
     is_leaf=is_quantized)
 
 
-def stored_bytes(variables: Mapping[str, Any]) -> int:
-  """Return the bytes of the variables in memory; two int4 numbers share one."""
-  return sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
-
-
 def _quantize(path: tuple[str, ...], leaf: Any, config: QuantizationConfig) -> Any:
   # Stacked layers have one more axis in front.
   stacked = int(path[0] == 'layers' and not path[1].isdigit())

@@ -21,11 +21,14 @@ class CheckpointError(RuntimeError):
     step: the directory of the checkpoint that could not be read.
   """
 
+  exit_code = 1
   step: Any = None
 
 
 class DamagedError(CheckpointError):
   """A checkpoint is not what was saved; the message names the file or the leaf."""
+
+  exit_code = 2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,10 +10,8 @@ where whole steps are uploaded.
 - Reading a run's own state: `latest_step`, `best_step`, `restore`, `quarantine`.
 - Reading a model from a path: `find_steps`, `read_bundle`, `restore_params`.
 
-Orbax's v1 interface (0.12.8) reads and writes the same files, but needs a registered handler where
-the bundle is to stay JSON, drives the same manager through a private attribute, and takes its
-options by keywords that it already calls deprecated. It replaces nothing of ours and saves no code;
-1.0, which makes it the top level, is the time to move.
+Orbax's v1 interface (0.12.8) reads and writes the same files and saves no code of ours; 1.0, which
+makes it the top level, is the time to move.
 """
 
 import contextlib
@@ -52,8 +50,6 @@ _SAVE_SECONDS = 1200
 # What TensorStore's errors begin with that files of a checkpoint do not cause.
 _NOT_DAMAGE = ('ABORTED', 'CANCELLED', 'DEADLINE_EXCEEDED', 'PERMISSION_DENIED',
                'RESOURCE_EXHAUSTED', 'UNAUTHENTICATED', 'UNAVAILABLE')
-
-  exit_code = 1
 
 
 class CheckpointConfig(Config):

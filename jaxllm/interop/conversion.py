@@ -180,7 +180,7 @@ def from_source(
   # The reference sees the numbers as rounded as the result will have them.
   reference = functools.partial(source.reference, ids, weights.DTYPES[dtype or 'float32'])
   with storage.replaced(path) as partial:
-    result = _write(model, source.files, None, partial, form, buckets, {'source': source.path})
+    result = _write(model, source.files, None, partial, form, buckets, source.path)
     proof = prove(reference, result.config, result.variables, ids, where)
     if form == 'exported':
       _check_program(partial, ids, result)
@@ -191,12 +191,12 @@ def from_source(
 
 def from_model(
   model: Model, target: str | os.PathLike[str], form: str, dtype: str | None = None,
-  buckets: Sequence[int] = exported.BUCKETS, origin: str | None = None,
+  buckets: Sequence[int] = exported.BUCKETS,
 ) -> dict[str, Any]:
   """Write a model of ours for others: as a Hugging Face directory, or as exported programs.
 
-  The proof of a Hugging Face directory is the independent reading of what was written; `origin` is
-  the path of the model; other arguments and errors as in `from_source`.
+  The proof of a Hugging Face directory is the independent reading of what was written; arguments
+  and errors as in `from_source`.
   """
   path = check_target(target, form)
   if form == 'jaxllm':
@@ -206,8 +206,7 @@ def from_model(
     rounded = jax.tree.map(lambda leaf: leaf.astype(weights.DTYPES[dtype]), model.variables)
     model = dataclasses.replace(model, variables=rounded)
   with storage.replaced(path) as partial:
-    again = _write(model, model.tokenizer.files(), model.add_bos, partial, form, buckets,
-                   {'source': origin})
+    again = _write(model, model.tokenizer.files(), model.add_bos, partial, form, buckets)
     summary: dict[str, Any] = {'format': form, 'dtype': dtype or 'as stored'}
     if form == 'huggingface':
       # What was written, read independently, against the model that it was written from; and
@@ -240,7 +239,7 @@ def check_target(target: str | os.PathLike[str], form: str) -> pathlib.Path:
 
 def _write(
   model: Model, files: Mapping[str, bytes], add_bos: bool | None, directory: pathlib.Path,
-  form: str, buckets: Sequence[int], origin: Mapping[str, Any],
+  form: str, buckets: Sequence[int], origin: str | None = None,
 ) -> Model:
   """Write a model, and return what is read back (of an exported program, the model itself)."""
   config, variables = model.config, model.variables
@@ -252,14 +251,13 @@ def _write(
     return dataclasses.replace(model, config=again.config, variables=variables)
   if form == 'jaxllm':
     store.save_converted(
-      directory, config, variables, files, {**origin, 'model_type': model.family})
+      directory, config, variables, files, {'source': origin, 'model_type': model.family})
     where = jax.tree.map(lambda leaf: leaf.sharding, variables['params'])
     params, bundle = store.restore_params(directory, shardings=where)
     return dataclasses.replace(
       model, config=model_config(bundle), variables={'params': params}
     )
-  exported.save(directory, config, variables, files, buckets, add_bos=add_bos,
-                source=origin['source'])
+  exported.save(directory, config, variables, files, buckets, add_bos=add_bos)
   return model
 
 

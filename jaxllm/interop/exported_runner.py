@@ -5,11 +5,9 @@ As a library: `artefact = load(directory)`, then `generate(artefact, ids, ...)`.
 """
 
 import argparse
-import datetime
 import hashlib
 import json
 import pathlib
-import sys
 from typing import Any
 
 import jax
@@ -30,8 +28,6 @@ def load(directory: str | pathlib.Path) -> dict[str, Any]:
     with open(directory / name, 'rb') as file:
       if hashlib.file_digest(file, 'sha256').hexdigest() != digest:
         raise ValueError(f'{directory / name} differs from what the manifest says')
-  if manifest.get('valid_until', '9') < datetime.date.today().isoformat():
-    print(f'warning: {outdated(manifest)}', file=sys.stderr)
   with safe_open(directory / 'weights.safetensors', 'np') as file:
     weights = {name: jnp.asarray(file.get_tensor(name)) for name in file.keys()}
   tokenizer = tokenizers.Tokenizer.from_file(str(directory / 'tokenizer.json'))
@@ -45,14 +41,6 @@ def load(directory: str | pathlib.Path) -> dict[str, Any]:
   }
 
 
-def outdated(manifest: dict[str, Any]) -> str:
-  """Return the sentence about programs that are older than JAX promises to run them."""
-  return (f'made on {manifest.get("made_on")} with jax {manifest["jax"]}, these programs are '
-          f'promised to run until {manifest.get("valid_until")}, here with jax {jax.__version__}; '
-          f'make them anew: python -m jaxllm.convert --source={manifest.get("source") or "MODEL"} '
-          '--target=NEW --format=exported')
-
-
 def program(artefact: dict[str, Any], name: str) -> Any:
   """Return a program by name, compiled when it is first called; its cache argument is reused."""
   if name not in artefact['programs']:
@@ -60,7 +48,9 @@ def program(artefact: dict[str, Any], name: str) -> Any:
     try:
       call = export.deserialize(bytearray(content)).call
     except Exception as error:  # Of any kind, as the format goes on.
-      raise ValueError(f'{name}.bin: {error}; {outdated(artefact["manifest"])}') from error
+      raise ValueError(
+        f'{name}.bin: {error}; made with jax {artefact["manifest"]["jax"]}, here is '
+        f'{jax.__version__}: make it anew by python -m jaxllm.convert --format=exported') from error
     donated = (1,) if name.startswith('decode') else ()
     artefact['programs'][name] = jax.jit(call, donate_argnums=donated)
   return artefact['programs'][name]
@@ -73,37 +63,23 @@ def encode(artefact: dict[str, Any], text: str) -> list[int]:
   return first + artefact['tokenizer'].encode(text, add_special_tokens=False).ids
 
 
-def bucket(artefact: dict[str, Any], length: int) -> int:
-  """Return the smallest bucket of at least `length` tokens, or the largest one."""
-  buckets = artefact['manifest']['buckets']
-  return next((size for size in buckets if size >= length), buckets[-1])
-
-
-def grow(cache: dict[str, Any], axis: int, size: int) -> dict[str, Any]:
-  """Return the cache with `size` slots."""
-  def pad(array: jax.Array) -> jax.Array:
-    return jnp.pad(array, [(0, (size - n) * (i == axis)) for i, n in enumerate(array.shape)])
-
-  return {**cache, 'keys': [*map(pad, cache['keys'])], 'values': [*map(pad, cache['values'])]}
-
-
 def generate(
   artefact: dict[str, Any], ids: list[int], max_new_tokens: int, temperature: float = 1.0,
   top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, seed: int = 0,
 ) -> list[int]:
   """Continue token ids until a stop token, `max_new_tokens`, or the largest bucket is full."""
-  manifest = artefact['manifest']
+  manifest, buckets = artefact['manifest'], artefact['manifest']['buckets']
   if not ids or min(ids) < 0 or max(ids) >= manifest['vocab_size']:
     raise ValueError(f'1 or more token ids below {manifest["vocab_size"]} are needed')
-  if len(ids) > manifest['buckets'][-1]:
-    raise ValueError(f'{len(ids)} tokens, but programs exist for {manifest["buckets"][-1]}')
+  if len(ids) > buckets[-1]:
+    raise ValueError(f'{len(ids)} tokens, but programs exist for {buckets[-1]}')
   rules = {'temperature': temperature, 'top_p': top_p, 'min_p': min_p}
   request: dict[str, Any] = {
     'seed': np.array([seed], np.uint32), 'index': np.zeros(1, np.int32),
     'rules': {name: np.array([value], np.float32) for name, value in rules.items()}
     | {'top_k': np.array([top_k], np.int32)},
   }
-  size = bucket(artefact, len(ids))
+  size = next((size for size in buckets if size >= len(ids) + max_new_tokens - 1), buckets[-1])
   tokens = np.zeros((1, size), np.int32)
   tokens[0, : len(ids)] = ids
   token, cache = program(artefact, f'prefill_{size}')(
@@ -112,14 +88,10 @@ def generate(
   made: list[int] = []
   while True:
     made.append(int(token[0]))
-    used = len(ids) + len(made) - 1
     if made[-1] in manifest['stop_ids']:
       return made[:-1]
-    if len(made) == max_new_tokens or used == manifest['buckets'][-1]:
+    if len(made) == max_new_tokens or len(ids) + len(made) > size:
       return made
-    if used == size:
-      size = bucket(artefact, used + 1)
-      cache = grow(cache, manifest['slot_axis'], size)
     request['index'] = np.array([len(made)], np.int32)
     token, cache = program(artefact, f'decode_{size}')(
       artefact['weights'], cache, token[:, None], request

@@ -83,16 +83,11 @@ def open_model(path: str | os.PathLike[str]) -> Source:
     keys = config_keys(metadata, found, architecture.model_type)
     form = HUGGINGFACE[architecture.model_type]
     config = form.decode(keys)
-    slots = tuple(weights.slots(form, config))
     names = _names(architecture, config.num_layers)
     ignored = {name: 'part of the config' for name in [ROPE_DIVISORS] if name in found}
-    renamed = {names.get(name, name): name for name in found if name not in ignored}
-    match = weights.match(form, slots, config.tied_head, renamed)
-    tensors = {
-      name: _stored(found[renamed[original]], name, keys, architecture)
-      for name, original in match.names.items()
-    }
-    weights.check_shapes(slots, tensors)
+    slots, tensors, _, _ = weights.locate(form, config, {
+      (named := names.get(name, name)): _stored(tensor, named, keys, architecture)
+      for name, tensor in found.items() if name not in ignored})
     files = gguf_vocabulary.tokenizer_files(metadata)
     unread = tuple(unread_keys(metadata))
   except ValueError as error:

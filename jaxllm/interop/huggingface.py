@@ -66,14 +66,10 @@ def open_model(directory: str | os.PathLike[str], ignore_auto_map: bool = False)
   except ValueError as error:
     raise ValueError(f'{path}: {error}') from None
   found = tensorfile.read_headers(tensorfile.find(path))
-  slots = weights.slots(form, config)
-  match = weights.match(form, slots, config.tied_head, found)
-  tensors = {name: found[original] for name, original in match.names.items()}
-  weights.check_shapes(tuple(slots), tensors)
-  ignored = dict(match.ignored)
-  if match.head is not None:
-    ignored[match.head] = 'equal to the embedding, to which it is tied'
-    _check_tied(form, tensors, found[match.head])
+  slots, tensors, ignored, head = weights.locate(form, config, found)
+  if head is not None:
+    ignored[head] = 'equal to the embedding, to which it is tied'
+    _check_tied(form, tensors, found[head])
   files = _checked_files(path, keys.data, config, ignore_auto_map)
 
   def logits(ids: list[int], rounded: Any, dtype: Any = np.float32) -> np.ndarray:
@@ -81,8 +77,8 @@ def open_model(directory: str | os.PathLike[str], ignore_auto_map: bool = False)
       keys.data, lambda name: tensors[name].array().astype(rounded), ids, dtype)
 
   unread = tuple(sorted(set(keys.data) - keys.read))
-  return Source(str(path), form, config, keys.data, tuple(slots), tensors, ignored, unread,
-                files, logits)
+  return Source(
+    str(path), form, config, keys.data, slots, tensors, ignored, unread, files, logits)
 
 
 def read_keys(directory: pathlib.Path) -> dict[str, Any]:

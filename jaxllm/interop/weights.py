@@ -81,50 +81,44 @@ def slots(form: Format, config: DecoderConfig) -> list[Slot]:
   return found
 
 
-@dataclasses.dataclass(frozen=True)
-class Match:
-  """What was found in a file.
+def locate(
+  form: Format, config: DecoderConfig, stored: Mapping[str, Tensor]
+) -> tuple[tuple[Slot, ...], dict[str, Tensor], dict[str, str], str | None]:
+  """Find every slot of a model among the tensors of a file, whatever stands before their names.
 
-  Attributes:
-    names: name of a slot -> name in the file.
-    ignored: name in the file -> why it holds nothing that we need.
-    head: name in the file of a head that is also the embedding, if there is one.
-  """
-
-  names: Mapping[str, str]
-  ignored: Mapping[str, str]
-  head: str | None
-
-
-def match(
-  form: Format, wanted: Sequence[Slot], tied_head: bool, stored: Collection[str]
-) -> Match:
-  """Find every slot among the names of a file, whatever stands before them.
+  Returns:
+    The slots; name of a slot -> its tensor; name in the file -> why it holds nothing that we need;
+    the name of a stored head that is also the embedding, if there is one.
 
   Raises:
-    ValueError: tensors are missing, or some belong to nothing; the message lists them.
+    ValueError: tensors are missing, belong to nothing, have another shape than the config says, or
+      are no floats; the message lists them.
   """
-  candidates = [
-    _renamed(form, prefix, stored) for prefix in (form.prefix, *form.other_prefixes)
-  ]
+  wanted = tuple(slots(form, config))
+  candidates = [_renamed(form, prefix, stored) for prefix in (form.prefix, *form.other_prefixes)]
   names = {slot.name for slot in wanted}
   found = max(candidates, key=lambda renamed: len(names & set(renamed)))
-  missing = sorted(names - set(found))
   left = {name: original for name, original in found.items() if name not in names}
-  head = left.pop(form.names.get('head/kernel', ''), None) if tied_head else None
-  ignored, unused = {}, []
-  for original in left.values():
+  head = left.pop(form.names.get('head/kernel', ''), None) if config.tied_head else None
+  ignored, problems = {}, [f'{name}: missing' for name in sorted(names - set(found))]
+  for original in sorted(left.values()):
     reason = next((why for rule, why in form.ignored.items() if re.fullmatch(rule, original)), None)
     if reason is None:
-      unused.append(original)
+      problems.append(f'{original!r}: belongs to nothing in this model')
     else:
       ignored[original] = reason
-  problems = [f'{name}: missing' for name in missing]
-  problems += [f'{name!r}: belongs to nothing in this model' for name in sorted(unused)]
+  tensors = {name: stored[found[name]] for name in names & set(found)}
+  for slot in wanted if not problems else ():
+    tensor = tensors[slot.name]
+    if tensor.shape != slot.shape:
+      problems.append(f'{tensor.name}: {list(tensor.shape)}, expected {list(slot.shape)}')
+    if tensor.dtype not in tensorfile.FLOATS:
+      problems.append(f'{tensor.name}: {tensor.kind}; F32, F16, BF16 and F64 are read, quantised '
+                      'formats are not')
   if problems:
     raise ValueError(f'the tensors do not fit model_type {form.model_type!r} with this '
                      f'config.json:\n{tree.listing(problems)}')
-  return Match({name: found[name] for name in names}, ignored, head)
+  return wanted, tensors, ignored, head
 
 
 def split(
@@ -240,20 +234,6 @@ class Source:
   unread: tuple[str, ...]
   files: Mapping[str, bytes]
   reference: Callable[..., np.ndarray]
-
-
-def check_shapes(slots: tuple[Slot, ...], tensors: Mapping[str, Tensor]) -> None:
-  """Raise a ValueError that lists tensors of another shape than the config says, or no floats."""
-  problems = [
-    f'{tensors[slot.name].name}: {list(tensors[slot.name].shape)}, expected {list(slot.shape)}'
-    for slot in slots if tensors[slot.name].shape != slot.shape
-  ]
-  problems += [
-    f'{tensor.name}: {tensor.kind}; F32, F16, BF16 and F64 are read, quantised formats are not'
-    for tensor in tensors.values() if tensor.dtype not in tensorfile.FLOATS
-  ]
-  if problems:
-    raise ValueError(f'tensors do not fit config.json:\n{tree.listing(problems)}')
 
 
 def load(

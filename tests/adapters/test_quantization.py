@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxllm.adapters import quantization
-from jaxllm.adapters.quantization import QuantizationConfig, stored_bytes
+from jaxllm.adapters.quantization import QuantizationConfig
 from jaxllm.generation import decode
 from jaxllm.generation.sampling import SamplingConfig
 from jaxllm.models import cpu_kernels, decoder, linear
@@ -66,6 +66,10 @@ def test_errors_are_half_a_level(config, levels):
   tree = {'params': {'layers': {'mlp': {'up': {'kernel': jnp.asarray(kernel)}}}}}
   exact = dequantize_tree(quantize(tree, config))['params']['layers']['mlp']['up']['kernel']
   np.testing.assert_allclose(exact, kernel, rtol=1e-6)
+
+
+def stored_bytes(variables):
+  return sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
 
 
 def test_sizes():
