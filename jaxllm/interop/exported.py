@@ -65,11 +65,7 @@ def save(
   for length in lengths:
     for name, program in _programs(config, params, length, platforms).items():
       (directory / f'{name}_{length}.bin').write_bytes(program)
-  tensorfile.write(
-    directory / 'weights.safetensors',
-    {name: (leaf.shape, np.dtype(leaf.dtype)) for name, leaf in params.items()},
-    lambda name: np.asarray(params[name]),
-  )
+  tensorfile.write(directory / 'weights.safetensors', jax.device_get(params))
   for name, content in beside.items():
     (directory / name).write_bytes(content)
   shutil.copy(pathlib.Path(__file__).with_name('exported_runner.py'), directory / 'run.py')

@@ -10,6 +10,7 @@ the padding of the vocabulary is cut. The directory appears whole or not at all.
 
 import collections
 import json
+import math
 import os
 import pathlib
 from collections.abc import Mapping
@@ -252,11 +253,17 @@ def _write_weights(
   directory: pathlib.Path, form: Format, config: DecoderConfig, params: Mapping[str, Any],
   stored: Mapping[str, np.dtype], shard_bytes: int,
 ) -> None:
-  slots = {slot.name: slot for slot in weights.slots(form, config)}
-  sizes = weights.parameter_shapes(config)
+  sizes, filled, total = weights.parameter_shapes(config), 0, 0
+  shards: list[list[Slot]] = [[]]
+  for slot in weights.slots(form, config):
+    size = math.prod(slot.shape) * stored[slot.targets[0]].itemsize
+    if shards[-1] and filled + size > shard_bytes:
+      shards.append([])
+      filled = 0
+    shards[-1].append(slot)
+    filled, total = filled + size, total + size
 
-  def produce(name: str) -> np.ndarray:
-    slot = slots[name]
+  def join(slot: Slot) -> np.ndarray:
     parts = {}
     for target in slot.targets:
       leaf = params[target] if slot.layer is None else params[target][slot.layer]
@@ -264,26 +271,12 @@ def _write_weights(
       parts[target] = whole.astype(stored[target], copy=False)
     return weights.join(form, slot, parts)
 
-  def describe(slot: Slot) -> tuple[tuple[int, ...], np.dtype]:
-    return slot.shape, stored[slot.targets[0]]
-
-  shards: list[dict[str, tuple[tuple[int, ...], np.dtype]]] = [{}]
-  filled = total = 0
-  for name, slot in slots.items():
-    shape, kind = describe(slot)
-    size = int(np.prod(shape)) * kind.itemsize
-    if shards[-1] and filled + size > shard_bytes:
-      shards.append({})
-      filled = 0
-    shards[-1][name] = shape, kind
-    filled, total = filled + size, total + size
-  if len(shards) == 1:
-    tensorfile.write(directory / 'model.safetensors', shards[0], produce)
-    return
-  index: dict[str, str] = {}
+  files: dict[str, str] = {}
   for number, shard in enumerate(shards, 1):
-    file = f'model-{number:05}-of-{len(shards):05}.safetensors'
-    tensorfile.write(directory / file, shard, produce)
-    index |= dict.fromkeys(shard, file)
-  (directory / 'model.safetensors.index.json').write_bytes(tokenizer_export.json_bytes(
-    {'metadata': {'total_size': total}, 'weight_map': index}))
+    several = f'-{number:05}-of-{len(shards):05}' if len(shards) > 1 else ''
+    name = f'model{several}.safetensors'
+    tensorfile.write(directory / name, {slot.name: join(slot) for slot in shard})
+    files |= {slot.name: name for slot in shard}
+  if len(shards) > 1:
+    (directory / 'model.safetensors.index.json').write_bytes(tokenizer_export.json_bytes(
+      {'metadata': {'total_size': total}, 'weight_map': files}))

@@ -120,8 +120,6 @@ def save(
     form: how the base model's family stores its weights.
     base_model: its name or path, for those who look for it in adapter_config.json.
   """
-  from safetensors import numpy as safetensors
-
   adapters = dict(lora_lib.adapters(jax.device_get(lora)))
   arrays: dict[str, np.ndarray] = {}
   ranks: dict[str, int] = {}
@@ -134,9 +132,8 @@ def save(
       continue
     module = slot.name.removesuffix('.weight')
     a_RI, b_OR = _join(torch_form, slot, shapes, adapters, scale)
-    # safetensors writes the bytes as they lie.
-    arrays[f'base_model.model.{module}.lora_A.weight'] = np.ascontiguousarray(a_RI)
-    arrays[f'base_model.model.{module}.lora_B.weight'] = np.ascontiguousarray(b_OR)
+    arrays[f'base_model.model.{module}.lora_A.weight'] = a_RI
+    arrays[f'base_model.model.{module}.lora_B.weight'] = b_OR
     # The end by which PEFT finds the module in every layer, and no other.
     suffix = '.'.join(module.rpartition(f'.{slot.layer}.')[2].split('.')[-2:])
     ranks[suffix] = len(a_RI)
@@ -153,7 +150,8 @@ def save(
   }
   directory = storage.path(directory)
   directory.mkdir(parents=True, exist_ok=True)
-  storage.write_file(directory / WEIGHTS_FILE, safetensors.save(arrays, {'format': 'pt'}))
+  with storage.replaced(directory / WEIGHTS_FILE) as partial:
+    tensorfile.write(partial, arrays)
   storage.write_file(directory / CONFIG_FILE, json.dumps(keys, indent=2) + '\n')
 
 

@@ -1,13 +1,12 @@
-"""safetensors files: read lazily once everything they claim is checked, written as a stream.
+"""safetensors files: read lazily once everything they claim is checked.
 
 The library checks sizes, types and ranges; `read_header` refuses besides what it accepts: names
 that stand twice, empty tensors by the thousand, other files in disguise. `Tensor.array` maps one.
-Written by hand, because the library writes only tensors that all lie in memory.
 """
 
 import dataclasses
+import errno
 import json
-import math
 import os
 import pathlib
 import re
@@ -16,7 +15,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import safetensors
+import safetensors.numpy
 
 # Name in the header -> dtype. Weights must be floats; the others hold masks and the like.
 DTYPES = {
@@ -27,7 +26,6 @@ DTYPES = {
   'U64': np.dtype(np.uint64), 'U32': np.dtype(np.uint32), 'U16': np.dtype(np.uint16),
   'U8': np.dtype(np.uint8), 'BOOL': np.dtype(np.bool_),
 }
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FLOATS = tuple(DTYPES[name] for name in ('F64', 'F32', 'F16', 'BF16'))
 
 MAX_TENSORS = 200_000
@@ -150,33 +148,16 @@ def read_header(path: pathlib.Path) -> dict[str, Tensor]:
   return tensors
 
 
-def write(
-  path: pathlib.Path, layout: Mapping[str, tuple[tuple[int, ...], np.dtype]],
-  produce: Callable[[str], np.ndarray],
-) -> None:
-  """Write a file, one tensor at a time.
-
-  `layout` says name -> (shape, dtype); `produce` returns the tensor of a name, and is called once
-  for each, in the order of the file.
-  """
-  order = sorted(layout, key=lambda name: (-layout[name][1].itemsize, name))
-  header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
-  end = 0
-  for name in order:
-    shape, dtype = layout[name]
-    begin, end = end, end + math.prod(shape) * dtype.itemsize
-    header[name] = {'dtype': DTYPE_NAMES[dtype], 'shape': [*shape], 'data_offsets': [begin, end]}
-  text = json.dumps(header, separators=(',', ':')).encode()
-  text += b' ' * (-len(text) % 8)
-  with path.open('wb') as file:
-    file.write(len(text).to_bytes(8, 'little') + text)
-    for name in order:
-      array = produce(name)
-      if (array.shape, array.dtype) != layout[name]:
-        raise AssertionError(f'{name}: {array.shape} {array.dtype}, expected {layout[name]}')
-      file.write(np.ascontiguousarray(array).view(np.uint8).data)
-    file.flush()
-    os.fsync(file.fileno())
+def write(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+  """Write a file; an OSError says why it cannot be."""
+  # The library writes the bytes as they lie.
+  plain = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+  try:
+    safetensors.numpy.save_file(plain, path, {'format': 'pt'})
+    with path.open('rb') as file:
+      os.fsync(file.fileno())
+  except safetensors.SafetensorError as error:
+    raise OSError(errno.EIO, str(error), str(path)) from error
 
 
 def parse_json(text: bytes, where: object) -> Any:

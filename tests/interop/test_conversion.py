@@ -70,8 +70,7 @@ def test_stored_dtypes_are_kept_where_they_are_mixed(foreign, tmp_path):
             tensorfile.read_header(path).items()}
   arrays = {name: array if array.ndim == 1 else array.astype(ml_dtypes.bfloat16)
             for name, array in arrays.items()}
-  tensorfile.write(path, {name: (a.shape, a.dtype) for name, a in arrays.items()},
-                   arrays.__getitem__)
+  tensorfile.write(path, arrays)
   for form in ('huggingface', 'jaxllm'):
     conversion.from_source(sources.open_model(tmp_path / 'mixed'), tmp_path / form, form)
   params, _ = store.restore_params(tmp_path / 'jaxllm')

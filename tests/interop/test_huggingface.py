@@ -248,8 +248,7 @@ def test_gpt2_with_and_without_prefix_and_masks(prefix, tmp_path):
             for name, tensor in found.items()}
   arrays[prefix + 'h.0.attn.bias'] = np.ones((1, 1, 8, 8), np.uint8)
   arrays[prefix + 'h.0.attn.masked_bias'] = np.full((1,), -1e4, np.float32)
-  layout = {name: (array.shape, array.dtype) for name, array in arrays.items()}
-  tensorfile.write(path, layout, arrays.__getitem__)
+  tensorfile.write(path, arrays)
   source = huggingface.open_model(tmp_path / 'model')
   assert set(source.ignored.values()) == {'causal mask'} and len(source.ignored) == 2
   loaded = small.read(source)
@@ -277,8 +276,7 @@ def test_the_text_model_of_a_multimodal_gemma3(tmp_path):
   arrays = {f'language_model.{name}': np.array(tensor.array())
             for name, tensor in tensorfile.read_header(weights).items()}
   arrays['vision_tower.patch.weight'] = np.ones((2, 2), np.float32)
-  layout = {name: (array.shape, array.dtype) for name, array in arrays.items()}
-  tensorfile.write(weights, layout, arrays.__getitem__)
+  tensorfile.write(weights, arrays)
   source = huggingface.open_model(tmp_path / 'model')
   assert list(source.ignored) == ['vision_tower.patch.weight']
   loaded = small.read(source)
@@ -309,5 +307,4 @@ def add_tensor(directory, name, make):
   arrays = {key: np.array(tensor.array())
             for key, tensor in tensorfile.read_header(path).items()}
   arrays[name] = make(arrays)
-  layout = {key: (array.shape, array.dtype) for key, array in arrays.items()}
-  tensorfile.write(path, layout, arrays.__getitem__)
+  tensorfile.write(path, arrays)

@@ -43,8 +43,7 @@ def tensors(directory):
 
 
 def write(directory, arrays, name='model.safetensors'):
-  layout = {key: (array.shape, array.dtype) for key, array in arrays.items()}
-  tensorfile.write(directory / name, layout, arrays.__getitem__)
+  tensorfile.write(directory / name, arrays)
 
 
 def rewrite_header(path, change):
