@@ -155,8 +155,8 @@ def remove(directory: str | os.PathLike[str]) -> None:
     epath.Path(directory).rmtree(missing_ok=True)
 
 
-def rename(source: Any, target: Any) -> None:
-  """Rename a directory; in a bucket its objects are copied, then removed."""
+def move(source: Any, target: Any) -> None:
+  """Give a directory another name; in a bucket its objects are copied, then removed."""
   with explained(path(target)):
     if is_remote(source):
       import fsspec

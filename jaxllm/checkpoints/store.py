@@ -269,7 +269,7 @@ def quarantine(store: Store, error: DamagedError) -> None:
   name = next(name for name in names if not (store.directory / name).exists())
   distributed.barrier('the damage is seen')
   if jax.process_index() == 0:
-    storage.rename(error.step, store.directory / name)
+    storage.move(error.step, store.directory / name)
   if store.staging is not None:
     epath.Path(store.staging.name, step).rmtree(missing_ok=True)
   distributed.barrier('the damaged step is renamed')
