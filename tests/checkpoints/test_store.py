@@ -161,7 +161,8 @@ def test_keep_policies(tmp_path, keep_last, keep_every, kept):
   store_lib.save(reopened, 60, {'a': jnp.zeros(2)}, BUNDLE)
   store_lib.close(reopened)
   assert store_lib.committed_steps(tmp_path)[-1] == 60
-  assert len(store_lib.committed_steps(tmp_path)) <= len(kept) + (keep_last == 9)
+  # One more may stay: the last one that is known to be good.
+  assert len(store_lib.committed_steps(tmp_path)) <= len(kept) + 1
 
 
 def test_stray_directories_are_ignored(tmp_path):
