@@ -2,7 +2,7 @@
 
 The same command goes on where an interrupted run stopped. `--config.a.b=value` changes a field. The
 exit code is 0 when the run has finished, 75 when a signal has stopped it and the same command is
-wanted again; 1 and 2 are errors.
+wanted again, 124 when `config.training.watchdog_seconds` has ended it; 1 and 2 are errors.
 
 From Python: `jaxllm.train(experiment, 'runs/demo')` does the same, and returns the summary.
 

@@ -16,6 +16,7 @@ makes it the top level, is the time to move.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -227,15 +228,17 @@ def confirm(store: Store, step: int) -> None:
 
 
 def go_back(store: Store) -> int:
-  """Remove the steps after the last good one, and return that; 0 where there is none."""
+  """Rename the steps after the last good one, and return that; 0 where there is none."""
   wait(store)
   target = max(store.good.intersection(committed_steps(store.directory)), default=0)
-  for directory in [store.directory, *([epath.Path(store.staging.name)] if store.staging else [])]:
-    for step in committed_steps(directory) if jax.process_index() == 0 else ():
-      if step > target:
-        (directory / str(step) / COMMIT_MARKER).unlink()  # First, so that no half ever counts.
-        storage.remove(directory / str(step))
-  distributed.barrier('later checkpoints are removed')
+  later = [step for step in committed_steps(store.directory) if step > target]
+  distributed.barrier('later checkpoints are known')
+  for step in later:
+    if jax.process_index() == 0:
+      _set_aside(store.directory / str(step), 'suspect')
+    if store.staging is not None:
+      epath.Path(store.staging.name, str(step)).rmtree(missing_ok=True)
+  distributed.barrier('later checkpoints are renamed')
   store.manager.reload()
   store.newest = target or None
   return target
@@ -265,17 +268,23 @@ def quarantine(store: Store, error: DamagedError) -> None:
   if len(steps) < 2:
     raise DamagedError(f'{error}\nNo other checkpoint is there; to begin anew, choose another '
                        '--workdir') from error
-  names = [f'{step}.damaged{number or ""}' for number in range(len(steps) + 99)]
-  name = next(name for name in names if not (store.directory / name).exists())
   distributed.barrier('the damage is seen')
   if jax.process_index() == 0:
-    storage.move(error.step, store.directory / name)
+    _set_aside(error.step, 'damaged')
   if store.staging is not None:
     epath.Path(store.staging.name, step).rmtree(missing_ok=True)
   distributed.barrier('the damaged step is renamed')
   store.manager.reload()
   store.newest = latest_step(store)
-  logging.warning('%s\nIt is called %s now; the run goes back to an older step.', error, name)
+  logging.warning('%s\nIt is called %s.damaged now; the run goes back to an older step.', error,
+                  step)
+
+
+def _set_aside(step: epath.Path, word: str) -> None:
+  """Rename a step, so that it never counts again, and is there to be looked at."""
+  names = (f'{step.name}.{word}{number or ""}' for number in itertools.count())
+  free = next(name for name in names if not (step.parent / name).exists())
+  storage.move(step, step.parent / free)
 
 
 def check(store: Store) -> None:

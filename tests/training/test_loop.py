@@ -258,6 +258,7 @@ def test_a_run_that_is_ruined_again_and_again_stops_and_keeps_its_good_checkpoin
   with pytest.raises(loop.TrainingStopped, match='gone back 1 times .*max_rollbacks=1.*is step 4'):
     train(experiment, tmp_path / 'run')
   assert store.committed_steps(tmp_path / 'run/checkpoints') == [4]
+  assert (tmp_path / 'run/checkpoints/5.suspect').is_dir()  # It may be good: nothing is deleted.
 
 
 @pytest.mark.parametrize('changes, message', [
