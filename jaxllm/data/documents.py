@@ -63,6 +63,8 @@ class SourceConfig(Config):
   column_names: tuple[str, ...] = ()
   """Names of the columns of a CSV or TSV; () where its first row names them."""
 
+  only_text: ClassVar[bool] = True
+  """Whether nothing of a row is wanted but its text."""
   plain_text: ClassVar[str] = 'text'
   """The format in which files of text without a separator are read."""
 
@@ -181,7 +183,8 @@ def _file_rows(source: SourceConfig, files: Sequence[File], format_: str | None)
     if name == 'text' and source.separator is None:
       name = source.plain_text
     file = TextFile(path, source.encoding, source.encoding_errors, source.separator, source.slice,
-                    source.text_field, source.column_names)
+                    source.text_field, source.column_names,
+                    (source.text_field,) if source.only_text else ())
     read = functools.partial(readers.FORMATS[name], file)
     # Texts are cut at characters.
     rows = read() if name in readers.TEXTS else (

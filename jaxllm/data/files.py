@@ -28,6 +28,8 @@ class TextFile(NamedTuple):
   slice: tuple[float, float] = (0.0, 1.0)
   text_field: str = 'text'
   column_names: tuple[str, ...] = ()
+  columns: tuple[str, ...] = ()
+  """The only columns of a Parquet file that are wanted, where they are there; (): all."""
 
 
 def _zstd(file: Any) -> Any:

@@ -12,7 +12,7 @@ import json
 import pathlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxllm.data import files
@@ -24,6 +24,8 @@ Rows = Iterator[tuple[str, Fields]]
 
 # Text between runs of * or _ that open before and close after a word.
 _EMPHASIS = re.compile(r'(?<![\w\\*_])[*_]+(?![\s*_])(.{1,1000}?)(?<!\s)[*_]+(?!\w)', re.DOTALL)
+# How many times longer than the file its content can be, at most.
+_MOST_PACKED = {'UNCOMPRESSED': 1, 'SNAPPY': 22, 'LZ4': 256, 'GZIP': 1040}
 _JSON_SPACE = re.compile(r'[ \t\n\r]*')
 
 
@@ -117,7 +119,7 @@ def read_lines(file: TextFile) -> Rows:
 def strip_markdown(text: str) -> str:
   """Return the plain text of simple Markdown: no code, lists or links, as in books and plays."""
   text = re.sub(r'(?m)^#{1,6} +', '', text)
-  text = re.sub(r'(?m)[ \t]+$', '', text)
+  text = re.sub(r'(?m)(?<![ \t])[ \t]+$', '', text)
   text = '\n\n'.join(_EMPHASIS.sub(r'\1', paragraph) for paragraph in text.split('\n\n'))
   return re.sub(r'\\([!-/:-@\[-`{-~])', r'\1', text).lstrip('\n')
 
@@ -239,12 +241,34 @@ def read_parquet(file: TextFile) -> Rows:
   number = itertools.count(1)
   try:
     with parquet.ParquetFile(file.path) as table:
-      for batch in table.iter_batches(batch_size=1024):
-        for fields in batch.to_pylist():
-          yield f'row {next(number)}', fields
-  except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+      columns = [*file.columns] if {*file.columns} <= {*table.schema_arrow.names} else []
+      for i in range(table.num_row_groups):
+        size = _rows_at_once(table.metadata.row_group(i), columns)
+        for batch in table.iter_batches(size, [i], columns or None):
+          step = 1 if batch.nbytes > 2**26 else size
+          for start in range(0, batch.num_rows, step):
+            for fields in batch.slice(start, step).to_pylist():
+              yield f'row {next(number)}', fields
+  except (pyarrow.ArrowException, ValueError, OSError) as error:
     raise ValueError(f'{file.path}, after row {next(number) - 1}: not readable as Parquet: '
                      f'{error}') from None
+
+
+def _rows_at_once(group: Any, columns: Sequence[str]) -> int:
+  """Return how many rows of a group may be unpacked together, so that few bytes stay few."""
+  chunks = [group.column(i) for i in range(group.num_columns)]
+  chunks = [chunk for chunk in chunks
+            if not columns or chunk.path_in_schema.partition('.')[0] in columns]
+  packed, size = (sum(getattr(chunk, f'total_{kind}_size') for chunk in chunks)
+                  for kind in ('compressed', 'uncompressed'))
+  if size > max(files.MAX_UNPACKED, 1000 * packed):
+    raise ValueError(f'{packed:,} bytes unpack to {size:,}; write it anew in smaller row groups')
+  # All rows may be the longest value of a dictionary, which is as long as its page at most.
+  longest = sum(
+    min(chunk.total_uncompressed_size, _MOST_PACKED.get(chunk.compression, 2**15)
+        * (chunk.data_page_offset - chunk.dictionary_page_offset))
+    for chunk in chunks if chunk.has_dictionary_page)
+  return min(max(min(2**28 * group.num_rows // max(size, 1), 2**28 // max(longest, 1)), 1), 1024)
 
 
 def format_of(path: pathlib.Path) -> str:

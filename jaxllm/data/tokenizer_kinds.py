@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from jaxllm.data import parallel, tokenizer_settings
 from jaxllm.data.tokenizer_settings import Files, Part
 
 MARK = '\u2581'  # SentencePiece's own sign for a space.
+_MOST_GROWTH = 1000
 _BYTE = re.compile('<0x[0-9A-F]{2}>')
 
 
@@ -226,6 +228,11 @@ def from_library(files: Files) -> Tokenizer:
   names, if they are there, or those of its class.
   """
   inner, named = _inner(files)
+  content = json.loads(inner.to_str())
+  for part in ('normalizer', 'decoder'):
+    if _growth(content[part]) > _MOST_GROWTH:
+      raise ValueError(f'tokenizer.json: its {part} makes texts more than {_MOST_GROWTH} times '
+                       'longer, which no tokenizer needs')
   inner.encode_special_tokens = True  # Text that spells a special token stays text.
   inner.no_truncation()
   inner.no_padding()
@@ -246,7 +253,7 @@ def from_library(files: Files) -> Tokenizer:
   fallback = getattr(inner.model, 'byte_fallback', False)
   added = {token.content: i for i, token in inner.get_added_tokens_decoder().items()
            if token.special and not (fallback and _BYTE.fullmatch(token.content))}
-  id_bytes, joins = _library_bytes(inner, vocab, size)
+  id_bytes, joins = _library_bytes(inner, content['decoder'], vocab, size)
   return Tokenizer(
     id_bytes, bos, eos, _padding(pad, eos), added,
     lambda text: _no_panic(inner.encode, text, add_special_tokens=False).ids, encode_batch,
@@ -291,11 +298,20 @@ def _no_panic(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     raise ValueError(f'the tokenizer failed: {error}') from None
 
 
+def _growth(rule: Any) -> float:
+  """Return how many times longer a rule of a normalizer or decoder can make a text."""
+  if not isinstance(rule, Mapping):
+    return 1.0
+  if rule.get('type') == 'Replace':
+    return max(len(rule['content']) / max(len(rule['pattern'].get('String', '')), 1), 1.0)
+  return math.prod(map(_growth, rule.get('normalizers') or rule.get('decoders') or ()))
+
+
 def _library_bytes(
-  inner: Any, vocab: Mapping[str, int], size: int
+  inner: Any, decoder: Any, vocab: Mapping[str, int], size: int
 ) -> tuple[list[bytes], bool]:
   """Return the bytes that each id adds to a text, and whether they join to all of it."""
-  steps = _decoding_steps(json.loads(inner.to_str())['decoder'])
+  steps = _decoding_steps(decoder)
   added = inner.get_added_tokens_decoder()
   id_bytes = [b''] * size
   if steps:

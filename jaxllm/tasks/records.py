@@ -38,6 +38,7 @@ class RecordSource(SourceConfig):
   constants: tuple[Pair, ...] = ()
   """(field, value) pairs that every row gets, such as the label that a whole file has."""
 
+  only_text: ClassVar[bool] = False
   plain_text: ClassVar[str] = 'lines'
 
   @pydantic.model_validator(mode='after')

@@ -12,6 +12,7 @@ from jaxllm.config import ConfigError
 from jaxllm.data import files as files_lib
 from jaxllm.data import readers
 from jaxllm.data.documents import SourceConfig, documents, find, package_available
+from jaxllm.tasks.records import RecordSource
 
 
 def _texts(location, **fields):
@@ -124,7 +125,7 @@ def test_tables_give_text_and_rows(tmp_path, suffix):
   format_ = 'csv' if suffix == '.tsv' else None
   found = list(documents(SourceConfig(location=str(path), format=format_)))
   assert found == [row['text'] for row in ROWS]
-  assert [row.fields for row in find(SourceConfig(location=str(path), format=format_)).rows] == ROWS
+  assert [row.fields for row in find(RecordSource(location=str(path), format=format_)).rows] == ROWS
   assert _texts(path, text_field='label', format=format_) == ['a', 'b']
   place = {'.jsonl': 'line 1', '.json': 'item 1', '.parquet': 'row 1'}.get(suffix, 'line 3')
   with pytest.raises(ValueError, match=rf"{place}.*'body' is missing.*'text', 'label'"):

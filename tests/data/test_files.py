@@ -3,12 +3,13 @@
 import bz2
 import gzip
 import lzma
+import time
 
 import pyarrow
 import pytest
 
 from jaxllm.config import ConfigError
-from jaxllm.data import files
+from jaxllm.data import files, readers
 from jaxllm.data.documents import SourceConfig, documents
 
 
@@ -143,3 +144,26 @@ def test_paths_may_hold_brackets_and_a_tilde(tmp_path, monkeypatch):
   for location in (tmp_path / 'texts [v2]', tmp_path / 'texts [v2]' / '*.txt', '~/texts [v2]/a.txt',
                    '~/texts [v2]/**/*.txt'):
     assert [*documents(SourceConfig(location=str(location)))] == ['x'], location
+
+
+def test_few_bytes_of_parquet_stay_few(tmp_path, monkeypatch):
+  from pyarrow import parquet
+  path, long = tmp_path / 'a.parquet', 'a' * 3_000_000
+  table = pyarrow.table({'text': [long] * 40, 'other': ['b' * 9_000_000] * 40})
+  parquet.write_table(table.select(['text']), path, compression='zstd')
+  assert path.stat().st_size < 2000
+  # A dictionary says it once: rows are unpacked a few at a time, of the wanted column alone.
+  assert readers._rows_at_once(parquet.ParquetFile(path).metadata.row_group(0), ['text']) < 100
+  assert sum(map(len, documents(SourceConfig(location=str(path))))) == 40 * len(long)
+  parquet.write_table(table, path, compression='zstd', use_dictionary=['text'])
+  monkeypatch.setattr(files, 'MAX_UNPACKED', 10_000_000)
+  assert sum(map(len, documents(SourceConfig(location=str(path))))) == 40 * len(long)
+  with pytest.raises(ValueError, match=r'a.parquet, after row 0: .* bytes unpack to 36\d,\d+,\d+;'):
+    list(documents(SourceConfig(location=str(path), text_field='other')))
+
+
+@pytest.mark.parametrize('text', [' ' * 300_000 + 'a', '# ' * 100_000, '*' * 200_000 + 'a'])
+def test_markdown_takes_linear_time(text):
+  start = time.process_time()
+  readers.strip_markdown(text)
+  assert time.process_time() - start < 1

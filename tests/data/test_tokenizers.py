@@ -414,3 +414,19 @@ def test_another_class_is_another_vocabulary(all_kinds):
 
   assert tokenizers.same_vocabulary(all_kinds['gpt2'], of(tokenizer_class='GPT2TokenizerFast'))
   assert not tokenizers.same_vocabulary(all_kinds['gpt2'], of(tokenizer_class='Qwen2Tokenizer'))
+
+
+@pytest.mark.parametrize('part', ['normalizer', 'decoder'])
+@pytest.mark.parametrize('pattern', [{'String': 'a'}, {'Regex': 'a|'}])
+def test_rules_that_blow_texts_up_are_refused(part, pattern):
+  import tokenizers as library
+  content = json.loads(library.Tokenizer(library.models.BPE({'a': 0}, [])).to_str())
+  rule = {'type': 'Replace', 'pattern': pattern, 'content': 'a' * 10}
+
+  def build(times):
+    rules = {'type': 'Sequence', f'{part}s': [rule] * times}
+    return tokenizers.from_files({'tokenizer.json': json.dumps({**content, part: rules}).encode()})
+
+  assert build(3).vocab_size == 1
+  with pytest.raises(ValueError, match=f'its {part} makes texts more than 1000 times longer'):
+    build(12)
