@@ -15,6 +15,7 @@ import json
 import os
 import pathlib
 import pkgutil
+import re
 import sys
 import traceback
 import types
@@ -107,12 +108,13 @@ def diff(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
   ]
 
 
-def describe(config: Config) -> str:
-  """Return one line per field: dotted path, current value, description."""
+def describe(config: Config, path: str = '--config') -> str:
+  """Return two lines per field: dotted path and current value, description."""
   lines = []
-  for path, owner, name in _fields(config):
-    text = type(owner).model_fields[name].description or ''
-    lines.append(f'  --config.{path}={getattr(owner, name)!r}\n      {" ".join(text.split())}')
+  for name, field in type(config).model_fields.items():
+    value, full = getattr(config, name), f'{path}.{name}'
+    lines.append(describe(value, full) if isinstance(value, Config) else
+                 f'  {full}={value!r}\n      {" ".join((field.description or "").split())}')
   return '\n'.join(lines)
 
 
@@ -354,8 +356,10 @@ def _location(argv: Sequence[str]) -> str | None:
 def _same_field(name: str, config: Config) -> str:
   """Return '; did you mean ...?' with all fields whose own name is the last part of `name`."""
   last = name.replace('-', '_').split('.')[-1]
-  paths = [f'--config.{path}' for path, _, field in _fields(config)
-           if field in (last, f'num_{last}')]
+  # A tuple of configs is one field.
+  fields = dict.fromkeys(re.split(r'\.\d', path)[0] for path, _ in leaves(config))
+  paths = [f'--config.{path}' for path in fields
+           if path.split('.')[-1] in (last, f'num_{last}')]
   return f'; did you mean {" or ".join(paths)}?' if paths else ''
 
 
@@ -448,16 +452,6 @@ def leaves(value: Any, path: str = '') -> Iterator[tuple[str, Any]]:
       yield from leaves(item, f'{path}.{index}')
   else:
     yield path, value
-
-
-def _fields(config: Config, path: str = '') -> Iterator[tuple[str, Config, str]]:
-  for name in type(config).model_fields:
-    full = f'{path}.{name}' if path else name
-    child = getattr(config, name)
-    if isinstance(child, Config):
-      yield from _fields(child, full)
-    else:
-      yield full, config, name
 
 
 def _readable(cls: type[Config], error: pydantic.ValidationError) -> str:

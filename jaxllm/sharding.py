@@ -285,14 +285,9 @@ def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[
 _ACTIVE: contextvars.ContextVar[Placement | None] = contextvars.ContextVar('active', default=None)
 
 
-def activate(mesh: Mesh, config: MeshConfig) -> contextlib.AbstractContextManager[None]:
-  """Make `constrain` effective for code that is traced inside."""
-  return active(Placement(mesh, config))
-
-
 @contextlib.contextmanager
 def active(placement: Placement | None) -> Iterator[None]:
-  """Make `constrain` effective for a placement; None: leave things as they are."""
+  """Make `constrain` effective for code that is traced inside; None: leave things as they are."""
   token = _ACTIVE.set(placement or _ACTIVE.get())
   try:
     yield
@@ -307,7 +302,7 @@ def _split() -> Placement | None:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-  """Pin the sharding of an activation by logical axis names; outside `activate` return it as is.
+  """Pin the sharding of an activation by logical axis names; outside `active` return it as is.
 
   Where the mesh axes of a rule do not divide a dimension, only the first ones that do split it.
 
@@ -321,7 +316,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def num_parts(axis: str) -> int:
-  """Return into how many parts a logical axis is split; outside `activate` 1."""
+  """Return into how many parts a logical axis is split; outside `active` 1."""
   placement = _split()
   return 1 if placement is None else math.prod(
     placement.mesh.shape[name] for name in dict(placement.config.rules)[axis])
@@ -332,7 +327,7 @@ def map_shards(
   in_axes: Sequence[Sequence[str | None]],
   out_axes: Sequence[str | None],
 ) -> Callable[..., jax.Array]:
-  """Return `f` run by each device on its own part; outside `activate` return `f` itself.
+  """Return `f` run by each device on its own part; outside `active` return `f` itself.
 
   Args:
     f: a function that the compiler cannot split, such as a kernel.

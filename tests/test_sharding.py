@@ -68,7 +68,7 @@ def test_batches_are_split_by_rows_and_constraints_hold_under_jit():
   np.testing.assert_array_equal(placed['tokens'], rows)
 
   def double(x):
-    with sharding.activate(mesh, mesh_config):
+    with sharding.active(sharding.Placement(mesh, mesh_config)):
       return sharding.constrain(x * 2, None, 'mlp')
 
   assert jax.jit(double)(rows).sharding.spec == PartitionSpec(None, 'tensor')

@@ -190,7 +190,7 @@ def compile_decoding(location: str) -> dict:
          'mesh': {axis: size for axis, size in mesh.shape.items() if size > 1},
          'parameters': decoder.parameter_count(config), 'problems': []}
   memory_gib, _ = CHIPS[topology.partition(':')[0]]
-  with sharding.activate(mesh, mesh_config):
+  with sharding.active(sharding.Placement(mesh, mesh_config)):
     for name, lowered in (
       ('prefill', lambda: decode_state.prefill.lower(model, variables, state, PROMPT)),
       ('decode step', lambda: jax.jit(decode_step, donate_argnums=1).lower(variables, state)),

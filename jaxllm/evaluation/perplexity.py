@@ -61,7 +61,7 @@ def make_eval_step(
 
   def eval_step(variables: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     is_text = ~jnp.isin(batch['targets'], borders)
-    with sharding.activate(mesh, mesh_config):
+    with sharding.active(sharding.Placement(mesh, mesh_config)):
       loss_sum, weight_sum, aux = next_token_loss(
         NextToken(chunk_size=chunk_size), Decoder(model), variables, {**batch, 'is_text': is_text})
     return {'loss_sum': loss_sum, 'weight_sum': weight_sum, 'correct_sum': aux['correct_sum'],

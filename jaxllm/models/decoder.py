@@ -94,7 +94,7 @@ class Decoder(nn.Module):
 
   Attributes:
     config: sizes and switches.
-    placement: the devices that the variables are split over; None: one, or those of `activate`.
+    placement: the devices that the variables are split over; None: one, or those of `active`.
   """
 
   config: DecoderConfig

@@ -72,11 +72,7 @@ class Slice(NamedTuple):
   shape: str
   chips: int
   hosts: int
-
-  @property
-  def machine(self) -> str:
-    """The machine type of its hosts."""
-    return f'{self.tpu.machine}-{self.chips // self.hosts}t'
+  machine: str
 
 
 def parse_slice(topology: str) -> Slice:
@@ -96,7 +92,8 @@ def parse_slice(topology: str) -> Slice:
   if len(sizes) != tpu.dimensions or not whole:
     example = '2x2x1, 2x2x4 or 4x4x8' if tpu.dimensions == 3 else '2x2, 2x4 or 8x16'
     raise ValueError(f'--topology={topology}: slices of {name} have shapes such as {example}')
-  return Slice(tpu, shape, chips, 1 if chips in tpu.one_host else chips // 4)
+  hosts = 1 if chips in tpu.one_host else chips // 4
+  return Slice(tpu, shape, chips, hosts, f'{tpu.machine}-{chips // hosts}t')
 
 
 def main(_) -> None:  # noqa: D103

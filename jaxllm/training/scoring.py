@@ -105,7 +105,7 @@ def make_held_out(
 
   @jax.jit
   def example_step(variables: Any, batch: Any) -> Any:
-    with sharding.activate(mesh, experiment.mesh):
+    with sharding.active(sharding.Placement(mesh, experiment.mesh)):
       return sums(variables, {}, batch, None)
 
   def validate(variables: Any) -> Scores:

@@ -50,7 +50,7 @@ def make_train_step(experiment: Experiment, tx: optax.GradientTransformation, me
   pure_step = make_pure_step(experiment, tx)
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-    with sharding.activate(mesh, experiment.mesh):
+    with sharding.active(sharding.Placement(mesh, experiment.mesh)):
       return pure_step(state, batch)
 
   return jax.jit(

@@ -36,7 +36,7 @@ def test_forward_equals_one_device(axis):
   batch = sharding.put_batch(
     {'tokens': tokens_BT, 'segment_ids': segments_BT}, sharding.batch_sharding(mesh, mesh_config)
   )
-  with sharding.activate(mesh, mesh_config):
+  with sharding.active(sharding.Placement(mesh, mesh_config)):
     got = jax.jit(Decoder(CONFIG).apply)(
       jax.device_put(variables, param_shardings), batch['tokens'], batch['segment_ids']
     )
@@ -52,7 +52,7 @@ def test_a_split_context_exchanges_keys_and_values_alone():
     (4, 64), jnp.int32, sharding=sharding.batch_sharding(mesh, mesh_config)
   )
   hidden = functools.partial(Decoder(config).apply, method='hidden')
-  with sharding.activate(mesh, mesh_config):
+  with sharding.active(sharding.Placement(mesh, mesh_config)):
     text = jax.jit(hidden).lower(abstract(config)[0], tokens).compile().as_text()
   gathered = re.findall(r'= (\S+)\{\S+ all-gather\(', text)
   assert gathered == ['f32[2,2,64,4]'] * 2  # (B, K, S, H) of the rows of one device
@@ -84,7 +84,7 @@ def test_decoding_on_a_mesh_equals_one_device():
   counts_B = jnp.asarray([5, 3, 4, 1])
   extend = functools.partial(Decoder(CONFIG).apply, method='extend')
   expected, _ = jax.jit(extend)(variables, tokens_BT, init_cache(CONFIG, 4, 8), counts_B)
-  with sharding.activate(mesh, MESH_CONFIG):
+  with sharding.active(sharding.Placement(mesh, MESH_CONFIG)):
     got, cache = jax.jit(extend)(
       jax.device_put(variables, param_shardings), tokens_BT, init_cache(CONFIG, 4, 8), counts_B
     )

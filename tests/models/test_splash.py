@@ -40,7 +40,7 @@ def test_kernel_equals_plain_attention(name):
   fused = config.replace(attention='splash', remat='dots_no_batch')
   if name == 'mesh':
     mesh_config = sharding.MeshConfig(data=2, fsdp=2, tensor=2)
-    with sharding.activate(sharding.make_mesh(mesh_config), mesh_config):
+    with sharding.active(sharding.Placement(sharding.make_mesh(mesh_config), mesh_config)):
       got = loss_and_gradient(fused, variables)
   else:
     got = loss_and_gradient(fused, variables)

@@ -24,7 +24,7 @@ def gradients(tmp_path, batch, num_devices=1, **changes):
   placed = sharding.put_batch(batch, sharding.batch_sharding(mesh, experiment.mesh))
 
   def run(state, batch):
-    with sharding.activate(mesh, experiment.mesh):
+    with sharding.active(sharding.Placement(mesh, experiment.mesh)):
       return step_lib.accumulate_gradients(experiment, state, batch, jax.random.key(1))
 
   return jax.device_get(jax.jit(run)(state, placed))

@@ -161,7 +161,7 @@ def test_what_is_one_per_row_is_not_split_with_the_sequence(base, objective):
   found = []
   for devices in (mesh, one):
     def loss(params, batch, devices=devices):
-      with sharding.activate(devices, config.mesh):
+      with sharding.active(sharding.Placement(devices, config.mesh)):
         return step.make_sums(config)({'params': params}, {}, batch, None)['loss_sum']
 
     placed = sharding.put_batch(batch, sharding.batch_sharding(devices, config.mesh))
