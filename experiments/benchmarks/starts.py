@@ -4,7 +4,7 @@
       [--minutes=10]
 
 Each start is a new workdir and new records that all processes open at once, up to the first steps
-(--nosteps: until all is open and nothing is compiled, which takes most of the time); it fails where
+(--opening: until all is open and nothing is compiled, which takes most of the time); it fails where
 any of them ends in an error. A part of the runs gets SIGTERM or SIGINT, sent to one process at a
 random moment: all must save the same step and end with the exit code 75. Processes are forked from
 one that has imported everything, so that they come at the same moment. What does not fit into the
@@ -29,7 +29,7 @@ from absl import app, flags
 
 PROCESSES = flags.DEFINE_list('processes', ['2', '4'], 'Numbers of processes.')
 STARTS = flags.DEFINE_integer('starts', 30, 'Starts with each number, of two steps.')
-STEPS = flags.DEFINE_bool('steps', True, 'Whether the starts compile and take two steps.')
+OPENING = flags.DEFINE_bool('opening', False, 'Whether the starts end before they compile.')
 SIGNALS = flags.DEFINE_integer('signals', 10, 'Runs with each number that get a signal.')
 OUTPUT = flags.DEFINE_string('output', 'runs/starts.json', 'Where the JSON goes.')
 MINUTES = flags.DEFINE_float('minutes', 60, 'How long for each number of processes, at most.')
@@ -81,7 +81,7 @@ def start(directory: pathlib.Path, number: int, num_steps: int) -> dict:
   """Start a run of two steps, and wait for its end."""
   children, log = begin(directory, number, num_steps)
   codes = wait(children)
-  good = not any(codes) if STEPS.value else set(codes) == {75}
+  good = not any(codes) if not OPENING.value else set(codes) == {75}
   return {'codes': codes, 'good': good, 'said': said(log, codes)}
 
 
@@ -162,7 +162,7 @@ def fork(directory: pathlib.Path, arguments: list[str], process: int) -> int:
       os.dup2(file.fileno(), 2)
     sys.stdout, sys.stderr = (open(number, 'w', buffering=1, closefd=False) for number in (1, 2))
     sys.argv = ['train', *arguments]
-    if not STEPS.value:
+    if OPENING.value:
       loop._initial_state = lambda *_: (None, None)
       loop._loop = lambda *_: (0, None, scoring.Selection())
     try:
