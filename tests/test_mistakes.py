@@ -108,7 +108,7 @@ CASES = [
   (('sample', '--model=plain', '--sampling={'), 'not valid JSON'),
   (('sample', '--model=plain', '--sampling={"top": 1}'), "did you mean 'top_p'"),
   (('sample', '--model=plain', '--num_beams=2', '--num_samples=3'), 'num_return=3'),
-  (('sample', '--model=plain', '--num_beams=2', '--top_k=3'), '--top_k works without'),
+  (('sample', '--model=plain', '--num_beams=2', '--top_k=3'), 'top_k works without num_beams only'),
   (('sample', '--model=plain', '--draft=nowhere'), "no such file or directory: 'nowhere'"),
   (('evaluate', '--model=plain', '--baseline=nowhere'), "no such file or directory: 'nowhere'"),
   (('evaluate', '--model=plain', '--tasks=sentimnt'), "did you mean 'sentiment'?"),
