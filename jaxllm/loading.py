@@ -11,7 +11,7 @@ from typing import Any, overload
 
 import jax
 
-from jaxllm import sharding
+from jaxllm import sharding, storage
 from jaxllm.adapters import lora
 from jaxllm.adapters.quantization import dequantize_tree, quantize
 from jaxllm.checkpoints import store, tree
@@ -228,7 +228,12 @@ def _merged(
   """
   path = sources.named(experiment.init_from or '')
   try:
-    base = load(path, placement, 'float32').variables['params']
+    where_from = path
+    if path.startswith(sources.HUB):
+      where_from = str(sources.find_fetched(path.removeprefix(sources.HUB)))
+    elif storage.is_remote(path) and not storage.is_remote(step):
+      raise ValueError('a local checkpoint does not reach for a bucket; copy the model')
+    base = load(where_from, placement, 'float32').variables['params']
   except (OSError, ValueError) as error:
     raise ValueError(f'{step} holds adapters to {path!r}, which cannot be loaded: {error}') from (
       error)

@@ -85,6 +85,17 @@ def fetch(name: str, revision: str | None = None) -> pathlib.Path:
   return pathlib.Path(directory)
 
 
+def find_fetched(name: str) -> pathlib.Path:
+  """Return the local copy of a model of the hub, which is not asked; refuse where there is none."""
+  try:
+    return pathlib.Path(_library().snapshot_download(
+      name, allow_patterns=list(PATTERNS), local_files_only=True))
+  except Exception as error:
+    raise ValueError(
+      f'hf:{name} is not in the local cache, and what a file names is not fetched unasked; fetch '
+      f'it by jaxllm.load({HUB + name!r})') from error
+
+
 def _library() -> Any:
   try:
     import huggingface_hub

@@ -109,30 +109,31 @@ def train(
   begun_with = workdir.begun_with(directory)
   # Until here the directory is read, by all; from here on it is written to.
   distributed.barrier('the workdir is read')
-  run = _Run(
-    experiment=experiment,
-    path=directory,
-    mesh=mesh,
-    tx=state_lib.make_optimizer(experiment),
-    dataset=dataset_lib.open_dataset(experiment, begun_with, mesh),
-    begun=begun,
-    store=store_lib.open_store(directory / store_lib.DIRECTORY, experiment.checkpoint),
-    goodput=goodput,
-    profile_steps=profile_steps,
-  )
-  goodput.resume(metrics_lib.read(directory / 'metrics.jsonl'),
-                 store_lib.latest_step(run.store) or 0)
-  try:
-    while True:
-      try:
-        return _run(run)
-      except _TooManySkipped as error:
-        _go_back(run, error)
-      except store_lib.DamagedError as error:
-        store_lib.quarantine(run.store, error)
-  finally:
-    store_lib.close(run.store)
-    goodput.close()
+  with workdir.held(directory):
+    run = _Run(
+      experiment=experiment,
+      path=directory,
+      mesh=mesh,
+      tx=state_lib.make_optimizer(experiment),
+      dataset=dataset_lib.open_dataset(experiment, begun_with, mesh),
+      begun=begun,
+      store=store_lib.open_store(directory / store_lib.DIRECTORY, experiment.checkpoint),
+      goodput=goodput,
+      profile_steps=profile_steps,
+    )
+    goodput.resume(metrics_lib.read(directory / 'metrics.jsonl'),
+                   store_lib.latest_step(run.store) or 0)
+    try:
+      while True:
+        try:
+          return _run(run)
+        except _TooManySkipped as error:
+          _go_back(run, error)
+        except store_lib.DamagedError as error:
+          store_lib.quarantine(run.store, error)
+    finally:
+      store_lib.close(run.store)
+      goodput.close()
 
 
 def _run(run: _Run) -> dict[str, Any]:
@@ -179,7 +180,7 @@ def _accept(run: _Run, step: int, selected: Selection) -> None:
     for field, before, after in config_lib.diff(old, run.experiment):
       logging.warning('Changed since the last call: config.%s: %r -> %r', field, before, after)
     storage.write_file(run.path / 'config.json', run.experiment.to_json())
-    workdir.write_json(run.path / 'environment.json', workdir.environment())
+    workdir.write_environment(run.path)
     workdir.write_json(run.path / workdir.DATA, run.dataset.manifest.model_dump(mode='json'))
     tokenizers.save(run.dataset.tokenizer, run.path / 'tokenizer')
   best = selected.best

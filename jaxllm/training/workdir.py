@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import pathlib
 import platform
@@ -12,7 +13,9 @@ import shlex
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +26,8 @@ from jaxllm.checkpoints import tree
 from jaxllm.experiment import Experiment
 from jaxllm.training import state as state_lib
 
-DATA = 'data.json'
+DATA, LOCK = 'data.json', 'running.json'
+BEAT_SECONDS, STALE_SECONDS = 15, 60
 # Packages that decide what a step computes, and which file formats are written.
 PACKAGES = ('jaxllm', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
@@ -133,6 +137,78 @@ def environment() -> dict[str, Any]:
     'git_commit': _git_commit(),
     'command': shlex.join(['python', '-m', spec.name, *sys.argv[1:]] if spec else sys.argv),
   }
+
+
+def write_environment(path: pathlib.Path) -> None:
+  """Write environment.json, append it to the starts of the run, and log what has changed."""
+  old, new = storage.read_json(path / 'environment.json'), environment()
+  before, after = ({**one, **one.get('packages', {})} for one in (old, new))
+  for name in sorted(before.keys() & after.keys() - {'packages', 'command'}):
+    if before[name] != after[name]:
+      logging.warning('Changed since the last call: %s: %s -> %s', name, before[name], after[name])
+  write_json(path / 'environment.json', new)
+  starts = path / 'environment.jsonl'
+  lines = starts.read_text() if starts.exists() else ''
+  storage.write_file(starts, lines + json.dumps({'time': time.time(), **new}) + '\n')
+
+
+@contextlib.contextmanager
+def held(path: pathlib.Path) -> Iterator[None]:
+  """Hold the directory of a run inside, in process 0; a ValueError says who else has it.
+
+  A holder that died on this host is told by its process; one of another host by its sign of life,
+  renewed every BEAT_SECONDS, for which STALE_SECONDS are waited.
+  """
+  if not distributed.is_first():
+    yield
+    return
+  lock, closed = path / LOCK, threading.Event()
+  mine: dict[str, Any] = {
+    'host': socket.gethostname(), 'boot': _text('/proc/sys/kernel/random/boot_id'),
+    'pid': os.getpid(), 'started': _started(os.getpid()), 'beat': 0,
+    'since': time.strftime('%Y-%m-%d %H:%M:%S')}
+  if (other := storage.read_json(lock)) and _is_alive(lock, other, mine):
+    raise ValueError(f'--workdir={path} is held by process {other.get("pid")} of '
+                     f'{other.get("host")} since {other.get("since")}; stop that run, or choose '
+                     'another --workdir')
+
+  def beat() -> None:
+    while not closed.wait(BEAT_SECONDS):
+      mine['beat'] += 1
+      with contextlib.suppress(Exception):  # A full disk is told by what has to be written.
+        storage.write_file(lock, json.dumps(mine))
+
+  storage.write_file(lock, json.dumps(mine))
+  thread = threading.Thread(target=beat, daemon=True)
+  thread.start()
+  try:
+    yield
+  finally:
+    closed.set()
+    thread.join()
+    lock.unlink(missing_ok=True)
+
+
+def _is_alive(lock: pathlib.Path, other: dict[str, Any], mine: dict[str, Any]) -> bool:
+  if all(other.get(name) == mine[name] for name in ('host', 'boot')):
+    return other.get('started') == _started(other.get('pid'))
+  logging.warning('%s is of another host, %s; waiting %d seconds for a sign of life.', lock,
+                  other.get('host'), STALE_SECONDS)
+  time.sleep(STALE_SECONDS)
+  return storage.read_json(lock) not in ({}, other)
+
+
+def _started(pid: Any) -> str:
+  """Return when a process of this host began, as the kernel counts; '' where there is none."""
+  return ''.join(_text(f'/proc/{pid}/stat').rpartition(')')[2].split()[19:20]) or (
+    str(pid) if not os.path.isdir('/proc') else '')
+
+
+def _text(path: str) -> str:
+  try:
+    return pathlib.Path(path).read_text()
+  except OSError:
+    return ''
 
 
 def same_everywhere(experiment: Experiment, workdir: str | os.PathLike[str]) -> dict[str, Any]:

@@ -45,8 +45,8 @@ def test_a_run_leaves_all_its_files(whole):
   base, summary = whole
   names = {entry.name for entry in (base / 'run').iterdir()}
   assert names == {
-    'config.json', 'tokenizer', 'data.json', 'environment.json', 'checkpoints', 'metrics.jsonl',
-    'tensorboard', 'samples.jsonl', 'summary.json', 'report.html',
+    'config.json', 'tokenizer', 'data.json', 'environment.json', 'environment.jsonl',
+    'checkpoints', 'metrics.jsonl', 'tensorboard', 'samples.jsonl', 'summary.json', 'report.html',
   }
   assert summary['complete'] and summary['step'] == 8
   assert list(losses(base / 'run')) == list(range(1, 9))
@@ -418,3 +418,54 @@ def test_several_processes_save_by_the_clock_of_the_first(tmp_path, monkeypatch)
   assert loop._is_late(experiment, 5, since=time.monotonic())
   assert asked == [False], 'process 0 has said so'
   assert not loop._is_late(experiment, 6, since=0.0) and len(asked) == 1
+
+
+def test_training_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path, caplog):
+  changes = {'checkpoint__every_steps': 4, 'evaluation__prompts': (), 'schedule__name': 'constant'}
+  train(tiny.experiment(tmp_path, **changes), tmp_path / 'run')
+  want = losses(tmp_path / 'run')
+  damage(tmp_path / 'run' / 'checkpoints' / '8')
+  longer = tiny.experiment(tmp_path, training__num_steps=9, **changes)
+  with caplog.at_level('WARNING'):
+    assert train(longer, tmp_path / 'run')['step'] == 9
+  assert 'It is called 8.damaged now' in caplog.text
+  assert store.committed_steps(tmp_path / 'run' / 'checkpoints') == [4, 8, 9]
+  found = losses(tmp_path / 'run')
+  assert all(found[step] == loss for step, loss in want.items()) and len(found) == len(want) + 1
+  starts = (tmp_path / 'run' / 'environment.jsonl').read_text().split('\n')
+  assert len(starts) == 3 and not (tmp_path / 'run' / workdir.LOCK).exists()
+
+
+def damage(step):
+  """Flip a bit in the largest file of a step."""
+  file = max((path for path in step.rglob('*') if path.is_file() and path.parent.name != 'bundle'),
+             key=lambda path: path.stat().st_size)
+  content = bytearray(file.read_bytes())
+  content[len(content) // 2] ^= 1
+  file.write_bytes(content)
+
+
+def test_a_second_start_says_who_holds_the_directory(tmp_path, monkeypatch):
+  with workdir.held(tmp_path):
+    with pytest.raises(ValueError, match=f'is held by process {os.getpid()} of .* since 20'):
+      with workdir.held(tmp_path):
+        pass
+    holder = (tmp_path / workdir.LOCK).read_text()
+  assert not (tmp_path / workdir.LOCK).exists()
+  # A process that is gone, or another one of its number.
+  for change in ({'pid': 2**22 + 1}, {'started': '1'}):
+    (tmp_path / workdir.LOCK).write_text(json.dumps({**json.loads(holder), **change}))
+    with workdir.held(tmp_path):
+      pass
+  # Another host: alive while its sign of life changes.
+  monkeypatch.setattr(workdir, 'STALE_SECONDS', 0.05)
+  elsewhere = {**json.loads(holder), 'host': 'elsewhere'}
+  (tmp_path / workdir.LOCK).write_text(json.dumps(elsewhere))
+  with workdir.held(tmp_path):
+    pass
+  (tmp_path / workdir.LOCK).write_text(json.dumps(elsewhere))
+  monkeypatch.setattr(workdir.time, 'sleep', lambda _: (tmp_path / workdir.LOCK).write_text(
+    json.dumps({**elsewhere, 'beat': 1})))
+  with pytest.raises(ValueError, match='of elsewhere since'):
+    with workdir.held(tmp_path):
+      pass
