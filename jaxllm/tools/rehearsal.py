@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from jaxllm import sharding, storage
@@ -29,6 +30,14 @@ _TINY = {'embed_dim': 32, 'num_layers': 2, 'num_heads': 4, 'num_kv_heads': 4, 'h
          'mlp_dim': 64, 'dtype': 'float32', 'attention': 'xla', 'vocab_size': 257,
          'vocab_multiple': 8}
 _TIMEOUT_SECONDS = 600
+_CPU = {
+  'JAX_PLATFORMS': 'cpu',
+  # Little is computed, much is compiled.
+  'XLA_FLAGS': '--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0 '
+               '--xla_llvm_disable_expensive_passes=true',
+  # Programs of several devices that come from the cache can deadlock on CPU.
+  'JAX_COMPILATION_CACHE_DIR': '',
+}
 
 
 def mesh(wanted: sharding.MeshConfig, num_devices: int) -> sharding.MeshConfig:
@@ -88,26 +97,24 @@ def _texts(directory: pathlib.Path) -> pathlib.Path:
 class Job:
   """The processes of one start; their output goes to `log`.0, `log`.1, ..."""
 
-  def __init__(self, location: pathlib.Path, workdir: str, processes: int, log: pathlib.Path):
+  def __init__(
+    self, location: pathlib.Path, workdir: str, processes: int, log: pathlib.Path,
+    environment: Mapping[str, str] = _CPU,
+  ):
+    """Start them; a single one is told of no others. `environment` is added to that of this one."""
     self._metrics = storage.path(workdir) / 'metrics.jsonl'
     self._logs = [log.with_name(f'{log.name}.{number}') for number in range(processes)]
     with socket.socket() as free:
       free.bind(('localhost', 0))
       coordinator = f'localhost:{free.getsockname()[1]}'
-    environment = os.environ | {
-      'JAX_PLATFORMS': 'cpu',
-      # Little is computed, much is compiled.
-      'XLA_FLAGS': '--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0 '
-                   '--xla_llvm_disable_expensive_passes=true',
-      # Programs of several devices that come from the cache can deadlock on CPU.
-      'JAX_COMPILATION_CACHE_DIR': ''}
-    command = [sys.executable, '-m', 'jaxllm.train', f'--config={location}', f'--workdir={workdir}',
-               f'--coordinator={coordinator}', f'--num_processes={processes}']
+    command = [sys.executable, '-m', 'jaxllm.train', f'--config={location}', f'--workdir={workdir}']
+    others = [f'--coordinator={coordinator}', f'--num_processes={processes}']
     self.processes = []
     for number, path in enumerate(self._logs):
+      own = [*others, f'--process_id={number}'] if processes > 1 else []
       with path.open('w') as file:
         self.processes.append(subprocess.Popen(
-          [*command, f'--process_id={number}'], env=environment, stdin=subprocess.DEVNULL,
+          [*command, *own], env={**os.environ, **environment}, stdin=subprocess.DEVNULL,
           stdout=file, stderr=subprocess.STDOUT))
 
   def step(self) -> int:
@@ -127,6 +134,12 @@ class Job:
   def codes(self) -> list[int]:
     """Wait until all processes have ended, and return their exit codes."""
     return [process.wait(_TIMEOUT_SECONDS) for process in self.processes]
+
+  def kill(self) -> None:
+    """Kill what still runs."""
+    for process in self.processes:
+      process.kill()
+      process.wait()
 
   def said(self) -> str:
     """Return the last line of each process."""
@@ -181,5 +194,4 @@ def rehearse(
     print(f'finished: {job.step()} steps; {workdir}')
     return {**found, 'step': job.step()}
   finally:
-    for process in job.processes:
-      process.kill()
+    job.kill()

@@ -1,0 +1,130 @@
+"""Kill a run at random moments, go on, and certify that it is the run that was left alone.
+
+  python -m jaxllm.tools.verify_resume --config=experiments/quickstart.py --kills=5
+
+Every second start may have another --mesh ('{"data": 1, "tensor": 2}') or number of --processes, on
+this machine, each with all devices that JAX shows it. On one mesh the losses of all steps and all
+arrays of the last checkpoint must be equal bit for bit; over several, losses within --tolerance.
+The exit code is 1 where they are not, or a committed step was lost.
+"""
+
+import json
+import pathlib
+import random
+import sys
+import tempfile
+import time
+from typing import Any
+
+import numpy as np
+
+from jaxllm import config, storage
+
+FLAGS = config.Flags()
+CONFIG = FLAGS.string('config', None, config.FLAG_HELP, required=True)
+KILLS = FLAGS.integer('kills', 5, 'How often the run is killed.', 1)
+MESH = FLAGS.string('mesh', None, 'Mesh of every second start, as the JSON of config.mesh.')
+PROCESSES = FLAGS.integer('processes', 1, 'Number of processes of every second start.', 1)
+TOLERANCE = FLAGS.float('tolerance', 1e-3, 'Largest difference of losses over several meshes.')
+SEED = FLAGS.integer('seed', 0, 'Decides the moments.')
+
+
+def main(_) -> None:  # noqa: D103
+  experiment = config.from_flags(CONFIG.value)
+  mesh = json.loads(MESH.value) if MESH.value else experiment.mesh.model_dump(mode='json')
+  with tempfile.TemporaryDirectory(prefix='jaxllm-') as directory:
+    at, lost, same, *differences = verify(
+      experiment, pathlib.Path(directory), KILLS.value, mesh, PROCESSES.value, SEED.value)
+  told = ['equal bit for bit' if one == 0 else f'largest difference {one:.2g}'
+          for one in differences]
+  print(f'killed {len(at)} times, at steps {", ".join(map(str, at))}\n'
+        f'committed steps lost: {lost}\nrecords: {"the same" if same else "OTHERS"}\n'
+        f'losses of all steps: {told[0]}\n'
+        f'arrays of the last checkpoint: {told[1]}')
+  alike = MESH.value is None and PROCESSES.value == 1
+  good = same and not lost and (
+    not any(differences) if alike else differences[0] <= TOLERANCE.value)
+  print('The resumed run is the run.' if good else 'THE RESUMED RUN IS ANOTHER ONE.')
+  sys.exit(0 if good else 1)
+
+
+def verify(
+  experiment: Any, directory: pathlib.Path, kills: int, mesh: Any, processes: int, seed: int
+) -> tuple[list[int], int, bool, float, float]:
+  """Compare a run in a directory that is killed again and again with one that is not.
+
+  Returns:
+    The steps at which it was killed, fewer than `kills` where it was over before; how often a
+    committed step was lost; whether both had the same records; the largest differences of losses
+    and of arrays.
+
+  Raises:
+    RuntimeError: a process ended by itself.
+  """
+  from jaxllm.checkpoints import store
+  from jaxllm.tools.rehearsal import Job
+  from jaxllm.training import metrics
+
+  pick, num_steps = random.Random(seed), experiment.training.num_steps
+  whole, killed = directory / 'whole', directory / 'killed'
+  logged = experiment.replace(training=experiment.training.replace(log_every_steps=1))
+  for name, one in (('0', logged), ('1', config.override(logged, {'mesh': mesh}))):
+    (directory / f'{name}.json').write_text(one.to_json())
+
+  def start(path: pathlib.Path, number: int) -> Job:
+    other = number % 2
+    return Job(directory / f'{other}.json', str(path), processes if other else 1,
+               directory / 'said', {'JAX_COMPILATION_CACHE_DIR': ''})
+
+  def saved() -> int:
+    return max(store.committed_steps(killed / store.DIRECTORY), default=0)
+
+  at: list[int] = []
+  lost, ends = 0, [start(whole, 0)]
+  ends[0].codes()
+  for number in range(kills):
+    before, job = saved(), start(killed, number)
+    last = job.step()
+    goal = last + pick.randint(1, max(1, (num_steps - last) // (kills - number + 1)))
+    if goal < num_steps:
+      job.reach(goal)
+      time.sleep(pick.uniform(0, 0.2))
+      at.append(job.step())
+    job.kill()
+    lost += saved() < before
+  ends.append(start(killed, kills))
+  for job in ends:
+    if any(codes := job.codes()):
+      raise RuntimeError(f'a run ended with {codes}; its processes said:\n{job.said()}')
+  records = [storage.read_json(path / 'data.json').get('fingerprint') for path in (whole, killed)]
+  losses = [{record['step']: record['train/loss'] for record in metrics.read(path / 'metrics.jsonl')
+             if 'train/loss' in record} for path in (whole, killed)]
+  arrays = [_arrays(path / store.DIRECTORY / str(num_steps)) for path in (whole, killed)]
+  return at, lost, records[0] == records[1], _difference(*losses), _difference(*arrays)
+
+
+def _arrays(step: pathlib.Path) -> dict[str, Any]:
+  """Return path -> array of a checkpoint, optimizer state included."""
+  import jax
+  import orbax.checkpoint as ocp
+
+  from jaxllm.checkpoints import store, tree
+
+  handler = ocp.PyTreeCheckpointHandler()
+  stored = handler.metadata(step / store.STATE).tree
+  whole = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
+  return tree.flatten(handler.restore(
+    step / store.STATE, args=ocp.args.PyTreeRestore(stored, restore_args=whole)))
+
+
+def _difference(first: dict[Any, Any], second: dict[Any, Any]) -> float:
+  """Return the largest absolute difference of values with the same keys."""
+  if first.keys() != second.keys():
+    return float('inf')
+  apart = (np.abs(np.subtract(first[key], second[key], dtype=np.float64))
+           for key in first if not np.array_equal(first[key], second[key]))
+  return max((float(np.max(np.nan_to_num(one, nan=np.inf))) for one in apart), default=0.0)
+
+
+if __name__ == '__main__':
+  config.run_program(main, FLAGS)

@@ -1,0 +1,36 @@
+"""A certificate tells a run that went on from one that became another."""
+
+import numpy as np
+import pytest
+
+from jaxllm.tools import verify_resume
+from tests import programs
+
+SAME = {'at': [4, 9], 'lost': 0, 'records_equal': True, 'losses': 0.0, 'arrays': 0.0}
+
+
+@pytest.mark.parametrize('flags, found, code, words', [
+  ([], {}, 0, 'losses of all steps: equal bit for bit'),
+  ([], {'lost': 1}, 1, 'committed steps lost: 1'),
+  ([], {'records_equal': False}, 1, 'records: OTHERS'),
+  ([], {'losses': 1e-6}, 1, 'THE RESUMED RUN IS ANOTHER ONE.'),
+  ([], {'arrays': 1e-6}, 1, 'arrays of the last checkpoint: largest difference 1e-06'),
+  (['--mesh={"data": 1, "tensor": 2}'], {'losses': 1e-5, 'arrays': 1e-4}, 0,
+   'The resumed run is the run.'),
+  (['--mesh={"data": 1, "tensor": 2}'], {'losses': 1e-2}, 1, 'largest difference 0.01'),
+])
+def test_what_is_certified(monkeypatch, flags, found, code, words):
+  monkeypatch.setattr(verify_resume, 'verify', lambda *_: (*(SAME | found).values(),))
+  ended, out, _ = programs.run(
+    'tools.verify_resume', '--config=experiments/quickstart.py', *flags)
+  assert ended == code and words in out
+
+
+def test_a_difference_is_the_largest_one():
+  first = {'a': np.float32([1, 2]), 'b': np.int32([3])}
+  assert verify_resume._difference(first, {name: one.copy() for name, one in first.items()}) == 0
+  assert verify_resume._difference(first, first | {'a': np.float32([1, 2.5])}) == 0.5
+  assert verify_resume._difference(first, {'a': first['a']}) == np.inf
+  assert verify_resume._difference({'a': np.float32([np.nan])}, {'a': np.float32([0])}) == np.inf
+  # A loss that was not finite is none in the file.
+  assert verify_resume._difference({1: None}, {1: None}) == 0
