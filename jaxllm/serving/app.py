@@ -78,8 +78,7 @@ def make_app(service: Service, keys: Keys, hosts: Sequence[str] | None = None
 
   async def tokenize(call: Call) -> Response:
     tokens = await service.read(call.client, call.body, service.tokenize)
-    return await service.write(
-      call.client, len(tokens), lambda: {'tokens': tokens, 'count': len(tokens)})
+    return JSONResponse({'tokens': tokens, 'count': len(tokens)})
 
   async def detokenize(call: Call) -> Response:
     text = await service.read(call.client, call.body, service.detokenize)

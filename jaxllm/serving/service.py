@@ -31,7 +31,7 @@ from jaxllm.serving.streams import ClosedError, QueueFullError, Request
 
 THREADS, SCHEMA_THREADS = 4, 2
 # Entries of an answer that are encoded in a moment.
-MAX_ENTRIES = 2000
+MAX_ENTRIES = 10_000
 _JSON = '{"a": [-1.5, true]}'
 T = TypeVar('T')
 R = TypeVar('R', bound=protocol.ModelRequest)

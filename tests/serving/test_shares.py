@@ -185,5 +185,5 @@ def test_large_answers_are_those_of_small_ones(monkeypatch):
     small = server.complete(**asked).json()['choices']
     monkeypatch.setattr('jaxllm.serving.service.MAX_ENTRIES', 1)
     assert server.complete(**asked).json()['choices'] == small
-    tokens = server.post('/tokenize', {'prompt': 'é' * 30}).json()
-    assert tokens['count'] == len(tokens['tokens']) == 60
+    vectors = server.post('/v1/embeddings', {'model': NAME, 'input': ['a', 'bc']}).json()
+    assert [len(item['embedding']) for item in vectors['data']] == [16, 16]
