@@ -243,7 +243,13 @@ def read_parquet(file: TextFile) -> Rows:
     with parquet.ParquetFile(file.path) as table:
       columns = [*file.columns] if {*file.columns} <= {*table.schema_arrow.names} else []
       for i in range(table.num_row_groups):
-        size = _rows_at_once(table.metadata.row_group(i), columns)
+        group = table.metadata.row_group(i)
+        if group.total_byte_size > max(files.MAX_UNPACKED, 1000 * file.path.stat().st_size):
+          raise ValueError(f'it unpacks to {group.total_byte_size:,} bytes; make groups smaller')
+        # Damaged metadata of a column ends the process when they are looked at, but not here.
+        next(table.iter_batches(1, [i], columns or None), None)
+        size = _rows_at_once([group.column(j) for j in range(group.num_columns) if not columns or (
+          table.schema.column(j).path.partition('.')[0] in columns)], group.num_rows)
         for batch in table.iter_batches(size, [i], columns or None):
           step = 1 if batch.nbytes > 2**26 else size
           for start in range(0, batch.num_rows, step):
@@ -254,21 +260,15 @@ def read_parquet(file: TextFile) -> Rows:
                      f'{error}') from None
 
 
-def _rows_at_once(group: Any, columns: Sequence[str]) -> int:
-  """Return how many rows of a group may be unpacked together, so that few bytes stay few."""
-  chunks = [group.column(i) for i in range(group.num_columns)]
-  chunks = [chunk for chunk in chunks
-            if not columns or chunk.path_in_schema.partition('.')[0] in columns]
-  packed, size = (sum(getattr(chunk, f'total_{kind}_size') for chunk in chunks)
-                  for kind in ('compressed', 'uncompressed'))
-  if size > max(files.MAX_UNPACKED, 1000 * packed):
-    raise ValueError(f'{packed:,} bytes unpack to {size:,}; write it anew in smaller row groups')
+def _rows_at_once(chunks: Sequence[Any], num_rows: int) -> int:
+  """Return how many rows of columns may be unpacked together, so that few bytes stay few."""
+  size = sum(chunk.total_uncompressed_size for chunk in chunks)
   # All rows may be the longest value of a dictionary, which is as long as its page at most.
   longest = sum(
     min(chunk.total_uncompressed_size, _MOST_PACKED.get(chunk.compression, 2**15)
         * (chunk.data_page_offset - chunk.dictionary_page_offset))
     for chunk in chunks if chunk.has_dictionary_page)
-  return min(max(min(2**28 * group.num_rows // max(size, 1), 2**28 // max(longest, 1)), 1), 1024)
+  return min(max(min(2**28 * num_rows // max(size, 1), 2**28 // max(longest, 1)), 1), 1024)
 
 
 def format_of(path: pathlib.Path) -> str:

@@ -65,10 +65,10 @@ def settings(files: Files) -> dict[str, Any]:
   for name in (CONFIG, 'special_tokens_map.json'):
     if 'added_tokens_decoder' in keys:
       break
-    try:
-      keys.update(json.loads(files.get(name, b'{}')).items())
-    except (ValueError, AttributeError) as error:
-      raise ValueError(f'{name}: not a JSON object: {error}') from None
+    keys.update(parsed(files, name))
+  for name in _LISTS:
+    if not isinstance(keys.get(name) or [], list | dict):
+      raise ValueError(f'{name}={keys[name]!r}: a list or an object of tokens is needed')
   for name in _NAMES:
     token = text_of(keys.get(name))
     if token is not None and not isinstance(token, str):
@@ -76,11 +76,25 @@ def settings(files: Files) -> dict[str, Any]:
   return keys
 
 
+def parsed(files: Files, name: str) -> dict[str, Any]:
+  """Return the JSON object of a file; {} where there is no such file, a ValueError for others."""
+  try:
+    found = json.loads(files.get(name, b'{}'))
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f'{name}: not a JSON object: {error}') from None
+  if not isinstance(found, dict):
+    raise ValueError(f'{name}: not a JSON object: {found!r:.60}')
+  return found
+
+
 def eos_token_ids(files: Files) -> tuple[int, ...]:
   """Return the ids that end a generation, as generation_config.json names them."""
-  value = json.loads(files.get(GENERATION, b'{}')).get('eos_token_id')
+  value = parsed(files, GENERATION).get('eos_token_id')
   # -1 stands for none, in older files.
-  return tuple(i for i in (value if isinstance(value, list) else [value]) if i not in (None, -1))
+  ids = [i for i in (value if isinstance(value, list) else [value]) if i not in (None, -1)]
+  if not all(isinstance(i, int) and 0 <= i < 2**31 for i in ids):
+    raise ValueError(f'{GENERATION}: eos_token_id={value!r:.60}: ids of tokens are needed')
+  return tuple(ids)
 
 
 def add_bos(files: Files) -> bool:
@@ -89,22 +103,22 @@ def add_bos(files: Files) -> bool:
   tokenizer_config.json says so, or else the tokenizer.json does it to every text; SentencePiece
   models alone are of families that do.
   """
-  said = json.loads(files.get(CONFIG, b'{}')).get('add_bos_token')
+  said = parsed(files, CONFIG).get('add_bos_token')
   if isinstance(said, bool):
     return said
   if 'tokenizer.json' not in files:
     return 'tokenizer.model' in files
-  processor = json.loads(files['tokenizer.json']).get('post_processor') or {}
+  processor = parsed(files, 'tokenizer.json').get('post_processor') or {}
   steps = processor.get('processors') if processor.get('type') == 'Sequence' else [processor]
-  firsts = [step['single'][0] for step in steps or [] if step.get('type') == 'TemplateProcessing']
-  return any('SpecialToken' in first for first in firsts)
+  return any('SpecialToken' in first for step in steps or []
+             if step.get('type') == 'TemplateProcessing' for first in step['single'][:1])
 
 
 def chat_templates(files: Files) -> dict[str, str]:
   """Return the chat templates by name: of their own file, or those in tokenizer_config.json."""
   if CHAT in files:
     return {'default': files[CHAT].decode('utf-8')}
-  said = json.loads(files.get(CONFIG, b'{}')).get('chat_template')
+  said = parsed(files, CONFIG).get('chat_template')
   if isinstance(said, str):
     return {'default': said}
   items = [item for item in said if isinstance(item, dict)] if isinstance(said, list) else []
@@ -169,9 +183,10 @@ def add_tokens(inner: Any, files: Files, keys: Mapping[str, Any]) -> None:
   """
   for i, token in sorted(listed(files, keys).items()):
     size = inner.get_vocab_size(with_added_tokens=True)
-    if not size <= i < 2 * size + 1024 and inner.id_to_token(i) != token.content:
-      raise ValueError(f'added token {token.content!r} has id {i}, which is '
-                       f'{inner.id_to_token(i)!r} in the vocabulary of {size}')
+    there = inner.id_to_token(i) if 0 <= i < 2**32 else None
+    if not size <= i < 2 * size + 1024 and there != token.content:
+      raise ValueError(f'added token {token.content!r} has id {i}, which is {there!r} in the '
+                       f'vocabulary of {size}')
     if inner.token_to_id(token.content) not in (None, i):
       raise ValueError(f'added token {token.content!r} has id {i}, but in the vocabulary '
                        f'{inner.token_to_id(token.content)}')
@@ -192,7 +207,7 @@ def listed(files: Files, keys: Mapping[str, Any]) -> dict[int, Any]:
   try:
     if found is None:
       texts = {token.content for token in special(keys)}
-      ids = json.loads(files.get('added_tokens.json', b'{}'))
+      ids = parsed(files, 'added_tokens.json')
       found = {i: {'content': text, 'special': text in texts, 'normalized': False}
                for text, i in ids.items()}
     return {

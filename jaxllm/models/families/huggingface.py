@@ -158,7 +158,7 @@ def refuse(keys: Keys, name: str, *accepted: Any) -> None:
 def activation(keys: Keys, name: str, default: str) -> Any:
   """Return our name of the activation that config.json names, or raise a ValueError."""
   value = keys.get(name) or default
-  if value not in ACTIVATIONS:
+  if not isinstance(value, str) or value not in ACTIVATIONS:
     raise ValueError(f'config.json: {name}={value!r} is not supported (supported: '
                      f'{", ".join(ACTIVATIONS)})')
   return ACTIVATIONS[value]
