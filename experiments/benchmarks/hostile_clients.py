@@ -1,0 +1,92 @@
+"""How long a client waits while another one, with a key of its own, floods the server.
+
+A tiny model behind real HTTP, in this process; run it in the root of the repository:
+
+  python -m experiments.benchmarks.hostile_clients
+
+Prints, for each flood, how many requests of one token were answered meanwhile and the longest wait.
+"""
+
+import contextlib
+import json
+import socket
+import threading
+import time
+
+import httpx
+from absl import app, flags
+
+from tests.serving import http_server as server
+
+SECONDS = flags.DEFINE_float('seconds', 4, 'How long the patient client asks in each flood.')
+FLOODER, PATIENT = 'the-key-of-a-flooder', 'the-key-of-a-patient'
+HEAD = (b'POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n'
+        b'authorization: Bearer ' + FLOODER.encode() + b'\r\ncontent-length: 100\r\n\r\n{"model"')
+
+
+def chain(length: int, characters: int) -> dict:
+  """Return a schema of references one after the other."""
+  links = {f'd{i}': {'anyOf': [{'const': str(i) * characters}, {'$ref': f'#/$defs/d{i + 1}'}]}
+           for i in range(length)}
+  return {'$ref': '#/$defs/d0', '$defs': links | {f'd{length}': {'type': 'null'}}}
+
+
+def constrained(schema: dict) -> tuple[str, dict]:
+  """Return a request for JSON of a schema."""
+  return '/v1/completions', {'prompt': 'a', 'max_tokens': 4, 'response_format': {
+    'type': 'json_schema', 'json_schema': {'name': 'a', 'schema': schema}}}
+
+
+SLOW = {'type': 'object', 'patternProperties': {f'^x{i}_.*$': {} for i in range(1000)}}
+FLOODS = {
+  'nothing': [],
+  '24 x /tokenize of 2.3 MB': [('/tokenize', {'prompt': 'ab <|im_end|>' * 180_000})] * 24,
+  '24 x /tokenize of 195 kB': [('/tokenize', {'prompt': 'ab <|im_end|>' * 15_000})] * 24,
+  'n=24, 200 tokens each': [('/v1/completions', {
+    'prompt': 'a', 'n': 24, 'max_tokens': 200, 'logit_bias': {'256': -100}})],
+  '6 x a schema of 48 kB, 6 x one of 2 s': [constrained(chain(320, 50)), constrained(SLOW)] * 6,
+  '300 half bodies': None,
+}
+
+
+def post(url: str, path: str, body: dict) -> None:
+  with contextlib.suppress(httpx.HTTPError):
+    httpx.post(url + path, timeout=300, content=json.dumps({'model': server.NAME} | body), headers={
+      'content-type': 'application/json', 'authorization': f'Bearer {FLOODER}'})
+
+
+def patient(url: str) -> str:
+  """Ask for one token after the other; return the table's cells."""
+  waits, statuses, end = [], set(), time.monotonic() + SECONDS.value
+  with httpx.Client(timeout=300, headers={'authorization': f'Bearer {PATIENT}'}) as client:
+    while time.monotonic() < end:
+      begin = time.monotonic()
+      answer = client.post(f'{url}/v1/completions', json={
+        'model': server.NAME, 'prompt': 'a', 'max_tokens': 1})
+      waits.append(time.monotonic() - begin)
+      statuses.add(answer.status_code)
+  return f'{len(waits):>8} {max(waits):>9.2f}   {sorted(statuses)}'
+
+
+def main(_) -> None:
+  print(f'{"flood":<40} {"answers":>8} {"longest s":>9}   statuses')
+  model, engine = server.shared()
+  for name, requests in FLOODS.items():
+    keys = [FLOODER, PATIENT]
+    with server.running(model, engine, keys=keys) as started, contextlib.ExitStack() as stack:
+      if requests is None:
+        for _ in range(300):
+          half = socket.create_connection(('127.0.0.1', started.port))
+          stack.enter_context(half).sendall(HEAD)
+      threads = [threading.Thread(target=post, args=(started.url, *request))
+                 for request in requests or []]
+      for thread in threads:
+        thread.start()
+      time.sleep(0.3)
+      print(f'{name:<40} {patient(started.url)}', flush=True)
+      for thread in threads:
+        thread.join()
+
+
+if __name__ == '__main__':
+  app.run(main)
