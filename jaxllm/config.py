@@ -129,6 +129,8 @@ def load(location: str) -> Any:
     ConfigError: the file is missing, fails (with its line), has no `get_config`, or refuses the
       variant.
   """
+  if '://' in location:
+    raise ConfigError(f'--config={location}: a config is a local file; copy it to this machine')
   name, _, variant = location.partition(':')
   if pathlib.Path(location).is_dir() or location.endswith('.json'):
     return _load_saved(pathlib.Path(location))

@@ -41,7 +41,9 @@ def main(_) -> None:  # noqa: D103
   from jaxllm.evaluation import tables
   from jaxllm.training import evaluation
 
-  if OUTPUT.value:
+  if OUTPUT.value and storage.is_remote(storage.path(OUTPUT.value, '--output=')):
+    storage.make_writable(storage.path(OUTPUT.value).parent, '--output=')
+  elif OUTPUT.value:
     mistakes.check_writeable(OUTPUT.value, '--output')
   found = evaluation.evaluate(
     MODEL.value, TASKS.value or '', TEXT.value,

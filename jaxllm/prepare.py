@@ -4,7 +4,6 @@ Cleans, tokenises and packs the text of an experiment into records, and prints w
 Training does the same by itself where it is needed.
 """
 
-
 from jaxllm import config
 
 FLAGS = config.Flags()

@@ -154,8 +154,12 @@ def test_the_programs_read_and_write_there(base, tmp_path):
   run = f'{base}/run'
   code, text, _ = programs.run('sample', f'--model={run}', '--prompt=the', '--max_new_tokens=3')
   assert code == 0 and text.startswith('the')
-  code, text, _ = programs.run('evaluate', f'--model={run}')
+  code, text, _ = programs.run('evaluate', f'--model={run}', f'--output={base}/scores/held.json')
   assert code == 0 and 'bits per byte' in text
+  assert storage.read_json(storage.path(f'{base}/scores/held.json'))['loss'] > 0
+  (storage.path(base) / 'tasks.json').write_text('[{"kind": "none"}]')
+  code, _, said = programs.run('evaluate', f'--model={run}', f'--tasks={base}/tasks.json')
+  assert code == 2 and "kind 'none' is no task" in said
   target = f'{base}/converted'
   code, text, said = programs.run(
     'convert', f'--source={run}', f'--target={target}', '--format=huggingface')

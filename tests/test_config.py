@@ -145,3 +145,9 @@ def test_overrides_are_checked_together():
   assert (changed.low, changed.high) == (5, 9)
   with pytest.raises(ConfigError, match='low=5 is not below high=1'):
     config_lib.override(Range(), {'low': '5'})
+
+
+def test_a_config_in_a_bucket_is_refused():
+  for location in ('gs://bucket/x.py', 's3://bucket/run/config.json'):
+    with pytest.raises(ConfigError, match=f'--config={location}: a config is a local file'):
+      config_lib.load(location)

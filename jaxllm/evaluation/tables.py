@@ -7,8 +7,7 @@ prove that all are right. Other scores are resampled. Where all resamples agree,
 the interval is then that of a mean of as many equal values, or none where the score has no limits.
 
 Every metric is a function of sums over examples (`scores.Metric`), so a resample is a product of
-example counts with the statistics of each example; nothing is scored twice. That, and fractional
-counts in Wilson's interval, is what `scipy.stats` has not.
+example counts with the statistics of each example, which `scipy.stats` has not.
 
 Axis letters: I examples, M statistics of one example, R resamples.
 """

@@ -58,13 +58,16 @@ def named_tasks(tasks: str | Sequence[Any]) -> dict[str, Any]:
   given: Any = tasks
   if isinstance(tasks, str):
     given = _read(tasks) if tasks.endswith('.json') else tasks.split(',')
-  kinds = [str(_kind(one)) for one in given]
+  def kind_of(task: Any) -> str:
+    return str(task.get('kind') if isinstance(task, Mapping) else getattr(task, 'kind', task))
+
+  kinds = [*map(kind_of, given)]
   # Where a kind stands twice, its name has the place.
   named = given if isinstance(given, Mapping) else {
     f'{kind}_{i}' if kinds.count(kind) > 1 else kind: one
     for i, (kind, one) in enumerate(zip(kinds, given, strict=True), start=1)}
   for name, fields in named.items():
-    kind = str(_kind(fields))
+    kind = kind_of(fields)
     if kind not in TASKS:
       raise ValueError(f'tasks={tasks}: {name}: kind {kind!r} is no task; one of '
                        f'{", ".join(TASKS)}{mistakes.hint(kind, TASKS)}')
@@ -91,7 +94,3 @@ def _read(location: str) -> Any:
     raise ValueError(f'tasks={location}: expected the config of a task, a list of them, or an '
                      'object of them by name')
   return [content] if 'kind' in content and isinstance(content, dict) else content
-
-
-def _kind(task: Any) -> Any:
-  return task.get('kind') if isinstance(task, Mapping) else getattr(task, 'kind', task)
