@@ -30,6 +30,8 @@ def test_fingerprints_depend_on_every_bit_and_on_no_mesh(dtype):
     mesh = jax.make_mesh(shape, ('x', 'y')[: len(shape)], devices=jax.devices()[: np.prod(shape)])
     split = jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))
     assert tree.fingerprints({'a': split})['a'] == wanted
+    on_devices = ''.join(f'{int(one):08x}' for one in tree._sums(split))
+    assert wanted.endswith(f' {on_devices}')
   found = {wanted}
   bits = range(1) if dtype is bool else range(8 * array.itemsize)
   places = [0, 77, 127]
