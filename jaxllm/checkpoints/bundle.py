@@ -69,12 +69,7 @@ def _digests(fields: Mapping[str, Any]) -> dict[str, str]:
 
 
 def from_dict(fields: Mapping[str, Any]) -> Bundle:
-  """Rebuild a bundle from `to_dict`.
-
-  Raises:
-    ValueError: it is not what was written; the message names the parts.
-    CheckpointError: a later version wrote it.
-  """
+  """Rebuild a bundle from `to_dict`; a ValueError names the parts that changed."""
   try:
     stored, found = fields.get('sha256'), _digests(fields)
     if stored is None and fields['format'] != 1:

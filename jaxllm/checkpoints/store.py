@@ -9,9 +9,6 @@ where whole steps are uploaded.
 - Writing: `open_store`, `save`, `save_best`, `check`, `wait`, `close`; `save_converted`.
 - Reading a run's own state: `latest_step`, `best_step`, `restore`, `quarantine`.
 - Reading a model from a path: `find_steps`, `read_bundle`, `restore_params`.
-
-Orbax's v1 interface (0.12.8) reads and writes the same files and saves no code of ours; 1.0, which
-makes it the top level, is the time to move.
 """
 
 import contextlib
@@ -257,11 +254,7 @@ def best_step(directory: str | os.PathLike[str]) -> int | None:
 
 
 def quarantine(store: Store, error: DamagedError) -> None:
-  """Rename a damaged step, so that it never counts again, and is there to be looked at.
-
-  Raises:
-    DamagedError: the step is of another directory, or the only one.
-  """
+  """Rename a damaged step, which then never counts; raise the error again where it is the last."""
   if error.step is None or error.step.parent != store.directory:
     raise error
   step, steps = error.step.name, committed_steps(store.directory)
@@ -388,12 +381,7 @@ def find_steps(path: str | os.PathLike[str]) -> list[epath.Path]:
 
 
 def first_whole(path: str | os.PathLike[str], read: Callable[[epath.Path], Any]) -> Any:
-  """Return what `read` makes of the first of `find_steps` that is not damaged, and log the others.
-
-  Raises:
-    ValueError: there is no checkpoint.
-    DamagedError: none is whole, or the one step that the path names is not.
-  """
+  """Return what `read` makes of the first of `find_steps` that is whole, and log the others."""
   steps = find_steps(path)
   for step in steps:
     try:
@@ -409,13 +397,7 @@ def first_whole(path: str | os.PathLike[str], read: Callable[[epath.Path], Any])
 
 
 def read_bundle(path: str | os.PathLike[str]) -> Bundle:
-  """Return what travels with the checkpoint under a path (see `first_whole`).
-
-  Raises:
-    ValueError: there is no checkpoint.
-    CheckpointError: a later version wrote it.
-    DamagedError: it is not what was saved, or has links that lead out of it.
-  """
+  """Return what travels with the checkpoint under a path; errors as in `restore_params`."""
   return first_whole(path, _bundle_of)
 
 
