@@ -1,9 +1,13 @@
 """Runs in buckets: the servers are those of `tests.buckets`, and nobody has credentials."""
 
+import http.server
 import importlib.util
 import json
 import pathlib
 import re
+import subprocess
+import sys
+import threading
 
 import fsspec
 import pytest
@@ -176,3 +180,34 @@ def test_errors_of_the_clients_of_buckets_are_sentences():
   for error in (NoCredentialsError(), RefreshError('expired\n')):
     said = mistakes.sentence(error)
     assert said.startswith('the bucket cannot be used: ') and '\n' not in said
+
+
+@pytest.mark.parametrize('status', [403, 404])
+@pytest.mark.parametrize('scheme', ['gs', 's3'])
+def test_a_bucket_without_rights_or_none_at_all_is_one_sentence(monkeypatch, status, scheme):
+  class Refusing(http.server.BaseHTTPRequestHandler):
+    def answer(self):
+      self.rfile.read(int(self.headers.get('content-length') or 0))
+      self.send_response(status)
+      self.send_header('content-length', '0')
+      self.end_headers()
+
+    do_GET = do_POST = do_PUT = do_DELETE = do_HEAD = answer  # noqa: N815
+
+    def log_message(self, *args):
+      pass
+
+  server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Refusing)
+  threading.Thread(target=server.serve_forever, daemon=True).start()
+  url = f'http://127.0.0.1:{server.server_port}'
+  for name in ('STORAGE_EMULATOR_HOST', 'TENSORSTORE_GCS_HTTP_URL', 'AWS_ENDPOINT_URL'):
+    monkeypatch.setenv(name, url)
+  for name in ('NO_GCE_CHECK', 'AWS_ACCESS_KEY_ID', 'AWS_SECRET_ACCESS_KEY'):
+    monkeypatch.setenv(name, 'true')
+  command = [sys.executable, '-m', 'jaxllm.train', '--config=experiments/quickstart.py']
+  done = subprocess.run([*command, f'--workdir={scheme}://bucket/run'], capture_output=True,
+                        text=True, check=False)
+  server.shutdown()
+  said = done.stderr.strip().split('\n')[-1]
+  assert done.returncode == 2 and f'{scheme}://bucket/run: ' in said, done.stderr
+  assert 'the bucket cannot be used: ' in said or 'cannot write there' in said

@@ -1,10 +1,9 @@
 """How sure a score is: intervals, and paired tests of two systems on the same examples.
 
-`score` does it for a task, with a baseline beside it; `render` makes a table of that.
-
-A mean over examples has an interval that knows small numbers: three right answers of three do not
-prove that all are right. Other scores are resampled. Where all resamples agree, they tell nothing:
-the interval is then that of a mean of as many equal values, or none where the score has no limits.
+`score` does it for a task, with a baseline beside it; `render` makes a table of that. A mean over
+examples has an interval that knows small numbers: three right answers of three do not prove that
+all are right. Other scores are resampled. Where all resamples agree, they tell nothing: the
+interval is then that of a mean of as many equal values, or none where the score has no limits.
 
 Every metric is a function of sums over examples (`scores.Metric`), so a resample is a product of
 example counts with the statistics of each example, which `scipy.stats` has not.

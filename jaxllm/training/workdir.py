@@ -64,7 +64,8 @@ def begun_as(path: pathlib.Path) -> Experiment | None:
 
 def has_begun(path: pathlib.Path) -> bool:
   """Return whether there is anything to lose; until then a wrong config can be put right."""
-  return (path / 'metrics.jsonl').exists() or any((path / 'checkpoints').glob('*'))
+  with storage.explained(path):
+    return (path / 'metrics.jsonl').exists() or any((path / 'checkpoints').glob('*'))
 
 
 def begun_with(path: pathlib.Path) -> str | None:
