@@ -6,11 +6,14 @@ jaxllm, and from any of these to a Hugging Face directory or to exported program
 some.
 """
 
-from jaxllm import config
+import os
+
+from jaxllm import config, storage
 
 FLAGS = config.Flags()
 SOURCE = FLAGS.string(
-  'source', None, 'A workdir, a Hugging Face directory, a .gguf file or hf:NAME of the hub.',
+  'source', None, 'A workdir, a Hugging Face directory, a .gguf file, hf:NAME of the hub, or '
+  'exported programs, which are made anew.',
   required=True,
 )
 TARGET = FLAGS.string('target', None, 'The new directory.', required=True)
@@ -32,7 +35,7 @@ BUCKETS = FLAGS.list(
 
 
 def main(_) -> None:  # noqa: D103
-  from jaxllm.interop import conversion, sources
+  from jaxllm.interop import conversion, exported, sources
 
   if FORMAT.value == 'peft':
     _write_adapters()
@@ -41,7 +44,7 @@ def main(_) -> None:  # noqa: D103
     raise ValueError(f'--buckets={",".join(BUCKETS.value)}: numbers with commas between are needed')
   buckets = [int(length) for length in BUCKETS.value]
   conversion.check_target(TARGET.value, FORMAT.value)
-  origin = str(sources.at_hand(SOURCE.value))
+  origin = exported.source_of(str(sources.at_hand(SOURCE.value)))
   sources.check_exists(origin, REVISION.value)
   if sources.is_foreign(origin):
     source = sources.open_model(origin, REVISION.value, IGNORE_AUTO_MAP.value)
@@ -57,7 +60,9 @@ def main(_) -> None:  # noqa: D103
                        '--format')
     stored = 'float32' if peft.base_model(origin) else None
     loaded = loading.load(origin, MESH.value, stored)
-    report = conversion.from_model(loaded, TARGET.value, FORMAT.value, DTYPE.value, buckets)
+    where = origin if storage.is_remote(origin) else os.path.abspath(origin)
+    report = conversion.from_model(
+      loaded, TARGET.value, FORMAT.value, DTYPE.value, buckets, where)
   proof = report['proof']
   print(f'{TARGET.value}: {FORMAT.value}, proven on {len(proof["prompt_ids"])} tokens')
   if 'max_abs_error' in proof:

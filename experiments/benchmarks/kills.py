@@ -29,6 +29,7 @@ from absl import app, flags
 
 COUNT = flags.DEFINE_integer('count', 20, 'Kills with each number of processes.')
 flags.FLAGS.set_default('processes', ['1', '2'])
+flags.FLAGS.set_default('signals', 10)
 flags.FLAGS.set_default('output', 'runs/kills.json')
 SAVE_EVERY = 4
 

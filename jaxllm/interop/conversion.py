@@ -191,12 +191,12 @@ def from_source(
 
 def from_model(
   model: Model, target: str | os.PathLike[str], form: str, dtype: str | None = None,
-  buckets: Sequence[int] = exported.BUCKETS,
+  buckets: Sequence[int] = exported.BUCKETS, origin: str | None = None,
 ) -> dict[str, Any]:
   """Write a model of ours for others: as a Hugging Face directory, or as exported programs.
 
-  The proof of a Hugging Face directory is the independent reading of what was written; arguments
-  and errors as in `from_source`.
+  The proof of a Hugging Face directory is the independent reading of what was written; `origin` is
+  the path of the model; other arguments and errors as in `from_source`.
   """
   path = check_target(target, form)
   if form == 'jaxllm':
@@ -206,7 +206,8 @@ def from_model(
     rounded = jax.tree.map(lambda leaf: leaf.astype(weights.DTYPES[dtype]), model.variables)
     model = dataclasses.replace(model, variables=rounded)
   with storage.replaced(path) as partial:
-    again = _write(model, model.tokenizer.files(), model.add_bos, partial, form, buckets)
+    again = _write(model, model.tokenizer.files(), model.add_bos, partial, form, buckets,
+                   origin)
     summary: dict[str, Any] = {'format': form, 'dtype': dtype or 'as stored'}
     if form == 'huggingface':
       # What was written, read independently, against the model that it was written from; and
@@ -257,7 +258,8 @@ def _write(
     return dataclasses.replace(
       model, config=model_config(bundle), variables={'params': params}
     )
-  exported.save(directory, config, variables, files, buckets, add_bos=add_bos)
+  exported.save(
+    directory, config, variables, files, buckets, add_bos=add_bos, source=origin)
   return model
 
 

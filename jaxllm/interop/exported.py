@@ -6,6 +6,7 @@ and `run.py`, which samples from them. Programs take one row; the cache crosses 
 draw is part of the program, so that the same seed gives the same tokens as in the library.
 """
 
+import datetime
 import functools
 import importlib.metadata
 import json
@@ -31,12 +32,15 @@ BUCKETS = (128, 512, 2048)
 # The rules that the runner offers, each with the dtype of its value.
 RULES = {'temperature': np.float32, 'top_k': np.int32, 'top_p': np.float32, 'min_p': np.float32}
 MANIFEST = 'manifest.json'
+PROMISED_DAYS = 182
+"""JAX reads programs of the last six months."""
 
 
 def save(
   directory: pathlib.Path, config: DecoderConfig, variables: Mapping[str, Any],
   files: Mapping[str, bytes], buckets: Sequence[int] = BUCKETS,
   platforms: Sequence[str] = PLATFORMS, add_bos: bool | None = None,
+  source: str | None = None,
 ) -> None:
   """Write a deployment artefact.
 
@@ -47,6 +51,7 @@ def save(
       beyond the model's context become its context.
     platforms: of the programs.
     add_bos: whether prompts begin with BOS; None: as the files say.
+    source: of the model, from which it can be made anew.
 
   Raises:
     ValueError: the tokenizer has no equal in a tokenizer.json, or the package flatbuffers is
@@ -70,9 +75,13 @@ def save(
     (directory / name).write_bytes(content)
   shutil.copy(pathlib.Path(__file__).with_name('exported_runner.py'), directory / 'run.py')
   tokenizer = tokenizers.from_files(beside)
+  today = datetime.date.today()
   manifest = {
     'format': 1,
     **{name: importlib.metadata.version(name) for name in ('jax', 'flax', 'jaxllm')},
+    'made_on': today.isoformat(),
+    'valid_until': (today + datetime.timedelta(PROMISED_DAYS)).isoformat(),
+    'source': source,
     'platforms': list(platforms),
     'buckets': lengths,
     'vocab_size': config.vocab_size,
@@ -84,6 +93,16 @@ def save(
     'sha256': {file.name: storage.file_digest(file, {}) for file in sorted(directory.iterdir())},
   }
   (directory / MANIFEST).write_bytes(tokenizer_export.json_bytes(manifest))
+
+
+def source_of(path: str) -> str:
+  """Return the source of the model in a deployment artefact; of anything else, the path itself."""
+  manifest = storage.read_json(pathlib.Path(path) / MANIFEST)
+  if 'buckets' not in manifest:
+    return path
+  if not manifest.get('source'):
+    raise ValueError(f'--source={path} does not say of which model its programs are; name that')
+  return manifest['source']
 
 
 def _programs(

@@ -5,9 +5,11 @@ As a library: `artefact = load(directory)`, then `generate(artefact, ids, ...)`.
 """
 
 import argparse
+import datetime
 import hashlib
 import json
 import pathlib
+import sys
 from typing import Any
 
 import jax
@@ -28,6 +30,8 @@ def load(directory: str | pathlib.Path) -> dict[str, Any]:
     with open(directory / name, 'rb') as file:
       if hashlib.file_digest(file, 'sha256').hexdigest() != digest:
         raise ValueError(f'{directory / name} differs from what the manifest says')
+  if manifest.get('valid_until', '9') < datetime.date.today().isoformat():
+    print(f'warning: {outdated(manifest)}', file=sys.stderr)
   with safe_open(directory / 'weights.safetensors', 'np') as file:
     weights = {name: jnp.asarray(file.get_tensor(name)) for name in file.keys()}
   tokenizer = tokenizers.Tokenizer.from_file(str(directory / 'tokenizer.json'))
@@ -41,6 +45,14 @@ def load(directory: str | pathlib.Path) -> dict[str, Any]:
   }
 
 
+def outdated(manifest: dict[str, Any]) -> str:
+  """Return the sentence about programs that are older than JAX promises to run them."""
+  return (f'made on {manifest.get("made_on")} with jax {manifest["jax"]}, these programs are '
+          f'promised to run until {manifest.get("valid_until")}, here with jax {jax.__version__}; '
+          f'make them anew: python -m jaxllm.convert --source={manifest.get("source") or "MODEL"} '
+          '--target=NEW --format=exported')
+
+
 def program(artefact: dict[str, Any], name: str) -> Any:
   """Return a program by name, compiled when it is first called; its cache argument is reused."""
   if name not in artefact['programs']:
@@ -48,9 +60,7 @@ def program(artefact: dict[str, Any], name: str) -> Any:
     try:
       call = export.deserialize(bytearray(content)).call
     except Exception as error:  # Of any kind, as the format goes on.
-      raise ValueError(
-        f'{name}.bin: {error}; made with jax {artefact["manifest"]["jax"]}, here is '
-        f'{jax.__version__}: make it anew by python -m jaxllm.convert --format=exported') from error
+      raise ValueError(f'{name}.bin: {error}; {outdated(artefact["manifest"])}') from error
     donated = (1,) if name.startswith('decode') else ()
     artefact['programs'][name] = jax.jit(call, donate_argnums=donated)
   return artefact['programs'][name]

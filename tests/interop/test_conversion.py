@@ -1,6 +1,7 @@
 """Conversions carry their proof, and leave nothing where they fail; exported programs run."""
 
 import dataclasses
+import datetime
 import json
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ from jaxllm.checkpoints import store
 from jaxllm.data import tokenizers
 from jaxllm.generation import decode
 from jaxllm.generation.sampling import SamplingConfig
-from jaxllm.interop import conversion, exported_runner, sources, weights
+from jaxllm.interop import conversion, exported, exported_runner, sources, weights
 from jaxllm.models.decoder import Decoder, unstack
 
 
@@ -122,7 +123,7 @@ def artefact(tmp_path_factory):
   path = tmp_path_factory.mktemp('exported') / 'artefact'
   model = dataclasses.replace(
     loading.make_model(config, variables, tokenizers.from_files(small.files())), add_bos=True)
-  conversion.from_model(model, path, 'exported', buckets=(16, 2048))
+  conversion.from_model(model, path, 'exported', buckets=(16, 2048), origin='/models/small')
   return config, variables, path
 
 
@@ -175,13 +176,39 @@ def test_the_runner_is_small_and_checks_its_files(artefact, tmp_path):
     exported_runner.generate(loaded, [1] * 33, 1)
 
 
-def test_programs_that_jax_no_longer_reads_name_the_fix(artefact, tmp_path):
-  shutil.copytree(artefact[2], tmp_path / 'old')
-  loaded = exported_runner.load(tmp_path / 'old')
-  assert {'jax', 'flax', 'jaxllm', 'platforms'} <= loaded['manifest'].keys()
-  (tmp_path / 'old' / 'prefill_16.bin').write_bytes(b'a format of before')
-  with pytest.raises(ValueError, match='prefill_16.bin: .*made with jax .*: make it anew'):
+def test_exported_programs_say_until_when_they_are_promised_to_run(artefact, tmp_path, capsys):
+  _, _, path = artefact
+  manifest = json.loads((path / 'manifest.json').read_text())
+  assert {'jax', 'flax', 'jaxllm', 'platforms'} <= manifest.keys()
+  days = datetime.date.fromisoformat(manifest['valid_until']) - datetime.date.today()
+  assert 180 < days.days < 185
+  exported_runner.load(path)
+  assert not capsys.readouterr().err
+  for name in ('run.py', 'tokenizer.json', 'prefill_16.bin'):
+    shutil.copy(path / name, tmp_path / name)
+  (tmp_path / 'weights.safetensors').symlink_to(path / 'weights.safetensors')
+  old = {'made_on': '2025-11-04', 'valid_until': '2026-05-05', 'jax': '0.8.0', 'sha256': {}}
+  (tmp_path / 'manifest.json').write_text(json.dumps(manifest | old))
+  loaded = exported_runner.load(tmp_path)
+  said = capsys.readouterr().err
+  assert said.startswith('warning: made on 2025-11-04 with jax 0.8.0') and said.count('\n') == 1
+  fix = 'python -m jaxllm.convert --source=/models/small --target=NEW --format=exported'
+  assert 'until 2026-05-05' in said and fix in said
+  # They are tried all the same; where JAX no longer reads them, that names the fix too.
+  assert len(exported_runner.generate(loaded, [3], 1, temperature=0.0)) == 1
+  (tmp_path / 'prefill_16.bin').write_bytes(b'a format of before')
+  loaded['programs'].clear()
+  with pytest.raises(ValueError, match=f'prefill_16.bin: .*{fix}'):
     exported_runner.generate(loaded, [3], 1)
+
+
+def test_exported_programs_name_the_source_that_they_are_made_anew_from(artefact, tmp_path):
+  _, _, path = artefact
+  assert exported.source_of(str(path)) == '/models/small'
+  assert exported.source_of('hf:gpt2') == 'hf:gpt2' and exported.source_of('/none') == '/none'
+  (tmp_path / 'manifest.json').write_text('{"buckets": [16]}')
+  with pytest.raises(ValueError, match='does not say of which model'):
+    exported.source_of(str(tmp_path))
 
 
 def test_the_program(foreign, tmp_path):
