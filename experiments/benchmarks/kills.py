@@ -35,15 +35,7 @@ SAVE_EVERY = 4
 
 
 def main(_) -> None:
-  os.environ |= {
-    'JAX_PLATFORMS': 'cpu', 'JAX_COMPILATION_CACHE_DIR': '',
-    'XLA_FLAGS': '--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0 '
-                 '--xla_llvm_disable_expensive_passes=true'}
-  import tensorboardX  # noqa: F401
-
-  from jaxllm import train  # noqa: F401
-  from jaxllm.training import loop  # noqa: F401
-
+  starts.import_all()
   rows, pick = {}, random.Random(starts.SEED.value)
   print(f'{"processes":>9} {"kills":>6} {"in a save":>9} {"steps lost":>10} {"losses":>7} '
         f'{"state":>6} {"SIGTERMs":>8} {"saved, 75":>9} {"s p50":>6} {"s p99":>6} {"ms/save":>8}')

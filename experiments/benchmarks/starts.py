@@ -37,7 +37,8 @@ SEED = flags.DEFINE_integer('seed', 0, 'Of the moments and the processes that ge
 LIMIT_SECONDS = 300
 
 
-def main(_) -> None:
+def import_all() -> None:
+  """Import what a run needs, once for all processes that are forked from this one."""
   os.environ |= {
     'JAX_PLATFORMS': 'cpu', 'JAX_COMPILATION_CACHE_DIR': '',
     'XLA_FLAGS': '--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0 '
@@ -47,6 +48,9 @@ def main(_) -> None:
   from jaxllm import train  # noqa: F401
   from jaxllm.training import loop  # noqa: F401
 
+
+def main(_) -> None:
+  import_all()
   rows, pick = {}, random.Random(SEED.value)
   print(f'{"processes":>9} {"starts":>7} {"failed":>7} {"signals":>8} {"same step, 75":>14} '
         f'{"seconds p50":>12} {"p99":>6}')
