@@ -287,6 +287,22 @@ def from_first(value: str) -> str:
   return _STATE.client.blocking_key_value_get(key, _WEEK).removeprefix(_GREETING)
 
 
+def from_all(value: str, combine: Callable[[list[str]], str]) -> str:
+  """Return what `combine` makes, in the first process, of the values of all, in their order."""
+  if _STATE.num_processes == 1:
+    return combine([value])
+  prefix = f'jaxllm/all/{next(_SERIAL)}/'
+  _STATE.client.key_value_set(f'{prefix}{_STATE.process_id}', _GREETING + value)
+
+  def get(name: Any) -> str:
+    return _STATE.client.blocking_key_value_get(f'{prefix}{name}', _WEEK).removeprefix(_GREETING)
+
+  if is_first():
+    values = [get(number) for number in range(_STATE.num_processes)]
+    _STATE.client.key_value_set(f'{prefix}combined', _GREETING + combine(values))
+  return get('combined')
+
+
 def agree(facts: Mapping[str, Any]) -> None:
   """Compare facts of all processes; also a barrier.
 
@@ -301,19 +317,18 @@ def agree(facts: Mapping[str, Any]) -> None:
   prefix = f'jaxllm/agree/{next(_SERIAL)}/'
   text = json.dumps(facts, sort_keys=True, default=str)
   digest = hashlib.sha256(text.encode()).hexdigest()
-  _write(f'{prefix}facts/', text)
-  _write(f'{prefix}digest/', digest)
-  barrier('facts are written')
-  verdict = ''
-  if is_first():
-    others = [one for one, theirs in sorted(_read(f'{prefix}digest/').items()) if theirs != digest]
-    if others:
-      theirs = _STATE.client.blocking_key_value_get(f'{prefix}facts/{others[0]}', _WEEK)
-      verdict = _differences(json.loads(text), json.loads(theirs), others)
-    _STATE.client.key_value_set(f'{prefix}verdict', f'{_GREETING}{verdict}')
-  verdict = _STATE.client.blocking_key_value_get(f'{prefix}verdict', _WEEK)
+  _write(prefix, text)
+
+  def compare(digests: list[str]) -> str:
+    others = [one for one, theirs in enumerate(digests) if theirs != digest]
+    if not others:
+      return ''
+    theirs = _STATE.client.blocking_key_value_get(f'{prefix}{others[0]}', _WEEK)
+    return _differences(json.loads(text), json.loads(theirs), others)
+
+  verdict = from_all(digest, compare)
   barrier('all know')
-  if verdict := verdict.removeprefix(_GREETING):
+  if verdict:
     raise ValueError(verdict)
 
 

@@ -14,7 +14,7 @@ import jax
 from jaxllm import sharding, storage
 from jaxllm.adapters import lora
 from jaxllm.adapters.quantization import dequantize_tree, quantize
-from jaxllm.checkpoints import store, tree
+from jaxllm.checkpoints import fingerprints, store
 from jaxllm.checkpoints.bundle import CONVERTED, Bundle, model_config
 from jaxllm.data import tokenizer_settings, tokenizers
 from jaxllm.data.tokenizers import Tokenizer
@@ -266,7 +266,7 @@ def check_model(field: str, path: str, params: Any, expected: str | None) -> str
   Raises:
     ValueError: it is not the expected one; the message names the field of the config.
   """
-  found = tree.fingerprint(params)
+  found = fingerprints.fingerprint(params)
   if expected not in (None, found):
     raise ValueError(
       f'config.{field}={path!r} is not the model that the run began with: its parameters have the '

@@ -40,8 +40,8 @@ class Bundle:
     tokenizer_files: file name -> content, all that rebuilds the tokenizer.
     manifest: the data manifest, JSON-able.
     best: the best step so far, and what it is the best by; empty where none is.
-    leaves: path -> shape, dtype and fingerprint of each array, from `tree.fingerprints`; None where
-      the version that wrote it took none.
+    leaves: path -> shape, dtype and fingerprint of each array; None where the version that wrote it
+      took none.
   """
 
   config_json: str

@@ -23,17 +23,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 import pydantic
 from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 from orbax.checkpoint import options as ocp_options
 
 from jaxllm import distributed, storage
 from jaxllm.checkpoints import bundle as bundle_lib
-from jaxllm.checkpoints import tree
+from jaxllm.checkpoints import fingerprints, tree
 from jaxllm.checkpoints.bundle import Bundle, CheckpointError, DamagedError
 from jaxllm.config import Config
 from jaxllm.mistakes import no_such_path
@@ -183,7 +181,7 @@ def save(store: Store, step: int, state: Any, bundle: Bundle) -> bool:
   leaves = tree.flatten(state)
   store.pending = store.newest = step
   try:
-    bundle = dataclasses.replace(bundle, best=store.best, leaves=tree.fingerprints(leaves))
+    bundle = dataclasses.replace(bundle, best=store.best, leaves=fingerprints.fingerprints(leaves))
     store.manager.save(step, force=True, args=ocp.args.Composite(**{
       STATE: ocp.args.PyTreeSave(tree.nest(leaves)),
       BUNDLE: ocp.args.JsonSave(bundle_lib.to_dict(bundle)),
@@ -514,12 +512,11 @@ def _reading(step: epath.Path, item: str) -> Iterator[None]:
   elsewhere = isinstance(error, MemoryError | RuntimeError) or (
     isinstance(error, OSError) and not isinstance(error, FileNotFoundError)) or (
     str(error).startswith(_NOT_DAMAGE))
-  worst = 0 if error is None else 1 if elsewhere else 2
-  if jax.process_count() > 1:
-    worst = int(multihost_utils.process_allgather(np.array(worst)).max())
+  worst = distributed.from_all(
+    '' if error is None else f'{1 if elsewhere else 2}{_reason(error)}', max)
   if worst:
-    failure = (CheckpointError, DamagedError)[worst - 1](
-      f'{step / item} cannot be read: {_reason(error or OSError("another process says so"))}')
+    failure = (CheckpointError, DamagedError)[int(worst[0]) - 1](
+      f'{step / item} cannot be read: {worst[1:]}')
     failure.step = step
     raise failure from error
 
@@ -563,12 +560,13 @@ def _read(
       args=ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True),
     ))
     found = {path: restored[path] for path in leaves}
-  if verify == 'full':
-    if bundle.leaves is None:
-      logging.info('%s was saved without fingerprints; its arrays are not verified.', step)
-    else:
-      with _reading(step, STATE):
-        _compare(bundle, tree.fingerprints(found))
+    # What may fail in one process alone; the rest is the same in all.
+    sums = fingerprints.own_sums(found if verify == 'full' and bundle.leaves is not None else {})
+  if len(sums):
+    with _reading(step, STATE):
+      _compare(bundle, fingerprints.fingerprints(found, sums))
+  elif verify == 'full':
+    logging.info('%s was saved without fingerprints; its arrays are not verified.', step)
   return found
 
 

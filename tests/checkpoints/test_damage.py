@@ -11,8 +11,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxllm.checkpoints import bundle as bundle_lib
+from jaxllm.checkpoints import fingerprints
 from jaxllm.checkpoints import store as store_lib
-from jaxllm.checkpoints import tree
 from jaxllm.checkpoints.bundle import Bundle, DamagedError
 from jaxllm.checkpoints.store import CheckpointConfig
 
@@ -23,15 +23,18 @@ BUNDLE = Bundle('{}', {'tokenizer.json': b'{}'}, {'fingerprint': 'abc'})
 def test_fingerprints_depend_on_every_bit_and_on_no_mesh(dtype):
   rng = np.random.default_rng(0)
   array = np.asarray(jnp.asarray(rng.integers(0, 2 if dtype is bool else 100, (8, 16)), dtype))
-  wanted = tree.fingerprints({'a': jnp.asarray(array)})['a']
+  wanted = fingerprints.fingerprints({'a': jnp.asarray(array)})['a']
   assert wanted.startswith(f'{np.dtype(dtype).name}[8, 16] ') and len(wanted.split()[-1]) == 24
   for shape, spec in (((4, 2), ('x', 'y')), ((2, 4), ('y', 'x')), ((8,), ('x',)),
-                      ((2,), (None, 'x'))):
+                      ((2,), (None, 'x')), ((2, 2), (('y', 'x'),)), ((1,), ())):
     mesh = jax.make_mesh(shape, ('x', 'y')[: len(shape)], devices=jax.devices()[: np.prod(shape)])
     split = jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))
-    assert tree.fingerprints({'a': split})['a'] == wanted
-    on_devices = ''.join(f'{int(one):08x}' for one in tree._sums(split))
-    assert wanted.endswith(f' {on_devices}')
+    assert fingerprints.fingerprints({'a': split})['a'] == wanted
+    rows = {shard.device: np.asarray(shard.data)
+            for shard in fingerprints.device_sums(split).addressable_shards}
+    on_devices = np.sum([rows[shard.device] for shard in split.addressable_shards
+                         if shard.replica_id == 0], axis=(0, 1), dtype=np.uint32)
+    assert wanted.endswith(''.join(f'{one:08x}' for one in on_devices))
   found = {wanted}
   bits = range(1) if dtype is bool else range(8 * array.itemsize)
   places = [0, 77, 127]
@@ -40,7 +43,7 @@ def test_fingerprints_depend_on_every_bit_and_on_no_mesh(dtype):
       changed = array.copy()
       words = changed.view(f'u{array.itemsize}').reshape(-1)
       words[place] ^= np.array(1 << bit, words.dtype)
-      found.add(tree.fingerprints({'a': jnp.asarray(changed)})['a'])
+      found.add(fingerprints.fingerprints({'a': jnp.asarray(changed)})['a'])
   assert len(found) == 1 + len(places) * len(bits)
 
 
@@ -49,7 +52,8 @@ def test_two_changes_do_not_cancel_each_other():
   negated = array.copy()
   negated[[3, 9]] *= -1  # Twice the highest bit: no sum of words, weighted or not, sees it.
   swapped = array[::-1].copy()
-  prints = {tree.fingerprints({'a': jnp.asarray(one)})['a'] for one in (array, negated, swapped)}
+  leaves = {'a': array, 'b': negated, 'c': swapped}
+  prints = {one.split()[-1] for one in fingerprints.fingerprints(leaves).values()}
   assert len(prints) == 3
 
 

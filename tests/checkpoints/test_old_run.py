@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxllm import loading, sharding
-from jaxllm.checkpoints import store, tree
+from jaxllm.checkpoints import fingerprints, store
 from jaxllm.experiment import Experiment
 from jaxllm.models.decoder import Decoder
 from jaxllm.training import state
@@ -42,4 +42,4 @@ def test_its_state_can_be_trained_on(old_run):
   restored = store.restore(opened, abstract)
   store.close(opened)
   assert int(restored.step) == 2
-  assert tree.fingerprint(restored) == FINGERPRINT
+  assert fingerprints.fingerprint(restored) == FINGERPRINT

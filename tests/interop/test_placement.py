@@ -11,7 +11,7 @@ import small_gguf
 from jaxllm import loading, sharding
 from jaxllm.adapters import lora
 from jaxllm.adapters.lora import LoraConfig
-from jaxllm.checkpoints import store, tree
+from jaxllm.checkpoints import fingerprints, store, tree
 from jaxllm.checkpoints.bundle import Bundle
 from jaxllm.data.documents import SourceConfig
 from jaxllm.data.records import DataConfig
@@ -37,7 +37,7 @@ RUN = {
 
 def save_run(path, params, **fields):
   """Write a checkpoint as a run of some experiment does."""
-  base = tree.fingerprint(loading.load(path.with_name('huggingface')).variables['params'])
+  base = fingerprints.fingerprint(loading.load(path.with_name('huggingface')).variables['params'])
   bundle = Bundle(Experiment(**RUN, **fields).to_json(), small.files(), {loading.BASE: base})
   opened = store.open_store(path / 'checkpoints', store.CheckpointConfig(asynchronous=False))
   store.save(opened, 1, {'params': params}, bundle)
