@@ -11,6 +11,7 @@ one that has imported everything, so that they come at the same moment. What doe
 minutes is left out, and the table says how many there were.
 """
 
+import gc
 import itertools
 import json
 import os
@@ -35,18 +36,25 @@ OUTPUT = flags.DEFINE_string('output', 'runs/starts.json', 'Where the JSON goes.
 MINUTES = flags.DEFINE_float('minutes', 60, 'How long for each number of processes, at most.')
 SEED = flags.DEFINE_integer('seed', 0, 'Of the moments and the processes that get a signal.')
 LIMIT_SECONDS = 300
+CPU = {'JAX_PLATFORMS': 'cpu', 'JAX_COMPILATION_CACHE_DIR': '',
+       'XLA_FLAGS': '--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0 '
+                    '--xla_llvm_disable_expensive_passes=true'}
 
 
-def import_all() -> None:
+def import_all(cache: pathlib.Path | None = None) -> None:
   """Import what a run needs, once for all processes that are forked from this one."""
-  os.environ |= {
-    'JAX_PLATFORMS': 'cpu', 'JAX_COMPILATION_CACHE_DIR': '',
-    'XLA_FLAGS': '--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0 '
-                 '--xla_llvm_disable_expensive_passes=true'}
+  os.environ |= CPU
+  if cache is not None:  # Of compiled programs: all of them, however small.
+    os.environ |= {'JAX_COMPILATION_CACHE_DIR': str(cache),
+                   'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+                   'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1'}
   import tensorboardX  # noqa: F401
 
   from jaxllm import train  # noqa: F401
   from jaxllm.training import loop  # noqa: F401
+
+  gc.collect()
+  gc.freeze()  # What is there already is not looked through again in each process.
 
 
 def main(_) -> None:
