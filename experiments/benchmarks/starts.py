@@ -141,8 +141,8 @@ def write_config(directory: pathlib.Path, number: int, num_steps: int) -> pathli
 
   texts = directory / 'texts'
   texts.mkdir(exist_ok=True)
-  for name in range(40):
-    (texts / f'{name:03}.txt').write_text(' '.join(f'word{name * k % 7}' for k in range(60)))
+  for name in range(40):  # No two records of them are equal.
+    (texts / f'{name:03}.txt').write_text(' '.join(f'{name}.{k}' for k in range(80)))
   experiment = Experiment(
     name='starts', records_dir=str(directory / 'records'),
     model=DecoderConfig(vocab_size=257, vocab_multiple=8, embed_dim=16, num_layers=1, num_heads=2,
