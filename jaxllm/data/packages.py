@@ -262,7 +262,7 @@ PACKAGES = {
 
 
 def tfds(name: str, part: tuple[float, float]) -> tuple[list[File], Rows]:
-  """Return the files and rows of 'NAME[/CONFIG][:VERSION][?split=SPLIT&data_dir=DIR]' of TFDS.
+  """Return the files and rows of `NAME[/CONFIG][:VERSION][?split=SPLIT&data_dir=DIR]` of TFDS.
 
   The split is 'train' by default; `part` are fractions of its rows, from and to. A data set that is
   unknown, not prepared or not stored for random access is refused.

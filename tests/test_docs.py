@@ -1,0 +1,63 @@
+"""The documentation site holds together; `make docs` builds it and proves the rest.
+
+What is proven here needs none of the site's packages: every page is in the navigation, once, and
+every link from page to page leads to a file and to a heading in it.
+"""
+
+import pathlib
+import posixpath
+import re
+
+import pytest
+import yaml
+
+ROOT = pathlib.Path(__file__).parent.parent
+DOCS = ROOT / 'docs'
+PAGES = sorted(DOCS.rglob('*.md'))
+# Pages that docs/hooks.py makes.
+MADE = re.compile(r'reference/|project/|figures\.md')
+LINK = re.compile(r'(?<!!)\[[^\]]*\]\(([^)\s]+)\)')
+
+
+def entries(node):
+  if isinstance(node, str):
+    yield node
+  for inner in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+    yield from entries(inner)
+
+
+def without_code(text):
+  return re.sub(r'^( *)```.*?^\1```', '', text, flags=re.S | re.M)
+
+
+def anchors(text):
+  """Return the anchors that the site gives to the headings of a page."""
+  found = set()
+  for title in re.findall(r'^#+ (.+)$', without_code(text), re.M):
+    own = re.search(r'\{#([\w-]+)\}$', title)
+    plain = re.sub(r'[^\w\s-]', '', title.lower()).strip()
+    found.add(own[1] if own else re.sub(r'[-\s]+', '-', plain))
+  return found
+
+
+def test_every_page_is_in_the_navigation_once():
+  listed = list(entries(yaml.safe_load((ROOT / 'mkdocs.yml').read_text())['nav']))
+  assert len(listed) == len(set(listed))
+  written = {name for name in listed if not MADE.match(name)} - {'ROOMS'}
+  assert written == {str(path.relative_to(DOCS)) for path in PAGES}
+
+
+@pytest.mark.parametrize('path', PAGES, ids=lambda path: str(path.relative_to(DOCS)))
+def test_links_lead_somewhere(path):
+  text = without_code(path.read_text(encoding='utf-8'))
+  for target in LINK.findall(re.sub(r'`[^`\n]*`', 'code', text)):
+    if target.startswith(('http://', 'https://')):
+      continue
+    name, _, anchor = target.partition('#')
+    here = str(path.relative_to(DOCS))
+    page = posixpath.normpath(posixpath.join(posixpath.dirname(here), name)) if name else here
+    if MADE.match(page):
+      continue
+    assert (DOCS / page).is_file(), f'{here}: {target}'
+    if anchor:
+      assert anchor in anchors((DOCS / page).read_text(encoding='utf-8')), f'{here}: {target}'
