@@ -4,6 +4,7 @@ import ast
 import importlib
 import importlib.metadata
 import inspect
+import json
 import pathlib
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from jaxllm.generation.sampling import SamplingConfig
 from jaxllm.interop import exported_runner
 from jaxllm.models import decoder
 from jaxllm.tasks.classification import Sentiment
+from jaxllm.tasks.question_answering import QuestionAnswering
 from jaxllm.tasks.records import RecordsConfig, RecordSource
 from jaxllm.training import evaluation, loop
 from tests import programs
@@ -130,9 +132,15 @@ def test_a_run_needs_one_import(path, tmp_path):
   (tmp_path / 'reviews.tsv').write_text('text\tlabel\ngood\tpositive\nbad\tnegative\n')
   task = Sentiment(data=RecordsConfig(
     sources=(RecordSource(location=str(tmp_path / 'reviews.tsv'), split='test'),)))
+  (tmp_path / 'questions.jsonl').write_text(json.dumps(
+    {'context': 'A cat sat.', 'question': 'Who?', 'answers': ['cat', 'a cat']}) + '\n')
+  asked = QuestionAnswering(max_new_tokens=2, data=RecordsConfig(
+    sources=(RecordSource(location=str(tmp_path / 'questions.jsonl'), split='test'),)))
   model, text = jaxllm.load(path), str(tmp_path / 'play.txt')
-  found = jaxllm.evaluate(model, [task], text)['tasks']
-  assert [*found] == ['sentiment', text] and found['sentiment']['examples'] == 2
+  found = jaxllm.evaluate(model, [task, asked], text)['tasks']
+  assert [*found] == ['sentiment', 'question_answering', text]
+  assert found['sentiment']['examples'] == 2
+  assert found['question_answering']['predictions'][0]['reference'] == ['cat', 'a cat']
   assert found[text]['scores']['bits_per_byte']['value'] > 7
 
 

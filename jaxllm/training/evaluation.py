@@ -130,12 +130,14 @@ def _task(
   theirs = answer(baseline, suite.in_format_of(task, baseline.task))[1] if baseline else None
   references = [example.reference for example in examples]
   labels = [label for label, _ in getattr(task, 'labels', ())]
-  said = [prediction.get('label') for prediction in found]
-  pairs = collections.Counter(zip(references, said, strict=True))
-  confusion = labels and {'labels': labels, 'counts': [
-    [pairs[true, answer] for answer in labels] for true in labels]}
+  confusion = None
+  if labels:
+    pairs = collections.Counter(
+      zip(references, (prediction['label'] for prediction in found), strict=True))
+    confusion = {'labels': labels, 'counts': [
+      [pairs[true, answer] for answer in labels] for true in labels]}
   return {
-    'config': json.loads(task.to_json()), 'split': split, 'confusion': confusion or None,
+    'config': json.loads(task.to_json()), 'split': split, 'confusion': confusion,
     **_result(model, TASKS[task.kind].metrics, found, theirs, references,
               [contamination.longest_text(example.record) for example in examples],
               [{'record': example.record, 'reference': example.reference} for example in examples]),
