@@ -22,7 +22,7 @@ export JAX_PLATFORMS ?= cpu
 TASKS := sentiment translation summarization question_answering
 
 .PHONY: demo demo-tasks test test-oldest test-parity test-browser lint bench bench-serve notebooks \
-  docs upgrade
+  docs release upgrade
 
 $(VENV)/python-$(VERSION):
 	test "$$($(BIN)/python $(PRINT_VERSION) 2>/dev/null)" = $(VERSION) || \
@@ -110,6 +110,16 @@ notebooks: $(VENV)/notebooks $(VENV)/demo
 docs: $(VENV)/docs
 	# Into build/docs; a dead link or a warning fails. The variable silences news of mkdocs itself.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+release: $(VENV)/python-$(VERSION)
+	# Into dist/; the wheel then runs the quickstart, shortened, in an empty environment outside.
+	$(INSTALL) build
+	rm -rf dist build/lib build/empty
+	$(BIN)/python -m build --quiet
+	$(PYTHON) -m venv build/empty
+	build/empty/bin/python -m pip install --quiet dist/*.whl
+	cd build/empty && bin/jaxllm train --config=experiments/quickstart.py --workdir=runs/quickstart \
+	  --config.training.num_steps=20 && bin/jaxllm sample --model=runs/quickstart --max_new_tokens=20
 
 upgrade:
 	# Moves the locks to the newest releases within the bounds of setup.cfg; torch stays outside.

@@ -122,8 +122,8 @@ def load(location: str) -> Any:
   """Execute `get_config()` of an experiment file and return its config.
 
   Args:
-    location: `path/to/file.py` or `path/to/file.py:variant`, whose variant is passed to
-      `get_config(variant)`; or a run or its config.json, whose experiment is repeated.
+    location: `path/to/file.py` or `path/to/file.py:variant` (`experiments/*.py` of the project are
+      installed too); or a run or its config.json, whose experiment is repeated.
 
   Raises:
     ConfigError: the file is missing, fails (with its line), has no `get_config`, or refuses the
@@ -161,7 +161,7 @@ def load_module(name: str) -> types.ModuleType:
   Raises:
     ConfigError: there is no such Python file, or it fails; the message has its line.
   """
-  path = pathlib.Path(name)
+  path = pathlib.Path(name) if os.path.exists(name) else pathlib.Path(__file__).parent / name
   if not path.exists():
     raise ConfigError(f'--config: {mistakes.no_such_path(name)}')
   spec = importlib.util.spec_from_file_location(f'jaxllm_experiment_{path.stem}', path)
