@@ -295,7 +295,7 @@ def active(placement: Placement | None) -> Iterator[None]:
     _ACTIVE.reset(token)
 
 
-def _split() -> Placement | None:
+def split_placement() -> Placement | None:
   """Return the active placement if it has several devices."""
   placement = _ACTIVE.get()
   return placement if placement and placement.mesh.size > 1 else None
@@ -310,14 +310,14 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     x: array of any dtype.
     *axes: one logical name, or None, per dimension.
   """
-  placement = _split()
+  placement = split_placement()
   return x if placement is None else jax.lax.with_sharding_constraint(
     x, placement.sharding(x.shape, *axes))
 
 
 def num_parts(axis: str) -> int:
   """Return into how many parts a logical axis is split; outside `active` 1."""
-  placement = _split()
+  placement = split_placement()
   return 1 if placement is None else math.prod(
     placement.mesh.shape[name] for name in dict(placement.config.rules)[axis])
 
@@ -334,7 +334,7 @@ def map_shards(
     in_axes: logical axis names, or None for not split, of each argument.
     out_axes: the same of the result.
   """
-  placement = _split()
+  placement = split_placement()
   if placement is None:
     return f
   rules = placement.config.rules

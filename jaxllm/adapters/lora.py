@@ -19,7 +19,7 @@ import pydantic
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxllm.config import Config
-from jaxllm.models.linear import dequantize, is_quantized, num_inputs
+from jaxllm.models.linear import dequantize, is_quantized, num_inputs, num_stacked
 
 Tree = dict[str, Any]
 
@@ -52,7 +52,8 @@ def init(config: LoraConfig, params: Tree, key: jax.Array) -> Tree:
 
   Returns:
     The `lora` collection: `a` (L, I..., R), `b` (L, R, O...), `scale` (L,), float32, beside the
-    path of each kernel, without L outside the layers. `scale` is a constant: it has no gradient.
+    path of each kernel, without L outside the layers, with (L, E) of experts. `scale` is a
+    constant: it has no gradient.
 
   Raises:
     ValueError: a target matches no kernel.
@@ -189,8 +190,7 @@ def kernels_of(params: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def shapes(path: str, kernel: tuple[Any, ...], rank: Any) -> tuple[tuple[Any, ...], ...]:
   """Return the shapes, or axes, of a, b and scale; refuse no kernel (layers, inputs, outputs)."""
-  stacked = int(path.startswith('layers/'))
-  inputs = num_inputs(path)
+  stacked, inputs = num_stacked(path), num_inputs(path)
   if len(kernel) - stacked - inputs < 1:
     raise ValueError(f'{path}: a kernel of {len(kernel)} axes is not (layers, inputs, outputs)')
   lead, rest = kernel[:stacked], kernel[stacked:]

@@ -1,8 +1,8 @@
 """Weight-only quantisation, tree to tree: int8 per output channel, int4 per group of inputs.
 
 A quantised kernel is a dict in the place of the array: {'int8', 'scale'} or {'int4', 'scale'}.
-`models.linear` reads both. Norms, biases and position tables stay as they are, embeddings are
-quantised per row where the config says so. Letters: I inputs, O outputs, G groups.
+`models.linear` reads both. Norms, biases, position tables and routers stay as they are, embeddings
+are quantised per row where the config says so. Letters: I inputs, O outputs, G groups.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ import pydantic
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxllm.config import Config
-from jaxllm.models.linear import dequantize, is_quantized, num_inputs
+from jaxllm.models.linear import dequantize, is_quantized, num_inputs, num_stacked
 
 LEVELS = {'int8': 127, 'int4': 7}
 
@@ -50,14 +50,12 @@ def dequantize_tree(variables: Mapping[str, Any], dtype: Any = jnp.float32) -> d
 
 
 def _quantize(path: tuple[str, ...], leaf: Any, config: QuantizationConfig) -> Any:
-  # Stacked layers have one more axis in front.
-  stacked = int(path[0] == 'layers' and not path[1].isdigit())
   if path == ('embed', 'embedding') and config.embeddings:
     # One scale per row: the table is (outputs, inputs) where it is the head.
     return _per_channel(leaf, lead=1, inputs=1)
-  if path[-1] != 'kernel':
+  if path[-1] != 'kernel' or path[-2] in ('router', 'shared_gate'):
     return leaf
-  inputs = num_inputs(path[-2])
+  stacked, inputs = num_stacked('/'.join(path)), num_inputs(path[-2])
   last = stacked + inputs - 1
   if config.kind == 'int4' and leaf.shape[last] % config.group_size == 0:
     return _grouped(leaf, last, config.group_size)

@@ -62,10 +62,10 @@ def make_eval_step(
   def eval_step(variables: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     is_text = ~jnp.isin(batch['targets'], borders)
     with sharding.active(sharding.Placement(mesh, mesh_config)):
-      loss_sum, weight_sum, aux = next_token_loss(
+      _, weight_sum, sums = next_token_loss(
         NextToken(chunk_size=chunk_size), Decoder(model), variables, {**batch, 'is_text': is_text})
-    return {'loss_sum': loss_sum, 'weight_sum': weight_sum, 'correct_sum': aux['correct_sum'],
-            'text_sum': aux['text_sum']}
+    return {'loss_sum': sums['cross_entropy_sum'], 'weight_sum': weight_sum,
+            'correct_sum': sums['correct_sum'], 'text_sum': sums['text_sum']}
 
   return jax.jit(eval_step, out_shardings=sharding.replicated(mesh))
 

@@ -40,7 +40,8 @@ class View:
   Attributes:
     mask_BTS: True where the key is visible; B may be 1. None: left to a fused kernel.
     rotation: (cos_BTP, sin_BTP), or None where nothing is rotated; B may be 1.
-    segment_ids_BT: int32, or None: one segment; only read where there is no mask.
+    segment_ids_BT: int32, 0 = padding, or None: one segment; read where there is no mask, and by
+      experts.
     cache_length: int32 scalar, the filled positions of the longest row; nothing beyond is read.
   """
 

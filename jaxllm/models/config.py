@@ -18,6 +18,46 @@ PositiveFloat = Annotated[float, pydantic.Field(gt=0)]
 Rate = Annotated[float, pydantic.Field(ge=0, lt=1)]
 
 
+class SharedExpertConfig(Config):
+  """An MLP beside the experts, for every token."""
+
+  mlp_dim: PositiveInt
+  """Its hidden width."""
+  gated: bool = False
+  """Multiply its output by the sigmoid of a projection of the token (Qwen 2)."""
+
+
+class ExpertsConfig(Config):
+  """A mixture of experts: each token goes to a few of many MLPs of the width `mlp_dim`.
+
+  Reference:
+    Shazeer et al., arXiv 1701.06538; Jiang et al., "Mixtral of Experts", arXiv 2401.04088.
+  """
+
+  num_experts: PositiveInt
+  """Experts of a layer (E)."""
+  top_k: PositiveInt
+  """Experts that a token goes to."""
+  scores: Literal['softmax', 'sigmoid'] = 'softmax'
+  """Of the router's logits. 'sigmoid' chooses by the score plus a bias of each expert, which moves
+  by `optimizer.balance_rate` towards equal loads: DeepSeek-V3, arXiv 2412.19437, section 2.1.2."""
+  normalized: bool = True
+  """Whether the weights of the chosen experts, their scores, are made to sum to 1."""
+  weight_scale: PositiveFloat = 1.0
+  """Factor of these weights."""
+  shared: SharedExpertConfig | None = None
+  """An MLP that every token goes through besides; None: none."""
+  capacity_factor: PositiveFloat | None = None
+  """Train with at most this many times the mean load for each expert, on each device; tokens beyond
+  go without it. None: no token is dropped, and no capacity is wasted."""
+  balance_loss: Annotated[float, pydantic.Field(ge=0)] = 0.01
+  """Factor of the load-balance loss, 1 at equal loads: Fedus et al., arXiv 2101.03961, equation 4.
+  It is a mean over the layers, of a microbatch each."""
+  z_loss: Annotated[float, pydantic.Field(ge=0)] = 0.001
+  """Factor of the squared log-partition of the router's logits, a mean over tokens and layers: Zoph
+  et al., "ST-MoE", arXiv 2202.08906, equation 5."""
+
+
 class DecoderConfig(Config):
   """A decoder-only transformer: sizes, switches, and how it is run.
 
@@ -40,7 +80,9 @@ class DecoderConfig(Config):
   head_dim: PositiveInt | None = None
   """Dimensions per head (H); None: embed_dim / num_heads."""
   mlp_dim: PositiveInt
-  """Hidden width of the MLP (F)."""
+  """Hidden width of the MLP (F), or of each expert."""
+  experts: ExpertsConfig | None = None
+  """Experts in place of the MLP; None: one MLP."""
   max_length: PositiveInt
   """Longest context in tokens."""
 
@@ -128,15 +170,21 @@ class DecoderConfig(Config):
   def flops_per_token(self, context_length: int) -> float:
     """Return the floating-point operations of matrix products per token of a forward pass.
 
-    A multiply-add counts as two. Attention counts what a causal (and windowed) mask leaves visible,
-    averaged over the positions of a full context; a training step takes three times as much.
+    A multiply-add counts as two; of the experts those count that a token goes to. Attention counts
+    what a causal (and windowed) mask leaves visible, averaged over the positions of a full context;
+    a training step takes three times as much.
 
     Args:
       context_length: T, tokens per sequence.
     """
     heads_dim = self.num_heads * self.head_size
     attention_weights = 2 * self.embed_dim * (heads_dim + self.kv_heads * self.head_size)
-    mlp_weights = (3 if self.gated else 2) * self.embed_dim * self.mlp_dim
+    mlp_dim, mlp_weights = self.mlp_dim, 0
+    if experts := self.experts:
+      shared = experts.shared
+      mlp_dim = experts.top_k * mlp_dim + (shared.mlp_dim if shared else 0)
+      mlp_weights = (experts.num_experts + bool(shared and shared.gated)) * self.embed_dim
+    mlp_weights += (3 if self.gated else 2) * self.embed_dim * mlp_dim
     weights = self.num_layers * (attention_weights + mlp_weights)
     weights += self.embed_dim * self.vocab_size
     visible = 0.0
@@ -174,6 +222,12 @@ def _problems(config: DecoderConfig) -> Iterator[tuple[Any, str]]:
   yield config.num_heads % config.kv_heads, (
     f'num_kv_heads={config.num_kv_heads} does not divide num_heads={config.num_heads}; '
     'each key/value head serves the same number of query heads')
+  if experts := config.experts:
+    yield experts.top_k > experts.num_experts, (
+      f'experts.top_k={experts.top_k} is larger than experts.num_experts={experts.num_experts}; '
+      'lower the first or raise the second')
+    yield 'mlp' in config.biases, (
+      f"biases={config.biases} with experts: they have no biases; leave 'mlp' out")
   for field in ('positions', 'local_positions'):
     if isinstance(rotary := getattr(config, field), RotaryPositions):
       yield from _rotary_problems(field, rotary, config.head_size)

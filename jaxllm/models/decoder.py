@@ -23,6 +23,7 @@ from jaxllm.models.cache import KVCache, init_cache
 from jaxllm.models.config import DecoderConfig
 from jaxllm.models.linear import Embed, Linear
 from jaxllm.models.mlp import Mlp
+from jaxllm.models.moe import AUX, Moe
 from jaxllm.models.norms import Norm
 from jaxllm.models.positions import (
   LearnedPositions,
@@ -47,10 +48,6 @@ REMAT_POLICIES: Mapping[str, Callable[..., Any]] = {
 }
 
 Aux = dict[str, jax.Array]
-AUX = 'aux'
-"""Collection of what modules of a block `sow`: float32 scalars, each a mean over the tokens of the
-batch. `Decoder.hidden` adds them over the layers by name, for objectives to weigh."""
-
 # Collections that hold one tree per layer.
 _LAYERED = ('params', 'lora')
 
@@ -73,7 +70,13 @@ class Block(nn.Module):
     added = self._after('attention_post_norm', added, deterministic)
     mixed = x_BTD + added
     mlp_input = x_BTD if config.residual == 'parallel' else mixed
-    added = Mlp(config, name='mlp')(self._before('mlp_norm', mlp_input))
+    mlp_input = self._before('mlp_norm', mlp_input)
+    if config.experts is None:
+      added = Mlp(config, name='mlp')(mlp_input)
+    else:
+      is_real_BT = None if view.segment_ids_BT is None else view.segment_ids_BT > 0
+      added = Moe(config, config.experts, name='mlp')(
+        mlp_input, is_real_BT, training=not deterministic, report=cache is None)
     x_BTD = mixed + self._after('mlp_post_norm', added, deterministic)
     return constrain(x_BTD, 'batch', 'length', 'activation_embed'), cache
 
@@ -184,10 +187,11 @@ class Decoder(nn.Module):
     cache_length = cache.keys[0].shape[-2]
     cache_positions_BT = jnp.where(offsets_1T < counts_B[:, None], positions_BT, cache_length)
     lengths_B = cache.lengths_B + counts_B
+    segment_ids_BT = (offsets_1T < counts_B[:, None]).astype(jnp.int32)
     mask = functools.partial(attention.cache_mask, positions_BT, cache_length)
     filled = jnp.max(lengths_B, where=counts_B > 0, initial=1)
     with active(self.placement):
-      views = self._views(mask, positions_BT, lengths_B, cache_length=filled)
+      views = self._views(mask, positions_BT, lengths_B, segment_ids_BT, filled)
       x_BTD = self._embed(tokens_BT, positions_BT, True)
       x_BTD, written, _ = self._run(x_BTD, views, True, cache, cache_positions_BT)
       assert written is not None
@@ -241,7 +245,7 @@ class Decoder(nn.Module):
     def run_block(variables, x_BTD, view, cache, layer):
       rngs = None if key is None else {'dropout': jax.random.fold_in(key, layer)}
       (x_BTD, cache), sown = Block(config, parent=None).apply(
-        variables, x_BTD, view, key is None, cache, layer, cache_positions_BT, rngs=rngs,
+        variables, x_BTD, view, deterministic, cache, layer, cache_positions_BT, rngs=rngs,
         mutable=[AUX]
       )
       return x_BTD, cache, _add_aux({}, sown.get(AUX, {}))

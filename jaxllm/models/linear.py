@@ -39,6 +39,12 @@ def num_inputs(path: str) -> int:
   return 2 if path.removesuffix('/kernel').rpartition('/')[2] == 'out' else 1
 
 
+def num_stacked(path: str) -> int:
+  """Return how many leading axes of a kernel count matrices, by its path: layers and experts."""
+  parts = path.split('/')
+  return int(parts[0] == 'layers' and not parts[1].isdecimal()) + int('experts' in parts)
+
+
 def is_quantized(kernel: Any) -> bool:
   """Return whether this is a quantised kernel and not an array."""
   return isinstance(kernel, Mapping) and ('int8' in kernel or 'int4' in kernel)
@@ -120,6 +126,31 @@ def _tie(x: jax.Array, stored: jax.Array) -> tuple[jax.Array, jax.Array]:
   return jax.lax.optimization_barrier((x, stored))
 
 
+def grouped_dense(
+  x_RI: jax.Array, kernel: jax.Array | Quantized, sizes_E: jax.Array | None, dtype: DTypeLike
+) -> jax.Array:
+  """Multiply consecutive groups of rows, each by its own kernel (I, O).
+
+  Args:
+    x_RI: activations, sorted by group.
+    kernel: (E, I, O), or a quantised kernel.
+    sizes_E: rows of each group; None: all have the same. What lies behind the last means nothing.
+    dtype: dtype of the operands, and of the result but on CPUs.
+  """
+  def read(part: Any) -> jax.Array:
+    return dequantize(part, dtype) if is_quantized(part) else part
+
+  if sizes_E is None:
+    kernel_EIO = read(kernel).astype(dtype)
+    x_ECI = x_RI.astype(dtype).reshape(len(kernel_EIO), -1, x_RI.shape[1])
+    y_ECO = jnp.einsum('ECI,EIO->ECO', x_ECI, kernel_EIO, preferred_element_type=jnp.float32)
+    return y_ECO.reshape(len(x_RI), -1)
+  if platform() == 'cpu':
+    return cpu_kernels.grouped_matmul(x_RI, kernel, sizes_E, read, dtype)
+  return jax.lax.ragged_dot(
+    x_RI.astype(dtype), read(kernel).astype(dtype), sizes_E, preferred_element_type=dtype)
+
+
 class Linear(nn.Module):
   """Affine map between groups of axes: (..., in...) -> (..., out...).
 
@@ -141,7 +172,7 @@ class Linear(nn.Module):
 
   inputs: tuple[int, ...]
   outputs: tuple[int, ...]
-  axes: tuple[str, ...]
+  axes: tuple[str | None, ...]
   stddev: float
   use_bias: bool
   dtype: DTypeLike
@@ -167,6 +198,42 @@ class Linear(nn.Module):
     b: Any = self.get_variable('lora', 'b')
     scale = jax.lax.stop_gradient(self.get_variable('lora', 'scale', 1.0))
     return dense(dense(x, a, len(self.inputs), self.dtype) * scale, b, 1, self.dtype)
+
+
+class ExpertLinear(nn.Module):
+  """The matrices (E, inputs, outputs) of all experts, to be multiplied where their rows are.
+
+  Its adapters have E in front too: a (E, inputs, R), b (E, R, outputs), scale (E). Attributes as in
+  `Linear`, without the axis `experts`.
+  """
+
+  num_experts: int
+  inputs: int
+  outputs: int
+  axes: tuple[str, str]
+  stddev: float
+
+  @nn.compact
+  def __call__(self) -> dict[str, Any]:
+    """Return {'kernel'} and perhaps {'a', 'b', 'scale'}."""
+    shape = self.num_experts, self.inputs, self.outputs
+    names = ('experts', *self.axes)
+    stored = {'kernel': _stored(self, 'kernel', shape, names)}
+    if self.has_variable('lora', 'a'):
+      stored |= {name: self.get_variable('lora', name) for name in ('a', 'b', 'scale')}
+    return stored
+
+
+def expert_linear(
+  stored: Mapping[str, Any], x_RI: jax.Array, sizes_E: jax.Array | None, dtype: DTypeLike
+) -> jax.Array:
+  """Apply what `ExpertLinear` returns to rows that are sorted by expert; see `grouped_dense`."""
+  y_RO = grouped_dense(x_RI, stored['kernel'], sizes_E, dtype)
+  if 'a' in stored:
+    scale_E11 = jax.lax.stop_gradient(stored['scale'])[:, None, None]
+    low_RR = grouped_dense(x_RI, stored['a'] * scale_E11, sizes_E, dtype)
+    y_RO = y_RO + grouped_dense(low_RR, stored['b'], sizes_E, dtype)
+  return y_RO.astype(dtype)
 
 
 class Embed(nn.Module):
@@ -208,13 +275,13 @@ class Embed(nn.Module):
     return (y_RV * self.embedding['scale'].T).reshape(*x.shape[:-1], -1)
 
 
-def _stored(module: Any, name: str, shape: tuple[int, ...]) -> Any:
+def _stored(module: Any, name: str, shape: tuple[int, ...], axes: Any = None) -> Any:
   """Return a matrix of a module, or what is quantised in its place."""
   stored = module.get_variable('params', name)
   if is_quantized(stored):
     return stored
   initial = nn.initializers.normal(module.stddev)
-  return module.param(name, nn.with_logical_partitioning(initial, module.axes), shape)
+  return module.param(name, nn.with_logical_partitioning(initial, axes or module.axes), shape)
 
 
 def _matmul(x: jax.Array, kernel: jax.Array, dtype: DTypeLike) -> jax.Array:

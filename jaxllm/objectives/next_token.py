@@ -20,11 +20,6 @@ if TYPE_CHECKING:
 Batch = Mapping[str, jax.Array]
 Sums = dict[str, jax.Array]
 
-AUX_WEIGHTS: Mapping[str, float] = {}
-"""Name of a scalar that layers report (`Decoder.hidden`) -> its weight in every loss. What is not
-named is no part of the loss."""
-
-
 class NextToken(Config):
   """Next-token cross-entropy, of answers alone where there is a task."""
 
@@ -140,15 +135,15 @@ def hidden_states(
 def with_aux(
   loss_sum: jax.Array, weight_sum: jax.Array, sums: Sums, aux: Sums
 ) -> tuple[jax.Array, jax.Array, Sums]:
-  """Return (loss_sum, weight_sum, sums) with the model's aux scalars.
+  """Return (loss_sum, weight_sum, sums) with the model's aux scalars, the '..._loss' in the loss.
 
   Each is a mean over a batch and counts as often as the batch has weight, so that it is averaged as
   the loss is over microbatches and devices.
   """
-  for name, value in aux.items():
-    loss_sum = loss_sum + AUX_WEIGHTS.get(name, 0.0) * value * weight_sum
-  return loss_sum, weight_sum, {
-    **sums, **{f'{name}_sum': value * weight_sum for name, value in aux.items()}}
+  added = sum(value for name, value in aux.items() if name.endswith('_loss'))
+  return loss_sum + weight_sum * added, weight_sum, {
+    'cross_entropy_sum': loss_sum, **sums,
+    **{f'{name}_sum': value * weight_sum for name, value in aux.items()}}
 
 
 def scan_sum(f: Callable[..., Any], *parts: Any) -> Any:

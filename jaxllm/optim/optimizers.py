@@ -45,6 +45,8 @@ class OptimizerConfig(Config):
   """Decay of the momentum (sgd: 0.9; muon: 0.95)."""
   momentum_dtype: Literal['float32', 'bfloat16'] | None = None
   """Storage of the first moment (adamw, lion, muon, sgd); None: that of the parameters."""
+  balance_rate: float = pydantic.Field(1e-3, ge=0)
+  """How far a step moves the biases that balance experts with sigmoid scores."""
 
   @pydantic.model_validator(mode='after')
   def _check(self) -> 'OptimizerConfig':
@@ -101,9 +103,15 @@ def make_optimizer(
   ) if config.weight_decay else optax.identity()
   task = _Task(params, schedule, decay)
   optimizer = OPTIMIZERS[config.name](task, **settings)
-  if config.clip_norm is None:
+  if config.clip_norm is not None:
+    optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+  labels = jax.tree_util.tree_map_with_path(
+    lambda path, _: 'balance' if _keys(path)[-1] == 'balance_bias' else 'other', params)
+  if 'balance' not in jax.tree.leaves(labels):
     return optimizer
-  return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+  # Their gradients are loads, of which the signs alone count: Wang et al., arXiv 2408.15664.
+  balance = optax.chain(optax.scale_by_sign(), optax.scale(-config.balance_rate))
+  return optax.partition({'balance': balance, 'other': optimizer}, labels)
 
 
 def decay_mask(names: tuple[str, ...], params: Any) -> Any:
@@ -205,12 +213,12 @@ def _keys(path: tuple[Any, ...]) -> list[str]:
 
 def _matrix_axes(path: tuple[Any, ...], leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
   """Return the axes of a stacked kernel (L, inputs..., outputs...) that are its matrix's rows and
-  columns; None for other parameters.
+  columns, of experts (L, E, inputs, outputs); None for other parameters.
   """
   keys = _keys(path)
   if keys[-1] != 'kernel' or 'layers' not in keys:
     return None
-  axes = tuple(range(1, leaf.ndim))
+  axes = tuple(range(1 + ('experts' in keys[:-2]), leaf.ndim))
   owner = keys[-2]
   if len(axes) > 2 and owner not in ('query', 'key', 'value', 'out'):
     raise ValueError(f'{"/".join(keys)}: shape {leaf.shape} is not (layers, in, out), and no rule '

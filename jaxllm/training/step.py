@@ -168,7 +168,7 @@ def make_sums(experiment: Experiment) -> Loss:
       others['teacher'] = {'params': frozen[train_state.TEACHER]}
     loss_sum, weight_sum, more = of.loss(
       config, Decoder(experiment.decoder), variables, batch, key, **others)
-    return {'cross_entropy_sum': loss_sum, **more, 'loss_sum': loss_sum, 'weight_sum': weight_sum}
+    return {**more, 'loss_sum': loss_sum, 'weight_sum': weight_sum}
 
   return sums
 

@@ -5,6 +5,7 @@ import math
 import jax
 import numpy as np
 
+from jaxllm.models.config import ExpertsConfig, SharedExpertConfig
 from jaxllm.models.decoder import DecoderConfig, abstract
 from jaxllm.models.linear import InitializerConfig
 from jaxllm.models.norms import NormConfig
@@ -37,6 +38,10 @@ CONFIGS = {
   ),
   'olmo': BASE.replace(norm_placement='post', query_key_norm='width', num_kv_heads=2),
   'smollm3': BASE.replace(layer_pattern=('global', 'global_nope'), activation='relu'),
+  'mixtral': BASE.replace(num_kv_heads=2, experts=ExpertsConfig(num_experts=4, top_k=2)),
+  'deepseek': BASE.replace(experts=ExpertsConfig(
+    num_experts=6, top_k=3, scores='sigmoid', weight_scale=2.5,
+    shared=SharedExpertConfig(mlp_dim=8, gated=True))),
   'nope': BASE.replace(positions=None),
 }
 
@@ -73,7 +78,8 @@ def reference_logits(config: DecoderConfig, variables: dict, tokens: list[int]) 
     mixed = _attention(config, kind, layer['attention'], before('attention_norm', x))
     after_attention = x + after('attention_post_norm', mixed)
     source = x if config.residual == 'parallel' else after_attention
-    added = _mlp(config, layer['mlp'], before('mlp_norm', source))
+    feed_forward = _experts if config.experts else _mlp
+    added = feed_forward(config, layer['mlp'], before('mlp_norm', source))
     x = after_attention + after('mlp_post_norm', added)
   x = _norm(config.norm, params['final_norm'], x)
   if config.tied_head:
@@ -105,6 +111,26 @@ def _mlp(config, params, x):
   else:
     up = activation(up)
   return up @ params['down']['kernel'] + params['down'].get('bias', 0)
+
+
+def _experts(config, params, x):
+  experts, out = config.experts, np.zeros_like(x)
+  for t, row in enumerate(x):
+    logits = row @ params['router']['kernel']
+    if experts.scores == 'softmax':
+      scores = ranks = np.exp(logits) / np.exp(logits).sum()
+    else:
+      scores = 1 / (1 + np.exp(-logits))
+      ranks = scores + params['balance_bias']
+    chosen = sorted(range(len(ranks)), key=lambda e: -ranks[e])[: experts.top_k]
+    total = sum(scores[e] for e in chosen) if experts.normalized else 1
+    for e in chosen:
+      one = jax.tree.map(lambda leaf, e=e: leaf[e], params['experts'])
+      out[t] += experts.weight_scale * scores[e] / total * _mlp(config, one, row)
+  if experts.shared:
+    gate = 1 / (1 + np.exp(-x @ params['shared_gate']['kernel'])) if experts.shared.gated else 1
+    out += gate * _mlp(config, params['shared'], x)
+  return out
 
 
 def _attention(config, kind, params, x):

@@ -218,9 +218,44 @@ SHAPES_AS_STRUCTS = jax.tree.map(
 
 
 def test_muon_refuses_to_guess_the_axes_of_an_unknown_kernel():
-  params = {'layers': {'experts': {'kernel': jax.ShapeDtypeStruct((2, 8, 4, 4), jnp.float32)}}}
-  with pytest.raises(ValueError, match="layers/experts/kernel: .* no rule says .* 'experts'"):
+  params = {'layers': {'heads': {'kernel': jax.ShapeDtypeStruct((2, 8, 4, 4), jnp.float32)}}}
+  with pytest.raises(ValueError, match="layers/heads/kernel: .* no rule says .* 'heads'"):
     make('muon', params, weight_decay=0.0)
+
+
+def test_muon_makes_the_update_of_each_expert_orthogonal_as_of_a_dense_kernel():
+  shape = 2, 3, 8, 4
+  grad = jax.random.normal(jax.random.key(0), shape)
+
+  def update(path, grad):
+    keys = path.split('/')
+    tree = {'layers': {keys[0]: {keys[1]: {'kernel': grad}} if len(keys) > 1 else {'kernel': grad}}}
+    tx = make('muon', tree, lambda _: 1.0, weight_decay=0.0, clip_norm=None)
+    return jax.tree.leaves(tx.update(tree, tx.init(tree), tree)[0])[0]
+
+  experts = update('experts/up', grad)
+  assert experts.shape == shape
+  for expert in range(3):
+    np.testing.assert_allclose(experts[:, expert], update('up', grad[:, expert]), atol=1e-5)
+  gram = jnp.einsum('LEIO,LEIP->LEOP', experts, experts)
+  values = jnp.linalg.eigvalsh(gram) / (0.2**2 * 8)  # Squares of the singular values.
+  assert 0.4 < values.min() and values.max() < 1.6
+
+
+@pytest.mark.parametrize('name', ['adamw', 'muon'])
+def test_biases_of_experts_move_by_the_sign_of_their_load_alone(name):
+  params = {'layers': {'up': {'kernel': jnp.ones((2, 4, 4))}, 'balance_bias': jnp.zeros((2, 3))}}
+  grads = {'layers': {'up': {'kernel': jnp.full((2, 4, 4), 0.5)},
+                      'balance_bias': jnp.asarray([[1e-7, -3e-8, 0], [0, 2e-9, -1e-7]])}}
+  tx = make(name, params, decay_names=('kernel',), balance_rate=0.01)
+  updates, _ = tx.update(grads, tx.init(params), params)
+  np.testing.assert_allclose(
+    updates['layers']['balance_bias'], [[-0.01, 0.01, 0], [0, -0.01, 0.01]])
+  plain = {'layers': {'up': params['layers']['up']}}
+  tx = make(name, plain, decay_names=('kernel',))
+  want, _ = tx.update({'layers': {'up': grads['layers']['up']}}, tx.init(plain), plain)
+  np.testing.assert_array_equal(
+    updates['layers']['up']['kernel'], want['layers']['up']['kernel'])
 
 
 def test_clipping_is_by_the_global_norm():

@@ -10,7 +10,6 @@ from jax.sharding import PartitionSpec
 
 from jaxllm import sharding
 from jaxllm.models import decoder
-from jaxllm.objectives import next_token
 from jaxllm.training import state as state_lib
 from jaxllm.training import step as step_lib
 from tests.training import tiny_run as tiny
@@ -112,6 +111,9 @@ def test_microbatches_are_weighted_by_their_tokens(tmp_path):
   assert_same_run(parts, whole, 1e-5)
 
 
+WEIGHT = {'square': 0.0}
+
+
 class Reporting(decoder.Mlp):
   """An MLP that reports the mean of its output's square."""
 
@@ -119,6 +121,7 @@ class Reporting(decoder.Mlp):
   def __call__(self, x_BTD):
     added_BTD = super().__call__(x_BTD)
     self.sow('aux', 'square', jnp.square(added_BTD).mean())
+    self.sow('aux', 'square_loss', WEIGHT['square'] * jnp.square(added_BTD).mean())
     return added_BTD
 
 
@@ -130,7 +133,7 @@ def test_what_layers_report_is_part_of_the_loss_and_averaged_like_it(tmp_path, m
   batch, key = make_batch(8), jax.random.key(0)
 
   def sums(batch, weight, microbatches=1):
-    monkeypatch.setattr(next_token, 'AUX_WEIGHTS', {'square': weight})
+    monkeypatch.setitem(WEIGHT, 'square', weight)
     config = tiny.experiment(tmp_path, training__microbatches=microbatches)
     return jax.jit(lambda *args: step_lib.accumulate_gradients(config, *args))(state, batch, key)
 
