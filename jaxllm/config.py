@@ -76,7 +76,7 @@ class Config(pydantic.BaseModel):
     """Rebuild a config from `to_json`; a ConfigError says what the text is instead."""
     try:
       fields = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
       raise ConfigError(f'{cls.__name__}: not valid JSON: {error}') from None
     if not isinstance(fields, dict):
       raise ConfigError(f'{cls.__name__}: expected a JSON object, got {type(fields).__name__}')

@@ -237,7 +237,7 @@ def _merged(
   except (OSError, ValueError) as error:
     raise ValueError(f'{step} holds adapters to {path!r}, which cannot be loaded: {error}') from (
       error)
-  check_model('init_from', path, base, bundle.manifest[BASE])
+  check_model('init_from', path, base, bundle.manifest.get(BASE, 'none'))
   adapters, _ = store.restore_params(step, shardings=where, verify=verify)
   # The adapters were trained beside quantised parameters.
   if experiment.finetune.base is not None:

@@ -1,12 +1,16 @@
 """Messages to a user: the nearest name to a misspelt one, the sentence of an exception, log lines.
 
+`parse_json` reads what comes from outside, and says what is wrong with it.
+
 `sentence` knows the exceptions that a user's mistake raises. For any other it returns None: it is
 a fault of ours, and a report needs its traceback.
 """
 
+import collections
 import contextlib
 import difflib
 import importlib.metadata
+import json
 import logging
 import os
 import pathlib
@@ -14,7 +18,8 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
+from typing import Any
 
 from absl import flags
 
@@ -28,6 +33,28 @@ def hint(name: str, names: Iterable[str], before: str = '', cutoff: float = 0.6)
   """Return '; did you mean NAME?' with the nearest name and what stands before it; '': none is."""
   near = difflib.get_close_matches(name, list(names), 1, cutoff)
   return f'; did you mean {before + near[0] if before else repr(near[0])}?' if near else ''
+
+
+def twice(items: Iterable[Hashable]) -> Any:
+  """Return the first item that stands twice; None: there is none."""
+  counts = collections.Counter(items)
+  return next((item for item, count in counts.items() if count > 1), None)
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """Return the object of JSON with these keys; refuse one that stands twice."""
+  fields = dict(pairs)
+  if len(fields) < len(pairs):
+    raise ValueError(f'the key {twice(name for name, _ in pairs)!r} stands twice in an object')
+  return fields
+
+
+def parse_json(text: bytes, where: object) -> Any:
+  """Parse JSON from outside; refuse damage, absurd nesting, and keys that stand twice."""
+  try:
+    return json.loads(text.decode(), object_pairs_hook=unique)
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f'{where}: {str(error) or type(error).__name__}') from None
 
 
 def no_such_path(path: str | os.PathLike[str]) -> str:

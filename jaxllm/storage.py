@@ -296,6 +296,6 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   """Read a JSON object; {} where the file is absent or damaged."""
   try:
     content = json.loads(path.read_bytes())
-  except (OSError, ValueError):
+  except (OSError, ValueError, RecursionError):
     return {}
   return content if isinstance(content, dict) else {}

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from jaxllm.mistakes import parse_json
 from jaxllm.models.config import DecoderConfig
 
 FORMAT = 2
@@ -81,18 +82,21 @@ def from_dict(fields: Mapping[str, Any]) -> Bundle:
              for name, text in fields['tokenizer_files'].items()}
     bundle = Bundle(str(fields['config_json']), files, dict(fields['manifest']),
                     dict(fields.get('best') or {}), fields.get('leaves'))
+    if fields['format'] not in (1, FORMAT):
+      raise CheckpointError(
+        f'the bundle of this checkpoint has format {fields["format"]!r}, this version of jaxllm '
+        f'reads format {FORMAT}; use the version that wrote it')
+    if not all(isinstance(one, dict) for one in (
+        bundle.leaves or {}, bundle.manifest.get(CONVERTED, {}))):
+      raise TypeError('an object is needed')
   except (KeyError, TypeError, AttributeError) as error:
     raise ValueError(f'a part is missing or of another kind: {error!r}') from error
-  if fields['format'] not in (1, FORMAT):
-    raise CheckpointError(
-      f'the bundle of this checkpoint has format {fields["format"]!r}, this version of jaxllm '
-      f'reads format {FORMAT}; use the version that wrote it')
   return bundle
 
 
 def model_config(bundle: Bundle) -> DecoderConfig:
   """Return the model of a checkpoint, converted or trained; refuse a bundle without one."""
-  fields = json.loads(bundle.config_json)
+  fields = parse_json(bundle.config_json.encode(), 'the config of this checkpoint')
   if not isinstance(fields, dict) or not isinstance(fields.get('model'), dict):
     raise ValueError('the config of this checkpoint has no model')
   return DecoderConfig(**fields['model'])

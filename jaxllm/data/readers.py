@@ -11,10 +11,10 @@ import itertools
 import json
 import pathlib
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from jaxllm import mistakes
 from jaxllm.data import files
 from jaxllm.data.files import TextFile
 
@@ -166,19 +166,7 @@ def read_json(file: TextFile) -> Rows:
     raise ValueError(f'{file.path}: not JSON: something follows the array')
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  fields = dict(pairs)
-  if len(fields) < len(pairs):
-    raise ValueError(f'the key {_twice(name for name, _ in pairs)!r} stands twice in an object')
-  return fields
-
-
-def _twice(names: Iterable[str]) -> str | None:
-  """Return the name that stands twice; None: there is none."""
-  return next((name for name, count in Counter(names).items() if count > 1), None)
-
-
-_JSON = json.JSONDecoder(object_pairs_hook=_unique)
+_JSON = json.JSONDecoder(object_pairs_hook=mistakes.unique)
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
@@ -224,7 +212,7 @@ def _table(file: TextFile, rows: Iterator[tuple[int, list[str]]]) -> Rows:
       names = values
       if '\r' in ''.join(names):
         raise ValueError(f'{where}: a name of a column holds CR; end the lines with line feeds')
-      if (twice := _twice(names)) is not None:
+      if (twice := mistakes.twice(names)) is not None:
         raise ValueError(f'{where}: the first row names two columns {twice!r}; rename one, or, '
                          'where that row is data, set column_names for this source')
       continue
@@ -238,20 +226,24 @@ def read_parquet(file: TextFile) -> Rows:
   import pyarrow
   from pyarrow import parquet
 
-  number = itertools.count(1)
+  number, size = itertools.count(1), file.path.stat().st_size
+  left = most = max(files.MAX_UNPACKED, 1000 * size)
   try:
     with parquet.ParquetFile(file.path) as table:
       columns = [*file.columns] if {*file.columns} <= {*table.schema_arrow.names} else []
       for i in range(table.num_row_groups):
         group = table.metadata.row_group(i)
-        if group.total_byte_size > max(files.MAX_UNPACKED, 1000 * file.path.stat().st_size):
+        if group.total_byte_size > most:
           raise ValueError(f'it unpacks to {group.total_byte_size:,} bytes; make groups smaller')
         # Damaged metadata of a column ends the process when they are looked at, but not here.
         next(table.iter_batches(1, [i], columns or None), None)
-        size = _rows_at_once([group.column(j) for j in range(group.num_columns) if not columns or (
+        rows = _rows_at_once([group.column(j) for j in range(group.num_columns) if not columns or (
           table.schema.column(j).path.partition('.')[0] in columns)], group.num_rows)
-        for batch in table.iter_batches(size, [i], columns or None):
-          step = 1 if batch.nbytes > 2**26 else size
+        for batch in table.iter_batches(rows, [i], columns or None):
+          # A few values of a dictionary may be those of any number of rows.
+          if (left := left - batch.nbytes) < 0:
+            raise ValueError(f'its {size:,} bytes unpack to more than {most:,}')
+          step = 1 if batch.nbytes > 2**26 else rows
           for start in range(0, batch.num_rows, step):
             for fields in batch.slice(start, step).to_pylist():
               yield f'row {next(number)}', fields

@@ -16,6 +16,8 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from jaxllm.mistakes import parse_json
+
 Files = Mapping[str, bytes]
 
 CONFIG, GENERATION, CHAT = (
@@ -78,10 +80,7 @@ def settings(files: Files) -> dict[str, Any]:
 
 def parsed(files: Files, name: str) -> dict[str, Any]:
   """Return the JSON object of a file; {} where there is no such file, a ValueError for others."""
-  try:
-    found = json.loads(files.get(name, b'{}'))
-  except (ValueError, RecursionError) as error:
-    raise ValueError(f'{name}: not a JSON object: {error}') from None
+  found = parse_json(files.get(name, b'{}'), f'{name}: not a JSON object')
   if not isinstance(found, dict):
     raise ValueError(f'{name}: not a JSON object: {found!r:.60}')
   return found

@@ -70,7 +70,7 @@ def open_model(path: str | os.PathLike[str]) -> Source:
   path = pathlib.Path(path).expanduser()
   content, found = gguf_file.read(path)
   metadata = Reading(content)
-  kind = metadata.get('general.architecture')
+  kind = str(metadata.get('general.architecture'))
   if kind not in ARCHITECTURES:
     raise ValueError(f'{path}: general.architecture {kind!r} is not supported (supported: '
                      f'{", ".join(sorted(ARCHITECTURES))})')

@@ -26,7 +26,7 @@ _SCALARS = {0: 'B', 1: 'b', 2: 'H', 3: 'h', 4: 'I', 5: 'i', 6: 'f', 7: '?', 10: 
 _STRING, _ARRAY = 8, 9
 
 MAX_KEYS, MAX_TENSORS, MAX_ELEMENTS = 10_000, 100_000, 2**40
-MAX_METADATA_BYTES = 1_000_000_000
+MAX_STRING_BYTES, MAX_ITEMS = 2**26, 2**22  # Items of all arrays together.
 # The name of one of several files of a model.
 _PART = re.compile(r'(.*)-\d{5}-of-(\d{5})\.gguf')
 
@@ -143,7 +143,7 @@ class _Cursor:
   """A place in the file, which never moves past its end."""
 
   def __init__(self, content: mmap.mmap):
-    self.content, self.at = content, 0
+    self.content, self.at, self.items_left = content, 0, MAX_ITEMS
 
   def take(self, size: int) -> bytes:
     if size > len(self.content) - self.at:
@@ -158,7 +158,7 @@ class _Cursor:
 
   def string(self) -> str:
     size = self.number('Q')
-    self.check(size, 1, 'bytes of a string', MAX_METADATA_BYTES)
+    self.check(size, 1, 'bytes of a string', MAX_STRING_BYTES)
     return self.take(size).decode('utf-8', errors='strict')
 
   def check(self, count: int, least_bytes: int, what: str, most: int) -> None:
@@ -175,14 +175,14 @@ def _value(cursor: _Cursor, kind: int, key: str) -> Any:
   if kind != _ARRAY:
     raise ValueError(f'key {key!r} has the unknown type {kind}')
   inner, count = cursor.number('I'), cursor.number('Q')
-  if inner in _SCALARS:
-    form = np.dtype('<' + {'b': 'i1', 'B': 'u1'}.get(_SCALARS[inner], _SCALARS[inner]))
-    cursor.check(count, form.itemsize, f'items in {key!r}', MAX_METADATA_BYTES)
-    return np.frombuffer(cursor.take(count * form.itemsize), form).tolist()
-  if inner != _STRING:
+  if inner != _STRING and inner not in _SCALARS:
     raise ValueError(f'key {key!r} is an array of the type {inner}, which is not read')
-  cursor.check(count, 8, f'strings in {key!r}', MAX_METADATA_BYTES)
-  return [cursor.string() for _ in range(count)]
+  form = f'<{count}{_SCALARS.get(inner, "Q")}'
+  cursor.check(count, struct.calcsize('<' + form[-1]), f'items in {key!r}', cursor.items_left)
+  cursor.items_left -= count
+  if inner == _STRING:
+    return [cursor.string() for _ in range(count)]
+  return [*struct.unpack(form, cursor.take(struct.calcsize(form)))]
 
 
 def _entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:

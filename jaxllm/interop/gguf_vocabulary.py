@@ -20,6 +20,7 @@ from jaxllm.data.tokenizer_settings import DIGIT as _DIGIT
 from jaxllm.interop import chat, sentencepiece_model, tokenizer_export
 from jaxllm.interop.sentencepiece_model import CONTROL, UNKNOWN, USER_DEFINED
 from jaxllm.interop.tokenizer_export import json_bytes
+from jaxllm.mistakes import twice
 
 _SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORD = r'[^\r\n\p{L}\p{N}]?\p{L}+'
@@ -81,7 +82,7 @@ _COMPOSED = ('qwen2', 'qwen35', 'command-r', 'mpt', 'olmo')
 
 def treatment(name: Any) -> dict[str, Any]:
   """Return a known name's arguments of `byte_level` besides vocabulary and merges."""
-  if name not in _CUTS:
+  if str(name) not in _CUTS:
     raise ValueError(f'tokenizer.ggml.pre {name!r} is not supported (supported: '
                      f'{", ".join(_CUTS)}); take the model from its Hugging Face directory')
   return {'cuts': _CUTS[name], 'composed': name in _COMPOSED, 'ignore_merges': name in _WHOLE}
@@ -99,15 +100,14 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
   kind, tokens = metadata.get(_KEY + 'model'), metadata.get(_KEY + 'tokens')
   if kind is None:
     return {}
-  if kind not in _KINDS:
+  if str(kind) not in _KINDS:
     raise ValueError(f'{_KEY}model {kind!r} is not supported (supported: {", ".join(_KINDS)})')
   if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
     raise ValueError(f'{_KEY}tokens is no list of strings')
   # llama.cpp's name for a token without one.
   tokens = [token or f'[EMPTY_{i}]' for i, token in enumerate(tokens)]
-  if len(set(tokens)) != len(tokens):
-    twice = next(token for token in tokens if tokens.count(token) > 1)
-    raise ValueError(f'{_KEY}tokens: {twice!r} stands twice')
+  if (token := twice(tokens)) is not None:
+    raise ValueError(f'{_KEY}tokens: {token!r} stands twice')
   files = _KINDS[kind](metadata, tokens)
   ids = _special_ids(metadata, len(tokens))
   settings = {name.removesuffix('_id'): tokens[value] for name, value in ids.items()}
@@ -134,7 +134,7 @@ def _special_ids(metadata: Mapping[str, Any], count: int) -> dict[str, int]:
 
 
 def _id(name: str, value: Any, count: int) -> int:
-  if not isinstance(value, int) or not 0 <= value < count:
+  if type(value) is not int or not 0 <= value < count:
     raise ValueError(f'{_KEY}{name}={value!r}, but there are {count} tokens')
   return value
 
@@ -175,9 +175,8 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str, 
   # llama.cpp finds these in text as it is, SentencePiece in text whose spaces are marked.
   pieces = [token.replace(' ', MARK) if kind == USER_DEFINED else token
             for token, kind in zip(tokens, kinds, strict=True)]
-  if len(set(pieces)) != len(pieces):
-    twice = next(piece for piece in pieces if pieces.count(piece) > 1)
-    raise ValueError(f'{_KEY}tokens: {twice!r} stands twice, with spaces and with their sign')
+  if (piece := twice(pieces)) is not None:
+    raise ValueError(f'{_KEY}tokens: {piece!r} stands twice, with spaces and with their sign')
   ids.setdefault('unk_token_id', 0)
   if UNKNOWN in kinds:
     ids['unk_token_id'] = kinds.index(UNKNOWN)

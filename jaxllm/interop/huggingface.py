@@ -24,6 +24,7 @@ from jaxllm import storage
 from jaxllm.checkpoints import tree
 from jaxllm.interop import reference, tensorfile, tokenizer_export, tokenizer_files, weights
 from jaxllm.interop.weights import Slot, Source
+from jaxllm.mistakes import parse_json
 from jaxllm.models.config import DecoderConfig
 from jaxllm.models.families import HUGGINGFACE
 from jaxllm.models.families.huggingface import Format, pattern
@@ -89,7 +90,7 @@ def read_keys(directory: pathlib.Path) -> dict[str, Any]:
     raise ValueError(f'{directory} holds no config.json; is it a Hugging Face model?')
   if path.stat().st_size > MAX_CONFIG_BYTES:
     raise ValueError(f'{path}: larger than {MAX_CONFIG_BYTES} bytes')
-  keys = tensorfile.parse_json(path.read_bytes(), path)
+  keys = parse_json(path.read_bytes(), path)
   if not isinstance(keys, dict):
     raise ValueError(f'{path}: {type(keys).__name__}, an object is needed')
   return keys

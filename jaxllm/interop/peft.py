@@ -24,6 +24,7 @@ from jaxllm import storage
 from jaxllm.adapters import lora as lora_lib
 from jaxllm.checkpoints import tree
 from jaxllm.interop import tensorfile, weights
+from jaxllm.mistakes import parse_json
 from jaxllm.models import decoder
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.models.families.huggingface import Format
@@ -43,6 +44,8 @@ _KNOWN = (
 )
 # Initialisations that leave the base model as it is.
 _PLAIN = (True, False, None, 'gaussian', 'orthogonal', 'eva', 'mica')
+_KINDS = {'rank_pattern': dict, 'alpha_pattern': dict, 'modules_to_save': list,
+          'base_model_name_or_path': str, 'revision': str}
 # A whole matrix that takes the place of the base model's.
 _WHOLE = 'whole'
 
@@ -251,7 +254,7 @@ def read(directory: pathlib.Path) -> tuple[dict[str, Any], Matrices]:
 
 def _read_config(path: pathlib.Path) -> dict[str, Any]:
   try:
-    keys = tensorfile.parse_json(path.read_bytes(), 'damaged')
+    keys = parse_json(path.read_bytes(), 'damaged')
   except (OSError, ValueError) as error:
     raise ValueError(f'{path}: cannot be read as the config of an adapter: {error}') from None
   if not isinstance(keys, dict) or keys.get('peft_type') != 'LORA':
@@ -268,11 +271,28 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
       'model.save_pretrained(DIRECTORY, path_initial_model_for_weight_conversion=INITIAL)')
   if keys.get('bias', 'none') != 'none':
     raise ValueError(f"{path}: bias={keys['bias']!r}; only 'none' is read")
-  for name, accepted in (('r', int), ('lora_alpha', int | float)):
-    value = keys.get(name)
-    if not isinstance(value, accepted) or isinstance(value, bool) or not 0 < value < 2**20:
+  for name, kind in _KINDS.items():
+    if not isinstance(keys.get(name), kind | None):
+      raise ValueError(f'{path}: {name}={keys[name]!r}; expected {kind.__name__}')
+  numbers = [('r', keys.get('r')), ('lora_alpha', keys.get('lora_alpha'))]
+  for name in ('rank_pattern', 'alpha_pattern'):
+    for pattern, value in (keys.get(name) or {}).items():
+      numbers.append((f'{name}[{pattern!r}]', value))
+      _check_pattern(f'{path}: {name}', pattern)
+  for name, value in numbers:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 2**20:
       raise ValueError(f'{path}: {name}={value!r}; a positive number is needed')
   return keys
+
+
+def _check_pattern(where: str, pattern: str) -> None:
+  """Refuse a regular expression that is damaged, or could look at a name for ever."""
+  try:
+    re.compile(pattern)
+  except (re.error, OverflowError, RecursionError) as error:
+    raise ValueError(f'{where}: {pattern!r:.60} is no regular expression: {error}') from None
+  if len(pattern) > 1000 or re.search(r'\)[*+{]|([*+{].*){4}', pattern):
+    raise ValueError(f'{where}: {pattern!r:.60} repeats too much; name the modules')
 
 
 def _read_weights(path: pathlib.Path) -> Matrices:

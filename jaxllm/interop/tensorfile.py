@@ -6,16 +6,16 @@ that stand twice, empty tensors by the thousand, other files in disguise. `Tenso
 
 import dataclasses
 import errno
-import json
 import os
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 import safetensors.numpy
+
+from jaxllm import mistakes
 
 # Name in the header -> dtype. Weights must be floats; the others hold masks and the like.
 DTYPES = {
@@ -134,7 +134,7 @@ def read_header(path: pathlib.Path) -> dict[str, Tensor]:
     except safetensors.SafetensorError as error:
       raise ValueError(f'{path} is damaged, cut off or no safetensors file: {error}') from None
     file.seek(8)
-    header = parse_json(file.read(length), f'{path}: the header')
+    header = mistakes.parse_json(file.read(length), f'{path}: the header')
   header.pop('__metadata__', None)
   if len(header) > MAX_TENSORS:
     raise ValueError(f'{path}: {len(header)} tensors; at most {MAX_TENSORS} are read')
@@ -160,25 +160,10 @@ def write(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
     raise OSError(errno.EIO, str(error), str(path)) from error
 
 
-def parse_json(text: bytes, where: object) -> Any:
-  """Parse JSON from outside; refuse damage, absurd nesting, and keys that stand twice."""
-  def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in items]
-    if len(set(keys)) != len(keys):
-      twice = next(key for key in keys if keys.count(key) > 1)
-      raise ValueError(f'{twice!r} stands twice')
-    return dict(items)
-
-  try:
-    return json.loads(text.decode(), object_pairs_hook=pairs)
-  except (ValueError, RecursionError) as error:
-    raise ValueError(f'{where}: {str(error) or type(error).__name__}') from None
-
-
 def _read_index(path: pathlib.Path) -> dict[str, str]:
   if path.stat().st_size > MAX_INDEX_BYTES:
     raise ValueError(f'{path}: larger than {MAX_INDEX_BYTES} bytes')
-  index = parse_json(path.read_bytes(), path)
+  index = mistakes.parse_json(path.read_bytes(), path)
   names = index.get('weight_map') if isinstance(index, dict) else None
   if not isinstance(names, dict) or not names or {*map(type, names.values())} != {str}:
     raise ValueError(f'{path}: weight_map is missing or no object of file names')

@@ -12,7 +12,7 @@ from typing import Any
 from jaxllm.data import tokenizer_settings, tokenizers
 from jaxllm.data.tokenizer_settings import CHAT, CONFIG, GENERATION
 from jaxllm.interop import sentencepiece_model, tokenizer_export
-from jaxllm.interop.tensorfile import parse_json
+from jaxllm.mistakes import parse_json
 
 FILE_NAMES = (*(name for name in tokenizers.FILE_NAMES if name != 'bytes.txt'), GENERATION)
 MORE_CHATS = 'additional_chat_templates/*.jinja'

@@ -13,7 +13,7 @@ from jaxllm.models.positions import LearnedPositions, LongRopeScaling, RotaryPos
 
 LayerKind = Literal['global', 'local', 'global_nope']
 BiasPlace = Literal['qkv', 'attention_out', 'mlp', 'head']
-PositiveInt = Annotated[int, pydantic.Field(gt=0)]
+PositiveInt = Annotated[int, pydantic.Field(gt=0, le=2**31)]
 PositiveFloat = Annotated[float, pydantic.Field(gt=0)]
 Rate = Annotated[float, pydantic.Field(ge=0, lt=1)]
 

@@ -64,9 +64,9 @@ class YarnScaling(Config):
   """Divisor of the low frequencies: how many times longer the context gets."""
   original_length: int = pydantic.Field(gt=0)
   """Context length of the training, in tokens."""
-  fast_turns: float = pydantic.Field(default=32.0, gt=0)
+  fast_turns: float = pydantic.Field(default=32.0, gt=0, le=1e6)
   """Pairs that turn more often than this within the original length are kept."""
-  slow_turns: float = pydantic.Field(default=1.0, gt=0)
+  slow_turns: float = pydantic.Field(default=1.0, gt=0, le=1e6)
   """Pairs that turn less often than this are divided in full."""
   whole_pairs: bool = True
   """Round the ends of the ramp between the two outwards to whole pairs."""

@@ -92,7 +92,7 @@ def label(value: Any, name: str) -> str:
   """Read a label: a text, a whole number as its digits, a truth value as 'true' or 'false'."""
   if isinstance(value, bool):
     return str(value).lower()
-  if isinstance(value, int | float) and float(value).is_integer():
+  if isinstance(value, int | float) and abs(value) < 2**63 and value == int(value):
     return str(int(value))
   if not isinstance(value, str):
     raise refused(value, name, 'text or a whole number')

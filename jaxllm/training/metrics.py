@@ -386,7 +386,7 @@ def read_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return []
   found = []
   for line in lines:
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
       found.append(json.loads(line))
   return [value for value in found if isinstance(value, dict)]
 

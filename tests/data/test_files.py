@@ -11,6 +11,7 @@ import pytest
 from jaxllm.config import ConfigError
 from jaxllm.data import files, readers
 from jaxllm.data.documents import SourceConfig, documents
+from jaxllm.tasks import records
 
 
 def _texts(path, content, **fields):
@@ -160,6 +161,10 @@ def test_few_bytes_of_parquet_stay_few(tmp_path, monkeypatch):
   monkeypatch.setattr(files, 'MAX_UNPACKED', 10_000_000)
   with pytest.raises(ValueError, match=r'a.parquet, after row 0: .*unpacks to 36\d,\d+,\d+ bytes'):
     list(documents(SourceConfig(location=str(path), text_field='other')))
+  parquet.write_table(table.select(['text']), path, compression='zstd')
+  with pytest.raises(ValueError, match=r'after row \d+: .*bytes unpack to more than 10,000,000'):
+    records.load(records.RecordsConfig(sources=(
+      records.RecordSource(location=str(path)),)), 'train')
 
 
 @pytest.mark.parametrize('text', [' ' * 300_000 + 'a', '# ' * 100_000, '*' * 200_000 + 'a'])

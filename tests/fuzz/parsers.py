@@ -1,64 +1,25 @@
 """Mutates small valid files for some seconds and reads them; prints what escapes as JSON lines.
 
-    python -m tests.fuzz.parsers GROUP SECONDS [SEED]
+    python -m tests.fuzz.parsers GROUP,GROUP|all SECONDS [SEED [COUNT]]
 
-Whatever is no ValueError, ImportError or OSError is a finding; so is more than 4 GiB of memory.
+An error that a program would not show as one sentence is a finding; so are 5 seconds of computing
+and half a GiB of memory for one file. With COUNT at least so many files are read.
 """
 
 import io
 import json
 import pathlib
 import random
+import re
 import resource
 import sys
 import tempfile
 import time
 import traceback
 
-ATOMS = (None, True, 0, -1, 2**63, 1e308, '', 'a', '<s>', [], [[]], {}, {'a': []}, '\ud800',
-         [None], {'content': 5}, {'content': ['a']}, 'x' * 5000)
-SPECIAL = (b'\0', b'\xff\xfe', b'[' * 5000, b'{"text":' * 3000, b'"' * 1001, b'<!--' * 500,
-           b'<![', b'<a "', b'\r\r\n', b'9' * 6000, b'{"a":1,"a":2}', b'NaN', b'\x1c\x85',
-           b'*_' * 2000, b'\xf4\x90\x80\x80', b'\\ud800')
-
-
-def mutate_bytes(rng, content):
-  content = bytearray(content)
-  for _ in range(rng.choice([1, 1, 2, 5])):
-    place, kind = rng.randrange(len(content) + 1), rng.random()
-    if kind < 0.4 and content:
-      content[place % len(content)] ^= 1 << rng.randrange(8)
-    elif kind < 0.6:
-      content[place:place + rng.choice([1, 4, 100])] = b''
-    elif kind < 0.8:
-      content[place:place] = rng.choice(SPECIAL)
-    else:
-      content[place:place] = content[place // 2:place]
-  return bytes(content)
-
-
-def mutate_tree(rng, value):
-  """Replace, drop or double one value somewhere in JSON."""
-  if not isinstance(value, dict | list) or not value or rng.random() < 0.15:
-    return rng.choice(ATOMS)
-  if isinstance(value, dict):
-    key = rng.choice([*value])
-    if rng.random() < 0.15:
-      return {name: item for name, item in value.items() if name != key}
-    return {**value, key: mutate_tree(rng, value[key])}
-  place = rng.randrange(len(value))
-  if rng.random() < 0.2:
-    return value[:place] + value[place + 1:]
-  return [*value[:place], mutate_tree(rng, value[place]), *value[place + 1:]]
-
-
-def mutate_json(rng, content):
-  if rng.random() < 0.25:
-    return mutate_bytes(rng, content)
-  tree = json.loads(content)
-  for _ in range(rng.choice([1, 1, 2])):
-    tree = mutate_tree(rng, tree)
-  return json.dumps(tree).encode()
+from jaxllm import mistakes
+from tests.fuzz import model_files
+from tests.fuzz.mutations import ATOMS, mutate_bytes, mutate_json, mutate_tree
 
 
 def texts(folder):
@@ -184,32 +145,101 @@ def weights(folder):
   return one
 
 
-GROUPS = {'texts': texts, 'cleaning': cleaning, 'tokenizer': tokenizer, 'weights': weights}
+def tasks(folder):
+  """Records of every task, and the JSON file that names tasks."""
+  from jaxllm.tasks import TASKS, suite
+  from tests.tasks.test_fields import CONFIGS, WHOLE
+
+  listed = json.dumps({name: json.loads(config.to_json()) for name, config in CONFIGS.items()})
+
+  def one(rng):
+    kind = rng.choice([*WHOLE, None])
+    if kind is None:
+      (folder / 'tasks.json').write_bytes(mutate_json(rng, listed.encode()))
+      suite.select(str(folder / 'tasks.json'), 'test')
+      return
+    record = WHOLE[kind]
+    for _ in range(rng.choice([1, 1, 2])):
+      record = mutate_tree(rng, record)
+      if isinstance(record, dict) and rng.random() < 0.3:
+        record = {**record, rng.choice(['id', 'prompt', 'tools', 'answer_starts', 'title']):
+                  rng.choice(ATOMS)}
+    if isinstance(record, dict):
+      TASKS[kind].example(CONFIGS[kind], record, True)
+
+  return one
 
 
-def main(group, seconds, seed=0):
-  resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) * 4 + 60,) * 2)
+def runs(folder):
+  """What lies in a run's directory, and files of keys."""
+  from jaxllm import config, storage
+  from jaxllm.experiment import Experiment
+  from jaxllm.serving import access
+  from jaxllm.training import metrics
+
+  experiment = config.load('experiments/quickstart.py').to_json().encode()
+  lines = b''.join(json.dumps({'step': i, 'loss': 1.5}).encode() + b'\n' for i in range(4))
+  keys = b'# clients\nthe-key-of-a-client-1\nthe-key-of-a-client-2\n'
+
+  def one(rng):
+    kind, path = rng.choice(['lines', 'keys', 'json', 'config']), folder / 'a'
+    if kind == 'lines':
+      path.write_bytes(mutate_bytes(rng, lines))
+      metrics.read(path)
+    elif kind == 'keys':
+      path.write_bytes(mutate_bytes(rng, keys))
+      access.read_keys(str(path), {})
+    elif kind == 'json':
+      path.write_bytes(mutate_json(rng, b'{"id": "a", "step": [1]}'))
+      storage.read_json(path)
+    else:
+      Experiment.from_json(mutate_json(rng, experiment).decode(errors='replace'))
+
+  return one
+
+
+GROUPS = {'texts': texts, 'cleaning': cleaning, 'tokenizer': tokenizer, 'weights': weights,
+          'tasks': tasks, 'runs': runs, **model_files.GROUPS}
+
+
+def peak():
+  """Return the most memory that this process has had, in MiB."""
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+
+def fuzz(group, seconds, seed, count):
+  """Return {'files', 'peak', 'found'} of one group."""
   found, number = {}, 0
   with tempfile.TemporaryDirectory() as folder:
     one = GROUPS[group](pathlib.Path(folder))
-    end = time.monotonic() + seconds
-    while time.monotonic() < end or not number:
+    # Where a bomb would fill the machine it fails.
+    size = int(re.search(r'VmSize:\s+(\d+)', pathlib.Path('/proc/self/status').read_text())[1])
+    resource.setrlimit(resource.RLIMIT_AS, ((size + (6 << 20)) << 10, -1))
+    before, end = peak(), time.monotonic() + seconds
+    while time.monotonic() < end or number < count:
       number += 1
       rng = random.Random(f'{group} {seed} {number}')
       start = time.process_time()
       try:
         one(rng)
-      except (ValueError, OSError, ImportError):
-        pass
       except BaseException as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
-        found[f'{type(error).__name__} at {last.filename}:{last.lineno}'] = (
-          f'{number}: {str(error)[:200]}')
+        if not isinstance(error, Exception) or mistakes.sentence(error) is None:
+          found[f'{type(error).__name__} at {last.filename}:{last.lineno}'] = (
+            f'{number}: {str(error)[:200]}')
       if time.process_time() - start > 5:
         found[f'slow {number}'] = f'{time.process_time() - start:.1f} s'
-  if (peak := resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10) > 4096:
-    found['memory'] = f'{peak} MiB'
-  print(json.dumps({'group': group, 'files': number, 'found': found}))
+      if peak() > before + 512:
+        found[f'memory {number}'] = f'{peak()} MiB after {before}'
+        before = peak()
+  return {'files': number, 'peak': peak(), 'found': found}
+
+
+def main(groups, seconds, seed=0, count=0):
+  names = [*GROUPS] if groups == 'all' else groups.split(',')
+  resource.setrlimit(resource.RLIMIT_CPU, (len(names) * (int(seconds) * 4 + int(count) + 60),) * 2)
+  for name in names:
+    print(json.dumps({'group': name} | fuzz(name, seconds, seed, int(count))), flush=True)
 
 
 if __name__ == '__main__':

@@ -4,12 +4,14 @@ import json
 import pickle
 import re
 import struct
+import time
 
 import jax
 import numpy as np
 import pytest
 import small
 
+from jaxllm import mistakes
 from jaxllm.interop import huggingface, tensorfile
 
 
@@ -52,6 +54,14 @@ def rewrite_header(path, change):
   size = int.from_bytes(content[:8], 'little')
   header = change(content[8 : 8 + size].decode()).encode()
   path.write_bytes(len(header).to_bytes(8, 'little') + header + content[8 + size :])
+
+
+def test_the_second_of_many_keys_is_found_in_linear_time():
+  content = '{' + ','.join(f'"k{i}":0' for i in range(200_000)) + ',"k199999":0}'
+  start = time.process_time()
+  with pytest.raises(ValueError, match="x: the key 'k199999' stands twice in an object"):
+    mistakes.parse_json(content.encode(), 'x')
+  assert time.process_time() - start < 2
 
 
 @pytest.mark.parametrize(('content', 'message'), [
@@ -266,7 +276,7 @@ def key(name, kind, body):
   (gguf(tensors=2**60), 'claims 1152921504606846976 tensors'),
   (gguf(keys=1, body=struct.pack('<Q', 2**62) + bytes(40)), 'bytes of a string'),
   (gguf(keys=1, body=key('a', 9, struct.pack('<IQ', 4, 2**61))), "items in 'a'"),
-  (gguf(keys=1, body=key('a', 9, struct.pack('<IQ', 8, 2**61))), "strings in 'a'"),
+  (gguf(keys=1, body=key('a', 9, struct.pack('<IQ', 8, 2**61))), "items in 'a'"),
   (gguf(keys=1, body=key('a', 9, struct.pack('<IQ', 9, 1) + bytes(20))), 'type 9'),
   (gguf(keys=1, body=key('a', 77, bytes(20))), 'unknown type 77'),
   (gguf(keys=2, body=key('a', 4, bytes(4)) * 2), "'a' stands twice"),

@@ -86,7 +86,7 @@ def _layers(keys: hf.Keys, every: int) -> dict[str, Any]:
     'layer_pattern': hf.pattern(kinds),
     'window': hf.size(keys, 'sliding_window', 4096) if 'local' in kinds else None,
     'norm_placement': 'sandwich',
-    'attention_scale': hf.number(keys, 'query_pre_attn_scalar', 256) ** -0.5,
+    'attention_scale': hf.number(keys, 'query_pre_attn_scalar', 256, 0) ** -0.5,
   }
 
 

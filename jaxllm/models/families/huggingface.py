@@ -89,11 +89,14 @@ def size(keys: Keys, name: str, default: int | None = None, limit: int = MAX_SIZ
   return value
 
 
-def number(keys: Keys, name: str, default: float | None = None) -> float:
+def number(
+  keys: Keys, name: str, default: float | None = None, above: float = -1e308
+) -> float:
   """Return a finite number from config.json, or raise a ValueError."""
   value = _get(keys, name, default)
-  if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-    raise ValueError(f'config.json: {name}={value!r}; a finite number is needed')
+  if not isinstance(value, int | float) or isinstance(value, bool) or not above < value < 1e308:
+    raise ValueError(f'config.json: {name}={value!r}; a finite number is needed'
+                     f'{f" above {above}" if above == 0 else ""}')
   return float(value)
 
 
@@ -177,7 +180,7 @@ def layer_types(keys: Keys, default: Sequence[str]) -> list[str]:
   if not isinstance(types, list | tuple) or len(types) != len(default):
     raise ValueError(f'config.json: layer_types={types!r}; one of {", ".join(KINDS)} for each of '
                      f'{len(default)} layers is needed')
-  unknown = [kind for kind in types if kind not in KINDS]
+  unknown = [kind for kind in types if str(kind) not in KINDS]
   if unknown:
     raise ValueError(f'config.json: layer_types names {unknown[0]!r} (supported: '
                      f'{", ".join(KINDS)})')
@@ -206,7 +209,7 @@ def rotary(
   if not isinstance(rope, Mapping):
     raise ValueError(f'config.json: rope_scaling={rope!r}; an object is needed')
   kind = rope.get('rope_type', rope.get('type', 'default'))
-  if kind not in _SCALINGS:
+  if str(kind) not in _SCALINGS:
     raise ValueError(f'config.json: rope_scaling of type {kind!r} is not supported (supported: '
                      f'{", ".join(_SCALINGS)})')
   return RotaryPositions(
@@ -263,7 +266,8 @@ def context_length(keys: Keys, positions: RotaryPositions) -> int:
     return longest
   trained = (_length(keys, _rope(keys)) if isinstance(scaling, LinearScaling)
              else scaling.original_length)
-  return max(longest, size({'context length': int(trained * scaling.factor)}, 'context length'))
+  reach = int(min(trained * scaling.factor, 2 * MAX_SIZE))
+  return max(longest, size({'context length': reach}, 'context length'))
 
 
 def context_keys(config: DecoderConfig) -> dict[str, int]:
