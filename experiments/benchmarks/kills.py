@@ -21,7 +21,7 @@ compiled programs from a cache: 1.5 seconds on a quiet core.
 down the records that it reads: over the steps that count, each record must be read once.
 
 --goodput kills a run once a minute for so many minutes, with a loop that starts it again, and
-compares its steps with those of a run that is left alone for the same time.
+compares the steps in its checkpoints with those of a run that is left alone for the same time.
 """
 
 import collections
@@ -59,7 +59,7 @@ def main(_) -> None:
   with tempfile.TemporaryDirectory() as directory:
     base = pathlib.Path(directory)
     if GOODPUT.value:
-      found = goodput(base, 60 * GOODPUT.value)
+      found = goodput(base, GOODPUT.value)
     else:
       starts.import_all(cache=base / 'compiled')
       found = hosts(base, [*map(int, HOSTS.value)]) if HOSTS.value else kills(base)
@@ -239,29 +239,41 @@ def begin_watching(batches, base: pathlib.Path) -> None:
   batches.Batches.batch_at = watched
 
 
-def goodput(base: pathlib.Path, seconds: float) -> dict:
-  """Return how many steps a run keeps that is killed once a minute, beside one that is not."""
+def goodput(base: pathlib.Path, minutes: float) -> dict:
+  """Return how many steps a run keeps that is killed once a minute, beside one that is not.
+
+  They have every other minute of the machine, so that what else it does is the same for both.
+  """
   os.environ |= {**starts.CPU, 'JAX_COMPILATION_CACHE_DIR': str(base / 'compiled')}
   config = write_config(base, 1, 10**6, 500)
-  found = {}
-  for name, every in (('warm-up', 20), ('left alone', seconds), ('killed', 60)):
-    run, deadline, count = base / name, time.monotonic() + (20 if every == 20 else seconds), 0
-    while time.monotonic() < deadline:
-      command = [sys.executable, '-m', 'jaxllm.train', f'--config={config}', f'--workdir={run}']
-      with (base / 'said').open('w') as file:
-        child = subprocess.Popen(command, stdout=file, stderr=file)
-      with contextlib.suppress(subprocess.TimeoutExpired):
-        child.wait(min(every, deadline - time.monotonic()))
-        raise SystemExit(f'it ended by itself: {(base / "said").read_text()[-500:]}')
-      child.kill()
-      child.wait()
-      count += 1
-    last = [one for one in records(run) if 'goodput/fraction' in one][-1]
-    found[name] = {'steps': newest(run), 'kills': count - 1, 'its own': last['goodput/fraction']}
-    print(f'{name}: {newest(run)} steps kept, {count - 1} kills; its own goodput '
-          f'{last["goodput/fraction"]:.3f}', flush=True)
-  print(f'goodput: {found["killed"]["steps"] / found["left alone"]["steps"]:.3f}')
-  return found
+
+  def start(name: str) -> subprocess.Popen:
+    with (base / f'{name}.txt').open('w') as file:
+      return subprocess.Popen(
+        [sys.executable, '-m', 'jaxllm.train', f'--config={config}', f'--workdir={base / name}'],
+        stdout=file, stderr=file)
+
+  def let(child: subprocess.Popen, seconds: float) -> None:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      raise SystemExit(f'a run has ended with {child.wait(seconds)}')
+
+  let(warm_up := start('warm-up'), 30)  # What is compiled is in the cache then.
+  warm_up.kill()
+  alone = start('alone')
+  alone.send_signal(signal.SIGSTOP)
+  for minute in range(round(minutes)):
+    alone.send_signal(signal.SIGCONT)
+    let(alone, 60)
+    alone.send_signal(signal.SIGSTOP)
+    killed = start('killed')
+    let(killed, 60)
+    killed.kill()
+    killed.wait()
+    kept = {name: newest(base / name) for name in ('alone', 'killed')}
+    print(f'{minute + 1} minutes: {kept["alone"]} steps left alone, {kept["killed"]} killed; '
+          f'goodput {kept["killed"] / kept["alone"]:.3f}', flush=True)
+  alone.kill()
+  return kept
 
 
 def write_config(
