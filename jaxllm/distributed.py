@@ -229,9 +229,9 @@ def _watch(connections: Mapping[int, socket.socket], leaving: threading.Event) -
         line = connections[key.data].makefile().readline()
       if leaving.is_set():
         return
-      process, code, text = json.loads(line) if line else (
+      process, code, text = json.loads(line) if line.endswith('\n') else (
         key.data, 1, 'has ended without a word: killed, out of memory, or its host is gone')
-      print(f'error: {_name(process)}: {text}', file=sys.stderr, flush=True)
+      _say(f'error: {_name(process)}: {text}')
       _end(connections if is_first() else {}, process, code, text)
 
 
@@ -251,8 +251,13 @@ def _leave(
   elif text is None:
     text, code = f'{type(error).__name__}: {error}', 1
     traceback.print_exc()
-  print(f'error: {text}', file=sys.stderr, flush=True)
+  _say(f'error: {text}')
   _end(connections, _STATE.process_id, code, text)
+
+
+def _say(text: str) -> None:
+  with contextlib.suppress(OSError, ValueError):  # Where nobody hears it, the process ends too.
+    print(text, file=sys.stderr, flush=True)
 
 
 def _end(
@@ -262,7 +267,8 @@ def _end(
   for connection in others.values():
     with contextlib.suppress(OSError):
       connection.sendall((json.dumps([process, code, text]) + '\n').encode())
-  sys.stdout.flush()
+  with contextlib.suppress(OSError, ValueError):
+    sys.stdout.flush()
   os._exit(code)
 
 
@@ -370,12 +376,19 @@ class Stopper:
     self._going_on_with = min(step + 1, last)
     self._several, self._prefix = _STATE.num_processes > 1, f'jaxllm/stop/{next(_SERIAL)}/'
     targets = [self._poll_peers] * self._several + [self._poll_notice] * bool(metadata_host())
-    self._threads = [threading.Thread(target=target, daemon=True) for target in targets]
+    self._error: Exception | None = None
+    self._threads = [threading.Thread(target=self._guarded, args=(target,), daemon=True)
+                     for target in targets]
     for thread in self._threads:
       thread.start()
 
   def due(self, step: int) -> bool:
-    """Return whether to stop after `step` steps, which have been taken; to be called once each."""
+    """Return whether to stop after `step` steps, which have been taken; to be called once each.
+
+    An error of a thread is raised here: without it, a request would go unheard.
+    """
+    if self._error is not None:
+      raise self._error
     if not self._several:
       return self.asked.is_set()
     with self._lock:
@@ -383,6 +396,8 @@ class Stopper:
         self._going_on_with = min(step + 1, self._last)
         return False
     self._agreed.wait()
+    if self._error is not None:
+      raise self._error
     return step >= self._stop_step
 
   def is_asked_alone(self) -> bool:
@@ -394,6 +409,13 @@ class Stopper:
     self._closed.set()
     for thread in self._threads:
       thread.join()
+
+  def _guarded(self, target: Callable[[], None]) -> None:
+    try:
+      target()
+    except Exception as error:
+      self._error = error
+      self._agreed.set()
 
   def _poll_peers(self) -> None:
     while not self._closed.is_set() and not _read(f'{self._prefix}asked/'):
@@ -416,8 +438,8 @@ class Stopper:
         connection.request('GET', '/computeMetadata/v1/instance/preempted',
                            headers={'Metadata-Flavor': 'Google'})
         if connection.getresponse().read(16).strip() == b'TRUE':
-          print('This machine is being preempted: saving, then stopping.', file=sys.stderr)
           self.asked.set()
+          _say('This machine is being preempted: saving, then stopping.')
           return
 
 
@@ -440,7 +462,7 @@ def stop_requests(step: int, last: int) -> Iterator[Stopper]:
     if stopper.asked.is_set() and number == signal.SIGINT:
       raise KeyboardInterrupt
     stopper.asked.set()
-    print(f'{signal.Signals(number).name}: saving, then stopping.', file=sys.stderr, flush=True)
+    _say(f'{signal.Signals(number).name}: saving, then stopping.')
 
   with _signals(request), contextlib.closing(stopper):
     yield stopper

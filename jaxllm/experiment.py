@@ -67,8 +67,8 @@ class TrainingConfig(Config):
   """Times that it goes back to its last good checkpoint and passes over the batches of the skipped
   steps and of the one before; then it stops."""
   watchdog_seconds: float | None = pydantic.Field(default=None, gt=0)
-  """After the first step, a step, a batch, a save or an evaluation that takes longer ends the
-  process with the stacks of its threads and exit code 124; None: nothing does."""
+  """A step, a batch, a save or an evaluation that takes longer ends the process with the stacks of
+  its threads and exit code 124; so does restoring and compiling, ten times as long. None: never."""
   faults: tuple[Fault, ...] = ()
   """Faults on purpose, each once: 'kill@120', 'stall@50:30' (seconds), 'nan@7' (the batch of a
   step), 'slow_disk@100:5' and 'full_disk@100' (at the next save); 'random' may stand for a step."""

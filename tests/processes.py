@@ -82,13 +82,11 @@ def _fork(arguments, log, most_bytes=None):
   import jax
 
   from jaxllm import config, train
-  from jaxllm.checkpoints import store
 
   if child := os.fork():
     return child
   code = 1
   if most_bytes:
-    store._SAVE_SECONDS = 5
     resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
   try:
     with log.open('w', buffering=1) as file:

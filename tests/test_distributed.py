@@ -1,9 +1,11 @@
 """Several processes: they start together, are of one mind, stop together, and end together."""
 
+import contextlib
 import http.server
 import re
 import threading
 import time
+import types
 
 import jax
 import numpy as np
@@ -49,6 +51,7 @@ def test_a_signal_to_one_stops_all_and_more_processes_go_on(tmp_path):
   for code, text in full:
     assert code == 1 and re.search(r'error: .*saving step \d+ to \S+ failed: ', text), text
     assert f'checkpoint of step {steps[-1]} is whole' in text
+    assert 'timed out' not in text.lower()  # The others need not wait for what will not come.
   # The first one prints; of the others nothing is heard.
   assert not [text for code, text in two[1:] if 'Training' in text or 'step ' in text]
 
@@ -130,6 +133,23 @@ def test_the_environment_tells_where_the_others_are(monkeypatch, environment, fo
   with distributed.connected(True, None, None, None, 5):
     pass
   assert asked == [found[:3], found]
+
+
+@pytest.mark.parametrize('breaks', ['_read', '_write'])
+def test_a_thread_that_dies_is_noticed_in_the_loop(monkeypatch, breaks):
+  def broken(*_):
+    raise jax.errors.JaxRuntimeError('the service is gone')
+
+  state = types.SimpleNamespace(num_processes=2, process_id=0)
+  monkeypatch.setattr(distributed, '_STATE', state)
+  monkeypatch.setattr(distributed, '_read', lambda prefix: {0: '1'})
+  monkeypatch.setattr(distributed, '_write', lambda *_: None)
+  monkeypatch.setattr(distributed, breaks, broken)
+  with contextlib.closing(distributed.Stopper(0, 10)) as stopper:
+    with pytest.raises(jax.errors.JaxRuntimeError, match='the service is gone'):
+      for step in range(1, 100):
+        assert not stopper.due(step)
+        time.sleep(0.02)
 
 
 class Metadata(http.server.BaseHTTPRequestHandler):

@@ -230,7 +230,8 @@ def begin_watching(batches, base: pathlib.Path) -> None:
 
   def watched(self, step: int) -> dict:
     places = [step * self.batch_size + row for row in self.rows]
-    found = [hashlib.sha256(self.sequence[place]).hexdigest()[:16] for place in places]
+    found = [hashlib.sha256(self.stored.rows[number]).hexdigest()[:16]
+             for number in self.numbers(step)]
     with (base / 'read.jsonl').open('a') as file:
       file.write(json.dumps({'turn': TURN[0], 'step': step + 1, 'places': places,
                              'content': found}) + '\n')

@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import pathlib
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -41,7 +42,7 @@ COMMIT_MARKER = 'commit_success.txt'
 DIRECTORY = 'checkpoints'
 STATE, BUNDLE = 'state', 'bundle'
 BEST = 'best.json'
-# After which a save fails in all processes where one of them could not write its part.
+# After which a save fails where another process neither finishes its part nor says why.
 _SAVE_SECONDS = 1200
 # What TensorStore's errors begin with that files of a checkpoint do not cause.
 _NOT_DAMAGE = ('ABORTED', 'CANCELLED', 'DEADLINE_EXCEEDED', 'PERMISSION_DENIED',
@@ -127,12 +128,19 @@ def open_store(directory: str | os.PathLike[str], config: CheckpointConfig) -> S
     options=ocp.CheckpointManagerOptions(
       preservation_policy=policies.AnyPreservationPolicy(keep),
       enable_async_checkpointing=config.asynchronous,
-      async_options=ocp_options.AsyncOptions(timeout_secs=_SAVE_SECONDS),
+      async_options=ocp_options.AsyncOptions(
+        timeout_secs=_SAVE_SECONDS, barrier_sync_fn=_barrier_of_saves),
       # A rename alone would let any directory with a number for a name pass for a checkpoint.
       atomicity_options=ocp_options.AtomicityOptions(mode=ocp_options.AtomicityMode.COMMIT_FILE),
     ),
   )
   return Store(path, manager, staging, None, kept, max(steps, default=None), good)
+
+
+def _barrier_of_saves(*, key: str, timeout_ms: int) -> None:
+  """Wait for the other processes, unless this one is leaving a save that has failed: it tells."""
+  if sys.exc_info()[1] is None:
+    ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 def _is_staged(path: epath.Path) -> bool:

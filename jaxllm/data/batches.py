@@ -43,13 +43,18 @@ class Batches:
   num_epochs: int | None
   rows: range
   """This process's rows of every batch."""
-  sequence: Sequence[bytes]
-  """The stored records in the order in which they are visited."""
+  sequence: Sequence[int]
+  """The numbers of the stored records in the order in which they are visited."""
 
   @property
   def num_batches(self) -> int:
     """Batches that visit all records: of all epochs, or of one where epochs never end."""
     return -(-len(self.stored.rows) * (self.num_epochs or 1) // self.batch_size)
+
+  def numbers(self, step: int) -> list[int]:
+    """Return the numbers of the stored records in this process's rows of the batch of a step."""
+    places = (step * self.batch_size + row for row in self.rows)
+    return [self.sequence[place] for place in places if place < len(self.sequence)]
 
   def batch_at(self, step: int) -> dict[str, np.ndarray]:
     """Return this process's rows of the batch of a step, as `decode` gives them.
@@ -60,9 +65,8 @@ class Batches:
     """
     if step < 0 or (self.num_epochs is not None and step >= self.num_batches):
       raise IndexError(f'step {step}: these records give steps 0 to {self.num_batches - 1}')
-    end, first = len(self.sequence), step * self.batch_size
     try:
-      found = [self.sequence[first + row] for row in self.rows if first + row < end]
+      found = [self.stored.rows[number] for number in self.numbers(step)]
       found_B = np.frombuffer(b''.join(found), self.stored.dtype)
     except (RuntimeError, ValueError) as error:
       raise ValueError(f'step {step}: {records.DAMAGED} ({error})') from error
@@ -124,7 +128,7 @@ def make_batches(
                      'one for each process')
   if not 0 <= process_index < process_count:
     raise ValueError(f'process_index={process_index} is not below process_count={process_count}')
-  sequence = grain.MapDataset.source(stored.rows)
+  sequence = grain.MapDataset.range(len(stored.rows))
   if shuffle:
     sequence = sequence.shuffle(seed=seed)
   local = batch_size // process_count

@@ -2,8 +2,9 @@
 
   python -m jaxllm.tools.verify_resume --config=experiments/quickstart.py --kills=5
 
-Every second start may have another --mesh ('{"data": 1, "tensor": 2}') or number of --processes, on
-this machine, each with all devices that JAX shows it. On one mesh the losses of all steps and all
+Starts may take turns between one process and --processes ('2' or '2,4': 1, 2, 4, 1, ...), on this
+machine, each with all devices that JAX shows it; every second one may have another --mesh
+('{"data": 1, "tensor": 2}'). On one mesh the losses of all steps and all
 arrays of the last checkpoint must be equal bit for bit; over several, losses within --tolerance.
 The exit code is 1 where they are not, or a committed step was lost.
 """
@@ -14,6 +15,7 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,24 +26,30 @@ FLAGS = config.Flags()
 CONFIG = FLAGS.string('config', None, config.FLAG_HELP, required=True)
 KILLS = FLAGS.integer('kills', 5, 'How often the run is killed.', 1)
 MESH = FLAGS.string('mesh', None, 'Mesh of every second start, as the JSON of config.mesh.')
-PROCESSES = FLAGS.integer('processes', 1, 'Number of processes of every second start.', 1)
+PROCESSES = FLAGS.list('processes', [], 'Numbers of processes of starts, in turn with one process.')
 TOLERANCE = FLAGS.float('tolerance', 1e-3, 'Largest difference of losses over several meshes.')
 SEED = FLAGS.integer('seed', 0, 'Decides the moments.')
 
 
 def main(_) -> None:  # noqa: D103
   experiment = config.from_flags(CONFIG.value)
+  if not all(one.isdecimal() and int(one) for one in PROCESSES.value):
+    raise ValueError(f'--processes={",".join(PROCESSES.value)}: expected numbers from 1 on, as in '
+                     '--processes=2,4')
+  processes = [1, *map(int, PROCESSES.value)]
   mesh = json.loads(MESH.value) if MESH.value else experiment.mesh.model_dump(mode='json')
   with tempfile.TemporaryDirectory(prefix='jaxllm-') as directory:
     at, lost, same, *differences = verify(
-      experiment, pathlib.Path(directory), KILLS.value, mesh, PROCESSES.value, SEED.value)
+      experiment, pathlib.Path(directory), KILLS.value, mesh, processes, SEED.value)
   told = ['equal bit for bit' if one == 0 else f'largest difference {one:.2g}'
           for one in differences]
+  turns = ', '.join(str(processes[number % len(processes)]) for number in range(KILLS.value + 1))
   print(f'killed {len(at)} times, at steps {", ".join(map(str, at))}\n'
+        f'processes of the starts: {turns}\n'
         f'committed steps lost: {lost}\nrecords: {"the same" if same else "OTHERS"}\n'
         f'losses of all steps: {told[0]}\n'
         f'arrays of the last checkpoint: {told[1]}')
-  alike = MESH.value is None and PROCESSES.value == 1
+  alike = MESH.value is None and {*processes} == {1}
   good = same and not lost and (
     not any(differences) if alike else differences[0] <= TOLERANCE.value)
   print('The resumed run is the run.' if good else 'THE RESUMED RUN IS ANOTHER ONE.')
@@ -49,7 +57,8 @@ def main(_) -> None:  # noqa: D103
 
 
 def verify(
-  experiment: Any, directory: pathlib.Path, kills: int, mesh: Any, processes: int, seed: int
+  experiment: Any, directory: pathlib.Path, kills: int, mesh: Any, processes: Sequence[int],
+  seed: int,
 ) -> tuple[list[int], int, bool, float, float]:
   """Compare a run in a directory that is killed again and again with one that is not.
 
@@ -72,8 +81,7 @@ def verify(
     (directory / f'{name}.json').write_text(one.to_json())
 
   def start(path: pathlib.Path, number: int) -> Job:
-    other = number % 2
-    return Job(directory / f'{other}.json', str(path), processes if other else 1,
+    return Job(directory / f'{number % 2}.json', str(path), processes[number % len(processes)],
                directory / 'said', {'JAX_COMPILATION_CACHE_DIR': ''})
 
   def saved() -> int:

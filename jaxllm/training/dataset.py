@@ -6,6 +6,7 @@ whether they are the same.
 
 import functools
 import hashlib
+import math
 import os
 import pathlib
 from collections.abc import Callable
@@ -53,6 +54,25 @@ class Dataset(NamedTuple):
     return batches_lib.make_batches(
       self.stored(split), batch_size, self.seed, jax.process_index(), jax.process_count(), shuffle,
       num_epochs)
+
+
+def check_batch(experiment: Experiment, mesh: Mesh) -> None:
+  """Check before any array exists that batches divide over devices, microbatches and processes."""
+  training, evaluation = experiment.training, experiment.evaluation
+  sizes = (
+    ('training.batch_size / training.microbatches', 'batch', 'rows',
+     training.batch_size // training.microbatches),
+    ('evaluation.batch_size', 'batch', 'rows', evaluation.batch_size or training.batch_size),
+    ('data.context_length', 'length', 'tokens', experiment.data.context_length),
+  )
+  for name, axis, what, size in sizes:
+    axes = dict(experiment.mesh.rules)[axis]
+    parts = math.prod(mesh.shape[axis] for axis in axes)
+    if size % parts:
+      raise ValueError(
+        f'config.{name} is {size} {what}, which do not divide over {parts} devices (mesh axes '
+        f'{", ".join(axes)}); make it a multiple of {parts}'
+      )
 
 
 def open_dataset(

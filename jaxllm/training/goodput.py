@@ -46,22 +46,25 @@ class Watchdog:
   def __init__(self, seconds: float | None):
     """Watch from the first `expect` on; None: never."""
     self.closed = threading.Event()
-    self._what, self._since = '', math.inf
+    self._what, self._since, self._times = '', math.inf, 1
     if seconds is not None:
       threading.Thread(target=self._watch, args=(seconds,), daemon=True).start()
 
-  def expect(self, what: str) -> None:
-    """Say what is waited for from now on."""
-    self._what, self._since = what, time.monotonic()
+  def expect(self, what: str, times: int = 1) -> None:
+    """Say what is waited for from now on; it may take so many times the seconds."""
+    self._what, self._since, self._times = what, time.monotonic(), times
 
   def _watch(self, seconds: float) -> None:
     while not self.closed.wait(min(1.0, seconds / 4)):
-      if time.monotonic() - self._since > seconds:
-        print(f'error: nothing has moved for {seconds:g} seconds (config.training.'
-              f'watchdog_seconds) in: {self._what}; the stacks of all threads follow',
-              file=sys.__stderr__, flush=True)
-        faulthandler.dump_traceback(2)
-        os._exit(HUNG)
+      if time.monotonic() - self._since > seconds * self._times:
+        times = f'{self._times} x ' * (self._times > 1)
+        try:
+          print(f'error: nothing has moved for {times}{seconds:g} seconds (config.training.'
+                f'watchdog_seconds) in: {self._what}; the stacks of all threads follow',
+                file=sys.__stderr__, flush=True)
+          faulthandler.dump_traceback(2)
+        finally:  # Nobody may be there to hear it.
+          os._exit(HUNG)
 
 
 class Goodput:
@@ -106,6 +109,12 @@ class Goodput:
     useful = next((one[_USEFUL] for one in reversed(kept) if _USEFUL in one), 0.0)
     self.move('useful', 'repeated', self._seconds['useful'] - useful)
     self._useful_before = useful
+
+  def expect_start(self) -> None:
+    """Count as start-up, and watch with ten times the patience, until a step is taken."""
+    self._settle()
+    self._cause = 'start'
+    self._watchdog.expect('restoring, reading the first batch and compiling', times=10)
 
   def _settle(self) -> None:
     now = time.monotonic()

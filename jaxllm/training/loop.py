@@ -97,7 +97,7 @@ def train(
     importlib.import_module(name)  # Where it is missing, nothing is computed.
   distributed.agree(workdir.same_everywhere(experiment, path))
   mesh = sharding.make_mesh(experiment.mesh, devices)
-  _check_batch(experiment, mesh)
+  dataset_lib.check_batch(experiment, mesh)
   begun = workdir.begun_as(storage.path(path, '--workdir='))
   if experiment.reads_models:
     experiment = pretrained.resolve(experiment, begun)
@@ -161,6 +161,7 @@ def _run(run: _Run) -> dict[str, Any]:
     _accept(run, latest, selected)
     return _finish(run, latest, frozen)
   measurements = scoring.make_measurements(run.experiment, run.dataset, run.mesh)
+  run.goodput.expect_start()
   state, bundle = _initial_state(run, latest)
   _accept(run, latest, selected)
   step, frozen, selected = _loop(run, state, bundle, selected, measurements)
@@ -185,25 +186,6 @@ def _accept(run: _Run, step: int, selected: Selection) -> None:
     tokenizers.save(run.dataset.tokenizer, run.path / 'tokenizer')
   best = selected.best
   store_lib.mark_best(run.store, best and best[0], selected.facts)
-
-
-def _check_batch(experiment: Experiment, mesh: Mesh) -> None:
-  """Check before any array exists that batches divide over devices, microbatches and processes."""
-  training, evaluation = experiment.training, experiment.evaluation
-  sizes = (
-    ('training.batch_size / training.microbatches', 'batch', 'rows',
-     training.batch_size // training.microbatches),
-    ('evaluation.batch_size', 'batch', 'rows', evaluation.batch_size or training.batch_size),
-    ('data.context_length', 'length', 'tokens', experiment.data.context_length),
-  )
-  for name, axis, what, size in sizes:
-    axes = dict(experiment.mesh.rules)[axis]
-    parts = math.prod(mesh.shape[axis] for axis in axes)
-    if size % parts:
-      raise ValueError(
-        f'config.{name} is {size} {what}, which do not divide over {parts} devices (mesh axes '
-        f'{", ".join(axes)}); make it a multiple of {parts}'
-      )
 
 
 def _bundle(run: _Run, step: int) -> Bundle:
@@ -395,15 +377,8 @@ def _go_back(run: _Run, error: _TooManySkipped) -> None:
       'of these steps')
   run.goodput.lose([record for record in metrics_lib.read(run.path / 'metrics.jsonl')
                     if record['step'] <= target])
-  suspects = list(passed_over.indices(passed, max(first - 2, target), last))
-  logging.warning(
-    '%s. Going back to step %d and passing over batches %d to %d, places %d to %d in the order of '
-    'the records.', reason, target, suspects[0], suspects[-1], suspects[0] * training.batch_size,
-    (suspects[-1] + 1) * training.batch_size - 1)
-  if jax.process_index() == 0:
-    found = {'first': suspects[0], 'last': suspects[-1], 'back_to_step': target, 'reason': reason}
-    workdir.write_json(run.path / passed_over.FILE, {'batches': [*passed, found]})
-  distributed.barrier('what is passed over is written')
+  passed_over.add(run.path, run.experiment, run.dataset, (max(first - 2, target), last), target,
+                  reason)
 
 
 def _finish(run: _Run, step: int, frozen: Any) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from jaxllm.tools import verify_resume
+from jaxllm.tools import rehearsal, verify_resume
 from tests import programs
+from tests.training import tiny_run
 
 SAME = {'at': [4, 9], 'lost': 0, 'records_equal': True, 'losses': 0.0, 'arrays': 0.0}
 
@@ -34,3 +35,33 @@ def test_a_difference_is_the_largest_one():
   assert verify_resume._difference({'a': np.float32([np.nan])}, {'a': np.float32([0])}) == np.inf
   # A loss that was not finite is none in the file.
   assert verify_resume._difference({1: None}, {1: None}) == 0
+
+
+def test_the_starts_take_turns_between_numbers_of_processes(tmp_path, monkeypatch):
+  started = []
+
+  class Job:
+    def __init__(self, config, workdir, processes, *_):
+      started.append((config.name, processes))
+
+    def codes(self):
+      return [0]
+
+    def step(self):
+      return experiment.training.num_steps
+
+    def kill(self):
+      pass
+
+  monkeypatch.setattr(rehearsal, 'Job', Job)
+  experiment = tiny_run.experiment(tmp_path)
+  monkeypatch.setattr(verify_resume, '_arrays', lambda step: {})
+  verify_resume.verify(experiment, tmp_path, 3, {'data': 1, 'tensor': 2}, [1, 2, 4], 0)
+  # The first one is the run that is left alone.
+  assert started == [('0.json', 1), ('0.json', 1), ('1.json', 2), ('0.json', 4), ('1.json', 1)]
+
+
+def test_numbers_of_processes_that_are_none_are_refused():
+  code, _, error = programs.run(
+    'tools.verify_resume', '--config=experiments/quickstart.py', '--processes=2,0')
+  assert code == 2 and '--processes=2,0: expected numbers from 1 on' in error

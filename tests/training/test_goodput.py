@@ -220,3 +220,19 @@ with contextlib.closing(goodput.Goodput(0.4)) as spent:
   assert ('error: nothing has moved for 0.4 seconds (config.training.watchdog_seconds) in: waiting '
           'for data; the stacks') in done.stderr
   assert 'most recent call first' in done.stderr and '"<string>", line 11' in done.stderr
+
+
+def test_a_watchdog_has_more_patience_with_the_start_and_ends_unheard_too():
+  code = """
+import sys, time
+from jaxllm.training import goodput
+sys.__stderr__ = open('/dev/full', 'w')  # Where nothing can be written.
+spent = goodput.Goodput(0.04)
+spent.expect_start()
+with spent.spend('data'):
+  time.sleep(0.2)
+print('patient', flush=True)
+time.sleep(60)
+"""
+  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=50)
+  assert done.returncode == goodput.HUNG and done.stdout == 'patient\n'

@@ -18,7 +18,7 @@ from jaxllm import loading
 from jaxllm.checkpoints import store
 from jaxllm.config import override
 from jaxllm.data import batches
-from jaxllm.training import dataset, loop, state, workdir
+from jaxllm.training import dataset, loop, passed_over, state, workdir
 from tests.training import tiny_run as tiny
 
 ONE = slice(0, 1)
@@ -235,6 +235,14 @@ def test_bad_batches_are_passed_over_and_a_resumed_run_passes_over_the_same(
   batch = experiment.training.batch_size
   text = f'passing over batches 4 to 6, places {4 * batch} to {7 * batch - 1} in the order'
   assert f'Going back to step 4 and {text}' in caplog.text
+  # The records and the texts in them are named too, whole batches of the seed's order.
+  passed, = passed_over.read(tmp_path / 'run')
+  texts = ''.join(path.read_text() for path in (tmp_path / 'corpus').iterdir())
+  stored = dataset.open_dataset(experiment).stored('train')
+  order = batches.make_batches(stored, batch, experiment.seed)
+  assert passed['records'] == [number for index in (4, 5, 6) for number in order.numbers(index)]
+  assert len(passed['texts']) >= 3 * batch and all(text in texts for text in passed['texts'])
+  assert f'records {passed["records"][0]}, {passed["records"][1]}, ' in caplog.text
   assert max(read.seen) == 10
   records = [json.loads(line) for line in (tmp_path / 'run/metrics.jsonl').read_text().splitlines()]
   assert all(r['train/applied'] == 1 for r in records if 'train/loss' in r)
