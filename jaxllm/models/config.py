@@ -137,9 +137,10 @@ class DecoderConfig(Config):
   elsewhere); 'splash' is fused, on TPUs (interpreted, slowly, elsewhere)."""
   scan_layers: bool = True
   """Run layers by a scan (compiles fast) or unrolled; parameters and results are the same."""
-  remat: Literal['none', 'full', 'dots', 'dots_no_batch'] = 'none'
-  """What the backward pass recomputes: nothing, everything but layer inputs, everything but matrix
-  products, everything but products with weights (and what 'splash' attention returns)."""
+  remat: Literal['none', 'full', 'offload', 'dots', 'dots_no_batch'] = 'none'
+  """What the backward pass recomputes: nothing, everything but layer inputs, the same with these in
+  the host's memory, everything but matrix products, everything but products with weights (and what
+  'splash' attention returns)."""
 
   @property
   def kv_heads(self) -> int:

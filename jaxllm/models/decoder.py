@@ -15,13 +15,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxllm.models import attention
 from jaxllm.models import cache as kv_cache
 from jaxllm.models.attention import MASKED, Attention, View, softcap
 from jaxllm.models.cache import KVCache, init_cache
 from jaxllm.models.config import DecoderConfig
-from jaxllm.models.linear import Embed, Linear
+from jaxllm.models.linear import Embed, Linear, in_own_dtype
 from jaxllm.models.mlp import Mlp
 from jaxllm.models.moe import AUX, Moe
 from jaxllm.models.norms import Norm
@@ -31,7 +32,7 @@ from jaxllm.models.positions import (
   rotations,
   segment_positions,
 )
-from jaxllm.sharding import Placement, active, constrain
+from jaxllm.sharding import Placement, active, constrain, platform
 
 __all__ = [
   'Decoder', 'DecoderConfig', 'KVCache', 'abstract', 'init', 'init_cache', 'is_unstacked',
@@ -40,6 +41,9 @@ __all__ = [
 
 REMAT_POLICIES: Mapping[str, Callable[..., Any]] = {
   'full': jax.checkpoint_policies.nothing_saveable,
+  'offload': jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[], names_which_can_be_offloaded=['block_input'],
+    offload_src='device', offload_dst='pinned_host'),
   'dots': jax.checkpoint_policies.dots_saveable,
   'dots_no_batch': jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -243,6 +247,9 @@ class Decoder(nn.Module):
     scanned = scanned and (cache is None or not isinstance(cache.keys, tuple))
 
     def run_block(variables, x_BTD, view, cache, layer):
+      if scanned and platform() == 'tpu':
+        variables = in_own_dtype(variables)
+      x_BTD = checkpoint_name(x_BTD, 'block_input')
       rngs = None if key is None else {'dropout': jax.random.fold_in(key, layer)}
       (x_BTD, cache), sown = Block(config, parent=None).apply(
         variables, x_BTD, view, deterministic, cache, layer, cache_positions_BT, rngs=rngs,

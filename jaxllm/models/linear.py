@@ -151,6 +151,24 @@ def grouped_dense(
     x_RI.astype(dtype), read(kernel).astype(dtype), sizes_E, preferred_element_type=dtype)
 
 
+@jax.custom_vjp
+def in_own_dtype(layer: Any) -> Any:
+  """Return the variables of one layer of a stack, as they are.
+
+  The TPU compiler carries a precision backwards: it would cast the whole stack to the compute dtype
+  before a scan, and keep that copy beside the parameters. It does not look through bits.
+  """
+  bits = jax.tree.map(
+    lambda leaf: jax.lax.bitcast_convert_type(leaf, jnp.int32) if leaf.dtype == jnp.float32
+    else leaf, layer)
+  return jax.tree.map(
+    lambda bits, leaf: jax.lax.bitcast_convert_type(bits, leaf.dtype),
+    jax.lax.optimization_barrier(bits), layer)
+
+
+in_own_dtype.defvjp(lambda layer: (in_own_dtype(layer), None), lambda _, grads: (grads,))
+
+
 class Linear(nn.Module):
   """Affine map between groups of axes: (..., in...) -> (..., out...).
 

@@ -158,7 +158,7 @@ def test_padding_gives_no_nan_forward_or_backward():
   assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
-def test_remat_changes_nothing():
+def test_remat_changes_nothing(monkeypatch):
   config = tiny.BASE.replace(
     num_layers=2, positions=None, activation='relu', gated=False, attention_dropout_rate=0.1
   )
@@ -176,9 +176,12 @@ def test_remat_changes_nothing():
     return jax.jit(jax.value_and_grad(loss))(variables)
 
   expected = loss_and_gradient('none', True)
-  cases = [(remat, True) for remat in REMAT_POLICIES] + [('none', False), ('full', False)]
-  for case in cases:
-    leaves = map(jax.tree.leaves, (loss_and_gradient(*case), expected))
+  cases = [(remat, True, 'cpu') for remat in REMAT_POLICIES]
+  # On TPUs a layer's parameters are kept from being cast before the scan.
+  cases += [('none', False, 'cpu'), ('full', False, 'cpu'), ('full', True, 'tpu')]
+  for remat, scan_layers, platform in cases:
+    monkeypatch.setattr(decoder_lib, 'platform', lambda platform=platform: platform)
+    leaves = map(jax.tree.leaves, (loss_and_gradient(remat, scan_layers), expected))
     for got, want in zip(*leaves, strict=True):
       np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-5)
 
