@@ -38,3 +38,12 @@ def test_hooks_and_forms():
     assert form['name'] and form['description']
     fields = [field['id'] for field in form['body'] if field['type'] != 'markdown']
     assert fields and len(fields) == len(set(fields))
+
+
+def test_images_have_what_the_package_is_built_from():
+  images = [*ROOT.glob('experiments/*/Dockerfile'), *ROOT.glob('jaxllm/tools/recipes/Dockerfile')]
+  assert len(images) == 3
+  for path in images:
+    before = path.read_text().partition('RUN pip install')[0]
+    for name in ('setup.py', 'setup.cfg', 'pyproject.toml', 'README.md', 'jaxllm', 'experiments'):
+      assert re.search(rf'^COPY .*\b{re.escape(name)}\b', before, re.M), f'{path}: {name}'
