@@ -4,7 +4,9 @@
   public face; every field of every config class; every flag of every program.
 - README's figures, CONTRIBUTING.md, SECURITY.md and CHANGELOG.md as pages.
 - Formulas between dollar signs become MathML, so that no browser fetches a program to draw them.
-- `docs/x.md` in the text becomes a link to that page.
+- `docs/x.md` in the text becomes a link to that page, and in the mathematics the name of a function
+  a link to its line in the source, which is a page too.
+- Drawings stand in the page itself, so that they take its colours.
 """
 
 import ast
@@ -20,7 +22,7 @@ from collections.abc import Iterator
 import pydantic
 from latex2mathml import converter
 from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
+from mkdocs.structure.files import File, Files, InclusionLevel
 
 from jaxllm import __main__ as command_line
 from jaxllm import experiment
@@ -29,6 +31,8 @@ from jaxllm.generation.sampling import SamplingConfig
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / 'jaxllm'
+DOCS = ROOT / 'docs'
+MATHEMATICS = DOCS / 'mathematics.md'
 # Pages that are files elsewhere in the repository: page -> (file, from which heading on, to which).
 ELSEWHERE = {
   'figures.md': ('README.md', '## Figures', '## Licence'),
@@ -59,6 +63,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
   }
   for name, text in pages.items():
     files.append(File.generated(config, name, content=text))
+  for module in sorted({place(name)[0] for name in named(MATHEMATICS.read_text('utf-8'))}):
+    files.append(File.generated(config, f'source/{module}.md', content=source_page(module),
+                                inclusion=InclusionLevel.NOT_IN_NAV))
   return files
 
 
@@ -76,8 +83,20 @@ def on_page_markdown(markdown: str, page: typing.Any, **_: typing.Any) -> str:
   return re.sub(r'(?<!\[)`((?:docs/)?[\w/-]+\.md)`', link, markdown)
 
 
-def on_page_content(content: str, **_: typing.Any) -> str:
-  """Write formulas as MathML."""
+def on_page_content(content: str, page: typing.Any, **_: typing.Any) -> str:
+  """Write formulas as MathML, put drawings into the page, link names to their lines."""
+  def line(found: re.Match[str]) -> str:
+    module, number = place(found[1])
+    return f'<a href="../source/{module}/#__codelineno-0-{number}">{found[0]}</a>'
+
+  def drawing(found: re.Match[str]) -> str:
+    text = (DOCS / found[1]).read_text('utf-8')
+    return f'<figure>{re.sub("<style>.*?</style>", "", text)}</figure>'
+
+  content = re.sub(r'<p><img [^>]*src="(?:\.\./)*(assets/[\w-]+\.svg)"[^>]*></p>', drawing, content)
+  if page.file.src_uri == MATHEMATICS.name:
+    content = re.sub(r'<code>(jaxllm\.[\w.]+)</code>', line, content)
+
   def formula(found: re.Match[str]) -> str:
     display = 'block' if found[2] == '[' else 'inline'
     return converter.convert(html.unescape(found[3]).strip(), display=display)
@@ -269,6 +288,29 @@ def commands_page() -> str:
         lines.append(f'| `--{flag}` | {default} | {cell(one.help)}{choice} |')
     lines.append('')
   return '\n'.join(lines)
+
+
+def named(text: str) -> list[str]:
+  """Return the names of the package that stand in a page as code."""
+  return re.findall(r'`(jaxllm\.[\w.]+)`', text)
+
+
+def place(name: str) -> tuple[str, int]:
+  """Return the file, without its ending, and the line where a name of a module is defined."""
+  module, _, last = name.rpartition('.')
+  path = ROOT / f'{module.replace(".", "/")}.py'
+  for node in ast.parse(path.read_text(encoding='utf-8')).body:
+    targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, 'targets', [])
+    if last in (getattr(node, 'name', None), *(getattr(one, 'id', None) for one in targets)):
+      return module.replace('.', '/'), node.lineno
+  raise ValueError(f'{MATHEMATICS.name}: there is no {name}')
+
+
+def source_page(module: str) -> str:
+  """Return a file of the package as a page with numbered lines."""
+  text = (ROOT / f'{module}.py').read_text(encoding='utf-8')
+  return ('---\nsearch:\n  exclude: true\n---\n\n'
+          f'# {module}.py\n\n````python linenums="1"\n{text}````\n')
 
 
 def excerpt(file: str, begin: str, end: str) -> str:

@@ -4,12 +4,16 @@ What is proven here needs none of the site's packages: every page is in the navi
 every link from page to page leads to a file and to a heading in it.
 """
 
+import importlib
 import pathlib
 import posixpath
 import re
 
 import pytest
 import yaml
+
+from jaxllm.objectives import preference
+from jaxllm.optim import optimizers
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / 'docs'
@@ -61,3 +65,19 @@ def test_links_lead_somewhere(path):
     assert (DOCS / page).is_file(), f'{here}: {target}'
     if anchor:
       assert anchor in anchors((DOCS / page).read_text(encoding='utf-8')), f'{here}: {target}'
+
+
+def test_formulas_lead_to_code_that_exists():
+  """The site links each name to its line: docs/hooks.py."""
+  names = re.findall(r'`(jaxllm\.[\w.]+)`', (DOCS / 'mathematics.md').read_text(encoding='utf-8'))
+  assert len(names) > 30
+  for name in names:
+    module, _, last = name.rpartition('.')
+    value = vars(importlib.import_module(module))[last]
+    assert getattr(value, '__module__', module) == module, name
+
+
+def test_losses_and_optimizers_have_their_formula():
+  text = (DOCS / 'mathematics.md').read_text(encoding='utf-8')
+  for name in (*preference.FORMULAS, *optimizers.OPTIMIZERS):
+    assert re.search(rf'^\| `{name}` \| .*\$', text, re.M), name

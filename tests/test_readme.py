@@ -2,9 +2,10 @@
 
 What is proven: every `python -m jaxllm.NAME` command has flags that the program knows and accepts,
 and for `train` and `prepare` a config that resolves, on a mesh of as many devices as the variant
-names; every `make` target, extra and program file exists; every Python block runs by itself, on
-tiny stand-ins for the models and with a `jaxllm.train` and a `jaxllm.evaluate` that only look at
-what they are given.
+names; programs of `jaxllm.tools` have the flags; every `make` target, extra, program file, and in
+code every `config.FIELD` and every path of the repository exists; every Python block runs by
+itself, on tiny stand-ins for the models and with a `jaxllm.train` and a `jaxllm.evaluate` that only
+look at what they are given.
 
 What is not: that commands do what the text says (other tests run the programs), that a package
 index has what is installed, and blocks that talk to a running server or download a benchmark, which
@@ -12,10 +13,12 @@ are compiled only (SERVER_OR_NETWORK).
 """
 
 import configparser
+import importlib
 import math
 import pathlib
 import re
 import shlex
+import typing
 
 import jax
 import pytest
@@ -29,7 +32,7 @@ from tests import programs
 from tests.interop import small
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('*.md'))]
+PAGES = [*sorted(ROOT.glob('*.md')), *sorted((ROOT / 'docs').rglob('*.md'))]
 SOURCES = [*sorted((ROOT / 'experiments').glob('*.py')),
            *(ROOT / 'jaxllm' / f'{name}.py' for name in
              ('prepare', 'train', 'evaluate', 'sample', 'serve', 'convert'))]
@@ -87,6 +90,48 @@ def test_a_command_is_one_that_the_program_takes(where, program, arguments, monk
     experiment = config.from_flags(module.CONFIG.value)
     if any('--config.mesh' in one for one in arguments):
       sharding.abstract_mesh(experiment.mesh, devices_of(module.CONFIG.value))
+
+
+TOOL = re.compile(r'python3? -m (jaxllm\.tools\.\w+)((?:[^`#\n]|\\\n)*)')
+
+
+def test_tools_have_the_flags():
+  found = 0
+  for path in PAGES:
+    for name, arguments in TOOL.findall(path.read_text(encoding='utf-8')):
+      known = set(importlib.import_module(name).FLAGS.values)
+      for flag in re.findall(r'--(\w+)', arguments):
+        assert flag in known, f'{path.name}: {name} --{flag}'
+        found += 1
+  assert found > 10
+
+
+def field_classes(annotation):
+  """Yield the config classes that an annotation speaks of."""
+  if isinstance(annotation, type) and issubclass(annotation, config.Config):
+    yield annotation
+  for part in typing.get_args(annotation):
+    yield from field_classes(part)
+
+
+def has_field(classes, names):
+  if not names:
+    return True
+  fields = [one.model_fields[names[0]] for one in classes if names[0] in one.model_fields]
+  return any(has_field([*field_classes(field.annotation)], names[1:]) for field in fields)
+
+
+@pytest.mark.parametrize('path', PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_fields_and_files_that_stand_in_code_exist(path):
+  text = re.sub(r'```python\n.*?```', '', path.read_text(encoding='utf-8'), flags=re.S)
+  code = ' '.join(re.findall(r'`([^`]+)`', text.replace('```', '`')))
+  for name in re.findall(r'(?<![\w./-])(?:--)?config\.([a-z_]+(?:\.[a-z_]+)*)(?![\w(/])', code):
+    if name not in ('json', 'py', 'a.b', 'load'):
+      assert has_field([jaxllm.Experiment], name.split('.')), f'{path.name}: config.{name}'
+  places = r'(?:experiments|jaxllm|tests|docs|colab|requirements)/[\w./-]*\w'
+  for name in re.findall(rf'(?<![\w./-])({places})(?![\w*])', code):
+    exists = (ROOT / name).exists() or (ROOT / f'{name}.py').exists()
+    assert exists or 'NAME' in name or name.startswith('jaxllm/jaxllm'), f'{path.name}: {name}'
 
 
 def devices_of(location):
