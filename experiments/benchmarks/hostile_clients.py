@@ -19,6 +19,7 @@ from absl import app, flags
 from tests.serving import http_server as server
 
 SECONDS = flags.DEFINE_float('seconds', 4, 'How long the patient client asks in each flood.')
+ONLY = flags.DEFINE_string('only', '', 'Only floods whose name holds this text.')
 FLOODER, PATIENT = 'the-key-of-a-flooder', 'the-key-of-a-patient'
 HEAD = (b'POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n'
         b'authorization: Bearer ' + FLOODER.encode() + b'\r\ncontent-length: 100\r\n\r\n{"model"')
@@ -65,13 +66,17 @@ def patient(url: str) -> str:
         'model': server.NAME, 'prompt': 'a', 'max_tokens': 1})
       waits.append(time.monotonic() - begin)
       statuses.add(answer.status_code)
-  return f'{len(waits):>8} {max(waits):>9.2f}   {sorted(statuses)}'
+  waits.sort()
+  p50, p99 = (waits[int(share * (len(waits) - 1))] for share in (0.5, 0.99))
+  return f'{len(waits):>8} {p50:>7.3f} {p99:>7.3f} {waits[-1]:>9.2f}   {sorted(statuses)}'
 
 
 def main(_) -> None:
-  print(f'{"flood":<40} {"answers":>8} {"longest s":>9}   statuses')
+  print(f'{"flood":<40} {"answers":>8} {"p50 s":>7} {"p99 s":>7} {"longest s":>9}   statuses')
   model, engine = server.shared()
   for name, requests in FLOODS.items():
+    if ONLY.value not in name:
+      continue
     keys = [FLOODER, PATIENT]
     with server.running(model, engine, keys=keys) as started, contextlib.ExitStack() as stack:
       if requests is None:

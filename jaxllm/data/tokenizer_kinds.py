@@ -1,5 +1,6 @@
 """The kinds of tokenizers: `Tokenizer`, and a function that builds each kind from its files."""
 
+import base64
 import dataclasses
 import functools
 import hashlib
@@ -7,7 +8,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxllm.data import parallel, tokenizer_settings
@@ -229,7 +231,9 @@ def from_library(files: Files) -> Tokenizer:
   """
   inner, named = _inner(files)
   content = json.loads(inner.to_str())
-  for part in ('normalizer', 'decoder'):
+  for part in ('normalizer', 'pre_tokenizer', 'decoder'):
+    for pattern in _patterns(content[part] or {}):
+      _check_time(pattern)
     if _growth(content[part]) > _MOST_GROWTH:
       raise ValueError(f'tokenizer.json: its {part} makes texts more than {_MOST_GROWTH} times '
                        'longer, which no tokenizer needs')
@@ -256,7 +260,7 @@ def from_library(files: Files) -> Tokenizer:
   id_bytes, joins = _library_bytes(inner, content['decoder'], vocab, size)
   return Tokenizer(
     id_bytes, bos, eos, _padding(pad, eos), added,
-    lambda text: _no_panic(inner.encode, text, add_special_tokens=False).ids, encode_batch,
+    lambda text: _no_panic(tokenizer_settings.ids_of, inner, text), encode_batch,
     lambda ids: _no_panic(inner.decode, ids, skip_special_tokens=True), files, inner, joins)
 
 
@@ -304,7 +308,41 @@ def _growth(rule: Any) -> float:
     return 1.0
   if rule.get('type') == 'Replace':
     return max(len(rule['content']) / max(len(rule['pattern'].get('String', '')), 1), 1.0)
+  if rule.get('type') == 'Precompiled':  # The size of a table, the table, the texts that it gives.
+    content = base64.b64decode(rule['precompiled_charsmap'])
+    texts = content[4 + int.from_bytes(content[:4], 'little'):].split(b'\0')
+    return max(1.0, *map(len, texts))
   return math.prod(map(_growth, rule.get('normalizers') or rule.get('decoders') or ()))
+
+
+def _patterns(rule: Any) -> Iterator[str]:
+  """Yield the regular expressions of a rule and of those inside of it."""
+  for name, part in rule.items() if isinstance(rule, Mapping) else enumerate(rule):
+    if name == 'Regex':
+      yield part
+    elif isinstance(part, Mapping | list):
+      yield from _patterns(part)
+
+
+@functools.lru_cache(maxsize=256)
+def _check_time(pattern: str) -> None:
+  """Refuse a regular expression whose time was seen to grow with the square of a text."""
+  import tokenizers
+
+  rule = tokenizers.normalizers.Replace(tokenizers.Regex(pattern), '')
+  literal = re.findall(r'[^\W_]|[^\\()\[\]{}|*+?.^$]+', pattern)
+
+  def seconds(text: str) -> float:
+    start = time.thread_time()
+    _no_panic(rule.normalize_str, text)
+    return time.thread_time() - start
+
+  for unit in dict.fromkeys(['a', ' ', '\n', '0', '.', *literal[:40]]):
+    short, long = (f'{unit * (size // len(unit))}!' for size in (2000, 8000))
+    # Of a regular one it takes a millisecond.
+    if seconds(long) > 0.02 and min(seconds(long) for _ in range(3)) > 8 * seconds(short):
+      raise ValueError(f'tokenizer.json: the time of its pattern {pattern!r:.60} grows with the '
+                       f'square of a text of {unit!r:.20}')
 
 
 def _library_bytes(

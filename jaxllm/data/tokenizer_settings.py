@@ -304,6 +304,14 @@ def joined(parts: Sequence[Part]) -> list[Part]:
   return result
 
 
+def ids_of(inner: Any, text: str) -> list[int]:
+  """Return the ids of a text by a tokenizer of the tokenizers library, without special tokens."""
+  if len(text) < 1000:
+    return inner.encode(text, add_special_tokens=False).ids
+  # Other threads run meanwhile; `encode` would let none.
+  return inner.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+
 def encoder(inner: Any, special: Mapping[str, int]) -> Callable[[Sequence[Part]], Any]:
   """Return the function from parts to ids.
 
@@ -351,7 +359,7 @@ def encoder(inner: Any, special: Mapping[str, int]) -> Callable[[Sequence[Part]]
         text = ''.join(part if isinstance(part, str) else spellings[part] for part in run)
         if single:
           text = inside_word.sub(lambda match: single[match[0]], text)
-        ids += sealed.encode(text, add_special_tokens=False).ids
+        ids += ids_of(sealed, text)
       else:
         ids += [part for part in run if isinstance(part, int)]
     return ids

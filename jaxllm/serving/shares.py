@@ -56,7 +56,10 @@ class Budget:
 
 
 class Workers:
-  """Threads; next is the client who uses the fewest, and of its jobs the smallest."""
+  """Threads; next is the client who uses the fewest, and of its jobs the smallest.
+
+  No client has all of them, so that another one need not wait for the end of a job.
+  """
 
   def __init__(self, num_threads: int, name: str):
     self._pool = concurrent.futures.ThreadPoolExecutor(num_threads, name)
@@ -91,8 +94,11 @@ class Workers:
 
   def _start(self) -> None:
     """Let jobs begin while threads are free."""
-    while self._free and self._waiting:
-      job = min(self._waiting, key=lambda job: (self._held[job[0]], job[1]))
+    def may_begin(job: tuple[str, int, Any]) -> bool:
+      return fits(1, self._free, self._held[job[0]], job[0])
+
+    while ready := [*filter(may_begin, self._waiting)]:
+      job = min(ready, key=lambda job: (self._held[job[0]], job[1]))
       self._waiting.remove(job)
       if not job[2].done():
         self._free -= 1

@@ -1,8 +1,12 @@
 """Every tokenizer gives every text back; damage and impossible wishes are named."""
 
+import base64
+import contextlib
 import json
 import random
 import re
+import threading
+import time
 
 import pytest
 
@@ -366,7 +370,8 @@ def test_absurd_ids_are_refused_before_anything_is_allocated():
     tokenizers.from_files(_changed(model__vocab__to=2**32 - 1))
 
 
-def test_a_regex_that_runs_away_is_a_value_error(capfd):
+def test_a_regex_that_runs_away_is_a_value_error(capfd, monkeypatch):
+  monkeypatch.setattr(tokenizer_kinds, '_check_time', lambda pattern: None)
   tokenizer = tokenizers.from_files(_changed(pre_tokenizer={
     'type': 'Split', 'pattern': {'Regex': '(x+x+)+y'}, 'behavior': 'Isolated', 'invert': False}))
   assert tokenizer.encode('to')
@@ -430,3 +435,45 @@ def test_rules_that_blow_texts_up_are_refused(part, pattern):
   assert build(3).vocab_size == 1
   with pytest.raises(ValueError, match=f'its {part} makes texts more than 1000 times longer'):
     build(12)
+
+
+@pytest.mark.parametrize(('pattern', 'message'), [
+  ('a.*b', "of its pattern 'a.*b' grows with the square of a text of 'a'"),
+  (r'[ \t]+$', "grows with the square of a text of ' '"), ('<!--.*?-->', "a text of '<!--'"),
+  ('(a|aa)+c', 'the tokenizer failed'), (r"'s| ?\p{L}+|\p{N}{1,3}|\s+(?!\S)|\s+", None)])
+def test_patterns_take_linear_time(pattern, message):
+  import tokenizers as library
+  made = library.Tokenizer(library.models.BPE({'a': 0}, []))
+  made.pre_tokenizer = library.pre_tokenizers.Sequence([
+    library.pre_tokenizers.Split(library.Regex(pattern), 'isolated')])
+  with contextlib.nullcontext() if message is None else pytest.raises(
+      ValueError, match=re.escape(message)):
+    tokenizers.from_files({'tokenizer.json': made.to_str().encode()})
+
+
+def test_the_texts_of_a_charsmap_are_bounded():
+  import tokenizers as library
+  content = json.loads(library.Tokenizer(library.models.BPE({'a': 0}, [])).to_str())
+  table = (1024).to_bytes(4, 'little') + bytes(1024) + b'b' * 2000 + b'\0'
+  content['normalizer'] = {'type': 'Precompiled',
+                           'precompiled_charsmap': base64.b64encode(table).decode()}
+  with pytest.raises(ValueError, match='normalizer makes texts more than 1000 times longer'):
+    tokenizers.from_files({'tokenizer.json': json.dumps(content).encode()})
+
+
+def test_other_threads_run_while_a_long_text_is_encoded():
+  tokenizer = tokenizers.from_files({
+    'vocab.json': json.dumps(tokenizer_kinds.BYTE_SIGNS).encode(), 'merges.txt': b''})
+  text, done, turns = 'some words of a text, ' * 20_000, threading.Event(), []
+
+  def watch():
+    while not done.wait(0.001):
+      turns.append(time.perf_counter())
+
+  thread = threading.Thread(target=watch)
+  thread.start()
+  ids = tokenizer.encode(text)
+  done.set()
+  thread.join()
+  assert len(turns) > 10
+  assert ids == tokenizer.library.encode(text, add_special_tokens=False).ids

@@ -155,14 +155,17 @@ def test_threads_go_to_who_has_the_fewest_and_to_small_jobs_first():
     await asyncio.sleep(0.01)
     assert not done
     second.set()
-    await asyncio.gather(*waiting)
+    await waiting[2]
+    await asyncio.sleep(0.01)
+    # The last thread is not for who has the others.
+    assert done == [('b', 8)]
     first.set()
-    await asyncio.gather(*blocking, gone, return_exceptions=True)
+    await asyncio.gather(*waiting, *blocking, gone, return_exceptions=True)
     assert workers._free == 2 and not workers._held.total()
     workers.close()
     return done
 
-  assert asyncio.run(order()) == [('b', 8), ('a', 3), ('a', 9), ('a', 1)]
+  assert asyncio.run(order()) == [('b', 8), ('a', 1), ('a', 3), ('a', 9)]
 
 
 def test_the_texts_of_a_body_are_bounded():
