@@ -387,18 +387,15 @@ class Stopper:
 
     An error of a thread is raised here: without it, a request would go unheard.
     """
-    if self._error is not None:
-      raise self._error
-    if not self._several:
-      return self.asked.is_set()
     with self._lock:
-      if not self._proposed:
+      if self._several and not self._proposed:
         self._going_on_with = min(step + 1, self._last)
         return False
-    self._agreed.wait()
+    if self._several:
+      self._agreed.wait()
     if self._error is not None:
       raise self._error
-    return step >= self._stop_step
+    return step >= self._stop_step if self._several else self.asked.is_set()
 
   def is_asked_alone(self) -> bool:
     """Return whether to stop where nobody else has to take the step that is waited for."""
@@ -414,7 +411,7 @@ class Stopper:
     try:
       target()
     except Exception as error:
-      self._error = error
+      self._error, self._proposed = error, True
       self._agreed.set()
 
   def _poll_peers(self) -> None:
