@@ -13,9 +13,9 @@ appended to --output at once, so that a run that is cut off has lost nothing but
 - decode: tokens/s, and the share of the memory's bandwidth that reading the weights amounts to.
 - engine: tokens/s of 64 requests that are decoded together as they come.
 
-MFU is `training.objectives.flops_per_step` (6 operations per parameter of a matrix product and
+MFU is `training.goodput.flops_per_step` (6 operations per parameter of a matrix product and
 token, and attention; recomputation left out) over the time of a step and the vendor's dense
-bfloat16 peak. A device without one in `training/metrics.py` shows none.
+bfloat16 peak. A device without one in `training/goodput.py` shows none.
 """
 
 import json
@@ -264,7 +264,7 @@ def train(size: str) -> None:
   import jax
 
   from jaxllm import sharding
-  from jaxllm.training import metrics, objectives, state, step
+  from jaxllm.training import goodput, state, step
 
   name, rows, length, remat = TRAIN[size]
   rows, length = (2, 64) if TOY.value else (rows, length)
@@ -287,11 +287,11 @@ def train(size: str) -> None:
 
   result = timed(one, lambda: jax.block_until_ready(last), rows * length)
   device = jax.devices()[0]
-  peak = metrics.device_peak_flops(device.device_kind, 'bfloat16')
-  rate = objectives.flops_per_step(experiment) * result['tokens_per_second'] / (rows * length)
+  peak = goodput.device_peak_flops(device.device_kind, 'bfloat16')
+  rate = goodput.flops_per_step(experiment) * result['tokens_per_second'] / (rows * length)
   report(size=size, library='jaxllm', **device_facts(), rows=rows, length=length, **result,
          mfu=rate / peak if peak else None, compile_seconds=compile_seconds,
-         peak_memory_gb=metrics.device_memory_bytes() / 1e9, loss=float(last[0]))
+         peak_memory_gb=goodput.device_memory_bytes() / 1e9, loss=float(last[0]))
 
 
 def train_torch(size: str) -> None:

@@ -99,7 +99,7 @@ def compile_step(location: str) -> dict:
 
   from jaxllm import config, sharding
   from jaxllm.models import decoder
-  from jaxllm.training import metrics, state, step
+  from jaxllm.training import goodput, state, step
 
   name, _, variant = location.partition(':')
   topology = config.load_module(str(EXPERIMENTS / name)).VARIANTS[variant].topology
@@ -122,7 +122,7 @@ def compile_step(location: str) -> dict:
   }
   context = experiment.data.context_length
   tokens = experiment.training.batch_size * context / len(devices)
-  peak = metrics.device_peak_flops(devices[0].device_kind, 'bfloat16')
+  peak = goodput.device_peak_flops(devices[0].device_kind, 'bfloat16')
   compute = 3 * experiment.model.flops_per_token(context) * tokens / peak
   exchanged = collectives(compiled.as_text())
   exchange = sum(size for _, size in exchanged.values()) / (link_gb * 1e9)

@@ -1,6 +1,7 @@
 """Where the time of a run goes: by cause over all its starts, compilations by name, and traces.
 
-`Watchdog` ends a run in which it goes nowhere.
+`Watchdog` ends a run in which it goes nowhere. `device_peak_flops`, `flops_per_step` and
+`device_memory_bytes` tell how well the devices are used.
 """
 
 import collections
@@ -10,6 +11,7 @@ import math
 import os
 import pathlib
 import re
+import resource
 import sys
 import tempfile
 import threading
@@ -21,6 +23,8 @@ import jax
 from absl import logging
 
 from jaxllm import storage
+from jaxllm.experiment import Experiment
+from jaxllm.training.examples import ENCODINGS
 
 # Causes on which the seconds of a run are spent, as the report calls them.
 CAUSES = {
@@ -221,3 +225,65 @@ def tracing(
         stack.close()
 
     yield before
+
+
+# Dense peak per JAX device in FLOP/s, (bfloat16, float32), by `device_kind`; None: no such figure.
+# TPU: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, "Peak compute per chip (bf16)"; a TPU7x
+# chip is two devices. A float32 product there runs as bfloat16 passes, for which no peak is given.
+# NVIDIA: half of the data sheets' "with sparsity" Tensor Core figures, BFLOAT16 and TF32; XLA's
+# default precision runs float32 products in TF32. A100: A100 datasheet (June 2021). H100: H100
+# datasheet (SXM, PCIe, NVL). H200: H200 datasheet (SXM, NVL). B200: Blackwell architecture brief
+# (HGX B200). L4, L40S: their datasheets.
+_PEAK_FLOPS: Mapping[str, tuple[float, float | None]] = {
+  'TPU v4': (275e12, None),
+  **dict.fromkeys(('TPU v5 lite', 'TPU v5e'), (197e12, None)),
+  **dict.fromkeys(('TPU v5', 'TPU v5p'), (459e12, None)),
+  **dict.fromkeys(('TPU v6 lite', 'TPU v6e'), (918e12, None)),
+  'TPU7x': (2307e12 / 2, None),
+  **dict.fromkeys((
+    'NVIDIA A100-SXM4-40GB', 'NVIDIA A100-SXM4-80GB', 'NVIDIA A100-PCIE-40GB',
+    'NVIDIA A100 80GB PCIe'), (312e12, 156e12)),
+  **dict.fromkeys(('NVIDIA H100 80GB HBM3', 'NVIDIA H200'), (1979e12 / 2, 989e12 / 2)),
+  'NVIDIA H100 PCIe': (1513e12 / 2, 756e12 / 2),
+  **dict.fromkeys(('NVIDIA H100 NVL', 'NVIDIA H200 NVL'), (1671e12 / 2, 835e12 / 2)),
+  'NVIDIA B200': (4500e12 / 2, 2200e12 / 2),
+  'NVIDIA L4': (242e12 / 2, 120e12 / 2),
+  'NVIDIA L40S': (733e12 / 2, 366e12 / 2),
+}
+
+
+def device_peak_flops(device_kind: str, dtype: str) -> float | None:
+  """Return the vendor's dense peak of one JAX device in FLOP/s, None where there is no figure.
+
+  Args:
+    device_kind: as `jax.Device.device_kind` gives it.
+    dtype: of the matrix products, 'bfloat16' or 'float32'.
+  """
+  if device_kind not in _PEAK_FLOPS or dtype not in ('bfloat16', 'float32'):
+    return None
+  return _PEAK_FLOPS[device_kind][dtype == 'float32']
+
+
+def flops_per_step(experiment: Experiment) -> float:
+  """Return the floating-point operations of matrix products in a step, recomputation left out.
+
+  A forward pass and twice as much backward; once as much where only adapters, small beside the
+  model, are trained. A reference and a teacher only go forward.
+  """
+  length, of = experiment.data.context_length, experiment.objective_record
+  positions = experiment.training.batch_size * length * ENCODINGS[of.examples].sequences
+  passes = 3 if experiment.finetune.lora is None else 2 + of.reference
+  flops_per_token = passes * experiment.decoder.flops_per_token(length)
+  if of.teacher:
+    flops_per_token += experiment.objective.decoder.flops_per_token(length)
+  return positions * flops_per_token
+
+
+def device_memory_bytes() -> int:
+  """Return the peak memory of this process's fullest device; on CPU, of the whole process."""
+  stats = [device.memory_stats() or {} for device in jax.local_devices()]
+  peak = max(stat.get('peak_bytes_in_use', 0) for stat in stats)
+  if peak:
+    return peak
+  unit = 1 if sys.platform == 'darwin' else 1024
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

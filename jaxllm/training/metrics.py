@@ -3,7 +3,6 @@
 - `open_logger` -> `MetricLogger`: logs steps and scores, and measures step times.
 - `open_writer`: one record per call, on disk at once; survives a resume. `read` reads them back.
 - `Progress`: a bar on a terminal, plain lines elsewhere.
-- `device_peak_flops`, `device_memory_bytes`: how well the devices are used.
 """
 
 import contextlib
@@ -12,7 +11,6 @@ import json
 import math
 import os
 import pathlib
-import resource
 import sys
 import time
 import uuid
@@ -27,7 +25,7 @@ from jax.sharding import Mesh
 from jaxllm import storage
 from jaxllm.evaluation import tables
 from jaxllm.experiment import Experiment
-from jaxllm.training.examples import ENCODINGS
+from jaxllm.training import goodput as goodput_lib
 from jaxllm.training.goodput import Goodput
 
 # Seconds -> '02:05' or '1:02:05'.
@@ -40,67 +38,6 @@ _KEPT = ('metrics.jsonl', 'writers.json')
 
 # Scores on held-out text that are printed, and how they are called.
 HELD_OUT = {'loss': 'held-out loss', 'perplexity': 'perplexity', 'bits_per_byte': 'bits per byte'}
-
-# Dense peak per JAX device in FLOP/s, (bfloat16, float32), by `device_kind`; None: no such figure.
-# TPU: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, "Peak compute per chip (bf16)"; a TPU7x
-# chip is two devices. A float32 product there runs as bfloat16 passes, for which no peak is given.
-# NVIDIA: half of the data sheets' "with sparsity" Tensor Core figures, BFLOAT16 and TF32; XLA's
-# default precision runs float32 products in TF32. A100: A100 datasheet (June 2021). H100: H100
-# datasheet (SXM, PCIe, NVL). H200: H200 datasheet (SXM, NVL). B200: Blackwell architecture brief
-# (HGX B200). L4, L40S: their datasheets.
-_PEAK_FLOPS: Mapping[str, tuple[float, float | None]] = {
-  'TPU v4': (275e12, None),
-  **dict.fromkeys(('TPU v5 lite', 'TPU v5e'), (197e12, None)),
-  **dict.fromkeys(('TPU v5', 'TPU v5p'), (459e12, None)),
-  **dict.fromkeys(('TPU v6 lite', 'TPU v6e'), (918e12, None)),
-  'TPU7x': (2307e12 / 2, None),
-  **dict.fromkeys((
-    'NVIDIA A100-SXM4-40GB', 'NVIDIA A100-SXM4-80GB', 'NVIDIA A100-PCIE-40GB',
-    'NVIDIA A100 80GB PCIe'), (312e12, 156e12)),
-  **dict.fromkeys(('NVIDIA H100 80GB HBM3', 'NVIDIA H200'), (1979e12 / 2, 989e12 / 2)),
-  'NVIDIA H100 PCIe': (1513e12 / 2, 756e12 / 2),
-  **dict.fromkeys(('NVIDIA H100 NVL', 'NVIDIA H200 NVL'), (1671e12 / 2, 835e12 / 2)),
-  'NVIDIA B200': (4500e12 / 2, 2200e12 / 2),
-  'NVIDIA L4': (242e12 / 2, 120e12 / 2),
-  'NVIDIA L40S': (733e12 / 2, 366e12 / 2),
-}
-
-
-def device_peak_flops(device_kind: str, dtype: str) -> float | None:
-  """Return the vendor's dense peak of one JAX device in FLOP/s, None where there is no figure.
-
-  Args:
-    device_kind: as `jax.Device.device_kind` gives it.
-    dtype: of the matrix products, 'bfloat16' or 'float32'.
-  """
-  if device_kind not in _PEAK_FLOPS or dtype not in ('bfloat16', 'float32'):
-    return None
-  return _PEAK_FLOPS[device_kind][dtype == 'float32']
-
-
-def flops_per_step(experiment: Experiment) -> float:
-  """Return the floating-point operations of matrix products in a step, recomputation left out.
-
-  A forward pass and twice as much backward; once as much where only adapters, small beside the
-  model, are trained. A reference and a teacher only go forward.
-  """
-  length, of = experiment.data.context_length, experiment.objective_record
-  positions = experiment.training.batch_size * length * ENCODINGS[of.examples].sequences
-  passes = 3 if experiment.finetune.lora is None else 2 + of.reference
-  flops_per_token = passes * experiment.decoder.flops_per_token(length)
-  if of.teacher:
-    flops_per_token += experiment.objective.decoder.flops_per_token(length)
-  return positions * flops_per_token
-
-
-def device_memory_bytes() -> int:
-  """Return the peak memory of this process's fullest device; on CPU, of the whole process."""
-  stats = [device.memory_stats() or {} for device in jax.local_devices()]
-  peak = max(stat.get('peak_bytes_in_use', 0) for stat in stats)
-  if peak:
-    return peak
-  unit = 1 if sys.platform == 'darwin' else 1024
-  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class MetricLogger:
@@ -116,9 +53,9 @@ class MetricLogger:
   ):
     device = mesh.devices.flat[0]
     self._training = experiment.training
-    self._flops_per_step = flops_per_step(experiment)
+    self._flops_per_step = goodput_lib.flops_per_step(experiment)
     self._num_devices = mesh.size
-    self._peak_flops = device_peak_flops(device.device_kind, experiment.decoder.dtype)
+    self._peak_flops = goodput_lib.device_peak_flops(device.device_kind, experiment.decoder.dtype)
     if self._peak_flops is None and device.platform != 'cpu':
       logging.info('The peak of a %s in %s is unknown, so utilisation (MFU) is not reported.',
                    device.device_kind, experiment.decoder.dtype)
@@ -204,7 +141,7 @@ class MetricLogger:
 
   def _write_step(self, step: int, scalars: Mapping[str, float], seconds: float | None) -> None:
     record: dict[str, Any] = {f'train/{name}': value for name, value in scalars.items()}
-    record['train/memory_bytes'] = device_memory_bytes()
+    record['train/memory_bytes'] = goodput_lib.device_memory_bytes()
     record['train/compilations'] = self._goodput.compilations.total()
     if seconds:
       # Model FLOPs utilisation: Chowdhery et al., PaLM, arXiv 2204.02311, appendix B.

@@ -129,17 +129,17 @@ def test_other_processes_write_nothing(tmp_path, monkeypatch):
 
 
 def test_peaks_are_the_vendors_and_unknown_is_none():
-  assert metrics.device_peak_flops('NVIDIA H100 80GB HBM3', 'bfloat16') == 989.5e12
-  assert metrics.device_peak_flops('NVIDIA A100-SXM4-80GB', 'float32') == 156e12
-  assert metrics.device_peak_flops('TPU v5 lite', 'bfloat16') == 197e12
-  assert metrics.device_peak_flops('TPU v5p', 'float32') is None
-  assert metrics.device_peak_flops('TPU v5p', 'int8') is None
-  assert metrics.device_peak_flops('NVIDIA H100', 'bfloat16') is None
-  assert metrics.device_peak_flops(jax.devices()[0].device_kind, 'float32') is None
+  assert goodput.device_peak_flops('NVIDIA H100 80GB HBM3', 'bfloat16') == 989.5e12
+  assert goodput.device_peak_flops('NVIDIA A100-SXM4-80GB', 'float32') == 156e12
+  assert goodput.device_peak_flops('TPU v5 lite', 'bfloat16') == 197e12
+  assert goodput.device_peak_flops('TPU v5p', 'float32') is None
+  assert goodput.device_peak_flops('TPU v5p', 'int8') is None
+  assert goodput.device_peak_flops('NVIDIA H100', 'bfloat16') is None
+  assert goodput.device_peak_flops(jax.devices()[0].device_kind, 'float32') is None
 
 
 def test_utilisation_is_that_of_all_devices(tmp_path, monkeypatch):
-  monkeypatch.setattr(metrics, 'device_peak_flops', lambda *_: 1e9)
+  monkeypatch.setattr(goodput, 'device_peak_flops', lambda *_: 1e9)
   experiment, records = tiny_run.experiment(tmp_path), []
   mesh = sharding.make_mesh(experiment.mesh)
   log = metrics.MetricLogger(experiment, mesh, lambda step, record: records.append(record),
@@ -153,7 +153,7 @@ def test_utilisation_is_that_of_all_devices(tmp_path, monkeypatch):
 
 
 def test_memory_is_that_of_a_living_process():
-  assert 2**24 < metrics.device_memory_bytes() < 2**40
+  assert 2**24 < goodput.device_memory_bytes() < 2**40
 
 
 class FakeTime:
