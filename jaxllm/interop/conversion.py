@@ -127,7 +127,8 @@ def describe(source: Source, dtype: str | None, proof: Mapping[str, Any]) -> dic
     'tensors': [
       {'source': tensor.name, 'kind': tensor.kind, 'shape': list(tensor.shape),
        'sha256': hashlib.sha256(np.ascontiguousarray(tensor.raw()).data).hexdigest(),
-       'targets': list(slot.targets), 'layer': slot.layer}
+       'targets': list(slot.targets), 'layer': slot.layer,
+       **({} if slot.expert is None else {'expert': slot.expert})}
       for slot in source.slots for tensor in [source.tensors[slot.name]]
     ],
     'parameters': {

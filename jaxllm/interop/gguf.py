@@ -33,6 +33,16 @@ _LAYER = {
   'attn_v': 'self_attn.v_proj', 'attn_output': 'self_attn.o_proj',
   'attn_q_norm': 'self_attn.q_norm', 'attn_k_norm': 'self_attn.k_norm',
   'ffn_gate': 'mlp.gate_proj', 'ffn_up': 'mlp.up_proj', 'ffn_down': 'mlp.down_proj',
+  'ffn_gate_inp': 'mlp.gate', 'ffn_gate_inp_shexp': 'mlp.shared_expert_gate',
+  **{f'ffn_{part}_shexp': f'mlp.shared_expert.{part}_proj' for part in ('gate', 'up', 'down')},
+}
+# One tensor of all experts -> the name of each of them.
+_EXPERTS = {f'ffn_{part}_exps': f'mlp.experts.{{}}.{part}_proj' for part in ('gate', 'up', 'down')}
+# Mixtral is an architecture 'llama' with experts.
+_MIXTRAL = {
+  'ffn_gate_inp': 'block_sparse_moe.gate', 'ffn_gate_exps': 'block_sparse_moe.experts.{}.w1',
+  'ffn_up_exps': 'block_sparse_moe.experts.{}.w3',
+  'ffn_down_exps': 'block_sparse_moe.experts.{}.w2',
 }
 _PRE = {'ffn_norm': 'post_attention_layernorm'}
 _SANDWICH = {
@@ -55,6 +65,9 @@ ARCHITECTURES = {
   'llama': _Architecture('llama', _PRE, interleaved=True),
   'qwen2': _Architecture('qwen2', _PRE),
   'qwen3': _Architecture('qwen3', _PRE),
+  'qwen2moe': _Architecture('qwen2_moe', _PRE),
+  'qwen3moe': _Architecture('qwen3_moe', _PRE),
+  'olmoe': _Architecture('olmoe', _PRE),
   'gemma': _Architecture('gemma', _PRE, norms_plus_one=True),
   'gemma2': _Architecture('gemma2', _SANDWICH, norms_plus_one=True),
   'gemma3': _Architecture('gemma3_text', _SANDWICH, norms_plus_one=True),
@@ -79,6 +92,9 @@ def open_model(path: str | os.PathLike[str]) -> Source:
     'blk.0.attn_q.bias'
   }:
     architecture = dataclasses.replace(architecture, model_type='qwen2')
+  elif kind == 'llama' and metadata.get('llama.expert_count', 0):
+    architecture = dataclasses.replace(
+      architecture, model_type='mixtral', norms=_PRE | _MIXTRAL)
   try:
     keys = config_keys(metadata, found, architecture.model_type)
     form = HUGGINGFACE[architecture.model_type]
@@ -86,8 +102,9 @@ def open_model(path: str | os.PathLike[str]) -> Source:
     names = _names(architecture, config.num_layers)
     ignored = {name: 'part of the config' for name in [ROPE_DIVISORS] if name in found}
     slots, tensors, _, _ = weights.locate(form, config, {
-      (named := names.get(name, name)): _stored(tensor, named, keys, architecture)
-      for name, tensor in found.items() if name not in ignored})
+      named: _stored(part, named, keys, architecture)
+      for name, tensor in found.items() if name not in ignored
+      for named, part in _parts(names.get(name), tensor)})
     files = gguf_vocabulary.tokenizer_files(metadata)
     unread = tuple(unread_keys(metadata))
   except ValueError as error:
@@ -109,8 +126,22 @@ def _names(architecture: _Architecture, depth: int) -> dict[str, str]:
     'token_embd.weight': 'model.embed_tokens.weight', 'output_norm.weight': 'model.norm.weight',
     'output.weight': 'lm_head.weight',
     **{f'blk.{layer}.{ours}.{leaf}': f'model.layers.{layer}.{theirs}.{leaf}'
-       for layer in range(depth) for ours, theirs in (_LAYER | dict(architecture.norms)).items()
+       for layer in range(depth)
+       for ours, theirs in (_LAYER | _EXPERTS | dict(architecture.norms)).items()
        for leaf in ('weight', 'bias')}}
+
+
+def _parts(name: str | None, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+  """Yield (Hugging Face name, tensor), of a tensor of all experts for each of them."""
+  if name is None or '{}' not in name or len(tensor.shape) != 3:
+    is_row = (name or '').endswith('shared_expert_gate.weight')
+    yield name or tensor.name, dataclasses.replace(
+      tensor, shape=(1, *tensor.shape) if is_row else tensor.shape)
+    return
+  size = tensor.num_bytes // tensor.shape[0]
+  for expert in range(tensor.shape[0]):
+    yield name.format(expert), dataclasses.replace(
+      tensor, shape=tensor.shape[1:], offset=tensor.offset + expert * size, num_bytes=size)
 
 
 def _stored(
@@ -142,7 +173,8 @@ _HARMLESS = ('vocab_size', 'tensor_data_layout', 'rope.scaling.finetuned', 'pool
              'attention.layer_norm_epsilon')
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
   'attention.causal': (True,), 'logit_scale': (0, 1), 'residual_scale': (0, 1),
-  'embedding_scale': (0, 1), 'rope.scaling.yarn_attn_factor': (0, 1),
+  'embedding_scale': (0, 1), 'expert_gating_func': (0, 1), 'expert_weights_scale': (0, 1),
+  'rope.scaling.yarn_attn_factor': (0, 1),
 }
 _HEAD_SIZES = ('attention.value_length', 'attention.key_length_swa', 'attention.value_length_swa',
                'rope.dimension_count', 'rope.dimension_count_swa')
@@ -170,9 +202,6 @@ def config_keys(
     # A 32-bit float says 1e-5 as 9.999999747e-06.
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
-  if get('expert_count', 0):
-    raise ValueError(f'{kind}.expert_count={get("expert_count")}: a mixture of experts, which the '
-                     'decoder does not have yet')
   if 'token_embd.weight' not in found:
     raise ValueError('token_embd.weight is missing')
   for name in ('embedding_length', 'feed_forward_length', 'block_count', 'context_length',
@@ -212,6 +241,7 @@ def config_keys(
     'attention_bias': 'blk.0.attn_output.bias' in found,
     'mlp_bias': 'blk.0.ffn_up.bias' in found,
     **_windows(metadata, get, kind, base),
+    **_expert_keys(get, kind, found),
   }
   if kind in ('gemma2', 'gemma3'):
     made['query_pre_attn_scalar'] = query_dim
@@ -220,6 +250,22 @@ def config_keys(
   if kind == 'gemma2':
     made['attn_logit_softcapping'] = get('attn_logit_softcapping', 50.0)
   return {key: value for key, value in made.items() if value is not None}
+
+
+def _expert_keys(get: Get, kind: str, found: Mapping[str, Tensor]) -> dict[str, Any]:
+  """Return the keys of experts; llama.cpp takes their widths from the tensors, as we do."""
+  if not get('expert_count', 0):
+    return {}
+  normalized = kind in ('llama', 'qwen3moe')
+  if get('expert_weights_norm', normalized) != normalized:
+    raise ValueError(f'{kind}.expert_weights_norm={not normalized} is not supported')
+  widths = {name: found[tensor].shape[-2] for name, tensor in (
+    ('moe_intermediate_size', 'blk.0.ffn_up_exps.weight'),
+    ('shared_expert_intermediate_size', 'blk.0.ffn_up_shexp.weight')) if tensor in found}
+  for name in ('expert_feed_forward_length', 'expert_shared_feed_forward_length'):
+    get(name)
+  return {'num_experts': get('expert_count'), 'num_experts_per_tok': get('expert_used_count'),
+          'norm_topk_prob': normalized, **widths}
 
 
 def _windows(metadata: Reading, get: Get, kind: str, base: float) -> dict[str, Any]:

@@ -25,18 +25,19 @@ from jaxllm.checkpoints import tree
 from jaxllm.interop import reference, tensorfile, tokenizer_export, tokenizer_files, weights
 from jaxllm.interop.weights import Slot, Source
 from jaxllm.mistakes import parse_json
-from jaxllm.models.config import DecoderConfig
+from jaxllm.models.config import DecoderConfig, ExpertsConfig
 from jaxllm.models.families import HUGGINGFACE
 from jaxllm.models.families.huggingface import Format, pattern
 from jaxllm.models.positions import YarnScaling
 
 MAX_CONFIG_BYTES = 10_000_000
 SHARD_BYTES = 5_000_000_000
-# A mixture of experts, and a family that we read the text model of.
-_NOT_WRITTEN = ('mixtral', 'gemma3')
+# A family that we read the text model of.
+_NOT_WRITTEN = ('gemma3',)
 # What says how a model is run or trained, not what it is.
 _RUN_FIELDS = ('vocab_multiple', 'dropout_rate', 'attention_dropout_rate', 'initializer', 'dtype',
                'attention', 'scan_layers', 'remat')
+_RUN_FIELDS_OF_EXPERTS = ('capacity_factor', 'balance_loss', 'z_loss')
 
 
 def open_model(directory: str | os.PathLike[str], ignore_auto_map: bool = False) -> Source:
@@ -222,7 +223,7 @@ def _lost(form: Format, config: DecoderConfig) -> list[str]:
 
 def normal(config: DecoderConfig) -> DecoderConfig:
   """Return the same model with every default spelled out, and as it would be run by default."""
-  fields = DecoderConfig.model_fields
+  fields, of_experts = DecoderConfig.model_fields, ExpertsConfig.model_fields
   scaling = getattr(config.positions, 'scaling', None)
   # A context shorter than its scaling reaches has no words of its own.
   reach = 0
@@ -237,6 +238,8 @@ def normal(config: DecoderConfig) -> DecoderConfig:
     layer_pattern=pattern(config.layer_kinds),
     local_positions=None if local == config.positions else local,
     biases=tuple(sorted(config.biases)),
+    experts=config.experts and config.experts.replace(
+      **{name: of_experts[name].get_default() for name in _RUN_FIELDS_OF_EXPERTS}),
     **{name: fields[name].get_default() for name in _RUN_FIELDS},
   )
 
@@ -267,7 +270,7 @@ def _write_weights(
   def join(slot: Slot) -> np.ndarray:
     parts = {}
     for target in slot.targets:
-      leaf = params[target] if slot.layer is None else params[target][slot.layer]
+      leaf = params[target][slot.place]
       whole = np.asarray(leaf)[tuple(map(slice, sizes[target]))]
       parts[target] = whole.astype(stored[target], copy=False)
     return weights.join(form, slot, parts)

@@ -164,7 +164,7 @@ def collect(
   """Return the `lora` collection of what `read` returns; zeros where a layer has no adapter."""
   form = dataclasses.replace(form, kernels='out_in')
   shapes = weights.parameter_shapes(config)
-  layers: dict[str, dict[int, tuple[np.ndarray, np.ndarray, float]]] = {}
+  layers: dict[str, dict[tuple[int, ...], tuple[np.ndarray, np.ndarray, float]]] = {}
   for slot in weights.slots(form, config):
     name = _find(form, slot.name, matrices)
     if name is None or not slot.targets[0].endswith('/kernel'):
@@ -180,7 +180,7 @@ def collect(
                        f'has {inputs} inputs')
     of_b = {target: _b_shape(target, shapes[target], len(a_RI)) for target in slot.targets}
     for target, b in weights.split(form, slot, b_OR, of_b).items():
-      layers.setdefault(target.removesuffix('/kernel'), {})[slot.layer or 0] = a_RI.T, b, scale
+      layers.setdefault(target.removesuffix('/kernel'), {})[slot.place] = a_RI.T, b, scale
   if matrices:
     raise ValueError(f'{WEIGHTS_FILE}: belongs to no matrix of this model: '
                      f'{", ".join(sorted(matrices))}')
@@ -204,18 +204,19 @@ def _b_shape(target: str, kernel: tuple[int, ...], rank: int) -> tuple[int, ...]
 
 
 def _stack(
-  path: str, kernel: tuple[int, ...], layers: Mapping[int, tuple[np.ndarray, np.ndarray, float]]
+  path: str, kernel: tuple[int, ...],
+  places: Mapping[tuple[int, ...], tuple[np.ndarray, np.ndarray, float]],
 ) -> dict[str, Any]:
-  """Return the adapter of one module from those of its layers, in our shapes."""
-  rank = max(a_IR.shape[1] for a_IR, _, _ in layers.values())
+  """Return the adapter of one module from those of its layers and experts, in our shapes."""
+  rank = max(a_IR.shape[1] for a_IR, _, _ in places.values())
   a, b, scale = (np.zeros(shape, np.float32) for shape in lora_lib.shapes(path, kernel, rank))
   scale += 1
-  for layer, (a_IR, b_found, factor) in layers.items():
+  for place, (a_IR, b_found, factor) in places.items():
     b_RO = b_found.reshape(a_IR.shape[1], -1)
-    a.reshape(scale.size, -1, rank)[layer, :, : len(b_RO)] = a_IR
+    a.reshape(*scale.shape, -1, rank)[place][:, : len(b_RO)] = a_IR
     # The vocabulary of the head may be padded.
-    b.reshape(scale.size, rank, -1)[layer, : len(b_RO), : b_RO.shape[1]] = b_RO
-    scale.reshape(-1)[layer] = factor
+    b.reshape(*scale.shape, rank, -1)[place][: len(b_RO), : b_RO.shape[1]] = b_RO
+    scale[place] = factor
   return {'a': jnp.asarray(a), 'b': jnp.asarray(b), 'scale': jnp.asarray(scale)}
 
 
@@ -224,8 +225,8 @@ def _join(
   adapters: Mapping[str, Any], scale: float,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Return A (R, I) and B (O, R) of one matrix; the ranks of fused kernels add up."""
-  layer: Any = ... if slot.layer is None else slot.layer
-  found = {target: [np.asarray(adapter[name][layer], np.float32) for name in ('a', 'b', 'scale')]
+  leaves = 'a', 'b', 'scale'
+  found = {target: [np.asarray(adapter[leaf][slot.place], np.float32) for leaf in leaves]
            for target in slot.targets
            if (adapter := adapters.get(target.removesuffix('/kernel'))) is not None}
   total, rank = sum(a.shape[-1] for a, _, _ in found.values()), 0

@@ -17,7 +17,7 @@ import numpy as np
 
 # Returns a tensor, or some rows of it, by its name; None where there is none.
 Get = Callable[..., Any]
-Find = Callable[[str, str], Any]
+Find = Callable[..., Any]
 Keys = Mapping[str, Any]
 
 # Part of a model -> its name; `{}` stands for the layer. Matrices are (out, in) but in GPT-2.
@@ -31,6 +31,11 @@ _LLAMA = {
 _SANDWICH = _LLAMA | {
   'norm2': 'pre_feedforward_layernorm', 'after1': 'post_attention_layernorm',
   'after2': 'post_feedforward_layernorm',
+}
+_EXPERTS = _LLAMA | {
+  'router': 'mlp.gate', 'shared_scale': 'mlp.shared_expert_gate',
+  **{f'{kind}_{part}': f'mlp.{owner}.{part}_proj' for part in ('gate', 'up', 'down')
+     for kind, owner in (('expert', 'experts.{}'), ('shared', 'shared_expert'))},
 }
 _NAMES: dict[str, dict[str, str]] = {
   'gpt2': {
@@ -50,12 +55,20 @@ _NAMES: dict[str, dict[str, str]] = {
     part: name for part, name in _SANDWICH.items() if part not in ('norm1', 'norm2')
   },
   'gemma2': _SANDWICH, 'gemma3_text': _SANDWICH,
+  'olmoe': _EXPERTS, 'qwen2_moe': _EXPERTS, 'qwen3_moe': _EXPERTS,
+  'mixtral': _LLAMA | {
+    'router': 'block_sparse_moe.gate', 'expert_gate': 'block_sparse_moe.experts.{}.w1',
+    'expert_up': 'block_sparse_moe.experts.{}.w3', 'expert_down': 'block_sparse_moe.experts.{}.w2',
+  },
   'gguf': {
     'embed': 'token_embd.weight', 'final': 'output_norm', 'head': 'output.weight',
     'layer': 'blk.{}.', 'norm1': 'attn_norm', 'norm2': 'ffn_norm',
     'after1': 'post_attention_norm', 'after2': 'post_ffw_norm', 'q': 'attn_q', 'k': 'attn_k',
     'v': 'attn_v', 'o': 'attn_output', 'q_norm': 'attn_q_norm', 'k_norm': 'attn_k_norm',
-    'gate': 'ffn_gate', 'up': 'ffn_up', 'down': 'ffn_down',
+    'gate': 'ffn_gate', 'up': 'ffn_up', 'down': 'ffn_down', 'router': 'ffn_gate_inp',
+    'shared_scale': 'ffn_gate_inp_shexp',
+    **{f'{kind}_{part}': f'ffn_{part}_{end}' for part in ('gate', 'up', 'down')
+       for kind, end in (('stacked', 'exps'), ('shared', 'shexp'))},
   },
 }
 
@@ -87,6 +100,8 @@ class _Spec:
   softcap: float | None = None
   final_softcap: float | None = None
   embed_factor: float = 1.0
+  top_k: int = 0  # Experts of a token.
+  weights_to_1: bool = False  # Whether the weights of these are made to sum to 1.
 
 
 def logits(
@@ -119,7 +134,8 @@ def logits(
     mixed = _attend(spec, find, layer, _norm(spec, find, 'norm1', x_TD))
     mixed = x_TD + _norm(spec, find, 'after1', mixed)
     before = x_TD if spec.parallel else mixed
-    added = _mlp(spec, find, _norm(spec, find, 'norm2', before))
+    feed_forward = _experts if spec.top_k else _mlp
+    added = feed_forward(spec, find, _norm(spec, find, 'norm2', before))
     x_TD = mixed + _norm(spec, find, 'after2', added)
   x_TD = _norm(spec, _finder(names, get, None), 'final', x_TD)
   table = stored(names['embed' if spec.tied else 'head'])
@@ -129,9 +145,10 @@ def logits(
 
 
 def _finder(names: Mapping[str, str], get: Get, layer: int | None) -> Find:
-  """Return the function (part, 'weight' or 'bias') -> tensor of this layer, or None."""
+  """Return the function (part, 'weight' or 'bias', expert) -> tensor of this layer, or None."""
   start = '' if layer is None else names['layer'].format(layer)
-  return lambda part, leaf: get(f'{start}{names[part]}.{leaf}') if part in names else None
+  return lambda part, leaf, expert=None: (
+    get(f'{start}{names[part].format(expert)}.{leaf}') if part in names else None)
 
 
 def _cap(x: np.ndarray, cap: float | None) -> np.ndarray:
@@ -211,6 +228,29 @@ def _mlp(spec: _Spec, find: Find, x_TD: np.ndarray) -> np.ndarray:
   return _linear(spec, find, 'down', act(up) if gate is None else act(gate) * up)
 
 
+def _experts(spec: _Spec, find: Find, x_TD: np.ndarray) -> np.ndarray:
+  logits_TE = _linear(spec, find, 'router', x_TD)
+  scores_TE = np.exp(logits_TE - logits_TE.max(-1, keepdims=True))
+  scores_TE = scores_TE / scores_TE.sum(-1, keepdims=True)
+  chosen_TK = np.argsort(-scores_TE, axis=-1, kind='stable')[:, : spec.top_k]
+  if spec.weights_to_1:
+    scores_TE = scores_TE / np.take_along_axis(scores_TE, chosen_TK, -1).sum(-1, keepdims=True)
+  stacked = {part: find(f'stacked_{part}', 'weight') for part in ('gate', 'up', 'down')}
+  y_TD = np.zeros_like(x_TD)
+  for expert in np.unique(chosen_TK):
+    def of_expert(part: str, leaf: str, expert: int = expert) -> Any:
+      whole = stacked[part] if leaf == 'weight' else None
+      return find(f'expert_{part}', leaf, expert) if whole is None else whole[expert]
+
+    at = np.nonzero(chosen_TK == expert)[0]
+    y_TD[at] += scores_TE[at, expert][:, None] * _mlp(spec, of_expert, x_TD[at])
+  if find('shared_up', 'weight') is not None:
+    scale_T1 = _linear(spec, find, 'shared_scale', x_TD).reshape(-1, 1)
+    shared_TD = _mlp(spec, lambda part, leaf: find(f'shared_{part}', leaf), x_TD)
+    y_TD += shared_TD / (1 + np.exp(-scale_T1))
+  return y_TD
+
+
 def _gelu_tanh(x: np.ndarray) -> np.ndarray:
   return 0.5 * x * (1 + np.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)))
 
@@ -286,13 +326,15 @@ def _from_keys(keys: Keys, length: int) -> _Spec:
   spec = _Spec(
     _NAMES.get(kind, _LLAMA), depth, heads,
     keys.get('num_key_value_heads') or (4 if kind == 'gemma3_text' else heads), head_dim,
-    keys.get('layer_norm_eps' if neox else 'rms_norm_eps', 1e-5 if kind == 'phi3' else 1e-6),
+    keys.get('layer_norm_eps' if neox else 'rms_norm_eps',
+             1e-5 if kind in ('phi3', 'mixtral', 'olmoe') else 1e-6),
     keys.get('hidden_act') or 'silu', layer_norm=neox, per_head=neox, plus_one=gemma,
     parallel=neox and keys.get('use_parallel_residual', True),
     tied=keys.get('tie_word_embeddings', gemma or kind == 'smollm3'),
-    window=keys.get('sliding_window'),
+    window=keys.get('sliding_window'), top_k=keys.get('num_experts_per_tok', 0),
+    weights_to_1=keys.get('norm_topk_prob', kind == 'mixtral'),
   )
-  if kind in ('mistral', 'phi3'):
+  if kind in ('mistral', 'mixtral', 'phi3'):
     spec.local = lambda layer: spec.window is not None
   elif kind in ('qwen2', 'qwen3') and keys.get('use_sliding_window'):
     first = keys.get('max_window_layers', 28)
@@ -347,6 +389,7 @@ def _from_metadata(keys: Keys, get: Get, length: int) -> _Spec:
     _NAMES['gguf'], value('block_count'), heads, value('attention.head_count_kv', heads), head_dim,
     value('attention.layer_norm_rms_epsilon'), 'gelu_pytorch_tanh' if gemma else 'silu',
     neighbours=kind == 'llama', embed_factor=width**0.5 if gemma else 1.0,
+    top_k=value('expert_used_count', 0), weights_to_1=kind in ('llama', 'qwen3moe'),
   )
   if kind in ('gemma2', 'gemma3'):
     every = value('attention.sliding_window_pattern', 2 if kind == 'gemma2' else 6)

@@ -13,6 +13,7 @@ Axis letters beyond the usual: I, O, the flattened inputs and outputs of a kerne
 """
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -29,11 +30,10 @@ from jaxllm.interop.tensorfile import Tensor
 from jaxllm.models import decoder
 from jaxllm.models.config import DecoderConfig
 from jaxllm.models.families.huggingface import Format
-from jaxllm.models.linear import num_inputs
+from jaxllm.models.linear import num_inputs, num_stacked
 from jaxllm.sharding import Placement
 
 DTYPES = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
-LAYERS = 'layers/'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,19 +45,26 @@ class Slot:
     targets: paths of the parameters that it holds.
     layer: whose parameters, or None.
     shape: as stored.
+    expert: whose parameters in the layer, or None.
   """
 
   name: str
   targets: tuple[str, ...]
   layer: int | None
   shape: tuple[int, ...]
+  expert: int | None = None
+
+  @property
+  def place(self) -> tuple[int, ...]:
+    """The index of layer and expert in a stacked parameter."""
+    return tuple(index for index in (self.layer, self.expert) if index is not None)
 
 
 def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-  """Return the shape of every parameter of the published model, of one layer where there are L."""
+  """Return the shape of every parameter of the published model, of one layer and one expert."""
   shapes, _ = decoder.abstract(config.replace(vocab_multiple=1))
   return {
-    path: leaf.shape[path.startswith(LAYERS) :]
+    path: leaf.shape[num_stacked(path) :]
     for path, leaf in tree.flatten(shapes['params']).items()
   }
 
@@ -72,9 +79,10 @@ def slots(form: Format, config: DecoderConfig) -> list[Slot]:
       continue
     named |= set(targets)
     shape = _stored_shape(form, targets, [shapes[target] for target in targets])
-    layered = targets[0].startswith(LAYERS)
-    for layer in range(config.num_layers) if layered else (None,):
-      found.append(Slot(name.format(layer), targets, layer, shape))
+    sizes = (config.num_layers, config.experts.num_experts if config.experts else 0)
+    for place in np.ndindex(*sizes[: num_stacked(targets[0])]):
+      layer, expert, *_ = *place, None, None
+      found.append(Slot(name.format(*place), targets, layer, shape, expert))
   nameless = sorted(set(shapes) - named)
   if nameless:
     raise ValueError(f'{form.model_type} has no tensor for {nameless}')
@@ -298,7 +306,8 @@ def _reader(
   unpadded: Mapping[str, tuple[int, ...]], dtype: np.dtype,
 ) -> Callable[[Any], np.ndarray]:
   """Return the function that reads one part of a parameter, asked for by its index."""
-  layered = target.startswith(LAYERS)
+  stacked = num_stacked(target)
+  by_place = dict(zip(np.ndindex(*shape[:stacked]), slots, strict=True))
 
   def one(slot: Slot, index: tuple[slice, ...], out: np.ndarray) -> None:
     array = source.tensors[slot.name].array()
@@ -309,11 +318,12 @@ def _reader(
   def callback(index: tuple[slice, ...]) -> np.ndarray:
     sizes = [len(range(*part.indices(size))) for part, size in zip(index, shape, strict=True)]
     out = _aligned_zeros(sizes, dtype)
-    if not layered:
-      one(slots[0], index, out)
-      return out
-    for row, layer in enumerate(range(*index[0].indices(shape[0]))):
-      one(slots[layer], index[1:], out[row])
+    ranges = [range(*part.indices(size))
+              for part, size in zip(index[:stacked], shape[:stacked], strict=True)]
+    for row, place in zip(
+      np.ndindex(*sizes[:stacked]), itertools.product(*ranges), strict=True
+    ):
+      one(by_place[place], index[stacked:], out[row])
     return out
 
   return callback

@@ -52,6 +52,14 @@ MODELS = {
       'original_max_position_embeddings': 48, 'factor': 2.0,
       'short_factor': [1.0, 1.5], 'long_factor': [2.0, 7.0]}}),
   'olmo2': ('Olmo2', RMS),
+  'mixtral': ('Mixtral', RMS | {'num_local_experts': 5, 'sliding_window': 9}),
+  'olmoe': ('Olmoe', RMS | {'num_experts': 6, 'num_experts_per_tok': 3}),
+  'qwen2_moe': ('Qwen2Moe', RMS | {
+    'num_experts': 5, 'num_experts_per_tok': 3, 'moe_intermediate_size': 20,
+    'shared_expert_intermediate_size': 28}),
+  'qwen3_moe': ('Qwen3Moe', RMS | {
+    'num_experts': 7, 'num_experts_per_tok': 2, 'moe_intermediate_size': 20, 'head_dim': 10,
+    'norm_topk_prob': True}),
   'neox': ('GPTNeoX', {
     'vocab_size': 109, 'hidden_size': 48, 'intermediate_size': 60, 'num_hidden_layers': 3,
     'num_attention_heads': 6, 'max_position_embeddings': 96}),

@@ -9,6 +9,7 @@ import numpy as np
 from jaxllm.data import tokenizers
 from jaxllm.interop import huggingface, sources, weights
 from jaxllm.models import decoder
+from jaxllm.models.config import ExpertsConfig, SharedExpertConfig
 from jaxllm.models.families import PRESETS
 from jaxllm.models.positions import (
   Llama3Scaling,
@@ -46,6 +47,11 @@ CONFIGS = {
     scaling=LongRopeScaling(short_factors=(1.0, 2.0), long_factors=(3.0, 5.0), original_length=16,
                             attention_factor=1.2))),
   'olmo2': _of('olmo2_7b'),
+  'mixtral': _of('mixtral_8x7b', experts=ExpertsConfig(num_experts=5, top_k=2)),
+  'olmoe': _of('olmoe_1b_7b', experts=ExpertsConfig(num_experts=5, top_k=3, normalized=False)),
+  'qwen2_moe': _of('qwen1.5_moe_a2.7b', experts=ExpertsConfig(
+    num_experts=5, top_k=2, normalized=False, shared=SharedExpertConfig(mlp_dim=28, gated=True))),
+  'qwen3_moe': _of('qwen3_30b_a3b', experts=ExpertsConfig(num_experts=5, top_k=2)),
   'gpt_neox': _of('pythia_70m', FULL, positions=RotaryPositions(fraction=0.5)),
 }
 # Which family a config belongs to, where its name does not say it.

@@ -1,9 +1,11 @@
 """Small models as GGUF files, written as llama.cpp's converter writes them."""
 
+import dataclasses
+
 import numpy as np
 import small
 
-from jaxllm.interop.gguf import ARCHITECTURES, _names
+from jaxllm.interop.gguf import _MIXTRAL, _PRE, ARCHITECTURES, _names
 from jaxllm.models.positions import RotaryPositions
 
 KEYS = {
@@ -28,7 +30,7 @@ CHANGES = {
 
 
 def config(kind):
-  name = {'gemma3': 'gemma3_text'}.get(kind, kind)
+  name = {'gemma3': 'gemma3_text', 'qwen2moe': 'qwen2_moe', 'qwen3moe': 'qwen3_moe'}.get(kind, kind)
   return small.CONFIGS[name].replace(**SIZES | CHANGES.get(kind, {}))
 
 
@@ -46,8 +48,12 @@ def write(path, directory, kind, quantization='F32', vocabulary=None, extra=None
   """
   import gguf
 
-  architecture = ARCHITECTURES[kind]
   made = config(kind)
+  # Mixtral is a Llama with experts.
+  kind = 'llama' if kind == 'mixtral' else kind
+  architecture = ARCHITECTURES[kind]
+  if kind == 'llama' and made.experts:
+    architecture = dataclasses.replace(architecture, model_type='mixtral', norms=_PRE | _MIXTRAL)
   from jaxllm.interop import huggingface
   huggingface.save(directory, made, small.variables(made), small.files(),
                           model_type=architecture.model_type)
@@ -68,8 +74,16 @@ def write(path, directory, kind, quantization='F32', vocabulary=None, extra=None
     add(f'{kind}.{name}', value)
   (vocabulary or byte_vocabulary)(writer)
   names = {theirs: ours for ours, theirs in _names(architecture, made.num_layers).items()}
-  for name, tensor in source.tensors.items():
-    array = np.array(tensor.array())
+  arrays = {name: np.array(tensor.array()) for name, tensor in source.tensors.items()}
+  if made.experts:
+    number = made.experts.num_experts
+    writer.add_uint32(f'{kind}.expert_count', number)
+    writer.add_uint32(f'{kind}.expert_used_count', made.experts.top_k)
+    for name in [name for name in names if '{}' in name]:
+      arrays[name] = np.stack([arrays.pop(name.format(i)) for i in range(number)])
+  for name, array in arrays.items():
+    if name.endswith('shared_expert_gate.weight'):
+      array = array[0]
     if architecture.norms_plus_one and 'norm' in name:
       array = array + np.float32(1)
     if architecture.interleaved and '.q_proj.' in name:

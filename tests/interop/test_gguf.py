@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import numpy as np
 import pytest
 import small
@@ -12,7 +13,8 @@ from jaxllm.interop import chat, conversion, gguf_vocabulary, sources
 from jaxllm.models.positions import LinearScaling, RotaryPositions, YarnScaling
 
 gguf = pytest.importorskip('gguf')
-KINDS = ['llama', 'qwen2', 'qwen3', 'gemma', 'gemma2', 'gemma3']
+KINDS = ['llama', 'qwen2', 'qwen3', 'gemma', 'gemma2', 'gemma3', 'mixtral', 'olmoe', 'qwen2moe',
+         'qwen3moe']
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -26,6 +28,7 @@ def test_every_architecture_is_what_it_was_made_from(kind, tmp_path):
   for part in ('query', 'key', 'value', 'out'):
     ours, theirs = (np.asarray(tree['attention'][part]['kernel']) for tree in (layers, expected))
     assert (ours == theirs).all()
+  jax.tree.map(np.testing.assert_array_equal, layers['mlp'], expected['mlp'])
   norm = np.asarray(layers['attention_norm']['scale'])
   # 1 was added to it and taken away, in float32.
   assert np.abs(norm - np.asarray(expected['attention_norm']['scale'])).max() < 3e-7

@@ -34,6 +34,11 @@ EXACT = {
   'smollm2_135m': 134_515_008,
   'smollm2_360m': 361_821_120,
   'smollm2_1.7b': 1_711_376_384,
+  'mixtral_8x7b': 46_702_792_704,
+  'mixtral_8x22b': 140_620_634_112,
+  'olmoe_1b_7b': 6_919_161_856,
+  'qwen1.5_moe_a2.7b': 14_315_784_192,
+  'qwen3_30b_a3b': 30_532_122_624,
 }
 
 # From Table 2.1, which rounds: agreement to 2%.

@@ -10,7 +10,7 @@ Reference:
   Yang et al., 2407.10671 and 2505.09388.
 """
 
-from typing import Any, NoReturn
+from typing import Any
 
 from jaxllm.models.config import DecoderConfig
 from jaxllm.models.families import huggingface as hf
@@ -172,22 +172,17 @@ def _encode_smollm3(config: DecoderConfig) -> dict[str, Any]:
 SMOLLM3 = hf.Format('smollm3', 'SmolLM3ForCausalLM', NAMES, _decode_smollm3, _encode_smollm3)
 
 
-def _decode_windowed(keys: hf.Keys, **fields: Any) -> DecoderConfig:
-  """Translate the keys of a family whose every layer may have the window of config.json."""
-  if keys.get('sliding_window') is not None:
-    fields |= {'layer_pattern': ('local',), 'window': hf.size(keys, 'sliding_window')}
-  return hf.rms_decoder(keys, **fields)
-
-
-def _no_experts(_: Any) -> NoReturn:
-  raise ValueError("model_type 'mixtral' is a mixture of experts, which the decoder does not have "
-                   'yet')
+def window(keys: hf.Keys) -> dict[str, Any]:
+  """Return the fields of a family whose every layer may have the window of config.json."""
+  if keys.get('sliding_window') is None:
+    return {}
+  return {'layer_pattern': ('local',), 'window': hf.size(keys, 'sliding_window')}
 
 
 MISTRAL = hf.Format(
-  'mistral', 'MistralForCausalLM', NAMES, _decode_windowed,
+  'mistral', 'MistralForCausalLM', NAMES,
+  lambda keys: hf.rms_decoder(keys, **window(keys)),
   lambda config: hf.rms_config(config, sliding_window=config.window))
-MIXTRAL = hf.Format('mixtral', 'MixtralForCausalLM', {}, _no_experts, _no_experts)
 
 OLMO2 = hf.Format(
   'olmo2', 'Olmo2ForCausalLM',
@@ -220,8 +215,8 @@ _FUSED = [path for paths in (*_QKV, _GATE_UP) for path in paths]
 
 PHI3 = hf.Format(
   'phi3', 'Phi3ForCausalLM', encode=_encode_phi,
-  decode=lambda keys: _decode_windowed(
-    hf.with_defaults(keys, {'rms_norm_eps': 1e-5}), partial=True),
+  decode=lambda keys: hf.rms_decoder(
+    hf.with_defaults(keys, {'rms_norm_eps': 1e-5}), partial=True, **window(keys)),
   names={
     **{path: name for path, name in NAMES.items()
        if path not in _FUSED and not path.endswith('/bias')},
