@@ -3,8 +3,11 @@
 Command:  python -m jaxllm.train --config=experiments/experts.py:small --workdir=runs/experts
           python -m jaxllm.train --config=experiments/experts.py:dense --workdir=runs/dense
 Hardware: 2 CPU cores; for `mixtral_8x7b` the slice below, with --distributed and a shared workdir
+Time:     5 minutes for `dense`, 11 for `small`, on a busy machine; `mixtral_8x7b` not measured
 Data:     that of experiments/quickstart.py; for `mixtral_8x7b` C4 through TFDS, prepared
           beforehand, and the model's `tokenizer.json` in ./mixtral_8x7b
+Expected: held-out loss 4.274 for `small` (5.5 million parameters, of which a token uses 2.0),
+          4.327 for `dense` (2.0 million); `mixtral_8x7b` compiles for its slice, 62.8 GiB a chip
 Reference: Jiang et al., "Mixtral of Experts", arXiv 2401.04088.
 """
 

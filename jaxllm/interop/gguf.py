@@ -138,7 +138,7 @@ def _parts(name: str | None, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     yield name or tensor.name, dataclasses.replace(
       tensor, shape=(1, *tensor.shape) if is_row else tensor.shape)
     return
-  size = tensor.num_bytes // tensor.shape[0]
+  size = tensor.num_bytes // max(1, tensor.shape[0])
   for expert in range(tensor.shape[0]):
     yield name.format(expert), dataclasses.replace(
       tensor, shape=tensor.shape[1:], offset=tensor.offset + expert * size, num_bytes=size)
@@ -261,7 +261,8 @@ def _expert_keys(get: Get, kind: str, found: Mapping[str, Tensor]) -> dict[str, 
     raise ValueError(f'{kind}.expert_weights_norm={not normalized} is not supported')
   widths = {name: found[tensor].shape[-2] for name, tensor in (
     ('moe_intermediate_size', 'blk.0.ffn_up_exps.weight'),
-    ('shared_expert_intermediate_size', 'blk.0.ffn_up_shexp.weight')) if tensor in found}
+    ('shared_expert_intermediate_size', 'blk.0.ffn_up_shexp.weight'))
+    if tensor in found and len(found[tensor].shape) > 1}
   for name in ('expert_feed_forward_length', 'expert_shared_feed_forward_length'):
     get(name)
   return {'num_experts': get('expert_count'), 'num_experts_per_tok': get('expert_used_count'),

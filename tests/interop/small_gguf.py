@@ -79,7 +79,7 @@ def write(path, directory, kind, quantization='F32', vocabulary=None, extra=None
     number = made.experts.num_experts
     writer.add_uint32(f'{kind}.expert_count', number)
     writer.add_uint32(f'{kind}.expert_used_count', made.experts.top_k)
-    for name in [name for name in names if '{}' in name]:
+    for name in [name for name in names if '{}' in name and name.format(0) in arrays]:
       arrays[name] = np.stack([arrays.pop(name.format(i)) for i in range(number)])
   for name, array in arrays.items():
     if name.endswith('shared_expert_gate.weight'):

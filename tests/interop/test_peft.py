@@ -11,6 +11,7 @@ from jaxllm.adapters import lora as lora_lib
 from jaxllm.adapters.lora import LoraConfig
 from jaxllm.interop import peft
 from jaxllm.models import decoder
+from jaxllm.models.config import ExpertsConfig
 from jaxllm.models.decoder import Decoder, DecoderConfig
 from jaxllm.models.families import HUGGINGFACE
 
@@ -23,6 +24,7 @@ MODELS = {
   'gpt2': MODEL.replace(num_kv_heads=None, gated=False, activation='gelu_tanh', tied_head=True),
   'gpt_neox': MODEL.replace(num_kv_heads=None, gated=False, activation='gelu'),
   'phi3': MODEL,
+  'mixtral': MODEL.replace(experts=ExpertsConfig(num_experts=3, top_k=2)),
 }
 LORA = LoraConfig(rank=3, alpha=6, targets=('layers/.*',))
 

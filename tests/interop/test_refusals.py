@@ -206,7 +206,7 @@ def test_numbers_that_are_not_finite(model, dtype, value, monkeypatch):
 @pytest.mark.parametrize(('changes', 'message'), [
   ({'model_type': 'bert'}, "model_type 'bert' is not supported .supported: gemma.*qwen3"),
   ({'model_type': ['llama']}, 'is not supported'),
-  ({'model_type': 'mixtral'}, 'num_experts=None; a whole number'),
+  ({'model_type': 'mixtral'}, 'num_local_experts=None; a whole number'),
   ({'model_type': 'mixtral', 'num_local_experts': 10**6}, 'num_local_experts=1000000; a whole'),
   ({'model_type': 'qwen3_moe', 'num_experts': 4, 'num_experts_per_tok': 5,
     'moe_intermediate_size': 8}, 'top_k=5 is larger than'),

@@ -18,8 +18,7 @@ _MIXTRAL = llama.PRESETS['mistral_7b_v0.3'].replace(
 PRESETS = {
   'mixtral_8x7b': _MIXTRAL,
   'mixtral_8x22b': _MIXTRAL.replace(
-    vocab_size=32768, max_length=65536, embed_dim=6144, num_layers=56, num_heads=48,
-    mlp_dim=16384),
+    max_length=65536, embed_dim=6144, num_layers=56, num_heads=48, mlp_dim=16384),
   'olmoe_1b_7b': llama.PRESETS['llama2_7b'].replace(
     vocab_size=50304, embed_dim=2048, num_layers=16, num_heads=16, mlp_dim=1024,
     query_key_norm='width', experts=ExpertsConfig(num_experts=64, top_k=8, normalized=False)),
