@@ -81,3 +81,21 @@ def test_losses_and_optimizers_have_their_formula():
   text = (DOCS / 'mathematics.md').read_text(encoding='utf-8')
   for name in (*preference.FORMULAS, *optimizers.OPTIMIZERS):
     assert re.search(rf'^\| `{name}` \| .*\$', text, re.M), name
+
+
+def commands(path):
+  """Return the commands and lines of Python of a page, without comments."""
+  blocks = re.findall(r'^```(?:python)?\n(.*?)^```', path.read_text(encoding='utf-8'), re.S | re.M)
+  lines = [re.sub(r'(^|\s+)#.*', '', line) for block in blocks if '\n  benchmarks/' not in block
+           for line in block.split('\n')]
+  return [line for line in lines if line.strip()]
+
+
+@pytest.mark.parametrize('english, chinese', [
+  (ROOT / 'README.md', ROOT / 'README.zh-CN.md'), (DOCS / 'start.md', DOCS / 'zh/start.md'),
+], ids=['README', 'start'])
+def test_chinese_pages_hold_the_same_commands(english, chinese):
+  assert commands(english) == commands(chinese) and len(commands(english)) > 7
+  for one, other in ((english, chinese), (chinese, english)):
+    link = posixpath.relpath(other, one.parent)
+    assert f']({link})' in one.read_text(encoding='utf-8'), f'{one.name} has no link to {link}'
