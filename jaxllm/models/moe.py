@@ -172,23 +172,14 @@ def _on_mesh(
   config: DecoderConfig, factor: float | None, kernels: Kernels, x_BTD: jax.Array,
   ids_BTK: jax.Array, weights_BTK: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-  """Return (the weighted sum of each token's experts, the share that was dropped).
-
-  Args:
-    config: of the decoder.
-    factor: of the capacity; None: nothing is dropped.
-    kernels: from `Experts`.
-    x_BTD: input.
-    ids_BTK: E for a token that goes to no expert.
-    weights_BTK: from `route`.
-  """
+  """Return (the weighted sum of each token's experts, the share dropped by a capacity `factor`)."""
   placement = sharding.split_placement()
-  split = _Split()
-  arguments = kernels, x_BTD, ids_BTK, weights_BTK
   if placement is None:
-    return _mix(config, factor, split, *arguments)
-  kernels = {name: {**stored, 'kernel': _whole(stored['kernel'], config.dtype)}
-             for name, stored in kernels.items()}
+    return _mix(config, factor, _Split(), kernels, x_BTD, ids_BTK, weights_BTK)
+  kernels = {
+    name: {**stored, 'kernel': dequantize(stored['kernel'], config.dtype)
+           if is_quantized(stored['kernel']) else stored['kernel'].astype(config.dtype)}
+    for name, stored in kernels.items()}
 
   def spec(array: jax.Array, *axes: str | None) -> PartitionSpec:
     return placement.sharding(array.shape, *axes).spec
@@ -202,7 +193,7 @@ def _on_mesh(
   mix = functools.partial(_mix, config, factor, split)
   return jax.shard_map(
     mix, mesh=placement.mesh, in_specs=(specs, tokens, tokens, tokens),
-    out_specs=(tokens, PartitionSpec()), check_vma=False)(kernels, *arguments[1:])
+    out_specs=(tokens, PartitionSpec()), check_vma=False)(kernels, x_BTD, ids_BTK, weights_BTK)
 
 
 class _Split(NamedTuple):
@@ -216,10 +207,6 @@ class _Split(NamedTuple):
 def _mesh_axes(spec: Iterable[Any]) -> tuple[str, ...]:
   return tuple(axis for entry in spec
                for axis in ((entry,) if isinstance(entry, str) else entry or ()))
-
-
-def _whole(kernel: Any, dtype: Any) -> jax.Array:
-  return dequantize(kernel, dtype) if is_quantized(kernel) else kernel.astype(dtype)
 
 
 def _leaf_axes(name: str) -> dict[str, tuple[str | None, ...]]:

@@ -19,6 +19,7 @@ from jaxllm.generation import scoring, text
 from jaxllm.generation.sampling import SamplingConfig
 from jaxllm.model import Model
 from jaxllm.models import decoder
+from jaxllm.models.config import ExpertsConfig
 from jaxllm.models.decoder import Decoder, DecoderConfig
 from jaxllm.models.linear import InitializerConfig
 from jaxllm.models.positions import LearnedPositions
@@ -33,6 +34,7 @@ ROTARY = DecoderConfig(
 )
 LEARNED = ROTARY.replace(
   positions=LearnedPositions(), num_layers=1, num_kv_heads=None, max_length=72)
+MIXTURE = ROTARY.replace(num_layers=1, experts=ExpertsConfig(num_experts=4, top_k=2))
 CONFIG = EngineConfig(num_slots=3, prefill_chunk=16)
 GREEDY = SamplingConfig(temperature=0.0, max_new_tokens=12)
 SYSTEM = (*range(60, 97),)
@@ -121,7 +123,8 @@ async def settled(engine, cancelled=0, **want):
   raise AssertionError(f'{got} never had {want}')
 
 
-@pytest.mark.parametrize('config, cache_dtype', [(ROTARY, None), (LEARNED, 'int8')])
+@pytest.mark.parametrize(
+  'config, cache_dtype', [(ROTARY, None), (LEARNED, 'int8'), (MIXTURE, None)])
 def test_under_load_is_alone_bit_for_bit(config, cache_dtype):
   model = MODEL if config == ROTARY else load(config)
   with running(model, cache_dtype=cache_dtype) as engine:

@@ -52,15 +52,7 @@ def _decode(
   keys: hf.Keys, width: str = 'moe_intermediate_size', normalized: bool = False,
   shared: SharedExpertConfig | None = None, **fields: Any,
 ) -> DecoderConfig:
-  """Translate the keys that these families share.
-
-  Args:
-    keys: of config.json.
-    width: the key of the hidden width of an expert.
-    normalized: where `norm_topk_prob` is left out.
-    shared: the shared expert.
-    **fields: of `DecoderConfig`, where a family differs.
-  """
+  """Translate the keys that these families share; `width` is that of an expert's hidden width."""
   hf.refuse(keys, 'mlp_only_layers', [])
   hf.refuse(keys, 'decoder_sparse_step', 1)
   hf.refuse(keys, 'use_sliding_window', False)
