@@ -93,6 +93,7 @@ test-browser: $(VENV)/dev
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy --strict --config-file= --follow-imports=silent tests/typed_face.py
 
 bench: $(VENV)/parity
 	$(BIN)/python experiments/benchmarks/train_throughput.py

@@ -196,6 +196,18 @@ def blocks():
       yield pytest.param(code, id=f'{path.name}-{index}')
 
 
+DOCSTRINGS = ('jaxllm', 'jaxllm.pipelines')
+
+
+def docstring_blocks():
+  """The examples in the docstrings of the public face: lines that are indented."""
+  for name in DOCSTRINGS:
+    lines = (importlib.import_module(name).__doc__ or '').split('\n')
+    code = '\n'.join(line.removeprefix('    ') for line in lines if line.startswith('    '))
+    assert code, name
+    yield pytest.param(f'import jaxllm\nfrom jaxllm import pipeline\n{code}', id=name)
+
+
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
   """A folder with a tiny model wherever a page says that there is one."""
@@ -212,7 +224,7 @@ def folder(tmp_path_factory):
   return base
 
 
-@pytest.mark.parametrize('code', blocks())
+@pytest.mark.parametrize('code', [*blocks(), *docstring_blocks()])
 def test_a_python_block_runs_by_itself(code, folder, monkeypatch):
   compiled = compile(code, 'block', 'exec')
   if code.startswith(SERVER_OR_NETWORK) or any(f'\n{one}' in code for one in SERVER_OR_NETWORK):
@@ -223,6 +235,6 @@ def test_a_python_block_runs_by_itself(code, folder, monkeypatch):
   trained = []
   monkeypatch.setattr(loop, 'train', lambda experiment, path: trained.append((experiment, path)))
   monkeypatch.setattr(evaluation, 'evaluate', lambda path: {'loss': float(path == 'runs/mine')})
-  exec(compiled, {})
+  exec(compiled, {'experiment': config.load('experiments/quickstart.py')})
   assert all(isinstance(experiment, jaxllm.Experiment) for experiment, _ in trained)
   assert jax.config.jax_numpy_rank_promotion == 'raise'
