@@ -154,6 +154,9 @@ def test_targets_extras_and_files_exist():
       assert set(names.split(',')) <= extras, f'{path.name}: {names}'
     for program, arguments in re.findall(r'python (experiments/[\w/]+\.py)([^`#\n]*)', text):
       code = (ROOT / program).read_text()
+      for other in re.findall(r'^import (\w+)$', code, re.M):  # Flags of a program beside it count.
+        beside = (ROOT / program).with_name(f'{other}.py')
+        code += beside.read_text() if beside.exists() else ''
       for flag in re.findall(r'--(\w+)', arguments):
         assert f"'{flag}'" in code or f"'--{flag}'" in code, f'{path.name}: {program} --{flag}'
 
