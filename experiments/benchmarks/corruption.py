@@ -1,10 +1,11 @@
 """Files of a workdir damaged in every way, then loaded and resumed on another mesh: what is said?
 
-  python experiments/benchmarks/corruption.py [--count=300] [--seed=0]
+  python experiments/benchmarks/corruption.py [--count=300] [--seed=0] [--minutes=60]
 
 A tiny run is trained once. Each trial copies it, damages one file (a bit flipped, cut off, zeroed,
-emptied, deleted) and loads the model (the best step), reads a step by its name, and restores the
-newest state onto another mesh as a resumed run does. An outcome is one of
+emptied, deleted, or the same file of another step in its place) and loads the model (the best
+step), reads a step by its name, and restores the newest state onto another mesh as a resumed run
+does, under the run's lock and with its records. An outcome is one of
 
 - same: what was saved came back, unharmed by the damage;
 - older: an older whole step came back, and its number was said;
@@ -26,35 +27,44 @@ import pathlib
 import random
 import shutil
 import tempfile
+import time
 
 from absl import app, flags
 
 COUNT = flags.DEFINE_integer('count', 300, 'Trials.')
+MINUTES = flags.DEFINE_float('minutes', 600, 'After which no further trial begins.')
 SEED = flags.DEFINE_integer('seed', 0, 'Of the damage.')
-OUTPUT = flags.DEFINE_string('output', 'runs/corruption.json', 'Where the JSON goes.')
+OUTPUT = flags.DEFINE_string('output', 'runs/corruption.jsonl', 'Gets a line for each trial.')
 
 STEPS = (4, 8)
-CLASSES = ('arrays', 'metadata', 'bundle', 'commit marker', 'workdir')
-DAMAGES = ('flip', 'flip', 'flip', 'truncate', 'zero', 'empty', 'delete')
+CLASSES = ('arrays', 'metadata', 'bundle', 'commit marker', 'workdir', 'records', 'lock')
+DAMAGES = ('flip', 'flip', 'flip', 'truncate', 'zero', 'empty', 'delete', 'swap')
 
 
 def main(_) -> None:
-  with tempfile.TemporaryDirectory(prefix='jaxllm-') as folder:
+  path = pathlib.Path(OUTPUT.value)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  end = time.monotonic() + 60 * MINUTES.value
+  with tempfile.TemporaryDirectory(prefix='jaxllm-') as folder, path.open('w') as lines:
     base = pathlib.Path(folder)
     experiment, truth = make(base)
     counts = collections.defaultdict(collections.Counter)
-    rng, trials = random.Random(SEED.value), []
+    rng, trial = random.Random(SEED.value), base / 'trial'
+    begun = json.loads((base / 'run' / 'data.json').read_text())['fingerprint']
     for number in range(COUNT.value):
-      trial = base / 'trial'
+      if time.monotonic() > end:
+        break
       shutil.rmtree(trial, ignore_errors=True)
       shutil.copytree(base / 'run', trial)
+      shutil.copytree(base / 'records', trial / 'records')
+      (trial / 'running.json').write_text(json.dumps(DEAD))
       name, file, damage = harm(trial, CLASSES[number % len(CLASSES)], rng)
-      found = {
-        'load': outcome(trial, lambda trial=trial: load(trial), truth['load']),
-        'named step': outcome(
-          trial, lambda trial=trial: load(trial / 'checkpoints' / '8'), truth['load']),
-        'resume': outcome(trial, lambda trial=trial: resume(experiment, trial), truth['resume']),
-      }
+      ways = {
+        'load': (lambda: load(trial), truth['load']),
+        'named step': (lambda: load(trial / 'checkpoints' / '8'), truth['load'][-1:]),
+        'resume': (lambda: resume(experiment, trial), truth['resume']),
+        'records': (lambda: records(experiment, trial, begun), truth['records'])}
+      found = {way: outcome(trial, read, true) for way, (read, true) in ways.items()}
       if name in ('arrays', 'metadata'):
         plain = base / 'plain-trial'
         shutil.rmtree(plain, ignore_errors=True)
@@ -62,15 +72,19 @@ def main(_) -> None:
         rest = [path for path in sorted(plain.rglob('*')) if path.is_file() and (
           path.stat().st_size > 2000) == (name == 'arrays')]
         apply(rng.choice(rest), damage, rng)
-        found['plain Orbax'] = outcome(plain, lambda plain=plain: orbax(plain), truth['orbax'])
+        found['plain Orbax'] = outcome(
+          plain, lambda plain=plain: orbax(plain), truth['orbax'], closed=False)
       for way, said in found.items():
         counts[f'{name}: {way}'][said[0]] += 1
-      trials.append({'class': name, 'file': str(file), 'damage': damage, **found})
+      trial_said = {'class': name, 'file': str(file), 'damage': damage, **found}
+      print(json.dumps(trial_said), file=lines, flush=True)
   print_table(counts)
-  path = pathlib.Path(OUTPUT.value)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(trials, indent=2) + '\n')
-  print(f'wrote {path}')
+  print(f'{sum(counts[f"{name}: load"].total() for name in CLASSES)} trials in {path}')
+
+
+# What a run leaves that was killed on another host.
+DEAD = {'host': 'elsewhere', 'boot': 'x', 'pid': 77, 'started': '5', 'beat': 3,
+        'since': '2026-01-01 00:00:00'}
 
 
 def make(base: pathlib.Path):
@@ -100,7 +114,7 @@ def make(base: pathlib.Path):
   jaxllm.train(experiment, base / 'run')
   experiment = override(experiment, {'mesh.data': '2', 'mesh.fsdp': '2', 'mesh.tensor': '2'})
   logging.disable(logging.INFO)
-  truth = {'load': [], 'resume': []}
+  truth = {'load': [], 'resume': [], 'records': [records(experiment, base, None)]}
   for step in STEPS:
     directory = base / f'only-{step}'
     shutil.copytree(base / 'run', directory)
@@ -154,12 +168,28 @@ def resume(experiment, path: pathlib.Path) -> tuple:
 
   from jaxllm.training import workdir
 
+  workdir.STALE_SECONDS = 0
   begun = workdir.begun_as(path)
   if begun is not None:
     workdir.check_same_run(begun, experiment, path)
-  _, state, bundle = _restored(experiment, path)
+  with workdir.held(path):
+    _, state, bundle = _restored(experiment, path)
   return (_digest(jax.tree.leaves(state)), sorted(bundle.tokenizer_files.items()),
           json.dumps(bundle.manifest, sort_keys=True))
+
+
+def records(experiment, path: pathlib.Path, begun: str | None) -> tuple:
+  """Return the batches and the tokenizer that a run that has begun with some records reads."""
+  from jaxllm.config import override
+  from jaxllm.training import dataset
+
+  opened = dataset.open_dataset(override(
+    experiment, {'records_dir': str(path / 'records')}), begun)
+  batches = opened.make_batches('train', 8, True, None)
+  held_out = opened.make_batches('validation', 8, False, 1)
+  leaves = [value for one in (batches.batch_at(0), batches.batch_at(9), held_out.batch_at(0))
+            for _, value in sorted(one.items())]
+  return _digest(leaves), opened.tokenizer.fingerprint, opened.manifest.fingerprint
 
 
 def orbax(path: pathlib.Path) -> tuple:
@@ -188,6 +218,11 @@ def harm(trial: pathlib.Path, name: str, rng: random.Random):
   if name == 'workdir':
     files = [trial / one for one in ('config.json', 'data.json', 'environment.json')]
     files += [path for path in (trial / 'tokenizer').iterdir()]
+  elif name == 'records':
+    files = [path for path in sorted((trial / 'records').rglob('*'))
+             if path.is_file() and path.stat().st_size]
+  elif name == 'lock':
+    files = [trial / 'running.json']
   elif name == 'commit marker':
     files = [step / 'commit_success.txt']
   elif name == 'bundle':
@@ -206,7 +241,12 @@ def apply(file: pathlib.Path, damage: str, rng: random.Random) -> None:
   if damage == 'delete':
     file.unlink()
     return
-  if damage == 'empty' or not content:
+  if damage == 'swap':
+    root = next(path for path in file.parents if path.name in ('trial', 'plain-trial'))
+    others = [path.read_bytes() for path in sorted(root.rglob(file.name)) if path.is_file()]
+    others = [other for other in others if other != bytes(content)]
+    content = bytearray(rng.choice(others)) if others else content[::-1]
+  elif damage == 'empty' or not content:
     content = bytearray()
   elif damage == 'flip':
     content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
@@ -219,7 +259,7 @@ def apply(file: pathlib.Path, damage: str, rng: random.Random) -> None:
   file.write_bytes(content)
 
 
-def outcome(trial: pathlib.Path, read, truths: list) -> tuple[str, str]:
+def outcome(trial: pathlib.Path, read, truths: list, closed: bool = True) -> tuple[str, str]:
   """Return what became of a reading, and what was said."""
   from jaxllm import mistakes
 
@@ -227,7 +267,7 @@ def outcome(trial: pathlib.Path, read, truths: list) -> tuple[str, str]:
     found = read()
   except Exception as error:  # noqa: BLE001
     said = mistakes.sentence(error)
-    if truths and len(truths) == 1:  # Orbax's errors are its own.
+    if not closed:  # Orbax's errors are its own.
       return 'refused', str(error)[:200]
     if said is None or trial.name not in said:
       return 'TRACEBACK', f'{type(error).__name__}: {str(error)[:300]}'
