@@ -130,7 +130,7 @@ def load(
 
 def _load_step(mesh: Any, dtype: str | None, verify: str, step: os.PathLike[str]) -> Model:
   bundle = store.read_bundle(step)
-  config, experiment = _described(bundle)
+  config, experiment = _described(bundle, step)
   placement = make_placement(
     mesh, config, experiment.mesh.rules if experiment else sharding.DEFAULT_RULES)
   shapes, axes = abstract_params(experiment) if experiment else (
@@ -172,16 +172,19 @@ def describe(path: str | os.PathLike[str]) -> Model:
   if sources.is_foreign(path):
     return _foreign(sources.open_model(path), None)
   bundle = store.read_bundle(path)
-  return _stored(bundle, None, *_described(bundle))
+  return _stored(bundle, None, *_described(bundle, path))
 
 
-def _described(bundle: Bundle) -> tuple[DecoderConfig, Experiment | None]:
-  if CONVERTED in bundle.manifest:
-    config, experiment = model_config(bundle), None
-  else:
+def _described(
+  bundle: Bundle, path: str | os.PathLike[str]
+) -> tuple[DecoderConfig, Experiment | None]:
+  try:
+    if CONVERTED in bundle.manifest:
+      return to_use(model_config(bundle)), None
     experiment = Experiment.from_json(bundle.config_json)
-    config = experiment.decoder
-  return to_use(config), experiment
+    return to_use(experiment.decoder), experiment
+  except ValueError as error:
+    raise ValueError(f'{path}: the config of this checkpoint cannot be used: {error}') from error
 
 
 def to_use(config: DecoderConfig) -> DecoderConfig:
@@ -250,7 +253,7 @@ def _merged(
 
 def adapters(path: str | os.PathLike[str]) -> tuple[Experiment, dict[str, Any]]:
   """Return a run and the adapters that it trained; refuse one without, or with a trained head."""
-  _, experiment = _described(store.read_bundle(path))
+  _, experiment = _described(store.read_bundle(path), path)
   if experiment is None or experiment.finetune.lora is None:
     raise ValueError(f'{path} has no adapters: it was not trained with config.finetune.lora')
   found, _ = store.restore_params(path)

@@ -18,7 +18,7 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 _PARTIAL = '.partial-'
@@ -286,16 +286,47 @@ def file_digest(path: pathlib.Path, known: dict[str, Any]) -> str:
   """
   stat = path.stat()
   key, stamp = str(path.resolve()), [stat.st_size, stat.st_mtime_ns]
-  if known.get(key, [])[:2] != stamp:
-    with path.open('rb') as file:
-      known[key] = [*stamp, hashlib.file_digest(file, 'sha256').hexdigest()]
-  return known[key][2]
+  match known.get(key):
+    case [*before, str(found)] if before == stamp:
+      return found
+  with path.open('rb') as file:
+    found = hashlib.file_digest(file, 'sha256').hexdigest()
+  known[key] = [*stamp, found]
+  return found
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """Read a JSON object; {} where the file is absent or damaged."""
+def digest(value: Any) -> str:
+  """Return the SHA-256 of a JSON-able value."""
+  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def write_json(target: str | os.PathLike[str], fields: Mapping[str, Any]) -> None:
+  """Write an indented JSON object with its digest, whole or not at all."""
+  fields = json.loads(json.dumps(fields))
+  content = {**fields, 'sha256': digest(fields)}
+  write_file(target, json.dumps(content, indent=2, ensure_ascii=False) + '\n')
+
+
+def unsealed(content: bytes | str) -> dict[str, Any]:
+  """Return a JSON object, without its digest if it has one; a ValueError says what is wrong."""
   try:
-    content = json.loads(path.read_bytes())
-  except (OSError, ValueError, RecursionError):
+    fields = json.loads(content)
+  except RecursionError:
+    raise ValueError('it is nested too deeply') from None
+  if not isinstance(fields, dict):
+    raise ValueError('it holds no JSON object')
+  if fields.pop('sha256', None) not in (None, digest(fields)):
+    raise ValueError('its checksum is another')
+  return fields
+
+
+def read_json(path: pathlib.Path, needed: bool = False) -> dict[str, Any]:
+  """Read a JSON object; {} where the file is absent, or damaged unless it is `needed`."""
+  try:
+    return unsealed(path.read_bytes())
+  except FileNotFoundError:
     return {}
-  return content if isinstance(content, dict) else {}
+  except (OSError, ValueError) as error:
+    if needed:
+      raise ValueError(f'{path} is damaged ({error}); put a copy of it back') from error
+    return {}

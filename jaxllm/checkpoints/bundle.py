@@ -2,11 +2,10 @@
 
 import base64
 import dataclasses
-import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any
 
+from jaxllm import storage
 from jaxllm.mistakes import parse_json
 from jaxllm.models.config import DecoderConfig
 
@@ -65,8 +64,7 @@ def _digests(fields: Mapping[str, Any]) -> dict[str, str]:
   parts = {name: value for name, value in fields.items() if name not in ('sha256',
                                                                          'tokenizer_files')}
   parts |= {f'tokenizer/{name}': text for name, text in fields['tokenizer_files'].items()}
-  return {name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-          for name, value in parts.items()}
+  return {name: storage.digest(value) for name, value in parts.items()}
 
 
 def from_dict(fields: Mapping[str, Any]) -> Bundle:

@@ -491,7 +491,7 @@ def _not_from_orbax(record: logging.LogRecord) -> bool:
   # Orbax logs every phase, and a failure once per thread with its trace, as asyncio does for it;
   # what matters is raised.
   return not (f'{os.sep}orbax{os.sep}' in record.pathname
-              or record.getMessage().startswith('Future exception was never retrieved'))
+              or 'exception was never retrieved' in record.getMessage())
 
 
 def _absolute(path: str | os.PathLike[str]) -> epath.Path:
@@ -517,7 +517,8 @@ def _reading(step: epath.Path, item: str) -> Iterator[None]:
     raise
   except Exception as caught:
     error = caught
-  elsewhere = isinstance(error, MemoryError | RuntimeError) or (
+  elsewhere = (
+    isinstance(error, MemoryError | RuntimeError) and not isinstance(error, RecursionError)) or (
     isinstance(error, OSError) and not isinstance(error, FileNotFoundError)) or (
     str(error).startswith(_NOT_DAMAGE))
   worst = distributed.from_all(

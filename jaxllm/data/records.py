@@ -9,7 +9,6 @@
 
 import contextlib
 import hashlib
-import json
 import os
 import pathlib
 import sys
@@ -191,12 +190,11 @@ def prepare(
           staging.mkdir()
           fields = _write(data, tokenizer, staging, sources, fingerprint, progress).model_dump(
             mode='json')
-          storage.write_file(staging / 'manifest.json', json.dumps(
-            {**fields, 'sha256': _digest(fields)}, indent=2))
+          storage.write_json(staging / 'manifest.json', fields)
           storage.remove(folder)
   if hashes != known:
     with contextlib.suppress(OSError):  # They only save time.
-      storage.write_file(directory / _HASHES, json.dumps(hashes))
+      storage.write_json(directory / _HASHES, hashes)
   return load_manifest(directory / fingerprint[:16])
 
 
@@ -247,16 +245,9 @@ def load_manifest(directory: str | os.PathLike[str]) -> Manifest:
   """Read the manifest of records (see `folder_of`); refuse none, or a damaged one."""
   path = folder_of(directory) / 'manifest.json'
   try:
-    fields = json.loads(path.read_bytes())
-    if fields.pop('sha256', None) not in (None, _digest(fields)):
-      raise ValueError('its checksum is another')
-    return Manifest(**fields)
-  except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    return Manifest(**storage.unsealed(path.read_bytes()))
+  except (ValueError, TypeError) as error:
     raise ValueError(f'{path}: {DAMAGED} ({error})') from None
-
-
-def _digest(fields: Mapping[str, Any]) -> str:
-  return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
@@ -321,7 +312,7 @@ def _fingerprint(
     'tokenizer_files': {name: hashlib.sha256(content).hexdigest()
                         for name, content in tokenizers.read_files(tokenizer).items()},
   }
-  return _digest(facts)
+  return storage.digest(facts)
 
 
 Counters = Sequence[Counter[str]]

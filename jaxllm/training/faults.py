@@ -4,7 +4,6 @@ Each is NAME@STEP, or NAME@STEP:SECONDS; 'random' as the step is one that the ru
 It happens once in the life of a run: a file in the workdir tells restarts what has happened.
 """
 
-import json
 import os
 import pathlib
 import random
@@ -29,7 +28,7 @@ class Faults:
 
   def __init__(self, experiment: Experiment, workdir: pathlib.Path):
     self._file = workdir / FILE
-    self._happened = storage.read_json(self._file).get('happened', [])
+    self._happened = list(storage.read_json(self._file, needed=True).get('happened', []))
     self._ahead: dict[str, tuple[str, int, float]] = {}
     for text in experiment.training.faults:
       name, step, seconds = re.findall(r'(\w+)@(\w+):?(.*)', text)[0]
@@ -63,6 +62,6 @@ class Faults:
       logging.warning('config.training.faults at step %d: %s.', step, ', '.join(due))
       self._happened = [*self._happened, *due]
       if jax.process_index() == 0:
-        storage.write_file(self._file, json.dumps({'happened': self._happened}) + '\n')
+        storage.write_json(self._file, {'happened': self._happened})
     found = [self._ahead.pop(text) for text in due]
     return [(name, seconds) for name, _, seconds in found]

@@ -153,8 +153,8 @@ def _run(run: _Run) -> dict[str, Any]:
     'what is passed over': passed_over.read(run.path),
     'whether there is a summary': (run.path / 'summary.json').exists()})
   if latest >= num_steps or selected.exhausted:
-    written = run.path / 'summary.json'
-    if written.exists() and (summary := json.loads(written.read_text()))['step'] == latest:
+    summary = storage.read_json(run.path / 'summary.json', needed=True)
+    if summary.get('step') == latest:
       logging.info('The run in %s is complete: %d steps.', run.path, latest)
       return summary
     frozen, _ = _load_frozen(run, _bundle(run, latest))
@@ -182,7 +182,7 @@ def _accept(run: _Run, step: int, selected: Selection) -> None:
       logging.warning('Changed since the last call: config.%s: %r -> %r', field, before, after)
     storage.write_file(run.path / 'config.json', run.experiment.to_json())
     workdir.write_environment(run.path)
-    workdir.write_json(run.path / workdir.DATA, run.dataset.manifest.model_dump(mode='json'))
+    storage.write_json(run.path / workdir.DATA, run.dataset.manifest.model_dump(mode='json'))
     tokenizers.save(run.dataset.tokenizer, run.path / 'tokenizer')
   best = selected.best
   store_lib.mark_best(run.store, best and best[0], selected.facts)
@@ -414,7 +414,7 @@ def _finish(run: _Run, step: int, frozen: Any) -> dict[str, Any]:
     if samples:
       lines = [json.dumps(sample, ensure_ascii=False) for sample in samples]
       storage.write_file(run.path / 'samples.jsonl', '\n'.join(lines) + '\n')
-    workdir.write_json(run.path / 'summary.json', summary)
+    storage.write_json(run.path / 'summary.json', summary)
     report.write_report(run.path)
   distributed.barrier('the summary is written')
   return summary | storage.read_json(run.path / 'summary.json')  # Times are those of process 0.

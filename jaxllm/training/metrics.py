@@ -306,13 +306,14 @@ def _run_id(workdir: pathlib.Path) -> str:
   found = storage.read_json(path).get('id')
   if not isinstance(found, str):
     found = uuid.uuid4().hex[:8]
-    storage.write_file(path, json.dumps({'id': found}) + '\n')
+    storage.write_json(path, {'id': found})
   return found
 
 
 def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
   """Return the records of a metrics.jsonl; see `read_lines`."""
-  return [record for record in read_lines(path) if isinstance(record.get('step'), int)]
+  return [record for record in read_lines(path) if isinstance(record.get('step'), int)
+          and all(isinstance(value, int | float | None) for value in record.values())]
 
 
 def read_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -325,6 +326,8 @@ def read_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
   for line in lines:
     with contextlib.suppress(ValueError, RecursionError):
       found.append(json.loads(line))
+  if len(found) < len(lines):
+    logging.warning('%s: %d damaged lines are left out.', path, len(lines) - len(found))
   return [value for value in found if isinstance(value, dict)]
 
 

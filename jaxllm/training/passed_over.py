@@ -11,7 +11,6 @@ from absl import logging
 from jaxllm import distributed, storage
 from jaxllm.data import batches as batches_lib
 from jaxllm.experiment import Experiment
-from jaxllm.training import workdir
 from jaxllm.training.dataset import Dataset
 
 FILE = 'passed_over.json'
@@ -22,7 +21,12 @@ _TEXTS, _TOKENS = 100, 16
 
 def read(path: pathlib.Path) -> Passed:
   """Return what a run has passed over: `first` and `last` of batches that follow each other."""
-  return storage.read_json(path / FILE).get('batches', [])
+  found = storage.read_json(path / FILE, needed=True).get('batches', [])
+  try:
+    [0 <= one['first'] <= one['last'] for one in found]
+  except (TypeError, KeyError) as error:
+    raise ValueError(f'{path / FILE} is damaged ({error!r}); put a copy of it back') from error
+  return found
 
 
 def indices(passed: Passed, first: int, last: int) -> Iterator[int]:
@@ -45,7 +49,7 @@ def add(
       '%s. Going back to step %d and passing over batches %d to %d, places %d to %d in the order '
       'of the records: records %s, with texts that begin %s.', reason, target, found[0], found[-1],
       found[0] * size, (found[-1] + 1) * size - 1, _some(records), _some(texts))
-    workdir.write_json(path / FILE, {'batches': [*passed, {
+    storage.write_json(path / FILE, {'batches': [*passed, {
       'first': found[0], 'last': found[-1], 'back_to_step': target, 'reason': reason,
       'records': records, 'texts': texts}]})
   distributed.barrier('what is passed over is written')

@@ -70,7 +70,7 @@ def has_begun(path: pathlib.Path) -> bool:
 
 def begun_with(path: pathlib.Path) -> str | None:
   """Return the fingerprint of the records that the run in a directory has begun with."""
-  return storage.read_json(path / DATA).get('fingerprint') if has_begun(path) else None
+  return storage.read_json(path / DATA, needed=True).get('fingerprint') if has_begun(path) else None
 
 
 def check_same_run(old: Experiment, new: Experiment, workdir: pathlib.Path) -> None:
@@ -143,11 +143,13 @@ def environment() -> dict[str, Any]:
 def write_environment(path: pathlib.Path) -> None:
   """Write environment.json, append it to the starts of the run, and log what has changed."""
   old, new = storage.read_json(path / 'environment.json'), environment()
-  before, after = ({**one, **one.get('packages', {})} for one in (old, new))
+  packages = old.get('packages')
+  before = {**old, **(packages if isinstance(packages, dict) else {})}
+  after = {**new, **new['packages']}
   for name in sorted(before.keys() & after.keys() - {'packages', 'command'}):
     if before[name] != after[name]:
       logging.warning('Changed since the last call: %s: %s -> %s', name, before[name], after[name])
-  write_json(path / 'environment.json', new)
+  storage.write_json(path / 'environment.json', new)
   starts = path / 'environment.jsonl'
   lines = starts.read_text() if starts.exists() else ''
   storage.write_file(starts, lines + json.dumps({'time': time.time(), **new}) + '\n')
@@ -168,18 +170,19 @@ def held(path: pathlib.Path) -> Iterator[None]:
     'host': socket.gethostname(), 'boot': _text('/proc/sys/kernel/random/boot_id'),
     'pid': os.getpid(), 'started': _started(os.getpid()), 'beat': 0,
     'since': time.strftime('%Y-%m-%d %H:%M:%S')}
-  if (other := storage.read_json(lock)) and _is_alive(lock, other, mine):
+  if lock.exists() and _is_alive(lock, mine):
+    other = storage.read_json(lock)
     raise ValueError(f'--workdir={path} is held by process {other.get("pid")} of '
                      f'{other.get("host")} since {other.get("since")}; stop that run, or choose '
                      'another --workdir')
+  storage.write_json(lock, mine)
 
   def beat() -> None:
     while not closed.wait(BEAT_SECONDS):
       mine['beat'] += 1
       with contextlib.suppress(Exception):  # A full disk is told by what has to be written.
-        storage.write_file(lock, json.dumps(mine))
+        storage.write_json(lock, mine)
 
-  storage.write_file(lock, json.dumps(mine))
   thread = threading.Thread(target=beat, daemon=True)
   thread.start()
   try:
@@ -190,13 +193,14 @@ def held(path: pathlib.Path) -> Iterator[None]:
     lock.unlink(missing_ok=True)
 
 
-def _is_alive(lock: pathlib.Path, other: dict[str, Any], mine: dict[str, Any]) -> bool:
+def _is_alive(lock: pathlib.Path, mine: dict[str, Any]) -> bool:
+  before, other = _text(lock), storage.read_json(lock)
   if all(other.get(name) == mine[name] for name in ('host', 'boot')):
     return other.get('started') == _started(other.get('pid'))
   logging.warning('%s is of another host, %s; waiting %d seconds for a sign of life.', lock,
-                  other.get('host'), STALE_SECONDS)
+                  other.get('host', 'unknown'), STALE_SECONDS)
   time.sleep(STALE_SECONDS)
-  return storage.read_json(lock) not in ({}, other)
+  return _text(lock) not in ('', before)
 
 
 def _started(pid: Any) -> str:
@@ -205,10 +209,10 @@ def _started(pid: Any) -> str:
     str(pid) if not os.path.isdir('/proc') else '')
 
 
-def _text(path: str) -> str:
+def _text(path: str | pathlib.Path) -> str:
   try:
-    return pathlib.Path(path).read_text()
-  except OSError:
+    return storage.path(path).read_text(errors='replace')
+  except (OSError, ValueError):
     return ''
 
 
@@ -225,11 +229,6 @@ def same_everywhere(experiment: Experiment, workdir: str | os.PathLike[str]) -> 
     'python': '.'.join(map(str, sys.version_info[:2])),
     **{f'package {name}': importlib.metadata.version(name) for name in PACKAGES},
   }
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-  """Write indented JSON so that the file is either whole or not there."""
-  storage.write_file(path, json.dumps(value, indent=2, ensure_ascii=False) + '\n')
 
 
 def _git_commit() -> str | None:

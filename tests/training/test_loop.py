@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jaxllm import config as config_lib
-from jaxllm import loading
+from jaxllm import loading, storage
 from jaxllm.checkpoints import store
 from jaxllm.config import override
 from jaxllm.data import batches
@@ -458,22 +458,23 @@ def test_a_second_start_says_who_holds_the_directory(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=f'is held by process {os.getpid()} of .* since 20'):
       with workdir.held(tmp_path):
         pass
-    holder = (tmp_path / workdir.LOCK).read_text()
+    holder = storage.read_json(tmp_path / workdir.LOCK)
   assert not (tmp_path / workdir.LOCK).exists()
   # A process that is gone, or another one of its number.
   for change in ({'pid': 2**22 + 1}, {'started': '1'}):
-    (tmp_path / workdir.LOCK).write_text(json.dumps({**json.loads(holder), **change}))
+    storage.write_json(tmp_path / workdir.LOCK, {**holder, **change})
     with workdir.held(tmp_path):
       pass
-  # Another host: alive while its sign of life changes.
+  # Another host, or nobody knows which: alive while its sign of life changes.
   monkeypatch.setattr(workdir, 'STALE_SECONDS', 0.05)
-  elsewhere = {**json.loads(holder), 'host': 'elsewhere'}
-  (tmp_path / workdir.LOCK).write_text(json.dumps(elsewhere))
-  with workdir.held(tmp_path):
-    pass
-  (tmp_path / workdir.LOCK).write_text(json.dumps(elsewhere))
-  monkeypatch.setattr(workdir.time, 'sleep', lambda _: (tmp_path / workdir.LOCK).write_text(
-    json.dumps({**elsewhere, 'beat': 1})))
+  elsewhere = {**holder, 'host': 'elsewhere'}
+  for content in (json.dumps(elsewhere), '{"host', ''):
+    (tmp_path / workdir.LOCK).write_text(content)
+    with workdir.held(tmp_path):
+      pass
+  (tmp_path / workdir.LOCK).write_text('{"host')
+  monkeypatch.setattr(workdir.time, 'sleep', lambda _: storage.write_json(
+    tmp_path / workdir.LOCK, {**elsewhere, 'beat': 1}))
   with pytest.raises(ValueError, match='of elsewhere since'):
     with workdir.held(tmp_path):
       pass
