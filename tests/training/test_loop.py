@@ -100,11 +100,15 @@ def stop_after_five_steps(experiment, path, devices):
   assert store.committed_steps(path / 'checkpoints') == [3]
 
 
-def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(whole):
+def test_stopped_moved_and_resumed_equals_never_stopped_bit_for_bit(whole):
   base, _ = whole
   experiment = tiny.experiment(base, training__ema_decay=0.9, checkpoint__every_steps=3)
-  stop_after_five_steps(experiment, base / 'resumed', jax.devices()[ONE])
-  train(experiment, base / 'resumed')
+  stop_after_five_steps(experiment, base / 'before', jax.devices()[ONE])
+  (base / 'before').rename(base / 'resumed')
+  shutil.copytree(experiment.records_path, base / 'copied' / experiment.name)
+  moved = override(experiment, {'records_dir': str(base / 'copied')})
+  train(moved, base / 'resumed')
+  assert [path.name for path in (base / 'copied').iterdir()] == [experiment.name]
   assert losses(base / 'resumed') == losses(base / 'run')
   params = [store.restore_params(base / name)[0] for name in ('resumed', 'run')]
   jax.tree.map(np.testing.assert_array_equal, *params)
@@ -465,6 +469,16 @@ def test_a_second_start_says_who_holds_the_directory(tmp_path, monkeypatch):
     storage.write_json(tmp_path / workdir.LOCK, {**holder, **change})
     with workdir.held(tmp_path):
       pass
+  killed = subprocess.Popen(['sleep', '60'])
+  storage.write_json(tmp_path / workdir.LOCK, {
+    **holder, 'pid': killed.pid, 'started': workdir._started(killed.pid)})
+  with pytest.raises(ValueError, match=f'is held by process {killed.pid}'):
+    with workdir.held(tmp_path):
+      pass
+  killed.kill()
+  killed.wait()
+  with workdir.held(tmp_path):
+    pass
   # Another host, or nobody knows which: alive while its sign of life changes.
   monkeypatch.setattr(workdir, 'STALE_SECONDS', 0.05)
   elsewhere = {**holder, 'host': 'elsewhere'}
