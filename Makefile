@@ -21,7 +21,7 @@ export JAX_PLATFORMS ?= cpu
 # Names of `experiments/` files.
 TASKS := sentiment translation summarization question_answering
 
-.PHONY: demo demo-tasks test test-oldest test-parity test-browser lint bench bench-serve notebooks \
+.PHONY: demo demo-tasks test test-oldest test-floors test-parity test-browser lint bench bench-serve notebooks \
   docs release upgrade
 
 $(VENV)/python-$(VERSION):
@@ -83,6 +83,18 @@ test-oldest:
 	# Where the oldest Python here is the newest too, `make test` has said all.
 	test $(OLDEST) = $(PYTHON) || $(MAKE) test PYTHON=$(OLDEST) VENV=.venv-oldest
 
+test-floors:
+	# The lowest versions that setup.cfg allows, in an environment of their own; needs a network.
+	$(PYTHON) -m venv --clear .venv-floors
+	PIP_CONSTRAINT= PIP_BUILD_CONSTRAINT= .venv-floors/bin/python -m pip install --quiet uv
+	PIP_CONSTRAINT= .venv-floors/bin/uv pip compile setup.cfg --quiet --resolution=lowest-direct \
+	  --extra=dev --output-file=.venv-floors/floors.txt
+	PIP_CONSTRAINT= .venv-floors/bin/uv pip install --quiet --python=.venv-floors/bin/python \
+	  --requirements=.venv-floors/floors.txt
+	PIP_CONSTRAINT= .venv-floors/bin/uv pip install --quiet --python=.venv-floors/bin/python \
+	  --no-deps --editable .
+	.venv-floors/bin/python -m pytest -m 'not parity and not browser'
+
 test-parity: $(VENV)/parity
 	$(BIN)/python -m pytest -m parity
 
@@ -94,6 +106,14 @@ lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/mypy --strict --config-file= --follow-imports=silent tests/typed_face.py
+	# What is not installed and needs a network is not asked for.
+	if $(BIN)/python -c 'import bandit' 2>/dev/null; then $(BIN)/bandit -q -r jaxllm -ll; \
+	else echo 'bandit is not installed (pip install bandit): skipped'; fi
+	if ! $(BIN)/python -c 'import pip_audit' 2>/dev/null; then \
+	  echo 'pip-audit is not installed (pip install pip-audit): skipped'; \
+	elif ! curl -sfm 10 -o /dev/null https://pypi.org/pypi/pip/json; then \
+	  echo 'pip-audit: the advisory service cannot be reached: skipped'; \
+	else $(BIN)/pip-audit -r $(LOCK) --no-deps --disable-pip; fi
 
 bench: $(VENV)/parity
 	$(BIN)/python experiments/benchmarks/train_throughput.py

@@ -7,8 +7,12 @@ A tiny model behind real HTTP, in this process; run it in the root of the reposi
 Prints, for each flood, how many requests of one token were answered meanwhile and the longest wait.
 """
 
+import collections
 import contextlib
 import json
+import logging
+import pathlib
+import random
 import socket
 import threading
 import time
@@ -16,9 +20,11 @@ import time
 import httpx
 from absl import app, flags
 
+from tests.fuzz import test_requests as fuzz
 from tests.serving import http_server as server
 
 SECONDS = flags.DEFINE_float('seconds', 4, 'How long the patient client asks in each flood.')
+MUTATIONS = flags.DEFINE_integer('mutations', 3000, 'Mutated requests.')
 ONLY = flags.DEFINE_string('only', '', 'Only floods whose name holds this text.')
 FLOODER, PATIENT = 'the-key-of-a-flooder', 'the-key-of-a-patient'
 HEAD = (b'POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n'
@@ -39,6 +45,7 @@ def constrained(schema: dict) -> tuple[str, dict]:
 
 
 SLOW = {'type': 'object', 'patternProperties': {f'^x{i}_.*$': {} for i in range(1000)}}
+MUTATED = 'mutated'
 FLOODS = {
   'nothing': [],
   '24 x /tokenize of 2.3 MB': [('/tokenize', {'prompt': 'ab <|im_end|>' * 180_000})] * 24,
@@ -47,6 +54,7 @@ FLOODS = {
     'prompt': 'a', 'n': 24, 'max_tokens': 200, 'logit_bias': {'256': -100}})],
   '6 x a schema of 48 kB, 6 x one of 2 s': [constrained(chain(320, 50)), constrained(SLOW)] * 6,
   '300 half bodies': None,
+  'mutated requests': MUTATED,
 }
 
 
@@ -56,11 +64,40 @@ def post(url: str, path: str, body: dict) -> None:
       'content-type': 'application/json', 'authorization': f'Bearer {FLOODER}'})
 
 
-def patient(url: str) -> str:
-  """Ask for one token after the other; return the table's cells."""
+def send_mutated(url: str, number: int, counts: collections.Counter) -> None:
+  """Send one thread's share of mutated bodies; an answer that no client may get is odd."""
+  draw = random.Random(f'hostile {number}')
+  headers = {'content-type': 'application/json', 'authorization': f'Bearer {FLOODER}'}
+  with httpx.Client(timeout=60, headers=headers) as client:
+    for _ in range(MUTATIONS.value // 8):
+      path, body = draw.choice(fuzz.VALID)
+      try:
+        answer = client.post(url + path, content=fuzz.mutate(body, draw))
+        fuzz.judge(answer)
+        counts[answer.status_code] += 1
+      except (httpx.HTTPError, AssertionError, ValueError) as error:
+        counts[f'odd: {error!r:.80}'] += 1
+
+
+def memory() -> int:
+  """Return the MiB that this process holds, server and clients."""
+  return int(pathlib.Path('/proc/self/statm').read_text().split()[1]) * 4096 >> 20
+
+
+class Tracebacks(logging.Handler):
+  """Counts what is logged with a traceback."""
+
+  count = 0
+
+  def emit(self, record: logging.LogRecord) -> None:
+    self.count += bool(record.exc_info)
+
+
+def patient(url: str, awaited: list[threading.Thread]) -> str:
+  """Ask for one token after the other, at least until threads end; return the table's cells."""
   waits, statuses, end = [], set(), time.monotonic() + SECONDS.value
   with httpx.Client(timeout=300, headers={'authorization': f'Bearer {PATIENT}'}) as client:
-    while time.monotonic() < end:
+    while time.monotonic() < end or any(thread.is_alive() for thread in awaited):
       begin = time.monotonic()
       answer = client.post(f'{url}/v1/completions', json={
         'model': server.NAME, 'prompt': 'a', 'max_tokens': 1})
@@ -74,6 +111,8 @@ def patient(url: str) -> str:
 def main(_) -> None:
   print(f'{"flood":<40} {"answers":>8} {"p50 s":>7} {"p99 s":>7} {"longest s":>9}   statuses')
   model, engine = server.shared()
+  tracebacks = Tracebacks()
+  logging.getLogger().addHandler(tracebacks)
   for name, requests in FLOODS.items():
     if ONLY.value not in name:
       continue
@@ -83,14 +122,22 @@ def main(_) -> None:
         for _ in range(300):
           half = socket.create_connection(('127.0.0.1', started.port))
           stack.enter_context(half).sendall(HEAD)
+      counts, before = collections.Counter(), memory()
       threads = [threading.Thread(target=post, args=(started.url, *request))
-                 for request in requests or []]
+                 for request in (requests or [] if requests != MUTATED else [])]
+      if requests == MUTATED:
+        threads = [threading.Thread(target=send_mutated, args=(started.url, i, counts))
+                   for i in range(8)]
       for thread in threads:
         thread.start()
       time.sleep(0.3)
-      print(f'{name:<40} {patient(started.url)}', flush=True)
+      awaited = threads if requests == MUTATED else []
+      print(f'{name:<40} {patient(started.url, awaited)}', flush=True)
       for thread in threads:
         thread.join()
+      if counts:
+        print(f'  {counts.total()} requests: {dict(counts)}; {before} MiB before, {memory()} '
+              f'after, {tracebacks.count} tracebacks')
 
 
 if __name__ == '__main__':
