@@ -131,6 +131,14 @@ def train(
           _go_back(run, error)
         except store_lib.DamagedError as error:
           store_lib.quarantine(run.store, error)
+        except jax.errors.JaxRuntimeError as error:
+          said = str(error).partition('\n')[0]
+          if 'out of memory' not in said.lower():
+            raise
+          raise TrainingStopped(
+            f'the devices ran out of memory ({said}); raise '
+            'config.training.microbatches, or set config.objective.chunk_size or config.model.remat'
+          ) from error
     finally:
       store_lib.close(run.store)
       goodput.close()

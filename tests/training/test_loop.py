@@ -492,3 +492,14 @@ def test_a_second_start_says_who_holds_the_directory(tmp_path, monkeypatch):
   with pytest.raises(ValueError, match='of elsewhere since'):
     with workdir.held(tmp_path):
       pass
+
+
+def test_devices_without_memory_are_one_sentence(tmp_path, monkeypatch):
+  def make(*_):
+    def step(*_):
+      raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nAt')
+    return step
+
+  monkeypatch.setattr(loop.step_lib, 'make_train_step', make)
+  with pytest.raises(loop.TrainingStopped, match='Out of memory allocating 9 bytes.*microbatches'):
+    train(tiny.experiment(tmp_path), tmp_path / 'run')
