@@ -518,7 +518,8 @@ def _reading(step: epath.Path, item: str) -> Iterator[None]:
   except Exception as caught:
     error = caught
   elsewhere = (
-    isinstance(error, MemoryError | RuntimeError) and not isinstance(error, RecursionError)) or (
+    isinstance(error, MemoryError | RuntimeError)
+    and not isinstance(error, RecursionError | NotImplementedError)) or (
     isinstance(error, OSError) and not isinstance(error, FileNotFoundError)) or (
     str(error).startswith(_NOT_DAMAGE))
   worst = distributed.from_all(
