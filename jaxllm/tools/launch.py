@@ -113,7 +113,7 @@ def recipe(experiment: Any) -> str:
   """Return the recipe that the flags ask for; a ValueError says why there is none."""
   from jaxllm import sharding
 
-  target, topology = FOR.value, TOPOLOGY.value or _topology(CONFIG.value)
+  target, topology = FOR.value, TOPOLOGY.value or topology_of(CONFIG.value)
   if target == 'image':
     return _fill('Dockerfile', extra='tpu' if topology else 'cuda13')
   root = '/shared' if target == 'slurm' else 'gs://BUCKET'
@@ -146,7 +146,7 @@ def recipe(experiment: Any) -> str:
     spot_selector='cloud.google.com/gke-spot: "true"' if SPOT.value else '# On-demand machines.')
 
 
-def _topology(location: str) -> str | None:
+def topology_of(location: str) -> str | None:
   """Return the TPU slice that the variant of an experiment file names."""
   name, _, variant = location.partition(':')
   if not variant or not name.endswith('.py'):

@@ -1,0 +1,102 @@
+"""Plans: what a compiled step holds and exchanges, changes that fit, and what cannot be planned."""
+
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from jaxllm.sharding import MeshConfig
+from jaxllm.tools import plan
+from tests import programs
+from tests.training import tiny_run
+
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory):
+  """Return the plan of a tiny run, on a chip so small that it does not fit."""
+  with pytest.MonkeyPatch.context() as patch:
+    find = plan.find_devices
+    patch.setattr(plan, 'find_devices', lambda *args: (find(*args)[0], ('TPU v5e', 1e-4, 1.0)))
+    experiment = tiny_run.experiment(
+      tmp_path_factory.mktemp('plan'), mesh=MeshConfig(data=2, fsdp=4),
+      model__dtype='bfloat16', model__remat='full', training__batch_size=8)
+    found = plan.plan(experiment, 'local')
+    found['proposals'] = plan.proposals(experiment, 'local')
+  return found
+
+
+def test_a_compiled_step_says_what_it_holds_and_exchanges(made):
+  assert {axis for one in made['exchanged'] for axis in one['axes'].split()} == {'data', 'fsdp'}
+  gib = made['gib']
+  parts = sum(size for name, size in gib.items() if name not in ('total', 'memory'))
+  assert parts == pytest.approx(gib['total'])
+  assert gib['optimizer'] > 1.9 * gib['parameters'] > 0  # AdamW's two moments.
+  seconds = made['seconds']
+  assert made['ceiling']['mfu'] == seconds['arithmetic'] / max(seconds.values())
+  json.dumps(made)
+
+
+def test_what_does_not_fit_comes_with_changes(made):
+  assert any('GiB of 0.0' in one for one in made['problems'])
+  assert {one['flags'] for one in made['proposals']} == {  # Rows allow no more microbatches.
+    '--config.objective.chunk_size=512', '--config.mesh.data=1 --config.mesh.fsdp=8'}
+  text = plan.page(made)
+  assert '--config.mesh.data=1 --config.mesh.fsdp=8' in text and 'needs' in text
+
+
+@pytest.mark.parametrize('line, axes', [
+  ('replica_groups={{0,1,2,3},{4,5,6,7}}', ('fsdp',)),
+  ('replica_groups=[4,2]<=[2,4]T(1,0)', ('data',)),
+  ('replica_groups=[2,4]<=[8]', ('fsdp',)), ('replica_groups={}', ('data', 'fsdp')),
+  ('source_target_pairs={{0,4},{4,0}}', ('data',)),
+])
+def test_groups_are_named_by_mesh_axes(line, axes):
+  devices = np.array(jax.devices()).reshape(2, 4)
+  assert plan._axes(line, jax.sharding.Mesh(devices, ('data', 'fsdp'))) == axes
+
+
+def test_collectives_count_loops_and_channels():
+  text = '''HloModule m
+%cond (p: s32[]) -> pred[] {
+  %c = s32[] constant(5)
+}
+%body (p: s32[]) -> s32[] {
+  %g = f32[8,4]{1,0} all-gather(%x), channel_id=1, replica_groups=[1,8]<=[8]
+  %h = f32[8,4]{1,0} all-gather(%x), channel_id=1, replica_groups=[1,8]<=[8]
+}
+ENTRY %main (p: s32[]) -> s32[] {
+  %w = s32[] while(%p), condition=%cond, body=%body
+  %r = bf16[16]{0} all-reduce(%y), channel_id=2, replica_groups=[8,1]<=[8]
+}
+'''
+  mesh = jax.sharding.Mesh(np.array(jax.devices()), ('data',))
+  assert plan.collectives(text, mesh) == [
+    {'kind': 'all-gather', 'axes': 'data', 'per_step': 5, 'bytes': 5 * 128},
+    {'kind': 'all-reduce', 'axes': '', 'per_step': 1, 'bytes': 64}]
+
+
+@pytest.mark.parametrize('flag, said', [
+  ('--topology=v9:2x2', '--topology=v9:2x2: a generation of'),
+  ('--topology=v5p:3x5', '--topology=v5p:3x5: slices of v5p have shapes'),
+  ('--topology=v5p:2x2x1', 'config.mesh .*needs a multiple of 64 devices but there are 4'),
+  ('--config.model.remat=some', 'config.model.remat=some: '),
+])
+def test_what_cannot_be_planned_is_one_sentence(flag, said):
+  code, out, error = programs.run(
+    'tools.plan', '--config=experiments/llama.py:llama3_8b', flag)
+  assert code == 2 and not out and len(error.splitlines()) == 1
+  assert re.match(f'error: .*{said}', error)
+
+
+def test_a_plan_without_the_compiler_of_tpus_is_one_sentence(monkeypatch):
+  monkeypatch.setattr(plan.importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(ValueError, match=r"libtpu, is not installed: pip install 'jaxllm\[plan\]'"):
+    plan.find_devices('v5e:2x4', MeshConfig(data=8))
+
+
+def test_a_better_compiler_is_named():
+  assert "pip install 'libtpu==0.0.52.*'" in plan.better_compiler(
+    {'jax': '0.12.0.1', 'libtpu': '0.0.50'})
+  assert not plan.better_compiler({'jax': '0.12.0.1', 'libtpu': '0.0.52'})
