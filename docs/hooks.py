@@ -41,7 +41,7 @@ ELSEWHERE = {
   'project/changelog.md': ('CHANGELOG.md', '', ''),
 }
 PLACES = {file: page for page, (file, *_) in ELSEWHERE.items() if file != 'README.md'}
-TOOLS = ('tools.launch', 'tools.verify_resume', 'tools.audit')
+TOOLS = ('tools.plan', 'tools.launch', 'tools.verify_resume', 'tools.audit')
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:

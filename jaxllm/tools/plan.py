@@ -234,7 +234,8 @@ def proposals(experiment: Any, topology: str) -> list[dict[str, Any]]:
   training, mesh, found = experiment.training, experiment.mesh, []
   for is_open, change in (
     (True, {'training.microbatches': 2 * training.microbatches}),
-    (experiment.decoder.remat != 'full', {'model.remat': 'full'}),
+    (experiment.decoder.remat not in ('full', 'offload'), {'model.remat': 'full'}),
+    (experiment.decoder.remat != 'offload', {'model.remat': 'offload'}),
     (getattr(experiment.objective, 'chunk_size', 0) is None, {'objective.chunk_size': 512}),
     (mesh.data % 2 == 0, {'mesh.data': mesh.data // 2, 'mesh.fsdp': 2 * mesh.fsdp}),
   ):

@@ -41,7 +41,8 @@ def test_a_compiled_step_says_what_it_holds_and_exchanges(made):
 def test_what_does_not_fit_comes_with_changes(made):
   assert any('GiB of 0.0' in one for one in made['problems'])
   assert {one['flags'] for one in made['proposals']} == {  # Rows allow no more microbatches.
-    '--config.objective.chunk_size=512', '--config.mesh.data=1 --config.mesh.fsdp=8'}
+    '--config.model.remat=offload', '--config.objective.chunk_size=512',
+    '--config.mesh.data=1 --config.mesh.fsdp=8'}
   text = plan.page(made)
   assert '--config.mesh.data=1 --config.mesh.fsdp=8' in text and 'needs' in text
 
