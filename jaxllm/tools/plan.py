@@ -167,7 +167,7 @@ def collectives(text: str, mesh: Any) -> list[dict[str, Any]]:
   """
   bodies: dict[str, list[str]] = {}
   name = ''
-  for line in text.splitlines():
+  for line in text.split('\n'):
     if line.endswith('{') and (head := re.match(r'(ENTRY )?%?([\w.-]+)', line)):
       name = 'ENTRY' if head[1] else head[2]
       bodies[name] = []
