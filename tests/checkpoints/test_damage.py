@@ -150,6 +150,19 @@ def test_a_damaged_leaf_is_named_passed_over_and_put_aside(copy, caplog):
   assert store_lib.committed_steps(path) == [1, 2]
 
 
+def test_a_sharding_that_is_not_known_is_damage(copy):
+  path, states = copy
+  file = path / '2' / 'state' / '_sharding'
+  known = file.read_text()
+  file.write_text(known.replace('NamedSharding', 'namedSharding'))
+  assert file.read_text() != known
+  params, _ = store_lib.restore_params(path)
+  assert any((np.asarray(params['kernel']) == np.asarray(one['params']['kernel'])).all()
+             for one in states.values())
+  with pytest.raises(DamagedError, match=str(path / '2')):
+    store_lib.restore_params(path / '2')
+
+
 def test_links_out_of_a_checkpoint_are_refused(copy):
   path, _ = copy
   state = path / '2' / 'state'
