@@ -254,11 +254,11 @@ def bundles(folder):
       bundle = library.from_dict(fields)
     except (ValueError, library.CheckpointError):
       return  # The store says whose it is.
-    loading._stored(bundle, None, *loading._described(bundle))
+    loading._stored(bundle, None, *loading._described(bundle, 'bundle'))
 
   for fields in valid:
     bundle = library.from_dict(fields)
-    loading._stored(bundle, None, *loading._described(bundle))
+    loading._stored(bundle, None, *loading._described(bundle, 'bundle'))
   return one
 
 

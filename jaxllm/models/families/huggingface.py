@@ -266,7 +266,7 @@ def context_length(keys: Keys, positions: RotaryPositions) -> int:
     return longest
   trained = (_length(keys, _rope(keys)) if isinstance(scaling, LinearScaling)
              else scaling.original_length)
-  reach = int(min(trained * scaling.factor, 2 * MAX_SIZE))
+  reach = int(min(trained * scaling.factor, 1e18))
   return max(longest, size({'context length': reach}, 'context length'))
 
 
