@@ -56,6 +56,26 @@ def test_a_signal_to_one_stops_all_and_more_processes_go_on(tmp_path):
   assert not [text for code, text in two[1:] if 'Training' in text or 'step ' in text]
 
 
+def test_damage_that_one_process_reads_is_damage_for_all(tmp_path):
+  _, path = make(
+    tmp_path, training__num_steps=4, checkpoint__every_steps=2, mesh='{"data": 1, "fsdp": 4}')
+  start = {'config': str(path), 'workdir': str(tmp_path / 'run'), 'processes': 2}
+  saved, = processes.run(start, devices=2)
+  assert [code for code, _ in saved] == [0, 0], saved
+  checkpoints = tmp_path / 'run' / 'checkpoints'
+  for file in (checkpoints / '4' / 'state').glob('ocdbt.process_1/d/*'):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+  more = ['--config.training.num_steps=6']
+  resumed, = processes.run({**start, 'own': {'0': more, '1': more}}, devices=2)
+  assert [code for code, _ in resumed] == [0, 0], resumed
+  said = [text.count(f'{checkpoints}/4/state cannot be read: ') for _, text in resumed]
+  assert said == [1, 0], resumed
+  assert store.committed_steps(checkpoints) == [2, 4, 6]
+  assert (checkpoints / '4.damaged').is_dir() and not (checkpoints / '2.damaged').exists()
+
+
 def test_what_differs_is_named_with_its_process(tmp_path):
   _, path = make(tmp_path)
   start = {'config': str(path), 'workdir': str(tmp_path / 'run'), 'processes': 2}
