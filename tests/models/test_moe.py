@@ -179,7 +179,9 @@ def test_several_devices_compute_what_one_does(factor, sizes):
     lowered = jax.jit(step).lower(placed, batch['tokens'], batch['segment_ids'])
   assert ('all_to_all' in lowered.as_text()) == (factor is not None)
   got = lowered.compile()(placed, batch['tokens'], batch['segment_ids'])
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, want)
+  # A gradient is a sum of numbers as large as the largest of its array, and is rounded like these.
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(
+    a, b, rtol=1e-4, atol=2e-5 * float(jnp.abs(b).max())), got, want)
 
 
 def test_rows_that_the_mesh_does_not_divide_are_computed_by_all():
