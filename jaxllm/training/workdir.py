@@ -170,12 +170,13 @@ def held(path: pathlib.Path) -> Iterator[None]:
     'host': socket.gethostname(), 'boot': _text('/proc/sys/kernel/random/boot_id'),
     'pid': os.getpid(), 'started': _started(os.getpid()), 'beat': 0,
     'since': time.strftime('%Y-%m-%d %H:%M:%S')}
-  if lock.exists() and _is_alive(lock, mine):
-    other = storage.read_json(lock)
-    raise ValueError(f'--workdir={path} is held by process {other.get("pid")} of '
-                     f'{other.get("host")} since {other.get("since")}; stop that run, or choose '
-                     'another --workdir')
-  storage.write_json(lock, mine)
+  with storage.locked(path):  # Of two that start at once, one sees what the other wrote.
+    if lock.exists() and _is_alive(lock, mine):
+      other = storage.read_json(lock)
+      raise ValueError(f'--workdir={path} is held by process {other.get("pid")} of '
+                       f'{other.get("host")} since {other.get("since")}; stop that run, or choose '
+                       'another --workdir')
+    storage.write_json(lock, mine)
 
   def beat() -> None:
     while not closed.wait(BEAT_SECONDS):

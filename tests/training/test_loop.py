@@ -45,7 +45,7 @@ def test_a_run_leaves_all_its_files(whole):
   base, summary = whole
   names = {entry.name for entry in (base / 'run').iterdir()}
   assert names == {
-    'config.json', 'tokenizer', 'data.json', 'environment.json', 'environment.jsonl',
+    '.lock', 'config.json', 'tokenizer', 'data.json', 'environment.json', 'environment.jsonl',
     'checkpoints', 'metrics.jsonl', 'tensorboard', 'samples.jsonl', 'summary.json', 'report.html',
   }
   assert summary['complete'] and summary['step'] == 8
