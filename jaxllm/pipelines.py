@@ -12,7 +12,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 from jaxllm import loading
 from jaxllm.generation import chat as conversation
@@ -29,6 +29,17 @@ Pipeline = Callable[..., Any]
 _DECODING = {*texts_lib.BeamConfig.model_fields, *texts_lib.SpeculationConfig.model_fields}
 
 
+@overload
+def pipeline(
+  task: Literal['translation', 'summarization', 'sentiment-analysis', 'text-classification'],
+  model: Model | str | os.PathLike[str], batch_size: int = ..., mesh: Any = ...,
+  dtype: str | None = ..., **fields: Any,
+) -> Callable[..., list[Prediction]]: ...
+@overload
+def pipeline(
+  task: str, model: Model | str | os.PathLike[str], batch_size: int = ..., mesh: Any = ...,
+  dtype: str | None = ..., **fields: Any,
+) -> Pipeline: ...
 def pipeline(
   task: str, model: Model | str | os.PathLike[str], batch_size: int = predict.BATCH_SIZE,
   mesh: Any = None, dtype: str | None = None, **fields: Any,

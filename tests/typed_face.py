@@ -14,7 +14,7 @@ model = assert_type(jaxllm.load('runs/typed', mesh={'fsdp': 2}, dtype='bfloat16'
 assert_type(jaxllm.generate(model, 'To be', max_new_tokens=4, temperature=0.7), str)
 assert_type(jaxllm.generate(model, ['To be', 'or not']), list[str])
 classify = jaxllm.pipeline('sentiment-analysis', model)
-answers: list[dict[str, Any]] = classify(['A delight.'])
+answers = assert_type(classify(['A delight.']), list[dict[str, Any]])
 ids: list[int] = model.tokenizer.encode('To be')
 shape: tuple[int, ...] = model.logits(ids).shape
 version: str = jaxllm.__version__
