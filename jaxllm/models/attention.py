@@ -15,6 +15,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxllm import sharding
 from jaxllm.models import cache as kv_cache
@@ -29,8 +30,8 @@ MASKED = -1e30
 BLOCK = 128
 # Of keys and queries in the splash kernel; a length is padded to a multiple of the smallest.
 SPLASH_BLOCKS = (512, 256, 128)
-# Under this name a remat policy may keep the kernel's result instead of running it again.
-RESIDUAL_NAME = 'splash'
+# Under this name a remat policy may keep what the heads return instead of running them again.
+RESIDUAL_NAME = 'attention'
 
 
 @flax.struct.dataclass
@@ -297,6 +298,7 @@ class Attention(nn.Module):
     if view.rotation is not None:
       query, key = rotate(query, *view.rotation), rotate(key, *view.rotation)
     query = sharding.constrain(query, 'batch', 'length', 'heads', 'head_dim')
+    query, key, value = (checkpoint_name(x, 'query_key_value') for x in (query, key, value))
     scale, cap = config.query_scale, config.attention_softcap
     heads_first = key.swapaxes(1, 2), value.swapaxes(1, 2)
     if view.mask_BTS is None:
@@ -308,6 +310,8 @@ class Attention(nn.Module):
     else:
       dropout = nn.Dropout(config.attention_dropout_rate, deterministic=deterministic)
       mixed_BTNH = attend(query, *heads_first, view.mask_BTS, scale, cap, dropout)
+    if config.attention != 'splash':  # It names its own, with what its gradient needs besides.
+      mixed_BTNH = checkpoint_name(mixed_BTNH, RESIDUAL_NAME)
     out = Linear(
       (config.num_heads, config.head_size), (config.embed_dim,), ('heads', 'head_dim', 'embed'),
       config.stddev(config.num_heads * config.head_size, residual=True),

@@ -58,6 +58,27 @@ class ExpertsConfig(Config):
   et al., "ST-MoE", arXiv 2202.08906, equation 5."""
 
 
+# Tensors of a layer: its input; queries, keys and values as attention takes them; what the heads
+# return; what attention adds; what widens the MLP, or each expert; what the MLP adds.
+RematName = Literal[
+  'block_input', 'query_key_value', 'attention', 'attention_out', 'mlp_up', 'mlp_out']
+
+
+class RematConfig(Config):
+  """The tensors of a layer that the backward pass finds again; it recomputes all others."""
+
+  save: tuple[RematName, ...] = ()
+  """Kept where they are."""
+  offload: tuple[RematName, ...] = ()
+  """Kept in the host's memory."""
+
+  @pydantic.model_validator(mode='after')
+  def _check(self) -> 'RematConfig':
+    if both := [name for name in self.save if name in self.offload]:
+      raise ValueError(f'save and offload both name {both[0]!r}; leave it out of one of them')
+    return self
+
+
 class DecoderConfig(Config):
   """A decoder-only transformer: sizes, switches, and how it is run.
 
@@ -137,10 +158,15 @@ class DecoderConfig(Config):
   elsewhere); 'splash' is fused, on TPUs (interpreted, slowly, elsewhere)."""
   scan_layers: bool = True
   """Run layers by a scan (compiles fast) or unrolled; parameters and results are the same."""
-  remat: Literal['none', 'full', 'offload', 'dots', 'dots_no_batch'] = 'none'
+  remat: Annotated[
+    Annotated[Literal['none', 'full', 'offload', 'dots', 'dots_no_batch'], pydantic.Tag('policy')]
+    | Annotated[RematConfig, pydantic.Tag('names')],
+    pydantic.Discriminator(lambda value: 'policy' if isinstance(value, str) else 'names'),
+  ] = 'none'
   """What the backward pass recomputes: nothing, everything but layer inputs, the same with these in
   the host's memory, everything but matrix products, everything but products with weights (and what
-  'splash' attention returns)."""
+  attention returns); or everything but the tensors that are named, as in {"save": ["mlp_up"],
+  "offload": ["block_input"]}."""
 
   @property
   def kv_heads(self) -> int:

@@ -21,7 +21,7 @@ from jaxllm.models import attention
 from jaxllm.models import cache as kv_cache
 from jaxllm.models.attention import MASKED, Attention, View, softcap
 from jaxllm.models.cache import KVCache, init_cache
-from jaxllm.models.config import DecoderConfig
+from jaxllm.models.config import DecoderConfig, RematConfig
 from jaxllm.models.linear import Embed, Linear, in_own_dtype
 from jaxllm.models.mlp import Mlp
 from jaxllm.models.moe import AUX, Moe
@@ -39,11 +39,9 @@ __all__ = [
   'parameter_count', 'unstack',
 ]
 
-REMAT_POLICIES: Mapping[str, Callable[..., Any]] = {
-  'full': jax.checkpoint_policies.nothing_saveable,
-  'offload': jax.checkpoint_policies.save_and_offload_only_these_names(
-    names_which_can_be_saved=[], names_which_can_be_offloaded=['block_input'],
-    offload_src='device', offload_dst='pinned_host'),
+REMAT_POLICIES: Mapping[str, RematConfig | Callable[..., Any]] = {
+  'full': RematConfig(),
+  'offload': RematConfig(offload=('block_input',)),
   'dots': jax.checkpoint_policies.dots_saveable,
   'dots_no_batch': jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -71,6 +69,7 @@ class Block(nn.Module):
     added, cache = Attention(config, name='attention')(
       self._before('attention_norm', x_BTD), view, deterministic, cache, layer, cache_positions_BT
     )
+    added = checkpoint_name(added, 'attention_out')
     added = self._after('attention_post_norm', added, deterministic)
     mixed = x_BTD + added
     mlp_input = x_BTD if config.residual == 'parallel' else mixed
@@ -81,6 +80,7 @@ class Block(nn.Module):
       is_real_BT = None if view.segment_ids_BT is None else view.segment_ids_BT > 0
       added = Moe(config, config.experts, name='mlp')(
         mlp_input, is_real_BT, training=not deterministic, report=cache is None)
+    added = checkpoint_name(added, 'mlp_out')
     x_BTD = mixed + self._after('mlp_post_norm', added, deterministic)
     return constrain(x_BTD, 'batch', 'length', 'activation_embed'), cache
 
@@ -259,7 +259,7 @@ class Decoder(nn.Module):
 
     if config.remat != 'none':
       run_block = jax.checkpoint(
-        run_block, policy=REMAT_POLICIES[config.remat], prevent_cse=not scanned
+        run_block, policy=_remat_policy(config.remat), prevent_cse=not scanned
       )
     if scanned:
       return _scan(run_block, layers, x_BTD, views, cache, config.layer_kinds)
@@ -338,6 +338,15 @@ def parameter_count(config: DecoderConfig) -> int:
     shapes, axes,
   )
   return sum(jax.tree.leaves(counts))
+
+
+def _remat_policy(remat: str | RematConfig) -> Callable[..., Any]:
+  policy = REMAT_POLICIES[remat] if isinstance(remat, str) else remat
+  if not isinstance(policy, RematConfig):
+    return policy
+  return jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=policy.save, names_which_can_be_offloaded=policy.offload,
+    offload_src='device', offload_dst='pinned_host')
 
 
 def _norm(config: DecoderConfig, name: str | None = None) -> Norm:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 import flax.linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxllm.models.config import DecoderConfig
 from jaxllm.models.linear import Linear
@@ -31,9 +32,10 @@ class Mlp(nn.Module):
     """Return (B, T, D) in the dtype of `x_BTD`."""
     config = self.config
     activation = ACTIVATIONS[config.activation]
-    up_BTF = self._widen('up')(x_BTD)
-    hidden_BTF = (activation(self._widen('gate')(x_BTD)) * up_BTF if config.gated
-                  else activation(up_BTF))
+    up_BTF = checkpoint_name(self._widen('up')(x_BTD), 'mlp_up')
+    hidden_BTF = (
+      activation(checkpoint_name(self._widen('gate')(x_BTD), 'mlp_up')) * up_BTF if config.gated
+      else activation(up_BTF))
     hidden_BTF = constrain(hidden_BTF, 'batch', 'length', 'mlp')
     stddev = config.stddev(config.mlp_dim, residual=True)
     return Linear((config.mlp_dim,), (config.embed_dim,), ('mlp', 'embed'), stddev,

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from jaxllm import sharding
@@ -287,7 +288,8 @@ def _apply(
 ) -> jax.Array:
   """Apply the MLP of each expert to its rows; `sizes_E` as in `grouped_dense`."""
   def multiply(name: str, x: jax.Array) -> jax.Array:
-    return expert_linear(kernels[name], x, sizes_E, config.dtype)
+    y = expert_linear(kernels[name], x, sizes_E, config.dtype)
+    return y if name == 'down' else checkpoint_name(y, 'mlp_up')
 
   hidden_RF = ACTIVATIONS[config.activation](multiply('gate' if config.gated else 'up', x_RD))
   return multiply('down', hidden_RF * multiply('up', x_RD) if config.gated else hidden_RF)

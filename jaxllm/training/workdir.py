@@ -117,7 +117,7 @@ FIXED_FIELDS = ('model', 'data', 'tokenizer', 'finetune', 'seed', 'training.batc
 # Of them the fields that change how a model runs, not its function, and where files lie: their
 # content is part of the fingerprint of the records.
 _RUN_DEPENDENT = re.compile(
-  r'model\.(scan_layers|remat|attention|dtype|dropout_rate)'
+  r'model\.(scan_layers|remat(\..*)?|attention|dtype|dropout_rate)'
   r'|data\.(sources|validation)\.\d+\.location|tokenizer\.path'
 )
 

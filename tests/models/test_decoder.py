@@ -1,6 +1,8 @@
 """Laws of the decoder: causality, cache, packing, and independence of how it is run."""
 
+import collections
 import functools
+import typing
 
 import flax
 import flax.linen as nn
@@ -11,9 +13,11 @@ import pytest
 import tiny
 from flax import nnx
 
+from jaxllm.config import ConfigError
 from jaxllm.models import attention, mlp
 from jaxllm.models import decoder as decoder_lib
 from jaxllm.models.attention import MASKED
+from jaxllm.models.config import ExpertsConfig, RematConfig, RematName
 from jaxllm.models.decoder import (
   REMAT_POLICIES,
   Decoder,
@@ -176,7 +180,8 @@ def test_remat_changes_nothing(monkeypatch):
     return jax.jit(jax.value_and_grad(loss))(variables)
 
   expected = loss_and_gradient('none', True)
-  cases = [(remat, True, 'cpu') for remat in REMAT_POLICIES]
+  named = RematConfig(save=('query_key_value', 'attention_out'), offload=('block_input', 'mlp_up'))
+  cases = [(remat, True, 'cpu') for remat in (*REMAT_POLICIES, named)]
   # On TPUs a layer's parameters are kept from being cast before the scan.
   cases += [('none', False, 'cpu'), ('full', False, 'cpu'), ('full', True, 'tpu')]
   for remat, scan_layers, platform in cases:
@@ -184,6 +189,50 @@ def test_remat_changes_nothing(monkeypatch):
     leaves = map(jax.tree.leaves, (loss_and_gradient(remat, scan_layers), expected))
     for got, want in zip(*leaves, strict=True):
       np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-5)
+
+
+def residuals(config):
+  """Return the shapes of what the backward pass of a tiny decoder keeps, with how many of each."""
+  variables, tokens_BT = tiny.variables_of(config), tiny.tokens_of(config, 2, LENGTH)
+
+  def loss(variables):
+    hidden_BTD, _ = Decoder(config).apply(variables, tokens_BT, method='hidden')
+    return jnp.square(hidden_BTD - 1).mean()
+
+  kept = jax.eval_shape(lambda variables: jax.vjp(loss, variables)[1], variables)
+  return collections.Counter(leaf.shape for leaf in jax.tree.leaves(kept))
+
+
+# Layers, rows and tokens in front.
+KEPT = {
+  'block_input': {}, 'query_key_value': {(4, 4): 1, (2, 4): 2}, 'attention': {(4, 4): 1},
+  'attention_out': {(16,): 1}, 'mlp_up': {(24,): 2}, 'mlp_out': {(16,): 1},
+}
+
+
+@pytest.mark.parametrize('kind', ['save', 'offload'])
+def test_remat_by_name_keeps_what_it_names(kind):
+  config = tiny.BASE.replace(num_layers=2, num_kv_heads=2, norm_placement='sandwich')
+  least = residuals(config.replace(remat='full'))
+  assert [*KEPT] == [*typing.get_args(RematName)]
+  for name, shapes in KEPT.items():
+    found = residuals(config.replace(remat=RematConfig(**{kind: (name,)})))
+    assert found - least == {(2, 2, LENGTH, *shape): count for shape, count in shapes.items()}
+    assert not least - found
+
+
+def test_remat_by_name_reaches_experts():
+  config = tiny.BASE.replace(num_layers=2, experts=ExpertsConfig(num_experts=4, top_k=2))
+  least, found = (
+    residuals(config.replace(remat=remat)) for remat in ('full', RematConfig(save=('mlp_up',))))
+  assert found - least == {(2, 2 * 2 * LENGTH, 24): 2}  # Each token stands there twice.
+
+
+def test_a_remat_name_that_is_unknown_comes_with_those_that_are_known():
+  for change in ({'save': ('mlp',)}, {'save': ('mlp_up',), 'offload': ('mlp_up',)}):
+    with pytest.raises(ConfigError, match='block_input.*mlp_out|both name .mlp_up') as error:
+      tiny.BASE.replace(remat=change)
+    assert len(str(error.value).splitlines()) == 1
 
 
 def test_bfloat16_activations_stay_close_and_logits_are_float32():
