@@ -1,19 +1,20 @@
 """Continue a prompt, or chat: `python -m jaxllm.sample --model=runs/demo --prompt="To be"`.
 
-`--chat` talks to a model that has a chat template: a line is a message, /reset forgets.
+`--chat` talks to a model that has a chat template: a line is a message, /reset forgets; with
+`--prompt` that is the message, and the answer the end.
 `--num_drafted=4` guesses tokens ahead, from the text itself or by the smaller model `--draft`, and
 gives the same continuation in fewer passes of the model.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from jaxllm import config
 
 FLAGS = config.Flags()
 MODEL, MESH, DTYPE = FLAGS.model()
 VERIFY = FLAGS.enum('verify', 'full', ['full', 'off'], 'Whether checkpoints are checked.')
-PROMPT = FLAGS.multi_string('prompt', [''], 'Text to continue; may be repeated.')
+PROMPT = FLAGS.multi_string('prompt', [''], 'Text to continue, or a message of a chat; repeatable.')
 CHAT = FLAGS.bool('chat', False, "Converse, by the model's chat template.")
 SYSTEM = FLAGS.string('system', None, 'The system message of a chat.')
 QUANTIZE = FLAGS.enum('quantize', None, ['int8', 'int4'], 'Store the weights smaller.')
@@ -85,7 +86,7 @@ def _check_flags() -> None:
   for name in [name for name, on in ways.items() if on]:
     if CHAT.value:
       raise ValueError(f'--chat with --{name}: these are different ways to decode; choose one')
-  for name in ('prompt', 'num_samples', 'cache_dtype') if CHAT.value else ():
+  for name in ('num_samples', 'cache_dtype') if CHAT.value else ():
     if FLAGS[name].present:
       raise ValueError(f'--{name} works without --chat only')
   if CACHE_DTYPE.value and any(ways.values()):
@@ -104,9 +105,12 @@ def _chat(model, sampling) -> None:
   def write(text: str) -> None:
     print(text, end='', flush=True)
 
-  write(f'{chat.HELP}\n')
+  lines: Iterable[str] = PROMPT.value
+  if not FLAGS['prompt'].present:
+    write(f'{chat.HELP}\n')
+    lines = _lines()
   chat.converse(model.decoder, model.unstacked, model.tokenizer, chat_format.encode, sampling,
-                _lines(), write, SYSTEM.value, (*STOP.value, *chat_format.stop),
+                lines, write, SYSTEM.value, (*STOP.value, *chat_format.stop),
                 chat_format.eos_token_ids)
 
 

@@ -37,6 +37,7 @@ def outputs(tmp_path_factory):
     'int8': ([*PLAIN, '--prompt=ab', '--quantize=int8', '--cache_dtype=int8'], ''),
     'longer': ([*PLAIN, '--prompt=ab', '--sampling={"min_new_tokens": 8}'], ''),
     'chat': ([*PLAIN, '--chat'], 'Hi\n/reset\nHi\n/quit\n'),
+    'asked': ([*PLAIN, '--chat', '--prompt=Hi'], ''),
     'twice': ([*PLAIN, '--prompt=ab', '--sampling={"top_k": 5}'], ''),
     'ways': (['--chat', '--num_beams=2'], ''),
     'useless': (['--prompt=ab', '--num_beams=2', '--top_k=3'], ''),
@@ -79,6 +80,7 @@ def test_a_conversation_begins_again(outputs):
   _, printed = outputs
   before, _, after = printed['chat'].partition('(forgotten)\n')
   assert after and before.endswith(after)
+  assert printed['asked'] == after
 
 
 @pytest.mark.parametrize('name', REFUSED)
