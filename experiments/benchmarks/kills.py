@@ -229,7 +229,7 @@ def begin_watching(batches, base: pathlib.Path) -> None:
   batch_at = batches.Batches.batch_at
 
   def watched(self, step: int) -> dict:
-    places = [step * self.batch_size + row for row in self.rows]
+    places = self.places(step)
     found = [hashlib.sha256(self.stored.rows[number]).hexdigest()[:16]
              for number in self.numbers(step)]
     with (base / 'read.jsonl').open('a') as file:

@@ -40,6 +40,8 @@ class Bundle:
     tokenizer_files: file name -> content, all that rebuilds the tokenizer.
     manifest: the data manifest, JSON-able.
     best: the best step so far, and what it is the best by; empty where none is.
+    position: `records` that were read so far, and the `phases` of `data.batches` in which; empty of
+      older versions.
     leaves: path -> shape, dtype and fingerprint of each array; None where the version that wrote it
       took none.
   """
@@ -48,6 +50,7 @@ class Bundle:
   tokenizer_files: Mapping[str, bytes]
   manifest: Mapping[str, Any]
   best: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  position: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   leaves: Mapping[str, str] | None = None
 
 
@@ -79,7 +82,8 @@ def from_dict(fields: Mapping[str, Any]) -> Bundle:
     files = {str(name): base64.b64decode(text, validate=True)
              for name, text in fields['tokenizer_files'].items()}
     bundle = Bundle(str(fields['config_json']), files, dict(fields['manifest']),
-                    dict(fields.get('best') or {}), fields.get('leaves'))
+                    dict(fields.get('best') or {}), dict(fields.get('position') or {}),
+                    fields.get('leaves'))
     if fields['format'] not in (1, FORMAT):
       raise CheckpointError(
         f'the bundle of this checkpoint has format {fields["format"]!r}, this version of jaxllm '

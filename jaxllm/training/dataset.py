@@ -9,7 +9,7 @@ import hashlib
 import math
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jaxllm import distributed, loading
 from jaxllm.data import batches as batches_lib
 from jaxllm.data import records, tokenizers
-from jaxllm.data.batches import Batches, Stored
+from jaxllm.data.batches import Batches, Phase, Stored
 from jaxllm.data.records import Manifest, Split
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.experiment import Experiment
@@ -48,12 +48,13 @@ class Dataset(NamedTuple):
   stored: Callable[[str], Stored]
 
   def make_batches(
-    self, split: str, batch_size: int, shuffle: bool, num_epochs: int | None
+    self, split: str, batch_size: int | Sequence[Phase], shuffle: bool, num_epochs: int | None,
+    passed: Sequence[tuple[int, int]] = (), alone: bool = False,
   ) -> Batches:
-    """Return this process's batches of a split."""
+    """Return the batches of a split, this process's rows of them or, `alone`, all rows."""
+    index, count = (0, 1) if alone else (jax.process_index(), jax.process_count())
     return batches_lib.make_batches(
-      self.stored(split), batch_size, self.seed, jax.process_index(), jax.process_count(), shuffle,
-      num_epochs)
+      self.stored(split), batch_size, self.seed, index, count, shuffle, num_epochs, passed)
 
 
 def check_batch(experiment: Experiment, mesh: Mesh) -> None:

@@ -27,6 +27,7 @@ from jaxllm import distributed, loading, sharding, storage
 from jaxllm.checkpoints import store as store_lib
 from jaxllm.checkpoints.bundle import Bundle
 from jaxllm.data import parallel, tokenizers
+from jaxllm.data.batches import Phase, records_before
 from jaxllm.experiment import Experiment
 from jaxllm.models import decoder
 from jaxllm.optim import privacy
@@ -223,6 +224,24 @@ def _initial_state(run: _Run, latest: int) -> tuple[TrainState, Bundle]:
   return state, Bundle(experiment.to_json(), files, manifest)
 
 
+def _phases(run: _Run, step: int) -> list[Phase]:
+  """Return the batch sizes of the run up to the checkpoint of a step, and of what follows it."""
+  phases, size = list[Phase](), run.experiment.training.batch_size
+  if step:
+    bundle = _bundle(run, step)
+    before = json.loads(bundle.config_json)['training']['batch_size']
+    phases = [Phase(*row) for row in bundle.position.get('phases', [(0, 0, before)])]
+  if not phases or phases[-1].batch_size != size:
+    phases.append(Phase(step, records_before(phases, step) if step else 0, size))
+  return phases
+
+
+def _placed(bundle: Bundle, phases: Sequence[Phase], step: int) -> Bundle:
+  """Return the bundle of the checkpoint of a step, which holds the position in the data."""
+  return dataclasses.replace(
+    bundle, position={'records': records_before(phases, step), 'phases': phases})
+
+
 def _load_models(run: _Run, manifest: Mapping[str, Any], begun: bool) -> tuple[Any, Any, Any]:
   """Return the parameters of `init_from` and of a teacher, and the manifest of the run."""
   if not run.experiment.reads_models:
@@ -250,11 +269,11 @@ def _loop(
                run.mesh.devices.flat[0].device_kind)
   for name, value in _promise(run, last).items():
     logging.info('After %d steps %s will be %.4g.', last, name, value)
+  phases = _phases(run, first)
   batches = run.dataset.make_batches(
-    'train', experiment.training.batch_size, experiment.data.shuffle, None
-  )
+    'train', phases, experiment.data.shuffle, None,
+    passed_over.places(passed_over.read(run.path), phases))
   faults = Faults(experiment, run.path)
-  order = passed_over.indices(passed_over.read(run.path), first, last)
   saved = step = first
   waiting, saved_at = None, time.monotonic()
   with distributed.stop_requests(first, last) as stopping, metrics_lib.open_logger(
@@ -267,11 +286,12 @@ def _loop(
       with log.pause('checkpoints'):
         log.upload()  # First, so that no step of a checkpoint is without its metrics.
         faults.before_save(step)
-        store_lib.save(run.store, step, state.replace(frozen={}), bundle)
+        store_lib.save(run.store, step, state.replace(frozen={}), _placed(bundle, phases, step))
         saved, saved_at = step, time.monotonic()
 
     for host_batch in log.wait_for(
-        parallel.map_ahead(batches.batch_at, order, given_up=stopping.is_asked_alone)):
+        parallel.map_ahead(batches.batch_at, range(first, last),
+                           given_up=stopping.is_asked_alone)):
       trace(step + 1, waiting)
       host_batch = faults.before_step(step + 1, host_batch)
       with jax.profiler.StepTraceAnnotation('train', step_num=step + 1):
@@ -292,7 +312,8 @@ def _loop(
         if skipping and stop:
           break
       if measuring:
-        selected = _measure(run, log, measuring, state, bundle, selected, step)
+        selected = _measure(
+          run, log, measuring, state, _placed(bundle, phases, step), selected, step)
         stop = stop or selected.exhausted
       if saving or stop:
         save()
@@ -385,8 +406,8 @@ def _go_back(run: _Run, error: _TooManySkipped) -> None:
       'of these steps')
   run.goodput.lose([record for record in metrics_lib.read(run.path / 'metrics.jsonl')
                     if record['step'] <= target])
-  passed_over.add(run.path, run.experiment, run.dataset, (max(first - 2, target), last), target,
-                  reason)
+  passed_over.add(run.path, run.experiment, run.dataset, _phases(run, target),
+                  range(max(first - 2, target), last), target, reason)
 
 
 def _finish(run: _Run, step: int, frozen: Any) -> dict[str, Any]:
@@ -398,7 +419,8 @@ def _finish(run: _Run, step: int, frozen: Any) -> dict[str, Any]:
     'num_steps': experiment.training.num_steps,
     'complete': True,
     'parameters': decoder.parameter_count(experiment.decoder),
-    'train_tokens': round(step * experiment.training.batch_size * data.tokens / data.records),
+    'train_tokens': round(
+      records_before(_phases(run, step), step) * data.tokens / data.records),
     'seconds': run.goodput.elapsed,
   }
   if experiment.finetune.lora is not None:

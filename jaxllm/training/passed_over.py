@@ -1,15 +1,15 @@
 """Batches that are passed over after a run has gone back, so that a resumed run does so too."""
 
-import itertools
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from absl import logging
 
 from jaxllm import distributed, storage
-from jaxllm.data import batches as batches_lib
+from jaxllm.data.batches import Batches, Phase
+from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.experiment import Experiment
 from jaxllm.training.dataset import Dataset
 
@@ -20,7 +20,7 @@ _TEXTS, _TOKENS = 100, 16
 
 
 def read(path: pathlib.Path) -> Passed:
-  """Return what a run has passed over: `first` and `last` of batches that follow each other."""
+  """Return what a run has passed over: `first` and `last` batch of some, and their `places`."""
   found = storage.read_json(path / FILE, needed=True).get('batches', [])
   try:
     [0 <= one['first'] <= one['last'] for one in found]
@@ -29,45 +29,51 @@ def read(path: pathlib.Path) -> Passed:
   return found
 
 
-def indices(passed: Passed, first: int, last: int) -> Iterator[int]:
-  """Yield the index of the batch of each step after `first`, up to `last`."""
-  kept = (index for index in itertools.count()
-          if not any(one['first'] <= index <= one['last'] for one in passed))
-  return itertools.islice(kept, first, last)
+def places(passed: Passed, phases: Sequence[Phase]) -> list[tuple[int, int]]:
+  """Return the first and last places in the order of the records that are passed over, in order."""
+  size = phases[0].batch_size  # That of entries of a time when it could not change.
+  merged: list[tuple[int, int]] = []
+  for first, last in sorted(
+      tuple(one.get('places') or (one['first'] * size, (one['last'] + 1) * size - 1))
+      for one in passed):
+    if merged and first <= merged[-1][1] + 1:
+      merged[-1] = merged[-1][0], max(merged[-1][1], last)
+    else:
+      merged.append((first, last))
+  return merged
 
 
 def add(
-  path: pathlib.Path, experiment: Experiment, dataset: Dataset, steps: tuple[int, int],
-  target: int, reason: str,
+  path: pathlib.Path, experiment: Experiment, dataset: Dataset, phases: Sequence[Phase],
+  steps: range, target: int, reason: str,
 ) -> None:
-  """Pass over the batches after the first of `steps`, up to the last, and name what is in them."""
+  """Pass over the batches of steps, counted from 0, and name what is in them."""
   passed, size = read(path), experiment.training.batch_size
-  found = [*indices(passed, *steps)]
   if jax.process_index() == 0:
-    records, texts = _contents(experiment, dataset, found)
+    batches = dataset.make_batches('train', phases, experiment.data.shuffle, None,
+                                   places(passed, phases), alone=True)
+    first, last = batches.places(steps[0])[0], batches.places(steps[-1])[-1]
+    records, texts = _contents(batches, steps, dataset.tokenizer)
     logging.warning(
       '%s. Going back to step %d and passing over batches %d to %d, places %d to %d in the order '
-      'of the records: records %s, with texts that begin %s.', reason, target, found[0], found[-1],
-      found[0] * size, (found[-1] + 1) * size - 1, _some(records), _some(texts))
+      'of the records: records %s, with texts that begin %s.', reason, target, first // size,
+      last // size, first, last, _some(records), _some(texts))
     storage.write_json(path / FILE, {'batches': [*passed, {
-      'first': found[0], 'last': found[-1], 'back_to_step': target, 'reason': reason,
-      'records': records, 'texts': texts}]})
+      'first': first // size, 'last': last // size, 'places': (first, last),
+      'back_to_step': target, 'reason': reason, 'records': records, 'texts': texts}]})
   distributed.barrier('what is passed over is written')
 
 
 def _contents(
-  experiment: Experiment, dataset: Dataset, found: Sequence[int]
+  batches: Batches, steps: range, tokenizer: Tokenizer
 ) -> tuple[list[int], list[str]]:
-  """Return the numbers of the records of batches, and how texts in them, or their parts, begin."""
-  batches = batches_lib.make_batches(
-    dataset.stored('train'), experiment.training.batch_size, dataset.seed,
-    shuffle=experiment.data.shuffle)
+  """Return the numbers of the records of steps, and how texts in them, or their parts, begin."""
   texts = []
-  for batch in map(batches.batch_at, found):
+  for batch in map(batches.batch_at, steps):
     for tokens_T, segments_T in zip(batch['tokens'], batch['segment_ids'], strict=True):
       for segment in range(1, segments_T.max(initial=0) + 1):
-        texts.append(dataset.tokenizer.decode(tokens_T[segments_T == segment][:_TOKENS].tolist()))
-  return [number for index in found for number in batches.numbers(index)], texts[:_TEXTS]
+        texts.append(tokenizer.decode(tokens_T[segments_T == segment][:_TOKENS].tolist()))
+  return [number for step in steps for number in batches.numbers(step)], texts[:_TEXTS]
 
 
 def _some(values: Sequence[Any]) -> str:

@@ -79,7 +79,10 @@ def check_same_run(old: Experiment, new: Experiment, workdir: pathlib.Path) -> N
     row for row in config_lib.diff(old, new)
     if any(f'{row[0]}.'.startswith(f'{field}.') for field in FIXED_FIELDS)
     and not _RUN_DEPENDENT.fullmatch(row[0])
-  ], 'decides the model or which records a step reads')
+  ], 'decides the model or the order of its records')
+  if new.privacy:
+    refuse(workdir, [row for row in config_lib.diff(old, new) if row[0] == 'training.batch_size'],
+           'decides what differential privacy has promised')
 
 
 def check_state(old: Experiment, new: Experiment, workdir: pathlib.Path) -> None:
@@ -111,9 +114,8 @@ def refuse(workdir: pathlib.Path, changed: Sequence[tuple[str, Any, Any]], reaso
                    'back what it had, or choose another --workdir')
 
 
-# Fields that decide the shapes of parameters, and which records a step reads: those from
-# step * batch_size on.
-FIXED_FIELDS = ('model', 'data', 'tokenizer', 'finetune', 'seed', 'training.batch_size')
+# Fields that decide the shapes of parameters, the records and their order.
+FIXED_FIELDS = ('model', 'data', 'tokenizer', 'finetune', 'seed')
 # Of them the fields that change how a model runs, not its function, and where files lie: their
 # content is part of the fingerprint of the records.
 _RUN_DEPENDENT = re.compile(

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jaxllm.data import parallel, records
-from jaxllm.data.batches import make_batches, open_records
+from jaxllm.data.batches import Phase, make_batches, open_records
 from jaxllm.data.documents import SourceConfig
 from jaxllm.data.parallel import map_ahead
 from jaxllm.data.records import DataConfig
@@ -87,6 +87,24 @@ def test_processes_together_make_the_same_batch(directory, shuffle, num_epochs):
       rows = [part.batch_at(step) for part in parts]
       for name, array in alone.batch_at(step).items():
         assert np.array_equal(np.concatenate([row[name] for row in rows]), array)
+
+
+def test_the_same_records_follow_each_other_whatever_the_batch_sizes_and_processes(directory):
+  stored = open_records(directory, 'train')
+  # Sizes of 8, 4 and 12 records on 2, 4 and 1 processes, and some places passed over.
+  phases = (Phase(0, 0, 8), Phase(3, 24, 4), Phase(5, 32, 12))
+  passed = [(2, 5), (30, 40)]
+  seen = []
+  for step in range(12):
+    count = {8: 2, 4: 4, 12: 1}[8 if step < 3 else 4 if step < 5 else 12]
+    now = [phase for phase in phases if phase.step <= step]
+    for process in range(count):
+      part = make_batches(stored, now, 3, process, count, passed=passed)
+      seen += _numbers(part.batch_at(step))
+  order = make_batches(stored, 1, 3)
+  visited = [number for place in range(200) for number in order.numbers(place)
+             if not any(first <= place <= last for first, last in passed)]
+  assert seen == visited[:len(seen)] and len(seen) == 32 + 7 * 12
 
 
 def test_batches_are_a_function_of_seed_and_step(directory):

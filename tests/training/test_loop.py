@@ -141,7 +141,6 @@ def contents(path):
 
 @pytest.mark.parametrize('field, value, told', [
   ('model.num_layers', 3, 'config.model.num_layers: 2 -> 3'),
-  ('training.batch_size', 16, 'config.training.batch_size: 8 -> 16'),
   ('seed', 1, 'config.seed: 0 -> 1'),
   ('data.shuffle', False, 'config.data.shuffle: True -> False'),
   ('training.ema_decay', None, 'config.training.ema_decay: 0.9 -> None'),
@@ -180,6 +179,47 @@ def test_what_a_run_changes_is_told_and_a_complete_call_changes_nothing(whole, c
   assert not [text for text in told if 'model' in text or 'batch_size' in text]
 
 
+def test_a_run_that_changes_its_batch_size_goes_on_where_it_was(tmp_path, monkeypatch):
+  read, real = [], batches.Batches.batch_at
+
+  def batch_at(self, step):
+    if self.num_epochs is None:
+      read.append((step, self.numbers(step)))
+    return real(self, step)
+
+  monkeypatch.setattr(batches.Batches, 'batch_at', batch_at)
+  for steps, size in ((2, 8), (3, 16), (5, 8), (9, 8)):
+    changes = {'training__num_steps': steps, 'training__batch_size': size}
+    summary = train(tiny.experiment(
+      tmp_path, **changes, schedule__warmup_steps=1, evaluation__prompts=(),
+      evaluation__max_batches=1), tmp_path / 'run')
+  stored = dataset.open_dataset(tiny.experiment(tmp_path)).stored('train')
+  order = batches.make_batches(stored, 1, 0)
+  expected = [number for step in range(80) for number in order.numbers(step)]
+  read.sort()  # Two threads read ahead.
+  assert [number for _, numbers in read for number in numbers] == expected
+  assert [step for step, _ in read] == [*range(9)] and len(stored.rows) > 40
+  split = json.loads((tmp_path / 'run' / 'data.json').read_text())['train']
+  assert summary['train_tokens'] == round(80 * split['tokens'] / split['records'])
+  position = store.read_bundle(tmp_path / 'run' / 'checkpoints' / '9').position
+  assert position == {'records': 80, 'phases': [[0, 0, 8], [2, 16, 16], [3, 32, 8]]}
+
+
+def test_places_that_are_passed_over_are_in_order_and_none_twice():
+  old = [{'first': 4, 'last': 6}, {'first': 3, 'last': 7}]  # Of a time of one batch size.
+  new = [{'first': 1, 'last': 1, 'places': [12, 15]}, {'first': 0, 'last': 0, 'places': [2, 3]}]
+  phases = [batches.Phase(0, 0, 4), batches.Phase(9, 36, 8)]
+  assert passed_over.places([*old, *new], phases) == [(2, 3), (12, 31)]
+
+
+def test_with_privacy_the_batch_size_is_refused(tmp_path):
+  changes = {'privacy': {'noise_multiplier': 1.0}, 'training.spike': None}
+  old = override(tiny.experiment(tmp_path), changes)
+  workdir.check_same_run(old, old, tmp_path)
+  with pytest.raises(ValueError, match='training.batch_size: 8 -> 16, which decides what diff'):
+    workdir.check_same_run(old, override(old, {'training.batch_size': 16}), tmp_path)
+
+
 def test_tokens_are_counted_as_they_are_in_the_records(whole):
   base, summary = whole
   train_split = json.loads((base / 'run' / 'data.json').read_text())['train']
@@ -210,14 +250,15 @@ def test_the_best_checkpoint_is_marked_in_the_moment_that_it_is_committed(tmp_pa
 
 
 class BadBatches:
-  """Batches of which some have a loss that is not finite; `seen` are the indices that were read."""
+  """Batches of which some have a loss that is not finite; `seen` are their places in the order."""
 
   def __init__(self, monkeypatch, bad):
     self.seen, self.bad, real = [], bad, batches.Batches.batch_at
 
-    def batch_at(stored, index):
-      found = real(stored, index)
+    def batch_at(stored, step):
+      found = real(stored, step)
       if stored.num_epochs is None:
+        index = stored.places(step)[0] // stored.phases[-1].batch_size
         self.seen.append(index)
         if index in self.bad:
           found['weights'] = np.full_like(found['weights'], np.nan)
