@@ -17,6 +17,7 @@ import pathlib
 import typing
 
 if typing.TYPE_CHECKING:
+  from jaxllm import inspect
   from jaxllm.adapters.lora import LoraConfig
   from jaxllm.adapters.quantization import QuantizationConfig
   from jaxllm.adapters.rules import PathRule
@@ -73,7 +74,7 @@ __all__ = [
   'OptimizerConfig', 'Orpo', 'PathRule', 'Preference', 'QuantizationConfig', 'QuestionAnswering',
   'RecordSource', 'RecordsConfig', 'SamplingConfig', 'ScheduleConfig', 'ScoringConfig', 'Sentiment',
   'SimPo', 'SourceConfig', 'SpikeConfig', 'Summarization', 'TokenizerConfig', 'TrainingConfig',
-  'Translation', 'evaluate', 'generate', 'load', 'pipeline', 'train',
+  'Translation', 'evaluate', 'generate', 'inspect', 'load', 'pipeline', 'train',
 ]
 
 
@@ -83,8 +84,8 @@ def __getattr__(name: str) -> typing.Any:
   if name not in _PUBLIC:
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}; it has '
                          f'{", ".join(_PUBLIC)}')
-  if name in ('train', 'evaluate'):
-    # The modules of the programs have these names too, and may be called as the functions.
+  if name in ('train', 'evaluate', 'inspect'):
+    # A module; those of the programs may be called as the functions.
     return importlib.import_module(f'{__name__}.{name}')
   globals()[name] = getattr(importlib.import_module(_PUBLIC[name]), name)
   return globals()[name]

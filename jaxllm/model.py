@@ -111,12 +111,12 @@ class Model:
 
   def hidden(self, ids: Sequence[int]) -> np.ndarray:
     """Return the final hidden states, (T, D), of token ids."""
-    hidden_BTD, _ = _apply(self.decoder, self.variables, self._batch(ids), 'hidden')
+    hidden_BTD, _ = _apply(self.decoder, self.variables, self.batch(ids), 'hidden')
     return np.asarray(hidden_BTD[0])
 
   def logits(self, ids: Sequence[int]) -> np.ndarray:
     """Return the float32 logits of the next token at each position, (T, vocab_size)."""
-    logits_BTV = _apply(self.decoder, self.variables, self._batch(ids), '__call__')
+    logits_BTV = _apply(self.decoder, self.variables, self.batch(ids), '__call__')
     return np.asarray(logits_BTV[0, :, : self.config.vocab_size])
 
   def encode_prompt(self, prompt: str) -> list[int]:
@@ -130,7 +130,8 @@ class Model:
     smaller = quantize(self.variables, QuantizationConfig.model_validate({'kind': kind}))
     return dataclasses.replace(self, variables=smaller)
 
-  def _batch(self, ids: Sequence[int]) -> jax.Array:
+  def batch(self, ids: Sequence[int]) -> jax.Array:
+    """Return checked token ids as tokens_BT, a batch of one row."""
     array = np.asarray(ids, np.int64)
     if array.ndim != 1 or not array.size or array.size > self.config.max_length:
       raise ValueError(

@@ -21,7 +21,7 @@ FLOORS: list[set[str]] = [
   {'model'},
   {'interop', 'tasks', 'evaluation'},
   {'experiment'},
-  {'loading', 'recipes'},
+  {'loading', 'recipes', 'inspect'},
   {'training', 'serving', 'pipelines'},
   {'tools', 'prepare', 'train', 'evaluate', 'sample', 'serve', 'convert', '__init__', '__main__'},
 ]

@@ -222,7 +222,7 @@ def render(results: Mapping[str, Mapping[str, Any]]) -> str:
         row += [number(one['baseline']), f'{comparison["difference"]:+.4f}', _shown(comparison),
                 f'{comparison["p_value"]:.3f}']
       rows.append(row + [''] * (len(rows[0]) - len(row)))
-  return _aligned(rows, left=(0, 2))
+  return aligned(rows, left=(0, 2))
 
 
 def render_confusion(confusion: Mapping[str, Any]) -> str:
@@ -230,10 +230,10 @@ def render_confusion(confusion: Mapping[str, Any]) -> str:
   labels, counts = confusion['labels'], confusion['counts']
   rows = [['true \\ said', *labels],
           *([label, *map(str, row)] for label, row in zip(labels, counts, strict=True))]
-  return _aligned(rows)
+  return aligned(rows)
 
 
-def _aligned(rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> str:
+def aligned(rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> str:
   """Return rows as lines; the columns named in `left` are aligned to the left."""
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   return '\n'.join(

@@ -32,6 +32,8 @@ BLOCK = 128
 SPLASH_BLOCKS = (512, 256, 128)
 # Under this name a remat policy may keep what the heads return instead of running them again.
 RESIDUAL_NAME = 'attention'
+# Linen's collection of what layers computed on the way; filled where `apply` is asked for it.
+INTERMEDIATES = 'intermediates'
 
 
 @flax.struct.dataclass
@@ -101,7 +103,7 @@ def attend(
     dropout: applied to the weights.
 
   Returns:
-    (B, T, N, H) in the dtype of the queries.
+    (B, T, N, H) in the dtype of the queries; H is that of the values.
   """
   query_BKTGH = _grouped(query_BTNH, key_BKSH.shape[1], scale)
   _, total_BKTG1, mixed_BKTGH = _weigh(query_BKTGH, key_BKSH, value_BKSH, mask_BTS, cap, dropout)
@@ -153,7 +155,8 @@ def _grouped(query_BTNH: jax.Array, num_kv_heads: int, scale: float) -> jax.Arra
 
 
 def _ungrouped(mixed_BKTGH: jax.Array, query_BTNH: jax.Array) -> jax.Array:
-  return mixed_BKTGH.astype(query_BTNH.dtype).swapaxes(1, 2).reshape(query_BTNH.shape)
+  mixed_BTKGH = mixed_BKTGH.astype(query_BTNH.dtype).swapaxes(1, 2)
+  return mixed_BTKGH.reshape(*query_BTNH.shape[:-1], mixed_BKTGH.shape[-1])
 
 
 def _weigh(
@@ -176,7 +179,7 @@ def _weigh(
     'BKRS,BKSH->BKRH', dropout(weights_BKTGS).astype(dtype).reshape(logits_BKRS.shape),
     value_BKSH.astype(dtype), preferred_element_type=jnp.float32)
   total_BKTG1 = weights_BKTGS.sum(axis=-1, keepdims=True)
-  return top_BKTG1, total_BKTG1, mixed_BKRH.reshape(query_BKTGH.shape)
+  return top_BKTG1, total_BKTG1, mixed_BKRH.reshape(*lead, -1)
 
 
 def cudnn_attention(
@@ -310,6 +313,12 @@ class Attention(nn.Module):
     else:
       dropout = nn.Dropout(config.attention_dropout_rate, deterministic=deterministic)
       mixed_BTNH = attend(query, *heads_first, view.mask_BTS, scale, cap, dropout)
+      if self.is_mutable_collection(INTERMEDIATES):
+        # The weights are the average of values that tell positions apart.
+        batch, length, heads, _ = key.shape
+        eye_BKSS = jnp.broadcast_to(jnp.eye(length), (batch, heads, length, length))
+        self.sow(INTERMEDIATES, 'weights',
+                 attend(query, heads_first[0], eye_BKSS, view.mask_BTS, scale, cap))
     if config.attention != 'splash':  # It names its own, with what its gradient needs besides.
       mixed_BTNH = checkpoint_name(mixed_BTNH, RESIDUAL_NAME)
     out = Linear(

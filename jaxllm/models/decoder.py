@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxllm.models import attention
 from jaxllm.models import cache as kv_cache
-from jaxllm.models.attention import MASKED, Attention, View, softcap
+from jaxllm.models.attention import INTERMEDIATES, MASKED, Attention, View, softcap
 from jaxllm.models.cache import KVCache, init_cache
 from jaxllm.models.config import DecoderConfig, RematConfig
 from jaxllm.models.linear import Embed, Linear, in_own_dtype
@@ -82,6 +82,7 @@ class Block(nn.Module):
         mlp_input, is_real_BT, training=not deterministic, report=cache is None)
     added = checkpoint_name(added, 'mlp_out')
     x_BTD = mixed + self._after('mlp_post_norm', added, deterministic)
+    self.sow(INTERMEDIATES, 'residual', x_BTD)
     return constrain(x_BTD, 'batch', 'length', 'activation_embed'), cache
 
   def _before(self, name: str, x_BTD: jax.Array) -> jax.Array:
@@ -245,6 +246,7 @@ class Decoder(nn.Module):
     key = self.make_rng('dropout') if drops else None
     scanned = config.scan_layers and not any('0' in tree for tree in layers.values())
     scanned = scanned and (cache is None or not isinstance(cache.keys, tuple))
+    collected = [AUX, *([INTERMEDIATES] if self.is_mutable_collection(INTERMEDIATES) else [])]
 
     def run_block(variables, x_BTD, view, cache, layer):
       if scanned and platform() == 'tpu':
@@ -253,22 +255,27 @@ class Decoder(nn.Module):
       rngs = None if key is None else {'dropout': jax.random.fold_in(key, layer)}
       (x_BTD, cache), sown = Block(config, parent=None).apply(
         variables, x_BTD, view, deterministic, cache, layer, cache_positions_BT, rngs=rngs,
-        mutable=[AUX]
+        mutable=collected
       )
-      return x_BTD, cache, _add_aux({}, sown.get(AUX, {}))
+      return x_BTD, cache, _add_aux({}, sown.get(AUX, {})), sown.get(INTERMEDIATES, {})
 
     if config.remat != 'none':
       run_block = jax.checkpoint(
         run_block, policy=_remat_policy(config.remat), prevent_cse=not scanned
       )
     if scanned:
-      return _scan(run_block, layers, x_BTD, views, cache, config.layer_kinds)
-    single = {name: _single_layers(tree, config.num_layers) for name, tree in layers.items()}
-    aux: Aux = {}
-    for layer, kind in enumerate(config.layer_kinds):
-      variables = {name: trees[layer] for name, trees in single.items()}
-      x_BTD, cache, added = run_block(variables, x_BTD, views[kind], cache, layer)
-      aux = _add_aux(aux, added)
+      x_BTD, cache, aux, seen_L = _scan(
+        run_block, layers, x_BTD, views, cache, config.layer_kinds)
+    else:
+      single = {name: _single_layers(tree, config.num_layers) for name, tree in layers.items()}
+      aux, seen = {}, []
+      for layer, kind in enumerate(config.layer_kinds):
+        variables = {name: trees[layer] for name, trees in single.items()}
+        x_BTD, cache, added, one = run_block(variables, x_BTD, views[kind], cache, layer)
+        aux = _add_aux(aux, added)
+        seen.append(one)
+      seen_L = jax.tree.map(lambda *leaves: jnp.stack(leaves), *seen)
+    self.sow(INTERMEDIATES, 'layers', seen_L)
     return x_BTD, cache, aux
 
   def _init_layers(self, key: jax.Array) -> Any:
@@ -329,15 +336,18 @@ def is_unstacked(variables: Mapping[str, Any]) -> bool:
 
 def parameter_count(config: DecoderConfig) -> int:
   """Return the number of parameters, without those of the vocabulary's padding."""
-  shapes, axes = abstract(config)
-  counts = jax.tree.map(
+  return sum(jax.tree.leaves(parameter_counts(config)))
+
+
+def parameter_counts(config: DecoderConfig) -> Any:
+  """Return `parameter_count` of each leaf of the variables, a tree of `init`'s form."""
+  return jax.tree.map(
     lambda leaf, names: math.prod(
       config.vocab_size if name == 'vocab' else size
       for size, name in zip(leaf.shape, names, strict=True)
     ),
-    shapes, axes,
+    *abstract(config),
   )
-  return sum(jax.tree.leaves(counts))
 
 
 def _remat_policy(remat: str | RematConfig) -> Callable[..., Any]:
@@ -403,10 +413,10 @@ def _scan(run_block, layers, x_BTD, views, cache, kinds):
     view = views[names[0]]
     if len(names) > 1:
       view = jax.tree.map(lambda leaf: leaf[kind], stacked_views)
-    x_BTD, cache, aux = run_block(variables, carry[0], view, carry[1], layer)
-    return (x_BTD, cache), aux
+    x_BTD, cache, *reported = run_block(variables, carry[0], view, carry[1], layer)
+    return (x_BTD, cache), reported
 
   layer_L = jnp.arange(len(kinds), dtype=jnp.int32)
   kind_L = jnp.asarray([names.index(kind) for kind in kinds], jnp.int32)
-  (x_BTD, cache), aux = jax.lax.scan(body, (x_BTD, cache), (layers, layer_L, kind_L))
-  return x_BTD, cache, {name: value_L.sum() for name, value_L in aux.items()}
+  (x_BTD, cache), (aux, seen_L) = jax.lax.scan(body, (x_BTD, cache), (layers, layer_L, kind_L))
+  return x_BTD, cache, {name: value_L.sum() for name, value_L in aux.items()}, seen_L
