@@ -45,6 +45,8 @@ class OptimizerConfig(Config):
   """Decay of the momentum (sgd: 0.9; muon: 0.95)."""
   momentum_dtype: Literal['float32', 'bfloat16'] | None = None
   """Storage of the first moment (adamw, lion, muon, sgd); None: that of the parameters."""
+  second_moment_dtype: Literal['float32', 'bfloat16'] | None = None
+  """Storage of the second moment (adamw, muon's AdamW part); None: that of the parameters."""
   balance_rate: float = pydantic.Field(1e-3, ge=0)
   """How far a step moves the biases that balance experts with sigmoid scores."""
 
@@ -57,6 +59,9 @@ class OptimizerConfig(Config):
       if getattr(self, field) is not None and field not in read:
         raise ValueError(f'{field}={getattr(self, field)!r}: {self.name!r} does not read it (it '
                          f'reads {", ".join(read) or "none of these"}); set it to None')
+    if self.second_moment_dtype == 'bfloat16' and (self.beta2 or 0) > _MAX_BETA2:
+      raise ValueError(f"beta2={self.beta2} with second_moment_dtype='bfloat16': its 8 bits round "
+                       f'such a slow decay away; take at most {_MAX_BETA2}, or float32')
     return self
 
 
@@ -141,12 +146,31 @@ def _descend(task: _Task, direction: optax.GradientTransformation) -> optax.Grad
   return optax.chain(direction, task.decay, optax.scale_by_learning_rate(task.schedule))
 
 
+def _adam(
+  beta1: float, beta2: float, epsilon: float, momentum_dtype: str | None,
+  second_moment_dtype: str | None,
+) -> optax.GradientTransformation:
+  """Return Adam's direction; optax would keep the second moment as the parameters are."""
+  adam = optax.scale_by_adam(beta1, beta2, epsilon, mu_dtype=momentum_dtype)
+
+  def init(params: Any) -> Any:
+    state: Any = adam.init(params)
+    return state._replace(nu=optax.tree.cast(state.nu, second_moment_dtype))
+
+  def update(grads: Any, state: Any, params: Any = None) -> Any:
+    exact = state._replace(nu=optax.tree.cast_like(state.nu, grads))
+    updates, new = adam.update(grads, exact, params)
+    return updates, new._replace(nu=optax.tree.cast_like(new.nu, state.nu))  # type: ignore
+
+  return optax.GradientTransformation(init, update)
+
+
 def _adamw(
   task: _Task, *, beta1: float = 0.9, beta2: float = 0.95, epsilon: float = 1e-8,
-  momentum_dtype: str | None = None,
+  momentum_dtype: str | None = None, second_moment_dtype: str | None = None,
 ) -> optax.GradientTransformation:
   """Loshchilov and Hutter, Decoupled Weight Decay Regularization, arXiv 1711.05101."""
-  return _descend(task, optax.scale_by_adam(beta1, beta2, epsilon, mu_dtype=momentum_dtype))
+  return _descend(task, _adam(beta1, beta2, epsilon, momentum_dtype, second_moment_dtype))
 
 
 def _lion(
@@ -158,7 +182,7 @@ def _lion(
 
 def _muon(
   task: _Task, *, momentum: float = 0.95, beta1: float = 0.9, beta2: float = 0.95,
-  epsilon: float = 1e-8, momentum_dtype: str | None = None,
+  epsilon: float = 1e-8, momentum_dtype: str | None = None, second_moment_dtype: str | None = None,
 ) -> optax.GradientTransformation:
   """Muon for the kernels inside layers, AdamW for embeddings, norms, biases and the head.
 
@@ -182,7 +206,7 @@ def _muon(
     ),
     optax.stateless(lambda updates, _: jax.tree.map(scale, updates, masked)),
   )
-  adam = optax.scale_by_adam(beta1, beta2, epsilon, mu_dtype=momentum_dtype)
+  adam = _adam(beta1, beta2, epsilon, momentum_dtype, second_moment_dtype)
   return _descend(task, optax.partition({'muon': orthogonal, 'adamw': adam}, labels))
 
 
@@ -200,7 +224,9 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 }
 """name -> function of (task, **settings); its keyword arguments are the fields that it reads."""
 
-_SETTINGS = ('beta1', 'beta2', 'epsilon', 'momentum', 'momentum_dtype')
+_SETTINGS = ('beta1', 'beta2', 'epsilon', 'momentum', 'momentum_dtype', 'second_moment_dtype')
+# bfloat16 numbers lie up to 1 / 128 apart: what changes by less than half of that is rounded back.
+_MAX_BETA2 = 0.99
 
 
 def _settings_of(name: str) -> list[str]:

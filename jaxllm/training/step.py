@@ -77,6 +77,11 @@ def make_pure_step(experiment: Experiment, tx: optax.GradientTransformation) -> 
   """Return the same step as a pure function without jit, mesh or donation."""
   schedule = train_state.make_schedule(experiment)
 
+  @jax.named_scope('optimizer')
+  def update(grads: Any, state: TrainState) -> tuple[Any, Any]:
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    return optax.apply_updates(state.params, updates), opt_state
+
   def pure_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
     key = jax.random.fold_in(jax.random.key(experiment.seed), state.step)
     grads, sums = accumulate_gradients(experiment, state, batch, key)
@@ -85,15 +90,18 @@ def make_pure_step(experiment: Experiment, tx: optax.GradientTransformation) -> 
     grads = jax.tree.map(lambda grad: average(grad, parts), grads)
     loss = average(sums['cross_entropy_sum'], count)
     grad_norm = optax.global_norm(grads)
-    with jax.named_scope('optimizer'):
-      updates, opt_state = tx.update(grads, state.opt_state, state.params)
-      params = optax.apply_updates(state.params, updates)
+    params, opt_state = update(grads, state)
     applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     applied &= ~_is_spike(experiment.training.spike, state, loss)
     # What would be kept, too: a step from a finite gradient can be too large.
     applied &= jnp.isfinite(optax.global_norm(params))
     for leaf in jax.tree.leaves(opt_state):
       applied &= jnp.isfinite(leaf).all()
+    if sharding.platform() == 'tpu' and experiment.optimizer.name != 'muon':
+      # Made again now that the old state may be overwritten, so that no second one is held beside
+      # it; muon's matrix products would cost more than that saves.
+      state, grads, applied = jax.lax.optimization_barrier((state, grads, applied))
+      params, opt_state = update(grads, state)
     new_state = _next_state(experiment, state, params, opt_state, loss, applied)
     return new_state, {
       'loss': loss,

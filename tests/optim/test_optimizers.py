@@ -293,7 +293,49 @@ def test_momentum_dtype():
   assert dtypes == {jnp.dtype('bfloat16'), jnp.dtype('float32')}
 
 
+@pytest.mark.parametrize('name, wanted', [
+  ('adamw', {'mu': 'bfloat16', 'nu': 'bfloat16'}), ('muon', {'mu': 'float32', 'nu': 'bfloat16'})])
+def test_moments_are_stored_as_chosen_and_lead_the_same_way(name, wanted):
+  params = random_tree(2, SMALL)
+  dtypes = {{'mu': 'momentum_dtype', 'nu': 'second_moment_dtype'}[key]: dtype
+            for key, dtype in wanted.items()}
+  tx = make(name, params, lambda _: 1e-2, **dtypes)
+  found = {str(leaf.dtype) for path, leaf in jax.tree_util.tree_leaves_with_path(tx.init(params))
+           if '.nu' in jax.tree_util.keystr(path)}
+  assert found == {wanted['nu']}
+  low, full = run_along(tx, params), run_along(make(name, params, lambda _: 1e-2), params)
+  # Numbers of 8 bits, 20 times.
+  jax.tree.map(lambda a, b, start: np.testing.assert_allclose(
+    a - start, b - start, atol=0.02 * jnp.abs(b - start).max()), low, full, params)
+
+
+def run_along(tx, params):
+  """Take 20 steps along gradients that shrink to nothing; return the params."""
+  grads = random_tree(5, SMALL)
+
+  def step(carry, scale):
+    params, state = carry
+    updates, state = tx.update(jax.tree.map(lambda g: g * scale, grads), state, params)
+    return (optax.apply_updates(params, updates), state), None
+
+  scales = jnp.linspace(1.0, 0.0, 20)
+  return jax.jit(lambda carry: jax.lax.scan(step, carry, scales)[0])((params, tx.init(params)))[0]
+
+
+def test_a_second_moment_in_bfloat16_forgets_at_the_slowest_decay():
+  params = {'kernel': jnp.ones(2)}
+  tx = optimizers._adam(0.9, optimizers._MAX_BETA2, 1e-8, None, 'bfloat16')
+  state = tx.init(params)
+  state = state._replace(nu={'kernel': jnp.asarray([1.0, 1.9], jnp.bfloat16)})
+  state = jax.lax.fori_loop(
+    0, 300, lambda _, state: tx.update({'kernel': jnp.zeros(2)}, state, params)[1], state)
+  np.testing.assert_allclose(
+    state.nu['kernel'].astype(jnp.float32) / jnp.array([1.0, 1.9]), 0.99 ** 300, rtol=0.3)
+
+
 def test_configs_name_what_is_wrong():
+  with pytest.raises(ConfigError, match="beta2=0.999 with second_moment_dtype='bfloat16'.*0.99,"):
+    OptimizerConfig(beta2=0.999, second_moment_dtype='bfloat16')
   with pytest.raises(ConfigError, match="name='adam': one of adamw, lion"):
     OptimizerConfig(name='adam')
   with pytest.raises(ConfigError, match="beta2=0.9: 'sgd' does not read it .*momentum"):

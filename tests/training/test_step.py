@@ -151,6 +151,26 @@ def test_what_layers_report_is_part_of_the_loss_and_averaged_like_it(tmp_path, m
   assert optax.global_norm(jax.tree.map(jnp.subtract, found[0], without[0])) > 1e-3
 
 
+def test_updating_in_place_changes_no_bit(tmp_path, monkeypatch):
+  experiment = tiny.experiment(tmp_path, training__ema_decay=0.5)
+  mesh = sharding.make_mesh(experiment.mesh, jax.devices()[:1])
+  tx = state_lib.make_optimizer(experiment)
+  state = state_lib.create_state(experiment, tx, mesh)
+  batch = sharding.put_batch(make_batch(), sharding.batch_sharding(mesh, experiment.mesh))
+  found = {}
+  for platform in ('cpu', 'tpu'):
+    monkeypatch.setattr(sharding, 'platform', lambda platform=platform: platform)
+    one = jax.tree.map(jnp.copy, state)
+    lowered = step_lib.make_train_step(experiment, tx, mesh).lower(one, batch)
+    assert ('optimization_barrier' in lowered.as_text()) == (platform == 'tpu')
+    train_step = lowered.compile()
+    for factor in (1.0, np.nan, 1.0):
+      one, _ = train_step(one, {**batch, 'weights': batch['weights'] * factor})
+    found[platform] = one
+  assert found['tpu'].step == 3 and found['tpu'].skipped == 1
+  jax.tree.map(np.testing.assert_array_equal, found['tpu'], found['cpu'])
+
+
 def test_chunked_loss_and_ema_train_the_same(tmp_path, one_device):
   changes = {'objective__chunk_size': 5, 'training__ema_decay': 0.5}
   found = take_steps(
