@@ -16,6 +16,7 @@ import os
 import pathlib
 import re
 import shutil
+import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -168,11 +169,12 @@ def move(source: Any, target: Any) -> None:
 
 
 @contextlib.contextmanager
-def replaced(target: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+def replaced(target: str | os.PathLike[str], kept: bool = False) -> Iterator[pathlib.Path]:
   """Yield a free path for a file or directory that becomes `target` when the block is done.
 
   Where the block fails, nothing of it is left and `target` is as it was. A directory takes the
-  place of nothing but an empty one.
+  place of nothing but an empty one. One that is `kept` holds what a block left that was
+  interrupted or killed, outside of buckets.
 
   Raises:
     OSError: the disk is full or cannot be written.
@@ -184,7 +186,7 @@ def replaced(target: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
       upload(partial, target)
     return
   target = pathlib.Path(target)
-  partial = target.with_name(_PARTIAL + uuid.uuid4().hex[:8])
+  partial = target.with_name(_PARTIAL + (target.name if kept else uuid.uuid4().hex[:8]))
   with explained(target.parent):
     target.parent.mkdir(parents=True, exist_ok=True)
   try:
@@ -192,7 +194,9 @@ def replaced(target: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     with explained(target.parent):
       os.replace(partial, target)
   finally:
-    if partial.is_dir():
+    if kept and isinstance(sys.exception(), KeyboardInterrupt | SystemExit):
+      pass
+    elif partial.is_dir():
       shutil.rmtree(partial, ignore_errors=True)
     else:
       partial.unlink(missing_ok=True)
@@ -229,8 +233,10 @@ def make_writable(directory: Any, label: str) -> None:
 
 
 @contextlib.contextmanager
-def locked(directory: pathlib.Path) -> Iterator[None]:
+def locked(directory: pathlib.Path, kept: str = '') -> Iterator[None]:
   """Hold a directory, created where needed, against other processes that write into it.
+
+  What killed processes have left there is removed, but for that of the target `kept`.
 
   In a bucket nothing is held: there each writer's objects are whole, and the last one wins.
 
@@ -246,6 +252,8 @@ def locked(directory: pathlib.Path) -> Iterator[None]:
       lock = stack.enter_context(open(directory / '.lock', 'w'))
       fcntl.flock(lock, fcntl.LOCK_EX)  # The system releases it however this process ends.
     for leftover in directory.glob(f'{_PARTIAL}*'):
+      if leftover.name == _PARTIAL + kept:
+        continue
       shutil.rmtree(leftover, ignore_errors=True)  # Files, as they are written at once, stay.
     yield
 

@@ -98,7 +98,12 @@ Sources = Annotated[tuple[SourceConfig, ...], pydantic.BeforeValidator(_as_sourc
 
 
 def documents(source: SourceConfig) -> Iterator[str]:
-  """Yield the texts of a source; each call starts anew, and the order never changes.
+  """Yield the texts of a source, as `located` does."""
+  return (text for text, _ in located(source))
+
+
+def located(source: SourceConfig) -> Iterator[tuple[str, Row]]:
+  """Yield the texts of a source with their rows; each call starts anew, always in the same order.
 
   Raises:
     ValueError: nothing is there, a file is damaged, or a row has no text; the message names the
@@ -115,7 +120,7 @@ def documents(source: SourceConfig) -> Iterator[str]:
       raise ValueError(
         f'{row.where}, field {source.text_field!r}: character {error.start} is half of a surrogate '
         f'pair ({text[error.start]!r}), which is not text') from None
-    yield text
+    yield text, row
 
 
 def _no_text(source: SourceConfig, row: Row, value: Any) -> str:

@@ -5,27 +5,29 @@ Where a sequence goes on in another record, that one begins with the last token 
 target before. So every token but the first of a sequence is a target exactly once, wherever records
 end. A piece in a new record starts at position 0 and sees nothing of what came before.
 
-- `PACKERS` lists the policies; each is made with a `record_dtype`, takes sequences by `add` and
-  gives records, the last ones at `finish`.
+- `PACKERS` lists the policies; each is made with a `record_dtype` and the records that are `open`,
+  takes sequences by `add` and gives records, the last ones at `finish`.
 - `pack` lays short sequences whose tokens have weights, all of them at hand, into records.
 - `batch_arrays` decodes records: rows of a structured array, so that a batch is one call.
 
 Axes: S = T + 1 stored tokens.
 """
 
+import base64
 import bisect
 import collections
 import errno
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from jaxllm import storage
-from jaxllm.data import parallel
+from jaxllm.data import lineage, parallel
 from jaxllm.data.tokenizers import Tokenizer
 
 _OPEN_RECORDS = 64
@@ -40,23 +42,45 @@ def record_dtype(context_length: int, vocab_size: int, weights: bool = False) ->
   return np.dtype([*fields, ('weights', '<f4', (width,))] if weights else fields)
 
 
-class _Record:
-  """A record that is being filled from the left; of two with equal room the first number leads."""
+class Record:
+  """A record that is being filled from the left; of two with equal room the first number leads.
 
-  def __init__(self, dtype: np.dtype, number: int = 0):
-    self.row = np.zeros((), dtype)
-    self.room = self.row['tokens'].size
-    self.segment = 0
+  Attributes:
+    row: its content.
+    pieces: where its tokens come from, as `lineage.PIECE` without the first field.
+  """
+
+  def __init__(self, dtype: np.dtype, number: int = 0, row: Any = None, pieces: Any = ()):
+    self.row = np.zeros((), dtype) if row is None else row
+    self.pieces: list[tuple[int, int, int, int]] = [*map(tuple, pieces)]
+    self.room = int((self.row['segment_ids'] == 0).sum())
+    self.segment = int(self.row['segment_ids'].max())
     self.number = number
 
-  def put(self, tokens: npt.ArrayLike, new_segment: bool, weights: npt.ArrayLike = ()) -> None:
+  def put(
+    self, tokens: npt.ArrayLike, new_segment: bool, origin: tuple[int, int, int] | None = None,
+    weights: npt.ArrayLike = (),
+  ) -> None:
+    """Append tokens; `origin` are source, document and token that the first of them is."""
     self.segment += new_segment
     start, count = self.row['tokens'].size - self.room, np.size(tokens)
     span = slice(start, start + count)
     self.row['tokens'][span], self.row['segment_ids'][span] = tokens, self.segment
     if np.size(weights):
       self.row['weights'][span] = weights
+    if origin and count and not (self.pieces and self._origin(start) == origin):
+      self.pieces.append((start, *origin))
     self.room -= count
+
+  def _origin(self, place: int) -> tuple[int, int, int]:
+    """Return the source, document and token of a place, if the last piece goes on to there."""
+    start, source, document, token = self.pieces[-1]
+    return source, document, token + place - start
+
+  def repeat(self, full: 'Record') -> None:
+    """Begin with the last token of a full record."""
+    size = self.row['tokens'].size
+    self.put(full.row['tokens'][-1:], True, full._origin(size - 1))
 
 
 class EndToEnd:
@@ -65,35 +89,37 @@ class EndToEnd:
   Args:
     dtype: from `record_dtype`.
     joined: make all sequences one, without segment borders; else each is its own segment.
+    open: the record that is not full, if any.
   """
 
-  def __init__(self, dtype: np.dtype, joined: bool):
+  def __init__(self, dtype: np.dtype, joined: bool, open: Sequence[Record] = ()):
     self._dtype, self._joined = dtype, joined
-    self._record = _Record(dtype)
+    self.open = [*open] or [Record(dtype)]
 
-  def add(self, tokens: np.ndarray) -> Iterator[np.ndarray]:
+  def add(self, tokens: np.ndarray, source: int = 0, document: int = 0) -> Iterator[Record]:
     """Append a sequence (1-D, at least one token); yield the records that became full."""
-    begins = not (self._joined and self._record.segment)
-    if begins and self._record.room < 2:  # One token alone would have no target.
+    begins, done = not (self._joined and self.open[0].segment), 0
+    if begins and self.open[0].room < 2:  # One token alone would have no target.
       yield self._next()
     while True:
-      piece, tokens = tokens[: self._record.room], tokens[self._record.room :]
-      self._record.put(piece, begins)
-      if not len(tokens):
+      piece = tokens[done : done + self.open[0].room]
+      self.open[0].put(piece, begins, (source, document, done))
+      done += len(piece)
+      if done == len(tokens):
         return
-      last = self._record.row['tokens'][-1:]
-      yield self._next()
-      self._record.put(last, True)
+      full = self._next()
+      yield full
+      self.open[0].repeat(full)
       begins = False
 
-  def finish(self) -> Iterator[np.ndarray]:
-    """Yield the record that is not full, if it holds a target."""
-    if self._record.room < self._record.row['tokens'].size - 1:
+  def finish(self) -> Iterator[Record]:
+    """Yield the record that is not full, if it holds a target; a token alone stays in `open`."""
+    if self.open[0].room < self.open[0].row['tokens'].size - 1:
       yield self._next()
 
-  def _next(self) -> np.ndarray:
-    full, self._record = self._record, _Record(self._dtype)
-    return full.row
+  def _next(self) -> Record:
+    full, self.open[0] = self.open[0], Record(self._dtype)
+    return full
 
 
 class BestFit:
@@ -106,39 +132,40 @@ class BestFit:
   bounded number of records open, so that sequences stream.
   """
 
-  def __init__(self, dtype: np.dtype):
+  def __init__(self, dtype: np.dtype, open: Sequence[Record] = ()):
     self._dtype = dtype
-    self._open: list[_Record] = []  # Sorted by room.
+    self.open = [*open]  # Sorted by room.
 
-  def add(self, tokens: np.ndarray) -> Iterator[np.ndarray]:
+  def add(self, tokens: np.ndarray, source: int = 0, document: int = 0) -> Iterator[Record]:
     """Place a sequence (1-D, at least one token); yield the records that became full."""
-    width = self._dtype['tokens'].shape[0]
-    while len(tokens) > width:
-      record = _Record(self._dtype)
-      record.put(tokens[:width], True)
-      yield record.row
-      tokens = tokens[width - 1 :]
-    record = _take(self._open, len(tokens)) or _Record(self._dtype)
-    record.put(tokens, True)
+    width, done = self._dtype['tokens'].shape[0], 0
+    while len(tokens) - done > width:
+      record = Record(self._dtype)
+      record.put(tokens[done : done + width], True, (source, document, done))
+      yield record
+      done += width - 1
+    record = _take(self.open, len(tokens) - done) or Record(self._dtype)
+    record.put(tokens[done:], True, (source, document, done))
     if record.room < 2:
-      yield record.row
+      yield record
       return
-    _keep(self._open, record)
-    if len(self._open) > _OPEN_RECORDS:
-      yield self._open.pop(0).row
+    _keep(self.open, record)
+    if len(self.open) > _OPEN_RECORDS:
+      yield self.open.pop(0)
 
-  def finish(self) -> Iterator[np.ndarray]:
+  def finish(self) -> Iterator[Record]:
     """Yield the records that are still open."""
-    yield from (record.row for record in self._open)
+    while self.open:
+      yield self.open.pop(0)
 
 
-def _take(records: list[_Record], size: int) -> _Record | None:
+def _take(records: list[Record], size: int) -> Record | None:
   """Remove the fullest record that has room for `size` tokens."""
   at = bisect.bisect_left(records, size, key=lambda record: record.room)
   return records.pop(at) if at < len(records) else None
 
 
-def _keep(records: list[_Record], record: _Record) -> None:
+def _keep(records: list[Record], record: Record) -> None:
   bisect.insort(records, record, key=lambda record: (record.room, record.number))
 
 
@@ -165,8 +192,8 @@ def pack(
     Packing Algorithms, 1974.
   """
   dtype = record_dtype(context_length, vocab_size, weights=True)
-  records: list[_Record] = []
-  unfilled: list[_Record] = []
+  records: list[Record] = []
+  unfilled: list[Record] = []
   for ids, weights in sorted(sequences, key=lambda one: -len(one[0])) if together else sequences:
     if len(ids) > context_length + 1:
       raise ValueError(f'a sequence of {len(ids)} tokens does not fit a record of '
@@ -176,9 +203,9 @@ def pack(
                        f'(0 to {vocab_size - 1})')
     record = _take(unfilled, len(ids)) if together else None
     if record is None:
-      record = _Record(dtype, len(records))
+      record = Record(dtype, len(records))
       records.append(record)
-    record.put(ids, True, weights)
+    record.put(ids, True, weights=weights)
     _keep(unfilled, record)
   rows = np.zeros(len(records), dtype)
   for i, record in enumerate(records):
@@ -186,10 +213,10 @@ def pack(
   return np.random.default_rng(0).permutation(rows) if together else rows
 
 
-PACKERS: dict[str, Callable[[np.dtype], EndToEnd | BestFit]] = {
-  'packed': lambda dtype: EndToEnd(dtype, joined=False),
+PACKERS: dict[str, Callable[[np.dtype, Sequence[Record]], EndToEnd | BestFit]] = {
+  'packed': lambda dtype, open: EndToEnd(dtype, False, open),
   'best_fit': BestFit,
-  'concat': lambda dtype: EndToEnd(dtype, joined=True),
+  'concat': lambda dtype, open: EndToEnd(dtype, True, open),
 }
 
 
@@ -227,56 +254,117 @@ def _is_target(segments_BS: np.ndarray) -> np.ndarray:
 
 
 _SHARD_TOKENS = 2**26
+_KINDS = ('rows', 'pieces')
 _GROUP_CHARACTERS = 2**20
 
 
+class Text(NamedTuple):
+  """A document, or a part of it, on its way into the records of a split.
+
+  Attributes:
+    split: 'train' or 'validation'.
+    text: cleaned.
+    source: which source it is of, from 0.
+    document: which document of that, dropped ones counted, from 0.
+  """
+
+  split: str
+  text: str
+  source: int
+  document: int
+
+
 def tokenize(
-  texts: Iterable[tuple[str, str]], encode_batch: Callable[[Sequence[str]], list[list[int]]]
-) -> Iterator[tuple[str, str, list[int]]]:
-  """Yield (split, text, ids) for each (split, text).
+  texts: Iterable[Text], encode_batch: Callable[[Sequence[str]], list[list[int]]]
+) -> Iterator[tuple[Text, list[int]]]:
+  """Yield each text with its ids.
 
   A group of texts is tokenized on all cores while the one before is being used.
   """
-  def groups() -> Iterator[list[tuple[str, str]]]:
+  def groups() -> Iterator[list[Text]]:
     group, size = [], 0
-    for split, text in texts:
-      group.append((split, text))
-      size += len(text)
+    for text in texts:
+      group.append(text)
+      size += len(text.text)
       if size >= _GROUP_CHARACTERS:
         yield group
         group, size = [], 0
     yield group
 
-  def encode(group: list[tuple[str, str]]) -> list[tuple[str, str, list[int]]]:
-    ids = encode_batch([text for _, text in group])
-    return [(split, text, i) for (split, text), i in zip(group, ids, strict=True)]
+  def encode(group: list[Text]) -> list[tuple[Text, list[int]]]:
+    return [*zip(group, encode_batch([text.text for text in group]), strict=True)]
 
   for group in parallel.map_ahead(encode, groups(), num_threads=1, ahead=2):
     yield from group
 
 
 class _ShardWriter:
-  """Writes records into `NAME-00000.array_record`, `-00001` and so on, a fixed number into each."""
+  """Writes records into `NAME-00000.array_record`, `-00001` and so on, a fixed number into each.
 
-  def __init__(self, directory: pathlib.Path, name: str, records_per_shard: int):
-    self._directory, self._name, self._limit = directory, name, records_per_shard
-    self._writer: Any = None
-    self.counts: list[int] = []
+  Until its shard is full, a record lies in a file of plain bytes, its pieces in another: these can
+  be cut to a known size, so that a killed process goes on from `state`.
+  """
 
-  def write(self, record: bytes) -> None:
-    from array_record.python import array_record_module
-    if self._writer is None or self.counts[-1] == self._limit:
-      self.close()
-      path = self._directory / shard_name(self._name, len(self.counts))
-      self._writer = self._io(array_record_module.ArrayRecordWriter, str(path), 'group_size:1')
+  def __init__(self, directory: pathlib.Path, name: str, limit: int, state: Mapping[str, Any]):
+    self._directory, self._name, self._limit = directory, name, limit
+    self.counts: list[int] = [*state.get('shards', [0])]
+    self._files = [self._io(self._open, kind, size) for kind, size in state.get(
+      'bytes', dict.fromkeys(_KINDS, 0)).items()]
+
+  def _open(self, kind: str, size: int) -> Any:
+    path = open_path(self._directory, self._name, len(self.counts) - 1, kind)
+    file = path.open('r+b' if size else 'w+b')
+    file.truncate(size)
+    file.seek(size)
+    return file
+
+  def write(self, record: Record) -> None:
+    if self.counts[-1] == self._limit:
+      self._io(self._end_shard)
       self.counts.append(0)
-    self._io(self._writer.write, record)
+      self._files = [self._io(self._open, kind, 0) for kind in _KINDS]
+    pieces = np.array([(self.counts[-1], *piece) for piece in record.pieces], lineage.PIECE)
+    for file, content in zip(self._files, (record.row, pieces), strict=True):
+      self._io(file.write, content.tobytes())
     self.counts[-1] += 1
 
+  def state(self) -> dict[str, Any]:
+    """Return what this writer goes on from, once all is on the disk."""
+    for file in self._files:
+      self._io(file.flush)
+      self._io(os.fsync, file.fileno())
+    sizes = (file.tell() for file in self._files)
+    return {'shards': self.counts, 'bytes': dict(zip(_KINDS, sizes, strict=True))}
+
+  def forget(self, last: int | None = None) -> None:
+    """Remove the plain bytes of all shards, or of those before the last."""
+    for shard in range(len(self.counts))[:last]:
+      for kind in _KINDS:
+        open_path(self._directory, self._name, shard, kind).unlink(missing_ok=True)
+
   def close(self) -> None:
-    writer, self._writer = self._writer, None
-    if writer is not None:
-      self._io(writer.close)
+    if self.counts[-1]:
+      self._io(self._end_shard)
+    self.forget()
+    if not self.counts[-1]:
+      self.counts.pop()
+
+  def _end_shard(self) -> None:
+    from array_record.python import array_record_module
+    shard, (rows, pieces) = len(self.counts) - 1, self._files
+    pieces.flush()
+    size = rows.tell() // self.counts[-1]
+    rows.seek(0)
+    entries = (iter(lambda: rows.read(size), b''),
+               lineage.blocks(np.memmap(pieces, lineage.PIECE, 'r')))
+    for path, content in zip(paths_of_shard(self._directory, self._name, shard), entries,
+                             strict=True):
+      writer: Any = array_record_module.ArrayRecordWriter(str(path), 'group_size:1')
+      for entry in content:
+        writer.write(entry)
+      writer.close()
+    rows.close()
+    pieces.close()
 
   def _io(self, call: Callable[..., Any], *args: Any) -> Any:
     with storage.explained(self._directory):
@@ -288,9 +376,17 @@ class _ShardWriter:
         raise OSError(code, os.strerror(code)) from error
 
 
-def shard_name(name: str, index: int) -> str:
-  """Return the file name of a shard."""
-  return f'{name}-{index:05d}.array_record'
+def open_path(directory: pathlib.Path, name: str, index: int, kind: str) -> pathlib.Path:
+  """Return the file of the plain bytes of a shard that is not full, one of `_KINDS`."""
+  return directory / f'{name}-{index:05d}.{kind}'
+
+
+def paths_of_shard(
+  directory: pathlib.Path, name: str, index: int
+) -> tuple[pathlib.Path, pathlib.Path]:
+  """Return the files of a shard: its records, and their lineage."""
+  path = directory / f'{name}-{index:05d}.array_record'
+  return path, path.with_suffix('.lineage')
 
 
 class SplitWriter:
@@ -301,51 +397,76 @@ class SplitWriter:
     name: of the split.
     tokenizer: gives BOS, EOS and the bytes of tokens.
     data: packing, context length and whether documents have BOS and EOS.
+    state: what to go on from, of `state`.
 
   Raises:
     ValueError: the tokenizer has no BOS or EOS where it is wanted.
   """
 
-  def __init__(self, directory: pathlib.Path, name: str, tokenizer: Tokenizer, data: Any):
+  def __init__(
+    self, directory: pathlib.Path, name: str, tokenizer: Tokenizer, data: Any,
+    state: Mapping[str, Any] = MappingProxyType({}),
+  ):
     self._directory, self._name = directory, name
     self._tokenizer, self._joined = tokenizer, data.packing == 'concat'
-    self._prefix = _border(tokenizer.bos_id, 'bos') if data.add_bos else []
-    self._suffix = _border(tokenizer.eos_id, 'eos') if data.add_eos else []
+    self.borders = borders(tokenizer, data)
     dtype = record_dtype(data.context_length, tokenizer.vocab_size)
-    self._packer = PACKERS[data.packing](dtype)
-    self._shards = _ShardWriter(directory, name, max(1, _SHARD_TOKENS // data.context_length))
-    self._counts = collections.Counter(
-      dict.fromkeys(('documents', 'tokens', 'target_tokens', 'text_bytes', 'target_bytes'), 0))
+    self._packer = PACKERS[data.packing](dtype, [
+      Record(dtype, row=np.frombuffer(base64.b64decode(row), dtype)[0].copy(), pieces=pieces)
+      for row, pieces in state.get('open', ())])
+    self._shards = _ShardWriter(
+      directory, name, max(1, _SHARD_TOKENS // data.context_length), state)
+    self._counts = collections.Counter(state.get('counts') or dict.fromkeys(
+      ('documents', 'tokens', 'target_tokens', 'text_bytes', 'target_bytes'), 0))
 
-  def add(self, text: str, encoded: list[int]) -> int:
-    """Append a document and return its number of tokens, borders included; refuse unknown ids."""
-    ids = np.array([*self._prefix, *encoded, *self._suffix], np.int64)
+  def add(self, text: Text, encoded: list[int]) -> None:
+    """Append a document, tokens of the borders added; refuse unknown ids."""
+    prefix, suffix = self.borders
+    ids = np.array([*prefix, *encoded, *suffix], np.int64)
     if not len(ids):
-      return 0
+      return
     if ids.min() < 0 or ids.max() >= self._tokenizer.vocab_size:
       raise ValueError(f'the tokenizer gave ids {ids.min()} to {ids.max()}, outside its vocabulary '
                        f'of {self._tokenizer.vocab_size}')
-    size = len(text.encode())
+    size = len(text.text.encode())
     predicted = size
     if not (self._joined and self._counts['documents']):  # Nothing predicts the first token.
       predicted -= len(self._tokenizer.id_bytes[ids[0]])
     self._counts.update(documents=1, tokens=len(ids), text_bytes=size, target_bytes=predicted)
-    self._write(self._packer.add(ids))
-    return len(ids)
+    self._write(self._packer.add(ids, text.source, text.document))
+
+  def state(self) -> dict[str, Any]:
+    """Return what another writer can go on from, JSON-able, once it is all on the disk."""
+    return {**self._shards.state(), 'counts': self._counts, 'open': [
+      (base64.b64encode(record.row.tobytes()).decode(), record.pieces)
+      for record in self._packer.open]}
+
+  def saved(self) -> None:
+    """Remove what nothing goes on from any more, now that the last state is kept."""
+    self._shards.forget(-1)
 
   def finish(self) -> dict[str, Any]:
     """Write what is left and return the counts, as fields of `records.Split`."""
     self._write(self._packer.finish())
     self._shards.close()
     shards = tuple(self._shards.counts)
-    paths = (self._directory / shard_name(self._name, i) for i in range(len(shards)))
-    digests = tuple(storage.file_digest(path, {}) for path in paths)
-    return {**self._counts, 'records': sum(shards), 'shards': shards, 'sha256': digests}
+    files = [paths_of_shard(self._directory, self._name, i) for i in range(len(shards))]
+    sha256, lineage_sha256 = (
+      tuple(storage.file_digest(paths[kind], {}) for paths in files) for kind in (0, 1))
+    alone = sum(int((record.row['segment_ids'] > 0).sum()) for record in self._packer.open)
+    return {**self._counts, 'records': sum(shards), 'shards': shards, 'sha256': sha256,
+            'lineage_sha256': lineage_sha256, 'dropped_tokens': alone}
 
-  def _write(self, records: Iterator[np.ndarray]) -> None:
+  def _write(self, records: Iterator[Record]) -> None:
     for record in records:
-      self._counts.update(target_tokens=int(_is_target(record['segment_ids']).sum()))
-      self._shards.write(record.tobytes())
+      self._counts.update(target_tokens=int(_is_target(record.row['segment_ids']).sum()))
+      self._shards.write(record)
+
+
+def borders(tokenizer: Tokenizer, data: Any) -> tuple[list[int], list[int]]:
+  """Return the ids before and after each document, by `data.add_bos` and `data.add_eos`."""
+  return (_border(tokenizer.bos_id, 'bos') if data.add_bos else [],
+          _border(tokenizer.eos_id, 'eos') if data.add_eos else [])
 
 
 def _border(token_id: int | None, name: str) -> list[int]:

@@ -9,9 +9,12 @@
 
 import contextlib
 import hashlib
+import itertools
 import os
 import pathlib
+import shutil
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -24,6 +27,8 @@ from jaxllm.config import Config
 from jaxllm.data import documents, packing, parallel, tokenizers
 from jaxllm.data.cleaning import CleaningConfig, clean
 from jaxllm.data.documents import SourceConfig, SourceCounts, Sources
+from jaxllm.data.lineage import Lineage
+from jaxllm.data.packing import Text
 from jaxllm.data.tokenizers import Tokenizer, TokenizerConfig
 
 # Part of every fingerprint: to be raised when the same settings give other records.
@@ -33,6 +38,8 @@ VERSION = 1
 _OLD_PACKING = {'best_fit': 'whole', 'concat': 'stream'}
 
 _HASHES = '.source_hashes.json'
+_STATE = 'state.json'
+_SAVE_SECONDS = 10.0
 DAMAGED = 'the records are damaged; delete the directory and prepare them anew'
 
 
@@ -109,6 +116,11 @@ class Split(Config):
   """Examples of a task that are left out: too long, or without anything to train on."""
   cut: int = 0
   """Examples of a task that are there in part."""
+  dropped_tokens: int = 0
+  """Tokens of documents that are in no record: one that was left over alone, without a target."""
+  lineage_sha256: tuple[str, ...] = ()
+  """SHA-256 of the file beside each shard that says where its tokens come from; () where there is
+  none, as for older records and for those of a task."""
 
   @property
   def bytes_per_token(self) -> float:
@@ -137,6 +149,8 @@ class Manifest(Config):
   """The training records."""
   validation: Split | None
   """The held-out records."""
+  ends: bool = False
+  """Whether the ends of documents are held out, as no whole ones could be."""
 
   @property
   def context_length(self) -> int:
@@ -181,13 +195,13 @@ def prepare(
   sources = documents.survey(data.sources, data.own_validation, hashes)
   fingerprint = _fingerprint(data, tokenizer, sources)
   if find(directory, fingerprint) is None:
-    with storage.locked(directory):
+    folder = directory / fingerprint[:16]
+    with storage.locked(directory, folder.name):
       if find(directory, fingerprint) is None:  # Another process may have been faster.
-        folder = directory / fingerprint[:16]
         if folder.exists():
           logging.warning('%s is not complete; its records are prepared anew', folder)
-        with storage.replaced(folder) as staging:
-          staging.mkdir()
+        with storage.replaced(folder, kept=True) as staging:
+          staging.mkdir(exist_ok=True)
           fields = _write(data, tokenizer, staging, sources, fingerprint, progress).model_dump(
             mode='json')
           storage.write_json(staging / 'manifest.json', fields)
@@ -264,7 +278,23 @@ def shard_paths(
 ) -> list[pathlib.Path]:
   """List the record files of a split."""
   folder = storage.local(folder_of(directory))
-  return [folder / packing.shard_name(split, i) for i, _ in enumerate(manifest.split(split).shards)]
+  return [packing.paths_of_shard(folder, split, i)[0]
+          for i, _ in enumerate(manifest.split(split).shards)]
+
+
+def open_lineage(directory: str | os.PathLike[str], split: str) -> Lineage:
+  """Return where the tokens of a split come from; a ValueError says that it is not known."""
+  manifest = load_manifest(directory)
+  of = manifest.split(split)
+  if len(of.lineage_sha256) < len(of.shards):
+    raise ValueError(f'{folder_of(directory)}: these records are of a version that did not write '
+                     'down where their tokens come from; delete the directory and prepare them '
+                     'anew, which gives the same records')
+  paths = [path.with_suffix('.lineage') for path in shard_paths(directory, manifest, split)]
+  for path, written in zip(paths, of.lineage_sha256, strict=True):
+    if not path.is_file() or storage.file_digest(path, {}) != written:
+      raise ValueError(f'{path}: {DAMAGED} (it is not as it was written)')
+  return Lineage(paths, of.shards)
 
 
 def open_shards(
@@ -318,28 +348,36 @@ def _fingerprint(
 Counters = Sequence[Counter[str]]
 
 
-def _cleaned(data: DataConfig, counts: Counters) -> Iterator[tuple[str, bool]]:
-  """Yield (text, whether it is of a source for validation), counting documents per source."""
+def _cleaned(data: DataConfig, counts: Counters) -> Iterator[Text]:
+  """Yield texts, of the split that their source is of, counting documents per source."""
   sources = (*data.sources, *data.own_validation)
   for number, (source, count) in enumerate(zip(sources, counts, strict=True)):
-    for document in documents.documents(source):
+    split = 'train' if number < len(data.sources) else 'validation'
+    for place, document in enumerate(documents.documents(source)):
       text = clean(document, data.cleaning)
       count.update(documents=1, dropped=not text)
       if text:
-        yield text, number >= len(data.sources)
+        yield Text(split, text, number, place)
 
 
-def _texts(data: DataConfig, counts: Counters, ends: bool) -> Iterator[tuple[str, str]]:
-  """Yield (split, text), holding out the `ends` of documents or whole ones."""
+def _texts(data: DataConfig, counts: Counters, ends: bool) -> Iterator[Text]:
+  """Yield texts with their splits, holding out the `ends` of documents or whole ones."""
+  return (part for text in _cleaned(data, counts) for part in parts(data, text, ends))
+
+
+def parts(data: DataConfig, text: Text, ends: bool) -> Iterator[Text]:
+  """Yield what is trained on of a text and what is held out, one of them or the other's rest."""
   fraction = data.validation if isinstance(data.validation, float) else 0.0
-  for text, own in _cleaned(data, counts):
-    if ends and not own:
-      place = len(text) - int(len(text) * fraction)
-      # Where the line before it ends, if that is nearer than the end of the text.
-      cut = text.rfind('\n', max(0, 2 * place - len(text)), place) + 1 or place
-      yield from (part for part in (('train', text[:cut]), ('validation', text[cut:])) if part[1])
-    else:
-      yield 'validation' if own or _sample(text) < fraction else 'train', text
+  if text.split == 'validation' or not ends:
+    held_out = text.split == 'validation' or _sample(text.text) < fraction
+    yield text._replace(split='validation' if held_out else 'train')
+    return
+  place = len(text.text) - int(len(text.text) * fraction)
+  # Where the line before it ends, if that is nearer than the end of the text.
+  cut = text.text.rfind('\n', max(0, 2 * place - len(text.text)), place) + 1 or place
+  for split, piece in (('train', text.text[:cut]), ('validation', text.text[cut:])):
+    if piece:
+      yield text._replace(split=split, text=piece)
 
 
 def _too_few(data: DataConfig) -> bool:
@@ -348,8 +386,8 @@ def _too_few(data: DataConfig) -> bool:
     return False
   sides: set[bool] = set()
   number = 0
-  for number, (text, _) in enumerate(_cleaned(data, [Counter() for _ in data.sources]), 1):  # noqa: B007
-    sides.add(_sample(text) < data.validation)
+  for number, text in enumerate(_cleaned(data, [Counter() for _ in data.sources]), 1):  # noqa: B007
+    sides.add(_sample(text.text) < data.validation)
     if len(sides) > 1:
       return False
   if number:
@@ -368,33 +406,65 @@ def _write(
   data: DataConfig, config: TokenizerConfig, staging: pathlib.Path,
   sources: Sequence[SourceCounts], fingerprint: str, progress: bool,
 ) -> Manifest:
-  ends = _too_few(data)
-  with _bar('tokenizer', ' documents', progress and config.trained) as bar:
-    def training() -> Iterator[str]:
-      for split, text in _texts(data, [Counter() for _ in sources], ends):
-        bar.update()
-        if split == 'train':
-          yield text
-    tokenizer = tokenizers.train_or_load(config, training())
-  tokenizers.save(tokenizer, staging / 'tokenizer')
+  if state := _left(data, staging):
+    logging.info('%s: going on after %d documents of an interrupted call', staging, state['texts'])
+    tokenizer = tokenizers.from_files(tokenizers.read_directory(staging / 'tokenizer'))
+  else:
+    shutil.rmtree(staging)
+    staging.mkdir()
+    state = {'ends': _too_few(data), 'texts': 0, 'splits': {}}
+    with _bar('tokenizer', ' documents', progress and config.trained) as bar:
+      def training() -> Iterator[str]:
+        for text in _texts(data, [Counter() for _ in sources], state['ends']):
+          bar.update()
+          if text.split == 'train':
+            yield text.text
+      tokenizer = tokenizers.train_or_load(config, training())
+    tokenizers.save(tokenizer, staging / 'tokenizer')
 
   counts: Counters = [Counter() for _ in sources]
-  writers = {name: packing.SplitWriter(staging, name, tokenizer, data)
-             for name in data.splits}
+  writers = {name: packing.SplitWriter(staging, name, tokenizer, data,
+                                       state['splits'].get(name, {})) for name in data.splits}
+  texts = _texts(data, counts, state['ends'])
+  # What an interrupted call has written is cleaned again, for the counts, and no more.
+  for _ in itertools.islice(texts, state['texts']):
+    pass
+  saved = time.monotonic()
   with _bar('records', ' tokens', progress) as bar:
-    items = packing.tokenize(_texts(data, counts, ends), tokenizer.encode_batch)
-    for number, (split, text, ids) in enumerate(items, 1):
-      bar.update(writers[split].add(text, ids))
+    items = packing.tokenize(texts, tokenizer.encode_batch)
+    for number, (text, ids) in enumerate(items, state['texts'] + 1):
+      writers[text.split].add(text, ids)
+      bar.update(len(ids))
       if number % 256 == 0:
         bar.set_postfix(documents=number, refresh=False)
+      if time.monotonic() - saved >= _SAVE_SECONDS:
+        storage.write_json(staging / _STATE, {**state, 'texts': number, 'splits': {
+          name: writer.state() for name, writer in writers.items()}})
+        for writer in writers.values():
+          writer.saved()
+        saved = time.monotonic()
   splits = {name: Split(**writer.finish()) for name, writer in writers.items()}
+  (staging / _STATE).unlink(missing_ok=True)
   sources = tuple(s.replace(**c) for s, c in zip(sources, counts, strict=True))
   _check_splits(data, splits, sources)
   return Manifest(
     version=VERSION, fingerprint=fingerprint, data=data, tokenizer=config,
     tokenizer_fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size,
     sources=sources, train=splits['train'], validation=splits.get('validation'),
+    ends=state['ends'],
   )
+
+
+def _left(data: DataConfig, staging: pathlib.Path) -> dict[str, Any]:
+  """Return the state that an interrupted call has left; {}: none, or not all that belongs to it."""
+  state = storage.read_json(staging / _STATE)
+  for name in data.splits if state else ():
+    of = state['splits'][name]
+    for kind, size in of['bytes'].items():
+      path = packing.open_path(staging, name, len(of['shards']) - 1, kind)
+      if not path.is_file() or path.stat().st_size < size:
+        return {}
+  return state
 
 
 def _bar(name: str, unit: str, show: bool) -> Any:

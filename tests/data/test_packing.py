@@ -8,10 +8,10 @@ from jaxllm.data import packing
 
 def _pack(policy, sequences, context_length):
   dtype = packing.record_dtype(context_length, 1000)
-  packer = packing.PACKERS[policy](dtype)
-  rows = [row for tokens in sequences for row in packer.add(np.array(tokens))]
-  rows += packer.finish()
-  return np.array(rows, dtype)
+  packer = packing.PACKERS[policy](dtype, ())
+  records = [record for tokens in sequences for record in packer.add(np.array(tokens))]
+  records += packer.finish()
+  return np.array([record.row for record in records], dtype)
 
 
 def _pairs(records):
@@ -90,7 +90,7 @@ def test_whole_cuts_nothing_that_fits_and_wastes_little():
 
 
 def test_whole_keeps_a_bounded_number_of_records_open():
-  packer = packing.PACKERS['best_fit'](packing.record_dtype(9, 1000))
+  packer = packing.PACKERS['best_fit'](packing.record_dtype(9, 1000), ())
   early = [row for _ in range(200) for row in packer.add(np.arange(6))]
   assert len(early) == 200 - packing._OPEN_RECORDS
   assert len(list(packer.finish())) == packing._OPEN_RECORDS
@@ -109,7 +109,7 @@ def test_wide_vocabularies_and_contexts_keep_their_values():
   assert packing.record_dtype(4, 65_536)['tokens'].base == np.dtype('<u2')
   dtype = packing.record_dtype(70_000, 65_537)
   assert dtype['tokens'].base == dtype['segment_ids'].base == np.dtype('<u4')
-  packer = packing.PACKERS['packed'](dtype)
+  packer = packing.PACKERS['packed'](dtype, ())
   assert list(packer.add(np.array([65_536, 1]))) == []
-  row, = packer.finish()
-  assert row['tokens'][:2].tolist() == [65_536, 1]
+  record, = packer.finish()
+  assert record.row['tokens'][:2].tolist() == [65_536, 1]

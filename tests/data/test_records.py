@@ -1,5 +1,6 @@
 """Records hold the corpus exactly, are reused exactly when nothing changed, and appear whole."""
 
+import collections
 import errno
 import json
 import os
@@ -13,7 +14,7 @@ import pytest
 
 from jaxllm import storage
 from jaxllm.config import ConfigError, override
-from jaxllm.data import records
+from jaxllm.data import cleaning, documents, records
 from jaxllm.data.batches import make_batches, open_records
 from jaxllm.data.cleaning import CleaningConfig
 from jaxllm.data.documents import SourceConfig
@@ -192,13 +193,13 @@ def test_a_flipped_bit_of_any_file_is_named(corpus, out):
   folder = out / manifest.folder
   files = [path for path in folder.rglob('*') if path.is_file()]
   assert {path.name for path in files} == {
-    'manifest.json', 'tokenizer.model', 'train-00000.array_record'}
+    'manifest.json', 'tokenizer.model', 'train-00000.array_record', 'train-00000.lineage'}
   for path in files:
     content = path.read_bytes()
     for place in range(3, len(content), max(len(content) // 9, 1)):
       path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1:])
       with pytest.raises(ValueError, match=rf'{folder}.*the records are damaged; delete the dir'):
-        load_tokenizer(out), open_records(out, 'train')
+        load_tokenizer(out), open_records(out, 'train'), records.open_lineage(out, 'train')
     path.write_bytes(content)
   (folder / 'tokenizer' / 'special_tokens_map.json').write_text('{}')
   with pytest.raises(ValueError, match='tokenizer: the records are damaged'):
@@ -224,10 +225,144 @@ def test_records_of_before_are_found_beside_new_ones(corpus, out, monkeypatch):
 def test_prepared_twice_is_the_same_to_the_byte(corpus, tmp_path):
   for name in ('a', 'b'):
     prepare(_data(corpus), TokenizerConfig(vocab_size=320), tmp_path / name)
-  def content(root):
-    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob('*')
-            if path.is_file()}
-  assert content(tmp_path / 'a') == content(tmp_path / 'b')
+  assert _content(tmp_path / 'a') == _content(tmp_path / 'b')
+
+
+def _content(root):
+  return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob('*')
+          if path.is_file()}
+
+
+class _Killed(KeyboardInterrupt):
+  pass
+
+
+@pytest.mark.parametrize('packing', ['packed', 'best_fit', 'concat'])
+@pytest.mark.parametrize('kills', [(1, 30, 19), (59,)])
+def test_a_killed_call_goes_on_and_gives_the_same_bytes(
+  corpus, tmp_path, monkeypatch, packing, kills
+):
+  data, tokenizer = _data(corpus, packing=packing), TokenizerConfig(vocab_size=320)
+  monkeypatch.setattr(records.packing, '_SHARD_TOKENS', 16 * 20)
+  prepare(data, tokenizer, tmp_path / 'whole')
+  monkeypatch.setattr(records, '_SAVE_SECONDS', 0)
+  add, added, limit = records.packing.SplitWriter.add, [], []
+
+  def limited(self, *args):
+    if [len(added)] == limit:
+      raise _Killed
+    added.append(0)
+    add(self, *args)
+
+  monkeypatch.setattr(records.packing.SplitWriter, 'add', limited)
+  for kill in kills:
+    added, limit = [], [kill]
+    with pytest.raises(_Killed):
+      prepare(data, tokenizer, tmp_path / 'killed')
+    assert _leftovers(tmp_path / 'killed')
+    # What was written since the last state does not count.
+    for path in tmp_path.glob('killed/.partial-*/*.rows'):
+      path.write_bytes(path.read_bytes() + b'torn')
+    monkeypatch.setattr(records.tokenizers, 'train_or_load', _never)  # It is there.
+  added, limit = [], []
+  prepare(data, tokenizer, tmp_path / 'killed')
+  assert len(added) == 60 - sum(kills)
+  assert _content(tmp_path / 'whole') == _content(tmp_path / 'killed')
+
+
+def test_what_is_left_incomplete_is_prepared_anew(corpus, tmp_path, monkeypatch):
+  prepare(_data(corpus), BYTES, tmp_path / 'whole')
+  monkeypatch.setattr(records, '_SAVE_SECONDS', 0)
+  finish = records.packing.SplitWriter.finish
+
+  def killed(self):
+    raise _Killed
+
+  monkeypatch.setattr(records.packing.SplitWriter, 'finish', killed)
+  with pytest.raises(_Killed):
+    prepare(_data(corpus), BYTES, tmp_path / 'killed')
+  rows = next(tmp_path.glob('killed/.partial-*/train-*.rows'))
+  rows.write_bytes(rows.read_bytes()[:-1])
+  monkeypatch.setattr(records.packing.SplitWriter, 'finish', finish)
+  prepare(_data(corpus), BYTES, tmp_path / 'killed')
+  assert _content(tmp_path / 'whole') == _content(tmp_path / 'killed')
+
+
+@pytest.mark.parametrize('packing', ['packed', 'best_fit', 'concat'])
+@pytest.mark.parametrize('texts, validation', [
+  (TEXTS, 0.2), (['0123456789' * 40, 'x', 'ab\n' * 67], 0.1)])
+@pytest.mark.parametrize('borders', [True, False])
+def test_the_lineage_of_every_record_leads_to_its_text_and_tokens_add_up(
+  tmp_path, out, packing, texts, validation, borders
+):
+  path = _jsonl(tmp_path / 'texts.jsonl', [texts[0], '', *texts[1:]])
+  data = _data(path, packing=packing, validation=validation, add_bos=borders, add_eos=borders,
+               cleaning=CleaningConfig(steps=('whitespace',)))
+  manifest, kinds = prepare(data, TokenizerConfig(vocab_size=325), out), collections.Counter()
+  tokenizer = load_tokenizer(out)
+  prefix, suffix = records.packing.borders(tokenizer, data)
+  for name in ('train', 'validation'):
+    stored, lineage = open_records(out, name), records.open_lineage(out, name)
+    found, ids = collections.Counter(), {}
+    for source, document, text in ((0, number, text) for number, text in enumerate(
+        documents.documents(data.sources[0]))):
+      cleaned = records.Text('train', cleaning.clean(text, data.cleaning) or '', source, document)
+      for part in records.parts(data, cleaned, manifest.ends) if cleaned.text else ():
+        if part.split == name:
+          ids[document] = [*prefix, *tokenizer.encode_batch([part.text])[0], *suffix]
+    for number, row in enumerate(stored.rows):
+      row = np.frombuffer(row, stored.dtype)[0]
+      pieces = lineage.pieces(number)
+      ends = [*pieces['start'][1:], (row['segment_ids'] > 0).sum()]
+      assert pieces['start'][0] == 0
+      for piece, end in zip(pieces, ends, strict=True):
+        tokens = row['tokens'][piece['start']:end].tolist()
+        start, document = int(piece['token']), int(piece['document'])
+        assert tokens and tokens == ids[document][start:start + len(tokens)]
+        found.update((document, start + i) for i in range(len(tokens)))
+        kinds['all'] += 1
+    # Tokens of documents = tokens in records + drops; those that are there twice begin a record.
+    split = manifest.split(name)
+    assert split.tokens == sum(map(len, ids.values())) == len(found) + split.dropped_tokens
+    repeated = sum(count - 1 for count in found.values())
+    assert max(found.values()) <= 2 and repeated < len(stored.rows)
+    assert split.documents == len(ids)
+  assert manifest.ends == (validation == 0.1) and kinds['all'] > 8
+  assert manifest.sources[0].documents == len(texts) + 1
+
+
+def test_a_token_left_over_alone_is_counted_as_dropped(tmp_path, out):
+  path = _jsonl(tmp_path / 'texts.jsonl', ['a' * 18, 'b'])
+  data = _data(path, validation=None, context_length=8, add_bos=False, add_eos=False)
+  split = prepare(data, BYTES, out).train
+  assert (split.tokens, split.dropped_tokens, split.records) == (19, 0, 3)
+  split = prepare(data.replace(context_length=17), BYTES, out).train
+  assert (split.tokens, split.dropped_tokens, split.records) == (19, 1, 1)
+
+
+def test_records_without_lineage_stay_valid_and_say_so(corpus, out):
+  manifest = prepare(_data(corpus), BYTES, out)
+  folder = out / manifest.folder
+  fields = manifest.model_dump(mode='json')
+  del fields['ends'], fields['train']['lineage_sha256'], fields['train']['dropped_tokens']
+  storage.write_json(folder / 'manifest.json', fields)
+  for path in folder.glob('*.lineage'):
+    path.unlink()
+  assert prepare(_data(corpus), BYTES, out).fingerprint == manifest.fingerprint
+  assert open_records(out, 'train').rows
+  with pytest.raises(ValueError, match='did not write down where their tokens come from; delete'):
+    records.open_lineage(out, 'train')
+
+
+@pytest.mark.parametrize('kind', ['bytes', 'sentencepiece'])
+def test_the_number_of_workers_changes_no_byte(corpus, tmp_path, kind, monkeypatch):
+  tokenizer = BYTES if kind == 'bytes' else TokenizerConfig(vocab_size=320)
+  for cores, group in ((1, 2**20), (2, 100), (5, 1000)):
+    monkeypatch.setattr(os, 'cpu_count', lambda cores=cores: cores)
+    monkeypatch.setenv('RAYON_NUM_THREADS', str(cores))
+    monkeypatch.setattr(records.packing, '_GROUP_CHARACTERS', group)
+    prepare(_data(corpus), tokenizer, tmp_path / str(cores))
+  assert _content(tmp_path / '1') == _content(tmp_path / '2') == _content(tmp_path / '5')
 
 
 def test_the_split_depends_on_each_document_alone(tmp_path, out):
@@ -376,7 +511,8 @@ def test_ids_outside_the_vocabulary_are_refused(corpus, out, monkeypatch):
 
 
 def _leftovers(directory):
-  return [path.name for path in directory.rglob('*') if path.name.startswith('.partial-')]
+  return [path.name for path in directory.rglob('*') if path.name.startswith('.partial-')
+          or path.suffix in ('.rows', '.pieces')]
 
 
 def test_a_failure_leaves_the_old_records_alone(corpus, out, tmp_path):
