@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import pydantic
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.config import Config
 
@@ -163,10 +163,15 @@ def make_placement(
   return Placement(make_mesh(config, jax.devices()[:number]), config)
 
 
-def abstract_mesh(config: MeshConfig, num_devices: int) -> AbstractMesh:
-  """Return the mesh of `config` without devices, for shapes and shardings; as `mesh_shape`."""
-  sizes = mesh_shape(config, num_devices)
-  return AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+def abstract_mesh(
+  config: MeshConfig, num_devices: int, device: AbstractDevice | None = None
+) -> AbstractMesh:
+  """Return the mesh of `config` without devices, for shapes and shardings; as `mesh_shape`.
+
+  Code that is traced for it with `active` is that of the platform of `device`.
+  """
+  sizes, types = mesh_shape(config, num_devices), (AxisType.Auto,) * len(MESH_AXES)
+  return AbstractMesh(sizes, MESH_AXES, axis_types=types, abstract_device=device)
 
 
 def partition_spec(axes: Sequence[str | None], rules: Rules) -> PartitionSpec:
@@ -346,6 +351,6 @@ def map_shards(
 def platform() -> str:
   """Return the platform that the code being traced will run on: 'cpu', 'gpu' or 'tpu'."""
   placement = _ACTIVE.get()
-  if placement is None or isinstance(placement.mesh, AbstractMesh):
-    return jax.default_backend()
-  return placement.mesh.devices.flat[0].platform
+  mesh = placement.mesh if placement else None
+  device = mesh.abstract_device if isinstance(mesh, AbstractMesh) else mesh and mesh.devices.flat[0]
+  return device.platform if device else jax.default_backend()

@@ -89,7 +89,9 @@ def compile_step(location: str) -> dict:
 
   name, _, variant = location.partition(':')
   topology = config.load_module(str(EXPERIMENTS / name)).VARIANTS[variant].topology
-  return {'topology': topology, **plan.plan(config.load(str(EXPERIMENTS / location)), topology)}
+  made = plan.plan(config.load(str(EXPERIMENTS / location)), topology)
+  return {'topology': topology, **made, 'problems': made['problems'] + [
+    one for one in made['replicated'] if ' is replicated' in one]}
 
 
 def compile_decoding(location: str) -> dict:
@@ -101,6 +103,7 @@ def compile_decoding(location: str) -> dict:
   from jaxllm.generation.sampling import Request, SamplingConfig
   from jaxllm.models import decoder
   from jaxllm.models.families import PRESETS
+  from jaxllm.training import cost
 
   preset, _, topology = location.partition('@')
   tensor, fsdp, rows = DECODED[location]
@@ -135,7 +138,7 @@ def compile_decoding(location: str) -> dict:
   row = {'topology': topology, 'chips': len(devices), 'rows': rows,
          'mesh': {axis: size for axis, size in mesh.shape.items() if size > 1},
          'parameters': decoder.parameter_count(config), 'problems': []}
-  _, memory_gib, _ = plan.CHIPS[topology.partition(':')[0]]
+  memory_gib = cost.CHIPS[topology.partition(':')[0]].memory
   with sharding.active(sharding.Placement(mesh, mesh_config)):
     for name, lowered in (
       ('prefill', lambda: decode_state.prefill.lower(model, variables, state, PROMPT)),
@@ -176,7 +179,7 @@ def print_row(location: str, row: dict) -> None:
   if 'gib' not in row:
     return
   gib, seconds = row['gib'], row['seconds']
-  temporaries = gib['gradients'] + gib['activations, other temporaries']
+  temporaries = sum(gib[name] for name in ('gradients', 'saved activations', 'temporaries'))
   gb = sum(one['bytes'] for one in row['exchanged']) / 1e9
   links = seconds['exchange'] / seconds['arithmetic']
   print(f'{location:24}{row["topology"]:>12}{row["devices"]:6}{row["parameters"] / 1e9:7.2f}B'

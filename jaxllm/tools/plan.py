@@ -1,20 +1,22 @@
-"""Compile a run's train step before a machine is paid for: memory, time, and what to change.
+"""Say what a run needs before a machine is paid for: memory, time, and what to change.
 
   python -m jaxllm.tools.plan --config=experiments/llama.py:llama3_8b [--topology=v5p:4x4x4]
 
-No TPU is needed for a slice of TPUs, only the package libtpu (extra `plan`); --topology=local
-compiles for the devices of this machine. What does not fit comes with changes, each compiled too.
+The real train step is compiled for a TPU slice, for which no TPU but the package libtpu is needed
+(extra `plan`), or for the devices of this machine (--topology=local). --estimate only traces it: a
+second, and no libtpu. What does not fit comes with changes.
 """
 
 import contextlib
-import importlib.metadata
+import functools
 import importlib.util
 import json
 import math
 import os
 import re
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ FLAGS = config.Flags()
 CONFIG = FLAGS.string('config', None, config.FLAG_HELP, required=True)
 TOPOLOGY = FLAGS.string('topology', None, 'TPU slice, as v5e:4x4, or local; by default that of the '
                         'variant, else local.')
+ESTIMATE = FLAGS.bool('estimate', False, 'Trace the program instead of compiling it.')
 JSON = FLAGS.bool('json', False, 'Print JSON.')
 
 # No TPU is looked for, and none is locked: only the compiler is used.
@@ -33,130 +36,106 @@ ENVIRONMENT = {
   'TPU_STDERR_LOG_LEVEL': '3', 'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_ACCELERATOR_TYPE': 'none',
 }
 GIB = 2**30
-# Kind, GiB of memory, GB/s that a chip sends over all its links (cloud.google.com/tpu/docs).
-CHIPS = {'v4': ('TPU v4', 32.0, 300.0), 'v5e': ('TPU v5e', 15.75, 200.0),
-         'v5p': ('TPU v5p', 95.0, 600.0), 'v6e': ('TPU v6e', 31.25, 400.0)}
 _KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
 
 
 def main(_) -> None:  # noqa: D103
   from jaxllm.tools import launch
+  from jaxllm.training import cost
 
   topology = TOPOLOGY.value or launch.topology_of(CONFIG.value) or 'local'
   if topology != 'local':
     os.environ.update(ENVIRONMENT)
   experiment = config.from_flags(CONFIG.value)
-  made = plan(experiment, topology)
+  planned = functools.partial(plan, topology=topology, compiles=not ESTIMATE.value)
+  if not ESTIMATE.value:
+    estimated = plan(experiment, topology, compiles=False)
+    print('\n'.join([f'estimate: {cost.line(estimated)}', *estimated['problems']]), file=sys.stderr)
+  made = planned(experiment)
   if made['problems']:
-    made['proposals'] = proposals(experiment, topology)
+    made['proposals'] = proposals(experiment, planned)
   print(json.dumps(made, indent=2) if JSON.value else page(made))
 
 
-def find_devices(topology: str, mesh: Any) -> tuple[Any, tuple[str, float, float]]:
-  """Return the mesh of a config over the devices of a slice, or of this machine, and their chip."""
-  import jax
+def find_devices(topology: str, mesh: Any, compiles: bool = True) -> tuple[Any, Any]:
+  """Return the mesh of a config over the devices of a slice, or of this machine, and their chip.
 
+  Without `compiles` the mesh of a slice has no devices.
+  """
   from jaxllm import sharding
   from jaxllm.tools import launch
+  from jaxllm.training import cost
 
   if topology == 'local':
     found = sharding.make_mesh(mesh)
-    device = found.devices.flat[0]
-    limit = (device.memory_stats() or {}).get('bytes_limit')
-    if limit is None:  # A CPU: the memory of the machine.
-      limit = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / jax.device_count()
-    return found, (device.device_kind, limit / GIB, math.inf)
-  sharding.mesh_shape(mesh, launch.parse_slice(topology).chips)
+    return found, cost.local_chip(found)
+  chips = launch.parse_slice(topology).chips
+  abstract = sharding.abstract_mesh(mesh, chips)
   generation = topology.partition(':')[0]
-  if generation not in CHIPS:
-    raise ValueError(f'--topology={topology}: chips that can be planned are {", ".join(CHIPS)}')
+  if generation not in cost.CHIPS:
+    raise ValueError(f'--topology={topology}: chips that can be planned are '
+                     f'{", ".join(cost.CHIPS)}')
+  if not compiles:
+    return abstract, cost.CHIPS[generation]
   if importlib.util.find_spec('libtpu') is None:
     raise ValueError(f'--topology={topology}: the compiler for TPUs, libtpu, is not installed: pip '
-                     "install 'jaxllm[plan]'")
+                     "install 'jaxllm[plan]', or add --estimate")
   if wrong := versions.mismatch():
     raise ValueError(wrong)
   from jax.experimental import topologies
 
   devices = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
-  return sharding.make_mesh(mesh, devices), CHIPS[generation]
+  return sharding.make_mesh(mesh, devices), cost.CHIPS[generation]
 
 
-def plan(experiment: Any, topology: str) -> dict[str, Any]:
-  """Return what the compiler says of the real train step on a slice, or on 'local' devices.
+def plan(experiment: Any, topology: str, compiles: bool = True) -> dict[str, Any]:
+  """Return the plan of a run's step on a slice, or on 'local' devices, as `cost.estimate` does.
 
-  `seconds` are those at the chip's peak; `ceiling` follows from the longest (None: none is known).
+  With `compiles` memory and what is sent are the compiler's, else estimated.
   """
+  from jaxllm.training import cost, dataset, state, step
+
+  mesh, chip = find_devices(topology, experiment.mesh, compiles)
+  dataset.check_batch(experiment, mesh)
+  made = cost.estimate(experiment, mesh, chip)
+  if not compiles:
+    return made
+  tx = state.make_optimizer(experiment)
+  train_step: Any = step.make_train_step(experiment, tx, mesh)
+  arguments = state.abstract_state(experiment, tx, mesh), step.abstract_batch(experiment, mesh)
+  chip = _compile(made, train_step, arguments, mesh, chip)
+  return cost.finish(experiment, mesh, chip, made)
+
+
+def _compile(made: dict[str, Any], program: Any, arguments: Any, mesh: Any, chip: Any) -> Any:
+  """Replace the estimates of a plan by what the compiler says; return the chip as it knows it."""
   import jax
 
-  from jaxllm.models import decoder
-  from jaxllm.training import dataset, goodput, state, step
+  from jaxllm.training import cost
 
-  mesh, (kind, capacity, links) = find_devices(topology, experiment.mesh)
-  dataset.check_batch(experiment, mesh)
-  tx, training = state.make_optimizer(experiment), experiment.training
-  before = state.abstract_state(experiment, tx, mesh)
-  train_step: Any = step.make_train_step(experiment, tx, mesh)
-  lowered = train_step.lower(before, step.abstract_batch(experiment, mesh))
-  params, optimizer, known = (_bytes(tree) / GIB for tree in (
-    before.params, (before.opt_state, before.ema), before))
-  started, exchanged = time.monotonic(), []
+  started, gib = time.monotonic(), made['gib']
+  held = cost.device_bytes(arguments) / GIB
   try:
-    compiled = lowered.compile()
-    exchanged = collectives(compiled.as_text(), mesh)
+    compiled = program.lower(*arguments).compile()
     memory = compiled.memory_analysis()
-    arguments = memory.argument_size_in_bytes / GIB
+    made['exchanged'] = collectives(compiled.as_text(), mesh)
+    held = memory.argument_size_in_bytes / GIB
     rest = (memory.temp_size_in_bytes + memory.output_size_in_bytes
             - memory.alias_size_in_bytes) / GIB
   except jax.errors.JaxRuntimeError as error:  # The compiler of TPUs refuses what does not fit.
     used = re.search(r'Used ([\d.]+)G of ([\d.]+)G hbm', str(error))
     if not used:
       raise
-    arguments, rest = known, float(used[1]) - known
-    capacity = float(used[2])
-  flops = goodput.flops_per_step(experiment)
-  peak = goodput.device_peak_flops(kind, experiment.decoder.dtype)
-  sent = sum(one['bytes'] for one in exchanged)
-  seconds = {'arithmetic': flops / mesh.size / peak, 'exchange': sent / links / 1e9
-             } if peak else {}
-  longest = max(seconds.values(), default=None)
-  tokens = training.batch_size * experiment.data.context_length
-  whole = [
-    jax.tree_util.keystr(path, simple=True, separator='/')
-    for path, leaf in jax.tree_util.tree_leaves_with_path(before.params)
-    if mesh.shape['fsdp'] * mesh.shape['tensor'] > 1 and path[-1].key in ('kernel', 'embedding')
-    and leaf.sharding.shard_shape(leaf.shape) == leaf.shape
-  ]
-  total = arguments + rest
-  return {
-    'name': experiment.name, 'device': kind, 'devices': mesh.size,
-    'mesh': {axis: size for axis, size in mesh.shape.items() if size > 1},
-    'versions': {name: importlib.metadata.version(name) for name in ('jax', 'libtpu')
-                 if importlib.util.find_spec(name)},
-    'compile_seconds': time.monotonic() - started,
-    'parameters': decoder.parameter_count(experiment.decoder), 'tokens_per_step': tokens,
-    'gib': {
-      'parameters': params, 'optimizer': optimizer,
-      'other arguments': arguments - params - optimizer,
-      'gradients': min(params, rest), 'activations, other temporaries': max(rest - params, 0.0),
-      'total': total, 'memory': capacity,
-    },
-    'flops': flops, 'exchanged': exchanged, 'seconds': seconds,
-    'ceiling': longest and {
-      'bound': max(seconds, key=seconds.__getitem__), 'mfu': seconds['arithmetic'] / longest,
-      'tokens_per_second': tokens / longest, 'days': training.num_steps * longest / 86400,
-      'chip_hours': training.num_steps * longest * mesh.size / 3600,
-    },
-    'problems': [f'needs {total:.1f} GiB of {capacity:.1f}'] * (total > capacity)
-    + [f'{path} is replicated, which the mesh could split' for path in whole],
-  }
-
-
-def _bytes(tree: Any) -> int:
-  """Return the bytes that each device holds of a tree of shapes with shardings."""
-  import jax
-
-  return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-             for leaf in jax.tree.leaves(tree))
+    rest, chip = float(used[1]) - held, chip._replace(memory=float(used[2]))
+  made['compile_seconds'] = time.monotonic() - started
+  for name in ('total', 'memory'):
+    del gib[name]
+  for name in ('gradients', 'saved activations', 'temporaries'):
+    if name in gib:
+      gib[name] = rest if name == 'temporaries' else min(gib[name], rest)
+      rest -= gib[name]
+  gib['other arguments'] = held - sum(gib.get(name, 0.0) for name in cost.HELD)
+  return chip
 
 
 def collectives(text: str, mesh: Any) -> list[dict[str, Any]]:
@@ -229,8 +208,10 @@ def _groups(line: str, size: int) -> Iterator[np.ndarray]:
     yield np.arange(size)
 
 
-def proposals(experiment: Any, topology: str) -> list[dict[str, Any]]:
-  """Return what saves memory, as flags, each compiled: what fits first, then by time and memory."""
+def proposals(
+  experiment: Any, planned: Callable[[Any], dict[str, Any]]
+) -> list[dict[str, Any]]:
+  """Return what saves memory, as flags, each planned: what fits first, then by time and memory."""
   training, mesh, found = experiment.training, experiment.mesh, []
   for is_open, change in (
     (True, {'training.microbatches': 2 * training.microbatches}),
@@ -240,12 +221,20 @@ def proposals(experiment: Any, topology: str) -> list[dict[str, Any]]:
     (mesh.data % 2 == 0, {'mesh.data': mesh.data // 2, 'mesh.fsdp': 2 * mesh.fsdp}),
   ):
     with contextlib.suppress(ValueError):  # Rows do not divide.
-      made = plan(config.override(experiment, change), topology) if is_open else None
-      found += [made | {'flags': ' '.join(f'--config.{key}={change[key]}' for key in change)}
-                ] if made else []
-  found.sort(key=lambda one: (
-    len(one['problems']), max(one['seconds'].values(), default=0), one['gib']['total']))
-  return [{key: one[key] for key in ('flags', 'problems', 'gib', 'seconds')} for one in found]
+      if is_open:
+        found.append(planned(config.override(experiment, change)) | {'flags': _flags(change)})
+  return sorted(found, key=_rank)
+
+
+def _flags(change: Mapping[str, Any]) -> str:
+  return ' '.join(f'--config.{path}={value}' for path, value in change.items())
+
+
+def _rank(made: Mapping[str, Any]) -> tuple[Any, ...]:
+  """Order plans by what they lack, then by time, and by memory where that is equal."""
+  gib, seconds = made['gib'], made['seconds'].values()
+  longest = float(f'{max(seconds, default=0):.2g}')
+  return max(gib['total'] - gib['memory'], 0.0), longest, sum(seconds), gib['total']
 
 
 def better_compiler(found: Mapping[str, str]) -> str:
@@ -257,16 +246,16 @@ def better_compiler(found: Mapping[str, str]) -> str:
 
 
 def page(made: Mapping[str, Any]) -> str:
-  """Return a plan as a page of text."""
-  def text(value: Any) -> str:
-    if isinstance(value, dict):
-      return ', '.join(f'{key} {text(one)}' for key, one in value.items())
-    if isinstance(value, list):
-      return ''.join(f'\n    {text(one)}' for one in value)
-    return str(value) if isinstance(value, str) else f'{value:,.4g}'
+  """Return a plan, and what to change about it, as a page of text."""
+  from jaxllm.training import cost
 
-  rows = [f'{name.replace("_", " "):<18}{text(value)}' for name, value in made.items() if value]
-  return '\n'.join([*rows, better_compiler(made['versions'])]).rstrip()
+  rows = [cost.page(dict(made))]
+  for one in made.get('proposals', ()):
+    rows.append(f'{"does not fit" if one["problems"] else "fits":<16}{one["flags"]}\n{"":16}'
+                f'{cost.line(one)}')
+  if made['device'].startswith('TPU'):
+    rows.append(better_compiler(made['versions']))
+  return '\n'.join(filter(None, rows))
 
 
 if __name__ == '__main__':

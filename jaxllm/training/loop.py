@@ -31,10 +31,10 @@ from jaxllm.data.batches import Phase, records_before
 from jaxllm.experiment import Experiment
 from jaxllm.models import decoder
 from jaxllm.optim import privacy
+from jaxllm.training import cost, passed_over, pretrained, report, scoring, workdir
 from jaxllm.training import dataset as dataset_lib
 from jaxllm.training import goodput as goodput_lib
 from jaxllm.training import metrics as metrics_lib
-from jaxllm.training import passed_over, pretrained, report, scoring, workdir
 from jaxllm.training import state as state_lib
 from jaxllm.training import step as step_lib
 from jaxllm.training.dataset import Dataset
@@ -137,8 +137,9 @@ def train(
           if 'out of memory' not in said.lower():
             raise
           raise TrainingStopped(
-            f'the devices ran out of memory ({said}); raise '
-            'config.training.microbatches, or set config.objective.chunk_size or config.model.remat'
+            f'the devices ran out of memory ({said}); raise config.training.microbatches, or set '
+            'config.objective.chunk_size or config.model.remat. The plan of the run:\n'
+            + cost.page(_estimate(run))
           ) from error
     finally:
       store_lib.close(run.store)
@@ -264,9 +265,12 @@ def _loop(
   first, last = int(state.step), experiment.training.num_steps
   train_step = step_lib.make_train_step(experiment, run.tx, run.mesh)
   batch_sharding = sharding.batch_sharding(run.mesh, experiment.mesh)
-  logging.info('Training %s parameters on %d x %s; the first step compiles.',
-               f'{decoder.parameter_count(experiment.decoder):,}', run.mesh.size,
-               run.mesh.devices.flat[0].device_kind)
+  estimated = _estimate(run)
+  logging.info('Training %s parameters on %d x %s; estimated: %s; the first step compiles.',
+               f'{estimated["parameters"]:,}', run.mesh.size, estimated['device'],
+               cost.line(estimated))
+  for problem in estimated['problems']:
+    logging.warning('It may not fit: %s', problem)
   for name, value in _promise(run, last).items():
     logging.info('After %d steps %s will be %.4g.', last, name, value)
   phases = _phases(run, first)
@@ -326,6 +330,10 @@ def _loop(
       store_lib.wait(run.store)
     log.log_goodput(step)
   return saved, state.frozen, selected
+
+
+def _estimate(run: _Run) -> cost.Plan:
+  return cost.estimate(run.experiment, run.mesh, cost.local_chip(run.mesh))
 
 
 def _measure(

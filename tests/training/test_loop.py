@@ -535,12 +535,14 @@ def test_a_second_start_says_who_holds_the_directory(tmp_path, monkeypatch):
       pass
 
 
-def test_devices_without_memory_are_one_sentence(tmp_path, monkeypatch):
+def test_devices_without_memory_are_one_sentence_and_a_page(tmp_path, monkeypatch):
   def make(*_):
     def step(*_):
       raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nAt')
     return step
 
   monkeypatch.setattr(loop.step_lib, 'make_train_step', make)
-  with pytest.raises(loop.TrainingStopped, match='Out of memory allocating 9 bytes.*microbatches'):
+  said = 'Out of memory allocating 9 bytes.*microbatches'
+  with pytest.raises(loop.TrainingStopped, match=said) as stopped:
     train(tiny.experiment(tmp_path), tmp_path / 'run')
+  assert 'GiB per device  0.00 of' in str(stopped.value)

@@ -1,0 +1,121 @@
+"""Estimates count what a device holds, computes and sends."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxllm import config as config_lib
+from jaxllm import sharding
+from jaxllm.models.config import ExpertsConfig
+from jaxllm.sharding import MeshConfig
+from jaxllm.training import cost, state
+from jaxllm.training import step as step_lib
+from tests.training import tiny_run
+
+SQUARE = jnp.zeros((64, 64), jnp.float32)
+SIZE = SQUARE.nbytes
+
+
+def traced(function, *arguments):
+  return cost.trace_cost(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def test_elementwise_results_are_fused_and_products_stored():
+  assert traced(lambda x: jnp.sum(jnp.exp(x) * 2 + 1), SQUARE).peak == 4
+  found = traced(lambda x: jnp.sum(x @ x @ x), SQUARE)
+  assert found.peak == 2 * SIZE  # The first product, while the second is computed.
+  assert found.flops == 2 * 2 * 64**3
+
+
+def test_loops_compute_each_turn_and_hold_one():
+  def scanned(x):
+    return jax.lax.scan(lambda carry, _: (carry @ x, None), x, None, length=5)[0]
+
+  found = traced(scanned, SQUARE)
+  assert found.flops == 5 * 2 * 64**3
+  assert SIZE <= found.peak <= 3 * SIZE
+
+
+def test_what_the_backward_pass_needs_is_saved_unless_recomputed():
+  def loss(f, x):
+    with jax.named_scope('loss'):
+      for _ in range(8):
+        x = f(x)
+      return jnp.sum(x)
+
+  def layer(x):
+    return jnp.tanh(jnp.tanh(x @ SQUARE) @ SQUARE)
+
+  plain = traced(jax.grad(lambda x: loss(layer, x)), SQUARE)
+  saving = traced(jax.grad(lambda x: loss(jax.checkpoint(layer), x)), SQUARE)
+  assert saving.saved < 0.7 * plain.saved
+  assert saving.flops > plain.flops
+
+
+def test_state_is_counted_as_it_is_held(tmp_path):
+  config = MeshConfig(data=2, fsdp=2, tensor=2)
+  experiment = tiny_run.experiment(tmp_path, mesh=config)
+  mesh = sharding.make_mesh(config)
+  made = state.create_state(experiment, state.make_optimizer(experiment), mesh)
+
+  def held(tree):
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree)) / cost.GIB
+
+  gib = cost.estimate(experiment, mesh, cost.local_chip(mesh))['gib']
+  assert gib['parameters'] == held(made.params) == gib['gradients']
+  assert gib['optimizer'] == held(made.opt_state)
+  assert gib['total'] < gib['memory']
+
+
+def test_the_estimate_is_near_the_compiled_step(tmp_path):
+  experiment = tiny_run.experiment(tmp_path, **{
+    'model.embed_dim': 64, 'model.mlp_dim': 256, 'model.max_length': 256,
+    'data.context_length': 256, 'model.num_layers': 4})
+  mesh = sharding.make_mesh(experiment.mesh, jax.devices()[:1])
+  tx = state.make_optimizer(experiment)
+  memory = step_lib.make_train_step(experiment, tx, mesh).lower(
+    state.abstract_state(experiment, tx, mesh), step_lib.abstract_batch(experiment, mesh)
+  ).compile().memory_analysis()
+  gib = cost.estimate(experiment, mesh, cost.local_chip(mesh))['gib']
+  found = gib['gradients'] + gib['saved activations'] + gib['temporaries']
+  assert found * cost.GIB == pytest.approx(memory.temp_size_in_bytes, rel=0.35)
+
+
+def test_time_is_that_of_the_bound_and_unknown_without_figures(tmp_path):
+  config = MeshConfig(data=2, fsdp=4)
+  experiment = tiny_run.experiment(tmp_path, mesh=config, model__dtype='bfloat16')
+  mesh = sharding.abstract_mesh(config, 8)
+  plan = cost.estimate(experiment, mesh, cost.CHIPS['v5e'])
+  seconds, ceiling = plan['seconds'], plan['ceiling']
+  assert ceiling['seconds'] == max(seconds.values()) == seconds[ceiling['bound']]
+  assert ceiling['chip_hours'] == pytest.approx(ceiling['seconds'] * 8 * 8 / 3600)
+  assert {(one['kind'], one['axes']) for one in plan['exchanged']} == {
+    ('all-gather', 'fsdp'), ('reduce-scatter', 'fsdp'), ('all-reduce', 'data')}
+  toaster = cost.estimate(experiment, mesh, cost.Chip('a toaster', 1e-4))
+  assert toaster['ceiling'] is None and 'no peak of a toaster' in cost.page(toaster)
+  assert 'config.objective.chunk_size=512 leaves little' in toaster['problems'][0]
+
+
+@pytest.mark.parametrize('factor, kinds', [
+  (None, {'all-gather', 'reduce-scatter'}), (1.25, {'all-to-all'})])
+def test_tokens_of_experts_go_there_and_back(tmp_path, factor, kinds):
+  mesh = MeshConfig(data=2, expert=4)
+  experiment = tiny_run.experiment(tmp_path, mesh=mesh, model__experts=ExpertsConfig(
+    num_experts=4, top_k=2, capacity_factor=factor))
+  sent = cost.exchange(experiment, sharding.abstract_mesh(mesh, 8))
+  found = {one['kind']: one['bytes'] for one in sent if one['axes'] == 'expert'}
+  assert set(found) == kinds  # Their kernels stay where they are.
+  stream = 2 * 2 * 32 * 16 * 4  # Passes, layers, tokens of a device, width, float32.
+  each = 4 * stream if factor is None else 2 * 2 * 1.25 * stream * 3 / 4
+  assert set(found.values()) == {each}
+
+
+def test_inputs_of_blocks_on_the_host_take_no_memory_of_the_device(tmp_path):
+  experiment = tiny_run.experiment(tmp_path, model__num_layers=8, model__scan_layers=True)
+  mesh = sharding.abstract_mesh(MeshConfig(), 1)
+
+  def saved(remat):
+    run = config_lib.override(experiment, {'model.remat': remat})
+    return cost.estimate(run, mesh, cost.CHIPS['v5e'])['gib']['saved activations']
+
+  assert saved('offload') < saved('full') < saved('none')
