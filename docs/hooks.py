@@ -17,7 +17,6 @@ import pkgutil
 import posixpath
 import re
 import typing
-from collections.abc import Iterator
 
 import pydantic
 from latex2mathml import converter
@@ -25,7 +24,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files, InclusionLevel
 
 from jaxllm import __main__ as command_line
-from jaxllm import experiment
+from jaxllm import config, experiment
 from jaxllm.config import Config
 from jaxllm.generation.sampling import SamplingConfig
 
@@ -41,7 +40,7 @@ ELSEWHERE = {
   'project/changelog.md': ('CHANGELOG.md', '', ''),
 }
 PLACES = {file: page for page, (file, *_) in ELSEWHERE.items() if file != 'README.md'}
-TOOLS = ('tools.plan', 'tools.launch', 'tools.verify_resume', 'tools.audit')
+TOOLS = tuple(f'tools.{name}' for name in command_line.TOOLS)
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -166,16 +165,8 @@ def config_classes(cls: type[Config], seen: dict[type[Config], str], path: str) 
     return
   seen[cls] = path
   for name, field in cls.model_fields.items():
-    for inner in classes_of(field.annotation):
+    for inner in config.classes(field.annotation):
       config_classes(inner, seen, f'{path}.{name}')
-
-
-def classes_of(annotation: typing.Any) -> Iterator[type[Config]]:
-  """Yield the config classes that an annotation speaks of."""
-  if isinstance(annotation, type) and issubclass(annotation, Config):
-    yield annotation
-  for part in typing.get_args(annotation):
-    yield from classes_of(part)
 
 
 def config_page() -> str:

@@ -1,5 +1,7 @@
-"""`jaxllm PROGRAM ...` is the same as `python -m jaxllm.PROGRAM ...`."""
+"""`jaxllm PROGRAM ...` is the same as `python -m jaxllm.PROGRAM ...`, of tools `jaxllm.tools`."""
 
+import importlib.metadata
+import platform
 import runpy
 import sys
 
@@ -9,27 +11,51 @@ PROGRAMS = {
   'prepare': 'clean and tokenise text into packed records',
   'train': 'train a model from a config; the same command resumes',
   'evaluate': 'score a model on held-out text',
-  'sample': 'continue a prompt',
+  'sample': 'continue a prompt, or chat',
   'serve': 'answer over HTTP, as OpenAI does',
   'convert': 'bring weights in and out of other formats',
+}
+TOOLS = {
+  'models': 'list the presets: their sizes, and where their weights fit',
+  'plan': 'compile a run for its devices before they are paid for',
+  'launch': 'print how to start a run on many hosts, or rehearse that here',
+  'verify_resume': 'kill a run again and again, and certify what comes out',
+  'audit': 'measure what a model has learnt by heart',
+  'completion': 'print what lets bash and zsh complete all this',
 }
 
 
 def main() -> None:
   """Run the program that the first argument names."""
-  if len(sys.argv) < 2 or sys.argv[1] not in PROGRAMS:
-    wanted = sys.argv[1] if len(sys.argv) > 1 else '--help'
-    lines = '\n'.join(f'  jaxllm {name:<10}{text}' for name, text in PROGRAMS.items())
-    usage = f'{lines}\n\njaxllm PROGRAM --help lists the flags of one.'
-    if wanted in ('--help', '-h', 'help'):
-      print(usage)
-      sys.exit(0)
-    near = mistakes.hint(wanted, PROGRAMS)
-    print(f'error: there is no program {wanted!r}{near}\n{usage}', file=sys.stderr)
+  name, *arguments = sys.argv[1:] or ['--help']
+  if name == '--version':
+    print(f'jaxllm {importlib.metadata.version("jaxllm")} (jax {importlib.metadata.version("jax")},'
+          f' Python {platform.python_version()})')
+  elif name in ('--help', '-h', 'help'):
+    print(usage())
+  elif name in PROGRAMS or name in TOOLS:
+    sys.argv = [module(name), *arguments]
+    runpy.run_module(module(name), run_name='__main__', alter_sys=True)
+  else:
+    near = mistakes.hint(name, [*PROGRAMS, *TOOLS])
+    print(f'error: there is no program {name!r}{near or "; jaxllm --help lists them"}',
+          file=sys.stderr)
     sys.exit(2)
-  program = f'jaxllm.{sys.argv[1]}'
-  sys.argv = [program, *sys.argv[2:]]
-  runpy.run_module(program, run_name='__main__', alter_sys=True)
+
+
+def module(name: str) -> str:
+  """Return the module of a program."""
+  return f'jaxllm.{name}' if name in PROGRAMS else f'jaxllm.tools.{name}'
+
+
+def usage() -> str:
+  """Return the list of all programs."""
+  parts = ['Language models in JAX and Flax: jaxllm PROGRAM [--flag=value ...]']
+  for title, programs in (('Programs', PROGRAMS), ('Tools', TOOLS)):
+    parts.append('\n'.join([f'{title}:', *(f'  {name:<15}{text}'
+                                           for name, text in programs.items())]))
+  parts.append('jaxllm PROGRAM --help tells how it is called; jaxllm --version, what is here.')
+  return '\n\n'.join(parts)
 
 
 if __name__ == '__main__':

@@ -16,7 +16,9 @@ import os
 import pathlib
 import pkgutil
 import re
+import shutil
 import sys
+import textwrap
 import traceback
 import types
 import typing
@@ -30,6 +32,12 @@ from jaxllm import mistakes, versions
 
 COMPILATION_CACHE = '~/.cache/jaxllm/compiled'
 FLAG_HELP = 'Experiment file, FILE.py[:variant]. --config.a.b=value changes any field.'
+DRY_RUN_HELP = 'Print the whole config, as --config reads it, and what it comes to; do nothing.'
+LOADING = 'How the model is loaded'
+_SHARED = {
+  '--flagfile=FILE': 'Read flags from a file.',
+  '--verbosity=1': 'Show what other packages log, and where an error was raised.',
+}
 # The class in the config.json of a run. It lies above this file, and is imported when one is read.
 _SAVED = 'jaxllm.experiment:Experiment'
 
@@ -108,13 +116,15 @@ def diff(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
   ]
 
 
-def describe(config: Config, path: str = '--config') -> str:
-  """Return two lines per field: dotted path and current value, description."""
+def describe(config: Config, path: str = '--config', width: int = 100) -> str:
+  """Return each field: dotted path and current value, under it the description."""
   lines = []
   for name, field in type(config).model_fields.items():
     value, full = getattr(config, name), f'{path}.{name}'
-    lines.append(describe(value, full) if isinstance(value, Config) else
-                 f'  {full}={value!r}\n      {" ".join((field.description or "").split())}')
+    lines += [describe(value, full, width)] if isinstance(value, Config) else [
+      f'  {full}={value!r}', *textwrap.wrap(
+        ' '.join((field.description or '').split()), width, initial_indent=' ' * 6,
+        subsequent_indent=' ' * 6)]
   return '\n'.join(lines)
 
 
@@ -205,30 +215,62 @@ def _load_saved(path: pathlib.Path) -> Any:
 class Flags:
   """The flags of one program, apart from those of others that are imported beside it.
 
-  FLAGS.string(...) is absl's `DEFINE_string` and so on; FLAGS[name] the flag.
+  FLAGS.string(...) is absl's `DEFINE_string` and so on; FLAGS[name] the flag. `--help` lists them
+  in this order, under the title of their `section`.
   """
 
   def __init__(self) -> None:
     self.values = flags.FlagValues()
+    self._sections: dict[str, list[str]] = {'': []}
+    self._section = ''
 
   def __getattr__(self, kind: str) -> Callable[..., Any]:
-    return functools.partial(getattr(flags, f'DEFINE_{kind}'), flag_values=self.values)
+    def define(name: str, *arguments: Any, **options: Any) -> Any:
+      if kind != 'alias':
+        self._sections.setdefault(self._section, []).append(name)
+      make = getattr(flags, f'DEFINE_{kind}')
+      return make(name, *arguments, flag_values=self.values, **options)
+
+    return define
 
   def __getitem__(self, name: str) -> flags.Flag:
     return self.values[name]
 
+  def section(self, title: str) -> None:
+    """Let `--help` list the flags that follow under this title, after those without."""
+    self._section = title
+
   def model(self) -> tuple[Any, Any, Any]:
     """Define --model, --mesh and --dtype, the arguments of `jaxllm.load`."""
-    return (
-      self.string('model', None, 'A workdir, a checkpoint, a Hugging Face directory or a .gguf '
-                                 'file.', required=True),
-      self.string('mesh', None, 'Devices to split it over, as in fsdp=4,tensor=2; by default one.'),
-      self.enum('dtype', None, ['float32', 'bfloat16'],
-                'Of its parameters; by default as in jaxllm.load.'),
-    )
+    model = self.string('model', None, 'A workdir, a checkpoint, a Hugging Face directory or a '
+                                       '.gguf file.', required=True)
+    self.section(LOADING)
+    mesh = self.string(
+      'mesh', None, 'Devices to split it over, as in fsdp=4,tensor=2; by default one.')
+    dtype = self.enum('dtype', None, ['float32', 'bfloat16'],
+                      'Of its parameters; by default as in jaxllm.load.')
+    self.section('')
+    return model, mesh, dtype
+
+  def help(self, about: str, width: int) -> str:
+    """Return what `--help` prints: what the program does, its flags, the rest of its docstring."""
+    first, *rest = about.strip().split('\n\n')
+    lines = textwrap.wrap(first, width)
+    for title, names in self._sections.items():
+      lines += ['', *([f'{title}:'] if title else [])]
+      for name in names:
+        lines += _columns(*_written(self.values[name]), width)
+    lines += ['', 'Of every program:']
+    for written, text in _SHARED.items():
+      lines += _columns(written, text, width)
+    for paragraph in rest:
+      lines += ['', *(line for item in re.split(r'\n(?=- )', paragraph)
+                      for line in ([item] if item.startswith(' ') else textwrap.wrap(
+                        item, width, subsequent_indent='  ' * item.startswith('- '))))]
+    return '\n'.join(lines)
 
 
-def parse_flags(argv: Sequence[str], own: Flags) -> list[str]:
+def parse_flags(argv: Sequence[str], own: Flags, about: str = '') -> list[str]:
   """Parse a program's flags, setting `--config.a.b=value` arguments aside for `from_flags`.
 
   With `--help` the fields of the given config are listed after the flags.
@@ -258,7 +300,7 @@ def parse_flags(argv: Sequence[str], own: Flags) -> list[str]:
   _OVERRIDES.clear()
   _OVERRIDES.update(overrides)
   if {'--help', '-help', '--helpfull', '-h'} & set(kept):
-    _print_help(kept, own)
+    _print_help(kept, own, about)
   try:
     rest = known(kept)
   except flags.UnrecognizedFlagError as error:
@@ -297,7 +339,8 @@ def run_program(main: Callable[[Sequence[str]], Any], own: Flags) -> None:
     return main(argv)
 
   try:
-    app.run(guarded, flags_parser=functools.partial(parse_flags, own=own))
+    about = inspect.getdoc(inspect.getmodule(main)) or ''
+    app.run(guarded, flags_parser=functools.partial(parse_flags, own=own, about=about))
   except KeyboardInterrupt:
     sys.exit(130)
   except Exception as error:
@@ -341,14 +384,38 @@ def overrides() -> dict[str, str]:
 _OVERRIDES: dict[str, str] = {}
 
 
-def _print_help(argv: Sequence[str], own: Flags) -> None:
-  location = _location(argv)
-  print(own.values.get_help())
+def _print_help(argv: Sequence[str], own: Flags, about: str) -> None:
+  location, width = _location(argv), min(shutil.get_terminal_size((100, 24)).columns, 100)
+  print(own.help(about, width))
   if location:
-    print(f'Fields of {location}:\n{describe(from_flags(location))}')
-  else:
-    print('Add --config=FILE.py to list the fields of that config.')
+    print(f'\nFields of {location}:\n{describe(from_flags(location), width=width)}')
+  elif 'config' in own.values:
+    print('\nAdd --config=FILE.py to list the fields of that config.')
   sys.exit(0)
+
+
+def _written(flag: flags.Flag) -> tuple[str, str]:
+  """Return a flag as it is typed, with its choices or its default, and what it says."""
+  text = flag.help.partition(';\n')[0]  # Where it may be repeated, absl adds a line.
+  if any('other than None' in check.message for check in flag.validators):
+    text = f'Required. {text}'
+  if flag.boolean:
+    return f'--{"no" * bool(flag.default)}{flag.name}', text
+  if choices := getattr(flag.parser, 'enum_values', ()):
+    before = f'<{"|".join(choices)}>: '
+    default = f' [{flag.default}]' if flag.default else ''
+    return f'--{flag.name}={"|".join(choices)}', text.replace(before, '') + default
+  value = ','.join(flag.default) if isinstance(flag.default, list) else flag.default
+  return f'--{flag.name}={"..." if value in (None, "") else value}', text
+
+
+def _columns(left: str, text: str, width: int, indent: int = 28) -> list[str]:
+  """Return the lines of two columns; a left one that is too wide has a line of its own."""
+  lines = textwrap.wrap(' '.join(text.split()), width - indent) or ['']
+  first = [] if len(left) < indent - 3 else [f'  {left}']
+  if not first:
+    lines[0] = f'  {left:<{indent - 2}}{lines[0]}'
+  return first + [line if line.startswith('  --') else ' ' * indent + line for line in lines]
 
 
 def _location(argv: Sequence[str]) -> str | None:
@@ -444,6 +511,14 @@ def _annotations(annotation: Any) -> Iterator[Any]:
     yield from _annotations(part)
 
 
+def classes(annotation: Any) -> Iterator[type[Config]]:
+  """Yield the config classes that the annotation of a field speaks of."""
+  for one in _annotations(annotation):
+    generic = isinstance(one, types.GenericAlias)
+    if isinstance(one, type) and not generic and issubclass(one, Config):
+      yield one
+
+
 def leaves(value: Any, path: str = '') -> Iterator[tuple[str, Any]]:
   """Yield (dotted path, value) of every leaf of a config."""
   if isinstance(value, Config):
@@ -485,8 +560,5 @@ def _owner(cls: type[Config], location: tuple[Any, ...]) -> type[Config]:
   """Return the class of the config at a place, as far as the names of fields lead there."""
   for part in location:
     field = cls.model_fields.get(part) if isinstance(part, str) else None
-    found = (one for one in _annotations(field.annotation if field else None)
-             if isinstance(one, type) and not isinstance(one, types.GenericAlias)
-             and issubclass(one, Config))
-    cls = next(found, cls)
+    cls = next(classes(field.annotation if field else None), cls)
   return cls

@@ -20,6 +20,7 @@ TARGET = FLAGS.string('target', None, 'The new directory.', required=True)
 FORMAT = FLAGS.enum(
   'format', 'jaxllm', ['jaxllm', 'huggingface', 'exported', 'peft'], 'What to write.'
 )
+FLAGS.section('Details')
 DTYPE = FLAGS.enum(
   'dtype', None, ['float32', 'bfloat16'], 'Of the written parameters; by default as they are.'
 )

@@ -17,9 +17,6 @@ from jaxllm import config, mistakes, storage
 
 FLAGS = config.Flags()
 MODEL, MESH, DTYPE = FLAGS.model()
-BASELINE = FLAGS.string('baseline', None, 'Another model, to be compared with.')
-QUANTIZE = FLAGS.enum(
-  'quantize', None, ['int8', 'int4'], 'Store the weights smaller; the baseline is then the model.')
 TASKS = FLAGS.string('tasks', None, 'Kinds of tasks, or a .json file of their configs.')
 DATA = FLAGS.string(
   'data', None, 'Records of the task: a file, package:NAME, tfds:NAME?split= or hf:NAME?split=.'
@@ -27,6 +24,10 @@ DATA = FLAGS.string(
 TEXT = FLAGS.multi_string('text', [], 'A file to measure; may be repeated.')
 SPLIT = FLAGS.string('split', None, "What is scored: 'test' of tasks, else 'validation'.")
 LIMIT = FLAGS.integer('limit', None, 'Most records of a task.', 1)
+BASELINE = FLAGS.string('baseline', None, 'Another model, to be compared with.')
+OUTPUT = FLAGS.string('output', None, 'File for scores and predictions, as JSON.')
+JSON = FLAGS.bool('json', False, 'Print JSON.')
+FLAGS.section('Windows and batches')
 CONTEXT_LENGTH = FLAGS.integer(
   'context_length', None, "Tokens of a window of a text; by default the model's, at most 1024.", 2
 )
@@ -34,7 +35,9 @@ STRIDE = FLAGS.integer(
   'stride', None, 'Tokens that a window of a text predicts; by default half of it.', 1
 )
 BATCH_SIZE = FLAGS.integer('batch_size', 8, 'Records or prompts in one batch.', 1)
-OUTPUT = FLAGS.string('output', None, 'File for scores and predictions, as JSON.')
+FLAGS.section(config.LOADING)
+QUANTIZE = FLAGS.enum(
+  'quantize', None, ['int8', 'int4'], 'Store the weights smaller; the baseline is then the model.')
 
 
 def main(_) -> None:  # noqa: D103
@@ -49,7 +52,15 @@ def main(_) -> None:  # noqa: D103
     MODEL.value, TASKS.value or '', TEXT.value,
     **{flag.name: flag.value for flag in (
       BASELINE, QUANTIZE, DATA, SPLIT, LIMIT, CONTEXT_LENGTH, STRIDE, BATCH_SIZE, MESH, DTYPE)})
-  if results := found.get('tasks'):
+  if 'tasks' in found:
+    found = {'model': MODEL.value, 'quantize': QUANTIZE.value, 'baseline': BASELINE.value, **found}
+  # Records may hold dates.
+  text = json.dumps(found, indent=2, ensure_ascii=False, default=str)
+  if OUTPUT.value:
+    storage.write_file(OUTPUT.value, text + '\n')
+  if JSON.value:
+    print(text)
+  elif results := found.get('tasks'):
     print(tables.render(results))
     for name, result in results.items():
       if overlap := result['contamination']:
@@ -57,7 +68,6 @@ def main(_) -> None:  # noqa: D103
               f'{overlap["ngram_words"]} words (or are whole) with the training records')
       if confusion := result.get('confusion'):
         print(f'{name}:\n{tables.render_confusion(confusion)}')
-    found = {'model': MODEL.value, 'quantize': QUANTIZE.value, 'baseline': BASELINE.value, **found}
   else:
     whole = found.get('baseline', {})
     for name, value in found.items():
@@ -65,10 +75,6 @@ def main(_) -> None:  # noqa: D103
         number = '{:,.0f}'.format if name == 'tokens' else tables.number
         beside = f'  ({number(whole[name])} unless {QUANTIZE.value})' if whole else ''
         print(f'{name.replace("_", " "):>14}  {number(value)}{beside}')
-  if OUTPUT.value:
-    # Records may hold dates.
-    text = json.dumps(found, indent=2, ensure_ascii=False, default=str)
-    storage.write_file(OUTPUT.value, text + '\n')
 
 
 config.make_callable(__name__, 'jaxllm.training.evaluation:evaluate')

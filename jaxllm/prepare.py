@@ -8,12 +8,18 @@ from jaxllm import config
 
 FLAGS = config.Flags()
 CONFIG = FLAGS.string('config', None, config.FLAG_HELP, required=True)
+DRY_RUN = FLAGS.bool('dry_run', False, config.DRY_RUN_HELP)
 
 
 def main(_) -> None:  # noqa: D103
-  experiment = config.from_flags(CONFIG.value)
+  if DRY_RUN.value:
+    from jaxllm.tools import plan
+
+    plan.dry_run(CONFIG.value)
+    return
   from jaxllm.data import records
 
+  experiment = config.from_flags(CONFIG.value)
   directory = experiment.records_path
   manifest = records.prepare(experiment.data, experiment.tokenizer, directory)
   print(f'{directory / manifest.folder}: vocabulary {manifest.vocab_size}, '

@@ -13,21 +13,17 @@ from jaxllm import config
 
 FLAGS = config.Flags()
 MODEL, MESH, DTYPE = FLAGS.model()
-VERIFY = FLAGS.enum('verify', 'full', ['full', 'off'], 'Whether checkpoints are checked.')
 PROMPT = FLAGS.multi_string('prompt', [''], 'Text to continue, or a message of a chat; repeatable.')
 CHAT = FLAGS.bool('chat', False, "Converse, by the model's chat template.")
 SYSTEM = FLAGS.string('system', None, 'The system message of a chat.')
-QUANTIZE = FLAGS.enum('quantize', None, ['int8', 'int4'], 'Store the weights smaller.')
-CACHE_DTYPE = FLAGS.enum('cache_dtype', None, ['int8'], 'Store keys and values smaller.')
-NUM_DRAFTED = FLAGS.integer('num_drafted', 0, 'Tokens guessed before each pass; 0: none.', 0)
-DRAFT = FLAGS.string('draft', None, 'A smaller model with the same vocabulary that guesses.')
-STOP = FLAGS.multi_string('stop', [], 'A text that ends a continuation; may be repeated.')
-NUM_BEAMS = FLAGS.integer('num_beams', 1, 'Beams of a beam search; 1: draw.', 1)
-LENGTH_PENALTY = FLAGS.float('length_penalty', 1.0, 'Above 0 favours long beams.')
 # Their defaults are those of SamplingConfig.
 MAX_NEW_TOKENS = FLAGS.integer('max_new_tokens', None, 'Tokens to add, at most; 128.', 1)
 TEMPERATURE = FLAGS.float(
   'temperature', None, 'Randomness; 0 takes the likeliest token; by default 1.', 0)
+SEED = FLAGS.integer('seed', None, 'The same seed gives the same text; 0.', 0)
+NUM_SAMPLES = FLAGS.integer('num_samples', 1, 'Continuations of each prompt.', 1)
+STOP = FLAGS.multi_string('stop', [], 'A text that ends a continuation; may be repeated.')
+FLAGS.section('What is drawn from')
 TOP_K = FLAGS.integer('top_k', None, 'Draw from this many likeliest tokens; 0: from all.', 0)
 TOP_P = FLAGS.float('top_p', None, 'Draw from the likeliest tokens of this mass.', 0, 1)
 MIN_P = FLAGS.float(
@@ -36,11 +32,18 @@ REPETITION_PENALTY = FLAGS.float('repetition_penalty', None, 'Above 1 avoids rep
 NO_REPEAT_NGRAM_SIZE = FLAGS.integer(
   'no_repeat_ngram_size', None, 'No so many tokens come twice.', 0)
 FLAGS.alias('no_repeat_ngram', 'no_repeat_ngram_size')
-SEED = FLAGS.integer('seed', None, 'The same seed gives the same text; 0.', 0)
-NUM_SAMPLES = FLAGS.integer('num_samples', 1, 'Continuations of each prompt.', 1)
 SAMPLING = FLAGS.string(
   'sampling', '{}', 'Other rules, as JSON: {"min_new_tokens": 5, "presence_penalty": 0.5}; see '
   'SamplingConfig.')
+FLAGS.section('Beams and guesses')
+NUM_BEAMS = FLAGS.integer('num_beams', 1, 'Beams of a beam search; 1: draw.', 1)
+LENGTH_PENALTY = FLAGS.float('length_penalty', 1.0, 'Above 0 favours long beams.')
+NUM_DRAFTED = FLAGS.integer('num_drafted', 0, 'Tokens guessed before each pass; 0: none.', 0)
+DRAFT = FLAGS.string('draft', None, 'A smaller model with the same vocabulary that guesses.')
+FLAGS.section(config.LOADING)
+VERIFY = FLAGS.enum('verify', 'full', ['full', 'off'], 'Whether checkpoints are checked.')
+QUANTIZE = FLAGS.enum('quantize', None, ['int8', 'int4'], 'Store the weights smaller.')
+CACHE_DTYPE = FLAGS.enum('cache_dtype', None, ['int8'], 'Store keys and values smaller.')
 
 
 def main(_) -> None:  # noqa: D103

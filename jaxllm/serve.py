@@ -14,27 +14,29 @@ from jaxllm import config
 
 FLAGS = config.Flags()
 MODEL, MESH, DTYPE = FLAGS.model()
-VERIFY = FLAGS.enum('verify', 'full', ['full', 'off'], 'Whether checkpoints are checked.')
 HOST = FLAGS.string('host', '127.0.0.1', 'Address to listen at; 0.0.0.0: from everywhere.')
 PORT = FLAGS.integer('port', 8000, 'Port to listen at.', 0, 65535)
 NAME = FLAGS.string('name', None, 'What clients call the model; by default its last part.')
 API_KEYS_FILE = FLAGS.string('api_keys_file', None, 'A file of API keys, one per line.')
+ANONYMOUS = FLAGS.bool('anonymous', False, 'Let others than this machine in without a key.')
+FLAGS.section('Access and limits')
+ALLOWED_HOSTS = FLAGS.list(
+  'allowed_hosts', [], 'Further names that requests to a loopback address may give as their host.')
 METRICS_KEY_FILE = FLAGS.string(
   'metrics_key_file', None, 'A file with the key of /metrics, which is closed without one where '
   'there are API keys.')
-ANONYMOUS = FLAGS.bool('anonymous', False, 'Let others than this machine in without a key.')
-ALLOWED_HOSTS = FLAGS.list(
-  'allowed_hosts', [], 'Further names that requests to a loopback address may give as their host.')
-QUANTIZE = FLAGS.enum('quantize', None, ['int8', 'int4'], 'Store the weights smaller.')
 NUM_SLOTS = FLAGS.integer('num_slots', 8, 'Choices decoded together.', 1)
 CONTEXT_LENGTH = FLAGS.integer(
   'context_length', None, "Tokens of prompt and continuation; by default the model's, up to 2048.",
   1)
 MAX_QUEUE = FLAGS.integer('max_queue', 64, 'Choices that may wait.', 0)
-CACHE_DTYPE = FLAGS.enum('cache_dtype', None, ['int8'], 'Store keys and values smaller.')
 LIMITS = FLAGS.string(
   'limits', '{}', 'Other limits, as JSON: {"max_body_bytes": 1000000, "request_seconds": 60}; see '
   'LimitsConfig.')
+FLAGS.section(config.LOADING)
+VERIFY = FLAGS.enum('verify', 'full', ['full', 'off'], 'Whether checkpoints are checked.')
+QUANTIZE = FLAGS.enum('quantize', None, ['int8', 'int4'], 'Store the weights smaller.')
+CACHE_DTYPE = FLAGS.enum('cache_dtype', None, ['int8'], 'Store keys and values smaller.')
 
 
 def main(_) -> None:  # noqa: D103

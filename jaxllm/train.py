@@ -17,13 +17,15 @@ from jaxllm import config
 FLAGS = config.Flags()
 CONFIG = FLAGS.string('config', None, config.FLAG_HELP, required=True)
 WORKDIR = FLAGS.string('workdir', None, 'Directory of the run.', required=True)
+DRY_RUN = FLAGS.bool('dry_run', False, config.DRY_RUN_HELP)
+PROFILE_STEPS = FLAGS.string(
+  'profile_steps', None, 'Steps to trace into WORKDIR/profile, as in 10:15; for xprof.')
+FLAGS.section('On several hosts')
 DISTRIBUTED = FLAGS.bool('distributed', False, 'Connect the processes of a run on several hosts.')
 COORDINATOR = FLAGS.string('coordinator', None, 'HOST:PORT of process 0, for --distributed.')
 NUM_PROCESSES = FLAGS.integer('num_processes', None, 'How many processes there are.')
 PROCESS_ID = FLAGS.integer('process_id', None, 'Which one this is, from 0.')
 CONNECT_SECONDS = FLAGS.integer('connect_seconds', 50, 'How long to wait for the other processes.')
-PROFILE_STEPS = FLAGS.string(
-  'profile_steps', None, 'Steps to trace into WORKDIR/profile, as in 10:15; for xprof.')
 
 
 def main(_) -> None:  # noqa: D103
@@ -31,6 +33,11 @@ def main(_) -> None:  # noqa: D103
   from jaxllm.evaluation import tables
   from jaxllm.training import goodput, loop, metrics
 
+  if DRY_RUN.value:
+    from jaxllm.tools import plan
+
+    plan.dry_run(CONFIG.value)
+    return
   own = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
   wanted = DISTRIBUTED.value or own != (None, None, None)
   with distributed.connected(wanted, *own, CONNECT_SECONDS.value):

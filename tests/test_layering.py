@@ -23,7 +23,9 @@ FLOORS: list[set[str]] = [
   {'experiment'},
   {'loading', 'recipes', 'inspect'},
   {'training', 'serving', 'pipelines'},
-  {'tools', 'prepare', 'train', 'evaluate', 'sample', 'serve', 'convert', '__init__', '__main__'},
+  {'__main__'},
+  {'tools'},
+  {'prepare', 'train', 'evaluate', 'sample', 'serve', 'convert', '__init__'},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 FORBIDDEN = {'torch', 'tensorflow', 'transformers', 'pickle', 'clu', 'ml_collections'}

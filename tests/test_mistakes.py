@@ -263,11 +263,6 @@ def test_programs_are_importable_together_and_find_a_backend_deep_inside_of_jax(
   assert done.returncode == 2 and done.stderr.startswith('error: JAX_PLATFORMS=cuda'), done.stderr
 
 
-def test_help_lists_the_flags_that_programs_share():
-  for program, flag in (('train', '--config'), ('sample', '--model')):
-    assert f'\n  {flag}: ' in programs.run(program, '--help')[1]
-
-
 def test_the_name_of_a_program(monkeypatch, capsys):
   main = importlib.import_module('jaxllm.__main__')
   monkeypatch.setattr('sys.argv', ['jaxllm', 'trian'])

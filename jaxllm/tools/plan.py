@@ -57,6 +57,23 @@ def main(_) -> None:  # noqa: D103
   print(json.dumps(made, indent=2) if JSON.value else page(made))
 
 
+def dry_run(location: str) -> None:
+  """Print the config of --config=LOCATION on stdout, and on stderr the line of its plan."""
+  from jaxllm.tools import launch
+  from jaxllm.training import cost, pretrained
+
+  experiment = config.from_flags(location)
+  if experiment.reads_models:
+    experiment = pretrained.resolve(experiment, None)
+  print(experiment.to_json(), end='', flush=True)
+  try:
+    made = plan(experiment, launch.topology_of(location) or 'local', compiles=False)
+    said = [cost.line(made), *made['problems']]
+  except ValueError as error:  # The devices that it is for are elsewhere.
+    said = [str(error)]
+  print('\n'.join(said), file=sys.stderr)
+
+
 def find_devices(topology: str, mesh: Any, compiles: bool = True) -> tuple[Any, Any]:
   """Return the mesh of a config over the devices of a slice, or of this machine, and their chip.
 
