@@ -27,17 +27,28 @@ from jaxllm.sharding import MeshConfig
 
 
 class Model(NamedTuple):
-  """One of VARIANTS; `topology` is a TPU slice, None a CPU."""
+  """A published mixture on a TPU slice; None: a run of a CPU."""
 
   topology: str | None = None
+  preset: str = ''
+  mesh: MeshConfig = MeshConfig()
+  microbatches: int = 1
 
 
-VARIANTS = {'small': Model(), 'dense': Model(), 'mixtral_8x7b': Model('v5p:4x4x4')}
+VARIANTS = {
+  'small': Model(),
+  'dense': Model(),
+  'mixtral_8x7b': Model('v5p:4x4x4', 'mixtral_8x7b', MeshConfig(data=1, fsdp=8, expert=8)),
+  'mixtral_8x7b_v6e': Model('v6e:8x8', 'mixtral_8x7b', MeshConfig(data=1, fsdp=64), 2),
+  'qwen3_30b_a3b': Model('v5p:4x4x4', 'qwen3_30b_a3b', MeshConfig(data=1, fsdp=64)),
+  'qwen3_30b_a3b_v6e': Model('v6e:8x8', 'qwen3_30b_a3b', MeshConfig(data=1, fsdp=64)),
+}
 
 
 def get_config(variant: str = 'small') -> Experiment:
   """Return the run of one of VARIANTS."""
-  return _mixtral() if variant == 'mixtral_8x7b' else _small(variant == 'small')
+  model = VARIANTS[variant]
+  return _large(variant, model) if model.topology else _small(variant == 'small')
 
 
 def _small(mixture: bool) -> Experiment:
@@ -63,20 +74,22 @@ def _small(mixture: bool) -> Experiment:
   )
 
 
-def _mixtral() -> Experiment:
+def _large(name: str, model: Model) -> Experiment:
   return Experiment(
-    name='mixtral_8x7b',
-    model=PRESETS['mixtral_8x7b'].replace(dtype='bfloat16', attention='splash', remat='full'),
+    name=name,
+    model=PRESETS[model.preset].replace(dtype='bfloat16', attention='splash', remat='full'),
     data=DataConfig(
       sources=(SourceConfig(location='tfds:c4/en?split=train'),),
       validation=(SourceConfig(location='tfds:c4/en?split=validation'),), context_length=4096,
     ),
-    tokenizer=TokenizerConfig(kind='json', path='mixtral_8x7b/tokenizer.json'),
-    training=TrainingConfig(num_steps=100_000, batch_size=256, log_every_steps=20),
+    tokenizer=TokenizerConfig(kind='json', path=f'{model.preset}/tokenizer.json'),
+    training=TrainingConfig(
+      num_steps=100_000, batch_size=256, microbatches=model.microbatches, log_every_steps=20,
+    ),
     objective=NextToken(chunk_size=512, z_loss=1e-4),
     optimizer=OptimizerConfig(learning_rate=3e-4),
     schedule=ScheduleConfig(warmup_steps=2000, final_fraction=0.1),
-    mesh=MeshConfig(data=1, fsdp=8, expert=8),
+    mesh=model.mesh,
     checkpoint=CheckpointConfig(every_steps=1000, keep_last=3, keep_every=10_000),
     evaluation=EvaluationConfig(
       every_steps=1000, max_batches=8, prompts=('The meaning of life is',)

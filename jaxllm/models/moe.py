@@ -3,8 +3,9 @@
 `route` chooses, in float32. Tokens are then sorted by expert, and each expert multiplies its own:
 no token is dropped, and none changes another. With a capacity, in training, each expert takes so
 many and no more. On a mesh every device sorts the tokens that it holds. Devices that split the
-experts gather the tokens of each other and add up the results (`_mix`); with a capacity they
-exchange as many as there is room for, all to all (`_mix_capacity`).
+experts send each pair to the one that has its expert (`_mix_exchanged`), or gather the tokens of
+each other and add up the results (`_mix`); with a capacity they exchange as many as there is room
+for, all to all (`_mix_capacity`).
 
 Axis letters beyond the usual: N tokens, K experts of a token, R = K * N pairs of these.
 """
@@ -222,6 +223,7 @@ def _mix(
   ids_BTK: jax.Array, weights_BTK: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
   """Do as `_on_mesh` with what one device holds of everything."""
+  assert config.experts is not None
   x_ND, ids_NK, weights_NK = (x.reshape(-1, x.shape[-1]) for x in (x_BTD, ids_BTK, weights_BTK))
   number, inner = len(jax.tree.leaves(kernels)[0]), {*split.experts, *split.mlp}
   if factor is not None:
@@ -229,21 +231,67 @@ def _mix(
       config, factor, split.experts, kernels, x_ND, ids_NK, weights_NK)
     mixed_ND = jax.lax.psum(mixed_ND, split.mlp)
     return mixed_ND.reshape(x_BTD.shape), jax.lax.pmean(dropped, split.tokens)
-  # Devices with other tokens but a part of the same experts: each takes the tokens of all of them.
+  # Devices with other tokens but a part of the same experts.
   shared = tuple(axis for axis in split.tokens if axis in inner)
+  if _has_exchange() and shared == split.experts and (
+      ids_NK.shape[1] * number < config.experts.num_experts):
+    mixed_ND = _mix_exchanged(config, shared, kernels, x_ND, ids_NK, weights_NK)
+    return jax.lax.psum(mixed_ND, split.mlp).reshape(x_BTD.shape), jnp.zeros(())
   x_ND, ids_NK, weights_NK = (
     jax.lax.all_gather(x, shared, tiled=True) if shared else x for x in (x_ND, ids_NK, weights_NK))
   first = jax.lax.axis_index(split.experts) * number if split.experts else 0
   order_R, sizes_E = _sort(ids_NK - first, number)
-  rows_RD = x_ND[order_R % len(x_ND)]
-  is_here_R1 = (jnp.arange(len(order_R)) < sizes_E.sum())[:, None]
+  # A token's experts are all different: there are no more rows than these.
+  rows_RD = x_ND[order_R[:len(x_ND) * min(ids_NK.shape[1], number)] % len(x_ND)]
+  is_here_R1 = (jnp.arange(len(rows_RD)) < sizes_E.sum())[:, None]
   mixed_RD = _apply(config, kernels, jnp.where(is_here_R1, rows_RD, 0), sizes_E)
   mixed_RD = jnp.where(is_here_R1, mixed_RD, 0)
-  mixed_ND = _combine(mixed_RD[jnp.argsort(order_R)], weights_NK)
+  mixed_ND = _combine(
+    mixed_RD.at[jnp.argsort(order_R)].get(mode='fill', fill_value=0), weights_NK)
   mixed_ND = jax.lax.psum(mixed_ND, tuple(axis for axis in sorted(inner) if axis not in shared))
   if shared:
     mixed_ND = jax.lax.psum_scatter(mixed_ND, shared, tiled=True)
   return mixed_ND.reshape(x_BTD.shape), jnp.zeros(())
+
+
+def _has_exchange() -> bool:
+  """Return whether devices can send each other as many rows as there are; XLA for CPUs cannot."""
+  return sharding.platform() == 'tpu'
+
+
+def _mix_exchanged(
+  config: DecoderConfig, axes: tuple[str, ...], kernels: Kernels, x_ND: jax.Array,
+  ids_NK: jax.Array, weights_NK: jax.Array,
+) -> jax.Array:
+  """Send each pair to the device of its expert and the result back, S devices at once.
+
+  Fewer bytes than gathering all tokens if a token has fewer experts than there are devices.
+  """
+  assert config.experts is not None
+  order_R, sizes_E = _sort(ids_NK, config.experts.num_experts)
+  sizes_SE = jax.lax.all_gather(sizes_E, axes)
+  parts, here = len(sizes_SE), jax.lax.axis_index(axes)
+  number = len(sizes_E) // parts
+
+  def own(x_SE: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x_SE, here * number, number, axis=1)
+
+  # Where the pairs of each expert start: with those who send them, and with the one that has it,
+  # which holds them by expert and then by sender.
+  sent_SE = jnp.cumsum(sizes_SE, axis=1) - sizes_SE
+  by_device = sizes_SE.T.reshape(parts, -1)
+  held_SE = (jnp.cumsum(by_device, axis=1) - by_device).reshape(-1, parts).T
+  received = own(sizes_SE).reshape(-1)
+
+  room = parts * len(x_ND) * min(ids_NK.shape[1], number)
+  rows_RD = jax.lax.ragged_all_to_all(
+    x_ND[order_R % len(x_ND)], jnp.zeros((room, x_ND.shape[1]), x_ND.dtype),
+    sent_SE[here], sizes_E, held_SE[here], received, axis_name=axes)
+  mixed_RD = _apply(config, kernels, rows_RD, own(sizes_SE).sum(axis=0))
+  mixed_RD = jax.lax.ragged_all_to_all(
+    mixed_RD, jnp.zeros((len(order_R), x_ND.shape[1]), mixed_RD.dtype),
+    own(held_SE).reshape(-1), received, own(sent_SE).reshape(-1), sizes_E, axis_name=axes)
+  return _combine(mixed_RD[jnp.argsort(order_R)], weights_NK)
 
 
 def _mix_capacity(

@@ -36,7 +36,8 @@ ENVIRONMENT = {
   'TPU_STDERR_LOG_LEVEL': '3', 'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_ACCELERATOR_TYPE': 'none',
 }
 GIB = 2**30
-_KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
+_KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'ragged-all-to-all',
+          'collective-permute')
 
 
 def main(_) -> None:  # noqa: D103
@@ -158,8 +159,10 @@ def _compile(made: dict[str, Any], program: Any, arguments: Any, mesh: Any, chip
 def collectives(text: str, mesh: Any) -> list[dict[str, Any]]:
   """Return what a program's text says that a step exchanges; the bytes are those a device sends.
 
-  The pieces of an operation that is fused with arithmetic share a channel, and count once. Rings
-  send about the size of its larger side, all-reduce twice that; fused, it is a reduce-scatter.
+  The pieces of an operation that is fused with arithmetic share a channel, and count once; those of
+  a `shard_map`, which all have one channel, are told apart by their source. Rings send about the
+  size of its larger side, all-reduce twice that; fused, it is a reduce-scatter. A ragged exchange
+  counts the room for what it receives, which is more than it sends.
   """
   bodies: dict[str, list[str]] = {}
   name = ''
@@ -177,9 +180,11 @@ def collectives(text: str, mesh: Any) -> list[dict[str, Any]]:
         visit(loop[2], times * max(map(int, bounds), default=1))
       elif found := re.search(rf'= (.*?) ({"|".join(_KINDS)})(-start)?\(', line):
         channel = re.search(r'channel_id=\d+', line)
-        if channel and channel[0] in seen:
+        origin = re.search(r'metadata=\{.*?shard_map.*?\}', line)
+        piece = channel and (channel[0], origin and (found[2], origin[0]))
+        if piece and piece in seen:
           continue
-        seen.add(channel and channel[0])
+        seen.add(piece)
         kind = 'reduce-scatter' if name.startswith('all-reduce-scatter') else found[2]
         where = kind, _axes(line, mesh)
         count, size = totals.get(where, (0, 0.0))
@@ -196,7 +201,7 @@ def collectives(text: str, mesh: Any) -> list[dict[str, Any]]:
           visit(callee, times)
 
   totals: dict[tuple[str, tuple[str, ...]], tuple[int, float]] = {}
-  seen: set[str | None] = set()
+  seen: set[Any] = set()
   visit('ENTRY', 1)
   return [{'kind': kind, 'axes': ' '.join(axes), 'per_step': count, 'bytes': size}
           for (kind, axes), (count, size) in sorted(totals.items(), key=lambda one: -one[1][1])]
@@ -218,6 +223,12 @@ def _groups(line: str, size: int) -> Iterator[np.ndarray]:
                           for part in made.groups())
     places = np.arange(math.prod(dims)).reshape(dims)
     yield from (places.transpose(order) if order else places).reshape(shape)
+  elif split := re.search(r'replica_groups=mesh\[(.*?)\] \{(.*?)\}', line):
+    sizes = {axis: int(count) for axis, count in re.findall(r"'(\w+)'=(\d+)", split[1])}
+    last = re.findall(r"'(\w+)'", split[2])
+    moved = np.argsort([last.index(axis) + 1 if axis in last else 0 for axis in sizes], stable=True)
+    places = np.arange(math.prod(sizes.values())).reshape(*sizes.values())
+    yield from places.transpose(moved).reshape(-1, math.prod(sizes[axis] for axis in last))
   elif named := re.search(r'(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}', line):
     for group in re.findall(r'\{([\d,]+)\}', named[1]):
       yield np.array([int(one) for one in group.split(',')])

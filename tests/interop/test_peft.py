@@ -266,6 +266,9 @@ THEIRS = {
                ['query_key_value', 'dense', 'dense_h_to_4h', 'dense_4h_to_h']),
   'phi3': ('Phi3ForCausalLM', LLAMA_SIZES | {'num_key_value_heads': 2, 'pad_token_id': 0},
            ['qkv_proj', 'o_proj', 'gate_up_proj', 'down_proj']),
+  # PEFT adapts the experts by `target_parameters`, which are refused; it reads ours, one by one.
+  'mixtral': ('MixtralForCausalLM', LLAMA_SIZES | {
+    'num_key_value_heads': 2, 'num_local_experts': 3}, ['q_proj', 'o_proj']),
 }
 
 

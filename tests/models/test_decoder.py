@@ -71,7 +71,7 @@ def test_gradient_to_the_future_is_zero(name):
 
 @pytest.mark.parametrize(
   ('name', 'stacked'),
-  [(name, True) for name in ('gpt2', 'llama', 'mistral', 'gemma', 'smollm3')]
+  [(name, True) for name in ('gpt2', 'mixtral', 'mistral', 'gemma', 'smollm3')]
   + [(name, False) for name in ('gpt2', 'gemma')],
 )
 def test_cached_decoding_equals_the_full_forward_pass(name, stacked):

@@ -154,14 +154,37 @@ OTHER_RULES = tuple((name, {'experts': ('fsdp',), 'embed': ()}.get(name, axes))
                     for name, axes in sharding.DEFAULT_RULES)
 
 
-@pytest.mark.parametrize(('factor', 'sizes'), [
-  (None, {'fsdp': 2, 'tensor': 2, 'expert': 2}),
-  (8.0, {'fsdp': 2, 'tensor': 2, 'expert': 2}),
-  (None, {'fsdp': 4, 'context': 2, 'rules': OTHER_RULES}),
-], ids=['dropless', 'capacity', 'rules'])
-def test_several_devices_compute_what_one_does(factor, sizes):
+def exchange(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, axis_name):
+  """Do as `jax.lax.ragged_all_to_all`, which XLA has for TPUs, by gathering everything."""
+  sent = jax.lax.all_gather((operand, input_offsets, send_sizes, output_offsets), axis_name)
+  number = len(send_sizes) // len(sent[0])
+  here, rows = jax.lax.axis_index(axis_name), jnp.arange(len(operand))
+  received = []
+  for source in range(len(sent[0])):
+    for index in range(number):
+      start, size, to = (part[source, here * number + index] for part in sent[1:])
+      is_part = (rows >= start) & (rows < start + size)
+      output = output.at[jnp.where(is_part, to + rows - start, len(output))].set(
+        sent[0][source], mode='drop')
+      received.append(size)
+  # The real one reads nothing behind what it was told to receive.
+  return jnp.where(jnp.all(jnp.stack(received) == recv_sizes), output, jnp.nan)
+
+
+@pytest.mark.parametrize(('changes', 'sizes', 'found'), [
+  ({}, {'fsdp': 2, 'tensor': 2, 'expert': 2}, 'all_gather'),
+  ({'capacity_factor': 8.0}, {'fsdp': 2, 'tensor': 2, 'expert': 2}, 'all_to_all'),
+  ({}, {'fsdp': 4, 'context': 2, 'rules': OTHER_RULES}, 'all_gather'),
+  ({'num_experts': 8}, {'tensor': 2, 'expert': 4}, 'exchange'),
+], ids=['dropless', 'capacity', 'rules', 'exchanged'])
+def test_several_devices_compute_what_one_does(monkeypatch, changes, sizes, found):
+  exchanged = []
+  monkeypatch.setattr(moe, '_has_exchange', lambda: found == 'exchange')
+  monkeypatch.setattr(jax.lax, 'ragged_all_to_all', lambda *args, **kwargs: (
+    exchanged.append(args), exchange(*args, **kwargs))[1])
   mesh_config = sharding.MeshConfig(data=1, **sizes)
-  config = with_experts(capacity_factor=factor)
+  config = with_experts(**changes)
+  variables = tiny.variables_of(config)
   mesh = sharding.make_mesh(mesh_config)
   shapes, axes = abstract(config)
 
@@ -171,13 +194,14 @@ def test_several_devices_compute_what_one_does(factor, sizes):
     return jnp.sum(jnp.sin(hidden_BTD) * (segments_BT > 0)[..., None]) + sum(aux.values())
 
   step = jax.value_and_grad(loss)
-  want = jax.jit(step)(VARIABLES, TOKENS_BT, SEGMENTS_BT)
+  want = jax.jit(step)(variables, TOKENS_BT, SEGMENTS_BT)
   batch = sharding.put_batch({'tokens': TOKENS_BT, 'segment_ids': SEGMENTS_BT},
                              sharding.batch_sharding(mesh, mesh_config))
-  placed = jax.device_put(VARIABLES, sharding.shardings(axes, shapes, mesh, mesh_config))
+  placed = jax.device_put(variables, sharding.shardings(axes, shapes, mesh, mesh_config))
   with sharding.active(sharding.Placement(mesh, mesh_config)):
     lowered = jax.jit(step).lower(placed, batch['tokens'], batch['segment_ids'])
-  assert ('all_to_all' in lowered.as_text()) == (factor is not None)
+  assert ('all_to_all' in lowered.as_text()) == (found == 'all_to_all')
+  assert bool(exchanged) == (found == 'exchange')
   got = lowered.compile()(placed, batch['tokens'], batch['segment_ids'])
   # A gradient is a sum of numbers as large as the largest of its array, and is rounded like these.
   jax.tree.map(lambda a, b: np.testing.assert_allclose(

@@ -2,6 +2,7 @@
 
 import jax
 import optax
+import pytest
 
 from jaxllm.adapters import lora
 from jaxllm.adapters.lora import LoraConfig
@@ -10,6 +11,7 @@ from jaxllm.data.tokenizers import TokenizerConfig
 from jaxllm.evaluation import scores
 from jaxllm.model import Model
 from jaxllm.models import decoder
+from jaxllm.models.config import ExpertsConfig
 from jaxllm.models.decoder import Decoder, DecoderConfig
 from jaxllm.objectives.next_token import NextToken, next_token_loss
 from jaxllm.tasks import TASKS, predict
@@ -22,7 +24,9 @@ MODEL = DecoderConfig(
 )
 
 
-def test_adapters_learn_a_task():
+@pytest.mark.parametrize('experts', [None, ExpertsConfig(num_experts=4, top_k=2)],
+                         ids=['dense', 'experts'])
+def test_adapters_learn_a_task(experts):
   config = Sentiment(prompt='{text}:', labels=(('negative', 'n'), ('positive', 'p')))
   texts = [(f'{word} {i}', label) for i in range(8)
            for word, label in (('bad', 'negative'), ('good', 'positive'))]
@@ -32,8 +36,8 @@ def test_adapters_learn_a_task():
   batch = packing.batch_arrays(records)
   assert batch['weights'].sum() == 16 * len(' p') + 16
 
-  model = Decoder(MODEL)
-  params = jax.jit(decoder.init, static_argnums=0)(MODEL, jax.random.key(0))['params']
+  model = Decoder(MODEL.replace(experts=experts))
+  params = jax.jit(decoder.init, static_argnums=0)(model.config, jax.random.key(0))['params']
   adapters = lora.init(LoraConfig(targets=('layers/.*', 'head')), params, jax.random.key(1))
   tx = optax.adam(0.03)
 

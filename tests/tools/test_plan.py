@@ -57,6 +57,7 @@ def test_what_does_not_fit_comes_with_changes(made):
   ('replica_groups=[4,2]<=[2,4]T(1,0)', ('data',)),
   ('replica_groups=[2,4]<=[8]', ('fsdp',)), ('replica_groups={}', ('data', 'fsdp')),
   ('source_target_pairs={{0,4},{4,0}}', ('data',)),
+  ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'c','b'}, dimensions={0}", ('fsdp',)),
 ])
 def test_groups_are_named_by_mesh_axes(line, axes):
   devices = np.array(jax.devices()).reshape(2, 4)
@@ -75,12 +76,16 @@ def test_collectives_count_loops_and_channels():
 ENTRY %main (p: s32[]) -> s32[] {
   %w = s32[] while(%p), condition=%cond, body=%body
   %r = bf16[16]{0} all-reduce(%y), channel_id=2, replica_groups=[8,1]<=[8]
+  %s = s8[9]{0} all-to-all(%y), channel_id=1, replica_groups={}, metadata={op_name="shard_map" s=1}
+  %t = s8[9]{0} all-to-all(%y), channel_id=1, replica_groups={}, metadata={op_name="shard_map" s=1}
+  %u = s8[9]{0} all-to-all(%y), channel_id=1, replica_groups={}, metadata={op_name="shard_map" s=2}
 }
 '''
   mesh = jax.sharding.Mesh(np.array(jax.devices()), ('data',))
   assert plan.collectives(text, mesh) == [
     {'kind': 'all-gather', 'axes': 'data', 'per_step': 5, 'bytes': 5 * 128},
-    {'kind': 'all-reduce', 'axes': '', 'per_step': 1, 'bytes': 64}]
+    {'kind': 'all-reduce', 'axes': '', 'per_step': 1, 'bytes': 64},
+    {'kind': 'all-to-all', 'axes': 'data', 'per_step': 2, 'bytes': 18}]
 
 
 def run(*flags):
