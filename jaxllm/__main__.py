@@ -21,6 +21,7 @@ TOOLS = {
   'launch': 'print how to start a run on many hosts, or rehearse that here',
   'verify_resume': 'kill a run again and again, and certify what comes out',
   'audit': 'measure what a model has learnt by heart',
+  'which_docs': 'name the texts that a step has read, and the steps of a text',
   'completion': 'print what lets bash and zsh complete all this',
 }
 

@@ -225,18 +225,6 @@ def _initial_state(run: _Run, latest: int) -> tuple[TrainState, Bundle]:
   return state, Bundle(experiment.to_json(), files, manifest)
 
 
-def _phases(run: _Run, step: int) -> list[Phase]:
-  """Return the batch sizes of the run up to the checkpoint of a step, and of what follows it."""
-  phases, size = list[Phase](), run.experiment.training.batch_size
-  if step:
-    bundle = _bundle(run, step)
-    before = json.loads(bundle.config_json)['training']['batch_size']
-    phases = [Phase(*row) for row in bundle.position.get('phases', [(0, 0, before)])]
-  if not phases or phases[-1].batch_size != size:
-    phases.append(Phase(step, records_before(phases, step) if step else 0, size))
-  return phases
-
-
 def _placed(bundle: Bundle, phases: Sequence[Phase], step: int) -> Bundle:
   """Return the bundle of the checkpoint of a step, which holds the position in the data."""
   return dataclasses.replace(
@@ -273,7 +261,7 @@ def _loop(
     logging.warning('It may not fit: %s', problem)
   for name, value in _promise(run, last).items():
     logging.info('After %d steps %s will be %.4g.', last, name, value)
-  phases = _phases(run, first)
+  phases = passed_over.phases(run.store.directory, first, experiment)
   batches = run.dataset.make_batches(
     'train', phases, experiment.data.shuffle, None,
     passed_over.places(passed_over.read(run.path), phases))
@@ -414,7 +402,8 @@ def _go_back(run: _Run, error: _TooManySkipped) -> None:
       'of these steps')
   run.goodput.lose([record for record in metrics_lib.read(run.path / 'metrics.jsonl')
                     if record['step'] <= target])
-  passed_over.add(run.path, run.experiment, run.dataset, _phases(run, target),
+  phases = passed_over.phases(run.store.directory, target, run.experiment)
+  passed_over.add(run.path, run.experiment, run.dataset, phases,
                   range(max(first - 2, target), last), target, reason)
 
 
@@ -422,13 +411,14 @@ def _finish(run: _Run, step: int, frozen: Any) -> dict[str, Any]:
   """Prove the run from its checkpoint alone: scores on all held-out text, samples, the report."""
   logging.info('Measuring step %d on all held-out text, and sampling from it.', step)
   experiment, data = run.experiment, run.dataset.manifest.train
+  phases = passed_over.phases(run.store.directory, step, experiment)
+  records_read = records_before(phases, step)
   summary: dict[str, Any] = {
     'step': step,
     'num_steps': experiment.training.num_steps,
     'complete': True,
     'parameters': decoder.parameter_count(experiment.decoder),
-    'train_tokens': round(
-      records_before(_phases(run, step), step) * data.tokens / data.records),
+    'train_tokens': round(records_read * data.tokens / data.records),
     'seconds': run.goodput.elapsed,
   }
   if experiment.finetune.lora is not None:

@@ -1,5 +1,10 @@
-"""Batches that are passed over after a run has gone back, so that a resumed run does so too."""
+"""Which records the steps of a run read: all in their order, but for what is passed over.
 
+Batches are passed over after a run has gone back, and by a resumed run too.
+"""
+
+import json
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +13,8 @@ import jax
 from absl import logging
 
 from jaxllm import distributed, storage
-from jaxllm.data.batches import Batches, Phase
+from jaxllm.checkpoints import store
+from jaxllm.data.batches import Batches, Phase, records_before
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.experiment import Experiment
 from jaxllm.training.dataset import Dataset
@@ -26,6 +32,26 @@ def read(path: pathlib.Path) -> Passed:
     [0 <= one['first'] <= one['last'] for one in found]
   except (TypeError, KeyError) as error:
     raise ValueError(f'{path / FILE} is damaged ({error!r}); put a copy of it back') from error
+  return found
+
+
+def phases(
+  checkpoints: str | os.PathLike[str], step: int, experiment: Experiment
+) -> list[Phase]:
+  """Return the batch sizes of a run up to the checkpoint of a step, and that of what follows it.
+
+  Args:
+    checkpoints: the directory of the run's checkpoints.
+    step: one of them; 0: the run begins.
+    experiment: how the run goes on.
+  """
+  found, size = list[Phase](), experiment.training.batch_size
+  if step:
+    bundle = store.read_bundle(storage.path(checkpoints) / str(step))
+    before = json.loads(bundle.config_json)['training']['batch_size']
+    found = [Phase(*row) for row in bundle.position.get('phases', [(0, 0, before)])]
+  if not found or found[-1].batch_size != size:
+    found.append(Phase(step, records_before(found, step) if step else 0, size))
   return found
 
 

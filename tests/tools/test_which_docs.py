@@ -1,0 +1,124 @@
+"""Each token of a step is led back to the characters of its source, and a text to its steps."""
+
+import json
+
+import numpy as np
+import pytest
+
+from jaxllm import storage
+from jaxllm.data import records
+from jaxllm.tools import which_docs
+from tests import programs
+from tests.training import tiny_run
+
+STEPS = 6
+
+
+def begin(base, **changes):
+  """A run as its directory describes it, before its first checkpoint."""
+  experiment = tiny_run.experiment(base, **changes)
+  manifest = records.prepare(
+    experiment.data, experiment.tokenizer, experiment.records_path, progress=False)
+  run = base / 'run'
+  storage.write_file(run / 'config.json', experiment.to_json())
+  storage.write_json(run / 'data.json', manifest.model_dump(mode='json'))
+  storage.write_file(run / 'metrics.jsonl', json.dumps({'step': STEPS, 'time': 0}) + '\n')
+  return run
+
+
+def everything(run):
+  """The spans of all training records."""
+  opened = which_docs.open_run(str(run))
+  return opened, which_docs.originals(range(len(opened.batches.stored.rows)), opened)
+
+
+@pytest.mark.parametrize('changes', [
+  {}, {'data__packing': 'best_fit'}, {'data__packing': 'concat', 'data__add_eos': False},
+  {'tokenizer': {'vocab_size': 300}, 'model__vocab_size': 300},
+])
+def test_every_token_leads_to_its_characters_and_every_text_to_its_records(tmp_path, changes):
+  opened, found = everything(begin(tmp_path, **changes))
+  texts = [path.read_text() for path in sorted((tmp_path / 'corpus').iterdir())]
+  for row, spans in zip(opened.batches.stored.rows, found, strict=True):
+    row = np.frombuffer(row, opened.batches.stored.dtype)[0]
+    places = [place for span in spans for place in range(span.start, span.stop)]
+    assert places == [*range((row['segment_ids'] > 0).sum())]
+    for span in spans:
+      assert f'{span.document:03}.txt' in span.where and span.source == 0
+      assert texts[span.document][slice(*span.characters)] == span.text
+  # A text of 60 characters crosses the border of a record of 33 tokens. The token that a record
+  # repeats of the one before is not counted as being in it.
+  def begins(number, span):
+    first = np.frombuffer(opened.batches.stored.rows[number], opened.batches.stored.dtype)[0]
+    repeated = len(opened.tokenizer.id_bytes[first['tokens'][0]])
+    return span.characters[0] + repeated * (span.start == 0 < span.characters[0])
+
+  for document in {span.document for spans in found for span in spans}:
+    text = texts[document][100:160]
+    expected = {number for number, spans in enumerate(found) for span in spans
+                for other in [texts[span.document].find(text)] if other >= 0
+                and begins(number, span) < other + 60 and other < span.characters[1]}
+    assert which_docs.records_with(text.encode(), opened) == expected and len(expected) >= 2
+  assert not which_docs.records_with(b'no such text', opened)
+
+
+def test_sources_that_changed_or_are_gone_are_told(tmp_path):
+  run = begin(tmp_path)
+  _, before = everything(run)
+  first, second = (before[0][0].document, before[-1][0].document)
+  path = tmp_path / 'corpus' / f'{first:03}.txt'
+  path.write_text('x' + path.read_text())
+  _, after = everything(run)
+  assert 'is not as it was' in after[0][0].where and after[0][0].characters is None
+  assert after[0][0].text == before[0][0].text
+  assert after[-1] == before[-1] and first != second
+  (tmp_path / 'corpus').rename(tmp_path / 'elsewhere')
+  _, after = everything(run)
+  assert 'cannot be read any more (no such file' in after[-1][0].where
+  assert after[-1][0].where.endswith(f'document {second} of source 0')
+
+
+def which(run, *flags):
+  return programs.run('tools.which_docs', f'--workdir={run}', *flags)
+
+
+def test_the_program_names_the_texts_of_a_step_and_the_steps_of_a_text(tmp_path):
+  run = begin(tmp_path)
+  code, shown, error = which(run, '--step=2')
+  assert code == 0, error
+  opened, spans = everything(run)
+  for number in opened.batches.numbers(1):
+    assert f', record {number}:\n' in shown and spans[number][0].where in shown
+  assert shown.count('row ') == 8
+  document = spans[opened.batches.numbers(3)[0]][0].document
+  text = f'End of scene {document}.'
+  code, shown, error = which(run, f'--text={text}')
+  found = which_docs.records_with(text.encode(), opened)
+  steps = [step + 1 for step in range(STEPS) if found & {*opened.batches.numbers(step)}]
+  assert code == 0 and shown == (
+    f'{text!r} is in {len(found)} of {len(spans)} training records, read by {len(steps)} of the '
+    f'{STEPS} steps: {", ".join(map(str, steps)) or "none"}\n')
+
+
+@pytest.mark.parametrize('flags, said', [
+  ([], 'give one of --step and --text'), (['--text='], 'give one of'),
+  (['--text=a', '--step=1'], 'give one of'), (['--step=9'], 'the run ends with step 8'),
+])
+def test_flags_that_do_not_fit_are_refused(tmp_path, flags, said):
+  code, _, error = which(begin(tmp_path), *flags)
+  assert code == 2 and said in error
+
+
+def test_what_cannot_be_known_is_told(tmp_path):
+  run = begin(tmp_path)
+  manifest, = (tmp_path / 'records').glob('*/*/manifest.json')
+  fields = storage.read_json(manifest)
+  del fields['train']['lineage_sha256']
+  storage.write_json(manifest, fields)
+  code, _, error = which(run, '--step=1')
+  assert code == 2 and 'of a version that did not write down where their tokens' in error
+  manifest.unlink()
+  code, _, error = which(run, '--step=1')
+  assert code == 2 and 'python -m jaxllm.prepare --config=' in error
+  code, _, error = which(tmp_path / 'other', '--step=1')
+  assert code == 2 and 'there is no run' in error
