@@ -1,4 +1,4 @@
-"""Llama-shaped models on TPU pods.
+"""Models of the families Llama and Gemma on TPU pods.
 
 Command:  python -m jaxllm.train --config=experiments/llama.py:llama3_8b \
             --workdir=/mnt/shared/runs/llama3_8b --distributed
@@ -8,7 +8,8 @@ Time:     not measured; `experiments/benchmarks/tpu_compile.py` shows that each 
 Data:     C4 through TFDS, prepared beforehand; the model's `tokenizer.json` in ./MODEL, such as
           ./llama3_8b/tokenizer.json
 Reference: Touvron et al., arXiv 2307.09288; Dubey et al., arXiv 2407.21783; Ben Allal et al.,
-          arXiv 2502.02737. Learning rates and batches follow them; the data does not.
+          arXiv 2502.02737; Gemma Team, arXiv 2408.00118, 2503.19786. Learning rates and batches
+          follow them where they tell; the data does not.
 """
 
 from typing import NamedTuple
@@ -46,6 +47,12 @@ VARIANTS = {
   ),
   'llama3_70b': Model(
     'v5p:8x8x8', 8192, 1024, 1.5e-4, MeshConfig(data=8, fsdp=64), 1, 'full', chunk_size=4096
+  ),
+  'gemma2_9b': Model(
+    'v5p:4x4x4', 8192, 512, 3e-4, MeshConfig(data=4, fsdp=16), 4, 'full', chunk_size=1024
+  ),
+  'gemma3_4b': Model(
+    'v5p:4x4x4', 8192, 512, 3e-4, MeshConfig(data=4, fsdp=16), 4, 'full', chunk_size=1024
   ),
 }
 

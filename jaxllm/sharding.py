@@ -320,32 +320,40 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     x, placement.sharding(x.shape, *axes))
 
 
+def mesh_axes(axis: str) -> tuple[Axis, ...]:
+  """Return the mesh axes that split a logical axis; outside `active` none."""
+  placement = split_placement()
+  return () if placement is None else dict(placement.config.rules)[axis]
+
+
 def num_parts(axis: str) -> int:
   """Return into how many parts a logical axis is split; outside `active` 1."""
   placement = split_placement()
   return 1 if placement is None else math.prod(
-    placement.mesh.shape[name] for name in dict(placement.config.rules)[axis])
+    placement.mesh.shape[name] for name in mesh_axes(axis))
 
 
 def map_shards(
   f: Callable[..., jax.Array],
-  in_axes: Sequence[Sequence[str | None]],
+  in_axes: Sequence[Any],
   out_axes: Sequence[str | None],
 ) -> Callable[..., jax.Array]:
   """Return `f` run by each device on its own part; outside `active` return `f` itself.
 
   Args:
     f: a function that the compiler cannot split, such as a kernel.
-    in_axes: logical axis names, or None for not split, of each argument.
+    in_axes: logical axis names, or None for not split, of each argument, which may be a tree.
     out_axes: the same of the result.
   """
   placement = split_placement()
   if placement is None:
     return f
-  rules = placement.config.rules
+  in_specs, out_specs = jax.tree.map(
+    lambda axes: partition_spec(axes, placement.config.rules), (tuple(in_axes), tuple(out_axes)),
+    is_leaf=lambda axes: isinstance(axes, tuple) and all(
+      isinstance(name, str | None) for name in axes))
   return jax.shard_map(
-    f, mesh=placement.mesh, in_specs=tuple(partition_spec(axes, rules) for axes in in_axes),
-    out_specs=partition_spec(out_axes, rules), check_vma=False)
+    f, mesh=placement.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def platform() -> str:

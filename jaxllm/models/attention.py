@@ -1,9 +1,8 @@
 """Self-attention: projections, rotation, masks, and the product of queries, keys and values.
 
 `View` is what a layer of one kind sees of a call: computed once, shared by all layers of the kind.
-Whole sequences may go to a fused kernel: cuDNN's on NVIDIA GPUs, or on TPUs JAX's splash kernel,
-whose memory grows with the length, not its square; elsewhere that is interpreted, which serves
-tests.
+Whole sequences may go to a fused kernel, whose memory grows with the length, not its square:
+cuDNN's on NVIDIA GPUs, or on TPUs that of `splash`.
 
 Axis letters beyond the usual: R = T * G, the queries of all heads that share a key head.
 """
@@ -28,8 +27,6 @@ from jaxllm.models.positions import rotate
 MASKED = -1e30
 # Positions of a cache that are read at a time.
 BLOCK = 128
-# Of keys and queries in the splash kernel; a length is padded to a multiple of the smallest.
-SPLASH_BLOCKS = (512, 256, 128)
 # Under this name a remat policy may keep what the heads return instead of running them again.
 RESIDUAL_NAME = 'attention'
 # Linen's collection of what layers computed on the way; filled where `apply` is asked for it.
@@ -46,12 +43,14 @@ class View:
     segment_ids_BT: int32, 0 = padding, or None: one segment; read where there is no mask, and by
       experts.
     cache_length: int32 scalar, the filled positions of the longest row; nothing beyond is read.
+    window: the place of what a fused kernel sees among `config.windows`.
   """
 
   mask_BTS: jax.Array | None  # noqa: N815
   rotation: tuple[jax.Array, jax.Array] | None
   segment_ids_BT: jax.Array | None = None  # noqa: N815
   cache_length: jax.Array | None = None
+  window: int | jax.Array = 0
 
 
 def sequence_mask(
@@ -184,79 +183,32 @@ def _weigh(
 
 def cudnn_attention(
   query_BTNH: jax.Array, key_BTKH: jax.Array, value_BTKH: jax.Array,
-  segment_ids_BT: jax.Array | None, scale: float, window: int | None, softcap: float | None = None,
+  segment_ids_BT: jax.Array | None, config: DecoderConfig, window: int | None,
 ) -> jax.Array:
-  """Attend causally within segments by cuDNN's fused kernel; arguments as in `splash_attention`."""
-  assert softcap is None
+  """Attend by cuDNN's fused kernel; arguments as in `splash.splash_attention`."""
   mask_B1TS = None
   if segment_ids_BT is not None:
     mask_B1TS = segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :]
   return jax.nn.dot_product_attention(
-    query_BTNH, key_BTKH, value_BTKH, mask=mask_B1TS, scale=scale, is_causal=True,
+    query_BTNH, key_BTKH, value_BTKH, mask=mask_B1TS, scale=config.query_scale, is_causal=True,
     local_window_size=None if window is None else (window - 1, 0), implementation='cudnn',
   )
 
 
-def splash_attention(
-  query_BTNH: jax.Array, key_BTKH: jax.Array, value_BTKH: jax.Array,
-  segment_ids_BT: jax.Array | None, scale: float, window: int | None, softcap: float | None,
+def fused_attention(
+  query_BTNH: jax.Array, key_BTKH: jax.Array, value_BTKH: jax.Array, view: View,
+  config: DecoderConfig,
 ) -> jax.Array:
-  """Attend causally within segments, each device to its own rows and heads.
+  """Attend by the config's kernel; where windows differ between layers, the view says which."""
+  kernel: Callable[..., jax.Array] = cudnn_attention
+  if config.attention == 'splash':
+    # Here, because the import takes longer than that of all models.
+    from jaxllm.models import splash
 
-  Arguments as in `attend` (`softcap` is its `cap`), and:
-
-  Args:
-    segment_ids_BT: int32, or None: one segment.
-    window: tokens that a query sees, itself included; None: all before it.
-
-  Reference:
-    Dao, "FlashAttention-2", arXiv 2307.08691; `jax.experimental.pallas.ops.tpu.splash_attention`.
-  """
-  length = query_BTNH.shape[1]
-  padding = -length % SPLASH_BLOCKS[-1]
-  if padding:
-    # Behind every real token, so that no real query sees it.
-    query_BTNH, key_BTKH, value_BTKH = (
-      jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (query_BTNH, key_BTKH, value_BTKH)
-    )
-    if segment_ids_BT is not None:
-      segment_ids_BT = jnp.pad(segment_ids_BT, ((0, 0), (0, padding)))
-  attend: Callable[..., jax.Array] = functools.partial(
-    _splash, window=window, softcap=softcap, interpret=sharding.platform() != 'tpu'
-  )
-  queries, keys = ('batch', None, 'heads', None), ('batch', None, 'kv_heads', None)
-  attend = sharding.map_shards(attend, (queries, keys, keys, ('batch', None)), queries)
-  scaled = (query_BTNH * scale).astype(query_BTNH.dtype)
-  return attend(scaled, key_BTKH, value_BTKH, segment_ids_BT)[:, :length]
-
-
-def _splash(query_BTNH, key_BTKH, value_BTKH, segment_ids_BT, *, window, softcap, interpret):
-  # Here, because the import takes longer than that of all models.
-  from jax.experimental.pallas.ops.tpu import splash_attention as splash
-
-  _, length, heads, _ = query_BTNH.shape
-  block = next(size for size in SPLASH_BLOCKS if length % size == 0)
-  shape = length, length
-  mask = (
-    splash.CausalMask(shape) if window is None
-    else splash.LocalMask(shape, window_size=(window - 1, 0), offset=0)
-  )
-  kernel = splash.make_splash_mha(
-    splash.MultiHeadMask([mask] * heads),
-    block_sizes=splash.BlockSizes(
-      block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block,
-      block_kv_dq=block,
-    ),
-    head_shards=1, q_seq_shards=1, attn_logits_soft_cap=softcap,
-    residual_checkpoint_name=RESIDUAL_NAME, interpret=interpret,
-  )
-
-  def attend_row(query_TNH, key_TKH, value_TKH, segment_ids_T):
-    segments = None if segment_ids_T is None else splash.SegmentIds(segment_ids_T, segment_ids_T)
-    heads_first = (x.swapaxes(0, 1) for x in (query_TNH, key_TKH, value_TKH))
-    return kernel(*heads_first, segments).swapaxes(0, 1)
-
-  return jax.vmap(attend_row)(query_BTNH, key_BTKH, value_BTKH, segment_ids_BT)
+    kernel = splash.splash_attention
+  return jax.lax.switch(
+    view.window, [functools.partial(kernel, config=config, window=one) for one in config.windows],
+    query_BTNH, key_BTKH, value_BTKH, view.segment_ids_BT)
 
 
 def is_fused(config: DecoderConfig) -> bool:
@@ -305,8 +257,7 @@ class Attention(nn.Module):
     scale, cap = config.query_scale, config.attention_softcap
     heads_first = key.swapaxes(1, 2), value.swapaxes(1, 2)
     if view.mask_BTS is None:
-      fused = splash_attention if config.attention == 'splash' else cudnn_attention
-      mixed_BTNH = fused(query, key, value, view.segment_ids_BT, scale, config.window, cap)
+      mixed_BTNH = fused_attention(query, key, value, view, config)
     elif cache is not None and cache_positions_BT is not None:
       cache = kv_cache.write(cache, layer, cache_positions_BT, *heads_first)
       mixed_BTNH = attend_cache(query, cache, layer, view, scale, cap)

@@ -79,6 +79,20 @@ class RematConfig(Config):
     return self
 
 
+class SplashBlocks(Config):
+  """How many tokens the splash kernel takes at a time, forward and backward: multiples of 128.
+
+  A length is padded to whole blocks.
+  """
+
+  query: PositiveInt = 512
+  """Queries of a block."""
+  key: PositiveInt = 512
+  """Keys and values of a block, which are loaded together."""
+  key_compute: PositiveInt | None = None
+  """Of these, how many one matrix product takes; None: all."""
+
+
 class DecoderConfig(Config):
   """A decoder-only transformer: sizes, switches, and how it is run.
 
@@ -156,6 +170,8 @@ class DecoderConfig(Config):
   attention: Literal['xla', 'cudnn', 'splash'] = 'xla'
   """Attention over whole sequences: 'xla' runs everywhere; 'cudnn' is fused, on NVIDIA GPUs ('xla'
   elsewhere); 'splash' is fused, on TPUs (interpreted, slowly, elsewhere)."""
+  splash_blocks: SplashBlocks | None = None
+  """Block sizes of 'splash'; None: the largest of 512, 256 and 128 that divides the length."""
   scan_layers: bool = True
   """Run layers by a scan (compiles fast) or unrolled; parameters and results are the same."""
   remat: Annotated[
@@ -224,6 +240,11 @@ class DecoderConfig(Config):
     """Return how many tokens a layer of `kind` sees, itself included; None: all before it."""
     return self.window if kind == 'local' else None
 
+  @property
+  def windows(self) -> tuple[int | None, ...]:
+    """What `window_of` says of the kinds of layers, each once."""
+    return tuple(dict.fromkeys(map(self.window_of, self.layer_kinds)))
+
   def stddev(self, inputs: int, residual: bool = False) -> float:
     """Return the initial deviation of a kernel that sums `inputs` numbers (into the residual)."""
     stddev = self.initializer.stddev or inputs**-0.5
@@ -271,9 +292,18 @@ def _problems(config: DecoderConfig) -> Iterator[tuple[Any, str]]:
                 'cudnn': ('attention_dropout_rate', 'attention_softcap')}[name]:
     yield getattr(config, field), (
       f"attention='{name}' has no {field}={getattr(config, field)}; turn it off or use 'xla'")
-  yield name != 'xla' and 'local' in kinds and {*kinds} != {'local'}, (
-    f"attention='{name}' has one mask for all layers, but layer_pattern={pattern} needs several; "
+  yield name == 'cudnn' and len(config.windows) > 1, (
+    f"attention='cudnn' has one mask for all layers, but layer_pattern={pattern} needs several; "
     "use 'xla'")
+  if blocks := config.splash_blocks:
+    for field in ('query', 'key', 'key_compute'):
+      yield (getattr(blocks, field) or 0) % 128, (
+        f'splash_blocks.{field}={getattr(blocks, field)}: a multiple of 128 is needed')
+    yield blocks.key % (blocks.key_compute or blocks.key), (
+      f'splash_blocks.key_compute={blocks.key_compute} does not divide splash_blocks.key='
+      f'{blocks.key}; change one of them')
+    yield name != 'splash', (
+      f"splash_blocks is set, but attention='{name}'; set it to None, or use 'splash'")
   yield name == 'cudnn' and (config.dtype != 'bfloat16' or config.head_size % 8), (
     f"attention='cudnn' with dtype='{config.dtype}' and head_dim={config.head_size}: it needs "
     "'bfloat16' and a multiple of 8; use 'xla'")

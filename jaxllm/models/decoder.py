@@ -229,7 +229,9 @@ class Decoder(nn.Module):
         if kind == 'global_nope':
           cos, sin = jnp.ones_like(cos), jnp.zeros_like(sin)
         rotation = cos, sin
-      views[kind] = View(mask(config.window_of(kind)), rotation, segment_ids_BT, cache_length)
+      window = config.window_of(kind)
+      views[kind] = View(
+        mask(window), rotation, segment_ids_BT, cache_length, config.windows.index(window))
     return views
 
   def _run(

@@ -332,7 +332,8 @@ def test_cudnn_is_asked_for_the_same_attention(monkeypatch, packed, window):
     return product(*args, **kwargs, implementation='xla')
 
   monkeypatch.setattr(jax.nn, 'dot_product_attention', plain)
-  got = attention.cudnn_attention(query, key, value, segments, 0.3, window)
+  config = tiny.BASE.replace(attention_scale=0.3)
+  got = attention.cudnn_attention(query, key, value, segments, config, window)
   np.testing.assert_allclose(got, expected, atol=1e-5)
 
 

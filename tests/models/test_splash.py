@@ -7,12 +7,16 @@ import pytest
 import tiny
 
 from jaxllm import sharding
+from jaxllm.models import splash
 from jaxllm.models.decoder import Decoder
 
 BASE = tiny.BASE.replace(num_layers=1, num_kv_heads=2, max_length=140)
 CONFIGS = {
-  'softcap': BASE.replace(attention_softcap=2.0),
-  'window': BASE.replace(layer_pattern=('local',), window=5),
+  'softcap': BASE.replace(attention='splash', attention_softcap=2.0, splash_blocks={
+    'query': 128, 'key': 256, 'key_compute': 128}),
+  'kinds': BASE.replace(
+    num_layers=3, layer_pattern=('local', 'global', 'global_nope'), window=5, scan_layers=False),
+  'mesh': BASE.replace(num_layers=2, layer_pattern=('local', 'global'), window=100),
 }
 # Neither a multiple of the kernel's block; two documents and padding in each row, cut elsewhere.
 LENGTH = 140
@@ -31,24 +35,45 @@ def loss_and_gradient(config, variables):
   return jax.jit(jax.value_and_grad(loss_fn))(variables)
 
 
-@pytest.mark.parametrize('name', ['softcap', 'window', 'mesh'])
-def test_kernel_equals_plain_attention(name):
+@pytest.mark.parametrize('name, mesh', [
+  ('softcap', None), ('kinds', None), ('mesh', {'fsdp': 2, 'tensor': 2, 'context': 2}),
+])
+def test_kernel_equals_plain_attention(name, mesh):
   """To 1e-5: the kernel adds up the softmax block by block."""
-  config = CONFIGS.get(name, BASE)
+  config = CONFIGS[name]
   variables = tiny.variables_of(config)
-  expected = loss_and_gradient(config, variables)
+  expected = loss_and_gradient(config.replace(attention='xla', splash_blocks=None), variables)
   fused = config.replace(attention='splash', remat='dots_no_batch')
-  if name == 'mesh':
-    mesh_config = sharding.MeshConfig(data=2, fsdp=2, tensor=2)
-    with sharding.active(sharding.Placement(sharding.make_mesh(mesh_config), mesh_config)):
+  if mesh:
+    with sharding.active(sharding.make_placement(mesh)):
       got = loss_and_gradient(fused, variables)
   else:
     got = loss_and_gradient(fused, variables)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), got, expected)
 
 
-def test_what_the_kernel_cannot_do_is_refused():
-  mixed = {'layer_pattern': ('local', 'global'), 'window': 4}
-  for changes in ({'attention_dropout_rate': 0.1}, mixed):
-    with pytest.raises(ValueError, match='splash.*' + next(iter(changes))):
-      BASE.replace(attention='splash', num_layers=2, **changes)
+@pytest.mark.parametrize('window', [None, 100])
+@pytest.mark.parametrize('parts', [1, 3])
+def test_blocks_of_the_mask_are_those_of_the_whole_mask(window, parts):
+  mask = splash._Mask(768, window, parts)
+  position = mask.q_sequence
+  distance = position[:, None] - np.arange(768)
+  whole = (distance >= 0) & (distance < (window or 768))
+  for row in range(0, 768, 128):
+    for column in range(0, 768, 64):
+      index = slice(row, row + 128), slice(column, column + 64)
+      np.testing.assert_array_equal(np.broadcast_to(mask[index], (128, 64)), whole[index])
+  assert len(set(position.reshape(parts, -1).sum(axis=1))) == 1  # No device has more to do.
+
+
+@pytest.mark.parametrize('changes, said', [
+  ({'attention_dropout_rate': 0.1}, 'splash.*attention_dropout_rate'),
+  ({'splash_blocks': {'query': 100}}, 'splash_blocks.query=100: a multiple of 128'),
+  ({'splash_blocks': {'key': 256, 'key_compute': 384}}, 'key_compute=384 does not divide'),
+  ({'splash_blocks': {}, 'attention': 'xla'}, "splash_blocks is set, but attention='xla'"),
+  ({'attention': 'cudnn', 'dtype': 'bfloat16', 'layer_pattern': ('local', 'global'), 'window': 4},
+   'one mask for all layers'),
+])
+def test_what_the_kernel_cannot_do_is_refused(changes, said):
+  with pytest.raises(ValueError, match=said):
+    BASE.replace(**{'attention': 'splash', 'num_layers': 2, **changes})
