@@ -16,6 +16,7 @@ PROGRAMS = {
   'convert': 'bring weights in and out of other formats',
 }
 TOOLS = {
+  'report': 'write a page about one run, or about several over each other',
   'models': 'list the presets: their sizes, and where their weights fit',
   'plan': 'compile a run for its devices before they are paid for',
   'launch': 'print how to start a run on many hosts, or rehearse that here',

@@ -216,11 +216,12 @@ class Flags:
   """The flags of one program, apart from those of others that are imported beside it.
 
   FLAGS.string(...) is absl's `DEFINE_string` and so on; FLAGS[name] the flag. `--help` lists them
-  in this order, under the title of their `section`.
+  in this order, under the title of their `section`. `arguments` says whether the program takes
+  arguments that are no flags.
   """
 
-  def __init__(self) -> None:
-    self.values = flags.FlagValues()
+  def __init__(self, arguments: bool = False) -> None:
+    self.values, self.arguments = flags.FlagValues(), arguments
     self._sections: dict[str, list[str]] = {'': []}
     self._section = ''
 
@@ -329,7 +330,7 @@ def run_program(main: Callable[[Sequence[str]], Any], own: Flags) -> None:
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 
   def guarded(argv: Sequence[str]) -> Any:
-    if len(argv) > 1:
+    if len(argv) > 1 and not own.arguments:
       raise flags.Error(f'unexpected argument {argv[1]!r}; flags are written --name=value')
     if (flags.FLAGS['verbosity'].value or 0) <= 0:
       mistakes.speak_plainly()

@@ -54,7 +54,8 @@ def main(_) -> None:  # noqa: D103
   if scores := summary.get('validation'):
     told = {**metrics.HELD_OUT, 'accuracy': 'accuracy'}.items()
     print(', '.join(f'{text} {tables.number(scores[key])}' for key, text in told if key in scores))
-  for sample in metrics.read_lines(storage.path(WORKDIR.value) / 'samples.jsonl'):
+  samples = metrics.read_lines(storage.path(WORKDIR.value) / 'samples.jsonl')
+  for sample in (one for one in samples if one.get('step') == summary['step']):
     print(f'---\n{sample["prompt"]}{sample["text"]}')
   print(f'report: {storage.path(WORKDIR.value) / "report.html"}')
 

@@ -35,6 +35,8 @@ class EvaluationConfig(Config):
   """Records per validation batch; None takes the training batch size."""
   prompts: tuple[str, ...] = ()
   """Prompts that the finished run continues, for samples.jsonl and the report."""
+  sample_every_steps: int | None = pydantic.Field(default=None, gt=0)
+  """Steps between two times that they are continued before; None: only at the end."""
   prompt_tokens: int = pydantic.Field(default=128, gt=0)
   """Tokens generated for each prompt."""
   temperature: float = pydantic.Field(default=1.0, ge=0)

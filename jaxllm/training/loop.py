@@ -296,17 +296,22 @@ def _loop(
       measuring = [one for one in measurements if _due(step, one.every_steps, last)]
       saving = _due(step, experiment.checkpoint.every_steps, last) or _is_late(
         experiment, step, saved_at)
+      sampling = step < last and step % (experiment.evaluation.sample_every_steps or last) == 0
       stop = stopping.due(step)
-      if measuring or saving or stop:
+      if measuring or saving or sampling or stop:
         skipping, waiting = not _record(run, log, step, waiting), None
         if skipping and step < last:  # Whether the state is good shows when a step is applied.
-          measuring, saving = [], False
+          measuring, saving, sampling = [], False, False
         if skipping and stop:
           break
       if measuring:
         selected = _measure(
           run, log, measuring, state, _placed(bundle, phases, step), selected, step)
         stop = stop or selected.exhausted
+      if sampling:
+        with log.pause('samples'):
+          log.add_samples(scoring.continue_prompts(
+            experiment, run.dataset.tokenizer, _evaluated(experiment, state), run.mesh, step))
       if saving or stop:
         save()
       if stop:
@@ -330,8 +335,7 @@ def _measure(
 ) -> Selection:
   """Take and log the measurements that are due; save the state if it is the best so far."""
   with log.pause('evaluation'):
-    scores = scoring.take(measuring, state_lib.variables(
-      run.experiment, state_lib.evaluation_params(state), state.frozen))
+    scores = scoring.take(measuring, _evaluated(run.experiment, state))
   log.log_scores(step, scores)
   selected = selected.add(step, scores)
   if selected.best and selected.best[0] == step:
@@ -340,6 +344,10 @@ def _measure(
       log.upload()
       store_lib.save_best(run.store, step, state.replace(frozen={}), bundle, selected.facts)
   return selected
+
+
+def _evaluated(experiment: Experiment, state: TrainState) -> Any:
+  return state_lib.variables(experiment, state_lib.evaluation_params(state), state.frozen)
 
 
 def _promise(run: _Run, step: int) -> dict[str, float]:
@@ -435,12 +443,15 @@ def _finish(run: _Run, step: int, frozen: Any) -> dict[str, Any]:
       measure = scoring.make_held_out(experiment, run.dataset, run.mesh, max_batches=None)
       summary['validation'] = measure(variables)
   with run.goodput.spend('samples'):
-    samples = scoring.continue_prompts(experiment, run.dataset.tokenizer, variables, run.mesh)
+    samples = scoring.continue_prompts(
+      experiment, run.dataset.tokenizer, variables, run.mesh, step)
   summary |= _promise(run, step)
   summary['goodput'] = run.goodput.scalars()
   if jax.process_index() == 0:
     if samples:
-      lines = [json.dumps(sample, ensure_ascii=False) for sample in samples]
+      earlier = [one for one in metrics_lib.read_lines(run.path / 'samples.jsonl')
+                 if one.get('step', step) != step]
+      lines = [json.dumps(sample, ensure_ascii=False) for sample in [*earlier, *samples]]
       storage.write_file(run.path / 'samples.jsonl', '\n'.join(lines) + '\n')
     storage.write_json(run.path / 'summary.json', summary)
     report.write_report(run.path)

@@ -1,4 +1,4 @@
-"""One self-contained page about a run, from nothing but the files of its workdir.
+"""One self-contained page about a run, or several over each other, from nothing but their files.
 
 Whatever is missing (an unfinished run has no summary, a new one no metrics) is said in its place.
 Charts are numbers and SVG paths in a square of 100 units, which the page stretches to any width;
@@ -28,6 +28,35 @@ Rows = list[tuple[str, str]]
 Chart = dict[str, Any] | None
 _MAX_BUCKETS = 400
 _MAX_MARKS = 60
+_COLOURS = 6
+
+
+class Run(NamedTuple):
+  """What the files of a workdir say; `style` is the CSS class of its lines among other runs."""
+
+  name: str
+  style: str
+  config: Record
+  summary: Record
+  environment: Record
+  data: Record
+  records: list[dict[str, Any]]
+  samples: list[dict[str, Any]]
+
+  @property
+  def train(self) -> list[dict[str, Any]]:
+    """The records of training steps."""
+    return [r for r in self.records if 'train/loss' in r]
+
+  @property
+  def validation(self) -> list[dict[str, Any]]:
+    """The records of held-out scores."""
+    return [r for r in self.records if 'validation/loss' in r]
+
+  @property
+  def step(self) -> int:
+    """Steps taken."""
+    return self.summary.get('step') or max((r['step'] for r in self.train), default=0)
 
 
 def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
@@ -39,45 +68,68 @@ def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
   Args:
     workdir: the directory of a run, finished or not.
   """
-  path = storage.path(workdir)
+  return write_page([workdir], storage.path(workdir) / 'report.html')
+
+
+def write_page(
+  workdirs: Sequence[str | os.PathLike[str]], target: pathlib.Path,
+  seen: Sequence[Mapping[str, str]] = (),
+) -> pathlib.Path:
+  """Write one page about one run, or about several beside each other, and return its path.
+
+  Args:
+    workdirs: the directories of the runs.
+    target: the file.
+    seen: how models read a text: `name`, `losses`, `lens` (both HTML) and `attention` (a PNG in
+      Base64).
+  """
+  paths = [storage.path(workdir) for workdir in workdirs]
+  runs = [_read(path, index) for index, path in enumerate(paths)]
+  for names in ([run.name for run in runs], [path.name for path in paths], map(str, paths)):
+    if len(set(names := list(names))) == len(runs):
+      runs = [run._replace(name=name) for run, name in zip(runs, names, strict=True)]
+      break
   environment = jinja2.Environment(
     loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
     autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
   )
-  page = environment.get_template('report.html').render(**_describe(path))
-  storage.write_file(path / 'report.html', page)
-  return path / 'report.html'
+  page = environment.get_template('report.html').render(
+    name=' · '.join(run.name for run in runs), runs=[_describe(run) for run in runs], seen=seen,
+    figures=[_tiles(run) + _origin(run) for run in runs],
+    **_charts(runs), prompts=_prompts(runs), differences=_differences(runs), merge=_merge)
+  storage.write_file(target, page)
+  return target
 
 
-def _describe(path: pathlib.Path) -> dict[str, Any]:
-  """Return all that the template shows."""
+def _read(path: pathlib.Path, index: int) -> Run:
   config, summary, environment, data = (
     storage.read_json(path / f'{name}.json')
     for name in ('config', 'summary', 'environment', 'data'))
   records = metrics.read(path / 'metrics.jsonl')
-  train = [r for r in records if 'train/loss' in r]
-  validation = [r for r in records if 'validation/loss' in r]
   if summary.get('step', -1) < max((r['step'] for r in records), default=0):
     summary = {}  # Of an earlier end: the run went on.
-  step = summary.get('step') or max((r['step'] for r in train), default=0)
+  return Run(config.get('name') or path.name or path.resolve().name, f'run{index % _COLOURS + 1}',
+             config, summary, environment, data, records,
+             metrics.read_lines(path / 'samples.jsonl'))
+
+
+def _describe(run: Run) -> dict[str, Any]:
+  """Return all that the template shows of one run."""
   return {
-    'name': config.get('name') or path.name or path.resolve().name,
-    'complete': bool(summary.get('complete')),
-    'step': step,
-    'num_steps': (config.get('training') or {}).get('num_steps'),
-    'origin': _origin(environment, records),
-    'tiles': _tiles(step, config, summary, train, validation),
-    'loss_chart': _loss_chart(train, validation),
-    'charts': _small_charts(train),
-    'task_charts': _task_charts(records),
-    'samples': [
-      {'prompt': (prompt := str(sample.get('prompt', ''))),
-       'text': str(sample.get('text', '')).removeprefix(prompt)}
-      for sample in metrics.read_lines(path / 'samples.jsonl')],
-    'speed': _speed(train, environment),
-    'goodput': _goodput([*records, summary.get('goodput') or {}]),
-    'files': {name: json.dumps(content, indent=2, ensure_ascii=False) for name, content in (
-      ('data.json', data), ('config.json', config), ('environment.json', environment)) if content},
+    'name': run.name,
+    'style': run.style,
+    'complete': bool(run.summary.get('complete')),
+    'step': run.step,
+    'num_steps': (run.config.get('training') or {}).get('num_steps'),
+    'origin': _origin(run),
+    'tiles': _tiles(run),
+    'speed': _speed(run),
+    'goodput': _goodput([*run.records, run.summary.get('goodput') or {}]),
+    'data': _data(run),
+    'files': {
+      name: json.dumps(content, indent=2, ensure_ascii=False) for name, content in (
+        ('data.json', run.data), ('config.json', run.config),
+        ('environment.json', run.environment)) if content},
   }
 
 
@@ -86,23 +138,53 @@ def _known(rows: Sequence[tuple[str, Any, Callable[[Any], str]]]) -> Rows:
   return [(label, text(value)) for label, value, text in rows if value is not None]
 
 
-def _origin(environment: Record, records: Sequence[Record]) -> Rows:
+def _merge(tables: Sequence[Rows]) -> list[tuple[str, list[str]]]:
+  """Return tables of runs as one: label, and the text of each run."""
+  labels = dict.fromkeys(label for rows in tables for label, _ in rows)
+  return [(label, [dict(rows).get(label, '–') for rows in tables]) for label in labels]
+
+
+def _differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+  """Return the fields of the configs that are not the same in all runs."""
+  def fields(node: Any, path: str) -> Rows:
+    if isinstance(node, Mapping) and node:
+      return [one for key, inner in node.items() for one in fields(inner, f'{path}.{key}')]
+    return [(path[1:], json.dumps(node, ensure_ascii=False))]
+
+  merged = _merge([fields(run.config, '') for run in runs])
+  return [row for row in merged if len(set(row[1])) > 1]
+
+
+def _prompts(runs: Sequence[Run]) -> dict[str, list[tuple[str, str]]]:
+  """Return prompt -> (run and step, continuation), step after step."""
+  found: dict[str, list[tuple[str, str]]] = {}
+  for run in runs:
+    steps = {sample.get('step') for sample in run.samples}
+    for sample in run.samples:
+      labels = [run.name] if len(runs) > 1 else []
+      labels += [f'step {sample.get("step")}'] if len(steps) > 1 else []
+      prompt = str(sample.get('prompt', ''))
+      found.setdefault(prompt, []).append(
+        (', '.join(labels), str(sample.get('text', '')).removeprefix(prompt)))
+  return found
+
+
+def _origin(run: Run) -> Rows:
   """Return the command, date and devices of a run."""
-  times = [r['time'] for r in records if isinstance(r.get('time'), int | float)]
+  times = [r['time'] for r in run.records if isinstance(r.get('time'), int | float)]
   dates = dict.fromkeys(
     f'{datetime.datetime.fromtimestamp(time, datetime.UTC):%Y-%m-%d %H:%M}'
     for time in (min(times, default=None), max(times, default=None)) if time is not None)
-  kind, count = environment.get('device_kind'), environment.get('devices')
-  return _known([('command', environment.get('command'), str),
+  kind, count = run.environment.get('device_kind'), run.environment.get('devices')
+  return _known([('command', run.environment.get('command'), str),
                  ('date', ' to '.join(dates) + ' UTC' if dates else None, str),
                  ('device', f'{count} x {kind}' if kind and count else kind, str)])
 
 
-def _tiles(
-  step: int, config: Record, summary: Record, train: Sequence[Record], validation: Sequence[Record]
-) -> Rows:
+def _tiles(run: Run) -> Rows:
   """Return the headline figures, as far as they are known."""
-  training, data = config.get('training') or {}, config.get('data') or {}
+  training, data = run.config.get('training') or {}, run.config.get('data') or {}
+  step, summary, train, validation = run.step, run.summary, run.train, run.validation
   tokens = step * training.get('batch_size', 0) * data.get('context_length', 0)
   scores, scored_step = dict(summary.get('validation') or {}), summary.get('best_step') or step
   if not scores and validation:
@@ -122,41 +204,59 @@ def _tiles(
   ])
 
 
-def _loss_chart(train: Sequence[Record], validation: Sequence[Record]) -> Chart:
-  raw = make_line(train, 'train/loss', '', 'raw')
-  mean = smooth(raw, 'training', 'train')
-  held_out = make_line(validation, 'validation/loss', 'held-out', 'validation')
-  return make_chart('Loss, nats per token', [raw, mean, held_out], '{:.4g}'.format, log=True)
+def _data(run: Run) -> Rows:
+  """Return what the records hold."""
+  return _known([
+    (f'{label} {name}', (run.data.get(split) or {}).get(field), text)
+    for split, label in (('train', 'training'), ('validation', 'held-out'))
+    for field, name, text in (
+      ('documents', 'documents', '{:,}'.format), ('records', 'records', '{:,}'.format),
+      ('tokens', 'tokens', compact), ('text_bytes', 'bytes', compact))
+  ] + [('fingerprint', run.data.get('fingerprint'), str)])
 
 
-def _small_charts(train: Sequence[Record]) -> list[Chart]:
-  drawn = []
-  for title, name, noisy in (
-    ('Learning rate', 'train/learning_rate', False),
-    ('Gradient norm', 'train/grad_norm', True),
-    ('Tokens per second', 'train/tokens_per_second', True),
-    ('Training accuracy', 'train/accuracy', True),
-    ('Parameter norm', 'train/param_norm', False),
-    ('Seconds waiting for data', 'train/data_wait_seconds', True),
-  ):
-    line = make_line(train, name, '', 'raw' if noisy else 'train')
-    lines = [line, smooth(line, '', 'train')] if noisy else [line]
-    drawn.append(make_chart(title, lines, compact, 4, log='norm' in title))
-  return drawn
+def _charts(runs: Sequence[Run]) -> dict[str, list[Chart]]:
+  """Return the charts of losses, other numbers and tasks; several runs lie over each other."""
+  alone = len(runs) == 1
+
+  def lines(name: str, noisy: bool, kind: str = 'train', label: str = '') -> list[Line]:
+    drawn = []
+    for run in runs:
+      style, of = (kind, label) if alone else (f'{kind} {run.style}', run.name)
+      line = make_line(run.records, name, of, style)
+      if noisy and alone:
+        drawn.append(line._replace(label='', style='raw'))
+      drawn.append(smooth(line, of, style) if noisy else line)
+    return drawn
+
+  loss = lines('train/loss', True, label='training')
+  held_out = lines('validation/loss', False, 'validation', 'held-out')
+  titles = {'Loss, nats per token': loss + held_out} if alone else {
+    'Training loss, nats per token': loss, 'Held-out loss, nats per token': held_out,
+    'Held-out bits per byte': lines('validation/bits_per_byte', False, 'validation')}
+  names = dict.fromkeys(name for run in runs for r in run.records for name in r
+                        if name.startswith('task/'))
+  return {
+    'losses': [make_chart(title, of, '{:.4g}'.format, log=True) for title, of in titles.items()],
+    'charts': [
+      make_chart(title, lines(name, noisy), compact, 4, log='norm' in title)
+      for title, name, noisy in (
+        ('Learning rate', 'train/learning_rate', False),
+        ('Gradient norm', 'train/grad_norm', True),
+        ('Tokens per second', 'train/tokens_per_second', True),
+        ('Training accuracy', 'train/accuracy', True),
+        ('Parameter norm', 'train/param_norm', False),
+        ('Seconds waiting for data', 'train/data_wait_seconds', True))],
+    'task_charts': [
+      make_chart(': '.join(name.split('/', 2)[1:]).replace('_', ' '),
+                 lines(name, False, 'validation'), '{:.4g}'.format, 4) for name in names],
+  }
 
 
-def _task_charts(records: Sequence[Record]) -> list[Chart]:
-  """Draw every score of every task, in the order of metrics.jsonl."""
-  names = dict.fromkeys(name for r in records for name in r if name.startswith('task/'))
-  return [
-    make_chart(': '.join(name.split('/', 2)[1:]).replace('_', ' '),
-                 [make_line(records, name, '', 'validation')], '{:.4g}'.format, 4)
-    for name in names]
-
-
-def _speed(train: Sequence[Record], environment: Record) -> Rows:
-  """Return the time, memory and utilisation of the run."""
-  utilisation, kind = _median(train, 'train/mfu'), environment.get('device_kind', 'this device')
+def _speed(run: Run) -> Rows:
+  """Return the time, memory and utilisation of a run."""
+  train = run.train
+  utilisation, kind = _median(train, 'train/mfu'), run.environment.get('device_kind', 'this device')
   unknown = f'unknown: no published peak for {kind}' if train else None
   return _known([
     ('seconds per step', _median(train, 'train/step_seconds'), '{:.4g}'.format),
@@ -176,7 +276,7 @@ def _speed(train: Sequence[Record], environment: Record) -> Rows:
 def _goodput(records: Sequence[Record]) -> list[tuple[str, str, float]]:
   """Return (cause, text, per cent) of what the time of the run went into."""
   last = next((one for one in reversed(records) if 'goodput/fraction' in one), {})
-  spent = {cause: last.get(f'goodput/{cause}_seconds') or 0.0 for cause in CAUSES}
+  spent = {cause: max(last.get(f'goodput/{cause}_seconds') or 0.0, 0.0) for cause in CAUSES}
   shares = {cause: 100 * seconds / (sum(spent.values()) or 1) for cause, seconds in spent.items()}
   return [(CAUSES[cause], f'{format_duration(spent[cause])}, {share:.1f} %', round(share, 2))
           for cause, share in shares.items() if spent[cause]]
@@ -196,7 +296,7 @@ class Line(NamedTuple):
 
   Attributes:
     label: for the legend; empty for none.
-    style: its CSS class. The points of 'validation' are marked, where there are not too many.
+    style: its CSS classes. The points of 'validation' are marked, where there are not too many.
     steps: int, ascending.
     values: float64, finite, as many.
   """
@@ -272,7 +372,7 @@ def make_chart(
   for label, style, steps, values in lines:
     steps, values = _thin(steps, values)
     places = [f'{a:.2f} {b:.2f}' for a, b in zip(x(steps), y(values), strict=True)]
-    marked = len(places) == 1 or (style == 'validation' and len(places) <= _MAX_MARKS)
+    marked = len(places) == 1 or ('validation' in style and len(places) <= _MAX_MARKS)
     points = [{'place': place, 'label': f'step {step:,}: {text(value)}'}
               for place, step, value in zip(places, steps, values, strict=True) if marked]
     drawn.append({'label': label, 'style': style, 'latest': text(float(f'{values[-1]:.4g}')),

@@ -159,9 +159,9 @@ def make_model(
 
 
 def continue_prompts(
-  experiment: Experiment, tokenizer: Tokenizer, variables: Any, mesh: Mesh
-) -> list[dict[str, str]]:
-  """Return {'prompt', 'text'} of the prompts of `evaluation`; all processes take part."""
+  experiment: Experiment, tokenizer: Tokenizer, variables: Any, mesh: Mesh, step: int
+) -> list[dict[str, Any]]:
+  """Return {'step', 'prompt', 'text'} of the prompts of `evaluation`; all processes take part."""
   config = experiment.evaluation
   if not config.prompts:
     return []
@@ -169,7 +169,7 @@ def continue_prompts(
     make_model(experiment, tokenizer, variables, mesh), config.prompts,
     max_new_tokens=config.prompt_tokens, temperature=config.temperature, top_p=config.top_p,
     seed=experiment.seed)
-  return [{'prompt': prompt, 'text': text}
+  return [{'step': step, 'prompt': prompt, 'text': text}
           for prompt, text in zip(config.prompts, texts, strict=True)]
 
 

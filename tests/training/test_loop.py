@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -19,9 +20,11 @@ from jaxllm.checkpoints import store
 from jaxllm.config import override
 from jaxllm.data import batches
 from jaxllm.training import dataset, loop, passed_over, state, workdir
+from tests import programs
 from tests.training import tiny_run as tiny
 
 ONE = slice(0, 1)
+WHOLE = {'training__ema_decay': 0.9, 'evaluation__sample_every_steps': 3}
 
 
 def train(experiment, path):
@@ -37,7 +40,7 @@ def losses(path):
 def whole(tmp_path_factory):
   """A run of eight steps that was never stopped."""
   base = tmp_path_factory.mktemp('whole')
-  summary = train(tiny.experiment(base, training__ema_decay=0.9), base / 'run')
+  summary = train(tiny.experiment(base, **WHOLE), base / 'run')
   return base, summary
 
 
@@ -54,15 +57,40 @@ def test_a_run_leaves_all_its_files(whole):
   assert scores['perplexity'] == pytest.approx(np.exp(scores['loss']))
   # Every byte is a token, and each document ends with one more.
   assert scores['bits_per_byte'] == pytest.approx(scores['loss'] / np.log(2), rel=0.02)
-  assert config_lib.load(str(base / 'run')) == tiny.experiment(base, training__ema_decay=0.9)
-  sample = json.loads((base / 'run' / 'samples.jsonl').read_text())
-  assert sample['prompt'] == 'the king'
+  assert config_lib.load(str(base / 'run')) == tiny.experiment(base, **WHOLE)
+  lines = (base / 'run' / 'samples.jsonl').read_text().splitlines()
+  samples = [json.loads(line) for line in lines]
+  assert [(one['step'], one['prompt']) for one in samples] == [
+    (3, 'the king'), (6, 'the king'), (8, 'the king')]
+
+
+def test_a_page_about_the_run_with_a_text_that_it_reads(whole):
+  base, _ = whole
+  target = base / 'page.html'
+  found = programs.run('tools.report', str(base / 'run'), f'--output={target}', '--text=my lord')
+  assert found[:2] == (0, f'report: {target}\n')
+  page = target.read_text()
+  assert page.count('nats" style') == 8 and 'src="data:image/png;base64,iVBOR' in page
+  assert not re.search(r'(src|href)="(?!data:)', page) and '<th>layer 1</th>' in page
+  assert re.findall(r'<h3>step (\d+)</h3>', page) == ['3', '6', '8']
+
+
+@pytest.mark.parametrize(('arguments', 'sentence'), [
+  ([], 'name the workdir of a run'),
+  (['run', 'nowhere'], 'nowhere is no directory'),
+  (['records'], 'records holds no metrics.jsonl: no run has begun there'),
+  (['run', 'run/../run'], 'is named twice'),
+])
+def test_a_page_about_no_run_is_one_sentence(whole, arguments, sentence):
+  code, out, error = programs.run('tools.report', *(str(whole[0] / name) for name in arguments))
+  assert (code, out) == (2, '') and error.startswith('error: ') and error.count('\n') == 1
+  assert sentence in error
 
 
 def test_the_checkpoint_alone_gives_the_model(whole):
   base, _ = whole
   model = loading.load(base / 'run')
-  assert model.experiment == tiny.experiment(base, training__ema_decay=0.9)
+  assert model.experiment == tiny.experiment(base, **WHOLE)
   ids = model.encode_prompt('the king')
   assert model.logits(ids).shape == (len(ids), model.config.vocab_size)
   assert model.hidden(ids).shape == (len(ids), model.config.embed_dim)
@@ -128,7 +156,7 @@ def test_a_run_resumes_on_another_mesh(whole):
 def test_a_second_call_says_that_the_run_is_complete(whole, caplog):
   base, summary = whole
   before = (base / 'run' / 'metrics.jsonl').read_bytes()
-  again = train(tiny.experiment(base, training__ema_decay=0.9), base / 'run')
+  again = train(tiny.experiment(base, **WHOLE), base / 'run')
   assert again == summary
   assert (base / 'run' / 'metrics.jsonl').read_bytes() == before
 
@@ -375,6 +403,7 @@ def test_an_unwritable_workdir_is_refused(tmp_path):
 SCRIPT = '''
 import jax, pathlib, sys
 sys.path.insert(0, {root!r})
+from tests import programs
 from tests.training import tiny_run as tiny
 from jaxllm.training import loop
 base = pathlib.Path({base!r})

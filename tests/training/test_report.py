@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from jaxllm.training.report import write_report
+from jaxllm.training.report import write_page, write_report
 
 EVIL = '<script>alert("&")</script>'
 
@@ -188,3 +188,61 @@ def test_losses_that_were_not_finite_are_gaps(finished):
   records[-1]['train/loss'] = None
   write(finished, 'metrics.jsonl', records, lines=True)
   assert '3.520 training loss' in report(finished).text
+
+
+def other(path, directory, **config):
+  """Write another run beside the first one."""
+  directory = path / directory
+  directory.mkdir()
+  write(directory, 'config.json', CONFIG | config)
+  write(directory, 'metrics.jsonl', [
+    *train_records(500), {'step': 500, 'validation/loss': 2.5, 'validation/bits_per_byte': 3.5},
+    {'step': 500, 'goodput/fraction': 0.5, 'goodput/useful_seconds': 3.0,
+     'goodput/data_seconds': -0.001}], lines=True)
+  return directory
+
+
+def compare(*paths):
+  target = write_page(paths, paths[0] / 'page.html')
+  text = target.read_text(encoding='utf-8')
+  assert not re.search(r'(src|href)=|url\(|@import|https?:', text)
+  page = Text(text)
+  assert page.open == [] and 'script' not in page.tags
+  return page.text, text
+
+
+def test_runs_lie_over_each_other(finished):
+  second = other(finished, 'second', name='larger', seed=8, training={'num_steps': 500})
+  text, page = compare(finished, second)
+  assert 'tiny · larger tiny: Complete. 1,000 steps. larger: Complete' not in text
+  assert 'larger: Not finished. 500 of 500 steps.' in text
+  assert 'held-out loss 2.000 2.500' in text and 'parameters 1.54M –' in text
+  # One line of each run in each chart, in the colour of the run.
+  titles = ('Training loss', 'Held-out loss', 'Held-out bits per byte', 'Learning rate')
+  for chart in re.findall(r'<figure.*?</figure>', page, re.DOTALL):
+    if any(title in chart for title in titles):
+      assert re.findall(r'class="line \w+ (run\d)"', chart) == ['run1', 'run2']
+  assert text.count('tiny 3') and 'larger 3' in text
+  differences = text.partition('What differs in the configs')[2].partition('Samples')[0]
+  assert differences.split() == (
+    'tiny larger name "tiny" "larger" seed 7 8 training.num_steps 1000 500 '
+    'training.batch_size 4 –').split()
+  assert 'steps that count 00:03, 100.0 % Data' in text  # And none of the time before 0.
+  assert 'training documents 3 – ' in text
+
+
+def test_runs_of_one_name_are_told_apart_by_their_directories(finished):
+  second = other(finished, 'second')
+  text, _ = compare(finished, second)
+  assert f'{finished.name} · second' in text
+  assert 'Nothing: the configs are the same.' in text
+
+
+def test_samples_over_time(finished):
+  write(finished, 'samples.jsonl', [
+    {'step': step, 'prompt': prompt, 'text': f' at {step}'}
+    for step in (500, 1000) for prompt in ('To be', 'HAMLET')], lines=True)
+  assert 'To be at 500 step 1000 To be at 1000 step 500 HAMLET at 500' in report(finished).text
+  second = other(finished, 'second', name='larger')
+  write(second, 'samples.jsonl', [{'step': 500, 'prompt': 'To be', 'text': '.'}], lines=True)
+  assert 'tiny, step 1000 To be at 1000 larger To be .' in compare(finished, second)[0]
