@@ -62,6 +62,9 @@ class MeshConfig(Config):
   """Devices that split the sequence."""
   expert: int = 1
   """Devices that split the experts of a mixture-of-experts layer, and the batch elsewhere."""
+  slices: int = 1
+  """Parts of the devices with a slow network between them, such as TPU slices: `data` alone runs
+  over it, and must be a multiple of them."""
   rules: Rules = DEFAULT_RULES
   """Logical axis name -> mesh axes, as pairs. A name may stand once; () replicates."""
 
@@ -71,6 +74,9 @@ class MeshConfig(Config):
     for axis, size in sizes.items():
       if size != -1 and size < 1:
         raise ValueError(f'{axis}={size}: a positive number, or -1 for all remaining devices')
+    if self.slices < 1 or (self.data != -1 and self.data % self.slices):
+      raise ValueError(f'slices={self.slices} with data={self.data}: slices is a positive number '
+                       'that divides data, the only axis between slices')
     if list(sizes.values()).count(-1) > 1:
       raise ValueError('at most one mesh axis may be -1')
     names = [name for name, _ in self.rules]
@@ -91,6 +97,9 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
       f'config.mesh ({shape}) needs a multiple of {known} devices but there are {num_devices}; '
       'change the sizes so that they multiply to the device count (one may be -1)'
     )
+  if sizes[0] % config.slices:
+    raise ValueError(f'config.mesh.slices={config.slices} does not divide data={sizes[0]}, what '
+                     f'the other axes leave of {num_devices} devices; change one of the sizes')
   return tuple(sizes)
 
 
@@ -102,13 +111,30 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     devices: the devices to use; all devices of all processes by default.
 
   Raises:
-    ValueError: the sizes do not multiply to the number of devices.
+    ValueError: the sizes do not multiply to the number of devices, or to those of each slice.
   """
   devices = list(devices) if devices is not None else jax.devices()
   sizes = mesh_shape(config, len(devices))
   # Unlike jax.make_mesh, split an axis of a TPU's torus where none has the wanted size.
-  array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+  array = np.concatenate([
+    mesh_utils.create_device_mesh(
+      (sizes[0] // config.slices, *sizes[1:]), part, allow_split_physical_axes=True)
+    for part in slice_devices(config, devices)])
   return Mesh(array, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def slice_devices(config: MeshConfig, devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
+  """Return the devices of each slice: TPUs say theirs, others are parted in the order given."""
+  if devices[0].platform != 'tpu':
+    parts = np.array(devices, object).reshape(config.slices, -1)
+    return [list(part) for part in parts]
+  slices: dict[int, list[jax.Device]] = {}
+  for device in devices:
+    slices.setdefault(getattr(device, 'slice_index', 0), []).append(device)
+  if len(slices) != config.slices:
+    raise ValueError(f'config.mesh.slices={config.slices}, but by their slice_index the devices '
+                     f'are of {len(slices)}; set it to that')
+  return [slices[index] for index in sorted(slices)]
 
 
 @dataclasses.dataclass(frozen=True)

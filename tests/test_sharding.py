@@ -1,5 +1,7 @@
 """Meshes and rules: shapes that fit, errors that say what to change, batches placed by name."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,15 +22,35 @@ def test_one_axis_takes_the_devices_that_are_left():
   ({'data': 3}, 'multiple of 3 devices but there are 8'),
   ({'fsdp': 3}, 'multiple of 3 devices but there are 8'),
   ({'data': 4}, 'multiple of 4'),
+  ({'fsdp': 4, 'slices': 4}, 'slices=4 does not divide data=2'),
 ])
 def test_sizes_that_do_not_fit_are_refused(fields, message):
   with pytest.raises(ValueError, match=message):
     sharding.make_mesh(MeshConfig(**fields))
 
 
+def test_data_alone_runs_between_slices():
+  """A TPU says its slice; elsewhere a slice is a part of the devices in their order."""
+  mesh_config = MeshConfig(data=4, fsdp=2, slices=2)
+  mesh = sharding.make_mesh(mesh_config)
+  numbers = np.vectorize(lambda device: device.id)(mesh.devices).reshape(2, 2, 2)
+  np.testing.assert_array_equal(np.sort(numbers.reshape(2, 4)), np.arange(8).reshape(2, 4))
+
+  def chips(*slices):
+    return [types.SimpleNamespace(platform='tpu', device_kind='TPU', slice_index=index, id=number,
+                                  process_index=index) for number, index in enumerate(slices)]
+
+  found = sharding.slice_devices(mesh_config, chips(1, 0, 1, 0, 0, 1, 1, 0))
+  assert [[one.id for one in part] for part in found] == [[1, 3, 4, 7], [0, 2, 5, 6]]
+  for devices in (chips(*[0] * 8), [types.SimpleNamespace(platform='tpu')] * 8):
+    with pytest.raises(ValueError, match=r'slices=2, but .* slice_index .* are of 1; set it'):
+      sharding.slice_devices(mesh_config, devices)
+
+
 @pytest.mark.parametrize('fields, message', [
   ({'data': 0}, 'data=0'),
   ({'data': -1, 'fsdp': -1}, 'at most one'),
+  ({'data': 3, 'slices': 2}, 'slices=2 with data=3: .* divides data'),
   ({'rules': (('embed', ('gpu',)),)}, "rules.0.1.0='gpu': Input should be 'data', 'fsdp'"),
   ({'rules': (('embed', ()), ('embed', ()))}, 'more than once'),
 ])

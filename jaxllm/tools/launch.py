@@ -26,7 +26,8 @@ CONFIG = FLAGS.string('config', None, config.FLAG_HELP, required=True)
 FOR = FLAGS.enum('for', None, ['tpuvm', 'gke', 'slurm', 'image', 'local'], 'Where.', required=True)
 WORKDIR = FLAGS.string('workdir', None, 'Directory of the run, which all hosts see.')
 TOPOLOGY = FLAGS.string('topology', None, 'TPU slice, as v5e:4x4; else that of the variant.')
-SLICES = FLAGS.integer('slices', 1, 'How many of them.', lower_bound=1)
+SLICES = FLAGS.integer('slices', None, 'How many of them; by default config.mesh.slices.',
+                       lower_bound=1)
 NODES = FLAGS.integer('nodes', None, 'Hosts with GPUs; by default as the mesh needs.',
                       lower_bound=1)
 GPUS = FLAGS.integer('gpus_per_node', 8, 'GPUs of each.', lower_bound=1)
@@ -119,6 +120,10 @@ def recipe(experiment: Any) -> str:
   root = '/shared' if target == 'slurm' else 'gs://BUCKET'
   workdir = WORKDIR.value or f'{root}/runs/{experiment.name}'
   changes = {'records_dir': f'{workdir.rpartition("/")[0]}/records', **config.overrides()}
+  mesh, slices = experiment.mesh, SLICES.value or experiment.mesh.slices
+  if topology and slices != mesh.slices:
+    mesh = config.override(mesh, {'slices': slices})
+    changes['mesh.slices'] = slices
   command = [f'--config={CONFIG.value}', f'--workdir={workdir}', '--distributed',
              *(f'--config.{path}={value}' for path, value in changes.items())]
   values = {
@@ -133,14 +138,13 @@ def recipe(experiment: Any) -> str:
     name = 'slurm.sh' if target == 'slurm' else 'gke_gpu.yaml'
     return _fill(name, **values, hosts=nodes, gpus=GPUS.value)
   part = parse_slice(topology)
-  sharding.mesh_shape(
-    experiment.mesh, part.chips * SLICES.value * (2 if part.tpu is TPUS['tpu7x'] else 1))
+  sharding.mesh_shape(mesh, part.chips * slices * (2 if part.tpu is TPUS['tpu7x'] else 1))
   if target == 'tpuvm' and not part.tpu.accelerator:
     raise ValueError('--for=tpuvm: TPU7x is not part of the Cloud TPU API; use --for=gke')
   return _fill(
     'tpuvm.sh' if target == 'tpuvm' else 'gke_tpu.yaml', **values, **part.tpu._asdict(),
     hosts=part.hosts, chips=part.chips, chips_per_host=part.chips // part.hosts, shape=part.shape,
-    machine_type=part.machine, slices=SLICES.value, zone=ZONE.value,
+    machine_type=part.machine, slices=slices, zone=ZONE.value,
     accelerator_type=f'{part.tpu.accelerator}-{part.chips * part.tpu.units_per_chip}',
     spot='--spot' if SPOT.value else '',
     spot_selector='cloud.google.com/gke-spot: "true"' if SPOT.value else '# On-demand machines.')

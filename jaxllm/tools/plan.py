@@ -87,8 +87,7 @@ def find_devices(topology: str, mesh: Any, compiles: bool = True) -> tuple[Any, 
   if topology == 'local':
     found = sharding.make_mesh(mesh)
     return found, cost.local_chip(found)
-  chips = launch.parse_slice(topology).chips
-  abstract = sharding.abstract_mesh(mesh, chips)
+  abstract = sharding.abstract_mesh(mesh, launch.parse_slice(topology).chips * mesh.slices)
   generation = topology.partition(':')[0]
   if generation not in cost.CHIPS:
     raise ValueError(f'--topology={topology}: chips that can be planned are '
@@ -102,8 +101,9 @@ def find_devices(topology: str, mesh: Any, compiles: bool = True) -> tuple[Any, 
     raise ValueError(wrong)
   from jax.experimental import topologies
 
-  devices = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
-  return sharding.make_mesh(mesh, devices), cost.CHIPS[generation]
+  several = {'num_slices': mesh.slices} if mesh.slices > 1 else {}
+  described = topologies.get_topology_desc(platform='tpu', topology_name=topology, **several)
+  return sharding.make_mesh(mesh, described.devices), cost.CHIPS[generation]
 
 
 def plan(experiment: Any, topology: str, compiles: bool = True) -> dict[str, Any]:

@@ -4,6 +4,7 @@ One process is told to stop, as before a preemption, and later one is killed; ea
 started again, as the recipes of `launch` do, and it is said what that has cost.
 """
 
+import math
 import os
 import pathlib
 import random
@@ -49,7 +50,7 @@ def mesh(wanted: sharding.MeshConfig, num_devices: int) -> sharding.MeshConfig:
             if getattr(wanted, axis) == -1 or getattr(wanted, axis) > size]
     sizes[min(wide or ['data'], key=sizes.__getitem__)] *= factor
     left //= factor
-  return wanted.replace(**sizes)
+  return wanted.replace(**sizes, slices=math.gcd(sizes['data'], wanted.slices))
 
 
 def stand_in(experiment: Experiment, directory: pathlib.Path, num_devices: int) -> Experiment:

@@ -169,7 +169,9 @@ def test_the_jobset_has_the_hosts_of_the_slice(flags, chips, hosts, slices):
   replicated, job, container = jobset(printed('gke', *flags))
   assert (job['parallelism'], job['completions'], replicated['replicas']) == (hosts, hosts, slices)
   assert container['resources']['limits'] == {'google.com/tpu': chips}
-  assert train_flags(container['args'])['workdir'] == 'gs://BUCKET/runs/gpt3_1.3b'
+  flags = train_flags(container['args'])
+  assert flags['workdir'] == 'gs://BUCKET/runs/gpt3_1.3b'
+  assert flags.get('config.mesh.slices', '1') == str(slices)
 
 
 def test_a_slice_that_the_mesh_does_not_fill_is_refused():

@@ -18,7 +18,7 @@ MESHES = {
   'data': {'data': 8},
   'fsdp': {'data': 1, 'fsdp': 8},
   'tensor': {'data': 4, 'tensor': 2},
-  'mixed': {'data': 2, 'fsdp': 2, 'tensor': 2},
+  'mixed': {'data': 2, 'fsdp': 2, 'tensor': 2, 'slices': 2},
 }
 
 
