@@ -348,7 +348,7 @@ def run_program(main: Callable[[Sequence[str]], Any], own: Flags) -> None:
     text = mistakes.sentence(error, own.values)
     if text is None or (flags.FLAGS['verbosity'].value or 0) > 0:
       raise
-    print(f'error: {text}', file=sys.stderr)
+    print(f'{mistakes.paint("error:", "red", sys.stderr)} {text}', file=sys.stderr)
     sys.exit(getattr(error, 'exit_code', 2))  # 1: the same call may succeed later.
 
 

@@ -89,11 +89,19 @@ class Voice(logging.Handler):
   def emit(self, record: logging.LogRecord) -> None:
     """Write a record; a warning says that it is one."""
     if record.pathname.startswith(_PACKAGE) or record.levelno >= logging.ERROR:
-      before = {logging.WARNING: 'warning: ', logging.ERROR: 'error: '}.get(record.levelno, '')
+      before = {logging.WARNING: paint('warning: ', 'yellow', sys.stderr),
+                logging.ERROR: paint('error: ', 'red', sys.stderr)}.get(record.levelno, '')
       import tqdm
 
       with contextlib.suppress(OSError):  # A full disk ends no program by what it says of itself.
         tqdm.tqdm.write(before + self.format(record), file=sys.stderr)
+
+
+def paint(text: str, colour: str, stream: Any = None) -> str:
+  """Return a text in red, green or yellow where a terminal shows it and NO_COLOR is not set."""
+  shown = (stream or sys.stdout).isatty() and not os.environ.get('NO_COLOR')
+  code = {'red': 31, 'green': 32, 'yellow': 33}.get(colour)
+  return f'\033[{code}m{text}\033[0m' if shown and code else text
 
 
 def speak_plainly() -> None:

@@ -20,18 +20,18 @@ def mismatch(accelerators: bool = True) -> str | None:
   Args:
     accelerators: whether libtpu and the plugins for CUDA count.
   """
-  jax, jaxlib, flax = (_installed(name) for name in ('jax', 'jaxlib', 'flax'))
+  jax, jaxlib, flax = (installed(name) for name in ('jax', 'jaxlib', 'flax'))
   if _numbers(jax) >= _numbers(NEW_JAX) and '' < flax and _numbers(flax) < _numbers(NEW_FLAX):
     return (f'flax {flax} cannot be used with jax {jax}: pip install --upgrade '
             f"'flax>={NEW_FLAX}'")
   if not accelerators:
     return None
   for cuda in ('cuda12', 'cuda13'):
-    plugin = _installed(f'jax-{cuda}-plugin')
+    plugin = installed(f'jax-{cuda}-plugin')
     if plugin and plugin != jaxlib:
       return (f'jax-{cuda}-plugin {plugin} does not fit jaxlib {jaxlib}: pip install '
               f"'jax[{cuda}]=={jax}'")
-  libtpu = _installed('libtpu')
+  libtpu = installed('libtpu')
   fitting = next((known for start, known in LIBTPU.items() if jax.startswith(start)), ())
   if libtpu and fitting and not libtpu.startswith(fitting):
     return (f'libtpu {libtpu} does not fit jax {jax}, which needs '
@@ -40,7 +40,8 @@ def mismatch(accelerators: bool = True) -> str | None:
   return None
 
 
-def _installed(name: str) -> str:
+def installed(name: str) -> str:
+  """Return the version of a package; '': it is not installed."""
   try:
     return importlib.metadata.version(name)
   except importlib.metadata.PackageNotFoundError:
