@@ -1,11 +1,17 @@
-"""Cleaning of text: a list of steps, each a function from text to text."""
+"""Cleaning of text: named steps, each a pure function of a document, and what they did.
+
+`cleaner` runs the steps of a `CleaningConfig`; `STEPS` lists them. A step that is run again on what
+it returned changes nothing.
+"""
 
 import functools
+import html
 import html.parser
 import re
 import unicodedata
-from collections.abc import Callable
-from typing import Literal
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import pydantic
 
@@ -15,19 +21,56 @@ from jaxllm.config import Config
 class CleaningConfig(Config):
   """Which steps of cleaning run. By default none does, and text goes through untouched."""
 
-  steps: tuple[Literal['mojibake', 'html', 'control', 'nfc', 'whitespace'], ...] = ()
+  steps: tuple[Literal['mojibake', 'html', 'control', 'bidi', 'nfc', 'whitespace'], ...] = ()
   """Steps in the order in which they run: 'mojibake' repairs text that was decoded wrongly, 'html'
-  keeps the text of a page, 'control' drops control characters, 'nfc' composes accents, 'whitespace'
-  joins runs of blanks and of empty lines."""
+  keeps the text of a page, 'control' drops control characters, 'bidi' marks of the direction of
+  writing, 'nfc' composes accents, 'whitespace' joins runs of blanks and of empty lines."""
   min_characters: int = pydantic.Field(default=1, ge=1)
   """Documents that are shorter after these steps are dropped."""
+
+  def facts(self) -> dict[str, Any]:
+    """Return what decides the cleaned texts, as JSON-able values for the records' fingerprint."""
+    # Records from before a field existed stay valid while it has its default.
+    fields = self.model_dump(mode='json', include={'steps', 'min_characters'})
+    fields |= self.model_dump(mode='json', exclude_defaults=True)
+    # Since 'html' keeps what only looks like a tag.
+    return fields | ({'html': 2} if 'html' in self.steps else {})
+
+
+Step = Callable[[str], tuple[str | None, Mapping[str, int]]]
+"""A document -> the cleaned one, or None where it is dropped, and how often it found what."""
+Cleaned = tuple[str | None, Counter[str]]
+
+
+def cleaner(config: CleaningConfig) -> Callable[[str], Cleaned]:
+  """Return a function from a document to the cleaned one, or None, and what each step did.
+
+  Its counts are named 'STEP.changed' and 'STEP.dropped' (documents), 'STEP.characters' (those that
+  the step took away, below 0 where it added some) and by what the step itself counts.
+  """
+  steps: list[tuple[str, Step]] = [(name, STEPS[name]) for name in config.steps]
+  steps.append(('min_characters', lambda text: (
+    text if len(text) >= config.min_characters else None, {})))
+
+  def run(text: str) -> Cleaned:
+    counts: Counter[str] = Counter()
+    for name, step in steps:
+      cleaned, found = step(text)
+      if cleaned != text:
+        counts[f'{name}.{"dropped" if cleaned is None else "changed"}'] += 1
+        counts[f'{name}.characters'] += len(text) - len(cleaned or '')
+        counts.update({f'{name}.{kind}': number for kind, number in found.items()})
+      if cleaned is None:
+        return None, counts
+      text = cleaned
+    return text, counts
+
+  return run
 
 
 def clean(text: str, config: CleaningConfig) -> str | None:
   """Return the text after all steps, or None where the document is to be dropped."""
-  for step in config.steps:
-    text = STEPS[step](text)
-  return text if len(text) >= config.min_characters else None
+  return cleaner(config)(text)[0]
 
 
 def repair_mojibake(text: str) -> str:
@@ -39,20 +82,31 @@ def repair_mojibake(text: str) -> str:
 
 
 def strip_html(text: str) -> str:
-  """Return the visible text of HTML, one line per block; scripts, styles and comments go."""
-  if not ('<' in text or '&' in text):
-    return text
+  """Return the visible text of HTML, one line per block; scripts, styles and comments go.
+
+  What would be a tag or a character reference if it were read again stays escaped ('&lt;b>'), and
+  what names no element of HTML ('<int>', '<a@b.com>') stays as it is.
+  """
+  last = text.rfind('>') + 1  # No tag ends after it.
+  if not _MARKUP.search(text, 0, last):
+    return _escaped(html.unescape(text)) if '&' in text else text
   parser = _TextParser()
   # The parser would look for the end of each tag in vain, in time that grows with the square.
-  last = text.rfind('>') + 1
-  parser.feed(text[:last] + text[last:].replace('<', '&lt;'))
+  parser.feed(_NO_MARKUP.sub('&lt;', text[:last]) + text[last:].replace('<', '&lt;'))
   parser.close()
   runs = [''.join(pieces) for pieces in parser.runs]
   runs[::2] = [re.sub(r'\n\s*\n\s*', '\n\n', run) for run in runs[::2]]
   runs[1::2] = [run.removeprefix('\n').rstrip('\n') for run in runs[1::2]]
   runs[0] = runs[0].lstrip()
   runs[-1] = runs[-1].rstrip()
-  return ''.join(runs)
+  return _escaped(''.join(runs))
+
+
+def _escaped(text: str) -> str:
+  """Escape what `strip_html` would take for markup."""
+  text = _REFERENCE.sub(lambda m: m[0] if html.unescape(m[0]) == m[0] else f'&amp;{m[0][1:]}', text)
+  last = text.rfind('>') + 1
+  return _MARKUP.sub(lambda m: f'&lt;{m[0][1:]}', text[:last]) + text[last:]
 
 
 def drop_control_characters(text: str) -> str:
@@ -71,18 +125,45 @@ def join_whitespace(text: str) -> str:
   return re.sub(r'\n{3,}', '\n\n', text).strip()
 
 
-STEPS: dict[str, Callable[[str], str]] = {
-  'mojibake': repair_mojibake,
-  'html': strip_html,
-  'control': drop_control_characters,
-  'nfc': functools.partial(unicodedata.normalize, 'NFC'),
-  'whitespace': join_whitespace,
+def drop_direction_marks(text: str) -> str:
+  """Drop the invisible marks of the direction of writing; one between two words becomes a space."""
+  return _BIDI.sub('', _BIDI_BETWEEN_WORDS.sub(' ', text))
+
+
+def _rewriting(function: Callable[[str], str]) -> Step:
+  return lambda text: (function(text), {})
+
+
+STEPS: dict[str, Step] = {
+  'mojibake': _rewriting(repair_mojibake),
+  'html': _rewriting(strip_html),
+  'control': _rewriting(drop_control_characters),
+  'bidi': _rewriting(drop_direction_marks),
+  'nfc': _rewriting(functools.partial(unicodedata.normalize, 'NFC')),
+  'whitespace': _rewriting(join_whitespace),
 }
 
 _LINE_END = re.compile('\r\n|[\r\x0b\x0c\x1c-\x1e\x85]')
 _CONTROL = re.compile('[\x00-\x08\x0e-\x1b\x1f\x7f-\x9f\ufeff]+')
 _BETWEEN_WORDS = re.compile(rf'(?<=\S)(?<!{_CONTROL.pattern[:-1]}){_CONTROL.pattern}(?=\S)')
+_BIDI = re.compile('[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]+')
+_BIDI_BETWEEN_WORDS = re.compile(rf'(?<=\w){_BIDI.pattern}(?=\w)')
 
+_ELEMENTS = (
+  'a abbr acronym address applet area article aside audio b base basefont bdi bdo big blockquote '
+  'body br button canvas caption center cite code col colgroup data datalist dd del details dfn '
+  'dialog dir div dl dt em embed fieldset figcaption figure font footer form frame frameset h1 h2 '
+  'h3 h4 h5 h6 head header hgroup hr html i iframe img input ins kbd label legend li link main '
+  'map mark marquee math menu meta meter nav nobr noembed noframes noscript object ol optgroup '
+  'option output p param path picture plaintext pre progress q rb rp rt rtc ruby s samp script '
+  'search section select slot small source span strike strong style sub summary sup svg table '
+  'tbody td template textarea tfoot th thead time title tr track tt u ul var video wbr xmp').split()
+# A tag of HTML or of an element of one's own (with - or :), a comment, a declaration.
+_TAG = (rf'(?:/?(?:{"|".join(_ELEMENTS)}|[a-z][a-z0-9]*[-:][a-z][\w-]*)(?=[\s/>])'
+        r'|!--|!doctype\b|!\[|\?)')
+_MARKUP = re.compile(f'<{_TAG}', re.IGNORECASE)
+_NO_MARKUP = re.compile(f'<(?!{_TAG})', re.IGNORECASE)
+_REFERENCE = re.compile(r'&[^\t\n\f <&;]{1,32};?')
 _BLOCKS = frozenset(
   'address article aside blockquote body br caption dd details dialog div dl dt fieldset '
   'figcaption figure footer form h1 h2 h3 h4 h5 h6 header hr legend li main nav ol optgroup option '

@@ -239,6 +239,17 @@ class SourceCounts(Config):
   """Documents it held."""
   dropped: int
   """Documents that cleaning dropped, or that were empty."""
+  characters: int = 0
+  """Characters of all its documents; 0 in older records."""
+  cleaning: dict[str, int] = {}
+  """What each step of cleaning did, as `cleaning.cleaner` counts it: the characters that are left
+  are `characters` less the sum of all 'STEP.characters'."""
+
+  def counted(self, count: Mapping[str, int]) -> 'SourceCounts':
+    """Return these counts with those of documents; what is named 'STEP.KIND' is of cleaning."""
+    fields = {name: number for name, number in count.items() if '.' not in name}
+    steps = {name: number for name, number in count.items() if '.' in name}
+    return self.replace(**fields, cleaning=dict(sorted(steps.items())))
 
 
 def survey(

@@ -25,7 +25,7 @@ from absl import logging
 from jaxllm import storage
 from jaxllm.config import Config
 from jaxllm.data import documents, packing, parallel, tokenizers
-from jaxllm.data.cleaning import CleaningConfig, clean
+from jaxllm.data.cleaning import CleaningConfig, cleaner
 from jaxllm.data.documents import SourceConfig, SourceCounts, Sources
 from jaxllm.data.lineage import Lineage
 from jaxllm.data.packing import Text
@@ -334,6 +334,7 @@ def _fingerprint(
   facts = {
     'version': VERSION,
     'data': {**data.model_dump(mode='json', exclude={'sources', 'shuffle', 'validation'}),
+             'cleaning': data.cleaning.facts(),
              'packing': _OLD_PACKING.get(data.packing, data.packing)},
     'validation': len(data.sources) if isinstance(data.validation, tuple) else data.validation,
     'sources': [without_paths(source) for source in (*data.sources, *data.own_validation)],
@@ -350,12 +351,12 @@ Counters = Sequence[Counter[str]]
 
 def _cleaned(data: DataConfig, counts: Counters) -> Iterator[Text]:
   """Yield texts, of the split that their source is of, counting documents per source."""
-  sources = (*data.sources, *data.own_validation)
+  sources, clean = (*data.sources, *data.own_validation), cleaner(data.cleaning)
   for number, (source, count) in enumerate(zip(sources, counts, strict=True)):
     split = 'train' if number < len(data.sources) else 'validation'
     for place, document in enumerate(documents.documents(source)):
-      text = clean(document, data.cleaning)
-      count.update(documents=1, dropped=not text)
+      text, steps = clean(document)
+      count.update(steps, documents=1, dropped=not text, characters=len(document))
       if text:
         yield Text(split, text, number, place)
 
@@ -445,7 +446,7 @@ def _write(
         saved = time.monotonic()
   splits = {name: Split(**writer.finish()) for name, writer in writers.items()}
   (staging / _STATE).unlink(missing_ok=True)
-  sources = tuple(s.replace(**c) for s, c in zip(sources, counts, strict=True))
+  sources = tuple(source.counted(count) for source, count in zip(sources, counts, strict=True))
   _check_splits(data, splits, sources)
   return Manifest(
     version=VERSION, fingerprint=fingerprint, data=data, tokenizer=config,

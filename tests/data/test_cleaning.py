@@ -1,11 +1,12 @@
 """Each step of cleaning does its one thing, and nothing runs unless it is named."""
 
+import random
 import time
 
 import pytest
 
 from jaxllm.config import ConfigError
-from jaxllm.data.cleaning import STEPS, CleaningConfig, clean
+from jaxllm.data.cleaning import STEPS, CleaningConfig, clean, cleaner
 
 
 def test_by_default_nothing_changes():
@@ -30,11 +31,52 @@ def test_by_default_nothing_changes():
    'so:\n\n  x > 1\n\n\ty\n\nand \n  z'),
   ('html', 'a<br/>b<br>c<option>d<option>e', 'a\nb\nc\nd\ne'),
   ('html', 'no markup, 1 < 2', 'no markup, 1 < 2'),
+  ('html', '<p>List&lt;int&gt; <joe@x.com> #include <stdio.h></p>',
+   'List<int> <joe@x.com> #include <stdio.h>'),
+  ('html', '<p>the &lt;b&gt; tag, &amp;amp;</p>', 'the &lt;b> tag, &amp;amp;'),
+  ('bidi', 'a\u202eb\u202c c\u200f.', 'a b c.'),
   ('whitespace', '  a \t\xa0 b \n\n\n\n c\u3000d ', 'a b\n\nc d'),
 ])
 def test_steps(step, text, expected):
   assert clean(text, CleaningConfig(steps=(step,))) == expected
-  assert STEPS[step](expected) == expected
+  assert STEPS[step](expected) == (expected, {})
+
+
+# What steps look for, to be put together at random.
+PIECES = [
+  *(' \n\t\x00\x85\u2028\ufeff\u202e\u200f\u0301eé你&;<>"/=#.-{[]1'),
+  '\n\n', '\r\n', '...', '- ', '42', 'schÃ¶n', 'â€™', 'word', 'Two words.',
+  '<p>', '</p>', '<b ', '<int>', '<!--', '-->', '<pre>', '</pre>', '<script>', '</script>',
+  'amp;', '&lt;', '&gt;', '&#7;', '&copy', 'lt', '<?', '<![CDATA[', '<x-y>',
+  '[1]', '[edit]', 'Sign in', 'LOUD', '3 likes', 'privacy policy', 'javascript',
+  'The end of that is with them.',
+]
+
+
+def random_texts(number, seed=0, most=40):
+  rng = random.Random(seed)
+  return [''.join(rng.choices(PIECES, k=rng.randint(1, most))) for _ in range(number)]
+
+
+@pytest.mark.parametrize('name', STEPS)
+def test_a_step_that_is_run_again_changes_nothing(name):
+  for text in random_texts(1000):
+    once, _ = STEPS[name](text)
+    if once is not None:
+      assert STEPS[name](once) == (once, {}), repr(text)
+
+
+def test_characters_and_documents_are_accounted_for():
+  run = cleaner(CleaningConfig(steps=tuple(STEPS), min_characters=20))
+  kept = dropped = 0
+  for text in random_texts(300, seed=1):
+    cleaned, counts = run(text)
+    taken = sum(number for name, number in counts.items() if name.endswith('.characters'))
+    assert len(text) == len(cleaned or '') + taken
+    assert (cleaned is None) == sum(
+      number for name, number in counts.items() if name.endswith('.dropped'))
+    kept, dropped = kept + (cleaned is not None), dropped + (cleaned is None)
+  assert kept and dropped
 
 
 @pytest.mark.parametrize('piece', ['<a ', '<a a="', '<!--', '<!', '<![', '<?', '</', '&#', '<pre>'])

@@ -114,6 +114,9 @@ def test_the_manifest_says_where_everything_came_from(corpus, out, tmp_path):
   assert (first.location, first.documents, first.dropped) == (str(corpus), 60, 0)
   assert (second.location, second.documents, second.dropped) == (str(more), 3, 2)
   assert (first.files, first.file_bytes) == (1, corpus.stat().st_size)
+  assert (first.characters, first.cleaning) == (sum(map(len, TEXTS)), {})
+  assert second.characters == 13
+  assert second.cleaning == {'min_characters.characters': 1, 'min_characters.dropped': 2}
   assert (manifest.data, manifest.tokenizer, manifest.vocab_size) == (data, BYTES, 257)
   assert manifest.context_length == 16
   assert manifest.tokenizer_fingerprint == load_tokenizer(out).fingerprint
@@ -694,3 +697,6 @@ def test_records_of_earlier_versions_stay_valid(tmp_path, old, new, fingerprint)
   data = _data(tmp_path / 'a.txt', packing=old)
   assert data.packing == new
   assert records.fingerprint(data, BYTES, tmp_path)[:16] == fingerprint
+  cleaning = CleaningConfig(steps=('nfc', 'control'), min_characters=5)
+  cleaned = records.fingerprint(data.replace(cleaning=cleaning, packing='packed'), BYTES, tmp_path)
+  assert cleaned[:16] == 'a7eb3f3eaa83608c'
