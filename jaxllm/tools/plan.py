@@ -4,19 +4,22 @@
 
 The real train step is compiled for a TPU slice, for which no TPU but the package libtpu is needed
 (extra `plan`), or for the devices of this machine (--topology=local). --estimate only traces it: a
-second, and no libtpu. What does not fit comes with changes.
+second, and no libtpu. What does not fit comes with changes. --search looks for the fastest mesh,
+microbatches, remat policy and chunk size by estimates, and compiles the best of them.
 """
 
 import contextlib
+import dataclasses
 import functools
 import importlib.util
+import itertools
 import json
 import math
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,6 +30,10 @@ FLAGS = config.Flags()
 CONFIG = FLAGS.string('config', None, config.FLAG_HELP, required=True)
 TOPOLOGY = FLAGS.string('topology', None, 'TPU slice, as v5e:4x4, or local; by default that of the '
                         'variant, else local.')
+PROGRAM = FLAGS.enum('program', 'train', ['train', 'prefill', 'decode'], 'What runs.')
+ROWS = FLAGS.integer('rows', 8, 'Rows of --program=prefill and decode; prompts take half of the '
+                     'context.', lower_bound=1)
+SEARCH = FLAGS.bool('search', False, 'Rank meshes, microbatches, remat policies, chunk sizes.')
 ESTIMATE = FLAGS.bool('estimate', False, 'Trace the program instead of compiling it.')
 JSON = FLAGS.bool('json', False, 'Print JSON.')
 
@@ -36,6 +43,7 @@ ENVIRONMENT = {
   'TPU_STDERR_LOG_LEVEL': '3', 'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_ACCELERATOR_TYPE': 'none',
 }
 GIB = 2**30
+MOST_COMPILED = 3
 _KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'ragged-all-to-all',
           'collective-permute')
 
@@ -48,13 +56,22 @@ def main(_) -> None:  # noqa: D103
   if topology != 'local':
     os.environ.update(ENVIRONMENT)
   experiment = config.from_flags(CONFIG.value)
-  planned = functools.partial(plan, topology=topology, compiles=not ESTIMATE.value)
+  if PROGRAM.value != 'train':
+    experiment = decoding_run(experiment, ROWS.value)
+  estimated = functools.partial(plan, topology=topology, program=PROGRAM.value, compiles=False)
+  planned = estimated if ESTIMATE.value else functools.partial(estimated, compiles=True)
+  if SEARCH.value:
+    if PROGRAM.value != 'train':
+      raise ValueError(f'--search --program={PROGRAM.value}: only train steps are searched')
+    found = search(experiment, estimated, planned)
+    print(json.dumps(found, indent=2) if JSON.value else ranking(found))
+    return
   if not ESTIMATE.value:
-    estimated = plan(experiment, topology, compiles=False)
-    print('\n'.join([f'estimate: {cost.line(estimated)}', *estimated['problems']]), file=sys.stderr)
+    first = estimated(experiment)
+    print('\n'.join([f'estimate: {cost.line(first)}', *first['problems']]), file=sys.stderr)
   made = planned(experiment)
-  if made['problems']:
-    made['proposals'] = proposals(experiment, planned)
+  if made['problems'] and PROGRAM.value == 'train':
+    made['proposals'] = ranked(experiment, proposals(experiment), planned)
   print(json.dumps(made, indent=2) if JSON.value else page(made))
 
 
@@ -106,8 +123,10 @@ def find_devices(topology: str, mesh: Any, compiles: bool = True) -> tuple[Any, 
   return sharding.make_mesh(mesh, described.devices), cost.CHIPS[generation]
 
 
-def plan(experiment: Any, topology: str, compiles: bool = True) -> dict[str, Any]:
-  """Return the plan of a run's step on a slice, or on 'local' devices, as `cost.estimate` does.
+def plan(
+  experiment: Any, topology: str, program: str = 'train', compiles: bool = True
+) -> dict[str, Any]:
+  """Return the plan of a run's program on a slice, or on 'local' devices, as `cost.estimate` does.
 
   With `compiles` memory and what is sent are the compiler's, else estimated.
   """
@@ -115,14 +134,97 @@ def plan(experiment: Any, topology: str, compiles: bool = True) -> dict[str, Any
 
   mesh, chip = find_devices(topology, experiment.mesh, compiles)
   dataset.check_batch(experiment, mesh)
-  made = cost.estimate(experiment, mesh, chip)
+  if program == 'train':
+    made = cost.estimate(experiment, mesh, chip)
+  else:
+    made = _estimate_decoding(experiment, mesh, chip, program)
   if not compiles:
     return made
-  tx = state.make_optimizer(experiment)
-  train_step: Any = step.make_train_step(experiment, tx, mesh)
-  arguments = state.abstract_state(experiment, tx, mesh), step.abstract_batch(experiment, mesh)
-  chip = _compile(made, train_step, arguments, mesh, chip)
+  if program == 'train':
+    tx = state.make_optimizer(experiment)
+    run: Any = step.make_train_step(experiment, tx, mesh)
+    arguments: Any = (
+      state.abstract_state(experiment, tx, mesh), step.abstract_batch(experiment, mesh))
+  else:
+    run, arguments = _decoding(experiment, mesh, program)
+  chip = _compile(made, run, arguments, mesh, chip)
   return cost.finish(experiment, mesh, chip, made)
+
+
+def decoding_run(experiment: Any, rows: int) -> Any:
+  """Return a run whose model is as `jaxllm.load` gives it, and whose batch has so many rows."""
+  from jaxllm import loading
+
+  return experiment.replace(
+    model=loading.to_use(experiment.decoder),
+    training=experiment.training.replace(batch_size=rows, microbatches=1),
+    evaluation=experiment.evaluation.replace(batch_size=rows))
+
+
+def _decoding(experiment: Any, mesh: Any, program: str) -> tuple[Any, tuple[Any, Any]]:
+  """Return what reads a batch of prompts or adds a token to each, its variables and its state."""
+  import jax
+
+  from jaxllm import sharding
+  from jaxllm.generation import decode_state
+  from jaxllm.generation.sampling import Request, SamplingConfig
+  from jaxllm.models import decoder
+
+  model, context = experiment.decoder, experiment.data.context_length
+  place = sharding.Placement(mesh, experiment.mesh)
+  shapes, axes = decoder.abstract(model)
+
+  def put(leaf: Any, where: Any, dtype: Any = None) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=where)
+
+  params = jax.tree.map(lambda leaf, where: put(leaf, where, model.dtype), shapes,
+                        place.shardings(axes, shapes))['params']
+  single = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(
+    leaf.shape[1:], leaf.dtype, sharding=jax.sharding.NamedSharding(
+      mesh, jax.sharding.PartitionSpec(*leaf.sharding.spec[1:]))), params['layers'])
+  params['layers'] = {str(layer): single for layer in range(model.num_layers)}
+  prompt = context // 2
+  request = Request((1,) * prompt, SamplingConfig(max_new_tokens=context - prompt), 0)
+  rows = [request] * experiment.training.batch_size
+  state = jax.eval_shape(lambda: decode_state.init_decode_state(
+    model, rows, stacked=False, exact_rows=True))
+  cache = 'batch', 'kv_heads', None, None
+  state = jax.tree.map(lambda leaf: put(leaf, place.sharding(
+    leaf.shape, *(cache if leaf.ndim == 4 else [None] * leaf.ndim))), state)
+  state = dataclasses.replace(state, placement=place)
+  carrier = decoder.Decoder(model, place)
+
+  def run(variables: Any, state: Any) -> Any:
+    if program == 'prefill':
+      return decode_state.prefill(carrier, variables, state, prompt)
+    return decode_state.sample_step(*decode_state.next_logits(carrier, variables, state))
+
+  return jax.jit(run, donate_argnums=1), ({'params': params}, state)
+
+
+def _estimate_decoding(experiment: Any, mesh: Any, chip: Any, program: str) -> dict[str, Any]:
+  import jax
+
+  from jaxllm import sharding
+  from jaxllm.training import cost
+
+  _, (variables, state) = _decoding(experiment, mesh, program)
+  part = cost.part_of_one_device(experiment, mesh)
+  run, alone = _decoding(part, sharding.abstract_mesh(part.mesh, 1), program)
+  traced = cost.trace_cost(jax.make_jaxpr(run)(*alone).jaxpr)
+  params, cache = cost.device_bytes(variables), cost.device_bytes(state.cache)
+  prompt = experiment.data.context_length // 2
+  read = prompt if program == 'prefill' else 1
+  rows, model = experiment.training.batch_size, experiment.decoder
+  # Only what follows the last token is predicted.
+  flops = rows * (read * model.flops_per_token(prompt)
+                  - 2.0 * (read - 1) * model.embed_dim * model.vocab_size)
+  return cost.finish(experiment, mesh, chip, {
+    **cost.describe(experiment, mesh, chip, program), 'tokens_per_step': rows * read,
+    'gib': {'parameters': params / GIB, 'cache': cache / GIB, 'temporaries': traced.peak / GIB},
+    'flops': flops, 'executed': max(traced.flops, flops / mesh.size),
+    'moved': traced.traffic + params + cache, 'replicated': [],
+    'exchanged': cost.exchange(experiment, mesh, read)})
 
 
 def _compile(made: dict[str, Any], program: Any, arguments: Any, mesh: Any, chip: Any) -> Any:
@@ -236,26 +338,74 @@ def _groups(line: str, size: int) -> Iterator[np.ndarray]:
     yield np.arange(size)
 
 
-def proposals(
-  experiment: Any, planned: Callable[[Any], dict[str, Any]]
+def proposals(experiment: Any) -> Iterator[dict[str, Any]]:
+  """Yield changes that save memory, as dotted paths and values."""
+  training, mesh, remat = experiment.training, experiment.mesh, experiment.decoder.remat
+  yield {'training.microbatches': 2 * training.microbatches}
+  yield from ({'model.remat': name} for name in ('full', 'offload')
+              if remat not in (name, 'offload'))
+  if getattr(experiment.objective, 'chunk_size', 0) is None:
+    yield {'objective.chunk_size': 512}
+  if mesh.data % 2 == 0:
+    yield {'mesh.data': mesh.data // 2, 'mesh.fsdp': 2 * mesh.fsdp}
+
+
+def ranked(
+  experiment: Any, changes: Iterable[Mapping[str, Any]], planned: Callable[[Any], dict[str, Any]]
 ) -> list[dict[str, Any]]:
-  """Return what saves memory, as flags, each planned: what fits first, then by time and memory."""
-  training, mesh, found = experiment.training, experiment.mesh, []
-  for is_open, change in (
-    (True, {'training.microbatches': 2 * training.microbatches}),
-    (experiment.decoder.remat not in ('full', 'offload'), {'model.remat': 'full'}),
-    (experiment.decoder.remat != 'offload', {'model.remat': 'offload'}),
-    (getattr(experiment.objective, 'chunk_size', 0) is None, {'objective.chunk_size': 512}),
-    (mesh.data % 2 == 0, {'mesh.data': mesh.data // 2, 'mesh.fsdp': 2 * mesh.fsdp}),
-  ):
-    with contextlib.suppress(ValueError):  # Rows do not divide.
-      if is_open:
-        found.append(planned(config.override(experiment, change)) | {'flags': _flags(change)})
+  """Return the plans of changed runs with their flags, best first."""
+  found = []
+  for change in changes:
+    with contextlib.suppress(ValueError):  # Rows, or sizes of the model, do not divide.
+      found.append(planned(config.override(experiment, change)) | {
+        'changes': change,
+        'flags': ' '.join(f'--config.{path}={value}' for path, value in change.items())})
   return sorted(found, key=_rank)
 
 
-def _flags(change: Mapping[str, Any]) -> str:
-  return ' '.join(f'--config.{path}={value}' for path, value in change.items())
+def search(
+  experiment: Any, estimated: Callable[[Any], dict[str, Any]],
+  planned: Callable[[Any], dict[str, Any]],
+) -> list[dict[str, Any]]:
+  """Return plans within memory, fastest first, chosen by estimates and planned again.
+
+  First comes the best mesh for each number of microbatches, with as little memory as can be; then
+  what these leave room for: remat policies, and a loss without chunks.
+  """
+  first, model = estimated(experiment), experiment.decoder
+  chunks = {'objective.chunk_size': 512} if hasattr(experiment.objective, 'chunk_size') else {}
+  free = first['devices'] // max(1, experiment.mesh.context)
+
+  def meshes(parts: int) -> Iterator[dict[str, Any]]:
+    experts = model.experts.num_experts if model.experts else 1
+    for fsdp, tensor, expert in itertools.product(_divisors(free), _divisors(min(free, 16)),
+                                                  _divisors(math.gcd(free, experts))):
+      split = model.kv_heads % tensor or model.mlp_dim % tensor or model.padded_vocab_size % tensor
+      if not split and free % (fsdp * tensor * expert) == 0:
+        yield {'mesh.data': free // (fsdp * tensor * expert), 'mesh.fsdp': fsdp,
+               'mesh.tensor': tensor, 'mesh.expert': expert, 'training.microbatches': parts,
+               'model.remat': 'full', **chunks}
+
+  best = [one['changes'] for parts in (1, 2, 4, 8, 16, 32)
+          for one in ranked(experiment, meshes(parts), estimated)[:1]]
+  found = ranked(experiment, (
+    {**change, 'model.remat': remat, **dict.fromkeys(chunks, size)} for change in best
+    for remat in ('none', 'dots_no_batch', 'full', 'offload')
+    for size in ((None, 512) if chunks else (None,))), estimated)
+  fitting = [one['changes'] for one in found if not one['problems']]
+  return ranked(experiment, fitting[:MOST_COMPILED], planned)
+
+
+def _divisors(number: int) -> list[int]:
+  return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def ranking(found: list[dict[str, Any]]) -> str:
+  """Return the plans of a search as lines to paste."""
+  from jaxllm.training import cost
+
+  return '\n'.join(f'{one["flags"]}\n  {cost.line(one)}' for one in found) or (
+    'nothing fits: take a larger slice, or a smaller config.training.batch_size')
 
 
 def _rank(made: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -5,6 +5,7 @@ vocabulary. `jaxllm.tools.plan` replaces what the compiler knows better. `finish
 `line` and `page` print a plan. `trace_cost` counts any traced function, as XLA would fuse it.
 """
 
+import collections
 import functools
 import importlib.metadata
 import importlib.util
@@ -157,8 +158,8 @@ def exchange(
 
   Matrices that are split along axes of the batch are gathered forward and backward, and their
   gradients scattered, in the model's dtype; gradients of the others are added up in float32. Split
-  heads and MLPs add up activations twice a layer and pass. Experts gather tokens and add up
-  results, or exchange them where they have a capacity.
+  heads and MLPs add up activations twice a layer and pass. Tokens go to their experts and back, or
+  to all of them where that is less.
 
   Args:
     experiment: the run.
@@ -197,9 +198,11 @@ def exchange(
   add('all-gather', rules['length'], 2 * passes * config.num_layers * tokens * stretches
       * config.kv_heads * config.head_size * itemsize)
   if experts := config.experts:
-    parts, factor = math.prod(sizes[axis] for axis in rules['experts']), experts.capacity_factor
-    if factor and length is None:
-      add('all-to-all', rules['experts'], 2 * factor * experts.top_k * stream * (1 - 1 / parts))
+    parts = math.prod(sizes[axis] for axis in rules['experts'])
+    factor = experts.capacity_factor if length is None else None
+    if factor or experts.top_k < parts:
+      sent_to = (factor or 1) * experts.top_k * (1 - 1 / parts)
+      add('all-to-all', rules['experts'], 2 * sent_to * stream)
     else:
       add('all-gather', rules['experts'], parts * stream)
       add('reduce-scatter', rules['experts'], parts * stream)
@@ -273,6 +276,7 @@ _CALLS = ('jit', 'pjit', 'closed_call', 'checkpoint', 'remat', 'remat2', 'custom
 _STORING = ('dot_general', 'ragged_dot', 'ragged_dot_general', 'conv_general_dilated', 'scan',
             'while', 'cond', 'pallas_call', 'shard_map', 'sort', 'scatter', 'scatter-add', 'top_k',
             'all_to_all', 'psum', 'all_gather', 'ffi_call', 'random_bits')
+_IN_PLACE = ('dynamic_update_slice', 'scatter')
 _REDUCING = ('reduce_', 'arg', 'cum', 'gather')
 
 
@@ -314,6 +318,9 @@ def _walk(jaxpr: Any, share: Any, given: Sequence[Any], stores_results: bool) ->
   held = {env[var] for var in (*jaxpr.constvars, *given)}  # By the caller.
   slices = _Op(None, [], [env[var] for var in jaxpr.invars if env[var] not in held])
   ops = [slices, *expand(jaxpr, env)]
+  for op in ops:  # A cache is donated, and written in place.
+    if op.eqn and op.eqn.primitive.name in _IN_PLACE and held.intersection(op.reads[:1]):
+      held |= {*op.writes}
   results = {env[var] for var in jaxpr.outvars if isinstance(var, core.Var)}
   last, stored = _lifetimes(ops, results if stores_results else set(), results)
 
@@ -361,6 +368,7 @@ def _lifetimes(
   """Return until which operation each value is needed (-1: never), and which are stored."""
   last = dict.fromkeys(needed, len(ops))
   stored = set(results)
+  readers = collections.Counter(value for op in ops for value in op.reads)
   for index in reversed(range(len(ops))):
     eqn, reads, writes = ops[index]
     until = max((last.get(value, -1) for value in writes), default=-1)
@@ -368,7 +376,10 @@ def _lifetimes(
       continue
     name = eqn.primitive.name
     stores = name in _STORING
-    if stores or name.startswith(_REDUCING):
+    # A stream to which layers add is stored, too; else what they have added would be.
+    joins = name == 'add' and len({*reads}) == 2 and readers[writes[0]] > 1 and eqn.outvars[
+      0].aval.ndim > 2
+    if stores or joins or name.startswith(_REDUCING):
       stored |= set(writes)
     read_at = index if stored & set(writes) else until
     for value in reads:

@@ -8,6 +8,8 @@ import jax
 import numpy as np
 import pytest
 
+from jaxllm import config as config_lib
+from jaxllm import sharding
 from jaxllm.sharding import MeshConfig
 from jaxllm.tools import plan
 from jaxllm.training import cost
@@ -26,8 +28,9 @@ def made(tmp_path_factory):
       tmp_path_factory.mktemp('plan'), mesh=MeshConfig(data=2, fsdp=4),
       model__dtype='bfloat16', model__remat='full', training__batch_size=8)
     found = plan.plan(experiment, 'local')
-    found['proposals'] = plan.proposals(
-      experiment, functools.partial(plan.plan, topology='local', compiles=False))
+    found['proposals'] = plan.ranked(
+      experiment, plan.proposals(experiment),
+      functools.partial(plan.plan, topology='local', compiles=False))
   return found
 
 
@@ -92,6 +95,50 @@ def run(*flags):
   return programs.run('tools.plan', '--config=experiments/llama.py:llama3_8b', *flags)
 
 
+@pytest.mark.parametrize('program', ['prefill', 'decode'])
+def test_decoding_is_planned_too(tmp_path, program):
+  run = tiny_run.experiment(
+    tmp_path, mesh=MeshConfig(data=2, tensor=2), model__max_length=512,
+    data__context_length=512, model__mlp_dim=256, model__dtype='bfloat16',
+    model__remat='full')
+  run = plan.decoding_run(run, 4)
+  with pytest.MonkeyPatch.context() as patch:
+    mesh = sharding.make_mesh(run.mesh, jax.devices()[:4])
+    patch.setattr(plan, 'find_devices', lambda *_: (mesh, cost.CHIPS['v5e']))
+    estimated, made = (plan.plan(run, 'local', program, compiles) for compiles in (False, True))
+  gib = made['gib']
+  cache = 2 * 2 * 2 * 512 * 4 * 2  # Keys and values, layers, rows, positions, width, bfloat16.
+  assert gib['cache'] == estimated['gib']['cache'] == pytest.approx(cache / 2**30, rel=0.01)
+  assert gib['other arguments'] < 0.6 * gib['cache']  # Tokens and their log-probabilities.
+  # The compiler of CPUs keeps float32 copies of bfloat16; that of TPUs is within 3%.
+  assert 0.4 < estimated['gib']['total'] / gib['total'] < 1.2
+  assert made['ceiling']['bound'] and 'days' not in made['ceiling']
+
+
+def test_a_search_ranks_by_time_within_memory(tmp_path):
+  run = tiny_run.experiment(tmp_path, mesh=MeshConfig(data=8), training__batch_size=16)
+
+  def planned(run):
+    """A chip of 10 GiB that exchanges the more the more it splits, and recomputes or not."""
+    mesh, remat = run.mesh, run.decoder.remat
+    gib = 12 / mesh.fsdp / mesh.tensor + {'none': 9, 'dots_no_batch': 6}.get(remat, 3) / (
+      run.training.microbatches)
+    seconds = 1 + mesh.fsdp / 100 + mesh.tensor / 10 + (remat == 'full') / 3
+    return {'devices': 8, 'gib': {'total': gib, 'memory': 10}, 'seconds': {'arithmetic': seconds},
+            'problems': ['needs more'] * (gib > 10), 'flops': 1, 'ceiling': None}
+
+  found = plan.search(run, planned, planned)
+  assert len(found) == plan.MOST_COMPILED and not any(one['problems'] for one in found)
+  best = found[0]['changes']
+  # Pure data parallel does not fit, and full remat is not needed.
+  assert best['mesh.fsdp'] > 1 == best['mesh.tensor'] and best['model.remat'] != 'full'
+  times = [one['seconds']['arithmetic'] for one in found]
+  assert times == sorted(times)
+  assert planned(config_lib.override(run, best))['gib'] == found[0]['gib']
+  assert plan.ranking(found).startswith(f'--config.mesh.data={best["mesh.data"]} --config.mesh')
+  assert plan.ranking([]).startswith('nothing fits')
+
+
 def test_json_of_an_estimate():
   code, out, error = run('--estimate', '--json')
   assert code == 0, error
@@ -106,9 +153,10 @@ def test_json_of_an_estimate():
   ('--topology=v5p:3x5', '--topology=v5p:3x5: slices of v5p have shapes'),
   ('--topology=v5p:2x2x1', 'config.mesh .*needs a multiple of 64 devices but there are 4'),
   ('--config.model.remat=some', 'config.model.remat=some: '),
+  ('--search --program=decode', '--search --program=decode: only train'),
 ])
 def test_what_cannot_be_planned_is_one_sentence(flag, said):
-  code, out, error = run('--estimate', flag)
+  code, out, error = run('--estimate', *flag.split())
   assert code == 2 and not out and len(error.splitlines()) == 1
   assert re.match(f'error: .*{said}', error)
 

@@ -96,18 +96,18 @@ def test_time_is_that_of_the_bound_and_unknown_without_figures(tmp_path):
   assert 'config.objective.chunk_size=512 leaves little' in toaster['problems'][0]
 
 
-@pytest.mark.parametrize('factor, kinds', [
-  (None, {'all-gather', 'reduce-scatter'}), (1.25, {'all-to-all'})])
-def test_tokens_of_experts_go_there_and_back(tmp_path, factor, kinds):
+@pytest.mark.parametrize('experts, kinds, copies', [
+  (dict(top_k=4), {'all-gather', 'reduce-scatter'}, 4),
+  (dict(top_k=2), {'all-to-all'}, 2 * 2 * 3 / 4),
+  (dict(top_k=4, capacity_factor=1.25), {'all-to-all'}, 2 * 4 * 1.25 * 3 / 4)])
+def test_tokens_go_to_their_experts_and_back(tmp_path, experts, kinds, copies):
   mesh = MeshConfig(data=2, expert=4)
-  experiment = tiny_run.experiment(tmp_path, mesh=mesh, model__experts=ExpertsConfig(
-    num_experts=4, top_k=2, capacity_factor=factor))
+  experiment = tiny_run.experiment(
+    tmp_path, mesh=mesh, model__experts=ExpertsConfig(num_experts=8, **experts))
   sent = cost.exchange(experiment, sharding.abstract_mesh(mesh, 8))
   found = {one['kind']: one['bytes'] for one in sent if one['axes'] == 'expert'}
   assert set(found) == kinds  # Their kernels stay where they are.
-  stream = 2 * 2 * 32 * 16 * 4  # Passes, layers, tokens of a device, width, float32.
-  each = 4 * stream if factor is None else 2 * 2 * 1.25 * stream * 3 / 4
-  assert set(found.values()) == {each}
+  assert set(found.values()) == {copies * 2 * 2 * 32 * 16 * 4}  # Passes, layers, tokens, width.
 
 
 def test_inputs_of_blocks_on_the_host_take_no_memory_of_the_device(tmp_path):
