@@ -27,7 +27,7 @@ from jaxllm.sharding import MeshConfig
 
 
 class Model(NamedTuple):
-  """A published model; `batch_size` counts records of `context` tokens."""
+  """A published model, of the variant's name; `batch_size` counts records of `context` tokens."""
 
   topology: str
   context: int
@@ -37,6 +37,7 @@ class Model(NamedTuple):
   microbatches: int
   remat: str = 'dots_no_batch'
   chunk_size: int | None = None
+  preset: str | None = None
 
 
 VARIANTS = {
@@ -47,6 +48,11 @@ VARIANTS = {
   ),
   'llama3_70b': Model(
     'v5p:8x8x8', 8192, 1024, 1.5e-4, MeshConfig(data=8, fsdp=64), 1, 'full', chunk_size=4096
+  ),
+  # Rows of a whole context, each on eight chips; give it `init_from`.
+  'llama3.1_8b_128k': Model(
+    'v5p:4x4x4', 131_072, 32, 2e-5, MeshConfig(data=1, fsdp=8, context=8), 4, 'full',
+    chunk_size=16_384, preset='llama3.1_8b',
   ),
   'gemma2_9b': Model(
     'v5p:4x4x4', 8192, 512, 3e-4, MeshConfig(data=4, fsdp=16), 4, 'full', chunk_size=1024
@@ -60,9 +66,10 @@ VARIANTS = {
 def get_config(variant: str = 'smollm2_135m') -> Experiment:
   """Return the run of one model of VARIANTS."""
   model = VARIANTS[variant]
+  preset = model.preset or variant
   return Experiment(
     name=variant,
-    model=PRESETS[variant].replace(
+    model=PRESETS[preset].replace(
       dtype='bfloat16', attention='splash', remat=model.remat
     ),
     data=DataConfig(
@@ -70,7 +77,7 @@ def get_config(variant: str = 'smollm2_135m') -> Experiment:
       validation=(SourceConfig(location='tfds:c4/en?split=validation'),),
       context_length=model.context,
     ),
-    tokenizer=TokenizerConfig(kind='json', path=f'{variant}/tokenizer.json'),
+    tokenizer=TokenizerConfig(kind='json', path=f'{preset}/tokenizer.json'),
     training=TrainingConfig(
       num_steps=100_000, batch_size=model.batch_size, microbatches=model.microbatches,
       log_every_steps=20,

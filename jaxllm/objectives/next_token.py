@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import pydantic
 
+from jaxllm import sharding
 from jaxllm.config import Config
 from jaxllm.models.log_probs import target_parts
 
@@ -113,12 +114,15 @@ def token_sums(
 
 
 def _split(x_BT: jax.Array, chunk_size: int) -> jax.Array:
-  """Cut the length axis into chunks; rows stay together, as they are sharded."""
-  chunk_size = min(chunk_size, x_BT.shape[1])
-  padding = [(0, 0)] * x_BT.ndim
-  padding[1] = (0, -x_BT.shape[1] % chunk_size)  # Zeros: also the weights.
-  x_BT = jnp.pad(x_BT, padding)
-  return x_BT.reshape(x_BT.shape[0], -1, chunk_size, *x_BT.shape[2:]).swapaxes(0, 1)
+  """Cut the length axis into chunks, each with positions of all devices that split that axis."""
+  batch, length, *rest = x_BT.shape
+  parts = sharding.num_parts('length')
+  x_BPT = x_BT.reshape(batch, parts, length // parts, *rest)
+  size = min(-(-chunk_size // parts), length // parts)
+  padding = [(0, 0)] * x_BPT.ndim
+  padding[2] = (0, -x_BPT.shape[2] % size)  # Zeros: also the weights.
+  chunks = jnp.pad(x_BPT, padding).reshape(batch, parts, -1, size, *rest)
+  return jnp.moveaxis(chunks, 2, 0).reshape(-1, batch, parts * size, *rest)
 
 
 def hidden_states(

@@ -19,6 +19,7 @@ MESHES = {
   'fsdp': {'data': 1, 'fsdp': 8},
   'tensor': {'data': 4, 'tensor': 2},
   'mixed': {'data': 2, 'fsdp': 2, 'tensor': 2, 'slices': 2},
+  'context': {'data': 2, 'context': 4},
 }
 
 
@@ -88,7 +89,8 @@ def assert_same_run(found, expected, tolerance):
 
 @pytest.mark.parametrize('name', MESHES)
 def test_eight_devices_equal_one(tmp_path, one_device, name):
-  experiment = tiny.experiment(tmp_path, mesh=MESHES[name])
+  changes = {'objective__chunk_size': 12} if name == 'context' else {}
+  experiment = tiny.experiment(tmp_path, mesh=MESHES[name], **changes)
   found = take_steps(experiment, 8, [make_batch(seed=seed) for seed in range(3)])
   assert_same_run(found, one_device, 1e-5)
 
