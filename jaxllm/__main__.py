@@ -18,6 +18,7 @@ PROGRAMS = {
 TOOLS = {
   'report': 'write a page about one run, or about several over each other',
   'doctor': 'look whether this machine is fit: versions, devices, a tiny run',
+  'selfcheck': 'measure the laws on a config or a model of yours, here',
   'models': 'list the presets: their sizes, and where their weights fit',
   'plan': 'compile a run for its devices before they are paid for',
   'launch': 'print how to start a run on many hosts, or rehearse that here',
