@@ -59,6 +59,9 @@ class TrainingConfig(Config):
   """Parts that a batch is split into to save memory; gradients are added, weighted by tokens."""
   ema_decay: float | None = pydantic.Field(default=None, gt=0, lt=1)
   """Decay per step of an exponential moving average of the parameters; None keeps none."""
+  param_dtype: Literal['float32', 'bfloat16'] = 'float32'
+  """Storage of the trained parameters. What an update adds to bfloat16 is rounded up or down at
+  random, right in the mean; moments and `ema_decay`'s average stay float32."""
   spike: SpikeConfig | None = SpikeConfig()
   """Skip steps whose loss spikes; None skips only steps that are not finite."""
   max_skipped_steps: int = pydantic.Field(default=10, ge=0)
@@ -290,7 +293,9 @@ def _problems_of_objective(experiment: Experiment) -> Iterator[str]:
 
 
 def abstract_params(experiment: Experiment) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Return the shapes and the logical axes of the parameters that a run trains and stores."""
+  """Return the shapes and the logical axes of the parameters that a run trains, with the dtype of
+  those that it is evaluated with.
+  """
   full, full_axes = decoder.abstract(experiment.decoder)
   shapes, axes = full['params'], full_axes['params']
   if experiment.finetune.lora is not None:
@@ -299,4 +304,6 @@ def abstract_params(experiment: Experiment) -> tuple[dict[str, Any], dict[str, A
     shapes = {**shapes, HEAD: jax.eval_shape(
       functools.partial(head.init, experiment.objective, experiment.decoder), jax.random.key(0))}
     axes = {**axes, HEAD: head.axes}
-  return shapes, axes
+  training = experiment.training
+  dtype = training.param_dtype if training.ema_decay is None else 'float32'
+  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes), axes

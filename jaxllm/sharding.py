@@ -289,6 +289,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
+def memories(mesh: Mesh) -> list[str]:
+  """Return the kinds of memory that the devices of a mesh reach."""
+  if isinstance(mesh, AbstractMesh):
+    return ['device', 'pinned_host']
+  return [memory.kind for memory in mesh.devices.flat[0].addressable_memories()]
+
+
 def to_host(arrays: Any) -> Any:
   """Return a tree of arrays as NumPy arrays; every process gets all of each."""
   if jax.process_count() == 1:

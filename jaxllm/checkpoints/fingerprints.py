@@ -70,7 +70,7 @@ def combined(leaves: Mapping[str, Any], sums: np.ndarray) -> np.ndarray:
 def _own_sums(leaf: Any) -> np.ndarray:
   leaf = jnp.asarray(leaf)
   shards = [shard for shard in leaf.addressable_shards if shard.replica_id == 0]
-  if shards and shards[0].device.platform != 'cpu':
+  if shards and shards[0].device.platform != 'cpu' and leaf.sharding.memory_kind == 'device':
     rows = {shard.device: shard.data for shard in device_sums(leaf).addressable_shards}
     found = jax.device_get([rows[shard.device] for shard in shards])
   else:  # NumPy compiles nothing, and waits for no computation of several devices.

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 import pydantic
 
@@ -47,6 +48,9 @@ class OptimizerConfig(Config):
   """Storage of the first moment (adamw, lion, muon, sgd); None: that of the parameters."""
   second_moment_dtype: Literal['float32', 'bfloat16'] | None = None
   """Storage of the second moment (adamw, muon's AdamW part); None: that of the parameters."""
+  memory: Literal['device', 'host'] = 'device'
+  """Where moments lie between updates; 'host' is for TPUs and GPUs, which then hold less and wait
+  for the copies."""
   balance_rate: float = pydantic.Field(1e-3, ge=0)
   """How far a step moves the biases that balance experts with sigmoid scores."""
 
@@ -134,6 +138,17 @@ def decay_mask(names: tuple[str, ...], params: Any) -> Any:
       raise ValueError(f'optimizer.decay_names: {name!r} matches no parameter (names: '
                        f'{", ".join(sorted(present))})')
   return mask
+
+
+def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
+  """Round float32 to one of the two nearest bfloat16 numbers, in proportion to how near each is.
+
+  The bits depend on the key and the place in the whole array, however it is split.
+  """
+  bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+  noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+  rounded = jax.lax.bitcast_convert_type((bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32)
+  return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)
 
 
 class _Task(NamedTuple):

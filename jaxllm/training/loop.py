@@ -437,7 +437,7 @@ def _finish(run: _Run, step: int, frozen: Any) -> dict[str, Any]:
   with run.goodput.spend('evaluation'):
     params, _ = store_lib.restore_params(
       run.store.directory / str(step if best is None else best),
-      state_lib.abstract_state(experiment, run.tx, run.mesh).params)
+      state_lib.evaluation_params(state_lib.abstract_state(experiment, run.tx, run.mesh)))
     variables = state_lib.variables(experiment, params, frozen)
     if run.dataset.manifest.validation is not None:
       measure = scoring.make_held_out(experiment, run.dataset, run.mesh, max_batches=None)

@@ -26,6 +26,7 @@ from jaxllm.optim import optimizers
 
 # Keys of `TrainState.frozen`.
 BASE, TEACHER = 'base', 'teacher'
+HOST = 'pinned_host'
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -33,8 +34,8 @@ class TrainState(flax.struct.PyTreeNode):
 
   Attributes:
     step: int32 scalar, steps taken, skipped ones included.
-    params: the trained parameters, float32: the decoder's, layers stacked on axis 0, or
-      adapters to them.
+    params: the trained parameters in `training.param_dtype`: the decoder's, layers stacked on
+      axis 0, or adapters to them.
     opt_state: state of the optax transform.
     ema: the average of `params` that is evaluated and sampled from, or None: `params` are.
     loss_mean: float32 scalar, running mean of the loss of applied steps.
@@ -112,7 +113,7 @@ def init_state(
   params = init_params(experiment, jax.random.key(experiment.seed), base)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
-    params=params,
+    params=jax.tree.map(lambda leaf: leaf.astype(experiment.training.param_dtype), params),
     opt_state=tx.init(params),
     # A copy: the step donates the state, and two leaves may not share a buffer.
     ema=jax.tree.map(jnp.copy, params) if experiment.training.ema_decay else None,
@@ -151,21 +152,36 @@ def abstract_state(
   axes, optimizer state like the parameter it belongs to, the rest replicated.
 
   Raises:
-    ValueError: an axis is not divisible by the mesh axes that its rule names.
+    ValueError: an axis is not divisible by the mesh axes that its rule names, or there is no such
+      memory.
   """
   params = _placed(*abstract_params(experiment), experiment, mesh)
   like = {(path, leaf.shape): leaf.sharding for path, leaf in tree.flatten(params).items()}
   state = jax.eval_shape(lambda: init_state(experiment, tx))
+  on_host = experiment.optimizer.memory == 'host'
+  if on_host and HOST not in sharding.memories(mesh):
+    raise ValueError("config.optimizer.memory='host': the devices of this mesh reach no memory of "
+                     "the host; take 'device'")
 
   def place(keys: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     # The path of what belongs to a parameter ends with the path of the parameter.
     names = tree.path_of(keys).split('/')
     ends = [('/'.join(names[start:]), leaf.shape) for start in range(len(names))]
     where = next((like[end] for end in ends if end in like), sharding.replicated(mesh))
+    if on_host and names[0] == 'opt_state' and leaf.ndim:
+      where = where.with_memory_kind(HOST)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
   state = jax.tree_util.tree_map_with_path(place, state)
   return state.replace(frozen=_placed(*_abstract_frozen(experiment), experiment, mesh))
+
+
+def moments_in(experiment: Experiment, space: Any, state: TrainState) -> TrainState:
+  """Return a state with its moments in a memory, where they lie on the host between updates."""
+  if experiment.optimizer.memory == 'device':
+    return state
+  return state.replace(opt_state=jax.tree.map(
+    lambda leaf: jax.device_put(leaf, space) if leaf.ndim else leaf, state.opt_state))
 
 
 def create_state(

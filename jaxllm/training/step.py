@@ -18,7 +18,7 @@ from jaxllm import sharding
 from jaxllm.experiment import Experiment, SpikeConfig
 from jaxllm.models.decoder import Decoder
 from jaxllm.objectives.next_token import Batch, Sums, average, scan_sum
-from jaxllm.optim import privacy
+from jaxllm.optim import optimizers, privacy
 from jaxllm.training import examples
 from jaxllm.training import state as train_state
 from jaxllm.training.state import TrainState
@@ -79,8 +79,16 @@ def make_pure_step(experiment: Experiment, tx: optax.GradientTransformation) -> 
 
   @jax.named_scope('optimizer')
   def update(grads: Any, state: TrainState) -> tuple[Any, Any]:
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    return optax.apply_updates(state.params, updates), opt_state
+    params = _float32(state.params)
+    updates, opt_state = tx.update(grads, state.opt_state, params)
+    params = optax.apply_updates(params, updates)
+    if experiment.training.param_dtype == 'bfloat16':
+      leaves, structure = jax.tree.flatten(params)
+      # No step has this number: the key is that of nothing else.
+      key = jax.random.fold_in(jax.random.key(experiment.seed), 2**32 - 1)
+      keys = jax.random.split(jax.random.fold_in(key, state.step), len(leaves))
+      params = jax.tree.unflatten(structure, map(optimizers.stochastic_round, leaves, keys))
+    return params, opt_state
 
   def pure_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
     key = jax.random.fold_in(jax.random.key(experiment.seed), state.step)
@@ -90,20 +98,23 @@ def make_pure_step(experiment: Experiment, tx: optax.GradientTransformation) -> 
     grads = jax.tree.map(lambda grad: average(grad, parts), grads)
     loss = average(sums['cross_entropy_sum'], count)
     grad_norm = optax.global_norm(grads)
+    held = state
+    state = train_state.moments_in(experiment, jax.memory.Space.Device, held)
     params, opt_state = update(grads, state)
     applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     applied &= ~_is_spike(experiment.training.spike, state, loss)
     # What would be kept, too: a step from a finite gradient can be too large.
-    applied &= jnp.isfinite(optax.global_norm(params))
+    applied &= jnp.isfinite(optax.global_norm(_float32(params)))
     for leaf in jax.tree.leaves(opt_state):
       applied &= jnp.isfinite(leaf).all()
     if sharding.platform() == 'tpu' and experiment.optimizer.name != 'muon':
       # Made again now that the old state may be overwritten, so that no second one is held beside
       # it; muon's matrix products would cost more than that saves.
-      state, grads, applied = jax.lax.optimization_barrier((state, grads, applied))
+      held, grads, applied = jax.lax.optimization_barrier((held, grads, applied))
+      state = train_state.moments_in(experiment, jax.memory.Space.Device, held)
       params, opt_state = update(grads, state)
     new_state = _next_state(experiment, state, params, opt_state, loss, applied)
-    return new_state, {
+    return train_state.moments_in(experiment, jax.memory.Space.Host, new_state), {
       'loss': loss,
       'objective': average(sums['loss_sum'], count),
       'accuracy': average(sums['correct_sum'], count),
@@ -112,7 +123,7 @@ def make_pure_step(experiment: Experiment, tx: optax.GradientTransformation) -> 
         jnp.sum(array > 0, dtype=jnp.float32) for name, array in batch.items()
         if name.endswith('segment_ids')),
       'grad_norm': grad_norm,
-      'param_norm': optax.global_norm(new_state.params),
+      'param_norm': optax.global_norm(_float32(new_state.params)),
       # The optimizer counts the steps that it applied.
       'learning_rate': jnp.asarray(schedule(state.step - state.skipped), jnp.float32),
       'applied': applied.astype(jnp.float32),
@@ -139,7 +150,11 @@ def accumulate_gradients(
       sums = sums_of(variables, state.frozen, part, dropout_key)
     return sums['loss_sum'], sums
 
-  grad_fn, private = jax.grad(loss_fn, has_aux=True), experiment.privacy
+  def grad_fn(*args: Any) -> tuple[Any, Any]:
+    grads, sums = jax.grad(loss_fn, has_aux=True)(*args)
+    return _float32(grads), sums
+
+  private = experiment.privacy
   if private is not None:
     grad_fn = privacy.clipped_sum(grad_fn, private)
 
@@ -181,6 +196,10 @@ def make_sums(experiment: Experiment) -> Loss:
   return sums
 
 
+def _float32(tree: Any) -> Any:
+  return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+
+
 def _split_rows(x_BT: jax.Array, parts: int, per_token: bool) -> jax.Array:
   rows, length = x_BT.shape
   x = x_BT.reshape(rows // parts, parts, length).swapaxes(0, 1)
@@ -205,7 +224,8 @@ def _next_state(
   deviation = loss - state.loss_mean
   ema, decay = None, training.ema_decay
   if decay is not None:
-    ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params)
+    ema = jax.tree.map(
+      lambda old, new: decay * old + (1 - decay) * new, state.ema, _float32(params))
   changed = state.replace(
     params=params,
     opt_state=opt_state,

@@ -333,6 +333,33 @@ def test_a_second_moment_in_bfloat16_forgets_at_the_slowest_decay():
     state.nu['kernel'].astype(jnp.float32) / jnp.array([1.0, 1.9]), 0.99 ** 300, rtol=0.3)
 
 
+def test_stochastic_rounding_takes_a_neighbour_and_is_right_in_the_mean():
+  x = jnp.concatenate([random_tree(6, {'x': (29,)})['x'], jnp.array([0.0, 1.5, -2.0 ** -130])])
+  rounded = jax.jit(jax.vmap(optimizers.stochastic_round, (None, 0)))(
+    x, jax.random.split(jax.random.key(0), 4000))
+  assert rounded.dtype == jnp.bfloat16
+  found = np.asarray(rounded, np.float64)
+  bits = np.asarray(x).view(np.uint32) & 0xFFFF0000
+  below, above = (b.view(np.float32).astype(np.float64) for b in (bits, bits + 0x10000))
+  assert ((found == below) | (found == above)).all()
+  assert (found[:, np.asarray(x) == below] == below[np.asarray(x) == below]).all()
+  share = (np.asarray(x, np.float64) - below) / (above - below)
+  deviations = np.sqrt(share * (1 - share) / len(found))
+  assert (abs((found == above).mean(axis=0) - share) <= 4.5 * deviations).all()
+  extremes = jnp.array([jnp.inf, -jnp.inf, jnp.nan])
+  np.testing.assert_array_equal(
+    optimizers.stochastic_round(extremes, jax.random.key(1)).astype(jnp.float32), extremes)
+
+
+def test_stochastic_rounding_does_not_depend_on_the_mesh():
+  x, key = random_tree(7, {'x': (16, 24)})['x'], jax.random.key(3)
+  whole = jax.jit(optimizers.stochastic_round)(x, key)
+  mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(4, 2), ('a', 'b'))
+  where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('a', 'b'))
+  split = jax.jit(optimizers.stochastic_round, out_shardings=where)(jax.device_put(x, where), key)
+  np.testing.assert_array_equal(*(np.asarray(leaf, np.float32) for leaf in (whole, split)))
+
+
 def test_configs_name_what_is_wrong():
   with pytest.raises(ConfigError, match="beta2=0.999 with second_moment_dtype='bfloat16'.*0.99,"):
     OptimizerConfig(beta2=0.999, second_moment_dtype='bfloat16')

@@ -9,6 +9,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from jaxllm import sharding
+from jaxllm.checkpoints import store as store_lib
+from jaxllm.checkpoints.bundle import Bundle
 from jaxllm.models import decoder
 from jaxllm.training import state as state_lib
 from jaxllm.training import step as step_lib
@@ -55,7 +57,7 @@ def begin(experiment, num_devices):
     PROGRAMS[key] = step_lib.make_train_step(experiment, tx, mesh), state
   train_step, state = PROGRAMS[key]
   # The step donates its state.
-  state = jax.tree.map(lambda leaf: jax.device_put(np.array(leaf), leaf.sharding), state)
+  state = jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf).copy(), leaf.sharding), state)
   where = sharding.batch_sharding(mesh, experiment.mesh)
   return train_step, state, lambda batch: sharding.put_batch(batch, where)
 
@@ -171,6 +173,62 @@ def test_updating_in_place_changes_no_bit(tmp_path, monkeypatch):
     found[platform] = one
   assert found['tpu'].step == 3 and found['tpu'].skipped == 1
   jax.tree.map(np.testing.assert_array_equal, found['tpu'], found['cpu'])
+
+
+SMALL_STATE = {
+  'training__param_dtype': 'bfloat16', 'optimizer__momentum_dtype': 'bfloat16',
+  'optimizer__second_moment_dtype': 'bfloat16', 'optimizer__memory': 'host'}
+
+
+def test_a_state_in_bfloat16_on_the_host_trains_nearly_the_same_on_any_mesh(tmp_path, one_device):
+  batches = [make_batch(seed=seed) for seed in range(3)]
+  found = [
+    take_steps(tiny.experiment(tmp_path, mesh=mesh, **SMALL_STATE), num_devices, batches)
+    for num_devices, mesh in ((1, {}), (8, MESHES['mixed']))]
+  for state, history in found:
+    for got, want in zip(history, one_device[1], strict=True):
+      np.testing.assert_allclose(got['loss'], want['loss'], rtol=2e-3)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(state.params)} == {'bfloat16'}
+    assert {(str(leaf.dtype), leaf.sharding.memory_kind)
+            for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim} == {
+              ('bfloat16', 'pinned_host')}
+  # Nearly all round alike: that a sum is another in its last bits seldom decides.
+  one, many = (np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(
+    jax.device_get(state.params))]) for state, _ in found)
+  assert (one == many).mean() > 0.97
+
+
+def test_a_small_state_goes_on_bit_for_bit_and_moves_between_memories(tmp_path):
+  experiment = tiny.experiment(tmp_path, mesh={}, **SMALL_STATE)
+  train_step, state, put = begin(experiment, 1)
+  state, _ = train_step(state, put(make_batch()))
+  store = store_lib.open_store(tmp_path / 'small', store_lib.CheckpointConfig(asynchronous=False))
+  store_lib.save(store, 1, state, Bundle('{}', {}, {}))
+  found = {}
+  for memory in ('device', 'host'):
+    other = experiment.replace(optimizer=experiment.optimizer.replace(memory=memory))
+    found[memory] = store_lib.restore(store, state_lib.abstract_state(
+      other, state_lib.make_optimizer(other), sharding.make_mesh(other.mesh, jax.devices()[:1])))
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(found[memory].opt_state)
+            if leaf.ndim} == {{'host': 'pinned_host', 'device': 'device'}[memory]}
+  store_lib.close(store)
+  jax.tree.map(assert_same_bits, found['device'], state)
+  again, one = train_step(found['host'], put(make_batch(seed=1)))
+  expected, two = train_step(state, put(make_batch(seed=1)))
+  jax.tree.map(assert_same_bits, (again, one), (expected, two))
+
+
+def assert_same_bits(got, want):
+  assert got.dtype == want.dtype
+  np.testing.assert_array_equal(*(np.asarray(leaf, np.float64) for leaf in (got, want)))
+
+
+def test_without_a_memory_of_the_host_the_choice_is_refused(tmp_path, monkeypatch):
+  monkeypatch.setattr(sharding, 'memories', lambda mesh: ['device'])
+  experiment = tiny.experiment(tmp_path, mesh={}, optimizer__memory='host')
+  with pytest.raises(ValueError, match="optimizer.memory='host': .*take 'device'"):
+    state_lib.abstract_state(
+      experiment, state_lib.make_optimizer(experiment), sharding.make_mesh(experiment.mesh))
 
 
 def test_chunked_loss_and_ema_train_the_same(tmp_path, one_device):
