@@ -8,7 +8,6 @@ would say next, what it attends to (the extra `plots`).
 
 import base64
 import io
-import pathlib
 from collections.abc import Sequence
 
 from jaxllm import config
@@ -39,9 +38,9 @@ def main(argv: Sequence[str]) -> None:  # noqa: D103
     seen.append({
       'name': str(path), 'losses': found.losses_html(), 'lens': found.lens()._repr_html_(),
       'attention': base64.b64encode(picture.getvalue()).decode()})
-  own = paths[0] / 'report.html' if len(paths) == 1 else pathlib.Path('report.html')
-  target = storage.path(OUTPUT.value) if OUTPUT.value else own
-  print(f'report: {report.write_page(paths, target, seen)}')
+  given = OUTPUT.value or ('report.html' if len(paths) > 1 else None)
+  target = storage.path(given) if given else None
+  print(f'report: {report.write_report(*paths, target=target, seen=seen)}')
 
 
 if __name__ == '__main__':

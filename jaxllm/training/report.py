@@ -6,6 +6,7 @@ labels stand beside the drawing, so that text keeps its size on a phone.
 """
 
 import datetime
+import functools
 import json
 import math
 import os
@@ -24,6 +25,7 @@ from jaxllm.training.goodput import CAUSES
 from jaxllm.training.metrics import format_duration
 
 Record = Mapping[str, Any]
+Records = list[dict[str, Any]]
 Rows = list[tuple[str, str]]
 Chart = dict[str, Any] | None
 _MAX_BUCKETS = 400
@@ -31,106 +33,67 @@ _MAX_MARKS = 60
 _COLOURS = 6
 
 
-class Run(NamedTuple):
+class _Run(NamedTuple):
   """What the files of a workdir say; `style` is the CSS class of its lines among other runs."""
 
   name: str
   style: str
+  step: int
   config: Record
   summary: Record
   environment: Record
   data: Record
-  records: list[dict[str, Any]]
-  samples: list[dict[str, Any]]
-
-  @property
-  def train(self) -> list[dict[str, Any]]:
-    """The records of training steps."""
-    return [r for r in self.records if 'train/loss' in r]
-
-  @property
-  def validation(self) -> list[dict[str, Any]]:
-    """The records of held-out scores."""
-    return [r for r in self.records if 'validation/loss' in r]
-
-  @property
-  def step(self) -> int:
-    """Steps taken."""
-    return self.summary.get('step') or max((r['step'] for r in self.train), default=0)
+  records: Records
+  train: Records
+  validation: Records
+  samples: Records
 
 
-def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
-  """Write `report.html` into a workdir and return its path.
+def write_report(
+  *workdirs: str | os.PathLike[str], target: pathlib.Path | None = None,
+  seen: Sequence[Mapping[str, str]] = (),
+) -> pathlib.Path:
+  """Write a page about one run, or about several over each other, and return its path.
 
   Reads `config.json`, `metrics.jsonl`, `samples.jsonl`, `data.json`, `environment.json` and
   `summary.json`, each of which may be absent or torn.
 
   Args:
-    workdir: the directory of a run, finished or not.
-  """
-  return write_page([workdir], storage.path(workdir) / 'report.html')
-
-
-def write_page(
-  workdirs: Sequence[str | os.PathLike[str]], target: pathlib.Path,
-  seen: Sequence[Mapping[str, str]] = (),
-) -> pathlib.Path:
-  """Write one page about one run, or about several beside each other, and return its path.
-
-  Args:
-    workdirs: the directories of the runs.
-    target: the file.
+    *workdirs: the directories of runs, finished or not.
+    target: the page; None: `report.html` in the first workdir.
     seen: how models read a text: `name`, `losses`, `lens` (both HTML) and `attention` (a PNG in
       Base64).
   """
-  paths = [storage.path(workdir) for workdir in workdirs]
-  runs = [_read(path, index) for index, path in enumerate(paths)]
-  for names in ([run.name for run in runs], [path.name for path in paths], map(str, paths)):
-    if len(set(names := list(names))) == len(runs):
-      runs = [run._replace(name=name) for run, name in zip(runs, names, strict=True)]
-      break
+  runs = [_read(storage.path(workdir), index) for index, workdir in enumerate(workdirs)]
+  if len({run.name for run in runs}) < len(runs):
+    runs = [run._replace(name=str(path)) for run, path in zip(runs, workdirs, strict=True)]
   environment = jinja2.Environment(
     loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
     autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
   )
   page = environment.get_template('report.html').render(
-    name=' · '.join(run.name for run in runs), runs=[_describe(run) for run in runs], seen=seen,
-    figures=[_tiles(run) + _origin(run) for run in runs],
-    **_charts(runs), prompts=_prompts(runs), differences=_differences(runs), merge=_merge)
+    name=' · '.join(run.name for run in runs), runs=runs, seen=seen, origin=_origin, tiles=_tiles,
+    speed=_speed, goodput=_goodput, manifest=_manifest, merge=_merge, prompts=_prompts(runs),
+    differences=_differences(runs), **_charts(runs),
+    dumps=functools.partial(json.dumps, indent=2, ensure_ascii=False))
+  target = target or storage.path(workdirs[0]) / 'report.html'
   storage.write_file(target, page)
   return target
 
 
-def _read(path: pathlib.Path, index: int) -> Run:
+def _read(path: pathlib.Path, index: int) -> _Run:
   config, summary, environment, data = (
     storage.read_json(path / f'{name}.json')
     for name in ('config', 'summary', 'environment', 'data'))
   records = metrics.read(path / 'metrics.jsonl')
+  train = [r for r in records if 'train/loss' in r]
   if summary.get('step', -1) < max((r['step'] for r in records), default=0):
     summary = {}  # Of an earlier end: the run went on.
-  return Run(config.get('name') or path.name or path.resolve().name, f'run{index % _COLOURS + 1}',
-             config, summary, environment, data, records,
-             metrics.read_lines(path / 'samples.jsonl'))
-
-
-def _describe(run: Run) -> dict[str, Any]:
-  """Return all that the template shows of one run."""
-  return {
-    'name': run.name,
-    'style': run.style,
-    'complete': bool(run.summary.get('complete')),
-    'step': run.step,
-    'num_steps': (run.config.get('training') or {}).get('num_steps'),
-    'origin': _origin(run),
-    'tiles': _tiles(run),
-    'speed': _speed(run),
-    'goodput': _goodput([*run.records, run.summary.get('goodput') or {}]),
-    'data': _data(run),
-    'files': {
-      name: json.dumps(content, indent=2, ensure_ascii=False) for name, content in (
-        ('data.json', run.data), ('config.json', run.config),
-        ('environment.json', run.environment)) if content},
-  }
+  return _Run(
+    config.get('name') or path.name or path.resolve().name, f'run{index % _COLOURS + 1}',
+    summary.get('step') or max((r['step'] for r in train), default=0), config, summary,
+    environment, data, records, train, [r for r in records if 'validation/loss' in r],
+    metrics.read_lines(path / 'samples.jsonl'))
 
 
 def _known(rows: Sequence[tuple[str, Any, Callable[[Any], str]]]) -> Rows:
@@ -138,24 +101,25 @@ def _known(rows: Sequence[tuple[str, Any, Callable[[Any], str]]]) -> Rows:
   return [(label, text(value)) for label, value, text in rows if value is not None]
 
 
-def _merge(tables: Sequence[Rows]) -> list[tuple[str, list[str]]]:
+def _merge(runs: Sequence[_Run], *tables: Callable[[_Run], Rows]) -> list[tuple[str, list[str]]]:
   """Return tables of runs as one: label, and the text of each run."""
-  labels = dict.fromkeys(label for rows in tables for label, _ in rows)
-  return [(label, [dict(rows).get(label, '–') for rows in tables]) for label in labels]
+  found = [dict(row for table in tables for row in table(run)) for run in runs]
+  labels = dict.fromkeys(label for rows in found for label in rows)
+  return [(label, [rows.get(label, '–') for rows in found]) for label in labels]
 
 
-def _differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+def _differences(runs: Sequence[_Run]) -> list[tuple[str, list[str]]]:
   """Return the fields of the configs that are not the same in all runs."""
   def fields(node: Any, path: str) -> Rows:
     if isinstance(node, Mapping) and node:
       return [one for key, inner in node.items() for one in fields(inner, f'{path}.{key}')]
     return [(path[1:], json.dumps(node, ensure_ascii=False))]
 
-  merged = _merge([fields(run.config, '') for run in runs])
+  merged = _merge(runs, lambda run: fields(run.config, ''))
   return [row for row in merged if len(set(row[1])) > 1]
 
 
-def _prompts(runs: Sequence[Run]) -> dict[str, list[tuple[str, str]]]:
+def _prompts(runs: Sequence[_Run]) -> dict[str, list[tuple[str, str]]]:
   """Return prompt -> (run and step, continuation), step after step."""
   found: dict[str, list[tuple[str, str]]] = {}
   for run in runs:
@@ -169,7 +133,7 @@ def _prompts(runs: Sequence[Run]) -> dict[str, list[tuple[str, str]]]:
   return found
 
 
-def _origin(run: Run) -> Rows:
+def _origin(run: _Run) -> Rows:
   """Return the command, date and devices of a run."""
   times = [r['time'] for r in run.records if isinstance(r.get('time'), int | float)]
   dates = dict.fromkeys(
@@ -181,7 +145,7 @@ def _origin(run: Run) -> Rows:
                  ('device', f'{count} x {kind}' if kind and count else kind, str)])
 
 
-def _tiles(run: Run) -> Rows:
+def _tiles(run: _Run) -> Rows:
   """Return the headline figures, as far as they are known."""
   training, data = run.config.get('training') or {}, run.config.get('data') or {}
   step, summary, train, validation = run.step, run.summary, run.train, run.validation
@@ -204,7 +168,7 @@ def _tiles(run: Run) -> Rows:
   ])
 
 
-def _data(run: Run) -> Rows:
+def _manifest(run: _Run) -> Rows:
   """Return what the records hold."""
   return _known([
     (f'{label} {name}', (run.data.get(split) or {}).get(field), text)
@@ -215,7 +179,7 @@ def _data(run: Run) -> Rows:
   ] + [('fingerprint', run.data.get('fingerprint'), str)])
 
 
-def _charts(runs: Sequence[Run]) -> dict[str, list[Chart]]:
+def _charts(runs: Sequence[_Run]) -> dict[str, list[Chart]]:
   """Return the charts of losses, other numbers and tasks; several runs lie over each other."""
   alone = len(runs) == 1
 
@@ -253,7 +217,7 @@ def _charts(runs: Sequence[Run]) -> dict[str, list[Chart]]:
   }
 
 
-def _speed(run: Run) -> Rows:
+def _speed(run: _Run) -> Rows:
   """Return the time, memory and utilisation of a run."""
   train = run.train
   utilisation, kind = _median(train, 'train/mfu'), run.environment.get('device_kind', 'this device')
@@ -273,9 +237,10 @@ def _speed(run: Run) -> Rows:
   ])
 
 
-def _goodput(records: Sequence[Record]) -> list[tuple[str, str, float]]:
+def _goodput(run: _Run) -> list[tuple[str, str, float]]:
   """Return (cause, text, per cent) of what the time of the run went into."""
-  last = next((one for one in reversed(records) if 'goodput/fraction' in one), {})
+  records = [*run.records, run.summary.get('goodput') or {}]
+  last: Record = next((one for one in reversed(records) if 'goodput/fraction' in one), {})
   spent = {cause: max(last.get(f'goodput/{cause}_seconds') or 0.0, 0.0) for cause in CAUSES}
   shares = {cause: 100 * seconds / (sum(spent.values()) or 1) for cause, seconds in spent.items()}
   return [(CAUSES[cause], f'{format_duration(spent[cause])}, {share:.1f} %', round(share, 2))

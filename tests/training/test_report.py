@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from jaxllm.training.report import write_page, write_report
+from jaxllm.training.report import write_report
 
 EVIL = '<script>alert("&")</script>'
 
@@ -203,7 +203,7 @@ def other(path, directory, **config):
 
 
 def compare(*paths):
-  target = write_page(paths, paths[0] / 'page.html')
+  target = write_report(*paths, target=paths[0] / 'page.html')
   text = target.read_text(encoding='utf-8')
   assert not re.search(r'(src|href)=|url\(|@import|https?:', text)
   page = Text(text)
@@ -234,7 +234,7 @@ def test_runs_lie_over_each_other(finished):
 def test_runs_of_one_name_are_told_apart_by_their_directories(finished):
   second = other(finished, 'second')
   text, _ = compare(finished, second)
-  assert f'{finished.name} · second' in text
+  assert f'{finished} · {second}' in text
   assert 'Nothing: the configs are the same.' in text
 
 
