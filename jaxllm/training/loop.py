@@ -310,8 +310,7 @@ def _loop(
         stop = stop or selected.exhausted
       if sampling:
         with log.pause('samples'):
-          log.add_samples(scoring.continue_prompts(
-            experiment, run.dataset.tokenizer, _evaluated(experiment, state), run.mesh, step))
+          _sample(run, _evaluated(experiment, state), step)
       if saving or stop:
         save()
       if stop:
@@ -348,6 +347,18 @@ def _measure(
 
 def _evaluated(experiment: Experiment, state: TrainState) -> Any:
   return state_lib.variables(experiment, state_lib.evaluation_params(state), state.frozen)
+
+
+def _sample(run: _Run, variables: Any, step: int) -> None:
+  """Continue the prompts, and add that to those of earlier steps in samples.jsonl."""
+  path = run.path / 'samples.jsonl'
+  samples = scoring.continue_prompts(
+    run.experiment, run.dataset.tokenizer, variables, run.mesh, step)
+  if samples and jax.process_index() == 0:
+    earlier = [one for one in metrics_lib.read_lines(path) if one.get('step') in range(step)]
+    with metrics_lib.spared(str(path), set()):
+      storage.write_file(path, ''.join(
+        json.dumps(one, ensure_ascii=False) + '\n' for one in [*earlier, *samples]))
 
 
 def _promise(run: _Run, step: int) -> dict[str, float]:
@@ -443,16 +454,10 @@ def _finish(run: _Run, step: int, frozen: Any) -> dict[str, Any]:
       measure = scoring.make_held_out(experiment, run.dataset, run.mesh, max_batches=None)
       summary['validation'] = measure(variables)
   with run.goodput.spend('samples'):
-    samples = scoring.continue_prompts(
-      experiment, run.dataset.tokenizer, variables, run.mesh, step)
+    _sample(run, variables, step)
   summary |= _promise(run, step)
   summary['goodput'] = run.goodput.scalars()
   if jax.process_index() == 0:
-    if samples:
-      earlier = [one for one in metrics_lib.read_lines(run.path / 'samples.jsonl')
-                 if one.get('step', step) != step]
-      lines = [json.dumps(sample, ensure_ascii=False) for sample in [*earlier, *samples]]
-      storage.write_file(run.path / 'samples.jsonl', '\n'.join(lines) + '\n')
     storage.write_json(run.path / 'summary.json', summary)
     report.write_report(run.path)
   distributed.barrier('the summary is written')

@@ -14,7 +14,7 @@ import pathlib
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -34,7 +34,7 @@ Write = Callable[[int, Mapping[str, Any]], None]
 # Of `open_writer`: what writes numbers at a step, and what closes it.
 Writer = tuple[Write, Callable[[], None]]
 # Files of the workdir that a resumed run goes on with.
-_KEPT = ('metrics.jsonl', 'samples.jsonl', 'writers.json')
+_KEPT = ('metrics.jsonl', 'writers.json')
 
 # Scores on held-out text that are printed, and how they are called.
 HELD_OUT = {'loss': 'held-out loss', 'perplexity': 'perplexity', 'bits_per_byte': 'bits per byte'}
@@ -50,7 +50,6 @@ class MetricLogger:
   def __init__(
     self, experiment: Experiment, mesh: Mesh, write: Write, progress: 'Progress',
     goodput: Goodput, upload: Callable[[], None] = lambda: None,
-    add_samples: Callable[[Sequence[Mapping[str, Any]]], None] = lambda samples: None,
   ):
     device = mesh.devices.flat[0]
     self._training = experiment.training
@@ -61,7 +60,6 @@ class MetricLogger:
       logging.info('The peak of a %s in %s is unknown, so utilisation (MFU) is not reported.',
                    device.device_kind, experiment.decoder.dtype)
     self._write, self._progress, self.upload = write, progress, upload
-    self.add_samples = add_samples
     self._goodput = goodput
     self.pending: Any = None
     self._first = True
@@ -183,12 +181,7 @@ def open_logger(
       with spared(f'{path}/metrics.jsonl', failed):
         send()
 
-    def add_samples(samples: Sequence[Mapping[str, Any]]) -> None:
-      for sample in samples if kept else ():
-        with spared(f'{path}/samples.jsonl', failed):
-          _append(folder / 'samples.jsonl', sample)
-
-    log = MetricLogger(experiment, mesh, write, progress, goodput, upload, add_samples)
+    log = MetricLogger(experiment, mesh, write, progress, goodput, upload)
     log.log_goodput(step)  # Kept where the records of steps that are lost are dropped.
     yield log
 
@@ -212,8 +205,7 @@ def open_writer(
     yield lambda step, scalars: None
     return
   path = pathlib.Path(workdir) / 'metrics.jsonl'
-  for file in (path, path.with_name('samples.jsonl')):
-    _drop_later(file, step)
+  _drop_later(path, step)
   failed: set[str] = set()
   others: dict[str, Writer] = {}
 
@@ -340,11 +332,10 @@ def read_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _drop_later(path: pathlib.Path, step: int) -> None:
-  """Keep the whole records of a JSONL file up to `step`."""
+  """Keep the whole records of a metrics.jsonl up to `step`."""
   if not path.exists():
     return
-  kept = [json.dumps(record) + '\n' for record in read_lines(path)
-          if isinstance(record.get('step'), int) and record['step'] <= step]
+  kept = [json.dumps(record) + '\n' for record in read(path) if record['step'] <= step]
   if ''.join(kept) != path.read_text(encoding='utf-8', errors='replace'):
     storage.write_file(path, ''.join(kept))
 

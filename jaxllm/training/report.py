@@ -257,14 +257,7 @@ def _median(records: Sequence[Record], name: str) -> float | None:
 
 
 class Line(NamedTuple):
-  """One line.
-
-  Attributes:
-    label: for the legend; empty for none.
-    style: its CSS classes. The points of 'validation' are marked, where there are not too many.
-    steps: int, ascending.
-    values: float64, finite, as many.
-  """
+  """A line: its label, '' for none; its CSS classes, of which 'validation' marks the points."""
 
   label: str
   style: str
@@ -300,20 +293,11 @@ def smooth(noisy: Line, label: str, style: str) -> Line:
 def make_chart(
   title: str, lines: Sequence[Line], text: Callable[[float], str], num_ticks: int = 6,
   log: bool = False,
-) -> dict[str, Any] | None:
-  """Lay out a chart.
+) -> Chart:
+  """Lay out a chart for the template; None where there is no point.
 
-  Args:
-    title: of the chart.
-    lines: drawn in this order; empty ones are left out.
-    text: writes a value for a label.
-    num_ticks: about how many along the steps.
-    log: whether the value axis is logarithmic; only where all values are positive and span more
-      than a factor of 3.
-
-  Returns:
-    What the template draws: `title`, `lines` (label, style, path, marked points and the latest
-    value), `x_ticks` and `y_ticks` (label and place). None where there is no point.
+  `text` writes a value for a label. With `log` the value axis is logarithmic where all values are
+  positive and span more than a factor of 3.
   """
   lines = [line for line in lines if len(line.steps)]
   if not lines:
