@@ -1,6 +1,8 @@
 """Every experiment, in every variant: it loads, survives JSON, and its train step fits its mesh."""
 
+import itertools
 import math
+import operator
 import pathlib
 
 import jax
@@ -8,6 +10,7 @@ import pytest
 
 from jaxllm import config, sharding
 from jaxllm.experiment import Experiment
+from jaxllm.models import decoder
 from jaxllm.training import pretrained, state, step
 
 EXPERIMENTS = pathlib.Path(__file__).parent.parent / 'experiments'
@@ -72,3 +75,27 @@ def test_a_run_made_short_warms_up_over_a_tenth_of_it(caplog):
   for named in ({'schedule.warmup_steps': '30'}, {'schedule': '{"warmup_steps": 30}'}):
     with pytest.raises(config.ConfigError, match='warmup_steps=30 leaves no step.*num_steps=20'):
       config.override(experiment, {'training.num_steps': '20', **named})
+
+
+def test_the_dial_grows_with_its_depth(caplog):
+  dial = config.load_module(str(EXPERIMENTS / 'dial.py'))
+  caplog.set_level('INFO')
+  runs = [dial.get_config(f'd{depth}') for depth in (2, 4, 20)]
+  for smaller, larger in itertools.pairwise(runs):
+    for field in ('decoder.embed_dim', 'decoder.num_heads', 'decoder.num_layers',
+                  'training.batch_size', 'training.num_steps'):
+      assert operator.attrgetter(field)(smaller) < operator.attrgetter(field)(larger), field
+    assert smaller.optimizer.learning_rate > larger.optimizer.learning_rate
+    assert smaller.data == larger.data  # One set of records, one held-out text.
+  tokens = runs[1].training.num_steps * runs[1].training.batch_size * dial.CONTEXT
+  assert tokens == pytest.approx(8 * decoder.parameter_count(runs[1].decoder), rel=1e-3)
+  assert [record.getMessage().split()[1] for record in caplog.records] == ['2.42', '2.02', '1.54']
+  bits, low, high = zip(*dial.PREDICTED.values(), strict=True)
+  assert [*dial.PREDICTED] == [*dial.DEPTHS] and list(bits) == sorted(bits, reverse=True)
+  assert all(a < b < c for a, b, c in zip(low, bits, high, strict=True))
+
+
+@pytest.mark.parametrize('depth', ['d1', 'd21', '4', 'deep'])
+def test_a_depth_that_the_dial_has_not_is_one_sentence(depth):
+  with pytest.raises(ValueError, match=f'dial.py:{depth}: a depth from d2 to d20 is needed'):
+    config.load(f'{EXPERIMENTS}/dial.py:{depth}')
