@@ -1,13 +1,28 @@
 """Prepare data: `python -m jaxllm.prepare --config=experiments/quickstart.py`.
 
 Cleans, tokenises and packs the text of an experiment into records, and prints what came out.
-Training does the same by itself where it is needed.
+Training does the same by itself where it is needed. A call that was killed goes on where it was.
+
+- --inspect shows the first records of each split, of a task too: tokens between bars, with the
+  segment that they are in, green where they have loss (without colours those without in brackets).
+- --dry_run cleans 1,000 documents and says what cleaning did, besides what it says elsewhere.
 """
+
+import itertools
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
 
 from jaxllm import config
 
 FLAGS = config.Flags()
 CONFIG = FLAGS.string('config', None, config.FLAG_HELP, required=True)
+INSPECT = FLAGS.bool('inspect', False, 'Show records as the model reads them.')
 DRY_RUN = FLAGS.bool('dry_run', False, config.DRY_RUN_HELP)
 
 
@@ -16,10 +31,16 @@ def main(_) -> None:  # noqa: D103
     from jaxllm.tools import plan
 
     plan.dry_run(CONFIG.value)
+    for line in rehearsed(config.from_flags(CONFIG.value).data):
+      print(line, file=sys.stderr)
     return
   from jaxllm.data import records
 
   experiment = config.from_flags(CONFIG.value)
+  if INSPECT.value:
+    for line in inspected(experiment, sys.stdout.isatty() and 'NO_COLOR' not in os.environ):
+      print(line)
+    return
   directory = experiment.records_path
   manifest = records.prepare(experiment.data, experiment.tokenizer, directory)
   print(f'{directory / manifest.folder}: vocabulary {manifest.vocab_size}, '
@@ -28,7 +49,65 @@ def main(_) -> None:  # noqa: D103
     split = manifest.split(name)
     print(f'  {name}: {split.documents:,} documents, {split.text_bytes:,} bytes, '
           f'{split.tokens:,} tokens ({split.bytes_per_token:.2f} bytes each), '
-          f'{split.records:,} records')
+          f'{split.records:,} records, '
+          f'{split.target_tokens / (split.records * manifest.context_length):.1%} full')
+
+
+def rehearsed(data: Any, count: int = 1000) -> Iterator[str]:
+  """Yield what cleaning does to the first documents of each source, `count` of all of them."""
+  from jaxllm.data import cleaning, documents
+
+  sources, clean = (*data.sources, *data.own_validation), cleaning.cleaner(data.cleaning)
+  for source in sources:
+    begin, counts = time.perf_counter(), Counter[str]()
+    for document in itertools.islice(documents.documents(source), -(-count // len(sources))):
+      text, steps = clean(document)
+      counts.update(steps, documents=1, dropped=not text, before=len(document),
+                    after=len(text or ''))
+    rate = counts['before'] / 1e6 / (time.perf_counter() - begin)
+    yield (f'{source.location}: of the first {counts["documents"]:,} documents cleaning drops '
+           f'{counts["dropped"]:,}; {counts["after"]:,} of {counts["before"]:,} characters are '
+           f'left ({rate:.1f} million characters/s)')
+    yield from (f'  {name}: {number:,}' for name, number in sorted(counts.items()) if '.' in name)
+
+
+def inspected(experiment: Any, coloured: bool, count: int = 2) -> Iterator[str]:
+  """Yield lines that show the first `count` records of each split of an experiment."""
+  from jaxllm.training import dataset as dataset_lib
+  from jaxllm.training import pretrained
+
+  if experiment.reads_models:
+    experiment = pretrained.resolve(experiment, None)
+  dataset = dataset_lib.open_dataset(experiment)
+  for name in ('train', *(['validation'] if dataset.manifest.validation else [])):
+    batch = dataset.make_batches(name, count, False, 1, alone=True).batch_at(0)
+    for row in range(min(count, dataset.manifest.split(name).records)):
+      for kind in ('', 'rejected_'):
+        if f'{kind}tokens' in batch:
+          yield f'{name}, record {row}{kind and ", rejected"}:'
+          yield from _segments({key.removeprefix(kind): array[row] for key, array in batch.items()
+                                if key.startswith(kind)}, dataset.tokenizer.id_bytes, coloured)
+
+
+def _segments(row: Mapping[str, np.ndarray], id_bytes: Any, coloured: bool) -> Iterator[str]:
+  """Yield a line for each segment of a record; a token has the loss that it has as a target."""
+  segments, positions = row['segment_ids'], row['positions']
+  # The last target is no token; the first token is no target.
+  learnt = np.concatenate([[0], np.broadcast_to(row.get('weights', 0), segments.shape)[:-1]])
+  learnt *= positions > 0
+  for segment in range(1, segments.max(initial=0) + 1):
+    at = np.flatnonzero(segments == segment)
+    shown = []
+    for token, weight in zip(row['tokens'][at], learnt[at], strict=True):
+      text = repr(id_bytes[token].decode(errors='backslashreplace') or f'<{token}>')[1:-1]
+      times = '' if weight in (0, 1) else f'*{weight:.2g}'
+      colour = '32' if weight else '2'
+      shown.append(f'\x1b[{colour}m{text}\x1b[0m{times}' if coloured else
+                   f'{text}{times}' if weight else f'[{text}]')
+    yield (f'  segment {segment}, {len(at)} tokens, {np.count_nonzero(learnt[at])} with loss, '
+           f'positions {positions[at[0]]}-{positions[at[-1]]}: {"|".join(shown)}')
+  if padding := int((segments == 0).sum()):
+    yield f'  {padding} tokens of padding'
 
 
 if __name__ == '__main__':

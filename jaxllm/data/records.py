@@ -16,7 +16,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import pydantic
@@ -27,6 +27,7 @@ from jaxllm.config import Config
 from jaxllm.data import documents, packing, parallel, tokenizers
 from jaxllm.data.cleaning import CleaningConfig, cleaner
 from jaxllm.data.documents import SourceConfig, SourceCounts, Sources
+from jaxllm.data.files import COMPRESSIONS
 from jaxllm.data.lineage import Lineage
 from jaxllm.data.packing import Text
 from jaxllm.data.tokenizers import Tokenizer, TokenizerConfig
@@ -407,6 +408,7 @@ def _write(
   data: DataConfig, config: TokenizerConfig, staging: pathlib.Path,
   sources: Sequence[SourceCounts], fingerprint: str, progress: bool,
 ) -> Manifest:
+  sizes = [_size(data, sources)]
   if state := _left(data, staging):
     logging.info('%s: going on after %d documents of an interrupted call', staging, state['texts'])
     tokenizer = tokenizers.from_files(tokenizers.read_directory(staging / 'tokenizer'))
@@ -414,36 +416,28 @@ def _write(
     shutil.rmtree(staging)
     staging.mkdir()
     state = {'ends': _too_few(data), 'texts': 0, 'splits': {}}
-    with _bar('tokenizer', ' documents', progress and config.trained) as bar:
-      def training() -> Iterator[str]:
-        for text in _texts(data, [Counter() for _ in sources], state['ends']):
-          bar.update()
-          if text.split == 'train':
-            yield text.text
-      tokenizer = tokenizers.train_or_load(config, training())
+    texts = _texts(data, [Counter() for _ in sources], state['ends'])
+    tokenizer = tokenizers.train_or_load(config, (
+      text.text for text in _shown('tokenizer', texts, sizes, progress and config.trained)
+      if text.split == 'train'))
     tokenizers.save(tokenizer, staging / 'tokenizer')
 
   counts: Counters = [Counter() for _ in sources]
   writers = {name: packing.SplitWriter(staging, name, tokenizer, data,
                                        state['splits'].get(name, {})) for name in data.splits}
-  texts = _texts(data, counts, state['ends'])
+  texts = _shown('records', _texts(data, counts, state['ends']), sizes, progress)
   # What an interrupted call has written is cleaned again, for the counts, and no more.
-  for _ in itertools.islice(texts, state['texts']):
-    pass
+  rest = itertools.islice(texts, state['texts'], None)
   saved = time.monotonic()
-  with _bar('records', ' tokens', progress) as bar:
-    items = packing.tokenize(texts, tokenizer.encode_batch)
-    for number, (text, ids) in enumerate(items, state['texts'] + 1):
-      writers[text.split].add(text, ids)
-      bar.update(len(ids))
-      if number % 256 == 0:
-        bar.set_postfix(documents=number, refresh=False)
-      if time.monotonic() - saved >= _SAVE_SECONDS:
-        storage.write_json(staging / _STATE, {**state, 'texts': number, 'splits': {
-          name: writer.state() for name, writer in writers.items()}})
-        for writer in writers.values():
-          writer.saved()
-        saved = time.monotonic()
+  for number, (text, ids) in enumerate(
+      packing.tokenize(rest, tokenizer.encode_batch), state['texts'] + 1):
+    writers[text.split].add(text, ids)
+    if time.monotonic() - saved >= _SAVE_SECONDS:
+      storage.write_json(staging / _STATE, {**state, 'texts': number, 'splits': {
+        name: writer.state() for name, writer in writers.items()}})
+      for writer in writers.values():
+        writer.saved()
+      saved = time.monotonic()
   splits = {name: Split(**writer.finish()) for name, writer in writers.items()}
   (staging / _STATE).unlink(missing_ok=True)
   sources = tuple(source.counted(count) for source, count in zip(sources, counts, strict=True))
@@ -468,10 +462,35 @@ def _left(data: DataConfig, staging: pathlib.Path) -> dict[str, Any]:
   return state
 
 
-def _bar(name: str, unit: str, show: bool) -> Any:
+def _size(data: DataConfig, sources: Sequence[SourceCounts]) -> float | None:
+  """Return about how many bytes the texts have; None: files are packed, so that none can say."""
+  total = 0.0
+  for source, counts in zip((*data.sources, *data.own_validation), sources, strict=True):
+    if any(file.path.suffix in {*COMPRESSIONS, '.parquet'}
+           for file in documents.find(source).files):
+      return None
+    total += counts.file_bytes * (source.slice[1] - source.slice[0])
+  return total or None
+
+
+def _shown(
+  name: str, texts: Iterable[Text], sizes: list[float | None], show: bool
+) -> Iterator[Text]:
+  """Yield texts, showing how much of them has gone by, how fast, and the time left.
+
+  The last of `sizes` is about that of all; in the end it is what has gone by.
+  """
   from tqdm import tqdm
-  return tqdm(desc=f'prepare {name}', unit=unit, unit_scale='tokens' in unit, disable=not show,
-              mininterval=0.5 if sys.stderr.isatty() else 10)
+  with tqdm(desc=f'prepare {name}', total=sizes[-1], unit='B', unit_scale=True, disable=not show,
+            mininterval=0.5 if sys.stderr.isatty() else 10) as bar:
+    for number, text in enumerate(texts, 1):
+      yield text
+      bar.update(len(text.text.encode()))
+      if number % 256 == 0 and show:
+        seconds = bar.format_dict['elapsed'] + 1e-9
+        bar.set_postfix_str(f'{number:,} documents, {number / seconds:,.0f}/s', refresh=False)
+    bar.total = bar.n
+    sizes.append(bar.n if show else None)
 
 
 def _check_splits(

@@ -647,7 +647,11 @@ def test_files_are_hashed_once(corpus, out, monkeypatch):
 def test_progress_goes_to_stderr_or_nowhere(corpus, out, capfd):
   records.prepare(_data(corpus), TokenizerConfig(vocab_size=320), out)
   shown = capfd.readouterr()
-  assert 'prepare tokenizer' in shown.err and 'tokens' in shown.err and not shown.out
+  assert 'prepare tokenizer' in shown.err and 'B/s]' in shown.err and not shown.out
+  # Two passes: the second knows from the first how much there is.
+  size = len(''.join(TEXTS).encode()) / 1000
+  assert f'| 0.00/{size:.2f}k [' in shown.err.partition('prepare records:   0%')[2]
+  assert 'prepare tokenizer: 100%' in shown.err and 'prepare records: 100%' in shown.err
   records.prepare(_data(corpus, context_length=9), BYTES, out, progress=False)
   assert capfd.readouterr() == ('', '')
 
