@@ -1,13 +1,13 @@
-"""A mixture of experts beside the dense model of equal active size, and Mixtral 8x7B.
+"""A mixture of experts beside the dense model of equal active size, and published mixtures.
 
 Command:  python -m jaxllm.train --config=experiments/experts.py:small --workdir=runs/experts
           python -m jaxllm.train --config=experiments/experts.py:dense --workdir=runs/dense
-Hardware: 2 CPU cores; for `mixtral_8x7b` the slice below, with --distributed and a shared workdir
-Time:     5 minutes for `dense`, 11 for `small`, on a busy machine; `mixtral_8x7b` not measured
-Data:     that of experiments/quickstart.py; for `mixtral_8x7b` C4 through TFDS, prepared
-          beforehand, and the model's `tokenizer.json` in ./mixtral_8x7b
+Hardware: 2 CPU cores; for the large ones the slices below, with --distributed, a shared workdir
+Time:     5 minutes for `dense`, 11 for `small`, on a busy machine; the large ones not measured
+Data:     that of experiments/quickstart.py; for the large ones C4 through TFDS, prepared
+          beforehand, and the preset's `tokenizer.json` in a directory of its name
 Expected: held-out loss 4.274 for `small` (5.5 million parameters, of which a token uses 2.0),
-          4.327 for `dense` (2.0 million); `mixtral_8x7b` compiles for its slice, 62.8 GiB a chip
+          4.327 for `dense` (2.0 million); docs/experts.md has what a chip holds of the large ones
 Reference: Jiang et al., "Mixtral of Experts", arXiv 2401.04088.
 """
 

@@ -233,30 +233,25 @@ def _mix(
     return mixed_ND.reshape(x_BTD.shape), jax.lax.pmean(dropped, split.tokens)
   # Devices with other tokens but a part of the same experts.
   shared = tuple(axis for axis in split.tokens if axis in inner)
-  if _has_exchange() and shared == split.experts and (
-      ids_NK.shape[1] * number < config.experts.num_experts):
+  is_less = ids_NK.shape[1] * number < config.experts.num_experts
+  if is_less and shared == split.experts and sharding.platform() == 'tpu':  # CPUs cannot.
     mixed_ND = _mix_exchanged(config, shared, kernels, x_ND, ids_NK, weights_NK)
     return jax.lax.psum(mixed_ND, split.mlp).reshape(x_BTD.shape), jnp.zeros(())
   x_ND, ids_NK, weights_NK = (
     jax.lax.all_gather(x, shared, tiled=True) if shared else x for x in (x_ND, ids_NK, weights_NK))
   first = jax.lax.axis_index(split.experts) * number if split.experts else 0
-  order_R, sizes_E = _sort(ids_NK - first, number)
+  order_R, place_R, sizes_E = _sort(ids_NK - first, number)
   # A token's experts are all different: there are no more rows than these.
-  rows_RD = x_ND[order_R[:len(x_ND) * min(ids_NK.shape[1], number)] % len(x_ND)]
-  is_here_R1 = (jnp.arange(len(rows_RD)) < sizes_E.sum())[:, None]
+  order_R = order_R[:len(x_ND) * min(ids_NK.shape[1], number)]
+  is_here_R1 = (jnp.arange(len(order_R)) < sizes_E.sum())[:, None]
+  rows_RD = _take(x_ND, order_R % len(x_ND), place_R)
   mixed_RD = _apply(config, kernels, jnp.where(is_here_R1, rows_RD, 0), sizes_E)
   mixed_RD = jnp.where(is_here_R1, mixed_RD, 0)
-  mixed_ND = _combine(
-    mixed_RD.at[jnp.argsort(order_R)].get(mode='fill', fill_value=0), weights_NK)
+  mixed_ND = _combine(_take(mixed_RD, place_R, order_R), weights_NK)
   mixed_ND = jax.lax.psum(mixed_ND, tuple(axis for axis in sorted(inner) if axis not in shared))
   if shared:
     mixed_ND = jax.lax.psum_scatter(mixed_ND, shared, tiled=True)
   return mixed_ND.reshape(x_BTD.shape), jnp.zeros(())
-
-
-def _has_exchange() -> bool:
-  """Return whether devices can send each other as many rows as there are; XLA for CPUs cannot."""
-  return sharding.platform() == 'tpu'
 
 
 def _mix_exchanged(
@@ -268,7 +263,7 @@ def _mix_exchanged(
   Fewer bytes than gathering all tokens if a token has fewer experts than there are devices.
   """
   assert config.experts is not None
-  order_R, sizes_E = _sort(ids_NK, config.experts.num_experts)
+  order_R, place_R, sizes_E = _sort(ids_NK, config.experts.num_experts)
   sizes_SE = jax.lax.all_gather(sizes_E, axes)
   parts, here = len(sizes_SE), jax.lax.axis_index(axes)
   number = len(sizes_E) // parts
@@ -285,13 +280,13 @@ def _mix_exchanged(
 
   room = parts * len(x_ND) * min(ids_NK.shape[1], number)
   rows_RD = jax.lax.ragged_all_to_all(
-    x_ND[order_R % len(x_ND)], jnp.zeros((room, x_ND.shape[1]), x_ND.dtype),
+    _take(x_ND, order_R % len(x_ND), place_R), jnp.zeros((room, x_ND.shape[1]), x_ND.dtype),
     sent_SE[here], sizes_E, held_SE[here], received, axis_name=axes)
   mixed_RD = _apply(config, kernels, rows_RD, own(sizes_SE).sum(axis=0))
   mixed_RD = jax.lax.ragged_all_to_all(
     mixed_RD, jnp.zeros((len(order_R), x_ND.shape[1]), mixed_RD.dtype),
     own(held_SE).reshape(-1), received, own(sent_SE).reshape(-1), sizes_E, axis_name=axes)
-  return _combine(mixed_RD[jnp.argsort(order_R)], weights_NK)
+  return _combine(_take(mixed_RD, place_R, order_R), weights_NK)
 
 
 def _mix_capacity(
@@ -302,33 +297,49 @@ def _mix_capacity(
   assert config.experts is not None
   (tokens, top_k), number = ids_NK.shape, config.experts.num_experts
   capacity = min(tokens, math.ceil(factor * tokens * top_k / number))
-  order_R, sizes_E = _sort(ids_NK, number)
+  order_R, _, sizes_E = _sort(ids_NK, number)
   start_E = jnp.cumsum(sizes_E) - sizes_E
   place_1C = jnp.arange(capacity)[None]
   rows_EC = order_R[jnp.minimum(start_E[:, None] + place_1C, len(order_R) - 1)]
-  is_filled_EC = place_1C < sizes_E[:, None]
-  buffer_ECD = jnp.where(is_filled_EC[..., None], x_ND[rows_EC % tokens], 0)
+  # Behind the pairs where a place is not filled, and behind the places where a pair has none.
+  row_P = jnp.where(place_1C < sizes_E[:, None], rows_EC, len(order_R)).reshape(-1)
+  place_R = jnp.full(len(order_R), len(row_P)).at[row_P].set(jnp.arange(len(row_P)), mode='drop')
+  buffer_PD = _take(x_ND, jnp.where(row_P < len(order_R), row_P % tokens, tokens), place_R)
+  buffer_ECD = buffer_PD.reshape(number, capacity, -1)
   if expert_axes:
     buffer_ECD = jax.lax.all_to_all(buffer_ECD, expert_axes, 0, 1, tiled=True)
   mixed_ECD = _apply(config, kernels, buffer_ECD.reshape(-1, x_ND.shape[1]), None)
   mixed_ECD = mixed_ECD.reshape(buffer_ECD.shape)
   if expert_axes:
     mixed_ECD = jax.lax.all_to_all(mixed_ECD, expert_axes, 1, 0, tiled=True)
-  # Where each pair lies in the buffers; behind them if there was no room.
-  place_R = jnp.full(len(order_R), number * capacity).at[
-    jnp.where(is_filled_EC, rows_EC, len(order_R)).reshape(-1)
-  ].set(jnp.arange(number * capacity), mode='drop')
-  mixed_RD = mixed_ECD.reshape(-1, x_ND.shape[1]).at[place_R].get(mode='fill', fill_value=0)
+  mixed_RD = _take(mixed_ECD.reshape(-1, x_ND.shape[1]), place_R, row_P)
   kept = jnp.minimum(sizes_E, capacity).sum() / jnp.maximum(sizes_E.sum(), 1)
   return _combine(mixed_RD, weights_NK), 1 - kept
 
 
-def _sort(ids_NK: jax.Array, number: int) -> tuple[jax.Array, jax.Array]:
-  """Return the pairs k * N + n sorted by expert, others last, and how many each expert has."""
+def _sort(ids_NK: jax.Array, number: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Return the pairs k * N + n by expert, others last; the place of each; sizes of experts."""
   expert_R = ids_NK.T.reshape(-1)
   expert_R = jnp.where((expert_R >= 0) & (expert_R < number), expert_R, number)
   sizes_E = (expert_R[:, None] == jnp.arange(number)[None]).sum(axis=0, dtype=jnp.int32)
-  return jnp.argsort(expert_R), sizes_E
+  order_R = jnp.argsort(expert_R)
+  return order_R, jnp.argsort(order_R), sizes_E
+
+
+@jax.custom_vjp
+def _take(x_ND: jax.Array, index_R: jax.Array, back: jax.Array) -> jax.Array:
+  """Return rows of `x_ND`, 0 for an index beyond them.
+
+  `back` says where the rows went: K times N numbers, beyond R for nowhere. So the gradient is
+  gathered too; left to itself XLA would scatter it, row by row.
+  """
+  return x_ND.at[index_R].get(mode='fill', fill_value=0)
+
+
+_take.defvjp(
+  lambda x_ND, index_R, back: (_take(x_ND, index_R, back), (len(x_ND), back)),
+  lambda saved, dy_RD: (
+    _take(dy_RD, saved[1], saved[1]).reshape(-1, saved[0], dy_RD.shape[1]).sum(axis=0), None, None))
 
 
 def _apply(
