@@ -263,9 +263,12 @@ def collectives(text: str, mesh: Any) -> list[dict[str, Any]]:
 
   The pieces of an operation that is fused with arithmetic share a channel, and count once; those of
   a `shard_map`, which all have one channel, are told apart by their source. Rings send about the
-  size of its larger side, all-reduce twice that; fused, it is a reduce-scatter. A ragged exchange
-  counts the room for what it receives, which is more than it sends.
+  size of its larger side, all-reduce twice that, and once between two slices; fused, it is a
+  reduce-scatter. A ragged exchange counts the room for what it receives, which is more than it
+  sends.
   """
+  from jaxllm.training import cost
+
   bodies: dict[str, list[str]] = {}
   name = ''
   for line in text.split('\n'):
@@ -290,14 +293,14 @@ def collectives(text: str, mesh: Any) -> list[dict[str, Any]]:
         kind = 'reduce-scatter' if name.startswith('all-reduce-scatter') else found[2]
         where = kind, _axes(line, mesh)
         count, size = totals.get(where, (0, 0.0))
-        sizes = [
-          int((re.search(r'\d+', dtype) or ['8'])[0]) // 8 * math.prod(
-            map(int, filter(None, dims.split(','))))
-          for dtype, dims in re.findall(r'(\w+)\[([\d,]*)\]', found[1])
-        ]
+        sizes = _sizes(found[1])
         # An asynchronous operation returns operand and result, other tuples are several results.
         sent = (max if found[3] else sum)(sizes) * (2 if kind == 'all-reduce' else 1)
         totals[where] = count + times, size + sent * times
+      elif far := re.search(r' = (.*?) send\(.*_xla_megascale_transfer_type="(\w+)"', line):
+        where = far[2].lower().replace('_', '-'), (cost.SLICES,)
+        count, size = totals.get(where, (0, 0.0))
+        totals[where] = count + times, size + _sizes(far[1])[0] * times
       else:
         for callee in re.findall(r'(?:calls|to_apply)=%([\w.-]+)', line):
           visit(callee, times)
@@ -307,6 +310,14 @@ def collectives(text: str, mesh: Any) -> list[dict[str, Any]]:
   visit('ENTRY', 1)
   return [{'kind': kind, 'axes': ' '.join(axes), 'per_step': count, 'bytes': size}
           for (kind, axes), (count, size) in sorted(totals.items(), key=lambda one: -one[1][1])]
+
+
+def _sizes(types: str) -> list[int]:
+  """Return the bytes of arrays, as XLA writes their types."""
+  return [
+    int((re.search(r'\d+', dtype) or ['8'])[0]) // 8 * math.prod(
+      map(int, filter(None, dims.split(','))))
+    for dtype, dims in re.findall(r'(\w+)\[([\d,]*)\]', types)]
 
 
 def _axes(line: str, mesh: Any) -> tuple[str, ...]:

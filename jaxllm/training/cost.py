@@ -29,21 +29,26 @@ from jaxllm.training import state as state_lib
 GIB = 2**30
 # Of `gib`, what is there before a step.
 HELD = ('parameters', 'optimizer', 'cache')
+# In the place of mesh axes: over the slow network.
+SLICES = 'between slices'
 Plan = dict[str, Any]
 
 
 class Chip(NamedTuple):
-  """A device: GiB of memory, GB/s over all its links and of its memory (inf: not known)."""
+  """A device: GiB of memory; GB/s of links, of memory, and between slices (inf: not known)."""
 
   kind: str
   memory: float
   links: float = math.inf
   bandwidth: float = math.inf
+  network: float = math.inf
 
 
 # cloud.google.com/tpu/docs
-CHIPS = {'v4': Chip('TPU v4', 32.0, 300.0, 1228.0), 'v5e': Chip('TPU v5e', 15.75, 200.0, 819.0),
-         'v5p': Chip('TPU v5p', 95.0, 600.0, 2765.0), 'v6e': Chip('TPU v6e', 31.25, 400.0, 1640.0)}
+CHIPS = {'v4': Chip('TPU v4', 32.0, 300.0, 1228.0),
+         'v5e': Chip('TPU v5e', 15.75, 200.0, 819.0, 3.125),
+         'v5p': Chip('TPU v5p', 95.0, 600.0, 2765.0, 6.25),
+         'v6e': Chip('TPU v6e', 31.25, 400.0, 1640.0, 12.5)}
 
 
 def local_chip(mesh: Mesh) -> Chip:
@@ -103,9 +108,13 @@ def finish(experiment: Experiment, mesh: Mesh | AbstractMesh, chip: Chip, plan: 
   gib, steps = plan['gib'], experiment.training.num_steps
   gib |= {'total': sum(gib.values()), 'memory': chip.memory}
   peak = goodput.device_peak_flops(chip.kind, experiment.decoder.dtype)
+  slow = sum(one['bytes'] for one in plan['exchanged'] if one['axes'] == SLICES)
+  fast = sum(one['bytes'] for one in plan['exchanged']) - slow
   seconds = {
     'arithmetic': plan['executed'] / peak, 'memory': plan['moved'] / chip.bandwidth / 1e9,
-    'exchange': sum(one['bytes'] for one in plan['exchanged']) / chip.links / 1e9} if peak else {}
+    'exchange': fast / chip.links / 1e9} if peak else {}
+  if slow:
+    seconds[SLICES] = slow / chip.network / 1e9
   longest = max(seconds.values(), default=None)
   plan |= {'seconds': seconds, 'problems': [], 'ceiling': longest and peak and {
     'bound': max(seconds, key=seconds.__getitem__), 'seconds': longest,
@@ -188,7 +197,12 @@ def exchange(
       add('reduce-scatter', gathered, whole * itemsize)
       others = [axis for axis in (*rules['batch'], *rules['length'])
                 if axis not in (*gathered, *kept)]
-      add('all-reduce', others, 8 * whole / math.prod(sizes[axis] for axis in gathered))
+      gradient = 8 * whole / math.prod(sizes[axis] for axis in gathered)
+      add('all-reduce', others, gradient)
+      if (slices := experiment.mesh.slices) > 1:  # What each keeps of the sum within a slice.
+        size = gradient * (slices - 1) / math.prod(sizes[axis] for axis in others)
+        where = 'all-reduce', SLICES
+        sent[where] = sent.get(where, 0.0) + size * training.microbatches
   part = part_of_one_device(experiment, mesh)
   rows, stretches = part.training.batch_size // training.microbatches, math.prod(
     sizes[axis] for axis in rules['length'])

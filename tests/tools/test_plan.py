@@ -75,6 +75,7 @@ def test_collectives_count_loops_and_channels():
 %body (p: s32[]) -> s32[] {
   %g = f32[8,4]{1,0} all-gather(%x), channel_id=1, replica_groups=[1,8]<=[8]
   %h = f32[8,4]{1,0} all-gather(%x), channel_id=1, replica_groups=[1,8]<=[8]
+  %s = (bf16[8,2]{1,0}, u32[]{:S(2)}) send(%x), x={_xla_megascale_transfer_type="ALL_REDUCE"}
 }
 ENTRY %main (p: s32[]) -> s32[] {
   %w = s32[] while(%p), condition=%cond, body=%body
@@ -87,6 +88,7 @@ ENTRY %main (p: s32[]) -> s32[] {
   mesh = jax.sharding.Mesh(np.array(jax.devices()), ('data',))
   assert plan.collectives(text, mesh) == [
     {'kind': 'all-gather', 'axes': 'data', 'per_step': 5, 'bytes': 5 * 128},
+    {'kind': 'all-reduce', 'axes': 'between slices', 'per_step': 5, 'bytes': 5 * 32},
     {'kind': 'all-reduce', 'axes': '', 'per_step': 1, 'bytes': 64},
     {'kind': 'all-to-all', 'axes': 'data', 'per_step': 2, 'bytes': 18}]
 

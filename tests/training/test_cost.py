@@ -91,6 +91,12 @@ def test_time_is_that_of_the_bound_and_unknown_without_figures(tmp_path):
   assert ceiling['chip_hours'] == pytest.approx(ceiling['seconds'] * 8 * 8 / 3600)
   assert {(one['kind'], one['axes']) for one in plan['exchanged']} == {
     ('all-gather', 'fsdp'), ('reduce-scatter', 'fsdp'), ('all-reduce', 'data')}
+  two = experiment.replace(mesh=config.replace(slices=2))
+  far, = (one for one in cost.estimate(two, mesh, cost.CHIPS['v5e'])['exchanged']
+          if one['axes'] == cost.SLICES)
+  # Between two slices of one device along data each, what is added up crosses once.
+  assert 2 * far['bytes'] == sum(
+    one['bytes'] for one in plan['exchanged'] if one['axes'] == 'data')
   toaster = cost.estimate(experiment, mesh, cost.Chip('a toaster', 1e-4))
   assert toaster['ceiling'] is None and 'no peak of a toaster' in cost.page(toaster)
   assert 'config.objective.chunk_size=512 leaves little' in toaster['problems'][0]
