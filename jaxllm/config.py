@@ -229,8 +229,11 @@ class Flags:
     def define(name: str, *arguments: Any, **options: Any) -> Any:
       if kind != 'alias':
         self._sections.setdefault(self._section, []).append(name)
-      make = getattr(flags, f'DEFINE_{kind}')
-      return make(name, *arguments, flag_values=self.values, **options)
+      made = getattr(flags, f'DEFINE_{kind}')(name, *arguments, flag_values=self.values, **options)
+      if options.get('required'):
+        flags.register_validator(
+          name, lambda value: value != '', 'a value is missing', flag_values=self.values)
+      return made
 
     return define
 
@@ -344,6 +347,9 @@ def run_program(main: Callable[[Sequence[str]], Any], own: Flags) -> None:
     app.run(guarded, flags_parser=functools.partial(parse_flags, own=own, about=about))
   except KeyboardInterrupt:
     sys.exit(130)
+  except BrokenPipeError:  # As of `jaxllm train --help | head`.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(141)
   except Exception as error:
     text = mistakes.sentence(error, own.values)
     if text is None or (flags.FLAGS['verbosity'].value or 0) > 0:
@@ -490,8 +496,7 @@ def _read_value(cls: type[Config], key: str, path: str, value: Any) -> Any:
     except pydantic.ValidationError as error:
       problem = error.errors()[0]
       where = '.'.join(str(part) for part in problem['loc'] if not isinstance(part, int))
-      message = problem['msg'].removeprefix('Value error, ')
-      message += ', written as JSON: ["a", "b"]' if problem['type'] == 'tuple_type' else ''
+      message = _said(problem)
       errors.append(f'config.{path}={value}: {f"{where}: " if where else ""}{message}')
   raise ConfigError(errors[0])
 
@@ -538,7 +543,7 @@ def _readable(cls: type[Config], error: pydantic.ValidationError) -> str:
   for problem in sorted(error.errors(), key=lambda problem: problem['type'] != 'extra_forbidden'):
     # Union members add their own labels to the location; only real fields are worth naming.
     where = '.'.join(str(part) for part in problem['loc'])
-    message = problem['msg'].removeprefix('Value error, ')
+    message = _said(problem)
     if problem['type'] == 'extra_forbidden':
       name = str(problem['loc'][-1])
       owner = _owner(cls, problem['loc'][:-1])
@@ -555,6 +560,18 @@ def _readable(cls: type[Config], error: pydantic.ValidationError) -> str:
     else:
       lines.append(f'{cls.__name__}.{where}={problem["input"]!r}: {message}')
   return '\n'.join(lines)
+
+
+def _said(problem: Any) -> str:
+  """Return what pydantic says is wrong; of a choice the names that there are, and the nearest."""
+  context = problem.get('ctx', {})
+  expected = context.get('expected_tags') or (
+    problem['type'] == 'literal_error' and context['expected'])
+  if not expected:
+    as_json = ', written as JSON: ["a", "b"]' * (problem['type'] == 'tuple_type')
+    return problem['msg'].removeprefix('Value error, ') + as_json
+  names, given = re.findall(r"'([^']*)'", expected), str(context.get('tag', problem['input']))
+  return f'one of {", ".join(names)}{mistakes.hint(given, names)}'
 
 
 def _owner(cls: type[Config], location: tuple[Any, ...]) -> type[Config]:

@@ -165,8 +165,12 @@ def _flag_sentence(error: flags.Error, known: flags.FlagValues) -> str:
   for pattern, said in ((r'invalid literal for int\(\).*', 'a whole number is needed'),
                         (r'could not convert string to float.*', 'a number is needed'),
                         (r"\('Non-boolean argument.*", 'true or false is needed'),
+                        ('is not integer', 'is not an integer'),
                         (r'^flag |^ERROR:: ', '')):
     text = re.sub(pattern, said, text)
+  if choice := re.match(r'(--\w+=(.*)): value should be one of <(.*)>', text):
+    names = choice[3].split('|')
+    return f'{choice[1]}: one of {", ".join(names)}{hint(choice[2], names)}'
   return text
 
 

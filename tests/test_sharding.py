@@ -51,7 +51,7 @@ def test_data_alone_runs_between_slices():
   ({'data': 0}, 'data=0'),
   ({'data': -1, 'fsdp': -1}, 'at most one'),
   ({'data': 3, 'slices': 2}, 'slices=2 with data=3: .* divides data'),
-  ({'rules': (('embed', ('gpu',)),)}, "rules.0.1.0='gpu': Input should be 'data', 'fsdp'"),
+  ({'rules': (('embed', ('gpu',)),)}, "rules.0.1.0='gpu': one of data, fsdp"),
   ({'rules': (('embed', ()), ('embed', ()))}, 'more than once'),
 ])
 def test_bad_mesh_configs_are_refused(fields, message):

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 import pydantic
 
+from jaxllm import mistakes
 from jaxllm.config import Config
 
 
@@ -57,7 +58,8 @@ class OptimizerConfig(Config):
   @pydantic.model_validator(mode='after')
   def _check(self) -> 'OptimizerConfig':
     if self.name not in OPTIMIZERS:
-      raise ValueError(f'name={self.name!r}: one of {", ".join(OPTIMIZERS)}')
+      raise ValueError(f'name={self.name!r}: one of {", ".join(OPTIMIZERS)}'
+                       f'{mistakes.hint(self.name, OPTIMIZERS)}')
     read = _settings_of(self.name)
     for field in _SETTINGS:
       if getattr(self, field) is not None and field not in read:
@@ -85,7 +87,8 @@ class ScheduleConfig(Config):
   @pydantic.model_validator(mode='after')
   def _check(self) -> 'ScheduleConfig':
     if self.name not in SCHEDULES:
-      raise ValueError(f'name={self.name!r}: one of {", ".join(SCHEDULES)}')
+      raise ValueError(f'name={self.name!r}: one of {", ".join(SCHEDULES)}'
+                       f'{mistakes.hint(self.name, SCHEDULES)}')
     if self.decay_steps is not None and self.name == 'constant':
       raise ValueError(f'decay_steps={self.decay_steps}: a constant rate has no decay phase; '
                        'set it to None')

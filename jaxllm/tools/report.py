@@ -10,7 +10,7 @@ import base64
 import io
 from collections.abc import Sequence
 
-from jaxllm import config
+from jaxllm import config, mistakes
 
 FLAGS = config.Flags(arguments=True)
 OUTPUT = FLAGS.string('output', None, 'The page; by default WORKDIR/report.html or report.html.')
@@ -26,7 +26,8 @@ def main(argv: Sequence[str]) -> None:  # noqa: D103
     raise ValueError('name the workdir of a run, as in: jaxllm report runs/a runs/b')
   for index, path in enumerate(paths):
     if not path.is_dir():
-      raise ValueError(f'{path} is no directory; name the --workdir of a run')
+      raise ValueError(f'{path} is no directory: name that of a run' if path.exists() else
+                       mistakes.no_such_path(path))
     if not (path / 'metrics.jsonl').exists():
       raise ValueError(f'{path} holds no metrics.jsonl: no run has begun there')
     if path.resolve() in [other.resolve() for other in paths[:index]]:

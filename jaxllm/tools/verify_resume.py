@@ -9,7 +9,6 @@ arrays of the last checkpoint must be equal bit for bit; over several, losses wi
 The exit code is 1 where they are not, or a committed step was lost.
 """
 
-import json
 import pathlib
 import random
 import sys
@@ -20,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxllm import config, storage
+from jaxllm import config, mistakes, storage
 
 FLAGS = config.Flags()
 CONFIG = FLAGS.string('config', None, config.FLAG_HELP, required=True)
@@ -37,7 +36,8 @@ def main(_) -> None:  # noqa: D103
     raise ValueError(f'--processes={",".join(PROCESSES.value)}: expected numbers from 1 on, as in '
                      '--processes=2,4')
   processes = [1, *map(int, PROCESSES.value)]
-  mesh = json.loads(MESH.value) if MESH.value else experiment.mesh.model_dump(mode='json')
+  mesh = mistakes.parse_json(
+    (MESH.value or experiment.mesh.to_json()).encode(), f'--mesh={MESH.value}')
   with tempfile.TemporaryDirectory(prefix='jaxllm-') as directory:
     at, lost, same, *differences = verify(
       experiment, pathlib.Path(directory), KILLS.value, mesh, processes, SEED.value)
