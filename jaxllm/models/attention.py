@@ -2,7 +2,7 @@
 
 `View` is what a layer of one kind sees of a call: computed once, shared by all layers of the kind.
 Whole sequences may go to a fused kernel, whose memory grows with the length, not its square:
-cuDNN's on NVIDIA GPUs, or on TPUs that of `splash`.
+cuDNN's on NVIDIA GPUs, or on TPUs those of `tpu_kernels`.
 
 Axis letters beyond the usual: R = T * G, the queries of all heads that share a key head.
 """
@@ -185,7 +185,7 @@ def cudnn_attention(
   query_BTNH: jax.Array, key_BTKH: jax.Array, value_BTKH: jax.Array,
   segment_ids_BT: jax.Array | None, config: DecoderConfig, window: int | None,
 ) -> jax.Array:
-  """Attend by cuDNN's fused kernel; arguments as in `splash.splash_attention`."""
+  """Attend by cuDNN's fused kernel; arguments as in `tpu_kernels.splash_attention`."""
   mask_B1TS = None
   if segment_ids_BT is not None:
     mask_B1TS = segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :]
@@ -203,9 +203,9 @@ def fused_attention(
   kernel: Callable[..., jax.Array] = cudnn_attention
   if config.attention == 'splash':
     # Here, because the import takes longer than that of all models.
-    from jaxllm.models import splash
+    from jaxllm.models import tpu_kernels
 
-    kernel = splash.splash_attention
+    kernel = tpu_kernels.splash_attention
   return jax.lax.switch(
     view.window, [functools.partial(kernel, config=config, window=one) for one in config.windows],
     query_BTNH, key_BTKH, value_BTKH, view.segment_ids_BT)
@@ -216,6 +216,13 @@ def is_fused(config: DecoderConfig) -> bool:
   return config.attention == 'splash' or (
     config.attention == 'cudnn' and sharding.platform() == 'gpu'
   )
+
+
+def decodes_paged(config: DecoderConfig, cache: kv_cache.KVCache, length: int) -> bool:
+  """Return whether a step of `length` tokens goes to the paged kernel, on this platform."""
+  return (
+    config.decode_attention == 'paged' and sharding.platform() == 'tpu' and length == 1
+    and cache.keys[0].dtype == jnp.bfloat16 and cache.keys[0].shape[-2] % 128 == 0)
 
 
 class Attention(nn.Module):
@@ -260,7 +267,13 @@ class Attention(nn.Module):
       mixed_BTNH = fused_attention(query, key, value, view, config)
     elif cache is not None and cache_positions_BT is not None:
       cache = kv_cache.write(cache, layer, cache_positions_BT, *heads_first)
-      mixed_BTNH = attend_cache(query, cache, layer, view, scale, cap)
+      if decodes_paged(config, cache, query.shape[1]):
+        from jaxllm.models import tpu_kernels
+
+        lengths_B = view.mask_BTS.sum(axis=(1, 2), dtype=jnp.int32)
+        mixed_BTNH = tpu_kernels.paged_attention(query, cache, layer, lengths_B, config)
+      else:
+        mixed_BTNH = attend_cache(query, cache, layer, view, scale, cap)
     else:
       dropout = nn.Dropout(config.attention_dropout_rate, deterministic=deterministic)
       mixed_BTNH = attend(query, *heads_first, view.mask_BTS, scale, cap, dropout)

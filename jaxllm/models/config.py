@@ -172,6 +172,10 @@ class DecoderConfig(Config):
   elsewhere); 'splash' is fused, on TPUs (interpreted, slowly, elsewhere)."""
   splash_blocks: SplashBlocks | None = None
   """Block sizes of 'splash'; None: the largest of 512, 256 and 128 that divides the length."""
+  decode_attention: Literal['xla', 'paged'] = 'xla'
+  """Attention of a decode step to the cache: 'xla' reads as far as the longest row is filled;
+  'paged' each row by itself, on TPUs, where the cache is bfloat16 with a multiple of 128 positions
+  ('xla' elsewhere)."""
   scan_layers: bool = True
   """Run layers by a scan (compiles fast) or unrolled; parameters and results are the same."""
   remat: Annotated[
@@ -292,6 +296,9 @@ def _problems(config: DecoderConfig) -> Iterator[tuple[Any, str]]:
                 'cudnn': ('attention_dropout_rate', 'attention_softcap')}[name]:
     yield getattr(config, field), (
       f"attention='{name}' has no {field}={getattr(config, field)}; turn it off or use 'xla'")
+  yield config.decode_attention == 'paged' and (config.window or config.head_size % 128), (
+    f"decode_attention='paged' with window={config.window} and head_dim={config.head_size}: it has "
+    "no windows and needs a multiple of 128; use 'xla'")
   yield name == 'cudnn' and len(config.windows) > 1, (
     f"attention='cudnn' has one mask for all layers, but layer_pattern={pattern} needs several; "
     "use 'xla'")
