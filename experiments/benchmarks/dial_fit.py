@@ -4,10 +4,10 @@
 
 - rules: learning rates and batches at three pairs of depth and tokens; a paraboloid over their
   logarithms gives BATCH and RATE, with which the dial goes on.
-- law: runs of several depths and numbers of tokens D, by these rules. Their held-out bits per byte
-  are E + A / N**a + B / D**b of N parameters (Hoffmann et al., arXiv 2203.15556, equation 2).
-  Fits to results with other noise, and with other exponents of before, give the 90% intervals of
-  PREDICTED.
+- law: runs of several depths and numbers of tokens, by these rules. Of the FORMS that held-out bits
+  per byte may have over parameters and tokens, that one is taken which best tells each run from the
+  others. Fits to results with other noise, and with other exponents of before, give the 90%
+  intervals of PREDICTED.
 - checks: runs that no fit has seen, one of them the dial's own d4.
 
 A run that is finished is not done again; what is not finished is left out of the fits. The
@@ -39,7 +39,7 @@ RULES = {
   (4, 0.5): ((4, 8), (0.005, 0.01, 0.02)),
 }
 LAW = ((2, 0.5), (2, 1), (2, 2), (2, 4), (3, 0.5), (3, 1), (3, 2), (4, 0.5), (4, 1), (5, 0.5))
-CHECKS = ((6, 0.6), (4, 2.134528))
+CHECKS = ((4, 2.134528), (6, 0.6), (5, 1))
 RESAMPLES = 400
 # What small runs alone do not tell: exponents a and b are taken to be those of Hoffmann et al.,
 # equation 10, give or take SPREAD; the NOISE of a run weighs them against the runs.
@@ -77,7 +77,8 @@ def main(_) -> None:
     print(f'd{one.depth} {one.parameters:20,} {one.tokens:11,} {one.bits:9.3f} {bits:10.3f} '
           f'[{low:.3f}, {high:.3f}] {100 * (bits / one.bits - 1):+.1f}%'
           f'{"" if low <= one.bits <= high else "  OUTSIDE"}')
-  found = {'rules': rules, 'law': law, 'checks': checks, 'fits': fits.tolist()}
+  found = {'rules': rules, 'law': law, 'checks': checks,
+           'form': fits[0], 'fits': fits[1].tolist()}
   pathlib.Path(OUTPUT.value).write_text(json.dumps(found, indent=1) + '\n')
 
 
@@ -121,38 +122,58 @@ def fit_rules(results: list[Result]) -> None:
         f'{100 * abs(found.fun).max():.2f}%\n')
 
 
-def law_of(p: np.ndarray, parameters: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+def as_sum(p: np.ndarray, parameters: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+  """Hoffmann et al., arXiv 2203.15556, equation 2: E + A / N**a + B / D**b."""
   return p[0] + np.exp(p[1]) * (parameters / 1e6) ** -p[2] + np.exp(p[3]) * (tokens / 1e6) ** -p[4]
 
 
-def fit_law(results: list[Result]) -> np.ndarray:
-  """Return fits of the law to resampled results; last stands the noise of a run."""
+def jointly(p: np.ndarray, parameters: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+  """Kaplan et al., arXiv 2001.08361, equation 1.5, and an E: E + (A / N**(a / b) + B / D)**b."""
+  of_parameters = np.exp(p[1]) * (parameters / 1e6) ** (-p[2] / p[4])
+  return p[0] + (of_parameters + np.exp(p[3]) / (tokens / 1e6)) ** p[4]
+
+
+FORMS = {'sum': as_sum, 'joint': jointly}
+Fits = tuple[str, np.ndarray]
+
+
+def fit_law(results: list[Result]) -> Fits:
+  """Return the best form, and its fits to resampled results; last stands the noise of a run."""
   _, parameters, tokens, *_, bits = np.array(results).T
 
-  def fit(bits: np.ndarray, exponents: np.ndarray) -> least_squares:
+  def fit(form: str, bits: np.ndarray, exponents: np.ndarray, kept: np.ndarray) -> least_squares:
     return least_squares(
-      lambda p: np.append(np.log(law_of(p, parameters, tokens) / bits) / NOISE,
-                          (p[[2, 4]] - exponents) / SPREAD), [1.3, -1.5, 0.35, -1.5, 0.35])
+      lambda p: np.append(
+        np.log(FORMS[form](p, parameters[kept], tokens[kept]) / bits[kept]) / NOISE,
+        (p[[2, 4]] - exponents) / SPREAD), [1.0, -1.5, 0.35, -1.5, 0.35])
 
-  first = fit(bits, EXPONENTS)
+  errors, every = {}, np.arange(len(bits))
+  for form in FORMS:
+    left_out = [np.log(FORMS[form](fit(form, bits, EXPONENTS, every != i).x, parameters[i],
+                                   tokens[i]) / bits[i]) for i in every]
+    errors[form] = np.sqrt(np.mean(np.square(left_out)))
+    print(f'{form}: each run from the others within {100 * errors[form]:.2f}%')
+  form = min(errors, key=errors.__getitem__)
+  first = fit(form, bits, EXPONENTS, every)
   residuals = first.fun[: len(bits)] * NOISE
   # About four parameters are free, which makes residuals smaller than noise.
   noise = np.std(residuals) * (len(bits) / (len(bits) - 4)) ** 0.5
   names = zip(('E', 'log A', 'a', 'log B', 'b'), first.x, strict=True)
-  print('\n' + ', '.join(f'{name} = {x:.3f}' for name, x in names)
+  print(f'\n{form}: ' + ', '.join(f'{name} = {x:.3f}' for name, x in names)
         + f'; residuals of {len(bits)} runs: {100 * np.std(residuals):.2f}%')
   pick, fits = np.random.default_rng(0), []
   for _ in range(RESAMPLES):
     noises = pick.normal(0, noise, len(bits) + 1)
-    again = fit(law_of(first.x, parameters, tokens) * np.exp(noises[1:]),
-                pick.normal(EXPONENTS, SPREAD))
+    again = fit(form, FORMS[form](first.x, parameters, tokens) * np.exp(noises[1:]),
+                pick.normal(EXPONENTS, SPREAD), every)
     fits.append(np.append(again.x, noises[0]))
-  return np.array(fits)
+  return form, np.array(fits)
 
 
-def predict(fits: np.ndarray, parameters: float, tokens: float) -> tuple[float, float, float]:
+def predict(fits: Fits, parameters: float, tokens: float) -> tuple[float, float, float]:
   """Return the 5% quantile, the median and the 95% quantile of bits per byte."""
-  bits = [law_of(p, parameters, tokens) * np.exp(p[5]) for p in fits]
+  form, samples = fits
+  bits = [FORMS[form](p, parameters, tokens) * np.exp(p[5]) for p in samples]
   low, middle, high = np.quantile(bits, [0.05, 0.5, 0.95])
   return float(low), float(middle), float(high)
 
