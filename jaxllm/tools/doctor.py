@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from packaging import requirements
 
@@ -30,22 +30,18 @@ Finding = tuple[str, str]
 def main(_) -> None:  # noqa: D103
   found = []
   for check in (packages, devices, room, cache, self_test):
-    for colour, said in _guarded(check):
-      found.append({'check': check.__name__.replace('_', '-'), 'colour': colour, 'said': said})
+    name = check.__name__.replace('_', '-')
+    try:
+      findings = list(check())
+    except Exception as error:
+      findings = [('red', mistakes.sentence(error) or repr(error))]
+    for colour, said in findings:
+      found.append({'check': name, 'colour': colour, 'said': said})
       if not JSON.value:
-        row = f'{mistakes.paint(f"{colour:<8}", colour)}{found[-1]["check"]:<11}'
-        print(row + said, flush=True)
+        print(f'{mistakes.paint(f"{colour:<8}", colour)}{name:<11}{said}', flush=True)
   if JSON.value:
     print(json.dumps(found, indent=2))
   sys.exit(any(one['colour'] == 'red' for one in found))
-
-
-def _guarded(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-  """Yield the findings of a check; that it fails is one."""
-  try:
-    yield from check()
-  except Exception as error:
-    yield 'red', mistakes.sentence(error) or f'{type(error).__name__}: {error}'
 
 
 def packages() -> Iterator[Finding]:
@@ -53,15 +49,14 @@ def packages() -> Iterator[Finding]:
   for line in importlib.metadata.requires('jaxllm') or ():
     need = requirements.Requirement(line)
     if need.marker is None and (version := versions.installed(need.name)) not in need.specifier:
-      have = f'{need.name} {version or "is missing"}'
-      yield 'yellow' if version else 'red', f"{have}, tested: pip install '{line}'"
+      yield ('yellow' if version else 'red',
+             f"{need.name} {version or 'is missing'}, tested: pip install '{line}'")
   if wrong := versions.mismatch():
     yield 'red', wrong
-  jax = versions.installed('jax')
-  tested = any(jax.startswith(known) for known in versions.LIBTPU)
+  tested = versions.installed('jax').startswith(tuple(versions.LIBTPU))
   text = ', '.join(f'{name} {versions.installed(name)}' for name in ('jaxllm', 'jax', 'flax'))
   yield ('green', f'{text}: tested') if tested else (
-    'yellow', f'{text}: jax {", ".join(versions.LIBTPU)} are tested')
+    'yellow', f'{text}: tested with jax {", ".join(versions.LIBTPU)}')
 
 
 def devices() -> Iterator[Finding]:
@@ -103,27 +98,22 @@ def self_test() -> Iterator[Finding]:
   """Train a tiny model on this file, save it, load it, and sample."""
   import jax
 
-  from jaxllm import loading
-  from jaxllm.data.documents import SourceConfig
-  from jaxllm.data.records import DataConfig
-  from jaxllm.data.tokenizers import TokenizerConfig
-  from jaxllm.experiment import Experiment, TrainingConfig
-  from jaxllm.models.decoder import DecoderConfig
-  from jaxllm.training import loop, metrics
+  import jaxllm
+  from jaxllm.training import metrics
 
+  started = time.monotonic()
+  model = jaxllm.DecoderConfig(
+    vocab_size=257, embed_dim=32, num_layers=2, num_heads=4, mlp_dim=64, max_length=64)
   with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-    started, model = time.monotonic(), DecoderConfig(
-      vocab_size=257, embed_dim=32, num_layers=2, num_heads=4, mlp_dim=64, max_length=64)
-    loop.train(Experiment(
-      name='doctor', records_dir=folder, tokenizer=TokenizerConfig(kind='bytes'), model=model,
-      data=DataConfig(sources=(SourceConfig(location=__file__),), context_length=64,
-                      validation=None),
-      training=TrainingConfig(num_steps=40, batch_size=8 * jax.device_count(), log_every_steps=1,
-                              writers=()),
+    jaxllm.train(jaxllm.Experiment(
+      name='doctor', records_dir=folder, tokenizer=jaxllm.TokenizerConfig(kind='bytes'),
+      data=jaxllm.DataConfig(sources=__file__, context_length=64, validation=None), model=model,
+      training=jaxllm.TrainingConfig(
+        num_steps=40, batch_size=8 * jax.device_count(), log_every_steps=1, writers=()),
     ), f'{folder}/run')
     losses = [one['train/loss'] for one in metrics.read(f'{folder}/run/metrics.jsonl')
               if 'train/loss' in one]
-    text = loading.generate(loading.load(f'{folder}/run'), 'def ', max_new_tokens=8)
+    text = jaxllm.generate(f'{folder}/run', 'def ', max_new_tokens=8)
   yield ('green' if losses[-1] < losses[0] and text else 'red',
          f'trained, saved, loaded and sampled in {time.monotonic() - started:.1f} s; the loss fell '
          f'from {losses[0]:.2f} to {losses[-1]:.2f}')

@@ -3,11 +3,10 @@
   jaxllm selfcheck --config=experiments/quickstart.py
   jaxllm selfcheck --model=runs/quickstart
 
-Of a config the parameters are random; of a model they are its own, and a run has its config with
-it. Laws compare two ways to compute the same, in float32 at the highest precision and without
-dropout: the largest difference of logits by their deviation, or the difference of gradients by
-their norm. A drift is what fewer bits cost: KL divergence per token, in nats. The exit code is 1
-where an error is larger than its bound.
+Laws compare two ways to compute the same, in float32 at the highest precision and without dropout:
+the largest difference of logits by their deviation, or the difference of gradients by their norm. A
+drift is what fewer bits cost: KL divergence per token, in nats. Parameters are those of the model,
+or random. The exit code is 1 where an error is larger than its bound.
 """
 
 import functools
