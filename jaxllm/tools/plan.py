@@ -223,7 +223,7 @@ def _estimate_decoding(experiment: Any, mesh: Any, chip: Any, program: str) -> d
     **cost.describe(experiment, mesh, chip, program), 'tokens_per_step': rows * read,
     'gib': {'parameters': params / GIB, 'cache': cache / GIB, 'temporaries': traced.peak / GIB},
     'flops': flops, 'executed': max(traced.flops, flops / mesh.size),
-    'moved': traced.traffic + params + cache, 'replicated': [],
+    'moved': traced.moved + cache, 'replicated': [],
     'exchanged': cost.exchange(experiment, mesh, read)})
 
 

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
-from jax.extend import core
 from jax.sharding import AbstractDevice, AbstractMesh, Mesh
 
 from jaxllm import sharding
@@ -88,7 +87,7 @@ def estimate(experiment: Experiment, mesh: Mesh | AbstractMesh, chip: Chip) -> P
       ('gradients', params), ('saved activations', traced.saved),
       ('temporaries', max(traced.peak - traced.saved - params, 0.0)))},
     'flops': goodput.flops_per_step(experiment), 'executed': traced.flops,
-    'moved': traced.traffic + 2 * device_bytes(state) + 2 * params,
+    'moved': traced.moved + 2 * (device_bytes(state) + params),
     'exchanged': exchange(experiment, mesh), 'replicated': _replicated(state, mesh),
   })
 
@@ -123,20 +122,13 @@ def finish(experiment: Experiment, mesh: Mesh | AbstractMesh, chip: Chip, plan: 
     **({} if plan['program'] != 'train' else {
       'days': steps * longest / 86400, 'chip_hours': steps * longest * mesh.size / 3600})}}
   if gib['total'] > gib['memory']:
-    logits = _logits_bytes(experiment, mesh) / GIB if plan['program'] == 'train' else 0
-    chunks = f'; config.objective.chunk_size=512 leaves little of the {logits:.1f} GiB of logits'
-    plan['problems'].append(f'needs {gib["total"]:.1f} GiB of {gib["memory"]:.1f}'
-                            + chunks * (logits > 0.1 * gib['memory']))
+    plan['problems'].append(f'needs {gib["total"]:.1f} GiB of {gib["memory"]:.1f}')
+    logits = 8 * plan['tokens_per_step'] / experiment.training.microbatches / mesh.size * (
+      experiment.decoder.padded_vocab_size) / GIB  # With their gradients.
+    if getattr(experiment.objective, 'chunk_size', 0) is None and logits > 0.1 * gib['memory']:
+      plan['problems'][0] += (
+        f'; config.objective.chunk_size=512 leaves little of the {logits:.1f} GiB of logits')
   return plan
-
-
-def _logits_bytes(experiment: Experiment, mesh: Mesh | AbstractMesh) -> float:
-  """Return the bytes of a device's logits and of their gradients, where no chunks are taken."""
-  if getattr(experiment.objective, 'chunk_size', 0) is not None:
-    return 0.0
-  part = part_of_one_device(experiment, mesh)
-  rows = part.training.batch_size // part.training.microbatches * examples.of(experiment).sequences
-  return 8.0 * rows * part.data.context_length * part.decoder.padded_vocab_size
 
 
 def device_bytes(tree: Any) -> float:
@@ -272,159 +264,144 @@ class Cost(NamedTuple):
   peak: float = 0.0
   saved: float = 0.0
   flops: float = 0.0
-  traffic: float = 0.0
+  moved: float = 0.0
 
 
 class _Op(NamedTuple):
   """An operation; what it reads and writes are numbers of values."""
 
   eqn: Any
+  name: str
   reads: list[int]
   writes: list[int]
 
 
-_CALLS = ('jit', 'pjit', 'closed_call', 'checkpoint', 'remat', 'remat2', 'custom_jvp_call',
-          'custom_vjp_call')
 # What reads operands from memory; all else is computed inside whatever reads it, except reductions,
 # which are stored but compute their operands.
 _STORING = ('dot_general', 'ragged_dot', 'ragged_dot_general', 'conv_general_dilated', 'scan',
             'while', 'cond', 'pallas_call', 'shard_map', 'sort', 'scatter', 'scatter-add', 'top_k',
             'all_to_all', 'psum', 'all_gather', 'ffi_call', 'random_bits')
-_IN_PLACE = ('dynamic_update_slice', 'scatter')
 _REDUCING = ('reduce_', 'arg', 'cum', 'gather')
 
 
-def trace_cost(jaxpr: Any, share: Callable[[tuple[int, ...]], float] = lambda shape: 1.0) -> Cost:
+def trace_cost(
+  jaxpr: Any, share: Callable[[tuple[int, ...]], float] = lambda shape: 1.0,
+  given: int | None = None,
+) -> Cost:
   """Return what it costs to run a jaxpr, its arguments and constants left out of the memory.
 
   Args:
     jaxpr: of the whole function.
     share: shape of a result -> the part of it that this device keeps.
+    given: of a loop's body, the arguments that are no slices; its results are the loop's.
   """
-  return _walk(jaxpr, share, jaxpr.invars, stores_results=True)
-
-
-def _walk(jaxpr: Any, share: Any, given: Sequence[Any], stores_results: bool) -> Cost:
-  avals: list[Any] = []
-  env: dict[Any, int] = {}
+  avals: list[Any] = [None]  # Numbers begin at 1.
 
   def new(var: Any) -> int:
     avals.append(var.aval)
     return len(avals) - 1
 
-  def expand(jaxpr: Any, env: dict[Any, int]) -> Iterator[_Op]:
-    for eqn in jaxpr.eqns:
-      reads = [env[var] for var in eqn.invars if isinstance(var, core.Var)]
-      inner = eqn.params.get('jaxpr', eqn.params.get('call_jaxpr'))
-      if eqn.primitive.name in _CALLS and inner is not None:
-        inner = _open(inner)
-        called = {var: new(var) for var in inner.constvars}
-        called |= {var: env[arg] if isinstance(arg, core.Var) else new(var)
-                   for var, arg in zip(inner.invars, eqn.invars, strict=True)}
-        yield from expand(inner, called)
-        env |= {var: called[out] if isinstance(out, core.Var) else new(var)
-                for var, out in zip(eqn.outvars, inner.outvars, strict=True)}
+  def expand(jaxpr: Any, env: dict[int, int]) -> Iterator[_Op]:
+    for eqn in jaxpr.eqns:  # Literals have no hash, hence `id`.
+      name, reads = eqn.primitive.name, [env[id(var)] for var in eqn.invars if id(var) in env]
+      inner = _open(eqn.params.get('jaxpr', eqn.params.get('call_jaxpr')))
+      if inner is None or name in _STORING:
+        env |= {id(var): new(var) for var in eqn.outvars}
+        yield _Op(eqn, name, reads, [env[id(var)] for var in eqn.outvars])
       else:
-        env |= {var: new(var) for var in eqn.outvars}
-        yield _Op(eqn, reads, [env[var] for var in eqn.outvars])
+        called = {id(var): env.get(id(arg)) or new(var) for var, arg in zip(
+          (*inner.constvars, *inner.invars), (*inner.constvars, *eqn.invars), strict=True)}
+        yield from expand(inner, called)
+        env |= {id(var): called.get(id(out)) or new(var)
+                for var, out in zip(eqn.outvars, inner.outvars, strict=True)}
 
-  env = {var: new(var) for var in (*jaxpr.constvars, *jaxpr.invars)}
-  held = {env[var] for var in (*jaxpr.constvars, *given)}  # By the caller.
-  slices = _Op(None, [], [env[var] for var in jaxpr.invars if env[var] not in held])
-  ops = [slices, *expand(jaxpr, env)]
-  for op in ops:  # A cache is donated, and written in place.
-    if op.eqn and op.eqn.primitive.name in _IN_PLACE and held.intersection(op.reads[:1]):
-      held |= {*op.writes}
-  results = {env[var] for var in jaxpr.outvars if isinstance(var, core.Var)}
-  last, stored = _lifetimes(ops, results if stores_results else set(), results)
+  env = {id(var): new(var) for var in (*jaxpr.constvars, *jaxpr.invars)}
+  held = {env[id(var)] for var in (*jaxpr.constvars, *jaxpr.invars[:given])}  # By the caller.
+  slices = [] if given is None else jaxpr.invars[given:]
+  ops = [_Op(None, '', [], [env[id(var)] for var in slices])]
+  for op in expand(jaxpr, env):
+    ops.append(op)
+    if op.name in ('dynamic_update_slice', 'scatter') and held.intersection(op.reads[:1]):
+      held |= {*op.writes}  # A cache is donated, and written in place.
+  results = {env[id(var)] for var in jaxpr.outvars if id(var) in env}
+  last, stored = _lifetimes(ops, set() if given is not None else results, results)
 
   def size(value: int, kept: bool = True) -> float:
     aval = avals[value]
-    if value in held or value not in stored or not hasattr(aval, 'shape') or (
-        aval.memory_space == jax.memory.Space.Host):
+    if value in held or value not in stored or aval.memory_space == jax.memory.Space.Host:
       return 0.0
-    return _bytes(aval) * (share(aval.shape) if kept else 1.0)
+    return aval.size * aval.dtype.itemsize * (share(aval.shape) if kept else 1.0)
 
-  live = peak = flops = traffic = inner_saved = 0.0
+  live = peak = flops = moved = inner_saved = 0.0
   saved = None
   ends: dict[int, list[int]] = {}
-  for index, op in enumerate(ops):
-    if all(last.get(value, -1) < 0 for value in op.writes):
+  for index, (eqn, name, reads, writes) in enumerate(ops):
+    if all(last.get(value, -1) < 0 for value in writes):
       continue
-    name = '' if op.eqn is None else op.eqn.primitive.name
-    if saved is None and op.eqn is not None and 'transpose' in str(op.eqn.source_info.name_stack):
+    if saved is None and eqn and 'transpose' in str(eqn.source_info.name_stack):
       saved = live  # The backward pass begins.
-    inner, times = _inner_cost(op.eqn, share) if op.eqn else (Cost(), 1)
+    inner, times = _inner_cost(eqn, name, share) if eqn else (Cost(), 1)
     inner_saved = max(inner_saved, inner.saved)
-    flops += _flops(op.eqn) + times * inner.flops if op.eqn else 0.0
-    made = sum(map(size, op.writes))
-    traffic += times * inner.traffic + made
+    flops += _flops(eqn, name) + times * inner.flops
+    made = sum(map(size, writes))
+    moved += times * inner.moved + made
     if name in _STORING and name not in ('scan', 'while'):
-      traffic += sum(_bytes(avals[value]) for value in op.reads)
-    for value in op.writes:
+      moved += sum(avals[value].size * avals[value].dtype.itemsize for value in reads)
+    for value in writes:
       ends.setdefault(max(last.get(value, index), index), []).append(value)
     dying = sum(map(size, ends.get(index, [])))
     # A result may take the place of an operand that nothing else reads; of a loop only a carry.
-    taken = op.writes
-    if name == 'scan':
-      turns = zip(op.writes, op.eqn.outvars, _open(op.eqn.params['jaxpr']).outvars, strict=True)
-      taken = [value for value, var, own in turns if var.aval.ndim == own.aval.ndim]
+    taken = writes[:eqn.params['num_carry']] if name == 'scan' else writes
     reused = 0.0 if name in ('dot_general', 'pallas_call') else min(dying, sum(map(size, taken)))
-    whole = sum(size(value, kept=name == 'scan') for value in op.writes)
+    whole = sum(size(value, kept=name == 'scan') for value in writes)
     peak = max(peak, live + whole + inner.peak - reused)
     live += made - dying
-  return Cost(peak, inner_saved if saved is None else saved, flops, traffic)
+  return Cost(peak, inner_saved if saved is None else saved, flops, moved)
 
 
 def _lifetimes(
   ops: Sequence[_Op], results: set[int], needed: set[int]
 ) -> tuple[dict[int, int], set[int]]:
   """Return until which operation each value is needed (-1: never), and which are stored."""
-  last = dict.fromkeys(needed, len(ops))
-  stored = set(results)
+  last, stored = dict.fromkeys(needed, len(ops)), set(results)
   readers = collections.Counter(value for op in ops for value in op.reads)
   for index in reversed(range(len(ops))):
-    eqn, reads, writes = ops[index]
+    eqn, name, reads, writes = ops[index]
     until = max((last.get(value, -1) for value in writes), default=-1)
     if until < 0 or eqn is None:
       continue
-    name = eqn.primitive.name
     stores = name in _STORING
     # A stream to which layers add is stored, too; else what they have added would be.
     joins = name == 'add' and len({*reads}) == 2 and readers[writes[0]] > 1 and eqn.outvars[
       0].aval.ndim > 2
     if stores or joins or name.startswith(_REDUCING):
-      stored |= set(writes)
-    read_at = index if stored & set(writes) else until
-    for value in reads:
-      last[value] = max(last.get(value, -1), read_at)
-      if stores:
-        stored.add(value)
+      stored |= {*writes}
+    stored |= {*reads} if stores else set()
+    read_at = index if stored & {*writes} else until
+    last |= {value: max(last.get(value, -1), read_at) for value in reads}
   return last, stored
 
 
-def _inner_cost(eqn: Any, share: Any) -> tuple[Cost, int]:
+def _inner_cost(eqn: Any, name: str, share: Any) -> tuple[Cost, int]:
   """Return the cost of one turn of a loop or of the dearest branch, and the number of turns."""
-  params, name = eqn.params, eqn.primitive.name
+  params = eqn.params
   if name == 'scan':
-    body = _open(params['jaxpr'])
-    given = [own for own, outer in zip(body.invars, eqn.invars, strict=True)
-             if own.aval.ndim == outer.aval.ndim]  # The others are slices.
-    return _walk(body, share, given, False), params['length']
+    given = params['num_consts'] + params['num_carry']
+    return trace_cost(_open(params['jaxpr']), share, given), params['length']
   bodies = params.get('branches', (params['body_jaxpr'],) if name == 'while' else ())
-  costs = [_walk(body, share, body.invars, False) for body in map(_open, bodies)]
+  costs = [trace_cost(body, share, len(body.invars)) for body in map(_open, bodies)]
   return max(costs, default=Cost(), key=lambda cost: cost.peak), 1
 
 
-def _flops(eqn: Any) -> float:
-  name = eqn.primitive.name
-  shapes: list[Any] = [getattr(var.aval, 'shape', ()) for var in eqn.invars]
+def _flops(eqn: Any, name: str) -> float:
+  """Return the operations of matrix products; of fused attention, half of which is masked."""
   if name == 'dot_general':
     (contracted, _), _ = eqn.params['dimension_numbers']
-    return 2.0 * eqn.outvars[0].aval.size * math.prod(shapes[0][axis] for axis in contracted)
+    shape = eqn.invars[0].aval.shape
+    return 2.0 * eqn.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
   if name.startswith('ragged_dot'):
-    return 2.0 * math.prod(shapes[0]) * shapes[1][-1]
-  if name == 'pallas_call':  # Attention (B, N, T, H), of which a half is masked.
+    return 2.0 * eqn.invars[0].aval.size * eqn.invars[1].aval.shape[-1]
+  if name == 'pallas_call':  # (B, N, T, H)
     shape = max((var.aval.shape for var in eqn.outvars), key=lambda one: (len(one), math.prod(one)))
     passes = 1.0 if 'fwd' in str(eqn.params.get('name_and_src_info', '')) else 1.5
     return 2.0 * math.prod(shape) * shape[-2] * passes if len(shape) >= 3 else 0.0
@@ -434,11 +411,6 @@ def _flops(eqn: Any) -> float:
 def _open(jaxpr: Any) -> Any:
   """Return a jaxpr without its constants, which newer jax keeps in it."""
   return getattr(jaxpr, 'jaxpr', jaxpr)
-
-
-def _bytes(aval: Any) -> float:
-  dtype = getattr(aval, 'dtype', None)
-  return float(math.prod(getattr(aval, 'shape', ())) * getattr(dtype, 'itemsize', 4))
 
 
 def line(plan: Plan) -> str:
