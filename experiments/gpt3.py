@@ -3,7 +3,7 @@
 Command:  python -m jaxllm.train --config=experiments/gpt3.py:13b \
             --workdir=/mnt/shared/runs/gpt3_13b --distributed
 Hardware: per size below; batches and learning rates are those of the paper
-Time:     not measured; `experiments/benchmarks/tpu_compile.py` shows that each one compiles for its
+Time:     not measured; `experiments/benchmarks/plan_table.py` shows that each one compiles for its
           slice and fits its memory
 Data:     C4 through TFDS, prepared beforehand; GPT-2's `vocab.json` and `merges.txt` in ./gpt2
 Reference: Brown et al., arXiv 2005.14165, Table 2.1 and appendix B

@@ -3,7 +3,7 @@
 Command:  python -m jaxllm.train --config=experiments/llama.py:llama3_8b \
             --workdir=/mnt/shared/runs/llama3_8b --distributed
 Hardware: per model below
-Time:     not measured; `experiments/benchmarks/tpu_compile.py` shows that each one compiles for its
+Time:     not measured; `experiments/benchmarks/plan_table.py` shows that each one compiles for its
           slice and fits its memory
 Data:     C4 through TFDS, prepared beforehand; the model's `tokenizer.json` in ./MODEL, such as
           ./llama3_8b/tokenizer.json
