@@ -12,6 +12,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from unittest import mock
 
 from absl import app, flags
 
@@ -49,11 +50,12 @@ def measure(changes: dict) -> list[float]:
   experiment = config.override(config.load('experiments/quickstart.py'), {
     'model.vocab_size': 4096, 'model.embed_dim': 64, 'model.mlp_dim': 256, 'model.num_layers': 3,
     'model.num_heads': 4, 'model.num_kv_heads': 4, 'model.max_length': 512,
-    'model.scan_layers': True, 'data.context_length': 512, 'training.batch_size': 16, 'optimizer.name': 'adamw', **changes})
+    'model.scan_layers': True, 'data.context_length': 512, 'training.batch_size': 16,
+    'optimizer.name': 'adamw', 'objective.chunk_size': 64, **changes})
   mesh = sharding.make_mesh(experiment.mesh, jax.devices()[:1])
-  plan.find_devices = lambda *_: (mesh, cost.local_chip(mesh))
-  estimated, compiled = (
-    plan.plan(experiment, 'local', compiles=compiles)['gib']['total'] for compiles in (False, True))
+  with mock.patch.object(plan, 'find_devices', return_value=(mesh, cost.local_chip(mesh))):
+    estimated, compiled = (plan.plan(experiment, 'local', compiles=compiles)['gib']['total']
+                           for compiles in (False, True))
   tx = state.make_optimizer(experiment)
   before = state.create_state(experiment, tx, mesh)
   batch = {name: jax.numpy.zeros(leaf.shape, leaf.dtype)
