@@ -16,39 +16,60 @@ from typing import Any, Literal
 import pydantic
 
 from jaxllm.config import Config
+from jaxllm.data import duplicates
+from jaxllm.data.documents import Sources, documents
+from jaxllm.data.duplicates import Filtered, Step
 
 
 class CleaningConfig(Config):
   """Which steps of cleaning run. By default none does, and text goes through untouched."""
 
-  steps: tuple[Literal['mojibake', 'html', 'control', 'bidi', 'nfc', 'whitespace'], ...] = ()
+  steps: tuple[Literal[
+    'mojibake', 'html', 'control', 'bidi', 'nfc', 'whitespace', 'language', 'exact_duplicates',
+    'near_duplicates', 'decontaminate'], ...] = ()
   """Steps in the order in which they run: 'mojibake' repairs text that was decoded wrongly, 'html'
   keeps the text of a page, 'control' drops control characters, 'bidi' marks of the direction of
-  writing, 'nfc' composes accents, 'whitespace' joins runs of blanks and of empty lines."""
+  writing, 'nfc' composes accents, 'whitespace' joins runs of blanks and of empty lines, 'language'
+  keeps `languages`. 'exact_duplicates' and 'near_duplicates' keep the first of what is alike in all
+  sources, 'decontaminate' drops what shares 13 words in a row with `evaluation`. 'language' and
+  'near_duplicates' need the extra clean."""
   min_characters: int = pydantic.Field(default=1, ge=1)
   """Documents that are shorter after these steps are dropped."""
+  languages: tuple[str, ...] = ('en',)
+  """The languages that the step 'language' keeps, by their codes of two letters (ISO 639-1)."""
+  similarity: float = pydantic.Field(default=0.8, gt=0, le=1)
+  """The share of runs of 5 words, of those in either text, that near duplicates have in common."""
+  evaluation: Sources = ()
+  """Sources of the evaluation texts that the step 'decontaminate' looks for."""
+
+  @pydantic.model_validator(mode='after')
+  def _check(self) -> 'CleaningConfig':
+    if bool(self.evaluation) != ('decontaminate' in self.steps):
+      raise ValueError(f'evaluation={[source.location for source in self.evaluation]}: expected '
+                       "sources where steps has 'decontaminate', and there alone")
+    return self
 
   def facts(self) -> dict[str, Any]:
-    """Return what decides the cleaned texts, as JSON-able values for the records' fingerprint."""
+    """Return what decides the cleaned texts but `evaluation`, for the records' fingerprint."""
     # Records from before a field existed stay valid while it has its default.
     fields = self.model_dump(mode='json', include={'steps', 'min_characters'})
-    fields |= self.model_dump(mode='json', exclude_defaults=True)
+    fields |= self.model_dump(mode='json', exclude_defaults=True, exclude={'evaluation'})
     # Since 'html' keeps what only looks like a tag.
     return fields | ({'html': 2} if 'html' in self.steps else {})
 
 
-Step = Callable[[str], tuple[str | None, Mapping[str, int]]]
-"""A document -> the cleaned one, or None where it is dropped, and how often it found what."""
 Cleaned = tuple[str | None, Counter[str]]
 
 
-def cleaner(config: CleaningConfig) -> Callable[[str], Cleaned]:
+def cleaner(config: CleaningConfig, across: bool = True) -> Callable[[str], Cleaned]:
   """Return a function from a document to the cleaned one, or None, and what each step did.
 
   Its counts are named 'STEP.changed' and 'STEP.dropped' (documents), 'STEP.characters' (those that
-  the step took away, below 0 where it added some) and by what the step itself counts.
+  the step took away, below 0 where it added some) and by what the step itself counts. The steps
+  `ACROSS` compare with other documents; they are left out where `across` is false.
   """
-  steps: list[tuple[str, Step]] = [(name, STEPS[name]) for name in config.steps]
+  steps: list[tuple[str, Step]] = [
+    (name, STEPS[name](config)) for name in config.steps if across or name not in ACROSS]
   steps.append(('min_characters', lambda text: (
     text if len(text) >= config.min_characters else None, {})))
 
@@ -69,8 +90,8 @@ def cleaner(config: CleaningConfig) -> Callable[[str], Cleaned]:
 
 
 def clean(text: str, config: CleaningConfig) -> str | None:
-  """Return the text after all steps, or None where the document is to be dropped."""
-  return cleaner(config)(text)[0]
+  """Return a document after all steps but those `ACROSS`, or None where it is to be dropped."""
+  return cleaner(config, across=False)(text)[0]
 
 
 def repair_mojibake(text: str) -> str:
@@ -130,18 +151,37 @@ def drop_direction_marks(text: str) -> str:
   return _BIDI.sub('', _BIDI_BETWEEN_WORDS.sub(' ', text))
 
 
-def _rewriting(function: Callable[[str], str]) -> Step:
-  return lambda text: (function(text), {})
+def _language(config: CleaningConfig) -> Step:
+  import py3langid
+
+  def step(text: str) -> Filtered:
+    # Enough of a text to tell.
+    language = py3langid.classify(text[:100_000])[0]
+    return (text, {}) if language in config.languages else (None, {language: 1})
+
+  return step
 
 
-STEPS: dict[str, Step] = {
+def _rewriting(function: Callable[[str], str]) -> Callable[[CleaningConfig], Step]:
+  return lambda config: lambda text: (function(text), {})
+
+
+STEPS: Mapping[str, Callable[[CleaningConfig], Step]] = {
   'mojibake': _rewriting(repair_mojibake),
   'html': _rewriting(strip_html),
   'control': _rewriting(drop_control_characters),
   'bidi': _rewriting(drop_direction_marks),
   'nfc': _rewriting(functools.partial(unicodedata.normalize, 'NFC')),
   'whitespace': _rewriting(join_whitespace),
+  'language': _language,
+  'exact_duplicates': lambda config: duplicates.exact(),
+  'near_duplicates': lambda config: duplicates.near(config.similarity),
+  'decontaminate': lambda config: duplicates.not_in(
+    text for source in config.evaluation for text in documents(source)),
 }
+"""Name -> function of the settings that makes the step, a function of documents."""
+ACROSS = ('exact_duplicates', 'near_duplicates', 'decontaminate')
+"""The steps that keep or drop a document by others."""
 
 _LINE_END = re.compile('\r\n|[\r\x0b\x0c\x1c-\x1e\x85]')
 _CONTROL = re.compile('[\x00-\x08\x0e-\x1b\x1f\x7f-\x9f\ufeff]+')

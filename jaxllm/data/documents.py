@@ -245,12 +245,6 @@ class SourceCounts(Config):
   """What each step of cleaning did, as `cleaning.cleaner` counts it: the characters that are left
   are `characters` less the sum of all 'STEP.characters'."""
 
-  def counted(self, count: Mapping[str, int]) -> 'SourceCounts':
-    """Return these counts with those of documents; what is named 'STEP.KIND' is of cleaning."""
-    fields = {name: number for name, number in count.items() if '.' not in name}
-    steps = {name: number for name, number in count.items() if '.' in name}
-    return self.replace(**fields, cleaning=dict(sorted(steps.items())))
-
 
 def survey(
   train: Sequence[SourceConfig], validation: Sequence[SourceConfig], hashes: dict[str, Any]

@@ -332,10 +332,14 @@ def _fingerprint(
     skipped |= set() if source.location.partition(':')[0] in documents.SCHEMES else {'location'}
     return {name: value for name, value in fields.items() if name not in skipped}
 
+  # A source that is trained on may be one of evaluation, too, so that each is surveyed by itself.
+  evaluation = {'evaluation': [
+    (without_paths(source), documents.survey([source], (), {})[0].sha256)
+    for source in data.cleaning.evaluation]} if data.cleaning.evaluation else {}
   facts = {
     'version': VERSION,
     'data': {**data.model_dump(mode='json', exclude={'sources', 'shuffle', 'validation'}),
-             'cleaning': data.cleaning.facts(),
+             'cleaning': data.cleaning.facts() | evaluation,
              'packing': _OLD_PACKING.get(data.packing, data.packing)},
     'validation': len(data.sources) if isinstance(data.validation, tuple) else data.validation,
     'sources': [without_paths(source) for source in (*data.sources, *data.own_validation)],
@@ -440,7 +444,10 @@ def _write(
       saved = time.monotonic()
   splits = {name: Split(**writer.finish()) for name, writer in writers.items()}
   (staging / _STATE).unlink(missing_ok=True)
-  sources = tuple(source.counted(count) for source, count in zip(sources, counts, strict=True))
+  sources = tuple(source.replace(
+    **{name: number for name, number in count.items() if '.' not in name},
+    cleaning={name: number for name, number in sorted(count.items()) if '.' in name})
+    for source, count in zip(sources, counts, strict=True))
   _check_splits(data, splits, sources)
   return Manifest(
     version=VERSION, fingerprint=fingerprint, data=data, tokenizer=config,

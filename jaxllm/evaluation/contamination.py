@@ -1,16 +1,15 @@
 """Contamination: runs of words that evaluation texts share with training texts."""
 
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxllm.data import batches
+from jaxllm.data import batches, duplicates
+from jaxllm.data.duplicates import NGRAM_WORDS
 from jaxllm.data.tokenizers import Tokenizer
 
-NGRAM_WORDS = 13
 _ROWS = 64
 
 
@@ -28,14 +27,15 @@ def overlaps(
     Brown et al., Language Models are Few-Shot Learners, arXiv 2005.14165, appendix C (n = 13).
   """
   # A text that is shorter counts as one n-gram.
-  wanted = [list(_runs(words, min(num_words, len(words)))) for words in map(_words, evaluation)]
+  wanted = [list(duplicates.ngrams(words, min(num_words, len(words))))
+            for words in map(duplicates.words, evaluation)]
   unseen = {ngram for ngrams in wanted for ngram in ngrams}
   lengths = sorted({len(ngram) for ngram in unseen})
   seen: set[tuple[str, ...]] = set()
   for text in training:
-    words = _words(text)
+    words = duplicates.words(text)
     for length in lengths:
-      seen.update(unseen.intersection(_runs(words, length)))
+      seen.update(unseen.intersection(duplicates.ngrams(words, length)))
   shared = [[ngram for ngram in ngrams if ngram in seen] for ngrams in wanted]
   return [(len(own) / len(ngrams), ' '.join(own[0])) if own else (0.0, None)
           for own, ngrams in zip(shared, wanted, strict=True)]
@@ -81,12 +81,3 @@ def record_texts(directory: str | os.PathLike[str], tokenizer: Tokenizer) -> Ite
       for segment in np.unique(segments_T[segments_T > 0]):
         ids = tokens_T[segments_T == segment].tolist()
         yield tokenizer.decode([token for token in ids if token not in special])
-
-
-def _words(text: str) -> list[str]:
-  """Return the words; Chinese and Japanese characters count as one each."""
-  return re.findall(r'[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+', text.lower())
-
-
-def _runs(words: Sequence[str], length: int) -> Iterator[tuple[str, ...]]:
-  return zip(*(words[start:] for start in range(length)), strict=False)

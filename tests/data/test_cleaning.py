@@ -39,7 +39,7 @@ def test_by_default_nothing_changes():
 ])
 def test_steps(step, text, expected):
   assert clean(text, CleaningConfig(steps=(step,))) == expected
-  assert STEPS[step](expected) == (expected, {})
+  assert STEPS[step](CleaningConfig())(expected) == (expected, {})
 
 
 # What steps look for, to be put together at random.
@@ -48,7 +48,9 @@ PIECES = [
   '\n\n', '\r\n', '...', '- ', '42', 'schÃ¶n', 'â€™', 'word', 'Two words.',
   '<p>', '</p>', '<b ', '<int>', '<!--', '-->', '<pre>', '</pre>', '<script>', '</script>',
   'amp;', '&lt;', '&gt;', '&#7;', '&copy', 'lt', '<?', '<![CDATA[', '<x-y>',
-  '[1]', '[edit]', 'Sign in', 'LOUD', '3 likes', 'privacy policy', 'javascript',
+  '[1]', '[edit]', '[citation ', 'needed]', 'a@b.org', '4111111111111111', '8.8.8.8',
+  '+1 415 555 2671', 'GB82 WEST 1234 5698 7654 32', '[EMAIL]', '[IP]', 'AKIAIOSFODNN7EXAMPLE',
+  'Sign in', 'LOUD', '3 likes', 'privacy policy', 'javascript',
   'The end of that is with them.',
 ]
 
@@ -58,16 +60,36 @@ def random_texts(number, seed=0, most=40):
   return [''.join(rng.choices(PIECES, k=rng.randint(1, most))) for _ in range(number)]
 
 
+NEEDS = {'language': 'py3langid', 'near_duplicates': 'rensa'}
+EVALUATION = 'A question of a test asks for the one word that nobody would ever expect to read.'
+
+
+def config(tmp_path, *steps, **fields):
+  (tmp_path / 'evaluation.txt').write_text(f'{EVALUATION}\n\nToo short.\n\n')
+  if 'decontaminate' in steps:
+    source = {'location': str(tmp_path / 'evaluation.txt'), 'separator': '\n\n'}
+    fields['evaluation'] = (source,)
+  return CleaningConfig(steps=steps, **fields)
+
+
 @pytest.mark.parametrize('name', STEPS)
-def test_a_step_that_is_run_again_changes_nothing(name):
-  for text in random_texts(1000):
-    once, _ = STEPS[name](text)
+def test_a_step_that_is_run_again_changes_nothing(name, tmp_path):
+  if name in NEEDS:
+    pytest.importorskip(NEEDS[name])
+  settings = config(tmp_path, name)
+  step, again = STEPS[name](settings), STEPS[name](settings)
+  changed = 0
+  for text in [*random_texts(1000), *random_texts(2, most=4000)]:
+    once, _ = step(text)
+    changed += once != text
     if once is not None:
-      assert STEPS[name](once) == (once, {}), repr(text)
+      assert again(once) == (once, {}), repr(text)
+  assert changed or name in ('exact_duplicates', 'near_duplicates', 'decontaminate')
 
 
-def test_characters_and_documents_are_accounted_for():
-  run = cleaner(CleaningConfig(steps=tuple(STEPS), min_characters=20))
+def test_characters_and_documents_are_accounted_for(tmp_path):
+  steps = [name for name in STEPS if name not in NEEDS]
+  run = cleaner(config(tmp_path, *steps, min_characters=20))
   kept = dropped = 0
   for text in random_texts(300, seed=1):
     cleaned, counts = run(text)
@@ -101,3 +123,57 @@ def test_short_documents_are_dropped_after_cleaning():
 def test_an_unknown_step_is_refused():
   with pytest.raises(ConfigError, match='steps'):
     CleaningConfig(steps=('nfd',))
+
+
+def test_of_what_is_alike_the_first_is_kept(tmp_path):
+  run = cleaner(config(tmp_path, 'whitespace', 'exact_duplicates', 'decontaminate'))
+  texts = ['a', 'b', ' a', EVALUATION, 'c', f'It said: {EVALUATION.upper()!r}', 'b', 'too short',
+           ' '.join(EVALUATION.split()[:12]), ' '.join(EVALUATION.split()[2:15])]
+  found = [run(text) for text in texts]
+  assert [text for text, _ in found if text is not None] == ['a', 'b', 'c', 'too short', texts[8]]
+  assert [next(iter(counts)) for text, counts in found if text is None] == [
+    'whitespace.changed', 'decontaminate.dropped', 'decontaminate.dropped',
+    'exact_duplicates.dropped', 'decontaminate.dropped']
+  # Without the others, each is kept.
+  assert clean(EVALUATION, config(tmp_path, 'decontaminate')) == EVALUATION
+
+
+def test_evaluation_texts_and_their_step_need_each_other(tmp_path):
+  with pytest.raises(ConfigError, match='evaluation=.*decontaminate'):
+    CleaningConfig(steps=('decontaminate',))
+  with pytest.raises(ConfigError, match='evaluation=.*decontaminate'):
+    CleaningConfig(evaluation='a.txt')
+
+
+def _near(rng, own, similarity):
+  """Return words that share this part of their runs of 5 words, each changed word breaking 5."""
+  changed = list(own)
+  runs = len(own) - 4
+  for place in rng.sample(range(2, len(own) - 2, 6),
+                          round(runs * (1 - similarity) / (1 + similarity) / 5)):
+    changed[place] = f'new{rng.random()}'
+  return changed
+
+
+@pytest.mark.parametrize('similarity, least, most', [
+  (0.95, 1, 1), (0.9, 0.98, 1), (0.85, 0.85, 1), (0.6, 0, 0.05), (0.3, 0, 0)])
+def test_planted_near_duplicates_are_found(similarity, least, most):
+  """The stated recall, at the default similarity of 0.8."""
+  pytest.importorskip('rensa')
+  rng = random.Random(4)
+  step = STEPS['near_duplicates'](CleaningConfig())
+  found = 0
+  for _ in range(200):
+    own = [f'w{rng.randrange(10_000)}' for _ in range(240)]
+    assert step(' '.join(own))[0] is not None
+    found += step(' '.join(_near(rng, own, similarity)))[0] is None
+  assert least <= found / 200 <= most
+  assert step('...')[0] == step('...')[0] == '...'
+
+
+def test_languages_are_told_and_others_counted():
+  pytest.importorskip('py3langid')
+  step = STEPS['language'](CleaningConfig(languages=('de', 'fr')))
+  texts = ['Das ist ein deutscher Satz, den man gut erkennt.', 'This is a sentence in English.',
+           'Ceci est une phrase écrite en français.']
+  assert [step(text) for text in texts] == [(texts[0], {}), (None, {'en': 1}), (texts[2], {})]

@@ -123,6 +123,34 @@ def test_the_manifest_says_where_everything_came_from(corpus, out, tmp_path):
   assert len(manifest.fingerprint) == 64
 
 
+def test_documents_in_are_documents_out_and_those_that_each_step_dropped(corpus, out, tmp_path):
+  question = 'the only one who knows why all of these words stand here in this order'
+  (tmp_path / 'questions.txt').write_text(question)
+  texts = [TEXTS[3], 'of its own', f'It is said of {question}.', '', 'of its own']
+  more = _jsonl(tmp_path / 'more.jsonl', texts)
+  cleaning = CleaningConfig(steps=('exact_duplicates', 'decontaminate'),
+                            evaluation=str(tmp_path / 'questions.txt'))
+  data = _data(corpus, cleaning=cleaning, validation=str(more))
+  manifest = prepare(data, BYTES, out)
+  for source in manifest.sources:
+    count = source.cleaning
+    kept = source.documents - sum(n for name, n in count.items() if name.endswith('.dropped'))
+    assert kept == source.documents - source.dropped
+    taken = sum(n for name, n in count.items() if name.endswith('.characters'))
+    split = 'train' if source.location == str(corpus) else 'validation'
+    kept_texts = _documents(out, split)
+    assert (len(kept_texts), sum(map(len, kept_texts))) == (kept, source.characters - taken)
+  # Duplicates are looked for in all sources together, and the first stays where it was.
+  assert manifest.sources[1].cleaning == {
+    'decontaminate.characters': len(texts[2]), 'decontaminate.dropped': 1,
+    'exact_duplicates.characters': len(TEXTS[3]) + 10, 'exact_duplicates.dropped': 2,
+    'min_characters.characters': 0, 'min_characters.dropped': 1}
+  assert _documents(out, 'train') == list(dict.fromkeys(TEXTS))
+  assert _documents(out, 'validation') == ['of its own']
+  (tmp_path / 'questions.txt').write_text(question.upper())
+  assert records.fingerprint(data, BYTES, out) != manifest.fingerprint
+
+
 def _never(*args, **kwargs):
   raise AssertionError('prepared again')
 
