@@ -37,9 +37,8 @@ def main(_) -> None:  # noqa: D103
           f'read by {len(steps)} of the {run.steps} steps: '
           f'{", ".join(map(str, steps)) or "none"}')
     return
-  last = run.experiment.training.num_steps
-  if STEP.value > last:
-    raise ValueError(f'--step={STEP.value}: the run ends with step {last}')
+  if STEP.value > run.steps:
+    raise ValueError(f'--step={STEP.value}: the run has taken {run.steps} steps')
   numbers = run.batches.numbers(STEP.value - 1)
   for row, (number, spans) in enumerate(zip(numbers, originals(numbers, run), strict=True)):
     print(f'row {row}, record {number}:')
@@ -50,18 +49,8 @@ def main(_) -> None:  # noqa: D103
 
 
 class Run(NamedTuple):
-  """What a run has read.
+  """What a run has read: the steps taken, their batches from number 0 on, and the lineage."""
 
-  Attributes:
-    experiment: the run.
-    steps: steps that it has taken.
-    manifest: of its records.
-    tokenizer: of its records.
-    batches: those of its steps, the first of number 0.
-    lineage: where the tokens of its training records come from.
-  """
-
-  experiment: Any
   steps: int
   manifest: Any
   tokenizer: Any
@@ -99,26 +88,18 @@ def open_run(workdir: str) -> Run:
   batches = found.make_batches('train', phases, experiment.data.shuffle, None, passed_over.places(
     passed_over.read(path), phases), alone=True)
   logged = [record['step'] for record in metrics.read(path / 'metrics.jsonl')]
-  return Run(experiment, max([latest, *logged]), found.manifest, found.tokenizer, batches,
+  return Run(max([latest, *logged]), found.manifest, found.tokenizer, batches,
              records.open_lineage(folder, 'train'))
 
 
 class Span(NamedTuple):
-  """Tokens of a record that follow each other in a document too.
+  """Tokens of a record, from `start` to before `stop`, that follow each other in a document too.
 
-  Attributes:
-    start: the first of them in the record.
-    stop: one past the last.
-    source: which source of the run they are of.
-    document: which document in it.
-    where: the same in words, with file, row and characters.
-    text: the tokens as text.
-    characters: first and one past the last in the cleaned text; None: not known.
+  `where` names file, row and characters; `characters`, in the cleaned text, may be None: not known.
   """
 
   start: int
   stop: int
-  source: int
   document: int
   where: str
   text: str
@@ -181,7 +162,7 @@ def _span(run: Run, read: Mapping[Any, Any], row: Any, piece: Any, stop: int) ->
   if ids and text.startswith(before + own):
     characters = len(before.decode(errors='ignore')), len((before + own).decode(errors='ignore'))
     where += f', characters {characters[0]}-{characters[1]}'
-  return Span(start, stop, source, document, where, own.decode(errors='replace'), characters)
+  return Span(start, stop, document, where, own.decode(errors='replace'), characters)
 
 
 def records_with(text: bytes, run: Run) -> set[int]:
