@@ -260,6 +260,8 @@ class Flags:
     """Return what `--help` prints: what the program does, its flags, the rest of its docstring."""
     first, *rest = about.strip().split('\n\n')
     lines = textwrap.wrap(first, width)
+    if rest and rest[0].startswith(' '):
+      lines += ['', rest.pop(0)]  # Commands.
     for title, names in self._sections.items():
       lines += ['', *([f'{title}:'] if title else [])]
       for name in names:
@@ -268,9 +270,10 @@ class Flags:
     for written, text in _SHARED.items():
       lines += _columns(written, text, width)
     for paragraph in rest:
-      lines += ['', *(line for item in re.split(r'\n(?=- )', paragraph)
-                      for line in ([item] if item.startswith(' ') else textwrap.wrap(
-                        item, width, subsequent_indent='  ' * item.startswith('- '))))]
+      lines.append('')
+      for item in re.split(r'\n(?=- )', paragraph):
+        indent = '  ' * item.startswith('- ')
+        lines += textwrap.wrap(' '.join(item.split()), width, subsequent_indent=indent)
     return '\n'.join(lines)
 
 

@@ -49,6 +49,7 @@ def test_help_begins_with_what_is_needed_and_fits_the_terminal(name, width, monk
   flags = [line.split()[0] for line in lines if line.startswith('  --')]
   needed = [line.startswith('  --') and 'Required. ' in line for line in lines
             if line.startswith('  --')]
+  assert '   ' not in out.partition('Of every program:')[2].partition('\n\n')[2]
   assert needed == sorted(needed, reverse=True) and '--flagfile=FILE' in flags
   known = {flag.partition('=')[0].removeprefix('--') for flag in flags}
   own = programs.load(name).FLAGS.values
