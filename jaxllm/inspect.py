@@ -151,7 +151,7 @@ class Seen:
     figure, panels = _subplots(rows, columns, side * columns, side * rows)
     for axes, head in zip(panels.flat, heads, strict=False):
       axes.imshow(self.attention_LNTT[layer, head], cmap='Blues', vmin=0, vmax=1)
-      axes.set_title(f'head {head}', fontsize=9)
+      axes.set_title(f'layer {layer % len(self.attention_LNTT)}, head {head}', fontsize=9)
       self._label(axes.xaxis)
       self._label(axes.yaxis)
     for axes in panels.flat[len(heads) :]:

@@ -182,7 +182,8 @@ def test_figures_and_tables_in_a_notebook():
   seen = seen_of('gpt2')
   figure = seen.plot_attention(layer=0, heads=[0, 1, 2, 4, 5])
   panels = [axes for axes in figure.axes if axes.axison]
-  assert [axes.get_title() for axes in panels] == [f'head {n}' for n in (0, 1, 2, 4, 5)]
+  assert [axes.get_title() for axes in panels] == [
+    f'layer 0, head {n}' for n in (0, 1, 2, 4, 5)]
   np.testing.assert_array_equal(panels[3].images[0].get_array(), seen.attention_LNTT[0, 4])
   axes, = seen.plot_lens().axes
   assert len(axes.texts) == 3 * len(seen.ids)

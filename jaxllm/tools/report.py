@@ -34,11 +34,13 @@ def main(argv: Sequence[str]) -> None:  # noqa: D103
       raise ValueError(f'{path} is named twice; name each run once')
   seen = []
   for path in paths if TEXT.value else ():
-    found, picture = inspect.look(loading.load(path), TEXT.value), io.BytesIO()
+    model, picture = loading.load(path), io.BytesIO()
+    found = inspect.look(model, TEXT.value)
     found.plot_attention().savefig(picture)
     seen.append({
       'name': str(path), 'losses': found.losses_html(), 'lens': found.lens()._repr_html_(),
-      'attention': base64.b64encode(picture.getvalue()).decode()})
+      'attention': base64.b64encode(picture.getvalue()).decode(),
+      'parameters': inspect.parameters(model)._repr_html_()})
   given = OUTPUT.value or ('report.html' if len(paths) > 1 else None)
   target = storage.path(given) if given else None
   print(f'report: {report.write_report(*paths, target=target, seen=seen)}')

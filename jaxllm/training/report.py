@@ -61,8 +61,8 @@ def write_report(
   Args:
     *workdirs: the directories of runs, finished or not.
     target: the page; None: `report.html` in the first workdir.
-    seen: how models read a text: `name`, `losses`, `lens` (both HTML) and `attention` (a PNG in
-      Base64).
+    seen: how models read a text: `name`, `losses`, `lens`, `parameters` (HTML) and `attention` (a
+      PNG in Base64).
   """
   runs = [_read(storage.path(workdir), index) for index, workdir in enumerate(workdirs)]
   if len({run.name for run in runs}) < len(runs):

@@ -72,12 +72,13 @@ def test_a_page_about_the_run_with_a_text_that_it_reads(whole):
   page = target.read_text()
   assert page.count('nats" style') == 8 and 'src="data:image/png;base64,iVBOR' in page
   assert not re.search(r'(src|href)="(?!data:)', page) and '<th>layer 1</th>' in page
+  assert '<td>layers/attention/query/kernel</td>' in page
   assert re.findall(r'<h3>step (\d+)</h3>', page) == ['3', '6', '8']
 
 
 @pytest.mark.parametrize(('arguments', 'sentence'), [
   ([], 'name the workdir of a run'),
-  (['run', 'nowhere'], 'nowhere is no directory'),
+  (['run', 'nowhere'], "nowhere'"),
   (['records'], 'records holds no metrics.jsonl: no run has begun there'),
   (['run', 'run/../run'], 'is named twice'),
 ])
