@@ -16,7 +16,7 @@ from typing import Any, Literal
 import pydantic
 
 from jaxllm.config import Config
-from jaxllm.data import duplicates
+from jaxllm.data import duplicates, redaction
 from jaxllm.data.documents import Sources, documents
 from jaxllm.data.duplicates import Filtered, Step
 
@@ -25,12 +25,13 @@ class CleaningConfig(Config):
   """Which steps of cleaning run. By default none does, and text goes through untouched."""
 
   steps: tuple[Literal[
-    'mojibake', 'html', 'control', 'bidi', 'nfc', 'whitespace', 'language', 'exact_duplicates',
-    'near_duplicates', 'decontaminate'], ...] = ()
+    'mojibake', 'html', 'control', 'bidi', 'nfc', 'whitespace', 'language', 'redact',
+    'exact_duplicates', 'near_duplicates', 'decontaminate'], ...] = ()
   """Steps in the order in which they run: 'mojibake' repairs text that was decoded wrongly, 'html'
   keeps the text of a page, 'control' drops control characters, 'bidi' marks of the direction of
   writing, 'nfc' composes accents, 'whitespace' joins runs of blanks and of empty lines, 'language'
-  keeps `languages`. 'exact_duplicates' and 'near_duplicates' keep the first of what is alike in all
+  keeps `languages`, 'redact' puts [EMAIL], [PHONE], [IP], [CARD], [IBAN] and [KEY] in the place of
+  such data. 'exact_duplicates' and 'near_duplicates' keep the first of what is alike in all
   sources, 'decontaminate' drops what shares 13 words in a row with `evaluation`. 'language' and
   'near_duplicates' need the extra clean."""
   min_characters: int = pydantic.Field(default=1, ge=1)
@@ -174,6 +175,7 @@ STEPS: Mapping[str, Callable[[CleaningConfig], Step]] = {
   'nfc': _rewriting(functools.partial(unicodedata.normalize, 'NFC')),
   'whitespace': _rewriting(join_whitespace),
   'language': _language,
+  'redact': lambda config: redaction.redact,
   'exact_duplicates': lambda config: duplicates.exact(),
   'near_duplicates': lambda config: duplicates.near(config.similarity),
   'decontaminate': lambda config: duplicates.not_in(

@@ -125,6 +125,37 @@ def test_an_unknown_step_is_refused():
     CleaningConfig(steps=('nfd',))
 
 
+@pytest.mark.parametrize('text, expected', [
+  ('write to jane.doe+x@mail.example.co.uk, or not', 'write to [EMAIL], or not'),
+  ('card: 4111 1111 1111 1111, 4111-1111-1111-1112', 'card: [CARD], 4111-1111-1111-1112'),
+  ('378282246310005 and 1234567890123456', '[CARD] and 1234567890123456'),
+  ('IBAN GB82 WEST 1234 5698 7654 32 or DE89370400440532013000; GB82 WEST 1234 5698 7654 33',
+   'IBAN [IBAN] or [IBAN]; GB82 WEST 1234 5698 7654 33'),
+  ('at 8.8.8.8:53, not 192.168.0.1 or 127.0.0.1 or 1.2.3.4.5', 'at [IP]:53, not 192.168.0.1 or '
+   '127.0.0.1 or 1.2.3.4.5'),
+  ('2001:4860:4860::8888 at 12:30:45', '[IP] at 12:30:45'),
+  ('tel:+1 (415) 555-2671, (415) 555-2671, +49 30 901820', 'tel:[PHONE], [PHONE], [PHONE]'),
+  ('in 2019-2020 of 1,234,567.89 or 10.1.2', 'in 2019-2020 of 1,234,567.89 or 10.1.2'),
+  ('key=AKIAIOSFODNN7EXAMPLE ghp_' + 'a1' * 18, 'key=[KEY] [KEY]'),
+])
+def test_redaction(text, expected):
+  redacted, found = STEPS['redact'](CleaningConfig())(text)
+  assert redacted == expected
+  assert sum(found.values()) == sum(map(expected.count, ('[EMAIL]', '[CARD]', '[IBAN]', '[IP]',
+                                                         '[PHONE]', '[KEY]')))
+
+
+@pytest.mark.parametrize('piece', [
+  '+1', '1' * 30, '+' + '1' * 30, 'a@', 'a.', 'GB82 ', 'GB82WEST', '1.', '2001:', '4',
+  'eyJaaaaaaaaaa.', '-----BEGIN PRIVATE KEY-----', 'word ', 'a b ', '\n', '. '])
+def test_no_text_takes_long(piece):
+  text = piece * (200_000 // len(piece))
+  for name in ('redact',):
+    start = time.process_time()
+    STEPS[name](CleaningConfig())(text)
+    assert time.process_time() - start < 1, name
+
+
 def test_of_what_is_alike_the_first_is_kept(tmp_path):
   run = cleaner(config(tmp_path, 'whitespace', 'exact_duplicates', 'decontaminate'))
   texts = ['a', 'b', ' a', EVALUATION, 'c', f'It said: {EVALUATION.upper()!r}', 'b', 'too short',

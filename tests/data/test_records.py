@@ -126,9 +126,9 @@ def test_the_manifest_says_where_everything_came_from(corpus, out, tmp_path):
 def test_documents_in_are_documents_out_and_those_that_each_step_dropped(corpus, out, tmp_path):
   question = 'the only one who knows why all of these words stand here in this order'
   (tmp_path / 'questions.txt').write_text(question)
-  texts = [TEXTS[3], 'of its own', f'It is said of {question}.', '', 'of its own']
+  texts = [TEXTS[3], 'of its own', f'It is said of {question}.', '', 'a@b.org', 'of its own']
   more = _jsonl(tmp_path / 'more.jsonl', texts)
-  cleaning = CleaningConfig(steps=('exact_duplicates', 'decontaminate'),
+  cleaning = CleaningConfig(steps=('redact', 'exact_duplicates', 'decontaminate'),
                             evaluation=str(tmp_path / 'questions.txt'))
   data = _data(corpus, cleaning=cleaning, validation=str(more))
   manifest = prepare(data, BYTES, out)
@@ -144,9 +144,10 @@ def test_documents_in_are_documents_out_and_those_that_each_step_dropped(corpus,
   assert manifest.sources[1].cleaning == {
     'decontaminate.characters': len(texts[2]), 'decontaminate.dropped': 1,
     'exact_duplicates.characters': len(TEXTS[3]) + 10, 'exact_duplicates.dropped': 2,
-    'min_characters.characters': 0, 'min_characters.dropped': 1}
+    'min_characters.characters': 0, 'min_characters.dropped': 1,
+    'redact.changed': 1, 'redact.characters': 0, 'redact.email': 1}
   assert _documents(out, 'train') == list(dict.fromkeys(TEXTS))
-  assert _documents(out, 'validation') == ['of its own']
+  assert _documents(out, 'validation') == ['of its own', '[EMAIL]']
   (tmp_path / 'questions.txt').write_text(question.upper())
   assert records.fingerprint(data, BYTES, out) != manifest.fingerprint
 
