@@ -248,11 +248,12 @@ class Decoder(nn.Module):
     key = self.make_rng('dropout') if drops else None
     scanned = config.scan_layers and not any('0' in tree for tree in layers.values())
     scanned = scanned and (cache is None or not isinstance(cache.keys, tuple))
+    on_tpu = scanned and platform() == 'tpu'
     collected = [AUX, *([INTERMEDIATES] if self.is_mutable_collection(INTERMEDIATES) else [])]
 
     def run_block(variables, x_BTD, view, cache, layer):
-      if scanned and platform() == 'tpu':
-        variables = in_own_dtype(variables)
+      if on_tpu:
+        variables = in_own_dtype(*variables)
       x_BTD = checkpoint_name(x_BTD, 'block_input')
       rngs = None if key is None else {'dropout': jax.random.fold_in(key, layer)}
       (x_BTD, cache), sown = Block(config, parent=None).apply(
@@ -266,8 +267,13 @@ class Decoder(nn.Module):
         run_block, policy=_remat_policy(config.remat), prevent_cse=not scanned
       )
     if scanned:
-      x_BTD, cache, aux, seen_L = _scan(
-        run_block, layers, x_BTD, views, cache, config.layer_kinds)
+      scan = functools.partial(
+        _scan, run_block, views=views, cache=cache, kinds=config.layer_kinds)
+      if on_tpu and cache is None and 'lora' not in layers:
+        scan = _with_narrow_gradients(scan, config.dtype)
+      elif on_tpu:
+        layers = (layers,)
+      x_BTD, cache, aux, seen_L = scan(layers, x_BTD)
     else:
       single = {name: _single_layers(tree, config.num_layers) for name, tree in layers.items()}
       aux, seen = {}, []
@@ -403,6 +409,33 @@ def _add_aux(totals: Aux, sown: Mapping[str, Any]) -> Aux:
     name = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)][-1]
     totals[name] = totals.get(name, 0.0) + jnp.asarray(value, jnp.float32)
   return totals
+
+
+def _with_narrow_gradients(scan: Callable[..., Any], dtype: str) -> Callable[..., Any]:
+  """Return `scan` of (layers, x_BTD), with gradients of kernels that are held as they are made.
+
+  They are made in the compute dtype, but those of float32 parameters would be float32 in the stack.
+  """
+  run = jax.custom_vjp(lambda layers, x_BTD: scan((layers,), x_BTD))
+
+  def forward(layers: Any, x_BTD: jax.Array) -> tuple[Any, Any]:
+    gradients = jax.tree_util.tree_map_with_path(
+      lambda path, leaf: jnp.zeros(leaf.shape, dtype if _is_narrow(path) else leaf.dtype), layers)
+    outputs, backward = jax.vjp(
+      lambda gradients, x_BTD: scan((layers, gradients), x_BTD), gradients, x_BTD)
+    return outputs, (backward, jax.tree.map(lambda leaf: jnp.zeros((), leaf.dtype), layers))
+
+  def backward(residuals: Any, cotangents: Any) -> tuple[Any, jax.Array]:
+    gradients, x_BTD = residuals[0](cotangents)
+    return jax.tree.map(lambda one, like: one.astype(like.dtype), gradients, residuals[1]), x_BTD
+
+  run.defvjp(forward, backward)
+  return run
+
+
+def _is_narrow(path: Any) -> bool:
+  """Return whether a kernel is cast to the compute dtype before it is used; a router's is not."""
+  return path[-1].key == 'kernel' and path[-2].key != 'router'
 
 
 def _scan(run_block, layers, x_BTD, views, cache, kinds):

@@ -152,11 +152,15 @@ def grouped_dense(
 
 
 @jax.custom_vjp
-def in_own_dtype(layer: Any) -> Any:
+def in_own_dtype(layer: Any, gradient: Any = None) -> Any:
   """Return the variables of one layer of a stack, as they are.
 
   The TPU compiler carries a precision backwards: it would cast the whole stack to the compute dtype
   before a scan, and keep that copy beside the parameters. It does not look through bits.
+
+  Args:
+    layer: the variables.
+    gradient: what the gradient goes to instead, in its dtypes; its values are not read.
   """
   bits = jax.tree.map(
     lambda leaf: jax.lax.bitcast_convert_type(leaf, jnp.int32) if leaf.dtype == jnp.float32
@@ -166,7 +170,16 @@ def in_own_dtype(layer: Any) -> Any:
     jax.lax.optimization_barrier(bits), layer)
 
 
-in_own_dtype.defvjp(lambda layer: (in_own_dtype(layer), None), lambda _, grads: (grads,))
+def _cast_gradient(like: Any, grads: Any) -> tuple[Any, Any]:
+  if like is None:
+    return grads, None
+  return None, jax.tree.map(lambda grad, one: grad.astype(one.dtype), grads, like)
+
+
+in_own_dtype.defvjp(
+  lambda layer, gradient=None: (
+    in_own_dtype(layer), jax.tree.map(lambda leaf: jnp.zeros((), leaf.dtype), gradient)),
+  _cast_gradient)
 
 
 class Linear(nn.Module):

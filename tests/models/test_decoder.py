@@ -191,6 +191,43 @@ def test_remat_changes_nothing(monkeypatch):
       np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-5)
 
 
+def test_on_tpus_gradients_are_held_in_the_dtype_that_they_are_made_in(monkeypatch):
+  dense = tiny.BASE.replace(num_layers=2, dtype='bfloat16', remat='full')
+  sparse = dense.replace(experts=ExpertsConfig(num_experts=4, top_k=2))
+
+  def loss(config, variables):
+    hidden_BTD, _ = Decoder(config).apply(
+      variables, tiny.tokens_of(config, 2, LENGTH), method='hidden')
+    return jnp.square(hidden_BTD.astype(jnp.float32) - 1).mean()
+
+  def stacks(config, *names):
+    """Return the dtypes of the stacks like a kernel that loops of the gradient return."""
+    def walk(jaxpr):
+      for eqn in jaxpr.eqns:
+        if eqn.primitive.name == 'scan':
+          yield from (str(var.aval.dtype) for var in eqn.outvars if var.aval.shape == kernel.shape)
+        for inner in jax.tree.leaves([*eqn.params.values()], is_leaf=lambda x: hasattr(x, 'eqns')):
+          if hasattr(inner, 'eqns'):
+            yield from walk(inner)
+
+    variables = tiny.variables_of(config)
+    kernel = functools.reduce(dict.get, names, variables['params']['layers'])['kernel']
+    return {*walk(jax.make_jaxpr(functools.partial(jax.grad(loss, 1), config))(variables).jaxpr)}
+
+  monkeypatch.setattr(decoder_lib, 'platform', lambda: 'tpu')
+  assert stacks(sparse, 'attention', 'query') == {'bfloat16'}
+  assert stacks(sparse, 'mlp', 'router') == {'float32'}
+  variables = tiny.variables_of(dense)
+  narrow = jax.jit(functools.partial(jax.grad(loss, 1), dense))(variables)
+  monkeypatch.setattr(
+    decoder_lib, '_with_narrow_gradients',
+    lambda scan, dtype: lambda layers, x_BTD: scan((layers,), x_BTD))
+  assert stacks(dense, 'attention', 'query') == {'float32'}
+  wide = jax.jit(functools.partial(jax.grad(loss, 1), dense))(variables)
+  jax.tree.map(np.testing.assert_array_equal, narrow, wide)
+  assert {leaf.dtype for leaf in jax.tree.leaves(narrow)} == {jnp.dtype('float32')}
+
+
 def residuals(config):
   """Return the shapes of what the backward pass of a tiny decoder keeps, with how many of each."""
   variables, tokens_BT = tiny.variables_of(config), tiny.tokens_of(config, 2, LENGTH)
