@@ -240,7 +240,7 @@ class Decoder(nn.Module):
   ) -> tuple[jax.Array, KVCache | None, Aux]:
     """Run all layers, by a scan where everything is stacked, else one by one."""
     config = self.config
-    layers = {
+    layers: Any = {
       name: nn.meta.unbox(tree['layers'])
       for name, tree in self.variables.items() if name in _LAYERED and 'layers' in tree
     }
@@ -267,7 +267,7 @@ class Decoder(nn.Module):
         run_block, policy=_remat_policy(config.remat), prevent_cse=not scanned
       )
     if scanned:
-      scan = functools.partial(
+      scan: Callable[..., Any] = functools.partial(
         _scan, run_block, views=views, cache=cache, kinds=config.layer_kinds)
       if on_tpu and cache is None and 'lora' not in layers:
         scan = _with_narrow_gradients(scan, config.dtype)

@@ -110,7 +110,7 @@ def make_pure_step(experiment: Experiment, tx: optax.GradientTransformation) -> 
     if sharding.platform() == 'tpu' and experiment.optimizer.name != 'muon':
       # Made again now that the old state may be overwritten, so that no second one is held beside
       # it; muon's matrix products would cost more than that saves.
-      held, grads, applied = jax.lax.optimization_barrier((held, grads, applied))
+      held, applied = jax.lax.optimization_barrier((held, applied))
       state = train_state.moments_in(experiment, jax.memory.Space.Device, held)
       params, opt_state = update(grads, state)
     new_state = _next_state(experiment, state, params, opt_state, loss, applied)
