@@ -39,7 +39,6 @@ VARIANTS = {
   'small': Model(),
   'dense': Model(),
   'mixtral_8x7b': Model('v5p:4x4x4', 'mixtral_8x7b', MeshConfig(data=1, fsdp=8, expert=8)),
-  'mixtral_8x7b_v6e': Model('v6e:8x8', 'mixtral_8x7b', MeshConfig(data=1, fsdp=64)),
   'qwen3_30b_a3b': Model('v5p:4x4x4', 'qwen3_30b_a3b', MeshConfig(data=1, fsdp=64)),
   'qwen3_30b_a3b_v6e': Model('v6e:8x8', 'qwen3_30b_a3b', MeshConfig(data=1, fsdp=64)),
 }
