@@ -16,7 +16,7 @@ from typing import Any, Literal
 import pydantic
 
 from jaxllm.config import Config
-from jaxllm.data import duplicates, redaction
+from jaxllm.data import duplicates, filters, redaction
 from jaxllm.data.documents import Sources, documents
 from jaxllm.data.duplicates import Filtered, Step
 
@@ -25,15 +25,18 @@ class CleaningConfig(Config):
   """Which steps of cleaning run. By default none does, and text goes through untouched."""
 
   steps: tuple[Literal[
-    'mojibake', 'html', 'control', 'bidi', 'nfc', 'whitespace', 'language', 'redact',
-    'exact_duplicates', 'near_duplicates', 'decontaminate'], ...] = ()
+    'mojibake', 'html', 'article', 'control', 'bidi', 'nfc', 'whitespace', 'boilerplate', 'c4',
+    'gopher_quality', 'gopher_repetition', 'language', 'redact', 'exact_duplicates',
+    'near_duplicates', 'decontaminate'], ...] = ()
   """Steps in the order in which they run: 'mojibake' repairs text that was decoded wrongly, 'html'
-  keeps the text of a page, 'control' drops control characters, 'bidi' marks of the direction of
-  writing, 'nfc' composes accents, 'whitespace' joins runs of blanks and of empty lines, 'language'
-  keeps `languages`, 'redact' puts [EMAIL], [PHONE], [IP], [CARD], [IBAN] and [KEY] in the place of
-  such data. 'exact_duplicates' and 'near_duplicates' keep the first of what is alike in all
-  sources, 'decontaminate' drops what shares 13 words in a row with `evaluation`. 'language' and
-  'near_duplicates' need the extra clean."""
+  keeps the text of a page, 'article' that of its article alone (a page has <html> or <body>),
+  'control' drops control characters, 'bidi' marks of the direction of writing, 'nfc' composes
+  accents, 'whitespace' joins runs of blanks and of empty lines, 'boilerplate' drops lines that are
+  buttons, counters and notices. 'c4', 'gopher_quality' and 'gopher_repetition' are the published
+  filters of `data/filters.py`, 'language' keeps `languages`, 'redact' puts [EMAIL], [PHONE], [IP],
+  [CARD], [IBAN] and [KEY] in the place of such data. 'exact_duplicates' and 'near_duplicates' keep
+  the first of what is alike in all sources, 'decontaminate' drops what shares 13 words in a row
+  with `evaluation`. 'article', 'language' and 'near_duplicates' need the extra clean."""
   min_characters: int = pydantic.Field(default=1, ge=1)
   """Documents that are shorter after these steps are dropped."""
   languages: tuple[str, ...] = ('en',)
@@ -152,6 +155,14 @@ def drop_direction_marks(text: str) -> str:
   return _BIDI.sub('', _BIDI_BETWEEN_WORDS.sub(' ', text))
 
 
+def keep_article(text: str) -> str:
+  """Return the text of a page's article, without menus and the like; needs trafilatura."""
+  if not re.search(r'<(?:html|body)[\s>]', text, re.IGNORECASE):
+    return text
+  import trafilatura
+  return _escaped(trafilatura.extract(text, include_comments=False) or '')
+
+
 def _language(config: CleaningConfig) -> Step:
   import py3langid
 
@@ -167,15 +178,24 @@ def _rewriting(function: Callable[[str], str]) -> Callable[[CleaningConfig], Ste
   return lambda config: lambda text: (function(text), {})
 
 
+def _pure(step: Step) -> Callable[[CleaningConfig], Step]:
+  return lambda config: step
+
+
 STEPS: Mapping[str, Callable[[CleaningConfig], Step]] = {
   'mojibake': _rewriting(repair_mojibake),
   'html': _rewriting(strip_html),
+  'article': _rewriting(keep_article),
   'control': _rewriting(drop_control_characters),
   'bidi': _rewriting(drop_direction_marks),
   'nfc': _rewriting(functools.partial(unicodedata.normalize, 'NFC')),
   'whitespace': _rewriting(join_whitespace),
+  'boilerplate': _pure(filters.boilerplate),
+  'c4': _pure(filters.c4),
+  'gopher_quality': _pure(functools.partial(filters.obey, filters.GOPHER_QUALITY)),
+  'gopher_repetition': _pure(functools.partial(filters.obey, filters.GOPHER_REPETITION)),
   'language': _language,
-  'redact': lambda config: redaction.redact,
+  'redact': _pure(redaction.redact),
   'exact_duplicates': lambda config: duplicates.exact(),
   'near_duplicates': lambda config: duplicates.near(config.similarity),
   'decontaminate': lambda config: duplicates.not_in(

@@ -7,6 +7,7 @@ import pytest
 
 from jaxllm.config import ConfigError
 from jaxllm.data.cleaning import STEPS, CleaningConfig, clean, cleaner
+from jaxllm.data.filters import Page
 
 
 def test_by_default_nothing_changes():
@@ -60,7 +61,7 @@ def random_texts(number, seed=0, most=40):
   return [''.join(rng.choices(PIECES, k=rng.randint(1, most))) for _ in range(number)]
 
 
-NEEDS = {'language': 'py3langid', 'near_duplicates': 'rensa'}
+NEEDS = {'article': 'trafilatura', 'language': 'py3langid', 'near_duplicates': 'rensa'}
 EVALUATION = 'A question of a test asks for the one word that nobody would ever expect to read.'
 
 
@@ -84,11 +85,11 @@ def test_a_step_that_is_run_again_changes_nothing(name, tmp_path):
     changed += once != text
     if once is not None:
       assert again(once) == (once, {}), repr(text)
-  assert changed or name in ('exact_duplicates', 'near_duplicates', 'decontaminate')
+  assert changed or name in ('article', 'exact_duplicates', 'near_duplicates', 'decontaminate')
 
 
 def test_characters_and_documents_are_accounted_for(tmp_path):
-  steps = [name for name in STEPS if name not in NEEDS]
+  steps = [name for name in STEPS if name not in NEEDS and 'gopher' not in name and name != 'c4']
   run = cleaner(config(tmp_path, *steps, min_characters=20))
   kept = dropped = 0
   for text in random_texts(300, seed=1):
@@ -125,6 +126,51 @@ def test_an_unknown_step_is_refused():
     CleaningConfig(steps=('nfd',))
 
 
+GOOD = 'The people of the town have gone to the river with that boat and they will be back soon.\n'
+
+
+@pytest.mark.parametrize('step, text, expected, found', [
+  ('boilerplate', 'Sign in\nHELLO ALL OF YOU\n1,234\n3 likes\nword\nA line.\n\n今天天气很好。',
+   'A line.\n\n今天天气很好。',
+   {'phrase': 1, 'upper_case': 1, 'numbers': 1, 'counter': 1, 'one_word': 1}),
+  ('c4', f'{GOOD * 3}Short one.\nno end mark here at all\n'
+         'This page here needs JavaScript to work.\nWe have a privacy policy for you.\n'
+         'This is known to all.[2][citation needed]',
+   f'{GOOD * 3}This is known to all.', {'words': 1, 'end_mark': 1, 'javascript': 1, 'policy': 1}),
+  ('c4', GOOD * 2, None, {'sentences': 1}),
+  ('c4', f'{GOOD * 3}Here is an open bracket {{ of code.', None, {'curly_bracket': 1}),
+  ('c4', f'{GOOD * 3}Now Lorem ipsum dolor sit amet.', None, {'lorem_ipsum': 1}),
+  ('gopher_quality', GOOD * 3, GOOD * 3, {}),
+  ('gopher_quality', GOOD * 2, None, {'words': 1}),
+  ('gopher_quality', 'extraordinarily ' * 60, None, {'mean_word_length': 1}),
+  ('gopher_quality', GOOD * 3 + '# ' * 9, None, {'hashes_per_word': 1}),
+  ('gopher_quality', GOOD * 3 + ' ... ' * 9, None, {'ellipses_per_word': 1}),
+  ('gopher_quality', f'- {GOOD}' * 3, None, {'bullet_lines': 1}),
+  ('gopher_quality', GOOD.replace('.', '...') * 3, None, {'ellipsis_lines': 1}),
+  ('gopher_quality', GOOD * 3 + '12345 ' * 30, None, {'alphabetic_words': 1}),
+  ('gopher_quality', 'word ' * 60, None, {'stop_words': 1}),
+  ('gopher_repetition', GOOD, GOOD, {}),
+  ('gopher_repetition', GOOD * 2, None, {'lines': 1}),
+  ('gopher_repetition', 'a b ' + 'c d ' * 3, None, {'top_2_gram': 1}),
+])
+def test_filters_tell_which_rule_was_broken(step, text, expected, found):
+  assert STEPS[step](CleaningConfig())(text) == (expected, found)
+
+
+def test_repetitions_are_those_of_literal_counting():
+  rng = random.Random(3)
+  for number in range(200):
+    own = [rng.choice('a bb ccc dddd'.split()) for _ in range(rng.randint(1, 30))]
+    total = sum(map(len, own))
+    for n in range(2, 11):
+      runs = [tuple(own[i:i + n]) for i in range(len(own) - n + 1)]
+      most = max(map(runs.count, runs), default=0)
+      inside = {i + k for i, run in enumerate(runs) if run in runs[:i] for k in range(n)}
+      top = max((most * sum(map(len, run)) for run in runs if runs.count(run) == most), default=0)
+      expected = (top / total, sum(len(own[i]) for i in inside) / total) if most > 1 else (0, 0)
+      assert Page(' '.join(own)).ngrams.get(n, (0, 0)) == pytest.approx(expected), number
+
+
 @pytest.mark.parametrize('text, expected', [
   ('write to jane.doe+x@mail.example.co.uk, or not', 'write to [EMAIL], or not'),
   ('card: 4111 1111 1111 1111, 4111-1111-1111-1112', 'card: [CARD], 4111-1111-1111-1112'),
@@ -146,11 +192,11 @@ def test_redaction(text, expected):
 
 
 @pytest.mark.parametrize('piece', [
-  '+1', '1' * 30, '+' + '1' * 30, 'a@', 'a.', 'GB82 ', 'GB82WEST', '1.', '2001:', '4',
+  '+1', '1' * 30, '+' + '1' * 30, 'a@', 'a.', 'GB82 ', 'GB82WEST', '1.', '2001:', '4', '[1', '# ',
   'eyJaaaaaaaaaa.', '-----BEGIN PRIVATE KEY-----', 'word ', 'a b ', '\n', '. '])
 def test_no_text_takes_long(piece):
   text = piece * (200_000 // len(piece))
-  for name in ('redact',):
+  for name in ('redact', 'c4', 'boilerplate', 'gopher_quality', 'gopher_repetition'):
     start = time.process_time()
     STEPS[name](CleaningConfig())(text)
     assert time.process_time() - start < 1, name
@@ -208,3 +254,14 @@ def test_languages_are_told_and_others_counted():
   texts = ['Das ist ein deutscher Satz, den man gut erkennt.', 'This is a sentence in English.',
            'Ceci est une phrase écrite en français.']
   assert [step(text) for text in texts] == [(texts[0], {}), (None, {'en': 1}), (texts[2], {})]
+
+
+def test_an_article_is_kept_without_its_page():
+  pytest.importorskip('trafilatura')
+  text = 'This is a sentence of the article that is long enough, with a &lt;b&gt; in it. '
+  page = (f'<html><body><nav><a href="/">Home</a> <a href="/b">About</a></nav><article>'
+          f'<p>{text * 4}</p><p>{text * 3}</p></article><footer>Copyright</footer></body></html>')
+  article = clean(page, CleaningConfig(steps=('article',)))
+  assert 'long enough, with a &lt;b> in it' in article
+  assert 'Home' not in article and 'Copyright' not in article
+  assert clean('<p>no page</p>', CleaningConfig(steps=('article',))) == '<p>no page</p>'
