@@ -76,7 +76,9 @@ def estimate(experiment: Experiment, mesh: Mesh | AbstractMesh, chip: Chip) -> P
   share = {shape: math.prod(whole.sharding.shard_shape(whole.shape)) / math.prod(shape)
            for shape, whole in zip(shapes, jax.tree.leaves(state.params), strict=True)}
   traced = trace_cost(jaxpr, lambda shape: share.get(shape, 1.0))
-  params = device_bytes(state.params)
+  params, flops = device_bytes(state.params), goodput.flops_per_step(experiment)
+  # Where a sequence is split, the queries of one part ask the keys of all.
+  longer = flops / mesh.size / goodput.flops_per_step(part)
   return finish(experiment, mesh, chip, {
     **describe(experiment, mesh, chip, 'train'),
     'tokens_per_step': experiment.training.batch_size * experiment.data.context_length
@@ -86,7 +88,7 @@ def estimate(experiment: Experiment, mesh: Mesh | AbstractMesh, chip: Chip) -> P
       ('optimizer', device_bytes((state.opt_state, state.ema))),
       ('gradients', params), ('saved activations', traced.saved),
       ('temporaries', max(traced.peak - traced.saved - params, 0.0)))},
-    'flops': goodput.flops_per_step(experiment), 'executed': traced.flops,
+    'flops': flops, 'executed': traced.flops * max(longer, 1.0),
     'moved': traced.moved + 2 * (device_bytes(state) + params),
     'exchanged': exchange(experiment, mesh), 'replicated': _replicated(state, mesh),
   })

@@ -67,6 +67,13 @@ def test_state_is_counted_as_it_is_held(tmp_path):
   assert gib['total'] < gib['memory']
 
 
+def test_the_parts_of_a_sequence_compute_all_of_it(tmp_path):
+  config = MeshConfig(data=2, context=4)
+  experiment = tiny_run.experiment(tmp_path, mesh=config)
+  made = cost.estimate(experiment, mesh := sharding.make_mesh(config), cost.local_chip(mesh))
+  assert made['executed'] * 8 >= 0.999 * made['flops']
+
+
 def test_the_estimate_is_near_the_compiled_step(tmp_path):
   experiment = tiny_run.experiment(tmp_path, **{
     'model.embed_dim': 64, 'model.mlp_dim': 256, 'model.max_length': 256,
