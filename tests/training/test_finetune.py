@@ -163,7 +163,7 @@ def test_eight_devices_train_the_same_adapters(base):
     lines(base / 'meshed', 'train/loss')[:6], lines(base / 'tuned', 'train/loss'), rtol=1e-5)
   assert lines(base / 'meshed', 'task/sentiment/accuracy') == pytest.approx(
     lines(base / 'tuned', 'task/sentiment/accuracy')[-1:] * 2, abs=0.2)
-  sample = json.loads((base / 'meshed' / 'samples.jsonl').read_text())
+  sample = json.loads((base / 'meshed' / 'samples.jsonl').read_text().splitlines()[-1])
   assert sample['text'] == loading.generate(
     base / 'meshed', 'good 3:', max_new_tokens=4, temperature=config.evaluation.temperature,
     top_p=config.evaluation.top_p, seed=config.seed)
