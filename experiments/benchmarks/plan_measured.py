@@ -4,7 +4,7 @@
 
 Each row is a process of its own on one device. On a GPU or TPU the allocator's peak is read. A CPU
 has no such counter: there it is how far the memory of the process grows in its first step, which
-also counts what the kernels of matrix products take for themselves (some 0.07 GiB).
+also counts what libraries take outside of the compiler's plan.
 """
 
 import json
