@@ -353,7 +353,8 @@ def trace_cost(
       ends.setdefault(max(last.get(value, index), index), []).append(value)
     dying = sum(map(size, ends.get(index, [])))
     # A result may take the place of an operand that nothing else reads; of a loop only a carry.
-    taken = writes[:eqn.params['num_carry']] if name == 'scan' else writes
+    taken = writes[:_whole(eqn.outvars, _open(eqn.params['jaxpr']).outvars)] if (
+      name == 'scan') else writes
     reused = 0.0 if name in ('dot_general', 'pallas_call') else min(dying, sum(map(size, taken)))
     whole = sum(size(value, kept=name == 'scan') for value in writes)
     peak = max(peak, live + whole + inner.peak - reused)
@@ -388,11 +389,16 @@ def _inner_cost(eqn: Any, name: str, share: Any) -> tuple[Cost, int]:
   """Return the cost of one turn of a loop or of the dearest branch, and the number of turns."""
   params = eqn.params
   if name == 'scan':
-    given = params['num_consts'] + params['num_carry']
-    return trace_cost(_open(params['jaxpr']), share, given), params['length']
+    body = _open(params['jaxpr'])
+    return trace_cost(body, share, _whole(eqn.invars, body.invars)), params['length']
   bodies = params.get('branches', (params['body_jaxpr'],) if name == 'while' else ())
   costs = [trace_cost(body, share, len(body.invars)) for body in map(_open, bodies)]
   return max(costs, default=Cost(), key=lambda cost: cost.peak), 1
+
+
+def _whole(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+  """Return how many values of a scan a turn sees whole, all but slices; these are the first."""
+  return sum(a.aval.ndim == b.aval.ndim for a, b in zip(outside, inside, strict=True))
 
 
 def _flops(eqn: Any, name: str) -> float:
