@@ -356,7 +356,10 @@ def trace_cost(
     taken = writes[:_whole(eqn.outvars, _open(eqn.params['jaxpr']).outvars)] if (
       name == 'scan') else writes
     reused = 0.0 if name in ('dot_general', 'pallas_call') else min(dying, sum(map(size, taken)))
-    whole = sum(size(value, kept=name == 'scan') for value in writes)
+    # What a product makes is whole before it is split; what a loop or a wider cast makes never is.
+    split = name == 'scan' or name == 'convert_element_type' and (
+      eqn.outvars[0].aval.dtype.itemsize > eqn.invars[0].aval.dtype.itemsize)
+    whole = sum(size(value, split) for value in writes)
     peak = max(peak, live + whole + inner.peak - reused)
     live += made - dying
   return Cost(peak, inner_saved if saved is None else saved, flops, moved)
@@ -379,6 +382,8 @@ def _lifetimes(
       0].aval.ndim > 2
     if stores or joins or name.startswith(_REDUCING):
       stored |= {*writes}
+    if not reads:  # Zeros and the like are made where they are read.
+      stored -= {*writes}
     stored |= {*reads} if stores else set()
     read_at = index if stored & {*writes} else until
     last |= {value: max(last.get(value, -1), read_at) for value in reads}

@@ -52,6 +52,21 @@ def test_what_the_backward_pass_needs_is_saved_unless_recomputed():
   assert saving.flops > plain.flops
 
 
+def test_a_wider_cast_and_zeros_are_never_whole():
+  stacks = jnp.zeros((8, 64, 64), jnp.bfloat16)
+
+  def widened(x):
+    return jax.lax.scan(lambda _, part: (None, part @ part), None, x)[1].astype(jnp.float32)
+
+  def added(x):
+    return jax.lax.scan(lambda _, two: (None, two[0] @ two[1]), None, (x, jnp.zeros_like(x)))[1]
+
+  for function in (widened, added):
+    found = cost.trace_cost(jax.make_jaxpr(function)(stacks).jaxpr,
+                            lambda shape: 1 / 8 if len(shape) == 3 else 1.0)
+    assert found.peak <= stacks.nbytes / 2, function
+
+
 def test_state_is_counted_as_it_is_held(tmp_path):
   config = MeshConfig(data=2, fsdp=2, tensor=2)
   experiment = tiny_run.experiment(tmp_path, mesh=config)
