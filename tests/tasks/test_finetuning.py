@@ -39,7 +39,8 @@ def test_adapters_learn_a_task(experts):
   model = Decoder(MODEL.replace(experts=experts))
   params = jax.jit(decoder.init, static_argnums=0)(model.config, jax.random.key(0))['params']
   adapters = lora.init(LoraConfig(targets=('layers/.*', 'head')), params, jax.random.key(1))
-  tx = optax.adam(optax.cosine_decay_schedule(0.01, 150))  # A constant rate is thrown back at times.
+  # A constant rate is thrown back at times.
+  tx = optax.adam(optax.cosine_decay_schedule(0.01, 150))
 
   @jax.jit
   def step(carry, _):
