@@ -253,14 +253,7 @@ def _loop(
   first, last = int(state.step), experiment.training.num_steps
   train_step = step_lib.make_train_step(experiment, run.tx, run.mesh)
   batch_sharding = sharding.batch_sharding(run.mesh, experiment.mesh)
-  estimated = _estimate(run)
-  logging.info('Training %s parameters on %d x %s; estimated: %s; the first step compiles.',
-               f'{estimated["parameters"]:,}', run.mesh.size, estimated['device'],
-               cost.line(estimated))
-  for problem in estimated['problems']:
-    logging.warning('It may not fit: %s', problem)
-  for name, value in _promise(run, last).items():
-    logging.info('After %d steps %s will be %.4g.', last, name, value)
+  _announce(run, last)
   phases = passed_over.phases(run.store.directory, first, experiment)
   batches = run.dataset.make_batches(
     'train', phases, experiment.data.shuffle, None,
@@ -322,6 +315,18 @@ def _loop(
       store_lib.wait(run.store)
     log.log_goodput(step)
   return saved, state.frozen, selected
+
+
+def _announce(run: _Run, last: int) -> None:
+  """Say what a step needs, before it is compiled, and what the run promises."""
+  estimated = _estimate(run)
+  logging.info('Training %s parameters on %d x %s; estimated: %s; the first step compiles.',
+               f'{estimated["parameters"]:,}', run.mesh.size, estimated['device'],
+               cost.line(estimated))
+  for problem in estimated['problems']:
+    logging.warning('It may not fit: %s', problem)
+  for name, value in _promise(run, last).items():
+    logging.info('After %d steps %s will be %.4g.', last, name, value)
 
 
 def _estimate(run: _Run) -> cost.Plan:
