@@ -1,6 +1,7 @@
 """Sources of rows: files, packages, TFDS, Hugging Face; each in an order that never changes.
 
-- `SourceConfig` names a source; `documents` streams its texts, `find` gives its files and rows.
+- `SourceConfig` names a source; `documents` streams its texts, `parts` gives them part by part,
+  `find` its files and rows.
 - `survey` counts and hashes the files of all sources, and lets none be read twice.
 - `SCHEMES` lists the kinds of location; everything else is a path.
 """
@@ -109,7 +110,22 @@ def located(source: SourceConfig) -> Iterator[tuple[str, Row]]:
     ValueError: nothing is there, a file is damaged, or a row has no text; the message names the
       file, the place in it, and what is there instead.
   """
-  for row in find(source).rows:
+  for part in parts(source):
+    yield from part()
+
+
+def parts(source: SourceConfig) -> list[Callable[[], Iterator[tuple[str, Row]]]]:
+  """Return functions that yield the texts of `located` part by part; they can be pickled.
+
+  A part is a file; what is no file is one part.
+  """
+  return [functools.partial(_texts, source, rows) for rows in find(source).parts]
+
+
+def _texts(
+  source: SourceConfig, rows: Callable[[], Iterator[Row]]
+) -> Iterator[tuple[str, Row]]:
+  for row in rows():
     text = row.fields.pop(source.text_field, None)
     if not isinstance(text, str):
       raise ValueError(_no_text(source, row, text))
@@ -143,13 +159,18 @@ class Found(NamedTuple):
 
   Attributes:
     files: files, in order.
-    rows: rows; they are read when they are iterated.
+    parts: functions that read the rows of one file each, or all; they can be pickled.
     shared: whether other locations may be other parts of the same files.
   """
 
   files: list[File]
-  rows: Iterator[Row]
+  parts: Sequence[Callable[[], Iterator[Row]]]
   shared: bool = False
+
+  @property
+  def rows(self) -> Iterator[Row]:
+    """The rows of all parts; they are read when they are iterated."""
+    return (row for part in self.parts for row in part())
 
 
 Scheme = Callable[[SourceConfig, str], Found]
@@ -179,47 +200,58 @@ def _path(source: SourceConfig) -> Found:
     raise ValueError(f'no files in {source.location!r} (a source of data)')
   for file in found if source.format is None else ():
     readers.format_of(file.path)
-  return Found(found, _file_rows(source, found, source.format))
+  return _files(source, found, source.format)
 
 
-def _file_rows(source: SourceConfig, files: Sequence[File], format_: str | None) -> Iterator[Row]:
-  for path in (file.path for file in files):
-    name = format_ or readers.format_of(path)
-    if name == 'text' and source.separator is None:
-      name = source.plain_text
-    file = TextFile(path, source.encoding, source.encoding_errors, source.separator, source.slice,
-                    source.text_field, source.column_names,
-                    (source.text_field,) if source.only_text else ())
-    read = functools.partial(readers.FORMATS[name], file)
-    # Texts are cut at characters.
-    rows = read() if name in readers.TEXTS else (
-      row for row, _ in readers.part(read, file.slice))
-    yield from (Row(str(path), *row) for row in rows)
+def _files(source: SourceConfig, files: list[File], format_: str | None) -> Found:
+  return Found(files, [functools.partial(_rows, source, file.path, format_) for file in files])
+
+
+def _rows(source: SourceConfig, path: pathlib.Path, format_: str | None) -> Iterator[Row]:
+  name = format_ or readers.format_of(path)
+  if name == 'text' and source.separator is None:
+    name = source.plain_text
+  file = TextFile(path, source.encoding, source.encoding_errors, source.separator, source.slice,
+                  source.text_field, source.column_names,
+                  (source.text_field,) if source.only_text else ())
+  read = functools.partial(readers.FORMATS[name], file)
+  # Texts are cut at characters.
+  rows = read() if name in readers.TEXTS else (
+    row for row, _ in readers.part(read, file.slice))
+  return (Row(str(path), *row) for row in rows)
 
 
 def _package(source: SourceConfig, name: str) -> Found:
   files, read = packages.find(name)
   if not callable(read):
-    return Found(files, _file_rows(source, files, source.format or read))
+    return _files(source, files, source.format or read)
+  return Found(files, [functools.partial(_package_rows, source, name)], shared=True)
+
+
+def _package_rows(source: SourceConfig, name: str) -> Iterator[Row]:
+  read: Any = packages.find(name)[1]
   pieces = readers.part(lambda: enumerate(read(), 1), source.slice)
-  rows = (Row(source.location, f'row {number}', fields) for (number, fields), _ in pieces)
-  return Found(files, rows, shared=True)
+  return (Row(source.location, f'row {number}', fields) for (number, fields), _ in pieces)
 
 
-def _catalog(open_: Callable[..., tuple[list[File], readers.Rows]]) -> Scheme:
-  def scheme(source: SourceConfig, name: str) -> Found:
-    files, rows = open_(name, source.slice)
-    title = source.location.partition('?')[0]
-    return Found(files, (Row(title, where, readers.plain(fields)) for where, fields in rows), True)
+def _catalog(
+  open_: Callable[..., tuple[list[File], readers.Rows]], source: SourceConfig, name: str
+) -> Found:
+  files, _ = open_(name, source.slice)
+  return Found(files, [functools.partial(_catalog_rows, open_, source, name)], shared=True)
 
-  return scheme
+
+def _catalog_rows(open_: Callable[..., Any], source: SourceConfig, name: str) -> Iterator[Row]:
+  _, rows = open_(name, source.slice)
+  title = source.location.partition('?')[0]
+  return (Row(title, where, readers.plain(fields)) for where, fields in rows)
 
 
 SCHEMES: Mapping[str, Scheme] = {
   'package': _package,
   'stdlib': lambda source, name: _package(source, 'python-source'),
-  'tfds': _catalog(packages.tfds),
-  'hf': _catalog(packages.hugging_face),
+  'tfds': functools.partial(_catalog, packages.tfds),
+  'hf': functools.partial(_catalog, packages.hugging_face),
 }
 """What a location begins with, which is not a path -> function of the source and the rest of it."""
 

