@@ -63,6 +63,13 @@ class SourceConfig(Config):
   """Whether bytes that are invalid in this encoding are an error or become U+FFFD."""
   column_names: tuple[str, ...] = ()
   """Names of the columns of a CSV or TSV; () where its first row names them."""
+  weight: float | None = pydantic.Field(default=None, gt=0, allow_inf_nan=False)
+  """The share of the training records that this source gives, beside the weights of the others. It
+  is visited as often as that needs, and goes on where it was if a resumed run has other weights."""
+  epochs: float | None = pydantic.Field(default=None, gt=0, allow_inf_nan=False)
+  """Without weights: how often this source is visited while the others are visited as often as
+  their `epochs` say, so that its share goes by its size. With a weight: how often at most; a run
+  that would visit it more often is refused."""
 
   only_text: ClassVar[bool] = True
   """Whether nothing of a row is wanted but its text."""
@@ -96,6 +103,18 @@ def _as_sources(value: Any) -> Any:
 
 Sources = Annotated[tuple[SourceConfig, ...], pydantic.BeforeValidator(_as_sources)]
 """Sources, each a `SourceConfig` or its location; also one text with commas between locations."""
+
+
+def mixed(sources: Sequence[SourceConfig]) -> bool:
+  """Return whether sources are mixed by weights or epochs; refuse to mix some of them alone."""
+  for name in ('weight', 'epochs'):
+    given = [getattr(source, name) is not None for source in sources]
+    if any(given):
+      if not all(given):
+        raise ValueError(f'sources[{given.index(False)}].{name}=None, but other sources have one: '
+                         'give one to each, or to none')
+      return True
+  return False
 
 
 def documents(source: SourceConfig) -> Iterator[str]:

@@ -17,6 +17,7 @@ import base64
 import bisect
 import collections
 import errno
+import functools
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -411,13 +412,18 @@ class SplitWriter:
     self._tokenizer, self._joined = tokenizer, data.packing == 'concat'
     self.borders = borders(tokenizer, data)
     dtype = record_dtype(data.context_length, tokenizer.vocab_size)
-    self._packer = PACKERS[data.packing](dtype, [
+    self._make_packer = functools.partial(PACKERS[data.packing], dtype)
+    self._packer = self._make_packer([
       Record(dtype, row=np.frombuffer(base64.b64decode(row), dtype)[0].copy(), pieces=pieces)
       for row, pieces in state.get('open', ())])
+    self._mixed, self._source = data.mixed, state.get('source')
+    sources = len((*data.sources, *data.own_validation))
+    self._records, self._tokens = ([*state.get(name, [0] * sources)]
+                                   for name in ('source_records', 'source_tokens'))
     self._shards = _ShardWriter(
       directory, name, max(1, _SHARD_TOKENS // data.context_length), state)
     self._counts = collections.Counter(state.get('counts') or dict.fromkeys(
-      ('documents', 'tokens', 'target_tokens', 'text_bytes', 'target_bytes'), 0))
+      ('documents', 'tokens', 'target_tokens', 'text_bytes', 'target_bytes', 'dropped_tokens'), 0))
 
   def add(self, text: Text, encoded: list[int]) -> None:
     """Append a document, tokens of the borders added; refuse unknown ids."""
@@ -428,18 +434,23 @@ class SplitWriter:
     if ids.min() < 0 or ids.max() >= self._tokenizer.vocab_size:
       raise ValueError(f'the tokenizer gave ids {ids.min()} to {ids.max()}, outside its vocabulary '
                        f'of {self._tokenizer.vocab_size}')
+    if self._mixed and self._source not in (None, text.source):
+      self._finish_packer()
+    self._source = text.source
     size = len(text.text.encode())
     predicted = size
-    if not (self._joined and self._counts['documents']):  # Nothing predicts the first token.
+    if not (self._joined and self._packer.open[0].segment):  # Nothing predicts the first token.
       predicted -= len(self._tokenizer.id_bytes[ids[0]])
     self._counts.update(documents=1, tokens=len(ids), text_bytes=size, target_bytes=predicted)
+    self._tokens[text.source] += len(ids)
     self._write(self._packer.add(ids, text.source, text.document))
 
   def state(self) -> dict[str, Any]:
     """Return what another writer can go on from, JSON-able, once it is all on the disk."""
-    return {**self._shards.state(), 'counts': self._counts, 'open': [
-      (base64.b64encode(record.row.tobytes()).decode(), record.pieces)
-      for record in self._packer.open]}
+    return {**self._shards.state(), 'counts': self._counts, 'source': self._source,
+            'source_records': self._records, 'source_tokens': self._tokens, 'open': [
+              (base64.b64encode(record.row.tobytes()).decode(), record.pieces)
+              for record in self._packer.open]}
 
   def saved(self) -> None:
     """Remove what nothing goes on from any more, now that the last state is kept."""
@@ -447,19 +458,27 @@ class SplitWriter:
 
   def finish(self) -> dict[str, Any]:
     """Write what is left and return the counts, as fields of `records.Split`."""
-    self._write(self._packer.finish())
+    self._finish_packer()
     self._shards.close()
     shards = tuple(self._shards.counts)
     files = [paths_of_shard(self._directory, self._name, i) for i in range(len(shards))]
     sha256, lineage_sha256 = (
       tuple(storage.file_digest(paths[kind], {}) for paths in files) for kind in (0, 1))
-    alone = sum(int((record.row['segment_ids'] > 0).sum()) for record in self._packer.open)
     return {**self._counts, 'records': sum(shards), 'shards': shards, 'sha256': sha256,
-            'lineage_sha256': lineage_sha256, 'dropped_tokens': alone}
+            'lineage_sha256': lineage_sha256, 'source_tokens': tuple(self._tokens),
+            'source_records': tuple(self._records) if self._mixed else ()}
+
+  def _finish_packer(self) -> None:
+    """Write what is left, but for a token alone, and begin anew."""
+    self._write(self._packer.finish())
+    self._counts['dropped_tokens'] += sum(
+      int((record.row['segment_ids'] > 0).sum()) for record in self._packer.open)
+    self._packer = self._make_packer([])
 
   def _write(self, records: Iterator[Record]) -> None:
     for record in records:
       self._counts.update(target_tokens=int(_is_target(record.row['segment_ids']).sum()))
+      self._records[record.pieces[0][1]] += 1
       self._shards.write(record)
 
 

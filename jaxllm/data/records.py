@@ -84,12 +84,22 @@ class DataConfig(Config):
     """The sources that are held out whole."""
     return self.validation if isinstance(self.validation, tuple) else ()
 
+  @property
+  def mixed(self) -> bool:
+    """Whether sources have weights or epochs, so that each record is of one of them alone."""
+    return documents.mixed(self.sources)
+
   @pydantic.model_validator(mode='after')
   def _check(self) -> 'DataConfig':
     fraction = self.validation if isinstance(self.validation, float) else 0.5
     if self.validation == () or not 0 < fraction < 1:
       raise ValueError(f'validation={self.validation}: expected a fraction between 0 and 1, '
                        'sources, or None')
+    documents.mixed(self.sources)
+    for name, sources in (('validation', self.own_validation),
+                          ('cleaning.evaluation', self.cleaning.evaluation)):
+      if any(source.weight or source.epochs for source in sources):
+        raise ValueError(f'{name}: only what is trained on is mixed; leave weight and epochs away')
     return self
 
 
@@ -122,6 +132,10 @@ class Split(Config):
   lineage_sha256: tuple[str, ...] = ()
   """SHA-256 of the file beside each shard that says where its tokens come from; () where there is
   none, as for older records and for those of a task."""
+  source_records: tuple[int, ...] = ()
+  """Records of each source, where sources are mixed; else () as a record may be of several."""
+  source_tokens: tuple[int, ...] = ()
+  """Tokens of each source; () in older records."""
 
   @property
   def bytes_per_token(self) -> float:
@@ -327,8 +341,9 @@ def _fingerprint(
   def without_paths(source: SourceConfig) -> dict[str, Any]:
     # Records from before a field existed stay valid while it has its default.
     fields = source.model_dump(mode='json')
-    skipped = {name for name in ('encoding', 'column_names')
-               if getattr(source, name) == SourceConfig.model_fields[name].default}
+    skipped = {'weight', 'epochs'} | {name for name in ('encoding', 'column_names')
+                                      if getattr(source, name)
+                                      == SourceConfig.model_fields[name].default}
     skipped |= set() if source.location.partition(':')[0] in documents.SCHEMES else {'location'}
     return {name: value for name, value in fields.items() if name not in skipped}
 
@@ -338,6 +353,7 @@ def _fingerprint(
     for source in data.cleaning.evaluation]} if data.cleaning.evaluation else {}
   facts = {
     'version': VERSION,
+    **({'mixed': True} if data.mixed else {}),
     'data': {**data.model_dump(mode='json', exclude={'sources', 'shuffle', 'validation'}),
              'cleaning': data.cleaning.facts() | evaluation,
              'packing': _OLD_PACKING.get(data.packing, data.packing)},
