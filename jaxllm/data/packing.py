@@ -84,6 +84,28 @@ class Record:
     self.put(full.row['tokens'][-1:], True, full._origin(size - 1))
 
 
+def fill(
+  dtype: np.dtype, pieces: np.ndarray, size: int, joined: bool,
+  ids: Callable[[int, int, int, int], npt.ArrayLike],
+) -> np.ndarray:
+  """Return a record by its plan.
+
+  Args:
+    dtype: from `record_dtype`.
+    pieces: of the record, as `lineage.PIECE`.
+    size: how many tokens it has.
+    joined: whether all are one segment, else each piece is its own.
+    ids: (source, document, token, end) -> these tokens of the document.
+  """
+  row = np.zeros((), dtype)
+  ends = [*pieces['start'][1:].tolist(), size]
+  for number, (piece, end) in enumerate(zip(pieces.tolist(), ends, strict=True), 1):
+    _, start, source, document, token = piece
+    row['tokens'][start:end] = ids(source, document, token, token + end - start)
+    row['segment_ids'][start:end] = 1 if joined else number
+  return row
+
+
 class EndToEnd:
   """Lay sequences end to end and cut wherever a record is full; only the last record has padding.
 
@@ -127,14 +149,15 @@ class BestFit:
   """Put each sequence whole into the fullest open record that has room for it.
 
   Only sequences longer than a record are cut, into full records and a rest. What finds no room is
-  left as padding.
+  left as padding. At most `limit` records are kept open, so that sequences stream; with 0 no
+  sequence shares a record with another.
 
-  Reference: Ding et al., Fewer Truncations Improve Language Modeling, arXiv 2404.10830. We keep a
-  bounded number of records open, so that sequences stream.
+  Reference: Ding et al., Fewer Truncations Improve Language Modeling, arXiv 2404.10830, where all
+  records are open.
   """
 
-  def __init__(self, dtype: np.dtype, open: Sequence[Record] = ()):
-    self._dtype = dtype
+  def __init__(self, dtype: np.dtype, open: Sequence[Record] = (), limit: int = _OPEN_RECORDS):
+    self._dtype, self._limit = dtype, limit
     self.open = [*open]  # Sorted by room.
 
   def add(self, tokens: np.ndarray, source: int = 0, document: int = 0) -> Iterator[Record]:
@@ -151,7 +174,7 @@ class BestFit:
       yield record
       return
     _keep(self.open, record)
-    if len(self.open) > _OPEN_RECORDS:
+    if len(self.open) > self._limit:
       yield self.open.pop(0)
 
   def finish(self) -> Iterator[Record]:
@@ -218,6 +241,7 @@ PACKERS: dict[str, Callable[[np.dtype, Sequence[Record]], EndToEnd | BestFit]] =
   'packed': lambda dtype, open: EndToEnd(dtype, False, open),
   'best_fit': BestFit,
   'concat': lambda dtype, open: EndToEnd(dtype, True, open),
+  'one_document': lambda dtype, open: BestFit(dtype, open, 0),
 }
 
 
@@ -255,6 +279,13 @@ def _is_target(segments_BS: np.ndarray) -> np.ndarray:
 
 
 _SHARD_TOKENS = 2**26
+
+
+def records_of_shard(context_length: int) -> int:
+  """Return how many records a shard holds, but for the last one."""
+  return max(1, _SHARD_TOKENS // context_length)
+
+
 _KINDS = ('rows', 'pieces')
 _GROUP_CHARACTERS = 2**20
 
@@ -351,30 +382,35 @@ class _ShardWriter:
       self.counts.pop()
 
   def _end_shard(self) -> None:
-    from array_record.python import array_record_module
     shard, (rows, pieces) = len(self.counts) - 1, self._files
     pieces.flush()
     size = rows.tell() // self.counts[-1]
     rows.seek(0)
-    entries = (iter(lambda: rows.read(size), b''),
-               lineage.blocks(np.memmap(pieces, lineage.PIECE, 'r')))
-    for path, content in zip(paths_of_shard(self._directory, self._name, shard), entries,
-                             strict=True):
-      writer: Any = array_record_module.ArrayRecordWriter(str(path), 'group_size:1')
-      for entry in content:
-        writer.write(entry)
-      writer.close()
+    write_shard(paths_of_shard(self._directory, self._name, shard),
+                iter(lambda: rows.read(size), b''), np.memmap(pieces, lineage.PIECE, 'r'))
     rows.close()
     pieces.close()
 
   def _io(self, call: Callable[..., Any], *args: Any) -> Any:
     with storage.explained(self._directory):
-      try:
-        return call(*args)
-      except RuntimeError as error:  # How the library reports every failure of the file system.
-        code = next((code for code in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-                     if os.strerror(code) in str(error)), errno.EIO)
-        raise OSError(code, os.strerror(code)) from error
+      return call(*args)
+
+
+def write_shard(
+  paths: tuple[pathlib.Path, pathlib.Path], rows: Iterable[bytes], pieces: np.ndarray
+) -> None:
+  """Write the records of a shard and their lineage into local files; an OSError says why not."""
+  from array_record.python import array_record_module
+  try:
+    for path, entries in zip(paths, (rows, lineage.blocks(pieces)), strict=True):
+      writer: Any = array_record_module.ArrayRecordWriter(str(path), 'group_size:1')
+      for entry in entries:
+        writer.write(entry)
+      writer.close()
+  except RuntimeError as error:  # How the library reports every failure of the file system.
+    code = next((code for code in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+                 if os.strerror(code) in str(error)), errno.EIO)
+    raise OSError(code, os.strerror(code)) from error
 
 
 def open_path(directory: pathlib.Path, name: str, index: int, kind: str) -> pathlib.Path:
@@ -390,8 +426,107 @@ def paths_of_shard(
   return path, path.with_suffix('.lineage')
 
 
+class Tokens(NamedTuple):
+  """A document, or a part of it, as tokens.
+
+  Attributes:
+    ids: BOS and EOS included where they are wanted.
+    source: which source it is of.
+    document: which document of that.
+    text_bytes: size of its text.
+    first_bytes: how many of them the first token stands for.
+  """
+
+  ids: np.ndarray
+  source: int
+  document: int
+  text_bytes: int
+  first_bytes: int
+
+
+def to_tokens(
+  text: Text, encoded: Sequence[int], tokenizer: Tokenizer, borders: tuple[list[int], list[int]]
+) -> Tokens:
+  """Return a document's tokens with those of `borders` added; refuse unknown ids."""
+  ids = np.array([*borders[0], *encoded, *borders[1]], np.int64)
+  if len(ids) and (ids.min() < 0 or ids.max() >= tokenizer.vocab_size):
+    raise ValueError(f'the tokenizer gave ids {ids.min()} to {ids.max()}, outside its vocabulary '
+                     f'of {tokenizer.vocab_size}')
+  first = len(tokenizer.id_bytes[ids[0]]) if len(ids) else 0
+  return Tokens(ids, text.source, text.document, len(text.text.encode()), first)
+
+
+class SplitPacker:
+  """Packs the documents of a split into records, and counts what goes into them.
+
+  Which tokens go where depends on lengths alone: other tokens of the same lengths give records with
+  the same pieces, which `fill` can then make those of the documents.
+
+  Args:
+    data: packing, context length and the sources, of which none shares a record if they are mixed.
+    vocab_size: ids are below it.
+    state: what to go on from, of `state`.
+  """
+
+  def __init__(self, data: Any, vocab_size: int, state: Mapping[str, Any] = MappingProxyType({})):
+    dtype = record_dtype(data.context_length, vocab_size)
+    self._policy, self._mixed, self._source = data.packing, data.mixed, state.get('source')
+    self._make_packer = functools.partial(PACKERS[data.packing], dtype)
+    self._packer = self._make_packer([
+      Record(dtype, row=np.frombuffer(base64.b64decode(row), dtype)[0].copy(), pieces=pieces)
+      for row, pieces in state.get('open', ())])
+    sources = len((*data.sources, *data.own_validation))
+    self._records, self._tokens = ([*state.get(name, [0] * sources)]
+                                   for name in ('source_records', 'source_tokens'))
+    self._counts = collections.Counter(state.get('counts') or dict.fromkeys(
+      ('documents', 'tokens', 'target_tokens', 'text_bytes', 'target_bytes', 'dropped_tokens'), 0))
+
+  def add(self, tokens: Tokens) -> Iterator[Record]:
+    """Append a document; yield the records that became full."""
+    size = len(tokens.ids)
+    if not size:
+      return
+    if self._mixed and self._source not in (None, tokens.source):
+      yield from self.finish()
+    self._source = tokens.source
+    # Nothing predicts the first token.
+    first = not (self._policy == 'concat' and self._packer.open[0].segment)
+    self._counts.update(documents=1, tokens=size, text_bytes=tokens.text_bytes,
+                        target_bytes=tokens.text_bytes - first * tokens.first_bytes)
+    self._tokens[tokens.source] += size
+    if size == 1 and self._policy == 'one_document':
+      self._counts['dropped_tokens'] += 1
+      return
+    yield from self._counted(self._packer.add(tokens.ids, tokens.source, tokens.document))
+
+  def finish(self) -> Iterator[Record]:
+    """Yield the records that are left, but for a token alone, and begin anew."""
+    yield from self._counted(self._packer.finish())
+    self._counts['dropped_tokens'] += sum(
+      int((record.row['segment_ids'] > 0).sum()) for record in self._packer.open)
+    self._packer = self._make_packer([])
+
+  def _counted(self, records: Iterable[Record]) -> Iterator[Record]:
+    for record in records:
+      self._counts['target_tokens'] += int(_is_target(record.row['segment_ids']).sum())
+      self._records[record.pieces[0][1]] += 1
+      yield record
+
+  def counts(self) -> dict[str, Any]:
+    """Return the counts of all documents and records so far, as fields of `records.Split`."""
+    return {**self._counts, 'source_tokens': tuple(self._tokens),
+            'source_records': tuple(self._records) if self._mixed else ()}
+
+  def state(self) -> dict[str, Any]:
+    """Return what another packer can go on from, JSON-able."""
+    return {'counts': self._counts, 'source': self._source, 'source_records': self._records,
+            'source_tokens': self._tokens, 'open': [
+              (base64.b64encode(record.row.tobytes()).decode(), record.pieces)
+              for record in self._packer.open]}
+
+
 class SplitWriter:
-  """Packs and writes one split, and counts what goes into it.
+  """Packs and writes one split.
 
   Args:
     directory: where the shards go.
@@ -408,49 +543,18 @@ class SplitWriter:
     self, directory: pathlib.Path, name: str, tokenizer: Tokenizer, data: Any,
     state: Mapping[str, Any] = MappingProxyType({}),
   ):
-    self._directory, self._name = directory, name
-    self._tokenizer, self._joined = tokenizer, data.packing == 'concat'
-    self.borders = borders(tokenizer, data)
-    dtype = record_dtype(data.context_length, tokenizer.vocab_size)
-    self._make_packer = functools.partial(PACKERS[data.packing], dtype)
-    self._packer = self._make_packer([
-      Record(dtype, row=np.frombuffer(base64.b64decode(row), dtype)[0].copy(), pieces=pieces)
-      for row, pieces in state.get('open', ())])
-    self._mixed, self._source = data.mixed, state.get('source')
-    sources = len((*data.sources, *data.own_validation))
-    self._records, self._tokens = ([*state.get(name, [0] * sources)]
-                                   for name in ('source_records', 'source_tokens'))
-    self._shards = _ShardWriter(
-      directory, name, max(1, _SHARD_TOKENS // data.context_length), state)
-    self._counts = collections.Counter(state.get('counts') or dict.fromkeys(
-      ('documents', 'tokens', 'target_tokens', 'text_bytes', 'target_bytes', 'dropped_tokens'), 0))
+    self._directory, self._name, self._tokenizer = directory, name, tokenizer
+    self._borders = borders(tokenizer, data)
+    self._packer = SplitPacker(data, tokenizer.vocab_size, state)
+    self._shards = _ShardWriter(directory, name, records_of_shard(data.context_length), state)
 
   def add(self, text: Text, encoded: list[int]) -> None:
     """Append a document, tokens of the borders added; refuse unknown ids."""
-    prefix, suffix = self.borders
-    ids = np.array([*prefix, *encoded, *suffix], np.int64)
-    if not len(ids):
-      return
-    if ids.min() < 0 or ids.max() >= self._tokenizer.vocab_size:
-      raise ValueError(f'the tokenizer gave ids {ids.min()} to {ids.max()}, outside its vocabulary '
-                       f'of {self._tokenizer.vocab_size}')
-    if self._mixed and self._source not in (None, text.source):
-      self._finish_packer()
-    self._source = text.source
-    size = len(text.text.encode())
-    predicted = size
-    if not (self._joined and self._packer.open[0].segment):  # Nothing predicts the first token.
-      predicted -= len(self._tokenizer.id_bytes[ids[0]])
-    self._counts.update(documents=1, tokens=len(ids), text_bytes=size, target_bytes=predicted)
-    self._tokens[text.source] += len(ids)
-    self._write(self._packer.add(ids, text.source, text.document))
+    self._write(self._packer.add(to_tokens(text, encoded, self._tokenizer, self._borders)))
 
   def state(self) -> dict[str, Any]:
     """Return what another writer can go on from, JSON-able, once it is all on the disk."""
-    return {**self._shards.state(), 'counts': self._counts, 'source': self._source,
-            'source_records': self._records, 'source_tokens': self._tokens, 'open': [
-              (base64.b64encode(record.row.tobytes()).decode(), record.pieces)
-              for record in self._packer.open]}
+    return {**self._shards.state(), **self._packer.state()}
 
   def saved(self) -> None:
     """Remove what nothing goes on from any more, now that the last state is kept."""
@@ -458,27 +562,17 @@ class SplitWriter:
 
   def finish(self) -> dict[str, Any]:
     """Write what is left and return the counts, as fields of `records.Split`."""
-    self._finish_packer()
+    self._write(self._packer.finish())
     self._shards.close()
     shards = tuple(self._shards.counts)
     files = [paths_of_shard(self._directory, self._name, i) for i in range(len(shards))]
     sha256, lineage_sha256 = (
       tuple(storage.file_digest(paths[kind], {}) for paths in files) for kind in (0, 1))
-    return {**self._counts, 'records': sum(shards), 'shards': shards, 'sha256': sha256,
-            'lineage_sha256': lineage_sha256, 'source_tokens': tuple(self._tokens),
-            'source_records': tuple(self._records) if self._mixed else ()}
-
-  def _finish_packer(self) -> None:
-    """Write what is left, but for a token alone, and begin anew."""
-    self._write(self._packer.finish())
-    self._counts['dropped_tokens'] += sum(
-      int((record.row['segment_ids'] > 0).sum()) for record in self._packer.open)
-    self._packer = self._make_packer([])
+    return {**self._packer.counts(), 'records': sum(shards), 'shards': shards, 'sha256': sha256,
+            'lineage_sha256': lineage_sha256}
 
   def _write(self, records: Iterator[Record]) -> None:
     for record in records:
-      self._counts.update(target_tokens=int(_is_target(record.row['segment_ids']).sum()))
-      self._records[record.pieces[0][1]] += 1
       self._shards.write(record)
 
 

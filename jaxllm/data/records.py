@@ -58,10 +58,11 @@ class DataConfig(Config):
   """What is done to each text before it is tokenized."""
   context_length: int = pydantic.Field(gt=0)
   """Tokens that the model reads at once."""
-  packing: Literal['packed', 'best_fit', 'concat'] = 'packed'
+  packing: Literal['packed', 'best_fit', 'concat', 'one_document'] = 'packed'
   """'packed': documents share records without seeing each other, and are cut where a record ends;
   'best_fit': the same, but no document that fits a record is cut; 'concat': all documents are one
-  running text, cut every context_length tokens. Were once 'whole' and 'stream'."""
+  running text, cut every context_length tokens; 'one_document': no document shares a record, so
+  that short ones leave most of it empty. Were once 'whole' ('best_fit') and 'stream'."""
   add_bos: bool = True
   """Begin each document with the tokenizer's BOS."""
   add_eos: bool = True

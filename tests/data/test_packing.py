@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from jaxllm.data import packing
+from jaxllm.data import lineage, packing
+from jaxllm.data.records import DataConfig
 
 
 def _pack(policy, sequences, context_length):
@@ -87,6 +88,56 @@ def test_whole_cuts_nothing_that_fits_and_wastes_little():
   assert (segments > 0).mean() > 0.9
   packed = _pack('packed', sequences, 31)
   assert (packed['segment_ids'][:-1] > 0).mean() > 0.99
+
+
+def test_one_document_literal():
+  records = _pack('one_document', [[1, 2, 3], [4, 5], [6, 7, 8, 9, 10, 11, 12]], 4)
+  assert records['tokens'].tolist() == [
+    [1, 2, 3, 0, 0], [4, 5, 0, 0, 0], [6, 7, 8, 9, 10], [10, 11, 12, 0, 0]]
+  assert (records['segment_ids'] == (records['tokens'] > 0)).all()
+
+
+@pytest.mark.parametrize('policy', packing.PACKERS)
+@pytest.mark.parametrize('context_length', [1, 7, 32])
+@pytest.mark.parametrize('longest', [2, 16, 70])
+def test_lengths_alone_decide_where_each_token_goes_and_none_is_lost(
+  policy, context_length, longest
+):
+  mixed = longest == 16
+  data = DataConfig(context_length=context_length, packing=policy, sources=[
+    {'location': name, 'weight': 1.0 if mixed else None} for name in 'abc'])
+  sequences = {(number // 20, number): ids for number, ids in enumerate(
+    _random_sequences(context_length, longest))}
+  real, planned = (packing.SplitPacker(data, 1000) for _ in range(2))
+  records, plans = [], []
+  for (source, document), ids in sequences.items():
+    nothing = np.broadcast_to(np.int64(0), len(ids))
+    records += real.add(packing.Tokens(ids, source, document, 2 * len(ids), 2))
+    plans += planned.add(packing.Tokens(nothing, source, document, 2 * len(ids), 2))
+  records += real.finish()
+  plans += planned.finish()
+  assert real.counts() == planned.counts() and len(records) == len(plans)
+  found = set()
+  for record, plan in zip(records, plans, strict=True):
+    assert record.pieces == plan.pieces and record.room == plan.room
+    pieces = np.array([(0, *piece) for piece in plan.pieces], lineage.PIECE)
+    size = context_length + 1 - plan.room
+
+    def tokens(source, document, start, end):
+      places = [(source, document, token) for token in range(start, end)]
+      found.update(places)
+      return sequences[source, document][start:end]
+
+    row = packing.fill(record.row.dtype, pieces, size, policy == 'concat', tokens)
+    assert (row == record.row).all()
+  counts = real.counts()
+  assert counts['documents'] == len(sequences) and not (
+    mixed and any(len({piece[1] for piece in record.pieces}) > 1 for record in records))
+  assert counts['tokens'] == sum(map(len, sequences.values())) == (
+    len(found) + counts['dropped_tokens'])
+  assert counts['target_tokens'] == packing.batch_arrays(
+    np.array([record.row for record in records], packing.record_dtype(context_length, 1000))
+  )['weights'].sum()
 
 
 def test_whole_keeps_a_bounded_number_of_records_open():

@@ -320,7 +320,7 @@ def test_what_is_left_incomplete_is_prepared_anew(corpus, tmp_path, monkeypatch)
   assert _content(tmp_path / 'whole') == _content(tmp_path / 'killed')
 
 
-@pytest.mark.parametrize('packing', ['packed', 'best_fit', 'concat'])
+@pytest.mark.parametrize('packing', records.packing.PACKERS)
 @pytest.mark.parametrize('texts, validation', [
   (TEXTS, 0.2), (['0123456789' * 40, 'x', 'ab\n' * 67], 0.1)])
 @pytest.mark.parametrize('borders', [True, False])
@@ -358,6 +358,8 @@ def test_the_lineage_of_every_record_leads_to_its_text_and_tokens_add_up(
     assert split.tokens == sum(map(len, ids.values())) == len(found) + split.dropped_tokens
     repeated = sum(count - 1 for count in found.values())
     assert max(found.values()) <= 2 and repeated < len(stored.rows)
+    dropped = sum(len(tokens) == 1 for tokens in ids.values()) if packing == 'one_document' else 1
+    assert split.dropped_tokens <= dropped
     assert split.documents == len(ids)
   assert manifest.ends == (validation == 0.1) and kinds['all'] > 8
   assert manifest.sources[0].documents == len(texts) + 1
