@@ -1,7 +1,8 @@
 """Cleaning of text: named steps, each a pure function of a document, and what they did.
 
-`cleaner` runs the steps of a `CleaningConfig`; `STEPS` lists them. A step that is run again on what
-it returned changes nothing.
+`cleaner` runs the steps of a `CleaningConfig`: those of `STEPS`, each on a document alone, in
+`stages` that end with one `ACROSS` documents. A step that is run again on what it returned changes
+nothing.
 """
 
 import functools
@@ -10,15 +11,15 @@ import html.parser
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import pydantic
 
 from jaxllm.config import Config
 from jaxllm.data import duplicates, filters, redaction
 from jaxllm.data.documents import Sources, documents
-from jaxllm.data.duplicates import Filtered, Step
+from jaxllm.data.duplicates import Comparison, Filtered, Step
 
 
 class CleaningConfig(Config):
@@ -65,37 +66,96 @@ class CleaningConfig(Config):
 Cleaned = tuple[str | None, Counter[str]]
 
 
-def cleaner(config: CleaningConfig, across: bool = True) -> Callable[[str], Cleaned]:
+class Stage(NamedTuple):
+  """Steps on documents one by one, and after them one that compares documents.
+
+  Attributes:
+    clean: runs the steps; a function of the document alone.
+    name: of the step that compares, '' for the last stage, which has none.
+    comparison: how it does.
+  """
+
+  clean: Callable[[str], Cleaned]
+  name: str = ''
+  comparison: Comparison | None = None
+
+
+Passed = tuple[str | None, Counter[str], bytes | None]
+"""A document after the steps of a stage, what they did, and its key for the comparison."""
+
+
+def stages(config: CleaningConfig, others: bool = True) -> list[Stage]:
+  """Return the steps, cut at those `ACROSS`; without others and their texts, these are left out."""
+  found: list[Stage] = []
+  steps: list[tuple[str, Step]] = []
+  for name in config.steps:
+    if name in ACROSS and others:
+      found.append(Stage(functools.partial(_run, steps), name, ACROSS[name](config)))
+      steps = []
+    elif name not in ACROSS and (others or name != 'decontaminate'):
+      steps.append((name, STEPS[name](config)))
+  steps.append(('min_characters', lambda text: (
+    text if len(text) >= config.min_characters else None, {})))
+  return [*found, Stage(functools.partial(_run, steps))]
+
+
+def _run(steps: Sequence[tuple[str, Step]], text: str) -> Cleaned:
+  counts: Counter[str] = Counter()
+  for name, step in steps:
+    cleaned, found = step(text)
+    if cleaned != text:
+      counts[f'{name}.{"dropped" if cleaned is None else "changed"}'] += 1
+      counts[f'{name}.characters'] += len(text) - len(cleaned or '')
+      counts.update({f'{name}.{kind}': number for kind, number in found.items()})
+    if cleaned is None:
+      return None, counts
+    text = cleaned
+  return text, counts
+
+
+def passed(stages: Sequence[Stage], text: str) -> Iterator[Passed]:
+  """Yield what each stage makes of a document that no comparison drops; it compares nothing."""
+  for stage in stages:
+    cleaned, counts = stage.clean(text)
+    if cleaned is None:
+      yield None, counts, None
+      return
+    text = cleaned
+    yield text, counts, stage.comparison.key(text) if stage.comparison else None
+
+
+def comparer(stages: Sequence[Stage]) -> Callable[[Iterable[Passed]], Cleaned]:
+  """Return a function to call with what `passed` gives for one document after the other."""
+  keepers = [stage.comparison.keeper() if stage.comparison else None for stage in stages]
+
+  def compare(passes: Iterable[Passed]) -> Cleaned:
+    total: Counter[str] = Counter()
+    text: str | None = None
+    for stage, keep, (text, counts, key) in zip(stages, keepers, passes, strict=False):
+      total.update(counts)
+      if text is not None and keep and key is not None and not keep(key):
+        total.update({f'{stage.name}.dropped': 1, f'{stage.name}.characters': len(text)})
+        return None, total
+    return text, total
+
+  return compare
+
+
+def cleaner(config: CleaningConfig) -> Callable[[str], Cleaned]:
   """Return a function from a document to the cleaned one, or None, and what each step did.
 
   Its counts are named 'STEP.changed' and 'STEP.dropped' (documents), 'STEP.characters' (those that
-  the step took away, below 0 where it added some) and by what the step itself counts. The steps
-  `ACROSS` compare with other documents; they are left out where `across` is false.
+  the step took away, below 0 where it added some) and by what the step itself counts. It is to be
+  called with all documents in order, as some steps compare them.
   """
-  steps: list[tuple[str, Step]] = [
-    (name, STEPS[name](config)) for name in config.steps if across or name not in ACROSS]
-  steps.append(('min_characters', lambda text: (
-    text if len(text) >= config.min_characters else None, {})))
-
-  def run(text: str) -> Cleaned:
-    counts: Counter[str] = Counter()
-    for name, step in steps:
-      cleaned, found = step(text)
-      if cleaned != text:
-        counts[f'{name}.{"dropped" if cleaned is None else "changed"}'] += 1
-        counts[f'{name}.characters'] += len(text) - len(cleaned or '')
-        counts.update({f'{name}.{kind}': number for kind, number in found.items()})
-      if cleaned is None:
-        return None, counts
-      text = cleaned
-    return text, counts
-
-  return run
+  found = stages(config)
+  compare = comparer(found)
+  return lambda text: compare(passed(found, text))
 
 
 def clean(text: str, config: CleaningConfig) -> str | None:
-  """Return a document after all steps but those `ACROSS`, or None where it is to be dropped."""
-  return cleaner(config, across=False)(text)[0]
+  """Return a document after all steps that need no other text; None: it is to be dropped."""
+  return stages(config, others=False)[0].clean(text)[0]
 
 
 def repair_mojibake(text: str) -> str:
@@ -196,14 +256,15 @@ STEPS: Mapping[str, Callable[[CleaningConfig], Step]] = {
   'gopher_repetition': _pure(functools.partial(filters.obey, filters.GOPHER_REPETITION)),
   'language': _language,
   'redact': _pure(redaction.redact),
-  'exact_duplicates': lambda config: duplicates.exact(),
-  'near_duplicates': lambda config: duplicates.near(config.similarity),
   'decontaminate': lambda config: duplicates.not_in(
     text for source in config.evaluation for text in documents(source)),
 }
 """Name -> function of the settings that makes the step, a function of documents."""
-ACROSS = ('exact_duplicates', 'near_duplicates', 'decontaminate')
-"""The steps that keep or drop a document by others."""
+ACROSS: Mapping[str, Callable[[CleaningConfig], Comparison]] = {
+  'exact_duplicates': lambda config: duplicates.exact(),
+  'near_duplicates': lambda config: duplicates.near(config.similarity),
+}
+"""Name of a step that compares documents -> function of the settings that says how."""
 
 _LINE_END = re.compile('\r\n|[\r\x0b\x0c\x1c-\x1e\x85]')
 _CONTROL = re.compile('[\x00-\x08\x0e-\x1b\x1f\x7f-\x9f\ufeff]+')

@@ -1,12 +1,14 @@
 """Each step of cleaning does its one thing, and nothing runs unless it is named."""
 
+import collections
 import random
 import time
 
 import pytest
 
 from jaxllm.config import ConfigError
-from jaxllm.data.cleaning import STEPS, CleaningConfig, clean, cleaner
+from jaxllm.data import cleaning, duplicates
+from jaxllm.data.cleaning import ACROSS, STEPS, CleaningConfig, clean, cleaner
 from jaxllm.data.filters import Page
 
 
@@ -61,7 +63,7 @@ def random_texts(number, seed=0, most=40):
   return [''.join(rng.choices(PIECES, k=rng.randint(1, most))) for _ in range(number)]
 
 
-NEEDS = {'article': 'trafilatura', 'language': 'py3langid', 'near_duplicates': 'rensa'}
+NEEDS = {'article': 'trafilatura', 'language': 'py3langid'}
 EVALUATION = 'A question of a test asks for the one word that nobody would ever expect to read.'
 
 
@@ -85,11 +87,12 @@ def test_a_step_that_is_run_again_changes_nothing(name, tmp_path):
     changed += once != text
     if once is not None:
       assert again(once) == (once, {}), repr(text)
-  assert changed or name in ('article', 'exact_duplicates', 'near_duplicates', 'decontaminate')
+  assert changed or name in ('article', 'decontaminate')
 
 
 def test_characters_and_documents_are_accounted_for(tmp_path):
   steps = [name for name in STEPS if name not in NEEDS and 'gopher' not in name and name != 'c4']
+  steps.insert(3, 'exact_duplicates')
   run = cleaner(config(tmp_path, *steps, min_characters=20))
   kept = dropped = 0
   for text in random_texts(300, seed=1):
@@ -238,14 +241,61 @@ def test_planted_near_duplicates_are_found(similarity, least, most):
   """The stated recall, at the default similarity of 0.8."""
   pytest.importorskip('rensa')
   rng = random.Random(4)
-  step = STEPS['near_duplicates'](CleaningConfig())
+  run = cleaner(CleaningConfig(steps=('near_duplicates',)))
   found = 0
   for _ in range(200):
     own = [f'w{rng.randrange(10_000)}' for _ in range(240)]
-    assert step(' '.join(own))[0] is not None
-    found += step(' '.join(_near(rng, own, similarity)))[0] is None
+    assert run(' '.join(own))[0] is not None
+    found += run(' '.join(_near(rng, own, similarity)))[0] is None
   assert least <= found / 200 <= most
-  assert step('...')[0] == step('...')[0] == '...'
+  assert run('...')[0] == run('...')[0] == '...'
+
+
+@pytest.mark.parametrize('similarity', [0.5, 0.8, 1])
+def test_pairs_in_any_order_drop_what_is_dropped_one_by_one_by_us_and_by_rensa(similarity):
+  rensa = pytest.importorskip('rensa')
+  rng, near = random.Random(6), duplicates.near(similarity)
+  theirs, keep = rensa.RMinHashDeduplicator(similarity, 128, True, 16), near.keeper()
+  texts, keys, dropped, buckets = [], [], set(), collections.defaultdict(list)
+  for number in range(600):
+    # Chains: a text that is near one that is near another, which is kept or dropped.
+    own = list(rng.choice(texts)) if texts and rng.random() < 0.8 else [
+      f'w{rng.randrange(99)}' for _ in range(60)]
+    for _ in range(rng.randrange(4)):
+      own[rng.randrange(60)] = f'w{rng.randrange(99)}'
+    texts.append(own)
+    keys.append(near.key(' '.join(own)))
+    kept = keep(keys[-1])
+    assert kept == theirs.add_pairs([(str(number), [*map(' '.join, duplicates.ngrams(own, 5))])])[0]
+    dropped |= set() if kept else {number}
+  # As many machines do it: equal signatures first, then each bucket, then all pairs.
+  first = {key: number for number, key in reversed([*enumerate(keys)])}
+  for key, number in sorted(first.items(), key=lambda item: item[1]):
+    for band in duplicates.bands(key):
+      buckets[band].append((number, key))
+  pairs = [pair for bucket in buckets.values() for pair in duplicates.pairs(bucket, similarity)]
+  rng.shuffle(pairs)
+  equal = {number for number, key in enumerate(keys) if first[key] != number}
+  assert duplicates.dropped(pairs) | equal == dropped and 50 < len(dropped) < 550
+  kept_by_chains = {later for _, later in pairs} - dropped
+  assert similarity == 1 or kept_by_chains and len(pairs) > 2 * len({*pairs})
+
+
+def test_stages_are_pure_and_their_keys_alone_decide(tmp_path):
+  settings = config(tmp_path, 'whitespace', 'exact_duplicates', 'control', 'near_duplicates',
+                    'redact', 'exact_duplicates', min_characters=5)
+  texts = [*random_texts(200, seed=2, most=8), *random_texts(200, seed=2, most=8), '', 'a b c d e']
+  run, stages = cleaner(settings), cleaning.stages(settings)
+  assert [stage.name for stage in stages] == [
+    'exact_duplicates', 'near_duplicates', 'exact_duplicates', '']
+  # All of a document is done before anything is decided, in any order, by another's copy.
+  passes = {text: [*cleaning.passed(cleaning.stages(settings), text)] for text in sorted(texts)}
+  compare = cleaning.comparer(stages)
+  found = [compare(passes[text]) for text in texts]
+  assert found == [run(text) for text in texts]
+  total = collections.Counter(name for _, counts in found for name in counts)
+  assert {f'{name}.dropped' for name in (*ACROSS, 'min_characters')} <= total.keys()
+  assert any(text for text, _ in found)
 
 
 def test_languages_are_told_and_others_counted():

@@ -55,14 +55,14 @@ def texts(folder):
 
 
 def cleaning(folder):
-  from jaxllm.data.cleaning import STEPS
+  from jaxllm.data.cleaning import STEPS, CleaningConfig
 
   page = '<p>A <b>b</b> &amp; c<pre>x\n y</pre><script>s</script><!-- c --><![CDATA[d]]>é\x01'
 
   def one(rng):
     text = mutate_bytes(rng, page.encode()).decode('utf-8', 'replace') * rng.choice([1, 1, 20])
     for step in STEPS.values():
-      step(text)
+      step(CleaningConfig())(text)
 
   return one
 
