@@ -23,8 +23,8 @@ Files = Mapping[str, bytes]
 CONFIG, GENERATION, CHAT = (
   'tokenizer_config.json', 'generation_config.json', 'chat_template.jinja')
 DIGIT = r'\p{N}'
-_END = '<|endoftext|>'
-_ENDS = {'bos_token': _END, 'eos_token': _END, 'unk_token': _END}
+END = '<|endoftext|>'
+_ENDS = {'bos_token': END, 'eos_token': END, 'unk_token': END}
 _NAMES = tuple(f'{name}_token' for name in ('bos', 'eos', 'unk', 'sep', 'pad', 'cls', 'mask'))
 _FLAGS = ('single_word', 'lstrip', 'rstrip', 'normalized', 'special')
 _LISTS = ('additional_special_tokens', 'extra_special_tokens')
@@ -49,7 +49,7 @@ CLASSES: Mapping[str, ByteLevelClass] = {
   'CodeGenTokenizer': ByteLevelClass(),
   'GPTNeoXTokenizer': ByteLevelClass({**_ENDS, 'pad_token': '<|padding|>'}, composed=True),
   'Qwen2Tokenizer': ByteLevelClass(
-    {'eos_token': _END, 'unk_token': _END, 'pad_token': _END}, composed=True,
+    {'eos_token': END, 'unk_token': END, 'pad_token': END}, composed=True,
     cuts=(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
           r' ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+',)),
 }

@@ -1,6 +1,7 @@
 """Tokenizers: `TokenizerConfig` names one, `train_or_load` makes it, `from_files` rebuilds it."""
 
 import collections
+import contextlib
 import hashlib
 import io
 import itertools
@@ -8,6 +9,8 @@ import json
 import os
 import pathlib
 import re
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -37,6 +40,7 @@ _RENAMED = {'encoder.json': 'vocab.json', 'vocab.bpe': 'merges.txt'}
 _NEEDED = {'sentencepiece': ('tokenizer.model',), 'gpt2': ('vocab.json', 'merges.txt'),
            'json': ('tokenizer.json',)}
 _MAX_BYTES = 200_000_000
+_SAY_SECONDS = 5.0
 
 # SentencePiece's signs for a space and for an unknown character.
 _SIGNS = re.compile(f'[{tokenizer_kinds.MARK}\u2585]')
@@ -47,9 +51,10 @@ _CHUNK = re.compile(r'(?s).{1,3999}\n|.{1,4000}')
 class TokenizerConfig(Config):
   """Which tokenizer to use, and how to train it where it is trained on the corpus."""
 
-  kind: Literal['sentencepiece', 'gpt2', 'json', 'bytes'] = 'sentencepiece'
-  """'sentencepiece' (trained on the corpus, or a tokenizer.model), 'gpt2' (vocab.json and
-  merges.txt, or encoder.json and vocab.bpe), 'json' (any tokenizer.json), or 'bytes'."""
+  kind: Literal['sentencepiece', 'byte_level_bpe', 'gpt2', 'json', 'bytes'] = 'sentencepiece'
+  """'sentencepiece' (trained on the corpus, or a tokenizer.model), 'byte_level_bpe' (trained on the
+  corpus as GPT-2's was), 'gpt2' (vocab.json and merges.txt, or encoder.json and vocab.bpe), 'json'
+  (any tokenizer.json), or 'bytes'."""
   path: str | None = None
   """The tokenizer's file, or the directory that holds its files; None trains on the corpus."""
   vocab_size: int | None = pydantic.Field(default=None, gt=0)
@@ -70,7 +75,7 @@ class TokenizerConfig(Config):
   @property
   def trained(self) -> bool:
     """Whether the corpus decides the vocabulary."""
-    return self.kind == 'sentencepiece' and self.path is None
+    return self.kind in ('sentencepiece', 'byte_level_bpe') and self.path is None
 
   @property
   def has_bytes(self) -> bool:
@@ -84,6 +89,17 @@ class TokenizerConfig(Config):
       raise ValueError(f'path=None: kind={self.kind!r} needs the path of its files')
     if self.kind == 'bytes' and self.path is not None:
       raise ValueError(f"path={self.path!r}: kind='bytes' has no files; leave it None")
+    if self.kind == 'byte_level_bpe':
+      if self.path is not None:
+        raise ValueError(f"path={self.path!r}: kind='byte_level_bpe' is trained on the corpus; "
+                         "leave it None, or read the files of one by kind='json'")
+      if self.model_type != 'bpe' or not self.byte_fallback:
+        raise ValueError(f'model_type={self.model_type!r}, byte_fallback={self.byte_fallback}: '
+                         "kind='byte_level_bpe' has no such choice; leave them out, or take "
+                         "kind='sentencepiece'")
+      if (self.vocab_size or 257) < 257:
+        raise ValueError(f'vocab_size={self.vocab_size}: the 256 bytes and the end of a text take '
+                         '257; raise it')
     if self.vocab_size is not None and not trained:
       raise ValueError(f'vocab_size={self.vocab_size}: only a tokenizer that is trained takes a '
                        'vocabulary size; leave it None')
@@ -105,7 +121,7 @@ def train_or_load(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
     ValueError: files are missing or damaged, or the corpus does not give such a vocabulary.
   """
   if config.trained:
-    return from_files({'tokenizer.model': _train(config, texts)})
+    return from_files(_train(config, texts))
   tokenizer = from_files(read_files(config))
   for name in ('bos', 'eos'):
     token = getattr(config, f'{name}_token')
@@ -190,27 +206,76 @@ def load(directory: str | os.PathLike[str]) -> Tokenizer:
   return from_files(found)
 
 
-def _train(config: TokenizerConfig, texts: Iterable[str]) -> bytes:
+def _train(config: TokenizerConfig, texts: Iterable[str]) -> Files:
+  is_bpe = config.kind == 'byte_level_bpe'
+  sample, size = _sample(_chunks(texts, cut_at_signs=not is_bpe), config.sample_bytes)
+  if not sample:
+    raise ValueError('there is no text to train the tokenizer on (config.data.sources)')
+  taken = sum(len(chunk.encode()) for chunk in sample)
+  logging.info('training the tokenizer on %.4g of %.4g MB (%.3g %%) of the training text, a sample '
+               'of config.tokenizer.sample_bytes=%s', taken / 1e6, size / 1e6, 100 * taken / size,
+               f'{config.sample_bytes:,}')
+  with _still_training():
+    return (_train_byte_level if is_bpe else _train_sentencepiece)(config, sample)
+
+
+@contextlib.contextmanager
+def _still_training() -> Iterator[None]:
+  """Say now and then that a trainer, which itself says nothing, is at work."""
+  done, begin = threading.Event(), time.monotonic()
+
+  def say() -> None:
+    while not done.wait(_SAY_SECONDS):
+      logging.info('the tokenizer is still being trained, for %.0f s', time.monotonic() - begin)
+
+  threading.Thread(target=say, daemon=True).start()
+  try:
+    yield
+  finally:
+    done.set()
+
+
+def _train_byte_level(config: TokenizerConfig, sample: Sequence[str]) -> Files:
+  """Train byte-level BPE on words as GPT-2 cuts them; an end of text begins and ends documents.
+
+  The trainer orders pairs by their counts and then by their ids, whatever its threads have done.
+  """
+  import tokenizers as library
+
+  inner = tokenizer_settings.byte_level({}, ())
+  inner.train_from_iterator(sample, library.trainers.BpeTrainer(
+    vocab_size=config.vocab_size or 0, special_tokens=[tokenizer_settings.END], show_progress=False,
+    initial_alphabet=[*tokenizer_kinds.BYTE_SIGNS]))
+  _check_size(config, inner.get_vocab_size())
+  named = {'tokenizer_class': 'PreTrainedTokenizerFast', 'bos_token': tokenizer_settings.END,
+           'eos_token': tokenizer_settings.END}
+  return {'tokenizer.json': inner.to_str().encode(),
+          'tokenizer_config.json': json.dumps(named).encode()}
+
+
+def _check_size(config: TokenizerConfig, size: int) -> None:
+  if size < (config.vocab_size or 0):
+    logging.warning('config.tokenizer.vocab_size=%s: this corpus gives %s pieces, and the '
+                    'tokenizer has no more', config.vocab_size, size)
+
+
+def _train_sentencepiece(config: TokenizerConfig, sample: Sequence[str]) -> Files:
   """Train SentencePiece so that nothing of a text is lost.
 
   A corpus that gives fewer pieces than asked for gives all that it has. Of more characters than
   the vocabulary has room for, the rarest are left to their bytes: characters then take two thirds
   of the pieces, which left the fewest tokens of Chinese text at 2,048 and 4,096.
   """
-  sample = _sample(_chunks(texts), config.sample_bytes)
-  if not sample:
-    raise ValueError('there is no text to train the tokenizer on (config.data.sources)')
   size = config.vocab_size
   for _ in range(3):  # Once for each remedy.
     try:
-      return _fit(config, sample, size)
+      return {'tokenizer.model': _fit(config, sample, size)}
     except RuntimeError as error:
       message = str(error)
     room = (size or 0) - _OTHER_PIECES
     if largest := re.search(r'value <= (\d+)', message):
       size = int(largest[1])
-      logging.warning('config.tokenizer.vocab_size=%s: this corpus gives %s pieces, and the '
-                      'tokenizer has no more', config.vocab_size, size)
+      _check_size(config, size)
     elif 'required_chars' in message and config.has_bytes and room > 2:
       counts = collections.Counter(itertools.chain.from_iterable(sample))
       common = ''.join(character for character, _ in counts.most_common(room * 2 // 3))
@@ -262,24 +327,25 @@ def _explained(config: TokenizerConfig, message: str) -> str:
   return f'{field}: SentencePiece could not be trained: {message}'
 
 
-def _chunks(texts: Iterable[str]) -> Iterator[str]:
-  """Cut texts into sentences of SentencePiece, which keep their newlines inside.
+def _chunks(texts: Iterable[str], cut_at_signs: bool) -> Iterator[str]:
+  """Cut texts into pieces of at most 4,000 characters, which keep their newlines inside.
 
-  It would skip a sentence with one of its own signs, so these stand between sentences; encoding
-  gives them by their bytes.
+  SentencePiece would skip one with one of its own signs, so these stand between pieces where
+  `cut_at_signs`; encoding gives them by their bytes.
   """
   for text in texts:
-    for stretch in _SIGNS.split(text):
+    for stretch in _SIGNS.split(text) if cut_at_signs else (text,):
       for match in _CHUNK.finditer(stretch):
         yield match.group()
 
 
-def _sample(chunks: Iterable[str], limit: int) -> list[str]:
-  """Keep the chunks with the lowest hashes, at most `limit` bytes."""
+def _sample(chunks: Iterable[str], limit: int) -> tuple[list[str], int]:
+  """Keep the chunks with the lowest hashes, at most `limit` bytes; also return the bytes of all."""
   kept: list[tuple[int, int, str]] = []
-  size, ceiling = 0, 2**64
+  size, total, ceiling = 0, 0, 2**64
   for chunk in chunks:
     content = chunk.encode()
+    total += len(content)
     draw = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
     if draw < ceiling:
       kept.append((draw, len(content), chunk))
@@ -288,4 +354,4 @@ def _sample(chunks: Iterable[str], limit: int) -> list[str]:
       ceiling //= 2
       kept = [item for item in kept if item[0] < ceiling]
       size = sum(length for _, length, _ in kept)
-  return [chunk for _, _, chunk in kept]
+  return [chunk for _, _, chunk in kept], total

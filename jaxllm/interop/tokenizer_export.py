@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from jaxllm.data import tokenizer_kinds, tokenizer_settings, tokenizers
 from jaxllm.data.tokenizer_kinds import MARK
-from jaxllm.data.tokenizer_settings import CHAT, CONFIG, GENERATION
+from jaxllm.data.tokenizer_settings import CHAT, CONFIG, END, GENERATION
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.interop import sentencepiece_model
 from jaxllm.interop.sentencepiece_model import texts
@@ -24,7 +24,6 @@ Prefix = Literal['sentencepiece', 'always', 'first', 'never']
 # Kinds of pieces that no text gives.
 _NEVER = (sentencepiece_model.CONTROL, sentencepiece_model.UNKNOWN, sentencepiece_model.UNUSED,
           sentencepiece_model.BYTE)
-END = '<|endoftext|>'
 SPECIAL_IDS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
 # Text of many kinds, on which a tokenizer made anew must agree with its original.
 _PROBES = (
@@ -67,12 +66,13 @@ def huggingface_files(
     kind = next(name for name in _MAKERS if name in files)
     content = _MAKERS[kind](files)
     check_equal(tokenizer, content)
-    if add_bos and tokenizer.bos_id is not None:
-      inner: Any = library.Tokenizer.from_str(content.decode())
-      _begin_with(inner, inner.id_to_token(tokenizer.bos_id), tokenizer.bos_id)
-      content = inner.to_str().encode()
     made['tokenizer.json'] = content
     made.pop('bytes.txt', None)
+  inner: Any = library.Tokenizer.from_str(made['tokenizer.json'].decode())
+  plain = isinstance(inner.post_processor, library.processors.ByteLevel | None)
+  if add_bos and tokenizer.bos_id is not None and plain:  # That of bytes adds no token.
+    _begin_with(inner, inner.id_to_token(tokenizer.bos_id), tokenizer.bos_id)
+    made['tokenizer.json'] = inner.to_str().encode()
   ids = {'bos_token_id': tokenizer.bos_id, 'eos_token_id': tokenizer.eos_id,
          'pad_token_id': tokenizer.pad_id if tokenizer.pad_id != tokenizer.eos_id else None}
   inner = tokenizers.from_files({'tokenizer.json': made['tokenizer.json']}).library

@@ -3,8 +3,11 @@
 import base64
 import contextlib
 import json
+import os
 import random
 import re
+import subprocess
+import sys
 import threading
 import time
 
@@ -90,6 +93,9 @@ def _llama_json(num_special=3):
   }).encode()}
 
 
+BYTE_LEVEL = TokenizerConfig(kind='byte_level_bpe', vocab_size=400)
+
+
 @pytest.fixture(scope='module')
 def all_kinds():
   trained = {
@@ -99,13 +105,14 @@ def all_kinds():
   }
   return trained | {
     'bytes': tokenizers.train_or_load(TokenizerConfig(kind='bytes'), ()),
+    'byte_level_bpe': tokenizers.train_or_load(BYTE_LEVEL, CORPUS),
     'gpt2': tokenizers.from_files(_gpt2_files()),
     'json': tokenizers.from_files(_byte_level_json()),
   }
 
 
-KINDS = [
-  'sentencepiece-bpe', 'sentencepiece-unigram', 'sentencepiece-char', 'bytes', 'gpt2', 'json']
+KINDS = ['sentencepiece-bpe', 'sentencepiece-unigram', 'sentencepiece-char', 'byte_level_bpe',
+         'bytes', 'gpt2', 'json']
 
 
 def _random_texts(count):
@@ -174,7 +181,9 @@ def test_literal_ids(all_kinds):
   assert all_kinds['gpt2'].eos_id == 260
   bpe = all_kinds['sentencepiece-bpe']
   assert (bpe.pad_id, bpe.bos_id, bpe.eos_id, bpe.vocab_size) == (0, 1, 2, 400)
-  assert len(bpe.encode(CORPUS[0])) < len(CORPUS[0]) * 0.6
+  for trained in (bpe, all_kinds['byte_level_bpe']):
+    assert len(trained.encode(CORPUS[0])) < len(CORPUS[0]) * 0.6
+  assert (all_kinds['byte_level_bpe'].bos_id, all_kinds['byte_level_bpe'].eos_id) == (0, 0)
   char = all_kinds['sentencepiece-char']
   assert len(char.encode('To be\n')) == 6
   assert char.vocab_size == 4 + 256 + len(set(''.join(CORPUS)))
@@ -187,19 +196,69 @@ def test_training_is_deterministic(model_type):
   assert first.fingerprint == second.fingerprint
 
 
+SEES_THREADS = '''
+import sys
+from jaxllm.data import tokenizers
+config = tokenizers.TokenizerConfig(kind='byte_level_bpe', vocab_size=400)
+print(tokenizers.train_or_load(config, sys.stdin.buffer.read().decode().split('|')).fingerprint)
+'''
+
+
+def test_byte_level_bpe_is_the_same_with_any_number_of_threads(all_kinds):
+  settings = [{'RAYON_NUM_THREADS': '5'}, {'TOKENIZERS_PARALLELISM': 'false'}]
+  calls = [subprocess.Popen(
+    [sys.executable, '-c', SEES_THREADS], env={**os.environ, **one}, stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE) for one in settings]
+  corpus = '|'.join(CORPUS).encode()
+  prints = {call.communicate(corpus)[0].decode().strip() for call in calls}
+  assert prints == {all_kinds['byte_level_bpe'].fingerprint}
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_documents_that_spell_special_tokens_give_none(kind, all_kinds):
+  special = ('<|endoftext|>', '<s>', '</s>', '<pad>', '<unk>', '<0x0A>')
+  corpus = [f'{token} to be {token}{token}\n' * 100 for token in special]
+  name, _, model_type = kind.partition('-')
+  tokenizer = all_kinds[kind]
+  if tokenizer.vocab_size > 261:  # One that is trained.
+    sizes = {} if model_type == 'char' else {'vocab_size': 290}
+    types = {'model_type': model_type} if model_type else {}
+    if name in ('sentencepiece', 'byte_level_bpe'):
+      tokenizer = tokenizers.train_or_load(TokenizerConfig(kind=name, **sizes, **types), corpus)
+  control = {tokenizer.bos_id, tokenizer.eos_id, *tokenizer.special_tokens.values()}
+  for text in corpus:
+    ids = tokenizer.encode(text)
+    assert control.isdisjoint(ids) and tokenizer.decode(ids) == text
+
+
 def test_a_sample_is_even_and_independent_of_order():
   chunks = [f'{i:05d}' for i in range(4000)]
-  sample = tokenizers._sample(chunks, 5000)
+  sample, size = tokenizers._sample(chunks, 5000)
+  assert size == 20_000
   assert 2000 < sum(map(len, sample)) <= 5000
   assert 0.4 < sum(map(int, sample)) / len(sample) / 4000 < 0.6
-  assert sorted(tokenizers._sample(chunks[::-1], 5000)) == sample
-  assert tokenizers._sample(chunks, 20_000) == chunks
+  assert sorted(tokenizers._sample(chunks[::-1], 5000)[0]) == sample
+  assert tokenizers._sample(chunks, 20_000) == (chunks, 20_000)
 
 
-@pytest.mark.parametrize('model_type', ['bpe', 'unigram', 'char'])
-def test_a_small_corpus_gives_the_vocabulary_that_it_can(model_type, caplog):
-  tokenizer = tokenizers.train_or_load(
-    TokenizerConfig(vocab_size=10_000, model_type=model_type), CORPUS)
+def test_the_share_of_the_sample_and_a_long_training_are_said(monkeypatch, caplog):
+  caplog.set_level('INFO')
+  monkeypatch.setattr(tokenizers, '_SAY_SECONDS', 0.01)
+  monkeypatch.setattr(tokenizers, '_fit', lambda config, *_: [
+    time.sleep(0.1), tokenizers._train_byte_level(config, CORPUS)][1]['tokenizer.json'])
+  monkeypatch.setattr(tokenizers, 'from_files', lambda files: files)
+  tokenizers.train_or_load(TokenizerConfig(vocab_size=300, sample_bytes=9_000), CORPUS)
+  taken, total = re.search(r'on (\S+) of (\S+) MB \(', caplog.text).groups()
+  assert float(taken) <= 0.009 and float(total) == pytest.approx(
+    sum(len(text.encode()) for text in CORPUS) / 1e6, rel=1e-3)
+  assert 'still being trained' in caplog.text
+
+
+@pytest.mark.parametrize('fields', [
+  {'model_type': 'bpe'}, {'model_type': 'unigram'}, {'model_type': 'char'},
+  {'kind': 'byte_level_bpe'}])
+def test_a_small_corpus_gives_the_vocabulary_that_it_can(fields, caplog):
+  tokenizer = tokenizers.train_or_load(TokenizerConfig(vocab_size=10_000, **fields), CORPUS)
   assert 4 + 256 < tokenizer.vocab_size < 10_000
   assert f'vocab_size=10000: this corpus gives {tokenizer.vocab_size} pieces' in caplog.text
   assert tokenizer.decode(tokenizer.encode(CORPUS[0])) == CORPUS[0]
@@ -239,7 +298,7 @@ def test_a_vocabulary_without_room_names_all_fields_to_change(fields, advice):
 
 def test_no_text_is_lost_for_a_sign_of_sentencepiece():
   texts = [f'zebra{sign}zebra \n' * 20 + sign * 3 for sign in ('\u2585', '\u2581', '\u2585\u2581')]
-  assert ''.join(tokenizers._chunks(texts)) == ''.join(
+  assert ''.join(tokenizers._chunks(texts, True)) == ''.join(
     text.replace('\u2585', '').replace('\u2581', '') for text in texts)
   tokenizer = tokenizers.train_or_load(TokenizerConfig(vocab_size=275), texts)
   assert b'zebra' in [bytes(piece) for piece in tokenizer.id_bytes]
@@ -247,12 +306,35 @@ def test_no_text_is_lost_for_a_sign_of_sentencepiece():
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+@pytest.mark.parametrize('fields', [
+  {'vocab_size': 290}, {'vocab_size': 290, 'model_type': 'unigram'},
+  {'model_type': 'char', 'byte_fallback': False}])
+def test_the_trainer_sees_every_character(fields, monkeypatch, capfd):
+  """Counted by SentencePiece itself, which skips sentences in silence."""
+  import sentencepiece
+  texts = ['\u2585one\u2581 two\u2585\u2585', '\u2581', 'nul\x00nul \x00', 'long ' * 9000,
+           '\t \n\n', 'x' * 20_001, '\ufeff\u202e\u2028\U0001f600', '<s></s><unk>']
+  plain = sentencepiece.SentencePieceTrainer.train
+  monkeypatch.setattr(sentencepiece.SentencePieceTrainer, 'train',
+                      lambda **fields: plain(**{**fields, 'minloglevel': 0}))
+  tokenizers.train_or_load(TokenizerConfig(**fields), texts)
+  said = capfd.readouterr().err
+  # Signs and NUL are given by their bytes, newlines at the end of a chunk do not count, and a
+  # special token that is spelled counts as one character.
+  text = ''.join(chunk.rstrip('\n') for chunk in tokenizers._chunks(texts, True))
+  assert len(text) > sum(map(len, texts)) - 10
+  text = text.replace('\x00', '')
+  text = re.sub('<s>|</s>|<unk>', '.', text)
+  assert re.findall(r'all chars count=(\d+)', said)[0] == str(len(text))
+  assert 'kipped' not in said
+
+
 @pytest.mark.parametrize('first', range(1, 0x3100, 0x800))
 def test_a_chunk_with_any_character_is_trained_on(first):
   """What SentencePiece skips is skipped without a word, so each character is tried."""
   characters = [chr(code) for code in range(first, first + 0x800)]
   model = tokenizers._fit(TokenizerConfig(model_type='char'), [
-    *tokenizers._chunks(characters)], None)
+    *tokenizers._chunks(characters, True)], None)
   known = set(tokenizers.from_files({'tokenizer.model': model}).id_bytes)
   assert {c for c in characters if c.encode() not in known} <= {'\u2581', '\u2585'}
 
@@ -383,7 +465,10 @@ def test_a_regex_that_runs_away_is_a_value_error(capfd, monkeypatch):
 @pytest.mark.parametrize('fields', [
   {'kind': 'gpt2'}, {'kind': 'json'}, {'kind': 'bytes', 'path': 'x'}, {}, {'vocab_size': 0},
   {'kind': 'bytes', 'vocab_size': 10}, {'path': 'a.model', 'vocab_size': 10},
-  {'vocab_size': 300, 'eos_token': 'x'},
+  {'vocab_size': 300, 'eos_token': 'x'}, {'kind': 'byte_level_bpe'},
+  {'kind': 'byte_level_bpe', 'vocab_size': 256}, {'kind': 'byte_level_bpe', 'path': 'x'},
+  {'kind': 'byte_level_bpe', 'vocab_size': 300, 'model_type': 'unigram'},
+  {'kind': 'byte_level_bpe', 'vocab_size': 300, 'byte_fallback': False},
 ])
 def test_settings_that_do_not_fit_are_refused(fields):
   with pytest.raises(ConfigError):

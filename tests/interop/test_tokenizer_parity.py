@@ -19,7 +19,7 @@ TEMPLATE = ('{% for m in messages %}{{ bos_token }}{{ m.role }}: {{ m.content }}
             '{% endfor %}')
 
 
-@pytest.mark.parametrize('kind', ['bytes', 'bpe', 'unigram'])
+@pytest.mark.parametrize('kind', ['bytes', 'bpe', 'unigram', 'byte_level_bpe'])
 @pytest.mark.parametrize('add_bos', [True, False])
 def test_a_written_tokenizer(kind, add_bos, tmp_path, caplog):
   import transformers
@@ -27,7 +27,8 @@ def test_a_written_tokenizer(kind, add_bos, tmp_path, caplog):
   if kind == 'bytes':
     original = tokenizers.from_files({'bytes.txt': b''})
   else:
-    config = TokenizerConfig(kind='sentencepiece', vocab_size=315, model_type=kind)
+    fields = {'kind': kind} if kind == 'byte_level_bpe' else {'model_type': kind}
+    config = TokenizerConfig(vocab_size=315, **fields)
     original = tokenizers.train_or_load(config, [TEXT])
   files = original.files() | {'chat_template.jinja': TEMPLATE.encode()}
   config = small.CONFIGS['llama'].replace(vocab_size=320)
