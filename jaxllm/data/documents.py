@@ -60,7 +60,8 @@ class SourceConfig(Config):
   encoding: Encoding = 'utf-8'
   """The encoding of the files, by its name in Python, such as 'gb18030', 'cp1252' or 'utf-16'."""
   encoding_errors: Literal['strict', 'replace'] = 'strict'
-  """Whether bytes that are invalid in this encoding are an error or become U+FFFD."""
+  """Whether bytes that are invalid in this encoding, few NULs in a file of text, and halves of
+  surrogate pairs in a text are an error or become U+FFFD."""
   column_names: tuple[str, ...] = ()
   """Names of the columns of a CSV or TSV; () where its first row names them."""
   weight: float | None = pydantic.Field(default=None, gt=0, allow_inf_nan=False)
@@ -152,9 +153,12 @@ def _texts(
       if not text.isascii():
         text.encode()
     except UnicodeEncodeError as error:
-      raise ValueError(
-        f'{row.where}, field {source.text_field!r}: character {error.start} is half of a surrogate '
-        f'pair ({text[error.start]!r}), which is not text') from None
+      if source.encoding_errors == 'strict':
+        raise ValueError(
+          f'{row.where}, field {source.text_field!r}: character {error.start} is half of a '
+          f"surrogate pair ({text[error.start]!r}), which is not text; encoding_errors='replace' "
+          'reads it as U+FFFD') from None
+      text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
     yield text, row
 
 

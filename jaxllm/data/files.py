@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 _BLOCK_BYTES = 1 << 20
 
-# Characters of a line or text that a compressed file may hold, so that none of a few kB fills the
-# memory.
+# Characters of a line or text, so that none fills the memory; fewer of a compressed file, of which
+# a few kB may hold any number.
+MAX_TEXT = 1 << 30
 MAX_UNPACKED = 1 << 28
 
 
@@ -46,8 +47,17 @@ COMPRESSIONS: dict[str, tuple[bytes, Callable[[Any], Any]]] = {
 }
 """Ending -> (first bytes, opener)."""
 
-_NOT_TEXT = {b'%PDF-': 'PDF', b'PK\x03\x04': 'zip archive or office document', b'{\\rtf': 'RTF'}
-_MARKS = {codecs.BOM_UTF16_LE: 'utf-16', codecs.BOM_UTF16_BE: 'utf-16'}
+_NOT_TEXT = {
+  b'%PDF-': 'PDF', b'PK\x03\x04': 'zip archive or office document', b'{\\rtf': 'RTF',
+  b'\xd0\xcf\x11\xe0': 'document of an old office program', b'\x89PNG': 'PNG picture',
+  b'\xff\xd8\xff': 'JPEG picture', b'\x7fELF': 'compiled program', b'7z\xbc\xaf': '7z archive',
+  b'Rar!\x1a': 'RAR archive', b'SQLite format 3\0': 'database of SQLite', b'ARROW1\0': 'Arrow file',
+  b'PAR1\x15': "Parquet file (format='parquet' reads it)",
+  **{mark: 'file that is packed twice' for mark, _ in COMPRESSIONS.values()},
+}
+# That of UTF-32 begins with that of UTF-16.
+_MARKS = {codecs.BOM_UTF32_LE: 'utf-32', codecs.BOM_UTF32_BE: 'utf-32',
+          codecs.BOM_UTF16_LE: 'utf-16', codecs.BOM_UTF16_BE: 'utf-16'}
 
 
 def ending(path: pathlib.Path) -> str:
@@ -84,7 +94,7 @@ def blocks(file: TextFile) -> Iterator[str]:
     ValueError: the file is no text in its encoding; the message holds the offset and the fix.
   """
   decoder = codecs.getincrementaldecoder(file.encoding)(file.errors)
-  offset, first, block = 0, True, b' '
+  offset, line, length, nuls, block = 0, 1, 0, 0, b' '
   with open_bytes(file.path) as stream:
     while block:
       block = stream.read(_BLOCK_BYTES)
@@ -95,23 +105,31 @@ def blocks(file: TextFile) -> Iterator[str]:
         text = decoder.decode(block, final=not block)
       except UnicodeError as error:
         raise ValueError(_undecodable(file, start, error)) from None
+      first, offset, length = not length, offset + len(block), length + len(text)
+      text = text.removeprefix('\ufeff') if first else text
       if '\0' in text:
-        raise ValueError(f'{file.path}: holds NUL characters, so it is no text in {file.encoding}; '
-                         "if it is UTF-16, set encoding='utf-16' for this source")
-      offset += len(block)
+        nuls += text.count('\0')
+        if file.errors == 'strict' or nuls * 100 > length:
+          line += text.count('\n', 0, text.index('\0'))
+          raise ValueError(
+            f'{file.path}, line {line}: holds NUL characters, so it is no text in {file.encoding}; '
+            "if it is UTF-16, set encoding='utf-16' for this source; if few have slipped in, "
+            "encoding_errors='replace' reads them as U+FFFD")
+        text = text.replace('\0', '\ufffd')
+      line += text.count('\n')
       if text:
-        yield text.removeprefix('\ufeff') if first else text
-        first = False
+        yield text
 
 
 def _check_kind(file: TextFile, block: bytes) -> None:
-  for mark, kind in _NOT_TEXT.items():
-    if block.startswith(mark):
-      raise ValueError(f'{file.path}: is no text but a {kind}; take its text out of it first')
-  for mark, encoding in _MARKS.items():
-    if block.startswith(mark) and codecs.lookup(file.encoding).name == 'utf-8':
-      raise ValueError(f'{file.path}: begins with the mark of UTF-16, so it is not UTF-8; set '
-                       f'encoding={encoding!r} for this source')
+  kinds = [kind for mark, kind in _NOT_TEXT.items() if block.startswith(mark)]
+  kinds += ['tar archive'] if block[257:262] == b'ustar' else []
+  if kinds:
+    raise ValueError(f'{file.path}: is no text but a {kinds[0]}; take its text out of it first')
+  encoding = next((name for mark, name in _MARKS.items() if block.startswith(mark)), None)
+  if encoding and codecs.lookup(file.encoding).name == 'utf-8':
+    raise ValueError(f'{file.path}: begins with the mark of {encoding.upper()}, so it is not UTF-8;'
+                     f' set encoding={encoding!r} for this source')
 
 
 def _undecodable(file: TextFile, start: int, error: UnicodeError) -> str:
@@ -135,15 +153,16 @@ def lines(file: TextFile) -> Iterator[str]:
 def split(file: TextFile, pieces: Iterable[str], separator: str) -> Iterator[str]:
   """Yield the texts between separators; what follows the last one only where it is not empty."""
   held: list[str] = []
-  size, tail = 0, ''
+  size, tail, number = 0, '', 1
   for piece in pieces:
     if separator in tail + piece:
       *complete, rest = ''.join([*held, piece]).split(separator)
       yield from complete
+      number += len(complete)
       held, size, piece = [], 0, rest
     held.append(piece)
     size += len(piece)
-    _check_size(file, size)
+    check_size(file, size, f'{"line" if separator == chr(10) else "text"} {number}')
     tail = (tail + piece)[-(len(separator) - 1):] if separator[1:] else ''
   if rest := ''.join(held):
     yield rest
@@ -154,14 +173,17 @@ def whole(file: TextFile, pieces: Iterable[str]) -> str:
   text = io.StringIO()
   for piece in pieces:
     text.write(piece)
-    _check_size(file, text.tell())
+    check_size(file, text.tell(), 'text 1')
   return text.getvalue()
 
 
-def _check_size(file: TextFile, size: int) -> None:
+def check_size(file: TextFile, size: int, place: str) -> None:
+  """Refuse a line or text, at `place`, that has more characters than memory should hold."""
   if size <= MAX_UNPACKED:
     return
   with file.path.open('rb') as raw:
-    if _opener(raw):
-      raise ValueError(f'{file.path}: a line or text of more than {MAX_UNPACKED:,} characters in a '
-                       'compressed file; unpack it first, or set a separator for this source')
+    most, fix, kind = ((MAX_UNPACKED, 'unpack it first', ' in a compressed file') if _opener(raw)
+                       else (MAX_TEXT, 'split it', ''))
+  if size > most:
+    raise ValueError(f'{file.path}, {place}: a line or text of more than {most:,} characters{kind};'
+                     f' {fix}, or set a separator for this source')

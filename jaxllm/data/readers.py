@@ -131,7 +131,7 @@ def read_jsonl(file: TextFile) -> Rows:
       continue
     where = f'{file.path}, line {number}'
     try:
-      fields = _JSON.decode(line)
+      fields = _JSON.decode(line.removeprefix('\ufeff'))
     except (ValueError, RecursionError) as error:
       hint = "; for one JSON array, set format='json'" if line[0] == '[' else ''
       raise ValueError(f'{where}: not JSON: {error}{hint}') from None
@@ -184,12 +184,21 @@ def read_csv(file: TextFile) -> Rows:
 
 
 def _csv_rows(file: TextFile) -> Iterator[tuple[int, list[str]]]:
-  csv.field_size_limit(files.MAX_UNPACKED)  # The default refuses texts over 128 kB.
+  csv.field_size_limit(files.MAX_TEXT)  # The default refuses texts over 128 kB.
   delimiter = '\t' if files.ending(file.path) == '.tsv' else ','
-  lines = (f'{line}\n' for line in files.split(file, _translated(file), '\n'))
-  reader = csv.reader(lines, strict=True, delimiter=delimiter)
+  held = 0
+
+  def lines() -> Iterator[str]:
+    nonlocal held
+    for number, line in enumerate(files.split(file, _translated(file), '\n'), 1):
+      held += len(line) + 1
+      files.check_size(file, held, f'line {number}')
+      yield f'{line}\n'
+
+  reader = csv.reader(lines(), strict=True, delimiter=delimiter)
   try:
     for values in reader:
+      held = 0
       yield reader.line_num, values
   except csv.Error as error:
     raise ValueError(f'{file.path}, line {reader.line_num}: not CSV: {error}') from None

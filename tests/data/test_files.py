@@ -45,10 +45,13 @@ def test_a_bomb_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
   monkeypatch.setattr(files, '_BLOCK_BYTES', 1000)
   bomb = gzip.compress(b'a' * 6000)
   for name in ('a.txt.gz', 'a.jsonl.gz', 'a.json.gz', 'a.tsv.gz'):
-    with pytest.raises(ValueError, match='more than 5,000 characters in a compressed file'):
+    with pytest.raises(ValueError, match=r'gz, (line|text) 1: .* 5,000 characters in a compressed'):
       _texts(tmp_path / name, bomb)
-  with pytest.raises(ValueError, match='field larger than field limit'):
+  with pytest.raises(ValueError, match='line 2501: a line or text of more than 5,000 characters'):
     _texts(tmp_path / 'a.csv.gz', gzip.compress(b'text\n"' + b'a\n' * 3000 + b'"\n'))
+  with monkeypatch.context() as patch, pytest.raises(ValueError, match='more than 5,500 char.*spl'):
+    patch.setattr(files, 'MAX_TEXT', 5500)
+    _texts(tmp_path / 'b.txt', 'a' * 6000)
   assert _texts(tmp_path / 'b.txt', 'a' * 6000) == ['a' * 6000]
   lines = _texts(tmp_path / 'a.txt.gz', gzip.compress(b'abc\n' * 3000), separator='\n')
   assert lines == ['abc'] * 3000
