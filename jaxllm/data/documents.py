@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import pydantic
+from absl import logging
 
 from jaxllm import storage
 from jaxllm.config import Config
-from jaxllm.data import packages, readers
-from jaxllm.data.files import TextFile, ending
+from jaxllm.data import code, packages, readers
+from jaxllm.data.files import File, TextFile, ending
 from jaxllm.data.packages import package_available as package_available
-from jaxllm.data.readers import File, Row
+from jaxllm.data.readers import Row
 
 
 def _known_encoding(name: str) -> str:
@@ -46,11 +47,15 @@ class SourceConfig(Config):
   'package:MODULE/GLOB' for files inside an installed package; 'stdlib' for Python's own library;
   `tfds:NAME[/CONFIG][:VERSION][?split=train&data_dir=...]`; or `hf:NAME[:CONFIG]?split=SPLIT`."""
   format: Literal[
-    'text', 'markdown', 'lines', 'jsonl', 'json', 'csv', 'tsv', 'parquet'] | None = None
+    'text', 'markdown', 'html', 'code', 'lines', 'jsonl', 'json', 'csv', 'tsv', 'parquet',
+    'array_record'] | None = None
   """How files are read: as 'text', 'markdown' (text without its emphasis, heading and line break
-  marks), 'lines' (each a text), 'jsonl', 'json', 'csv' (with quotation marks), 'tsv' (where they
-  are text) or 'parquet'; None goes by their names, and refuses unknown endings. Files packed as
-  .gz, .bz2, .xz or .zst are unpacked as they are read."""
+  marks), 'html' (the text of a page's article; needs the extra clean), 'code' (the programs of a
+  source tree that somebody wrote, with their `path` and `language`; `data/code.py` says what is
+  skipped), 'lines' (each a text), 'jsonl', 'json', 'csv' (with quotation marks), 'tsv' (where they
+  are text), 'parquet' or 'array_record' (of texts, JSON objects or tf.train.Examples); None goes by
+  their names, and refuses unknown endings. Files packed as .gz, .bz2, .xz or .zst are unpacked as
+  they are read."""
   text_field: str = 'text'
   """The field of a row that holds the text."""
   separator: str | None = None
@@ -184,11 +189,13 @@ class Found(NamedTuple):
     files: files, in order.
     parts: functions that read the rows of one file each, or all; they can be pickled.
     shared: whether other locations may be other parts of the same files.
+    skipped: how many files of a source tree are not read, by the reason.
   """
 
   files: list[File]
   parts: Sequence[Callable[[], Iterator[Row]]]
   shared: bool = False
+  skipped: Mapping[str, int] = {}
 
   @property
   def rows(self) -> Iterator[Row]:
@@ -227,16 +234,32 @@ def _path(source: SourceConfig) -> Found:
 
 
 def _files(source: SourceConfig, files: list[File], format_: str | None) -> Found:
-  return Found(files, [functools.partial(_rows, source, file.path, format_) for file in files])
+  skipped: Mapping[str, int] = {}
+  if format_ == 'code':
+    files, skipped = code.choose(files, source.encoding)
+    reasons = ', '.join(f'{reason} {count}' for reason, count in sorted(skipped.items())) or 'none'
+    if not files:
+      raise ValueError(f'no programs in {source.location!r} (a source of data); files that are '
+                       f'skipped: {reasons}')
+    _say_once(f'{source.location}: {len(files)} programs are read; files that are skipped: '
+              f'{reasons}')
+  parts = [functools.partial(_rows, source, file, format_) for file in files]
+  return Found(files, parts, skipped=skipped)
 
 
-def _rows(source: SourceConfig, path: pathlib.Path, format_: str | None) -> Iterator[Row]:
+@functools.cache
+def _say_once(sentence: str) -> None:
+  logging.warning(sentence)
+
+
+def _rows(source: SourceConfig, found: File, format_: str | None) -> Iterator[Row]:
+  path = found.path
   name = format_ or readers.format_of(path)
   if name == 'text' and source.separator is None:
     name = source.plain_text
   file = TextFile(path, source.encoding, source.encoding_errors, source.separator, source.slice,
                   source.text_field, source.column_names,
-                  (source.text_field,) if source.only_text else ())
+                  (source.text_field,) if source.only_text else (), found.name)
   read = functools.partial(readers.FORMATS[name], file)
   # Texts are cut at characters.
   rows = read() if name in readers.TEXTS else (
@@ -296,6 +319,8 @@ class SourceCounts(Config):
   """Documents that cleaning dropped, or that were empty."""
   characters: int = 0
   """Characters of all its documents; 0 in older records."""
+  skipped: dict[str, int] = {}
+  """Files of a source tree that are not read, by the reason."""
   cleaning: dict[str, int] = {}
   """What each step of cleaning did, as `cleaning.cleaner` counts it: the characters that are left
   are `characters` less the sum of all 'STEP.characters'."""
@@ -319,7 +344,8 @@ def survey(
       digest.update(f'{name}\0{content}\0'.encode())
       size += path.stat().st_size
     sources.append(SourceCounts(location=source.location, files=len(found.files), file_bytes=size,
-                                sha256=digest.hexdigest(), documents=0, dropped=0))
+                                sha256=digest.hexdigest(), documents=0, dropped=0,
+                                skipped=dict(found.skipped)))
   return sources
 
 

@@ -7,6 +7,7 @@ import gzip
 import io
 import lzma
 import pathlib
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -19,8 +20,15 @@ MAX_TEXT = 1 << 30
 MAX_UNPACKED = 1 << 28
 
 
+class File(NamedTuple):
+  """A file that a source reads, by a name that does not change when its directory moves."""
+
+  name: str
+  path: pathlib.Path
+
+
 class TextFile(NamedTuple):
-  """A file and how it is read; the fields are those of `documents.SourceConfig`."""
+  """A file and how it is read; the fields are those of `File` and `documents.SourceConfig`."""
 
   path: pathlib.Path
   encoding: str = 'utf-8'
@@ -31,6 +39,7 @@ class TextFile(NamedTuple):
   column_names: tuple[str, ...] = ()
   columns: tuple[str, ...] = ()
   """The only columns of a Parquet file that are wanted, where they are there; (): all."""
+  name: str = ''
 
 
 def _zstd(file: Any) -> Any:
@@ -61,11 +70,19 @@ _MARKS = {codecs.BOM_UTF32_LE: 'utf-32', codecs.BOM_UTF32_BE: 'utf-32',
 
 
 def ending(path: pathlib.Path) -> str:
-  """Return the last ending of a file's name in small letters, compression and numbers apart."""
-  endings = [part.lower() for part in path.suffixes]
+  """Return the last ending of a file's name in small letters; compression and numbers are none."""
+  endings = [re.sub(r'-\d+-of-\d+$', '', part.lower()) for part in path.suffixes]
   while endings and (endings[-1] in COMPRESSIONS or endings[-1][1:].isdigit()):
     endings.pop()
   return endings[-1] if endings else ''
+
+
+def check_unpacked(path: pathlib.Path) -> None:
+  """Refuse a packed file where its format is read from its middle and packs by itself."""
+  with path.open('rb') as file:
+    if _opener(file):
+      raise ValueError(f'{path}: is packed, but {ending(path)[1:] or "its format"} packs by itself;'
+                       ' unpack it first')
 
 
 @contextlib.contextmanager

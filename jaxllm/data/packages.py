@@ -33,7 +33,8 @@ import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from jaxllm.data.readers import Fields, File, Rows
+from jaxllm.data.files import File
+from jaxllm.data.readers import Fields, Rows
 
 Read = Callable[[Sequence[File], str], Iterator[Fields]]
 

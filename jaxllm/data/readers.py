@@ -11,11 +11,12 @@ import itertools
 import json
 import pathlib
 import re
+import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxllm import mistakes
-from jaxllm.data import files
+from jaxllm.data import code, files
 from jaxllm.data.files import TextFile
 
 Fields = dict[str, Any]
@@ -27,13 +28,6 @@ _EMPHASIS = re.compile(r'(?<![\w\\*_])[*_]+(?![\s*_])(.{1,1000}?)(?<!\s)[*_]+(?!
 # How many times longer than the file its content can be, at most.
 _MOST_PACKED = {'UNCOMPRESSED': 1, 'SNAPPY': 22, 'LZ4': 256, 'GZIP': 1040}
 _JSON_SPACE = re.compile(r'[ \t\n\r]*')
-
-
-class File(NamedTuple):
-  """A file that a source reads, by a name that does not change when its directory moves."""
-
-  name: str
-  path: pathlib.Path
 
 
 class Row(NamedTuple):
@@ -114,6 +108,24 @@ def read_lines(file: TextFile) -> Rows:
   """Yield ('line N', text) of each line that is not blank, stripped."""
   return ((f'line {i}', {file.text_field: line.strip()})
           for i, line in enumerate(files.lines(file), 1) if line.strip())
+
+
+def read_code(file: TextFile) -> Rows:
+  """Yield the text of a program, its path in the source tree, and its language."""
+  language = code.LANGUAGES.get(files.ending(file.path), '')
+  return ((place, {'path': file.name, 'language': language, **fields})
+          for place, fields in read_text(file._replace(separator=None)))
+
+
+def read_html(file: TextFile) -> Rows:
+  """Yield the text of a page's article, without menus and the like, and its title."""
+  import trafilatura
+
+  page: Any = trafilatura.bare_extraction(
+    files.whole(file, _translated(file)), include_comments=False, with_metadata=True)
+  text, title = (page.text or '', page.title or '') if page else ('', '')
+  start, stop = (int(len(text) * fraction) for fraction in file.slice)
+  yield 'text 1', {'title': title, file.text_field: text[start:stop]}
 
 
 def strip_markdown(text: str) -> str:
@@ -235,6 +247,7 @@ def read_parquet(file: TextFile) -> Rows:
   import pyarrow
   from pyarrow import parquet
 
+  files.check_unpacked(file.path)
   number, size = itertools.count(1), file.path.stat().st_size
   left = most = max(files.MAX_UNPACKED, 1000 * size)
   try:
@@ -261,6 +274,84 @@ def read_parquet(file: TextFile) -> Rows:
                      f'{error}') from None
 
 
+def read_array_record(file: TextFile) -> Rows:
+  """Yield ('entry N', fields) of an ArrayRecord of texts, JSON objects or tf.train.Examples.
+
+  Which of these they are is said by the first.
+  """
+  from array_record.python import array_record_module
+
+  files.check_unpacked(file.path)
+  _check_chunks(file.path)
+  # Reading ahead would hold many chunks at once.
+  reader = array_record_module.ArrayRecordReader(
+    str(file.path), 'readahead_buffer_size:0,max_parallelism:0')
+  number, parse = 0, None
+  try:
+    # The reader of a damaged file has no records, but says why when it is asked for one.
+    for number in range(1, (reader.num_records() if reader.ok() else 1) + 1):
+      entry = reader.read()
+      parse = parse or next(kind for kind in _ENTRIES if kind(file, entry))
+      if (fields := parse(file, entry)) is None:
+        raise ValueError(f'is not what the first entry is: {_ENTRIES[parse]}')
+      yield f'entry {number}', fields
+  except (ValueError, RuntimeError, IndexError) as error:
+    raise ValueError(f'{file.path}, entry {number}: {error}') from None
+
+
+def _check_chunks(path: pathlib.Path) -> None:
+  """Refuse an ArrayRecord with a chunk that unpacks to more than memory should hold.
+
+  The layout is that of Riegeli: blocks of 64 KiB with 24 bytes in front, chunks with 40.
+  """
+  block, head = 2**16, 24
+  position, size = 0, path.stat().st_size
+  with path.open('rb') as file:
+    while position < size:
+      file.seek(position)
+      start = file.read(40 + head)
+      if (cut := -position % block) < 40:
+        start = start[:cut] + start[cut + head:]
+      data, _, kind, unpacked = struct.unpack('<8xQQQQ', start[:40].ljust(40, b'\0'))
+      if kind & 255 not in b'smprt':  # Damage, of which the reader tells.
+        return
+      if unpacked > files.MAX_UNPACKED:
+        raise ValueError(f'{path}, byte {position}: unpacks to {unpacked:,} bytes at once; write '
+                         'it with fewer entries in a group')
+      end = position + (kind >> 8)  # A chunk takes a byte for each entry at least.
+      length = 40 + data
+      length += (length + (position - head - 1) % block) // (block - head) * head
+      position = max(position + length, end + max(0, -end % block - (block - head - 1)))
+
+
+def _example(file: TextFile, entry: bytes) -> Fields | None:
+  from google.protobuf import message
+  from tensorflow_datasets.proto import tf_example_generated_pb2
+  try:
+    found = tf_example_generated_pb2.Example.FromString(entry)
+  except message.DecodeError:
+    return None
+  values = {name: getattr(feature, feature.WhichOneof('kind') or 'int64_list').value
+            for name, feature in found.features.feature.items()}
+  return {name: plain(one[0] if len(one) == 1 else list(one)) for name, one in values.items()}
+
+
+def _object_of_json(file: TextFile, entry: bytes) -> Fields | None:
+  try:
+    fields = _JSON.decode(entry.decode())
+  except (ValueError, RecursionError):
+    return None
+  return fields if isinstance(fields, dict) else None
+
+
+def _text(file: TextFile, entry: bytes) -> Fields | None:
+  return {file.text_field: entry.decode(file.encoding, file.errors)}
+
+
+_ENTRIES = {_example: 'a tf.train.Example', _object_of_json: 'a JSON object', _text: 'a text'}
+"""What an entry of an ArrayRecord may be -> its name."""
+
+
 def _rows_at_once(chunks: Sequence[Any], num_rows: int) -> int:
   """Return how many rows of columns may be unpacked together, so that few bytes stay few."""
   size = sum(chunk.total_uncompressed_size for chunk in chunks)
@@ -285,19 +376,19 @@ def format_of(path: pathlib.Path) -> str:
   return ENDINGS[ending]
 
 
-TEXTS = ('text', 'markdown')
+TEXTS = ('text', 'markdown', 'html', 'code')
+"""Formats that cut a slice of the text; the others are cut between rows."""
 FORMATS: dict[str, Callable[[TextFile], Rows]] = {
   'text': read_text, 'markdown': read_markdown, 'lines': read_lines, 'jsonl': read_jsonl,
   'json': read_json, 'csv': read_csv, 'tsv': read_tsv, 'parquet': read_parquet,
+  'array_record': read_array_record, 'html': read_html, 'code': read_code,
 }
 
 ENDINGS = {
   '.jsonl': 'jsonl', '.ndjson': 'jsonl', '.json': 'json', '.csv': 'csv', '.tsv': 'tsv',
-  '.parquet': 'parquet',
+  '.parquet': 'parquet', '.array_record': 'array_record', '.arrayrecord': 'array_record',
   **dict.fromkeys((
     '', *('.txt .text .md .markdown .rst .adoc .org .tex .bib .log .srt .vtt .po .htm .html .xhtml '
-          '.xml .css .yaml .yml .toml .ini .cfg .conf .py .pyi .c .h .cc .hh .cpp .hpp .cu .cs .go '
-          '.rs .zig .java .kt .scala .clj .swift .m .js .mjs .jsx .ts .tsx .vue .rb .php .pl .lua '
-          '.sh .bash .ps1 .bat .r .jl .hs .ml .ex .erl .lisp .el .scm .f90 .sql .proto').split()),
+          '.xml .yaml .yml .toml .ini .cfg .conf').split(), *code.LANGUAGES),
     'text'),
 }

@@ -60,7 +60,7 @@ def test_a_bomb_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
 @pytest.mark.parametrize('name', [
   'a.pdf', 'a.zip', 'a.docx', 'a.png', 'a.tar.gz', 'a.tgz', 'a.foo', 'a.pkl', 'a.parquet.crc'])
 def test_unknown_endings_are_refused_with_the_list(tmp_path, name):
-  with pytest.raises(ValueError, match=r"known are csv json jsonl .*\.gz .*format='text'"):
+  with pytest.raises(ValueError, match=r"known are array_record csv .*\.gz .*format='text'"):
     _texts(tmp_path / name, 'looks like text')
   assert _texts(tmp_path / name, 'is text', format='text') == ['is text']
 
