@@ -80,7 +80,7 @@ class Stage(NamedTuple):
   comparison: Comparison | None = None
 
 
-Passed = tuple[str | None, Counter[str], bytes | None]
+Passed = tuple[str | None, Mapping[str, int], bytes | None]
 """A document after the steps of a stage, what they did, and its key for the comparison."""
 
 
@@ -139,6 +139,21 @@ def comparer(stages: Sequence[Stage]) -> Callable[[Iterable[Passed]], Cleaned]:
     return text, total
 
   return compare
+
+
+Chunk = tuple[int, int, Sequence[str]]
+"""Documents that follow each other: the number of their source, of the first in it, their texts."""
+
+
+def chunk_passer(config: str) -> Callable[[Chunk], Any]:
+  """Return a function from a chunk to all that `passed` gives for each document, with its size.
+
+  It takes and gives what marshal knows, for `parallel.processes`; `config` is JSON.
+  """
+  found = stages(CleaningConfig.from_json(config))
+  return lambda chunk: (*chunk[:2], [
+    (len(text), [(cleaned, dict(counts), key) for cleaned, counts, key in passed(found, text)])
+    for text in chunk[2]])
 
 
 def cleaner(config: CleaningConfig) -> Callable[[str], Cleaned]:

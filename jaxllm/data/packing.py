@@ -287,7 +287,7 @@ def records_of_shard(context_length: int) -> int:
 
 
 _KINDS = ('rows', 'pieces')
-_GROUP_CHARACTERS = 2**20
+GROUP_CHARACTERS = 2**20
 
 
 class Text(NamedTuple):
@@ -313,20 +313,11 @@ def tokenize(
 
   A group of texts is tokenized on all cores while the one before is being used.
   """
-  def groups() -> Iterator[list[Text]]:
-    group, size = [], 0
-    for text in texts:
-      group.append(text)
-      size += len(text.text)
-      if size >= _GROUP_CHARACTERS:
-        yield group
-        group, size = [], 0
-    yield group
-
   def encode(group: list[Text]) -> list[tuple[Text, list[int]]]:
     return [*zip(group, encode_batch([text.text for text in group]), strict=True)]
 
-  for group in parallel.map_ahead(encode, groups(), num_threads=1, ahead=2):
+  groups = parallel.grouped(texts, lambda text: len(text.text), GROUP_CHARACTERS)
+  for group in parallel.map_ahead(encode, groups, num_threads=1, ahead=2):
     yield from group
 
 

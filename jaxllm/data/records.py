@@ -16,7 +16,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import pydantic
@@ -24,8 +24,8 @@ from absl import logging
 
 from jaxllm import storage
 from jaxllm.config import Config
-from jaxllm.data import documents, packing, parallel, tokenizers
-from jaxllm.data.cleaning import CleaningConfig, cleaner
+from jaxllm.data import cleaning, documents, packing, parallel, tokenizers
+from jaxllm.data.cleaning import CleaningConfig
 from jaxllm.data.documents import SourceConfig, SourceCounts, Sources
 from jaxllm.data.files import COMPRESSIONS
 from jaxllm.data.lineage import Lineage
@@ -190,6 +190,7 @@ def prepare(
   tokenizer: TokenizerConfig | None,
   directory: str | os.PathLike[str],
   progress: bool = True,
+  workers: int | None = None,
 ) -> Manifest:
   """Make or find the records that the settings describe in `directory`; return their manifest.
 
@@ -198,10 +199,13 @@ def prepare(
     tokenizer: which tokenizer; trained on the training documents where it has no files.
     directory: where their folder is made. Folders of other records there stay as they are.
     progress: show a bar on stderr.
+    workers: processes that clean, which decide nothing but the time; None: one a core, where it
+      takes long.
 
   Raises:
     ValueError: a source is missing, damaged or empty, or the settings do not fit the data.
-    OSError: the directory cannot be written or the disk is full; nothing half-written is left.
+    OSError: the directory cannot be written, the disk is full, or a process that cleans was killed;
+      nothing half-written is left.
   """
   if tokenizer is None or not data.sources:
     raise ValueError(f'data.sources={data.sources} and tokenizer={tokenizer}: preparing documents '
@@ -216,10 +220,12 @@ def prepare(
       if find(directory, fingerprint) is None:  # Another process may have been faster.
         if folder.exists():
           logging.warning('%s is not complete; its records are prepared anew', folder)
-        with storage.replaced(folder, kept=True) as staging:
+        with (storage.replaced(folder, kept=True) as staging,
+              parallel.processes(cleaning.chunk_passer, data.cleaning.to_json(),
+                                 workers if data.cleaning.steps else 1) as run):
           staging.mkdir(exist_ok=True)
-          fields = _write(data, tokenizer, staging, sources, fingerprint, progress).model_dump(
-            mode='json')
+          fields = _write(
+            data, tokenizer, staging, sources, fingerprint, progress, run).model_dump(mode='json')
           storage.write_json(staging / 'manifest.json', fields)
           storage.remove(folder)
   if hashes != known:
@@ -371,21 +377,38 @@ def _fingerprint(
 Counters = Sequence[Counter[str]]
 
 
-def _cleaned(data: DataConfig, counts: Counters) -> Iterator[Text]:
-  """Yield texts, of the split that their source is of, counting documents per source."""
-  sources, clean = (*data.sources, *data.own_validation), cleaner(data.cleaning)
-  for number, (source, count) in enumerate(zip(sources, counts, strict=True)):
+Run = Callable[[Iterable[cleaning.Chunk]], Iterator[Any]]
+
+
+def _cleaned(data: DataConfig, run: Run, counts: Counters | None = None) -> Iterator[Text]:
+  """Yield texts, of the split that their source is of, counting documents per source.
+
+  `run` is `cleaning.chunk_passer` of many chunks.
+  """
+  def chunks() -> Iterator[cleaning.Chunk]:
+    for number, source in enumerate(sources):
+      first = 0
+      for texts in parallel.grouped(documents.documents(source), len, packing.GROUP_CHARACTERS):
+        yield number, first, texts
+        first += len(texts)
+
+  sources = (*data.sources, *data.own_validation)
+  compare = cleaning.comparer(cleaning.stages(data.cleaning))
+  counts = counts or [Counter() for _ in sources]
+  for number, first, found in run(chunks()):
     split = 'train' if number < len(data.sources) else 'validation'
-    for place, document in enumerate(documents.documents(source)):
-      text, steps = clean(document)
-      count.update(steps, documents=1, dropped=not text, characters=len(document))
+    for place, (size, passes) in enumerate(found, first):
+      text, steps = compare(passes)
+      counts[number].update(steps, documents=1, dropped=not text, characters=size)
       if text:
         yield Text(split, text, number, place)
 
 
-def _texts(data: DataConfig, counts: Counters, ends: bool) -> Iterator[Text]:
+def _texts(
+  data: DataConfig, run: Run, ends: bool, counts: Counters | None = None
+) -> Iterator[Text]:
   """Yield texts with their splits, holding out the `ends` of documents or whole ones."""
-  return (part for text in _cleaned(data, counts) for part in parts(data, text, ends))
+  return (part for text in _cleaned(data, run, counts) for part in parts(data, text, ends))
 
 
 def parts(data: DataConfig, text: Text, ends: bool) -> Iterator[Text]:
@@ -403,13 +426,13 @@ def parts(data: DataConfig, text: Text, ends: bool) -> Iterator[Text]:
       yield text._replace(split=split, text=piece)
 
 
-def _too_few(data: DataConfig) -> bool:
+def _too_few(data: DataConfig, run: Run) -> bool:
   """Return whether the documents are too few to be divided: all fall into one split."""
   if not isinstance(data.validation, float):
     return False
   sides: set[bool] = set()
   number = 0
-  for number, text in enumerate(_cleaned(data, [Counter() for _ in data.sources]), 1):  # noqa: B007
+  for number, text in enumerate(_cleaned(data, run), 1):  # noqa: B007
     sides.add(_sample(text.text) < data.validation)
     if len(sides) > 1:
       return False
@@ -427,7 +450,7 @@ def _sample(text: str) -> float:
 
 def _write(
   data: DataConfig, config: TokenizerConfig, staging: pathlib.Path,
-  sources: Sequence[SourceCounts], fingerprint: str, progress: bool,
+  sources: Sequence[SourceCounts], fingerprint: str, progress: bool, run: Run,
 ) -> Manifest:
   sizes = [_size(data, sources)]
   if state := _left(data, staging):
@@ -436,8 +459,8 @@ def _write(
   else:
     shutil.rmtree(staging)
     staging.mkdir()
-    state = {'ends': _too_few(data), 'texts': 0, 'splits': {}}
-    texts = _texts(data, [Counter() for _ in sources], state['ends'])
+    state = {'ends': _too_few(data, run), 'texts': 0, 'splits': {}}
+    texts = _texts(data, run, state['ends'])
     tokenizer = tokenizers.train_or_load(config, (
       text.text for text in _shown('tokenizer', texts, sizes, progress and config.trained)
       if text.split == 'train'))
@@ -446,7 +469,7 @@ def _write(
   counts: Counters = [Counter() for _ in sources]
   writers = {name: packing.SplitWriter(staging, name, tokenizer, data,
                                        state['splits'].get(name, {})) for name in data.splits}
-  texts = _shown('records', _texts(data, counts, state['ends']), sizes, progress)
+  texts = _shown('records', _texts(data, run, state['ends'], counts), sizes, progress)
   # What an interrupted call has written is cleaned again, for the counts, and no more.
   rest = itertools.islice(texts, state['texts'], None)
   saved = time.monotonic()

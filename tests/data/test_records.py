@@ -394,9 +394,37 @@ def test_the_number_of_workers_changes_no_byte(corpus, tmp_path, kind, monkeypat
   for cores, group in ((1, 2**20), (2, 100), (5, 1000)):
     monkeypatch.setattr(os, 'cpu_count', lambda cores=cores: cores)
     monkeypatch.setenv('RAYON_NUM_THREADS', str(cores))
-    monkeypatch.setattr(records.packing, '_GROUP_CHARACTERS', group)
+    monkeypatch.setattr(records.packing, 'GROUP_CHARACTERS', group)
     prepare(_data(corpus), tokenizer, tmp_path / str(cores))
   assert _content(tmp_path / '1') == _content(tmp_path / '2') == _content(tmp_path / '5')
+
+
+def test_processes_that_clean_change_no_byte_even_where_others_go_on(
+  corpus, tmp_path, monkeypatch
+):
+  more = _jsonl(tmp_path / 'more.jsonl', [f'{TEXTS[7]} again', *TEXTS[:9], '', 'alone'])
+  data = _data(corpus, cleaning=CleaningConfig(steps=(
+    'whitespace', 'exact_duplicates', 'nfc', 'near_duplicates'), min_characters=3))
+  data = data.replace(sources=(*data.sources, SourceConfig(location=str(more))))
+  tokenizer = TokenizerConfig(vocab_size=320)
+  monkeypatch.setattr(records.packing, 'GROUP_CHARACTERS', 500)
+  manifest = prepare(data, tokenizer, tmp_path / 'one')
+  assert {'exact_duplicates.dropped', 'near_duplicates.dropped', 'whitespace.changed'} <= {
+    name for source in manifest.sources for name in source.cleaning}
+  monkeypatch.setattr(records, '_SAVE_SECONDS', 0)
+  add = records.packing.SplitWriter.add
+
+  def killed(self, text, ids):
+    if text.document == 25:
+      raise _Killed
+    add(self, text, ids)
+
+  monkeypatch.setattr(records.packing.SplitWriter, 'add', killed)
+  with pytest.raises(_Killed):
+    records.prepare(data, tokenizer, tmp_path / 'many', progress=False, workers=2)
+  monkeypatch.setattr(records.packing.SplitWriter, 'add', add)
+  records.prepare(data, tokenizer, tmp_path / 'many', progress=False, workers=3)
+  assert _content(tmp_path / 'one') == _content(tmp_path / 'many')
 
 
 def test_the_split_depends_on_each_document_alone(tmp_path, out):
