@@ -31,10 +31,11 @@ def main(_) -> None:  # noqa: D103
     from jaxllm.tools import plan
 
     plan.dry_run(CONFIG.value)
-    for line in rehearsed(config.from_flags(CONFIG.value).data):
+    for line in rehearsed(config.from_flags(CONFIG.value)):
       print(line, file=sys.stderr)
     return
   from jaxllm.data import records
+  from jaxllm.data.batches import Phase
 
   experiment = config.from_flags(CONFIG.value)
   if INSPECT.value:
@@ -51,12 +52,20 @@ def main(_) -> None:  # noqa: D103
           f'{split.tokens:,} tokens ({split.bytes_per_token:.2f} bytes each), '
           f'{split.records:,} records, '
           f'{split.target_tokens / (split.records * manifest.context_length):.1%} full')
+  if manifest.data.mixed:
+    from jaxllm.training import dataset
+
+    steps, size = experiment.training.num_steps, experiment.training.batch_size
+    found = dataset.prepared(experiment, directory / manifest.folder)
+    for share in found.shares([Phase(0, 0, size, 0, found.weights)], steps * size):
+      print(f'  in {steps:,} steps {share}')
 
 
-def rehearsed(data: Any, count: int = 1000) -> Iterator[str]:
+def rehearsed(experiment: Any, count: int = 1000) -> Iterator[str]:
   """Yield what cleaning does to the first documents of each source, `count` of all of them."""
   from jaxllm.data import cleaning, documents
 
+  data, training = experiment.data, experiment.training
   sources, clean = (*data.sources, *data.own_validation), cleaning.cleaner(data.cleaning)
   for source in sources:
     begin, counts = time.perf_counter(), Counter[str]()
@@ -68,6 +77,10 @@ def rehearsed(data: Any, count: int = 1000) -> Iterator[str]:
     yield (f'{source.location}: of the first {counts["documents"]:,} documents cleaning drops '
            f'{counts["dropped"]:,}; {counts["after"]:,} of {counts["before"]:,} characters are '
            f'left ({rate:.1f} million characters/s)')
+    if source.weight:
+      share = source.weight / sum(one.weight for one in data.sources)
+      yield (f'  weight={source.weight:g}: {share:.1%} of what is read, '
+             f'{share * training.num_steps * training.batch_size:,.0f} records')
     yield from (f'  {name}: {number:,}' for name, number in sorted(counts.items()) if '.' in name)
 
 

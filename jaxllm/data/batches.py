@@ -3,13 +3,17 @@
 `sequence` visits every record once per epoch, in a new random order each epoch. A step takes the
 next items of it, as many as its phase says, each process its share of these rows. Where the batch
 size does not divide the records, a batch continues with the next epoch; after the last epoch it is
-filled with rows of weight 0.
+filled with rows of weight 0. In a `Mixture` each source has such a sequence of its own.
 """
 
+import bisect
 import dataclasses
+import math
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from fractions import Fraction
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,32 +30,92 @@ class Stored(NamedTuple):
     dtype: of a record.
     vocab_size: ids are below it.
     decode: rows of `dtype` -> arrays of a batch.
+    sources: how many records each source gave, one after the other; () where they are not apart.
   """
 
   rows: Sequence[bytes]
   dtype: np.dtype
   vocab_size: int
   decode: Decode = packing.batch_arrays
+  sources: Sequence[int] = ()
 
 
 class Phase(NamedTuple):
-  """The steps of one batch size in a run, which may go on with another.
+  """The steps of one batch size and mixture in a run, which may go on with others.
 
   Attributes:
     step: steps before the first of them.
     records: records that these have read.
     batch_size: records of each step, over all processes.
+    place: where in the order of the records the mixture begins.
+    weights: of the sources in the mixture; () without.
   """
 
   step: int
   records: int
   batch_size: int
+  place: int = 0
+  weights: tuple[float, ...] = ()
 
 
 def records_before(phases: Sequence[Phase], step: int) -> int:
   """Return how many records the first `step` steps read; those passed over do not count."""
   phase = next(one for one in reversed(phases) if one.step <= step)
   return phase.records + (step - phase.step) * phase.batch_size
+
+
+def place_of(count: int, passed: Sequence[tuple[int, int]]) -> int:
+  """Return the place of the record that is read after `count` others, as in `Batches`."""
+  for first, last in passed:
+    count += (last - first + 1) * (first <= count)
+  return count
+
+
+class Mixture:
+  """The order of a mixture: at each place the next record of the source that is most behind.
+
+  It is random access. Since the last change of weights each source has given its share of the
+  records to within about one; where weights change, each goes on with its next record.
+
+  Args:
+    phases: of the run; the first has weights.
+    orders: for each source, the numbers of its records in the order in which they are visited.
+  """
+
+  def __init__(self, phases: Sequence[Phase], orders: Sequence[Sequence[int]] = ()):
+    self._orders = orders
+    self._changes: list[tuple[int, list[int], list[tuple[int, int, int]]]] = []
+    for place, weights in {phase.place: phase.weights for phase in phases}.items():
+      counts = self.counts(place) if place else [0] * len(weights)
+      self._changes.append((place, counts, _shares(weights)))
+
+  def counts(self, place: int) -> list[int]:
+    """Return how many records of each source lie before a place."""
+    at = bisect.bisect_right(self._changes, place, key=lambda change: change[0]) - 1
+    start, counts, shares = self._changes[at]
+    left, counts = place - start, [*counts]
+    for source, weight, rest in shares:
+      count = (2 * left * weight + rest) // (2 * rest)
+      counts[source] += count
+      left -= count
+    return counts
+
+  def __len__(self) -> int:
+    return sys.maxsize
+
+  def __getitem__(self, place: int) -> int:
+    counts = self.counts(place)
+    source = next(i for i, after in enumerate(self.counts(place + 1)) if after > counts[i])
+    return self._orders[source][counts[source]]
+
+
+def _shares(weights: Sequence[float]) -> list[tuple[int, int, int]]:
+  """Return source, weight, and weight of it and those that follow: whole numbers, largest first."""
+  exact = [Fraction(str(weight)) for weight in weights]
+  scale = math.lcm(*(one.denominator for one in exact))
+  ordered = sorted(((int(one * scale), i) for i, one in enumerate(exact)), reverse=True)
+  return [(source, weight, sum(after for after, _ in ordered[at:]))
+          for at, (weight, source) in enumerate(ordered)]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,12 +142,7 @@ class Batches:
     first, last = (records_before(self.phases, one) for one in (step, step + 1))
     share = (last - first) // self.process[1]
     places = range(first + self.process[0] * share, first + (self.process[0] + 1) * share)
-    return [*map(self._place, places)]
-
-  def _place(self, count: int) -> int:
-    for first, last in self.passed:
-      count += (last - first + 1) * (first <= count)
-    return count
+    return [place_of(count, self.passed) for count in places]
 
   def numbers(self, step: int) -> list[int]:
     """Return the numbers of the stored records in this process's rows of the batch of a step."""
@@ -133,7 +192,7 @@ def open_records(directory: str | os.PathLike[str], split: str) -> Stored:
   except (RuntimeError, ValueError) as error:
     raise ValueError(f'{paths[0].parent}: {records.DAMAGED} ({error})') from error
   dtype = packing.record_dtype(manifest.context_length, manifest.vocab_size)
-  return Stored(rows, dtype, manifest.vocab_size)
+  return Stored(rows, dtype, manifest.vocab_size, sources=manifest.split(split).source_records)
 
 
 def make_batches(
@@ -145,7 +204,7 @@ def make_batches(
 
   Args:
     stored: from `open_records`, or in memory; every process has all of them.
-    batch_size: rows of a batch over all processes, or the phases of a run that changed it.
+    batch_size: rows of a batch over all processes, or the phases of a run.
     seed: decides the order, 0 to 2**32 - 1.
     process_index: which process this is.
     process_count: how many there are; each reads only its own rows.
@@ -165,8 +224,16 @@ def make_batches(
                      'one for each process')
   if not 0 <= process_index < process_count:
     raise ValueError(f'process_index={process_index} is not below process_count={process_count}')
-  sequence = grain.MapDataset.range(len(stored.rows))
-  if shuffle:
-    sequence = sequence.shuffle(seed=seed)
-  return Batches(stored, phases, num_epochs, (process_index, process_count),
-                 sequence.repeat(num_epochs), passed)
+
+  def order(start: int, stop: int, seed: int) -> Sequence[int]:
+    numbers = grain.MapDataset.range(start, stop)
+    return (numbers.shuffle(seed=seed) if shuffle else numbers).repeat(num_epochs)
+
+  sequence: Any = order(0, len(stored.rows), seed)
+  if phases[-1].weights:
+    stops = np.cumsum(stored.sources).tolist()
+    seeds = np.random.SeedSequence(seed).generate_state(len(stops)).tolist()
+    sequence = Mixture(phases, [
+      order(stop - count, stop, own) if count else ()
+      for stop, count, own in zip(stops, stored.sources, seeds, strict=True)])
+  return Batches(stored, phases, num_epochs, (process_index, process_count), sequence, passed)

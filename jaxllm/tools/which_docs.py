@@ -83,8 +83,8 @@ def open_run(workdir: str) -> Run:
                      'prepares them again')
   checkpoints = path / store.DIRECTORY
   latest = max(store.committed_steps(checkpoints), default=0)
-  phases = passed_over.phases(checkpoints, latest, experiment)
   found = dataset.prepared(experiment, folder)
+  phases = passed_over.phases(path, latest, experiment, found)
   batches = found.make_batches('train', phases, experiment.data.shuffle, None, passed_over.places(
     passed_over.read(path), phases), alone=True)
   logged = [record['step'] for record in metrics.read(path / 'metrics.jsonl')]

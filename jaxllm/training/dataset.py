@@ -20,7 +20,8 @@ from jax.sharding import Mesh
 from jaxllm import distributed, loading
 from jaxllm.data import batches as batches_lib
 from jaxllm.data import records, tokenizers
-from jaxllm.data.batches import Batches, Phase, Stored
+from jaxllm.data.batches import Batches, Mixture, Phase, Stored
+from jaxllm.data.documents import SourceConfig
 from jaxllm.data.records import Manifest, Split
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.experiment import Experiment
@@ -32,6 +33,20 @@ from jaxllm.training import examples as encoded
 _CHANGED = 'the run was trained on other records: a source has changed, or the task'
 
 
+class Share(NamedTuple):
+  """What is read of a source: its share of all that is read, visits of its records, tokens."""
+
+  location: str
+  records: int
+  share: float
+  epochs: float
+  tokens: float
+
+  def __str__(self) -> str:
+    return (f'{self.location} gives {self.share:.1%} of what is read, {self.tokens:,.0f} tokens: '
+            f'its {self.records:,} records {self.epochs:.2f} times')
+
+
 class Dataset(NamedTuple):
   """The records of a run.
 
@@ -40,12 +55,36 @@ class Dataset(NamedTuple):
     tokenizer: their tokenizer.
     seed: decides the order of the batches.
     stored: split -> its records.
+    sources: where the training records are from.
   """
 
   manifest: Manifest
   tokenizer: Tokenizer
   seed: int
   stored: Callable[[str], Stored]
+  sources: Sequence[SourceConfig]
+
+  @property
+  def weights(self) -> tuple[float, ...]:
+    """The weights of the sources; () where they are not mixed."""
+    counts = self.manifest.train.source_records
+    for source, count in zip(self.sources, counts, strict=False):
+      if not count:
+        raise ValueError(f'data.sources: {source.location!r} gives no training record, so that it '
+                         'cannot be mixed; give it more text, or leave it away')
+    return tuple(source.weight or (source.epochs or 1) * count
+                 for source, count in zip(self.sources, counts, strict=False))
+
+  def shares(self, phases: Sequence[Phase], place: int) -> list[Share]:
+    """Return what is read of each source before a place, or of all where they are not mixed."""
+    train, names = self.manifest.train, ['the data']
+    counts, tokens, read = [train.records], [train.tokens], [place]
+    if phases[-1].weights:
+      names = [str(source.location) for source in self.sources]
+      counts, tokens = [*train.source_records], [*train.source_tokens]
+      read = Mixture(phases).counts(place)
+    return [Share(name, count, taken / place, taken / count, taken * own / count)
+            for name, count, own, taken in zip(names, counts, tokens, read, strict=False)]
 
   def make_batches(
     self, split: str, batch_size: int | Sequence[Phase], shuffle: bool, num_epochs: int | None,
@@ -103,11 +142,11 @@ def open_dataset(
     raise ValueError(f'{_CHANGED} (fingerprint {str(begun)[:12]}, now '
                      f'{dataset.manifest.fingerprint[:12]}); choose another --workdir')
   steps, size = experiment.training.num_steps, experiment.training.batch_size
-  count = dataset.manifest.train.records
-  times = steps * size // count
-  if count < size or times > 40:
-    logging.warning('%s steps of %s records read each of the %s training records %s times: so '
-                    'little text is learnt by heart', steps, size, count, times)
+  for one in dataset.shares([Phase(0, 0, size, 0, dataset.weights)], steps * size):
+    if one.records < size * one.share or one.epochs >= 41:
+      logging.warning('%s steps of %s records read each of the %s training records of %s %s times: '
+                      'so little text is learnt by heart', steps, size, one.records, one.location,
+                      int(one.epochs))
   return dataset
 
 
@@ -136,8 +175,9 @@ def _prepare(experiment: Experiment, begun: str | None) -> pathlib.Path:
 
 def prepared(experiment: Experiment, folder: str | os.PathLike[str]) -> Dataset:
   """Return the documents of a run, which are prepared already in a folder."""
-  return Dataset(records.load_manifest(folder), records.load_tokenizer(folder),
-                 experiment.seed, functools.partial(batches_lib.open_records, folder))
+  manifest = records.load_manifest(folder).replace(data=experiment.data)
+  return Dataset(manifest, records.load_tokenizer(folder), experiment.seed,
+                 functools.partial(batches_lib.open_records, folder), experiment.data.sources)
 
 
 def _task(experiment: Experiment, mesh: Mesh | None) -> Dataset:
@@ -183,7 +223,7 @@ def _task(experiment: Experiment, mesh: Mesh | None) -> Dataset:
     return Stored([row.tobytes() for row in arrays[split]], arrays[split].dtype,
                   tokenizer.vocab_size, encoded.of(experiment).decode)
 
-  return Dataset(manifest, tokenizer, experiment.seed, stored)
+  return Dataset(manifest, tokenizer, experiment.seed, stored, task.data.sources)
 
 
 def _count(

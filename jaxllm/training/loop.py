@@ -170,6 +170,7 @@ def _run(run: _Run) -> dict[str, Any]:
     frozen, _ = _load_frozen(run, _bundle(run, latest))
     _accept(run, latest, selected)
     return _finish(run, latest, frozen)
+  passed_over.check_epochs(run.path, latest, run.experiment, run.dataset)
   measurements = scoring.make_measurements(run.experiment, run.dataset, run.mesh)
   run.goodput.expect_start()
   state, bundle = _initial_state(run, latest)
@@ -228,7 +229,8 @@ def _initial_state(run: _Run, latest: int) -> tuple[TrainState, Bundle]:
 def _placed(bundle: Bundle, phases: Sequence[Phase], step: int) -> Bundle:
   """Return the bundle of the checkpoint of a step, which holds the position in the data."""
   return dataclasses.replace(
-    bundle, position={'records': records_before(phases, step), 'phases': phases})
+    bundle, position={'records': records_before(phases, step), 'phases': [
+      phase if phase.weights else phase[:3] for phase in phases]})
 
 
 def _load_models(run: _Run, manifest: Mapping[str, Any], begun: bool) -> tuple[Any, Any, Any]:
@@ -254,7 +256,7 @@ def _loop(
   train_step = step_lib.make_train_step(experiment, run.tx, run.mesh)
   batch_sharding = sharding.batch_sharding(run.mesh, experiment.mesh)
   _announce(run, last)
-  phases = passed_over.phases(run.store.directory, first, experiment)
+  phases = passed_over.phases(run.path, first, experiment, run.dataset)
   batches = run.dataset.make_batches(
     'train', phases, experiment.data.shuffle, None,
     passed_over.places(passed_over.read(run.path), phases))
@@ -426,7 +428,7 @@ def _go_back(run: _Run, error: _TooManySkipped) -> None:
       'of these steps')
   run.goodput.lose([record for record in metrics_lib.read(run.path / 'metrics.jsonl')
                     if record['step'] <= target])
-  phases = passed_over.phases(run.store.directory, target, run.experiment)
+  phases = passed_over.phases(run.path, target, run.experiment, run.dataset)
   passed_over.add(run.path, run.experiment, run.dataset, phases,
                   range(max(first - 2, target), last), target, reason)
 
@@ -434,15 +436,15 @@ def _go_back(run: _Run, error: _TooManySkipped) -> None:
 def _finish(run: _Run, step: int, frozen: Any) -> dict[str, Any]:
   """Prove the run from its checkpoint alone: scores on all held-out text, samples, the report."""
   logging.info('Measuring step %d on all held-out text, and sampling from it.', step)
-  experiment, data = run.experiment, run.dataset.manifest.train
-  phases = passed_over.phases(run.store.directory, step, experiment)
-  records_read = records_before(phases, step)
+  experiment = run.experiment
+  phases = passed_over.phases(run.path, step, experiment, run.dataset)
   summary: dict[str, Any] = {
     'step': step,
     'num_steps': experiment.training.num_steps,
     'complete': True,
     'parameters': decoder.parameter_count(experiment.decoder),
-    'train_tokens': round(records_read * data.tokens / data.records),
+    'train_tokens': round(sum(
+      one.tokens for one in run.dataset.shares(phases, records_before(phases, step)))),
     'seconds': run.goodput.elapsed,
   }
   if experiment.finetune.lora is not None:

@@ -4,7 +4,6 @@ Batches are passed over after a run has gone back, and by a resumed run too.
 """
 
 import json
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from absl import logging
 
 from jaxllm import distributed, storage
 from jaxllm.checkpoints import store
-from jaxllm.data.batches import Batches, Phase, records_before
+from jaxllm.data.batches import Batches, Phase, place_of, records_before
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.experiment import Experiment
 from jaxllm.training.dataset import Dataset
@@ -35,24 +34,47 @@ def read(path: pathlib.Path) -> Passed:
   return found
 
 
-def phases(
-  checkpoints: str | os.PathLike[str], step: int, experiment: Experiment
-) -> list[Phase]:
-  """Return the batch sizes of a run up to the checkpoint of a step, and that of what follows it.
+def phases(path: pathlib.Path, step: int, experiment: Experiment, dataset: Dataset) -> list[Phase]:
+  """Return the phases of a run up to the checkpoint of a step, and that of what follows it.
+
+  Where a mixture changes, the new one begins after all that is passed over.
 
   Args:
-    checkpoints: the directory of the run's checkpoints.
-    step: one of them; 0: the run begins.
+    path: the run's directory.
+    step: of one of its checkpoints; 0: the run begins.
     experiment: how the run goes on.
+    dataset: its records.
   """
   found, size = list[Phase](), experiment.training.batch_size
   if step:
-    bundle = store.read_bundle(storage.path(checkpoints) / str(step))
+    bundle = store.read_bundle(path / store.DIRECTORY / str(step))
     before = json.loads(bundle.config_json)['training']['batch_size']
-    found = [Phase(*row) for row in bundle.position.get('phases', [(0, 0, before)])]
-  if not found or found[-1].batch_size != size:
-    found.append(Phase(step, records_before(found, step) if step else 0, size))
-  return found
+    found = [Phase(*row[:4], *map(tuple, row[4:]))
+             for row in bundle.position.get('phases', [(0, 0, before)])]
+  last = found[-1] if found else Phase(0, 0, 0)
+  if (last.batch_size, last.weights) == (size, dataset.weights):
+    return found
+  count, place = records_before(found, step) if step else 0, last.place
+  if step and last.weights != dataset.weights:
+    passed = places(read(path), found)
+    place = max([place_of(count, passed), *(stop + 1 for _, stop in passed)])
+  return [*found, Phase(step, count, size, place, dataset.weights)]
+
+
+def check_epochs(path: pathlib.Path, step: int, experiment: Experiment, dataset: Dataset) -> None:
+  """Say what a run that goes on from a step reads of each source; refuse more than its bound."""
+  num_steps = experiment.training.num_steps
+  ahead = phases(path, step, experiment, dataset)
+  last = place_of(records_before(ahead, num_steps) - 1, places(read(path), ahead))
+  for number, share in enumerate(dataset.shares(ahead, last + 1) if dataset.weights else ()):
+    logging.info('In %d steps %s', num_steps, share)
+    source = dataset.sources[number]
+    if source.weight and source.epochs and share.epochs > source.epochs:
+      room = 'config.data' if experiment.task is None else 'config.task.data'
+      raise ValueError(
+        f'{room}.sources[{number}].epochs={source.epochs:g}: with weight={source.weight:g}, '
+        f'{num_steps} steps would visit it {share.epochs:.2f} times; lower its weight or '
+        'config.training.num_steps, or raise its epochs')
 
 
 def places(passed: Passed, phases: Sequence[Phase]) -> list[tuple[int, int]]:

@@ -80,6 +80,10 @@ def check_same_run(old: Experiment, new: Experiment, workdir: pathlib.Path) -> N
     if any(f'{row[0]}.'.startswith(f'{field}.') for field in FIXED_FIELDS)
     and not _RUN_DEPENDENT.fullmatch(row[0])
   ], 'decides the model or the order of its records')
+  if old.data.mixed != new.data.mixed:
+    refuse(workdir, [row for row in config_lib.diff(old, new)
+                     if row[0].endswith(('.weight', '.epochs'))],
+           'decides whether a record may be of several sources')
   if new.privacy:
     refuse(workdir, [row for row in config_lib.diff(old, new) if row[0] == 'training.batch_size'],
            'decides what differential privacy has promised')
@@ -120,7 +124,7 @@ FIXED_FIELDS = ('model', 'data', 'tokenizer', 'finetune', 'seed')
 # content is part of the fingerprint of the records.
 _RUN_DEPENDENT = re.compile(
   r'model\.(scan_layers|remat(\..*)?|attention|dtype|dropout_rate)'
-  r'|data\.(sources|validation)\.\d+\.location|tokenizer\.path'
+  r'|data\.(sources|validation)\.\d+\.(location|weight|epochs)|tokenizer\.path'
 )
 
 

@@ -1,13 +1,16 @@
 """Mixed sources: each record is of one of them, and each source is visited as its share says."""
 
 import json
+import random
+from fractions import Fraction
 
+import grain
 import numpy as np
 import pytest
 
 from jaxllm.config import ConfigError
 from jaxllm.data import records
-from jaxllm.data.batches import open_records
+from jaxllm.data.batches import Mixture, Phase, Stored, make_batches, open_records, place_of
 from jaxllm.data.records import DataConfig
 from jaxllm.data.tokenizers import TokenizerConfig
 
@@ -111,3 +114,103 @@ def test_weights_and_epochs_do_not_decide_the_records_but_whether_sources_are_mi
 def test_mixtures_that_say_too_little_are_refused(paths, fields, said):
   with pytest.raises(ConfigError, match=said):
     data_of(paths, **fields)
+
+
+# Of the records of sources, the number of the source and that of the record in it.
+ROWS = np.dtype([('source', '<u4'), ('record', '<u4')])
+
+
+def stored_of(sizes):
+  rows = [np.array((source, i), ROWS).tobytes()
+          for source, size in enumerate(sizes) for i in range(size)]
+
+  def decode(rows_B):  # noqa: N803
+    return {'tokens': rows_B['source'] * 0, **{name: rows_B[name] for name in ROWS.names}}
+
+  return Stored(rows, ROWS, 2, decode, sizes)
+
+
+@pytest.mark.parametrize('weights', [
+  (0.7, 0.3), (1, 1), (3, 2, 1), (1, 1, 1, 1), (0.5, 0.25, 0.125, 0.125), (100, 1, 1, 7),
+  (0.1, 0.2, 0.3, 0.15, 0.25), (1e-3, 1), (5, 4, 3, 2, 1, 1, 1)])
+def test_each_source_gives_its_share_to_within_a_record(weights):
+  mixture = Mixture([Phase(0, 0, 1, 0, weights)])
+  total = sum(Fraction(str(weight)) for weight in weights)
+  before = [0] * len(weights)
+  for place in range(1, 2000):
+    counts = mixture.counts(place)
+    assert sorted(new - old for new, old in zip(counts, before, strict=True)) == [
+      *[0] * (len(weights) - 1), 1]
+    for count, weight in zip(counts, weights, strict=True):
+      assert abs(count - place * Fraction(str(weight)) / total) < 1
+    before = counts
+
+
+def test_shares_are_those_of_grain():
+  weights = (0.6, 0.3, 0.1)
+  theirs = grain.MapDataset.mix(
+    [grain.MapDataset.source([source]).repeat() for source in range(3)], weights)
+  mixture = Mixture([Phase(0, 0, 1, 0, weights)])
+  for count in (10, 100, 1000):
+    assert np.bincount([theirs[i] for i in range(count)]).tolist() == mixture.counts(count)
+
+
+@pytest.mark.parametrize('shuffle', [True, False])
+def test_a_pass_by_epochs_visits_every_record_as_often_as_they_say(shuffle):
+  sizes, epochs = (13, 5, 20), (1, 3, 0.5)
+  weights = tuple(size * times for size, times in zip(sizes, epochs, strict=True))
+  batches = make_batches(stored_of(sizes), [Phase(0, 0, 1, 0, weights)], 0, shuffle=shuffle)
+  numbers = [number for step in range(13 + 15 + 10) for number in batches.numbers(step)]
+  counts = np.bincount(numbers, minlength=38)
+  assert counts[:13].tolist() == [1] * 13 and counts[13:18].tolist() == [3] * 5
+  assert sorted(counts[18:].tolist()) == [0] * 10 + [1] * 10
+
+
+def visited(stored, phases, seed, step, processes=1, passed=()):
+  """The (source, record) of each row, in order, of a step."""
+  return [(int(source), int(record)) for process in range(processes) for batch in [
+    make_batches(stored, phases, seed, process, processes, passed=passed).batch_at(step)]
+    for source, record in zip(batch['source'], batch['record'], strict=True)]
+
+
+def in_order(stored, phases, seed, count):
+  """The same of places in the order."""
+  sequence = make_batches(stored, phases, seed).sequence
+  return [np.frombuffer(stored.rows[sequence[at]], ROWS)[0].item() for at in range(count)]
+
+
+@pytest.mark.parametrize('case', range(5))
+def test_each_record_once_in_each_epoch_of_its_source_whatever_is_changed(case):
+  pick = random.Random(case)
+  sizes = [pick.randint(1, 30) for _ in range(pick.randint(1, 5))]
+  stored, seed = stored_of(sizes), pick.randrange(1000)
+  # Each source by itself.
+  orders = []
+  for source in range(len(sizes)):
+    weights = tuple(1.0 if i == source else 1e-9 for i in range(len(sizes)))
+    orders.append([i for _, i in in_order(stored, [Phase(0, 0, 1, 0, weights)], seed, 100)])
+  for source, order in enumerate(orders):
+    for start in range(0, 100 - sizes[source], sizes[source]):
+      assert sorted(order[start : start + sizes[source]]) == [*range(sizes[source])]
+  phases, records, place, seen, passed = [], 0, 0, [], []
+  for step in range(12):
+    size, processes = 2 * pick.randint(1, 3), pick.choice([1, 2])
+    weights = phases[-1].weights if phases else tuple(1.0 for _ in sizes)
+    if not phases or pick.random() < 0.4:
+      place, weights = place_of(records, passed), tuple(pick.randint(1, 100) for _ in sizes)
+    phases.append(Phase(step, records, size, place, weights))
+    if pick.random() < 0.3:  # What is passed over lies ahead.
+      first = place_of(records, passed) + pick.randint(0, 4)
+      first = max(first, *(stop + 2 for _, stop in passed), 0)
+      passed = [*passed, (first, first + pick.randint(0, 3))]
+    now = visited(stored, phases, seed, step, processes, passed)
+    assert now == visited(stored, phases, seed, step, 1, passed) and len(now) == size
+    seen += now
+    records += size
+  # What is passed over is visited too, so to speak.
+  places = [place_of(count, passed) for count in range(records)]
+  every = in_order(stored, phases, seed, places[-1] + 1)
+  assert seen == [every[at] for at in places]
+  for source in range(len(sizes)):
+    own = [number for one, number in every if one == source]
+    assert own == orders[source][: len(own)]

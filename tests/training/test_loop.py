@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -244,10 +245,12 @@ def test_places_that_are_passed_over_are_in_order_and_none_twice():
 def test_checkpoints_of_before_have_read_their_batch_size_each_step(tmp_path, monkeypatch):
   old = tiny.experiment(tmp_path)
   monkeypatch.setattr(store, 'read_bundle', lambda path: store.Bundle(old.to_json(), {}, {}))
+  records = SimpleNamespace(weights=())
   for size, phases in ((8, [(0, 0, 8)]), (16, [(0, 0, 8), (5, 40, 16)])):
     new = override(old, {'training.batch_size': size})
-    assert passed_over.phases(tmp_path, 5, new) == phases
-    assert passed_over.phases(tmp_path, 0, new) == [(0, 0, size)]
+    assert passed_over.phases(tmp_path, 5, new, records) == [
+      batches.Phase(*phase) for phase in phases]
+    assert passed_over.phases(tmp_path, 0, new, records) == [batches.Phase(0, 0, size)]
 
 
 def test_with_privacy_the_batch_size_is_refused(tmp_path):
