@@ -45,7 +45,8 @@ class SourceConfig(Config):
   location: str
   """A file, directory or glob; 'package:NAME[/PART]' for a data set of `packages.PACKAGES`, or
   'package:MODULE/GLOB' for files inside an installed package; 'stdlib' for Python's own library;
-  `tfds:NAME[/CONFIG][:VERSION][?split=train&data_dir=...]`; or `hf:NAME[:CONFIG]?split=SPLIT`."""
+  `tfds:NAME[/CONFIG][:VERSION][?split=train&data_dir=...]`; or `hf:NAME[:CONFIG]?split=SPLIT`, of
+  which NAME may be a directory of `save_to_disk`. Files may lie wherever fsspec reads."""
   format: Literal[
     'text', 'markdown', 'html', 'code', 'lines', 'jsonl', 'json', 'csv', 'tsv', 'parquet',
     'array_record'] | None = None
@@ -209,13 +210,16 @@ Scheme = Callable[[SourceConfig, str], Found]
 def find(source: SourceConfig) -> Found:
   """Find what a source reads; refuse one where there is nothing."""
   scheme, _, rest = source.location.partition(':')
-  return SCHEMES[scheme](source, rest) if scheme in SCHEMES else _path(source)
+  named = scheme in SCHEMES and not rest.startswith('//')  # hf://datasets/... are files.
+  return SCHEMES[scheme](source, rest) if named else _path(source)
 
 
 def _path(source: SourceConfig) -> Found:
   location = storage.local(source.location, 'config.data.sources: ')
   if location.is_file():
     found = [File(location.name, location)]
+  elif packages.is_saved(location):
+    return SCHEMES['hf'](source, str(location))
   elif location.is_dir():
     found = packages.visible_files(location)
   elif glob.has_magic(source.location):

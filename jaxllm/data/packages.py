@@ -278,22 +278,40 @@ def tfds(name: str, part: tuple[float, float]) -> tuple[list[File], Rows]:
 
 
 def hugging_face(name: str, part: tuple[float, float]) -> tuple[list[File], Rows]:
-  """Return the files and rows of 'NAME[:CONFIG]?split=SPLIT' of Hugging Face, as `tfds` does."""
+  """Return the files and rows of 'NAME[:CONFIG]?split=SPLIT' of Hugging Face, as `tfds` does.
+
+  NAME may be a directory that `save_to_disk` wrote.
+  """
   try:
     import datasets
   except ImportError as error:
     raise ImportError(f"hf:{name} needs datasets: pip install 'jaxllm[tasks]'") from error
   base, options = _parse('hf', name, '[:CONFIG]', {'split': None})
-  if not options['split']:
-    raise ValueError(f'hf:{name}: say which split, as in hf:{name}?split=train')
-  base, _, config = base.partition(':')
-  rows = datasets.load_dataset(base, config or None, split=options['split'])  # nosec B615: no code
+  split, saved = options['split'], pathlib.Path(base).expanduser()
+  if is_saved(saved):
+    rows = datasets.load_from_disk(str(saved))
+    # Without splits it is one.
+    splits = rows if isinstance(rows, dict) else {None: rows}
+    if split not in splits:
+      known = ' or '.join(f'?split={one}' if one else 'no ?split=' for one in splits)
+      raise ValueError(f'hf:{name}: split {split!r} is not in it; expected {known}')
+    rows = splits[split]
+  else:
+    if not split:
+      raise ValueError(f'hf:{name}: say which split, as in hf:{name}?split=train')
+    base, _, config = base.partition(':')
+    rows = datasets.load_dataset(base, config or None, split=split)  # nosec B615: no code
   paths = [pathlib.Path(file['filename']) for file in rows.cache_files]
   if not paths:
     raise ValueError(f'hf:{name}: datasets holds it in memory, without a file that tells it from '
                      'another version; unset HF_DATASETS_IN_MEMORY_MAX_SIZE')
   return ([File(path.name, path) for path in paths],
           ((f'row {i + 1}', dict(rows[i])) for i in _part(len(rows), part)))
+
+
+def is_saved(directory: pathlib.Path) -> bool:
+  """Return whether `datasets` wrote a directory by `save_to_disk`."""
+  return any((directory / name).is_file() for name in ('dataset_dict.json', 'state.json'))
 
 
 def _part(count: int, part: tuple[float, float]) -> range:

@@ -150,3 +150,25 @@ def test_texts_and_tasks_read_one_table(site, tmp_path):
   assert lines == ['one']
   cut = whole.replace(sources=(RecordSource(location=path, separator='\n\n'),))
   assert records.load(cut, 'train') == [{'text': 'one'}, {'text': ' two\nthree\n'}]
+
+
+@pytest.mark.parity
+def test_hugging_face_is_read_from_disk(tmp_path):
+  datasets = pytest.importorskip('datasets')
+  rows = [{'text': f'text {i} é', 'n': i} for i in range(10)]
+  splits = {'train': datasets.Dataset.from_list(rows), 'test': datasets.Dataset.from_list(rows[:2])}
+  datasets.DatasetDict(splits).save_to_disk(tmp_path / 'all')
+  splits['test'].save_to_disk(tmp_path / 'one')
+
+  def texts(location, **fields):
+    return [*documents(SourceConfig(location=location, **fields))]
+
+  assert texts(f'hf:{tmp_path}/all?split=train') == [row['text'] for row in rows]
+  assert texts(f'hf:{tmp_path}/all?split=train', slice=(0.5, 0.7)) == ['text 5 é', 'text 6 é']
+  assert texts(f'hf:{tmp_path}/one') == texts(f'{tmp_path}/one') == ['text 0 é', 'text 1 é']
+  with pytest.raises(ValueError, match="hf:.*/all: split None .* [?]split=train or [?]split=test"):
+    texts(f'{tmp_path}/all')
+  with pytest.raises(ValueError, match="split 'train' is not in it; expected no [?]split="):
+    texts(f'hf:{tmp_path}/one?split=train')
+  found = find(SourceConfig(location=f'hf:{tmp_path}/all?split=test'))
+  assert [file.name for file in found.files] == ['data-00000-of-00001.arrow']
