@@ -26,6 +26,8 @@ _PARTIAL = '.partial-'
 # Scheme of a bucket -> (the package that reads it, the extra that installs that).
 _BUCKETS = {'gs': ('gcsfs', 'gcs'), 's3': ('s3fs', 's3')}
 CACHE = '~/.cache/jaxllm/buckets'
+# What tells an object from another of its name, as one kind of file system or another says it.
+_FACTS = ('size', 'etag', 'ETag', 'md5Hash', 'blob_id', 'created', 'mtime', 'Last-Modified')
 # Files by which a directory counts as complete.
 MARKERS = ('commit_success.txt', 'config.json', 'adapter_config.json', 'manifest.json')
 
@@ -63,40 +65,53 @@ def is_remote(location: str | os.PathLike[str]) -> bool:
 
 
 def local(location: str | os.PathLike[str], label: str = '') -> pathlib.Path:
-  """Return a path on this machine: what lies in a bucket is copied to `CACHE`, once.
+  """Return a path on this machine: what lies elsewhere is copied to `CACHE`, once.
 
+  Anything that fsspec opens may be read: https://, hf://, az://, ssh:// and others beside buckets.
   Copies are made anew where the name, the size or the checksum of an object changes. A pattern with
   wildcards is that of a directory in a bucket, of which the files that match are copied.
 
   Raises:
     OSError: the bucket cannot be read, or nothing is there.
+    ImportError: the package that reads it is not installed.
   """
-  source = path(location, label)
-  if not is_remote(source):
-    return source
   import fsspec
 
-  has_magic = glob.has_magic(str(source))
-  with explained(source):
-    bucket, key = fsspec.core.url_to_fs(os.fspath(source))
-    found = (bucket.glob if has_magic else bucket.find)(key, detail=True)
+  text = os.fspath(location).rstrip('/')
+  scheme = text.partition('://')[0]
+  if scheme in (text, *_BUCKETS) or scheme not in fsspec.available_protocols():
+    if not is_remote(source := path(location, label)):
+      return source
+  try:
+    bucket, key = fsspec.core.url_to_fs(text)
+  except ImportError as error:
+    raise ImportError(f'{label}{text}: {error}') from None
+  if scheme in ('file', 'local'):
+    return pathlib.Path(key)
+  has_magic = glob.has_magic(key) and scheme not in ('http', 'https')  # ? begins a query there.
+  with explained(text):
+    if has_magic:
+      found = bucket.glob(key, detail=True)
+    else:
+      found = {key: bucket.info(key)}
+      found = found if found[key]['type'] == 'file' else bucket.find(key, detail=True)
     files = {name: found[name] for name in sorted(found) if found[name]['type'] == 'file'}
     if not files:
       raise FileNotFoundError(key)
-    if has_magic:
-      source = next(parent for parent in source.parents if not glob.has_magic(str(parent)))
-    facts = [[key, name, *(str(info.get(fact)) for fact in ('size', 'etag', 'ETag', 'md5Hash'))]
-             for name, info in files.items()]
+    root = key
+    while has_magic and glob.has_magic(root):
+      root = os.path.dirname(root)
+    facts = [[key, name, *(str(info.get(fact)) for fact in _FACTS)] for name, info in files.items()]
     cache = pathlib.Path(CACHE).expanduser()
-    target = cache / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16] / source.name
+    target = (cache / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+              / os.path.basename(root).partition('?')[0])
     if not target.exists():
-      root = os.fspath(source).partition('://')[2]
       with locked(cache), replaced(target.parent) as partial:
         for name, info in files.items():
-          copy = partial / source.name / name.removeprefix(root).lstrip('/')
+          copy = partial / target.name / name.removeprefix(root).lstrip('/')
           copy.parent.mkdir(parents=True, exist_ok=True)
           bucket.get_file(name, str(copy))
-          if copy.stat().st_size != info['size']:
+          if info['size'] not in (None, copy.stat().st_size):
             raise OSError(f'{name} changed while it was copied; try again')
   return target
 
@@ -259,18 +274,20 @@ def locked(directory: pathlib.Path, kept: str = '') -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def explained(directory: pathlib.Path) -> Iterator[None]:
+def explained(directory: str | os.PathLike[str]) -> Iterator[None]:
   """Add the place and the fix to errors of writing, and of buckets."""
   try:
     yield
   except Exception as error:
     code = getattr(error, 'errno', None) or errno.EIO
-    if is_remote(directory) and code != errno.ENOSPC:
+    if '://' in os.fspath(directory) and code != errno.ENOSPC:
+      what = 'the bucket' if is_remote(directory) else 'it'
       raise OSError(
-        code, f'the bucket cannot be used: {_reason(error)}; check that it is there, and what your '
+        code, f'{what} cannot be used: {_reason(error)}; check that it is there, and what your '
         'credentials may do', str(directory)) from error
     if not isinstance(error, OSError):
       raise
+    directory = pathlib.Path(directory)
     partial = [path for path in (directory, *directory.parents) if path.name.startswith(_PARTIAL)]
     place = partial[-1].parent if partial else directory
     reason = os.strerror(error.errno) if error.errno else str(error)
