@@ -62,7 +62,8 @@ class SourceConfig(Config):
   separator: str | None = None
   """Splits a text file into documents; None makes each file one document, held in memory whole."""
   slice: tuple[float, float] = (0.0, 1.0)
-  """The part of each file to use, as fractions of its characters (text) or of its rows."""
+  """The part of each file to use, as fractions of its characters where it is one text, else of its
+  rows or texts."""
   encoding: Encoding = 'utf-8'
   """The encoding of the files, by its name in Python, such as 'gb18030', 'cp1252' or 'utf-16'."""
   encoding_errors: Literal['strict', 'replace'] = 'strict'

@@ -6,13 +6,14 @@
 """
 
 import csv
+import functools
 import io
 import itertools
 import json
 import pathlib
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxllm import mistakes
@@ -84,10 +85,13 @@ def read_text(file: TextFile) -> Rows:
 
   A byte order mark is dropped, and CRLF and CR become \n; all else stays.
   """
-  pieces = part(lambda: _translated(file), file.slice, len)
-  blocks = (block[span] for block, span in pieces)
-  texts = ([files.whole(file, blocks)] if file.separator is None
-           else filter(None, files.split(file, blocks, file.separator)))
+  if file.separator is None:
+    pieces = part(lambda: _translated(file), file.slice, len)
+    texts: Iterable[str] = [files.whole(file, (block[span] for block, span in pieces))]
+  else:
+    split = functools.partial(files.split, file, separator=file.separator)
+    texts = (text for text, _ in part(
+      lambda: filter(None, split(_translated(file))), file.slice))
   return ((f'text {i}', {file.text_field: text}) for i, text in enumerate(texts, 1))
 
 

@@ -24,10 +24,10 @@ from absl import logging
 
 from jaxllm import storage
 from jaxllm.config import Config
-from jaxllm.data import cleaning, documents, packing, parallel, tokenizers
+from jaxllm.data import cleaning, documents, packing, parallel, readers, tokenizers
 from jaxllm.data.cleaning import CleaningConfig
 from jaxllm.data.documents import SourceConfig, SourceCounts, Sources
-from jaxllm.data.files import COMPRESSIONS
+from jaxllm.data.files import COMPRESSIONS, ending
 from jaxllm.data.lineage import Lineage
 from jaxllm.data.packing import Text
 from jaxllm.data.tokenizers import Tokenizer, TokenizerConfig
@@ -351,6 +351,8 @@ def _fingerprint(
     skipped = {'weight', 'epochs'} | {name for name in ('encoding', 'column_names')
                                       if getattr(source, name)
                                       == SourceConfig.model_fields[name].default}
+    if source.separator and source.slice != (0, 1):
+      fields['separator'] = [source.separator, 'whole texts']
     skipped |= set() if source.location.partition(':')[0] in documents.SCHEMES else {'location'}
     return {name: value for name, value in fields.items() if name not in skipped}
 
@@ -361,6 +363,7 @@ def _fingerprint(
   facts = {
     'version': VERSION,
     **({'mixed': True} if data.mixed else {}),
+    **({'held_out': 1} if _from_same_files(data) else {}),
     'data': {**data.model_dump(mode='json', exclude={'sources', 'shuffle', 'validation'}),
              'cleaning': data.cleaning.facts() | evaluation,
              'packing': _OLD_PACKING.get(data.packing, data.packing)},
@@ -383,9 +386,10 @@ Run = Callable[[Iterable[cleaning.Chunk]], Iterator[Any]]
 def _cleaned(data: DataConfig, run: Run, counts: Counters | None = None) -> Iterator[Text]:
   """Yield texts, of the split that their source is of, counting documents per source.
 
+  Texts that are held out from files that are trained on too are nowhere trained on.
   `run` is `cleaning.chunk_passer` of many chunks.
   """
-  def chunks() -> Iterator[cleaning.Chunk]:
+  def chunks(sources: Iterable[SourceConfig]) -> Iterator[cleaning.Chunk]:
     for number, source in enumerate(sources):
       first = 0
       for texts in parallel.grouped(documents.documents(source), len, packing.GROUP_CHARACTERS):
@@ -393,12 +397,20 @@ def _cleaned(data: DataConfig, run: Run, counts: Counters | None = None) -> Iter
         first += len(texts)
 
   sources = (*data.sources, *data.own_validation)
+  held_out = {_digest(passes[-1][0]) for _, _, found in run(chunks(data.own_validation))
+              for _, passes in found if passes[-1][0]} if _from_same_files(data) else ()
   compare = cleaning.comparer(cleaning.stages(data.cleaning))
   counts = counts or [Counter() for _ in sources]
-  for number, first, found in run(chunks()):
+  for number, first, found in run(chunks(sources)):
     split = 'train' if number < len(data.sources) else 'validation'
     for place, (size, passes) in enumerate(found, first):
-      text, steps = compare(passes)
+      text = passes[-1][0]
+      if held_out and split == 'train' and text and _digest(text) in held_out:
+        steps = sum((Counter(one) for _, one, _ in passes), Counter())
+        steps.update({'held_out.dropped': 1, 'held_out.characters': len(text)})
+        text = None
+      else:
+        text, steps = compare(passes)
       counts[number].update(steps, documents=1, dropped=not text, characters=size)
       if text:
         yield Text(split, text, number, place)
@@ -445,7 +457,21 @@ def _too_few(data: DataConfig, run: Run) -> bool:
 
 def _sample(text: str) -> float:
   """Return a number in [0, 1) that depends on the text alone: duplicates share their split."""
-  return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) / 2**64
+  return int.from_bytes(_digest(text, 8)) / 2**64
+
+
+def _digest(text: str, size: int = 16) -> bytes:
+  return hashlib.blake2b(text.encode(), digest_size=size).digest()
+
+
+def _from_same_files(data: DataConfig) -> bool:
+  """Return whether files of several texts are trained on and held out, in different slices."""
+  trained, held_out = ({
+    file.path.resolve() for source in sources for file in documents.find(source).files
+    if source.separator or (
+      source.format or readers.ENDINGS.get(ending(file.path))) not in readers.TEXTS}
+    for sources in (data.sources if data.own_validation else (), data.own_validation))
+  return bool(trained & held_out)
 
 
 def _write(

@@ -468,6 +468,45 @@ def test_the_end_of_few_documents_is_held_out(tmp_path, out, texts, caplog):
   assert 'the end of ' in caplog.text and 'is held out' in caplog.text
 
 
+@pytest.mark.parametrize('steps', [(), ('whitespace',), ('exact_duplicates', 'whitespace'),
+                                   ('whitespace', 'exact_duplicates')])
+@pytest.mark.parametrize('validation', [0.3, (0.7, 1.0), (0.5, 0.7)])
+@pytest.mark.parametrize('kind', ['jsonl', 'text'])
+def test_no_document_is_both_trained_on_and_held_out_though_it_stands_twice(
+  tmp_path, out, steps, validation, kind
+):
+  # Each of the first texts twice, and once more with other white space.
+  texts = [*TEXTS, *TEXTS[:20], *(text.replace(' ', '  ') for text in TEXTS[20:40])]
+  path, source = _jsonl(tmp_path / 'a.jsonl', texts), {}
+  if kind == 'text':
+    path, source = tmp_path / 'a.txt', {'separator': '<|end|>'}
+    path.write_text('<|end|>'.join(texts))
+  sources = [{'location': str(path), **source}]
+  if validation != 0.3:
+    start, stop = validation
+    held_out = [{**sources[0], 'slice': validation}]
+    sources = [{**sources[0], 'slice': (0, start)}] + (
+      [{**sources[0], 'slice': (stop, 1)}] if stop < 1 else [])
+    validation = held_out
+  data = DataConfig(sources=sources, validation=validation, context_length=16,
+                    cleaning=CleaningConfig(steps=steps))
+  manifest = prepare(data, BYTES, out)
+  trained, held_out = _documents(out, 'train'), _documents(out, 'validation')
+  assert not {*trained} & {*held_out}
+  # None is lost on both sides, and each that is dropped is counted.
+  assert {*trained, *held_out} == {cleaning.clean(text, data.cleaning) for text in texts}
+  counts = collections.Counter()
+  for one in manifest.sources:
+    counts.update(one.cleaning)
+    counts.update(documents=one.documents, characters=one.characters)
+  dropped = counts['held_out.dropped'] + counts['exact_duplicates.dropped']
+  assert counts['documents'] == len(texts) == len(trained) + len(held_out) + dropped
+  assert counts['characters'] == sum(map(len, trained + held_out)) + sum(
+    number for name, number in counts.items() if name.endswith('.characters'))
+  if isinstance(validation, list):
+    assert counts['held_out.dropped']
+
+
 def test_enough_documents_are_held_out_whole(corpus, out, caplog):
   prepare(_data(corpus), BYTES, out)
   assert set(_documents(out, 'validation')) <= set(TEXTS) and not caplog.text
