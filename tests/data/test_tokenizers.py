@@ -14,7 +14,7 @@ import time
 import pytest
 
 from jaxllm.config import ConfigError
-from jaxllm.data import tokenizer_kinds, tokenizers
+from jaxllm.data import tokenizer_kinds, tokenizer_settings, tokenizers
 from jaxllm.data.tokenizers import TokenizerConfig
 
 _WORDS = (
@@ -562,3 +562,34 @@ def test_other_threads_run_while_a_long_text_is_encoded():
   thread.join()
   assert len(turns) > 10
   assert ids == tokenizer.library.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize('cuts', [
+  (), (tokenizer_settings.DIGIT,), tokenizer_kinds._CUTS[:1], tokenizer_kinds._CUTS[1:],
+  (r'\w+|\W+',)])
+@pytest.mark.parametrize('composed', [False, True])
+def test_texts_by_their_words_have_the_ids_of_the_library(cuts, composed):
+  import tokenizers as library
+
+  rng = random.Random(9)
+  pieces = ["'s", "'LL", 'don', "'", ' ', '  ', '\t', '\n', '\r\n', '\x0b', '\x1c', '\x00', '1',
+            '23', '4567', 'words', ' Word', '_', '!?', '...', '(', '<|endoftext|>', 'x' * 70]
+  texts = [''.join(rng.choices(pieces, k=rng.randint(1, 40))) for _ in range(400)]
+  texts[::2] = [f'{text}<tool> a' for text in texts[::2]]
+  trained = tokenizer_settings.byte_level({}, [])
+  trained.train_from_iterator(texts, library.trainers.BpeTrainer(
+    vocab_size=400, show_progress=False, initial_alphabet=[*tokenizer_kinds.BYTE_SIGNS]))
+  model = json.loads(trained.to_str())['model']
+  inner = tokenizer_settings.byte_level(
+    model['vocab'], [tuple(merge) for merge in model['merges']], cuts, composed)
+  inner.add_special_tokens(['<|endoftext|>'])
+  inner.add_tokens(['<tool>'])
+  ours = tokenizers.from_files({'tokenizer.json': inner.to_str().encode()})
+  inner.encode_special_tokens = True
+  by_words = tokenizer_kinds._by_words(inner, json.loads(inner.to_str()))
+  texts += ['', 'caf\u00e9 au lait', texts[0] * 200]
+  expected = [inner.encode(text, add_special_tokens=False).ids for text in texts]
+  for _ in range(2):
+    assert ours.encode_batch(texts) == expected == [*map(ours.encode, texts)]
+  known = [by_words(text) is not None for text in texts]
+  assert not any(known) if cuts == (r'\w+|\W+',) else 100 < sum(known) < len(texts) - 100
