@@ -151,7 +151,7 @@ def _detect(timeout: int) -> tuple[str | None, int | None, int | None, Any]:
   try:
     found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, timeout)
   except Exception as error:  # Those of requests, where metadata are asked for.
-    raise ProcessError(f'--distributed: {" ".join(str(error).split())[:300]}') from error
+    raise ProcessError(f'--distributed: {mistakes.said(error)}') from error
   if None in found[:3]:
     raise ValueError(
       '--distributed: this is no Cloud TPU VM, no GKE pod and no SLURM step that srun has started; '

@@ -14,7 +14,7 @@ import jax
 from jaxllm import sharding, storage
 from jaxllm.adapters import lora
 from jaxllm.adapters.quantization import dequantize_tree, quantize
-from jaxllm.checkpoints import fingerprints, store
+from jaxllm.checkpoints import fingerprints, reading
 from jaxllm.checkpoints.bundle import CONVERTED, Bundle, model_config
 from jaxllm.data import tokenizer_settings, tokenizers
 from jaxllm.data.tokenizers import Tokenizer
@@ -109,7 +109,7 @@ def load(
   Raises:
     ValueError: there is no model at that path, its files do not fit together, or the mesh does not
       divide it.
-    checkpoints.store.DamagedError: the checkpoint that the path names is damaged, or all are.
+    checkpoints.bundle.DamagedError: the checkpoint that the path names is damaged, or all are.
   """
   if isinstance(path, Model):
     if (mesh, dtype) != (None, None):
@@ -125,11 +125,11 @@ def load(
     return _with_adapters(path, *base, mesh, dtype)
   if sources.is_foreign(path):
     return _read(sources.open_model(path), mesh, dtype)
-  return store.first_whole(path, functools.partial(_load_step, mesh, dtype, verify))
+  return reading.first_whole(path, functools.partial(_load_step, mesh, dtype, verify))
 
 
 def _load_step(mesh: Any, dtype: str | None, verify: str, step: os.PathLike[str]) -> Model:
-  bundle = store.read_bundle(step)
+  bundle = reading.read_bundle(step)
   config, experiment = _described(bundle, step)
   placement = make_placement(
     mesh, config, experiment.mesh.rules if experiment else sharding.DEFAULT_RULES)
@@ -140,7 +140,7 @@ def _load_step(mesh: Any, dtype: str | None, verify: str, step: os.PathLike[str]
     params = _merged(step, bundle, experiment, placement, where, dtype, verify)
   else:
     # A converted model may be stored in bfloat16; a run's parameters are float32.
-    params, _ = store.restore_params(step, shapes if experiment else None, where, dtype, verify)
+    params, _ = reading.restore_params(step, shapes if experiment else None, where, dtype, verify)
   return _on(_stored(bundle, {'params': params}, config, experiment), placement, dtype)
 
 
@@ -171,7 +171,7 @@ def describe(path: str | os.PathLike[str]) -> Model:
     return _foreign(source, None, _with_files_beside(path, source))
   if sources.is_foreign(path):
     return _foreign(sources.open_model(path), None)
-  bundle = store.read_bundle(path)
+  bundle = reading.read_bundle(path)
   return _stored(bundle, None, *_described(bundle, path))
 
 
@@ -241,7 +241,7 @@ def _merged(
     raise ValueError(f'{step} holds adapters to {path!r}, which cannot be loaded: {error}') from (
       error)
   check_model('init_from', path, base, bundle.manifest.get(BASE, 'none'))
-  adapters, _ = store.restore_params(step, shardings=where, verify=verify)
+  adapters, _ = reading.restore_params(step, shardings=where, verify=verify)
   # The adapters were trained beside quantised parameters.
   if experiment.finetune.base is not None:
     base = dequantize_tree(quantize({'params': base}, experiment.finetune.base))['params']
@@ -253,10 +253,10 @@ def _merged(
 
 def adapters(path: str | os.PathLike[str]) -> tuple[Experiment, dict[str, Any]]:
   """Return a run and the adapters that it trained; refuse one without, or with a trained head."""
-  _, experiment = _described(store.read_bundle(path), path)
+  _, experiment = _described(reading.read_bundle(path), path)
   if experiment is None or experiment.finetune.lora is None:
     raise ValueError(f'{path} has no adapters: it was not trained with config.finetune.lora')
-  found, _ = store.restore_params(path)
+  found, _ = reading.restore_params(path)
   if HEAD in found:
     raise ValueError(f'{path} has a trained head besides its adapters; only both together are the '
                      'model')

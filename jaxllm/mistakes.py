@@ -35,6 +35,12 @@ def hint(name: str, names: Iterable[str], before: str = '', cutoff: float = 0.6)
   return f'; did you mean {before + near[0] if before else repr(near[0])}?' if near else ''
 
 
+def said(error: object, limit: int = 300) -> str:
+  """Return what an exception says on one line, or its class where it says nothing."""
+  text = ' '.join(str(error).split()) or type(error).__name__
+  return text if len(text) <= limit else f'{text[:limit]} ...'
+
+
 def twice(items: Iterable[Hashable]) -> Any:
   """Return the first item that stands twice; None: there is none."""
   counts = collections.Counter(items)
@@ -133,15 +139,14 @@ def sentence(error: BaseException, known: flags.FlagValues = flags.FLAGS) -> str
   if isinstance(error, flags.Error):
     return _flag_sentence(error, known)
   if where.endswith(_BACKENDS) and isinstance(error, RuntimeError | AssertionError):
-    said = ' '.join(str(error).split())
     return versions.mismatch() or (
-      f'JAX_PLATFORMS={os.environ.get("JAX_PLATFORMS", "")}: JAX cannot start this backend here'
-      f'{f" ({said})" if said else ""}; install what it needs (the extra cuda12, cuda13 or '
-      'tpu of jaxllm), or set JAX_PLATFORMS=cpu')
+      f'JAX_PLATFORMS={os.environ.get("JAX_PLATFORMS", "")}: JAX cannot start this backend here '
+      f'({said(error)}); install what it needs (the extra cuda12, cuda13 or tpu of jaxllm), or set '
+      'JAX_PLATFORMS=cpu')
   if isinstance(error, ImportError):
     return versions.mismatch() or _import_sentence(error)
   if type(error).__module__.startswith(('aiohttp', 'botocore', 'gcsfs', 'google.a')):
-    return f'the bucket cannot be used: {" ".join(str(error).split())}'
+    return f'the bucket cannot be used: {said(error)}'
   if isinstance(error, OSError) and error.filename and error.strerror:
     return f'{error.filename}: {error.strerror}'
   refused = where.startswith(_PACKAGE) and line.startswith('raise')

@@ -22,6 +22,8 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
+from jaxllm import mistakes
+
 _PARTIAL = '.partial-'
 # Scheme of a bucket -> (the package that reads it, the extra that installs that).
 _BUCKETS = {'gs': ('gcsfs', 'gcs'), 's3': ('s3fs', 's3')}
@@ -299,8 +301,7 @@ def explained(directory: str | os.PathLike[str]) -> Iterator[None]:
 def _reason(error: Exception) -> str:
   if isinstance(error, FileNotFoundError):
     return 'there is no such bucket or object'
-  text = getattr(error, 'strerror', None) or str(error) or type(error).__name__
-  return ' '.join(text.split())[:300]
+  return mistakes.said(getattr(error, 'strerror', None) or error)
 
 
 def file_digest(path: pathlib.Path, known: dict[str, Any]) -> str:

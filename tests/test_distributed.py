@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxllm import distributed
-from jaxllm.checkpoints import store
+from jaxllm.checkpoints import reading, store
 from jaxllm.training import loop
 from tests import processes, programs
 from tests.training import tiny_run
@@ -46,7 +46,7 @@ def test_a_signal_to_one_stops_all_and_more_processes_go_on(tmp_path):
   one = config.replace(training=config.training.replace(num_steps=len(losses)))
   loop.train(one, tmp_path / 'one', jax.devices()[:1])
   np.testing.assert_allclose(losses, lines(tmp_path / 'one', 'train/loss'), rtol=1e-4)
-  params = [store.restore_params(tmp_path / name)[0] for name in ('run', 'one')]
+  params = [reading.restore_params(tmp_path / name)[0] for name in ('run', 'one')]
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *params)
   # A disk that is full under one of them ends all, and leaves what had been saved.
   for code, text in full:

@@ -144,7 +144,7 @@ def load(path: pathlib.Path) -> tuple:
 
 def _restored(experiment, path: pathlib.Path):
   from jaxllm import sharding
-  from jaxllm.checkpoints import store
+  from jaxllm.checkpoints import reading, store
   from jaxllm.training import state
 
   mesh = sharding.make_mesh(experiment.mesh)
@@ -154,7 +154,7 @@ def _restored(experiment, path: pathlib.Path):
     while True:
       step = store.latest_step(opened)
       try:
-        bundle = store.read_bundle(opened.directory / str(step))
+        bundle = reading.read_bundle(opened.directory / str(step))
         return step, store.restore(opened, abstract.replace(frozen={}), step), bundle
       except store.DamagedError as error:
         store.quarantine(opened, error)

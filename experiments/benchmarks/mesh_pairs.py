@@ -29,7 +29,7 @@ def main(_) -> None:
   import numpy as np
 
   from jaxllm import sharding
-  from jaxllm.checkpoints import store, tree
+  from jaxllm.checkpoints import reading, store, tree
   from jaxllm.checkpoints.bundle import Bundle
   from jaxllm.data.documents import SourceConfig
   from jaxllm.data.records import DataConfig
@@ -58,7 +58,7 @@ def main(_) -> None:
       store.save(opened, 1, state, Bundle(experiment.to_json(), {}, {}))
       store.wait(opened)
       saved = {name: np.asarray(leaf) for name, leaf in tree.flatten(state).items()}
-      prints = store.read_bundle(path / '1').leaves
+      prints = reading.read_bundle(path / '1').leaves
       known = known or prints
       row = []
       for other, target in meshes:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm import mistakes, storage
-from jaxllm.checkpoints import store
+from jaxllm.checkpoints import reading, store
 from jaxllm.checkpoints.bundle import model_config
 from jaxllm.interop import (
   exported,
@@ -255,7 +255,7 @@ def _write(
     store.save_converted(
       directory, config, variables, files, {'source': origin, 'model_type': model.family})
     where = jax.tree.map(lambda leaf: leaf.sharding, variables['params'])
-    params, bundle = store.restore_params(directory, shardings=where)
+    params, bundle = reading.restore_params(directory, shardings=where)
     return dataclasses.replace(
       model, config=model_config(bundle), variables={'params': params}
     )

@@ -12,10 +12,10 @@ import re
 from typing import Any
 
 from jaxllm import storage
-from jaxllm.checkpoints import store
+from jaxllm.checkpoints import reading
 from jaxllm.interop import gguf, gguf_file, huggingface, tokenizer_files
 from jaxllm.interop.weights import Source
-from jaxllm.mistakes import no_such_path
+from jaxllm.mistakes import no_such_path, said
 
 HUB = 'hf:'
 """What a name of the Hugging Face hub begins with; everything else is a path, and stays here."""
@@ -78,7 +78,7 @@ def fetch(name: str, revision: str | None = None) -> pathlib.Path:
     except Exception:
       raise ValueError(
         f'hf:{name} cannot be fetched from the Hugging Face hub: '
-        f'{type(reason).__name__}: {" ".join(str(reason).split())[:300]}\nWithout a network, give '
+        f'{type(reason).__name__}: {said(reason)}\nWithout a network, give '
         'the path of a directory with config.json and model.safetensors, or of a .gguf file.'
       ) from reason
     logging.warning('%s cannot be looked up; the local copy is used.', name)
@@ -128,7 +128,7 @@ def at_hand(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
   found = storage.path(path)
   if storage.is_remote(found):
     try:
-      store.find_steps(found)
+      reading.find_steps(found)
     except ValueError:
       return storage.local(found)
   return path

@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 
 from jaxllm import config as config_lib
 from jaxllm import distributed, loading, sharding, storage
+from jaxllm.checkpoints import reading
 from jaxllm.checkpoints import store as store_lib
 from jaxllm.checkpoints.bundle import Bundle
 from jaxllm.data import parallel, tokenizers
@@ -200,7 +201,7 @@ def _accept(run: _Run, step: int, selected: Selection) -> None:
 
 
 def _bundle(run: _Run, step: int) -> Bundle:
-  return store_lib.read_bundle(run.store.directory / str(step))
+  return reading.read_bundle(run.store.directory / str(step))
 
 
 def _initial_state(run: _Run, latest: int) -> tuple[TrainState, Bundle]:
@@ -453,7 +454,7 @@ def _finish(run: _Run, step: int, frozen: Any) -> dict[str, Any]:
   if best is not None:
     summary['best_step'] = best
   with run.goodput.spend('evaluation'):
-    params, _ = store_lib.restore_params(
+    params, _ = reading.restore_params(
       run.store.directory / str(step if best is None else best),
       state_lib.evaluation_params(state_lib.abstract_state(experiment, run.tx, run.mesh)))
     variables = state_lib.variables(experiment, params, frozen)

@@ -22,7 +22,7 @@ import tqdm
 from absl import logging
 from jax.sharding import Mesh
 
-from jaxllm import storage
+from jaxllm import mistakes, storage
 from jaxllm.evaluation import tables
 from jaxllm.experiment import Experiment
 from jaxllm.training import goodput as goodput_lib
@@ -243,7 +243,7 @@ def spared(name: str, failed: set[str]) -> Iterator[None]:
     if name not in failed:
       failed.add(name)
       logging.warning('%s cannot be written: %s; the run goes on without it.', name,
-                      ' '.join(str(error).split()) or type(error).__name__)
+                      mistakes.said(error))
 
 
 def _append(path: pathlib.Path, record: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ import jax
 from absl import logging
 
 from jaxllm import distributed, storage
-from jaxllm.checkpoints import store
+from jaxllm.checkpoints import reading
 from jaxllm.data.batches import Batches, Phase, place_of, records_before
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.experiment import Experiment
@@ -47,7 +47,7 @@ def phases(path: pathlib.Path, step: int, experiment: Experiment, dataset: Datas
   """
   found, size = list[Phase](), experiment.training.batch_size
   if step:
-    bundle = store.read_bundle(path / store.DIRECTORY / str(step))
+    bundle = reading.read_bundle(path / reading.DIRECTORY / str(step))
     before = json.loads(bundle.config_json)['training']['batch_size']
     found = [Phase(*row[:4], *map(tuple, row[4:]))
              for row in bundle.position.get('phases', [(0, 0, before)])]

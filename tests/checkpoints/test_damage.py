@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxllm.checkpoints import bundle as bundle_lib
-from jaxllm.checkpoints import fingerprints
+from jaxllm.checkpoints import fingerprints, reading
 from jaxllm.checkpoints import store as store_lib
 from jaxllm.checkpoints.bundle import Bundle, DamagedError
 from jaxllm.checkpoints.store import CheckpointConfig
@@ -108,7 +108,7 @@ def test_a_flipped_bit_is_never_restored(copy, seed):
     np.testing.assert_array_equal(restored['params']['kernel'], wanted)
   except DamagedError as error:
     assert str(path / '2') in str(error)
-  params, bundle = store_lib.restore_params(path)
+  params, bundle = reading.restore_params(path)
   assert bundle.tokenizer_files == BUNDLE.tokenizer_files and bundle.manifest == BUNDLE.manifest
   assert any((np.asarray(params['kernel']) == np.asarray(one['params']['kernel'])).all()
              for one in states.values())
@@ -127,10 +127,10 @@ def test_a_damaged_leaf_is_named_passed_over_and_put_aside(copy, caplog):
   path, states = copy
   lie(path)
   with pytest.raises(DamagedError, match=f'{path}/2/state .*params/kernel changed after it was'):
-    store_lib.restore_params(path / '2')
-  params, _ = store_lib.restore_params(path / '2', verify='off')
+    reading.restore_params(path / '2')
+  params, _ = reading.restore_params(path / '2', verify='off')
   np.testing.assert_array_equal(params['kernel'], states[2]['params']['kernel'])
-  params, _ = store_lib.restore_params(path, dtype='bfloat16')
+  params, _ = reading.restore_params(path, dtype='bfloat16')
   np.testing.assert_array_equal(params['kernel'], states[1]['params']['kernel'].astype('bfloat16'))
   assert 'Step 2 is passed over.' in caplog.text and 'Step 1 is taken.' in caplog.text
   opened = store_lib.open_store(path, CheckpointConfig())
@@ -156,11 +156,11 @@ def test_a_sharding_that_is_not_known_is_damage(copy):
   known = file.read_text()
   file.write_text(known.replace('NamedSharding', 'namedSharding'))
   assert file.read_text() != known
-  params, _ = store_lib.restore_params(path)
+  params, _ = reading.restore_params(path)
   assert any((np.asarray(params['kernel']) == np.asarray(one['params']['kernel'])).all()
              for one in states.values())
   with pytest.raises(DamagedError, match=str(path / '2')):
-    store_lib.restore_params(path / '2')
+    reading.restore_params(path / '2')
 
 
 def test_links_out_of_a_checkpoint_are_refused(copy):
@@ -169,11 +169,11 @@ def test_links_out_of_a_checkpoint_are_refused(copy):
   state.rename(path.parent / 'elsewhere')
   state.symlink_to(path.parent / 'elsewhere')
   with pytest.raises(DamagedError, match='state is a link that leads out of the checkpoint'):
-    store_lib.restore_params(path / '2')
+    reading.restore_params(path / '2')
   (path / '2').rename(path.parent / '2')
   (path / '2').symlink_to(path / '1')
   with pytest.raises(DamagedError, match='leads out of the checkpoint'):
-    store_lib._bundle_of(store_lib.find_steps(path)[0])
+    reading._bundle_of(reading.find_steps(path)[0])
 
 
 @pytest.mark.parametrize('error', [
@@ -186,7 +186,7 @@ def test_what_need_not_be_damage_is_not_called_so(copy, error, monkeypatch):
   def fail(*_, **__):
     raise error
 
-  monkeypatch.setattr(store_lib.ocp.PyTreeCheckpointHandler, 'restore', fail)
+  monkeypatch.setattr(reading.ocp.PyTreeCheckpointHandler, 'restore', fail)
   with pytest.raises(store_lib.CheckpointError) as caught:
-    store_lib.restore_params(path)
+    reading.restore_params(path)
   assert not isinstance(caught.value, DamagedError)

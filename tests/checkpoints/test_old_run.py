@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxllm import loading, sharding
-from jaxllm.checkpoints import fingerprints, store
+from jaxllm.checkpoints import fingerprints, reading, store
 from jaxllm.experiment import Experiment
 from jaxllm.models.decoder import Decoder
 from jaxllm.training import state
@@ -35,7 +35,7 @@ def test_its_model_computes_what_it_did(old_run):
 
 
 def test_its_state_can_be_trained_on(old_run):
-  experiment = Experiment.from_json(store.read_bundle(old_run).config_json)
+  experiment = Experiment.from_json(reading.read_bundle(old_run).config_json)
   mesh = sharding.make_mesh(experiment.mesh, jax.devices()[:1])
   abstract = state.abstract_state(experiment, state.make_optimizer(experiment), mesh)
   opened = store.open_store(old_run / 'checkpoints', store.CheckpointConfig())

@@ -18,6 +18,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxllm.checkpoints import bundle as bundle_lib
+from jaxllm.checkpoints import reading
 from jaxllm.checkpoints import store as store_lib
 from jaxllm.checkpoints.bundle import Bundle, from_dict, to_dict
 from jaxllm.checkpoints.store import CheckpointConfig, CheckpointError
@@ -91,7 +92,7 @@ def test_round_trip_is_exact(tmp_path, asynchronous):
   assert not store_lib.save(opened, 3, make_state(4), BUNDLE)
   assert_same_bits(store_lib.restore(opened, abstract(state)), state)
   store_lib.close(opened)
-  assert same_bundle(store_lib.read_bundle(tmp_path), BUNDLE)
+  assert same_bundle(reading.read_bundle(tmp_path), BUNDLE)
 
 
 def test_any_mesh_restores_equal_bits(store):
@@ -174,7 +175,7 @@ def test_stray_directories_are_ignored(tmp_path):
     store_lib.save(opened, step, state, BUNDLE)
     assert_same_bits(store_lib.restore(opened, abstract(state)), state)
     assert store_lib.latest_step(opened) == step
-    assert store_lib.find_steps(tmp_path)[0].name == str(step)
+    assert reading.find_steps(tmp_path)[0].name == str(step)
     store_lib.close(opened)
   assert store_lib.committed_steps(tmp_path)[-2:] == [2, 3]
   # What an earlier, killed save left behind does not stand in the way.
@@ -193,24 +194,24 @@ def test_params_alone_from_any_path(tmp_path, ema):
   store_lib.close(opened)
   want = state.ema if ema else state.params
   for path in (tmp_path, tmp_path / 'checkpoints', tmp_path / 'checkpoints' / '5'):
-    params, bundle = store_lib.restore_params(path)
+    params, bundle = reading.restore_params(path)
     assert same_bundle(bundle, BUNDLE)
     assert_same_bits(params, want)
   split = jax.tree.map(lambda a: a.sharding, shard(want, (2, 4)))
-  params, _ = store_lib.restore_params(tmp_path, want, split)
+  params, _ = reading.restore_params(tmp_path, want, split)
   assert_same_bits(params, want)
   assert len(params['embed']['embedding'].sharding.device_set) == 8
   with pytest.raises(ValueError, match=r'layers/up/kernel: bfloat16.*expected float32'):
-    store_lib.restore_params(tmp_path, jax.tree.map(lambda a: a.astype(jnp.float32), want))
+    reading.restore_params(tmp_path, jax.tree.map(lambda a: a.astype(jnp.float32), want))
 
 
 def test_path_without_checkpoint(tmp_path):
   with pytest.raises(ValueError, match='no such file or directory'):
-    store_lib.find_steps(tmp_path / 'nothing')
+    reading.find_steps(tmp_path / 'nothing')
   (tmp_path / 'checkpoints' / '4' / 'state').mkdir(parents=True)
   for path in (tmp_path, tmp_path / 'checkpoints', tmp_path / 'checkpoints' / '4'):
     with pytest.raises(ValueError, match='holds no complete checkpoint'):
-      store_lib.restore_params(path)
+      reading.restore_params(path)
 
 
 def test_unwritable_directory(tmp_path):

@@ -13,7 +13,7 @@ import small
 
 from jaxllm import loading
 from jaxllm.checkpoints import bundle as bundle_lib
-from jaxllm.checkpoints import store
+from jaxllm.checkpoints import reading
 from jaxllm.data import tokenizers
 from jaxllm.generation import decode
 from jaxllm.generation.sampling import SamplingConfig
@@ -31,7 +31,7 @@ def foreign(tmp_path_factory):
 def test_there_and_back_again(foreign, tmp_path):
   source = sources.open_model(foreign)
   summary = conversion.from_source(source, tmp_path / 'ours', 'jaxllm')
-  params, bundle = store.restore_params(tmp_path / 'ours')
+  params, bundle = reading.restore_params(tmp_path / 'ours')
   assert bundle_lib.model_config(bundle) == source.config
   assert bundle.manifest[bundle_lib.CONVERTED]['model_type'] == 'qwen2'
   assert tokenizers.from_files(bundle.tokenizer_files).vocab_size == 257
@@ -74,7 +74,7 @@ def test_stored_dtypes_are_kept_where_they_are_mixed(foreign, tmp_path):
   tensorfile.write(path, arrays)
   for form in ('huggingface', 'jaxllm'):
     conversion.from_source(sources.open_model(tmp_path / 'mixed'), tmp_path / form, form)
-  params, _ = store.restore_params(tmp_path / 'jaxllm')
+  params, _ = reading.restore_params(tmp_path / 'jaxllm')
   assert params['final_norm']['scale'].dtype == 'float32'
   assert params['embed']['embedding'].dtype == 'bfloat16'
   assert (tmp_path / 'huggingface' / 'model.safetensors').read_bytes() == path.read_bytes()
@@ -220,7 +220,7 @@ def test_the_program(foreign, tmp_path):
                  '--dtype=bfloat16')
   assert done.returncode == 0, done.stderr
   assert 'top-1 agreement 100%' in done.stdout
-  params, _ = store.restore_params(tmp_path / 'ours')
+  params, _ = reading.restore_params(tmp_path / 'ours')
   assert np.dtype(params['embed']['embedding'].dtype).name == 'bfloat16'
   done = convert('--source=/nothing/here', f'--target={tmp_path}/new')
   assert done.returncode == 2 and "no such file or directory: '/nothing/here'" in done.stderr

@@ -16,7 +16,7 @@ from jaxllm.adapters import lora as lora_lib
 from jaxllm.adapters.lora import LoraConfig
 from jaxllm.adapters.quantization import QuantizationConfig, dequantize_tree, quantize
 from jaxllm.adapters.rules import PathRule
-from jaxllm.checkpoints import store
+from jaxllm.checkpoints import reading, store
 from jaxllm.config import ConfigError
 from jaxllm.data import packing, tokenizers
 from jaxllm.data.records import DataConfig
@@ -85,7 +85,7 @@ def base(tmp_path_factory):
 
 
 def test_only_adapters_are_trained_and_stored(base):
-  stored = store.read_bundle(base / 'tuned').leaves
+  stored = reading.read_bundle(base / 'tuned').leaves
   params = {path.rpartition('/')[2] for path in stored if path.startswith('params/')}
   assert params == {'a', 'b', 'scale'}
   moments = {path.rpartition('/')[2] for path in stored if '/mu/' in path or '/nu/' in path}
@@ -97,7 +97,7 @@ def test_only_adapters_are_trained_and_stored(base):
 
 
 def test_a_loaded_run_is_the_base_with_its_adapters_added(base):
-  adapters, bundle = store.restore_params(base / 'tuned')
+  adapters, bundle = reading.restore_params(base / 'tuned')
   assert set(adapters['layers']['attention']) == {'query', 'value'}
   model, start = loading.load(base / 'tuned'), loading.load(base / 'base')
   ids = model.encode_prompt('good 7:')
@@ -148,7 +148,7 @@ def test_stopped_and_resumed_equals_never_stopped(base):
       train(often, base / 'resumed')
   train(often, base / 'resumed')
   assert lines(base / 'resumed', 'train/loss') == lines(base / 'tuned', 'train/loss')
-  pair = [store.restore_params(base / name)[0] for name in ('resumed', 'tuned')]
+  pair = [reading.restore_params(base / name)[0] for name in ('resumed', 'tuned')]
   jax.tree.map(np.testing.assert_array_equal, *pair)
 
 
@@ -192,7 +192,7 @@ def test_a_quantised_base_gives_the_model_that_was_trained(base):
   train(experiment(base, finetune=LORA.replace(base=config)), base / 'quantised')
   assert lines(base / 'quantised', 'train/loss')[-1] < lines(base / 'quantised', 'train/loss')[0]
   start = quantize(loading.load(base / 'base').variables, config)
-  adapters, _ = store.restore_params(base / 'quantised')
+  adapters, _ = reading.restore_params(base / 'quantised')
   expected = lora_lib.merge(dequantize_tree(start)['params'], adapters)
   jax.tree.map(
     np.testing.assert_array_equal, loading.load(base / 'quantised').variables['params'], expected)
@@ -242,7 +242,7 @@ def test_rules_freeze_and_must_match(base):
   np.testing.assert_array_equal(before['embed']['embedding'], after['embed']['embedding'])
   moved = after['layers']['mlp']['up']['kernel'] - before['layers']['mlp']['up']['kernel']
   assert np.abs(moved).max() > 0
-  stored = store.read_bundle(base / 'ruled').leaves
+  stored = reading.read_bundle(base / 'ruled').leaves
   assert not any('/mu/' in path and '/attention/' in path for path in stored)
   for frozen in (FinetuneConfig(rules=(PathRule(pattern='.*'),)),
                  LORA.replace(rules=(PathRule(pattern='.*/[ab]'),))):

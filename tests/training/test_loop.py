@@ -17,7 +17,7 @@ import pytest
 
 from jaxllm import config as config_lib
 from jaxllm import loading, storage
-from jaxllm.checkpoints import store
+from jaxllm.checkpoints import reading, store
 from jaxllm.config import override
 from jaxllm.data import batches
 from jaxllm.training import dataset, loop, passed_over, state, workdir
@@ -140,7 +140,7 @@ def test_stopped_moved_and_resumed_equals_never_stopped_bit_for_bit(whole):
   train(moved, base / 'resumed')
   assert [path.name for path in (base / 'copied').iterdir()] == [experiment.name]
   assert losses(base / 'resumed') == losses(base / 'run')
-  params = [store.restore_params(base / name)[0] for name in ('resumed', 'run')]
+  params = [reading.restore_params(base / name)[0] for name in ('resumed', 'run')]
   jax.tree.map(np.testing.assert_array_equal, *params)
 
 
@@ -231,7 +231,7 @@ def test_a_run_that_changes_its_batch_size_goes_on_where_it_was(tmp_path, monkey
   assert [step for step, _ in read] == [*range(9)] and len(stored.rows) > 40
   split = json.loads((tmp_path / 'run' / 'data.json').read_text())['train']
   assert summary['train_tokens'] == round(80 * split['tokens'] / split['records'])
-  position = store.read_bundle(tmp_path / 'run' / 'checkpoints' / '9').position
+  position = reading.read_bundle(tmp_path / 'run' / 'checkpoints' / '9').position
   assert position == {'records': 80, 'phases': [[0, 0, 8], [2, 16, 16], [3, 32, 8]]}
 
 
@@ -244,7 +244,7 @@ def test_places_that_are_passed_over_are_in_order_and_none_twice():
 
 def test_checkpoints_of_before_have_read_their_batch_size_each_step(tmp_path, monkeypatch):
   old = tiny.experiment(tmp_path)
-  monkeypatch.setattr(store, 'read_bundle', lambda path: store.Bundle(old.to_json(), {}, {}))
+  monkeypatch.setattr(reading, 'read_bundle', lambda path: store.Bundle(old.to_json(), {}, {}))
   records = SimpleNamespace(weights=())
   for size, phases in ((8, [(0, 0, 8)]), (16, [(0, 0, 8), (5, 40, 16)])):
     new = override(old, {'training.batch_size': size})
@@ -473,7 +473,7 @@ def test_a_run_begins_with_the_parameters_of_another(whole):
   fixed = {'optimizer__learning_rate': 1e-30, 'optimizer__weight_decay': 0.0}
   train(tiny.experiment(base, training__num_steps=3, **fixed, **changes), base / 'tuned')
   for got, want in zip(
-    jax.tree.leaves(store.restore_params(base / 'tuned')[0]),
+    jax.tree.leaves(reading.restore_params(base / 'tuned')[0]),
     jax.tree.leaves(loading.load(base / 'run').variables['params']), strict=True,
   ):
     np.testing.assert_allclose(got, want, atol=1e-6)

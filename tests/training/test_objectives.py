@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxllm import loading, sharding
-from jaxllm.checkpoints import store
+from jaxllm.checkpoints import reading
 from jaxllm.config import ConfigError
 from jaxllm.experiment import Experiment, FinetuneConfig, TrainingConfig
 from jaxllm.models.decoder import Decoder
@@ -138,9 +138,9 @@ def test_a_student_comes_nearer_to_its_teacher(base):
   assert 0 < divergences[-1] < 0.5 * divergences[0]
   model = loading.load(base / 'student')
   assert model.experiment.objective.teacher_model == loading.load(base / 'teacher').config
-  step = store.find_steps(base / 'student')[0]
+  step = reading.find_steps(base / 'student')[0]
   assert not any(path.startswith('frozen')
-                 for path in store._stored_leaves(step, store.read_bundle(step)))
+                 for path in reading._stored_leaves(step, reading.read_bundle(step)))
 
 
 @pytest.mark.parametrize('objective', [ClassifierConfig(num_classes=2), Dpo()])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxllm import loading
-from jaxllm.checkpoints import store
+from jaxllm.checkpoints import reading, store
 from jaxllm.checkpoints.store import CheckpointConfig
 from jaxllm.config import ConfigError
 from jaxllm.experiment import BestConfig, ScoringConfig, TrainingConfig
@@ -56,7 +56,7 @@ def test_patience_ends_the_run_and_the_best_checkpoint_is_kept(stopped):
   assert lines(directory / 'run', 'task/sentiment/accuracy') == [0.1, 0.2, 0.2, 0.1]
   assert summary['complete'] and (summary['step'], summary['best_step']) == (8, 4)
   assert store.committed_steps(directory / 'run' / 'checkpoints') == [4, 6, 8]
-  marked = store.read_bundle(directory / 'run' / 'checkpoints' / '8').best
+  marked = reading.read_bundle(directory / 'run' / 'checkpoints' / '8').best
   assert marked == {'step': 4, 'metric': 'task/sentiment/accuracy', 'value': 0.2}
   best, at_four, last = (
     loading.load(directory / 'run' / path).variables['params']
