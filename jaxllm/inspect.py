@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm import sharding
+from jaxllm import mistakes, sharding
 from jaxllm.adapters.quantization import dequantize_tree
 from jaxllm.evaluation import tables
 from jaxllm.model import Model
@@ -264,10 +264,7 @@ def token_text(model: Model, token_id: int) -> str:
 
 def _subplots(rows: int, columns: int, width: float, height: float) -> Any:
   """Return a figure, which a notebook shows once, and its panels."""
-  try:
-    from matplotlib import pyplot
-  except ImportError:
-    raise ImportError("figures need matplotlib: pip install 'jaxllm[plots]'") from None
+  pyplot = mistakes.package('matplotlib.pyplot')
   figure, panels = pyplot.subplots(
     rows, columns, figsize=(width, height), squeeze=False, layout='constrained')
   pyplot.close(figure)

@@ -9,6 +9,7 @@ a fault of ours, and a report needs its traceback.
 import collections
 import contextlib
 import difflib
+import importlib
 import importlib.metadata
 import json
 import logging
@@ -177,6 +178,14 @@ def _flag_sentence(error: flags.Error, known: flags.FlagValues) -> str:
     names = choice[3].split('|')
     return f'{choice[1]}: one of {", ".join(names)}{hint(choice[2], names)}'
   return text
+
+
+def package(name: str) -> Any:
+  """Import a module of a package that only an extra installs; an ImportError says how to get it."""
+  try:
+    return importlib.import_module(name)
+  except ImportError as error:
+    raise ImportError(_import_sentence(error) or str(error)) from error
 
 
 def _import_sentence(error: ImportError) -> str | None:

@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxllm import mistakes
+
 Values = dict[str, np.ndarray]
 
 NUM_BINS = 15
@@ -171,24 +173,13 @@ def _texts(reference: Any) -> Sequence[str]:
 
 @functools.cache
 def _sacrebleu(name: str) -> Any:
-  try:
-    from sacrebleu import metrics
-  except ImportError as error:
-    raise _extra('sacrebleu') from error
-  return getattr(metrics, name)()
+  return getattr(mistakes.package('sacrebleu.metrics'), name)()
 
 
 @functools.cache
 def _rouge() -> Any:
-  try:
-    from rouge_score import rouge_scorer
-  except ImportError as error:
-    raise _extra('rouge-score') from error
-  return rouge_scorer.RougeScorer(ROUGE_TYPES, use_stemmer=True)
-
-
-def _extra(package: str) -> ImportError:
-  return ImportError(f"this score needs {package}: pip install 'jaxllm[tasks]'")
+  scorer = mistakes.package('rouge_score.rouge_scorer')
+  return scorer.RougeScorer(ROUGE_TYPES, use_stemmer=True)
 
 
 def _sacrebleu_metric(class_name: str, key: str) -> Metric:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm import storage
+from jaxllm import mistakes, storage
 from jaxllm.checkpoints import tree
 from jaxllm.data import tokenizers
 from jaxllm.generation import decode_state, sampling
@@ -54,12 +54,13 @@ def save(
     source: of the model, from which it can be made anew.
 
   Raises:
-    ValueError: the tokenizer has no equal in a tokenizer.json, or the package flatbuffers is
-      missing.
+    ValueError: the tokenizer has no equal in a tokenizer.json.
+    ImportError: the package flatbuffers is missing.
     OSError: the disk is full.
   """
   if 'lora' in variables:
     raise ValueError('variables hold adapters; merge them into the parameters first')
+  mistakes.package('flatbuffers')
   beside, _ = tokenizer_export.huggingface_files(files, config, add_bos)
   if not beside:
     raise ValueError('the model has no tokenizer, without which the artefact cannot be used')
@@ -130,13 +131,9 @@ def _programs(
     'decode': (lambda w, cache, token, r: step(w, cache, token, jnp.ones(1, jnp.int32), r),
                (weights, jax.eval_shape(empty), shape((1, 1)), request)),
   }
-  try:
-    return {
-      name: bytes(export.export(jax.jit(call), platforms=platforms)(*shapes).serialize())
-      for name, (call, shapes) in calls.items()}
-  except ImportError:
-    raise ValueError('exported programs need the package flatbuffers: '
-                     'pip install "jaxllm[export]"') from None
+  return {
+    name: bytes(export.export(jax.jit(call), platforms=platforms)(*shapes).serialize())
+    for name, (call, shapes) in calls.items()}
 
 
 def _step(

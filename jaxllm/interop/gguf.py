@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from jaxllm import mistakes
 from jaxllm.interop import gguf_file, gguf_vocabulary, reference, weights
 from jaxllm.interop import tokenizer_files as files_lib
 from jaxllm.interop.huggingface import Reading
@@ -341,7 +342,7 @@ def unread_keys(metadata: Reading) -> Iterator[str]:
     ValueError: one changes what the model computes, or how text is cut.
   """
   kind = metadata['general.architecture']
-  known = set(_constants(gguf_file.library().Keys))
+  known = set(_constants(mistakes.package('gguf').Keys))
   for key, value in metadata.data.items():
     name = key.removeprefix(f'{kind}.').removeprefix('tokenizer.ggml.')
     empty = not any(value) if isinstance(value, list) else not value

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxllm import mistakes
 from jaxllm.interop.tensorfile import Tensor
 
 _SCALARS = {0: 'B', 1: 'b', 2: 'H', 3: 'h', 4: 'I', 5: 'i', 6: 'f', 7: '?', 10: 'Q', 11: 'q',
@@ -33,19 +34,10 @@ _PART = re.compile(r'(.*)-\d{5}-of-(\d{5})\.gguf')
 
 def data(tensor: Tensor) -> np.ndarray:
   """Return the numbers of a tensor, float32."""
-  gguf = library()
+  gguf = mistakes.package('gguf')
   # One row of blocks per row.
   rows = tensor.raw().reshape(*tensor.shape[:-1], -1)
   return gguf.dequantize(rows, gguf.GGMLQuantizationType[tensor.kind])
-
-
-def library() -> Any:
-  """Import the package `gguf`, or say how to install it."""
-  try:
-    import gguf
-  except ImportError:
-    raise ValueError('GGUF files need the package gguf: pip install "jaxllm[gguf]"') from None
-  return gguf
 
 
 def find(directory: pathlib.Path) -> pathlib.Path:
@@ -197,7 +189,7 @@ def _entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
 
 def _size(name: str, shape: tuple[int, ...], kind: int) -> tuple[str, int]:
   """Return the name of a type and the bytes of such a tensor."""
-  gguf = library()
+  gguf = mistakes.package('gguf')
   try:
     quantization = gguf.GGMLQuantizationType(kind)
     block, block_bytes = gguf.GGML_QUANT_SIZES[quantization]

@@ -9,13 +9,11 @@ import logging
 import os
 import pathlib
 import re
-from typing import Any
 
-from jaxllm import storage
+from jaxllm import mistakes, storage
 from jaxllm.checkpoints import reading
 from jaxllm.interop import gguf, gguf_file, huggingface, tokenizer_files
 from jaxllm.interop.weights import Source
-from jaxllm.mistakes import no_such_path, said
 
 HUB = 'hf:'
 """What a name of the Hugging Face hub begins with; everything else is a path, and stays here."""
@@ -64,7 +62,7 @@ def fetch(name: str, revision: str | None = None) -> pathlib.Path:
   if not is_hub_name(name):
     raise ValueError(f'hf:{name} is no name of a model on the Hugging Face hub: it is written '
                      'hf:MODEL or hf:ORGANISATION/MODEL')
-  hub = _library()
+  hub = mistakes.package('huggingface_hub')
   logging.info('Asking the Hugging Face hub for %s.', name)
   # Many classes of several libraries say that there is no network, no model or no permission.
   try:
@@ -78,7 +76,7 @@ def fetch(name: str, revision: str | None = None) -> pathlib.Path:
     except Exception:
       raise ValueError(
         f'hf:{name} cannot be fetched from the Hugging Face hub: '
-        f'{type(reason).__name__}: {said(reason)}\nWithout a network, give '
+        f'{type(reason).__name__}: {mistakes.said(reason)}\nWithout a network, give '
         'the path of a directory with config.json and model.safetensors, or of a .gguf file.'
       ) from reason
     logging.warning('%s cannot be looked up; the local copy is used.', name)
@@ -88,21 +86,12 @@ def fetch(name: str, revision: str | None = None) -> pathlib.Path:
 def find_fetched(name: str) -> pathlib.Path:
   """Return the local copy of a model of the hub, which is not asked; refuse where there is none."""
   try:
-    return pathlib.Path(_library().snapshot_download(
+    return pathlib.Path(mistakes.package('huggingface_hub').snapshot_download(
       name, allow_patterns=list(PATTERNS), local_files_only=True))
   except Exception as error:
     raise ValueError(
       f'hf:{name} is not in the local cache, and what a file names is not fetched unasked; fetch '
       f'it by jaxllm.load({HUB + name!r})') from error
-
-
-def _library() -> Any:
-  try:
-    import huggingface_hub
-  except ImportError:
-    raise ValueError('names of the Hugging Face hub need the package huggingface_hub: '
-                     'pip install "jaxllm[hub]"') from None
-  return huggingface_hub
 
 
 def is_foreign(path: str | os.PathLike[str]) -> bool:
@@ -143,7 +132,8 @@ def check_exists(
   if revision is not None:
     raise ValueError(f'revision={revision!r} is for {HUB}NAME of the hub; {str(path)!r} is a path')
   if not storage.path(path, field).exists():
-    raise ValueError(f'{field}{no_such_path(path)} (a model of the Hugging Face hub is {HUB}NAME)')
+    raise ValueError(f'{field}{mistakes.no_such_path(path)} (a model of the Hugging Face hub is '
+                     f'{HUB}NAME)')
 
 
 def named(reference: str) -> str:

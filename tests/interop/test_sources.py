@@ -33,7 +33,7 @@ class Hub:
 
 def test_a_name_is_pinned_to_a_commit(monkeypatch):
   fake = Hub()
-  monkeypatch.setattr(sources, '_library', lambda: fake)
+  monkeypatch.setattr(sources.mistakes, 'package', lambda name: fake)
   assert str(sources.fetch('org/model')) == '/models/fetched'
   assert str(sources.fetch('org/model', 'v1')) == '/models/fetched'
   assert [call[1] for call in fake.calls] == ['newest', 'old']
@@ -43,9 +43,10 @@ def test_a_name_is_pinned_to_a_commit(monkeypatch):
 
 
 def test_without_a_network(monkeypatch):
-  monkeypatch.setattr(sources, '_library', lambda: Hub(online=False, cached='/models/cached'))
+  cached = Hub(online=False, cached='/models/cached')
+  monkeypatch.setattr(sources.mistakes, 'package', lambda name: cached)
   assert str(sources.fetch('gpt2')) == '/models/cached'
-  monkeypatch.setattr(sources, '_library', lambda: Hub(online=False))
+  monkeypatch.setattr(sources.mistakes, 'package', lambda name: Hub(online=False))
   with pytest.raises(ValueError, match='(?s)hf:gpt2 cannot be fetched.*no route.*give the path'):
     small.load('hf:gpt2')
 
@@ -61,7 +62,7 @@ def test_what_is_no_name(name):
 @pytest.mark.parametrize('path', ['gpt2', 'org/model', 'runs/quickstrat', './x', 'x.gguf', '~/x'])
 def test_a_path_never_leaves_the_machine(path, monkeypatch, tmp_path):
   """Whatever is not written hf:NAME is a path: the hub is not asked, and the nearest is named."""
-  monkeypatch.setattr(sources, '_library', lambda: pytest.fail('the hub was asked'))
+  monkeypatch.setattr(sources.mistakes, 'package', lambda name: pytest.fail('the hub was asked'))
   monkeypatch.chdir(tmp_path)
   (tmp_path / 'runs' / 'quickstart').mkdir(parents=True)
   near = 'did you mean runs/quickstart?' if 'quick' in path else 'no such file or directory'

@@ -7,12 +7,12 @@ import jax
 import pytest
 
 from jaxllm import loading, sharding
-from jaxllm.checkpoints import store
+from jaxllm.checkpoints import reading
 from jaxllm.models import decoder
 from jaxllm.training import scoring, state
 
 # What makes arrays, and what uses those of a model.
-WATCHED = ((jax, 'device_put'), (jax, 'make_array_from_callback'), (store, '_read'),
+WATCHED = ((jax, 'device_put'), (jax, 'make_array_from_callback'), (reading, '_read'),
            (loading, 'load'), (loading, 'generate'), (loading, 'check_model'),
            (state, 'create_state'), (state, 'freeze'), (scoring, 'take'))
 
