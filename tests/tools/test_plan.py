@@ -11,7 +11,7 @@ import pytest
 from jaxllm import config as config_lib
 from jaxllm import sharding
 from jaxllm.sharding import MeshConfig
-from jaxllm.tools import plan
+from jaxllm.tools import collectives, plan
 from jaxllm.training import cost
 from tests import programs
 from tests.training import tiny_run
@@ -64,7 +64,7 @@ def test_what_does_not_fit_comes_with_changes(made):
 ])
 def test_groups_are_named_by_mesh_axes(line, axes):
   devices = np.array(jax.devices()).reshape(2, 4)
-  assert plan._axes(line, jax.sharding.Mesh(devices, ('data', 'fsdp'))) == axes
+  assert collectives._axes(line, jax.sharding.Mesh(devices, ('data', 'fsdp'))) == axes
 
 
 def test_collectives_count_loops_and_channels():
@@ -86,7 +86,7 @@ ENTRY %main (p: s32[]) -> s32[] {
 }
 '''
   mesh = jax.sharding.Mesh(np.array(jax.devices()), ('data',))
-  assert plan.collectives(text, mesh) == [
+  assert collectives.sent(text, mesh) == [
     {'kind': 'all-gather', 'axes': 'data', 'per_step': 5, 'bytes': 5 * 128},
     {'kind': 'all-reduce', 'axes': 'between slices', 'per_step': 5, 'bytes': 5 * 32},
     {'kind': 'all-reduce', 'axes': '', 'per_step': 1, 'bytes': 64},

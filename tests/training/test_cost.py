@@ -8,7 +8,7 @@ from jaxllm import config as config_lib
 from jaxllm import sharding
 from jaxllm.models.config import ExpertsConfig
 from jaxllm.sharding import MeshConfig
-from jaxllm.training import cost, state
+from jaxllm.training import cost, op_costs, state
 from jaxllm.training import step as step_lib
 from tests.training import tiny_run
 
@@ -17,7 +17,7 @@ SIZE = SQUARE.nbytes
 
 
 def traced(function, *arguments):
-  return cost.trace_cost(jax.make_jaxpr(function)(*arguments).jaxpr)
+  return op_costs.trace_cost(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
 def test_elementwise_results_are_fused_and_products_stored():
@@ -62,7 +62,7 @@ def test_a_wider_cast_and_zeros_are_never_whole():
     return jax.lax.scan(lambda _, two: (None, two[0] @ two[1]), None, (x, jnp.zeros_like(x)))[1]
 
   for function in (widened, added):
-    found = cost.trace_cost(jax.make_jaxpr(function)(stacks).jaxpr,
+    found = op_costs.trace_cost(jax.make_jaxpr(function)(stacks).jaxpr,
                             lambda shape: 1 / 8 if len(shape) == 3 else 1.0)
     assert found.peak <= stacks.nbytes / 2, function
 
