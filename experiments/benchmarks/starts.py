@@ -162,7 +162,7 @@ def fork(directory: pathlib.Path, arguments: list[str], process: int) -> int:
   import jax
 
   from jaxllm import config, train
-  from jaxllm.training import loop, scoring
+  from jaxllm.training import loop, scoring, start
 
   sys.stdout.flush()
   if child := os.fork():
@@ -175,7 +175,7 @@ def fork(directory: pathlib.Path, arguments: list[str], process: int) -> int:
     sys.stdout, sys.stderr = (open(number, 'w', buffering=1, closefd=False) for number in (1, 2))
     sys.argv = ['train', *arguments]
     if OPENING.value:
-      loop._initial_state = lambda *_: (None, None)
+      start.initial_state = lambda *_: (None, None)
       loop._loop = lambda *_: (0, None, scoring.Selection())
     try:
       config.run_program(train.main, train.FLAGS)

@@ -1,47 +1,41 @@
 """The training loop: text in; checkpoints, metrics, samples, a report out; the same call resumes.
 
-- `train` is a whole run: set up, loop, finish.
-- `_Run` holds its fixed parts.
+- `train` is a whole run: set up (`start`), loop, finish.
 - `_loop` takes the steps, and reads their metrics one step late so that devices never wait.
 - `_finish` proves the run from its checkpoint: held-out scores, samples, report.
 """
 
-import dataclasses
 import importlib
 import json
 import math
 import os
-import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import optax
 from absl import logging
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
-from jaxllm import config as config_lib
-from jaxllm import distributed, loading, sharding, storage
+from jaxllm import distributed, sharding, storage
 from jaxllm.checkpoints import reading
 from jaxllm.checkpoints import store as store_lib
 from jaxllm.checkpoints.bundle import Bundle
-from jaxllm.data import parallel, tokenizers
-from jaxllm.data.batches import Phase, records_before
+from jaxllm.data import parallel
+from jaxllm.data.batches import records_before
 from jaxllm.experiment import Experiment
 from jaxllm.models import decoder
 from jaxllm.optim import privacy
-from jaxllm.training import cost, passed_over, pretrained, report, scoring, workdir
+from jaxllm.training import cost, passed_over, pretrained, report, scoring, start, workdir
 from jaxllm.training import dataset as dataset_lib
 from jaxllm.training import goodput as goodput_lib
 from jaxllm.training import metrics as metrics_lib
 from jaxllm.training import state as state_lib
 from jaxllm.training import step as step_lib
-from jaxllm.training.dataset import Dataset
 from jaxllm.training.faults import Faults
 from jaxllm.training.metrics import MetricLogger
 from jaxllm.training.scoring import Measurement, Selection
+from jaxllm.training.start import Run, placed
 from jaxllm.training.state import TrainState
 
 
@@ -53,21 +47,6 @@ class TrainingStopped(RuntimeError):
 
 class _TooManySkipped(Exception):
   """Too many steps in a row were not applied; its arguments are the reason, the first, the last."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Run:
-  """The fixed parts of a run."""
-
-  experiment: Experiment
-  path: pathlib.Path
-  mesh: Mesh
-  tx: optax.GradientTransformation
-  dataset: Dataset
-  begun: Experiment | None
-  store: store_lib.Store
-  goodput: goodput_lib.Goodput
-  profile_steps: tuple[int, int] | None
 
 
 def train(
@@ -112,7 +91,7 @@ def train(
   # Until here the directory is read, by all; from here on it is written to.
   distributed.barrier('the workdir is read')
   with workdir.held(directory):
-    run = _Run(
+    run = Run(
       experiment=experiment,
       path=directory,
       mesh=mesh,
@@ -126,28 +105,32 @@ def train(
     goodput.resume(metrics_lib.read(directory / 'metrics.jsonl'),
                    store_lib.latest_step(run.store) or 0)
     try:
-      while True:
-        try:
-          return _run(run)
-        except _TooManySkipped as error:
-          _go_back(run, error)
-        except store_lib.DamagedError as error:
-          store_lib.quarantine(run.store, error)
-        except jax.errors.JaxRuntimeError as error:
-          said = str(error).partition('\n')[0]
-          if 'out of memory' not in said.lower():
-            raise
-          raise TrainingStopped(
-            f'the devices ran out of memory ({said}); raise config.training.microbatches, or set '
-            'config.objective.chunk_size or config.model.remat. The plan of the run:\n'
-            + cost.page(_estimate(run))
-          ) from error
+      return _to_the_end(run)
     finally:
       store_lib.close(run.store)
       goodput.close()
 
 
-def _run(run: _Run) -> dict[str, Any]:
+def _to_the_end(run: Run) -> dict[str, Any]:
+  """Run, going back where steps or a checkpoint turn out to be bad; return what `train` does."""
+  while True:
+    try:
+      return _run(run)
+    except _TooManySkipped as error:
+      _go_back(run, error)
+    except store_lib.DamagedError as error:
+      store_lib.quarantine(run.store, error)
+    except jax.errors.JaxRuntimeError as error:
+      said = str(error).partition('\n')[0]
+      if 'out of memory' not in said.lower():
+        raise
+      raise TrainingStopped(
+        f'the devices ran out of memory ({said}); raise config.training.microbatches, or set '
+        'config.objective.chunk_size or config.model.remat. The plan of the run:\n'
+        + cost.page(_estimate(run))) from error
+
+
+def _run(run: Run) -> dict[str, Any]:
   num_steps = run.experiment.training.num_steps
   latest = store_lib.latest_step(run.store) or 0
   if latest > num_steps:
@@ -168,14 +151,14 @@ def _run(run: _Run) -> dict[str, Any]:
     if summary.get('step') == latest:
       logging.info('The run in %s is complete: %d steps.', run.path, latest)
       return summary
-    frozen, _ = _load_frozen(run, _bundle(run, latest))
-    _accept(run, latest, selected)
+    frozen, _ = start.load_frozen(run, latest)
+    start.accept(run, latest, selected)
     return _finish(run, latest, frozen)
   passed_over.check_epochs(run.path, latest, run.experiment, run.dataset)
   measurements = scoring.make_measurements(run.experiment, run.dataset, run.mesh)
   run.goodput.expect_start()
-  state, bundle = _initial_state(run, latest)
-  _accept(run, latest, selected)
+  state, bundle = start.initial_state(run, latest)
+  start.accept(run, latest, selected)
   step, frozen, selected = _loop(run, state, bundle, selected, measurements)
   if step < num_steps and not selected.exhausted:
     logging.info('Stopped at step %d of %d and saved; the same command goes on.', step, num_steps)
@@ -183,72 +166,8 @@ def _run(run: _Run) -> dict[str, Any]:
   return _finish(run, step, frozen)
 
 
-def _accept(run: _Run, step: int, selected: Selection) -> None:
-  """Describe the run in its directory, once nothing is left that could refuse it."""
-  old = run.begun or run.experiment
-  rates = [float(state_lib.make_schedule(one)(step)) for one in (old, run.experiment)]
-  if rates[0] != rates[1]:
-    logging.warning('Learning rate at step %d: %.4g, was to be %.4g.', step, rates[1], rates[0])
-  if jax.process_index() == 0:
-    for field, before, after in config_lib.diff(old, run.experiment):
-      logging.warning('Changed since the last call: config.%s: %r -> %r', field, before, after)
-    storage.write_file(run.path / 'config.json', run.experiment.to_json())
-    workdir.write_environment(run.path)
-    storage.write_json(run.path / workdir.DATA, run.dataset.manifest.model_dump(mode='json'))
-    tokenizers.save(run.dataset.tokenizer, run.path / 'tokenizer')
-  best = selected.best
-  store_lib.mark_best(run.store, best and best[0], selected.facts)
-
-
-def _bundle(run: _Run, step: int) -> Bundle:
-  return reading.read_bundle(run.store.directory / str(step))
-
-
-def _initial_state(run: _Run, latest: int) -> tuple[TrainState, Bundle]:
-  """Return the state to continue from, and the bundle of its checkpoints."""
-  experiment = run.experiment
-  if latest:
-    logging.info('Going on from step %d.', latest)
-    if run.begun is not None:
-      workdir.check_state(run.begun, experiment, run.path)
-    bundle = _bundle(run, latest)
-    frozen, manifest = _load_frozen(run, bundle)
-    abstract = state_lib.abstract_state(experiment, run.tx, run.mesh)
-    state = store_lib.restore(run.store, abstract.replace(frozen={}), latest)
-    return state.replace(frozen=frozen), Bundle(
-      experiment.to_json(), bundle.tokenizer_files, manifest)
-  base, teacher, manifest = _load_models(
-    run, run.dataset.manifest.model_dump(mode='json'), begun=False)
-  files = run.dataset.tokenizer.files()
-  if experiment.init_from is not None:
-    # The chat template and other settings of the model stay beside its tokenizer.
-    files = {**loading.describe(experiment.init_from).tokenizer.files(), **files}
-  state = state_lib.create_state(experiment, run.tx, run.mesh, base, teacher)
-  return state, Bundle(experiment.to_json(), files, manifest)
-
-
-def _placed(bundle: Bundle, phases: Sequence[Phase], step: int) -> Bundle:
-  """Return the bundle of the checkpoint of a step, which holds the position in the data."""
-  return dataclasses.replace(
-    bundle, position={'records': records_before(phases, step), 'phases': [
-      phase if phase.weights else phase[:3] for phase in phases]})
-
-
-def _load_models(run: _Run, manifest: Mapping[str, Any], begun: bool) -> tuple[Any, Any, Any]:
-  """Return the parameters of `init_from` and of a teacher, and the manifest of the run."""
-  if not run.experiment.reads_models:
-    return None, None, manifest
-  return pretrained.load(run.experiment, run.dataset.tokenizer, manifest, begun, run.mesh)
-
-
-def _load_frozen(run: _Run, bundle: Bundle) -> tuple[Any, Any]:
-  """Return the frozen parameters, which no checkpoint holds, and the manifest of the run."""
-  base, teacher, manifest = _load_models(run, bundle.manifest, begun=True)
-  return state_lib.freeze(run.experiment, run.mesh, base, teacher), manifest
-
-
 def _loop(
-  run: _Run, state: TrainState, bundle: Bundle, selected: Selection,
+  run: Run, state: TrainState, bundle: Bundle, selected: Selection,
   measurements: Sequence[Measurement],
 ) -> tuple[int, Any, Selection]:
   """Take steps to the end or a signal; return (last saved step, frozen parameters, selection)."""
@@ -274,7 +193,7 @@ def _loop(
       with log.pause('checkpoints'):
         log.upload()  # First, so that no step of a checkpoint is without its metrics.
         faults.before_save(step)
-        store_lib.save(run.store, step, state.replace(frozen={}), _placed(bundle, phases, step))
+        store_lib.save(run.store, step, state.replace(frozen={}), placed(bundle, phases, step))
         saved, saved_at = step, time.monotonic()
 
     for host_batch in log.wait_for(
@@ -302,7 +221,7 @@ def _loop(
           break
       if measuring:
         selected = _measure(
-          run, log, measuring, state, _placed(bundle, phases, step), selected, step)
+          run, log, measuring, state, placed(bundle, phases, step), selected, step)
         stop = stop or selected.exhausted
       if sampling:
         with log.pause('samples'):
@@ -320,7 +239,7 @@ def _loop(
   return saved, state.frozen, selected
 
 
-def _announce(run: _Run, last: int) -> None:
+def _announce(run: Run, last: int) -> None:
   """Say what a step needs, before it is compiled, and what the run promises."""
   estimated = _estimate(run)
   logging.info('Training %s parameters on %d x %s; estimated: %s; the first step compiles.',
@@ -332,12 +251,12 @@ def _announce(run: _Run, last: int) -> None:
     logging.info('After %d steps %s will be %.4g.', last, name, value)
 
 
-def _estimate(run: _Run) -> cost.Plan:
+def _estimate(run: Run) -> cost.Plan:
   return cost.estimate(run.experiment, run.mesh, cost.local_chip(run.mesh))
 
 
 def _measure(
-  run: _Run, log: MetricLogger, measuring: Sequence[Measurement], state: TrainState,
+  run: Run, log: MetricLogger, measuring: Sequence[Measurement], state: TrainState,
   bundle: Bundle, selected: Selection, step: int,
 ) -> Selection:
   """Take and log the measurements that are due; save the state if it is the best so far."""
@@ -357,7 +276,7 @@ def _evaluated(experiment: Experiment, state: TrainState) -> Any:
   return state_lib.variables(experiment, state_lib.evaluation_params(state), state.frozen)
 
 
-def _sample(run: _Run, variables: Any, step: int) -> None:
+def _sample(run: Run, variables: Any, step: int) -> None:
   """Continue the prompts, and add that to those of earlier steps in samples.jsonl."""
   path = run.path / 'samples.jsonl'
   samples = scoring.continue_prompts(
@@ -369,7 +288,7 @@ def _sample(run: _Run, variables: Any, step: int) -> None:
         json.dumps(one, ensure_ascii=False) + '\n' for one in [*earlier, *samples]))
 
 
-def _promise(run: _Run, step: int) -> dict[str, float]:
+def _promise(run: Run, step: int) -> dict[str, float]:
   """Return what differential privacy promises after `step` steps; nothing without it."""
   experiment = run.experiment
   return {} if experiment.privacy is None else {
@@ -393,7 +312,7 @@ def _due(step: int, every: int, last: int) -> bool:
 
 
 def _record(
-  run: _Run, log: MetricLogger, step: int, metrics: dict[str, jax.Array] | None
+  run: Run, log: MetricLogger, step: int, metrics: dict[str, jax.Array] | None
 ) -> bool:
   """Log the metrics of a step; return whether it was applied, or none is given."""
   if metrics is None:
@@ -414,7 +333,7 @@ def _record(
   return False
 
 
-def _go_back(run: _Run, error: _TooManySkipped) -> None:
+def _go_back(run: Run, error: _TooManySkipped) -> None:
   """Go back to the last good checkpoint, to pass over the batches that led to skipped steps.
 
   The step before the first of them is suspected too: its update was applied before it showed.
@@ -434,7 +353,7 @@ def _go_back(run: _Run, error: _TooManySkipped) -> None:
                   range(max(first - 2, target), last), target, reason)
 
 
-def _finish(run: _Run, step: int, frozen: Any) -> dict[str, Any]:
+def _finish(run: Run, step: int, frozen: Any) -> dict[str, Any]:
   """Prove the run from its checkpoint alone: scores on all held-out text, samples, the report."""
   logging.info('Measuring step %d on all held-out text, and sampling from it.', step)
   experiment = run.experiment
