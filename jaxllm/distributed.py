@@ -1,8 +1,7 @@
-"""Several processes as one run: connected, of one mind, stopped at the same step.
+"""Several processes as one run: connected, and of one mind.
 
 - `connected`: connect the processes; where one of them fails or is lost, all end and say why.
 - `agree`, `barrier`: compare what must be the same in all of them; wait for all of them.
-- `stop_requests`: a signal or a notice of preemption to one stops all after the same step.
 
 Each process has a connection to process 0, on which it is told of errors by a thread, since its
 main thread may wait for another process. The rest goes through the key-value store of JAX's
@@ -12,12 +11,10 @@ coordination service, which process 0 runs.
 import contextlib
 import ctypes
 import hashlib
-import http.client
 import itertools
 import json
 import logging
 import os
-import pathlib
 import re
 import selectors
 import signal
@@ -36,13 +33,12 @@ from jax._src.clusters import ClusterEnv
 from jaxllm import mistakes
 
 SAVED_AND_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: to be tried again.
-_POLL_SECONDS = 0.5
-_NOTICE_SECONDS = 2
+POLL_SECONDS = 0.5
 _WEEK = 7 * 24 * 3600 * 1000  # In milliseconds: a process may prepare records for long.
 _GREETING = 'jaxllm '
 # A host that is gone is noticed within half a minute.
 _KEEPALIVE = {'TCP_KEEPIDLE': 10, 'TCP_KEEPINTVL': 5, 'TCP_KEEPCNT': 4}
-_STATE: Any = jax_distributed.global_state
+STATE: Any = jax_distributed.global_state
 _SERIAL = itertools.count()  # Of barriers: every process passes the same ones in the same order.
 _HOSTS: list[str] = []  # Of all processes, where `connected` has connected them.
 
@@ -53,14 +49,20 @@ class ProcessError(RuntimeError):
   exit_code = 1
 
 
-def _read(prefix: str) -> dict[int, str]:
+def prefix_of(name: str) -> str:
+  """Return the prefix of what is written in one exchange, the same in all processes."""
+  return f'jaxllm/{name}/{next(_SERIAL)}/'
+
+
+def read(prefix: str) -> dict[int, str]:
   """Return what each process has written under a prefix."""
-  found = _STATE.client.key_value_dir_get(prefix)
+  found = STATE.client.key_value_dir_get(prefix)
   return {int(key.rpartition('/')[2]): value for key, value in found}
 
 
-def _write(prefix: str, value: str) -> None:
-  _STATE.client.key_value_set(f'{prefix}{_STATE.process_id}', value, allow_overwrite=True)
+def write(prefix: str, value: str) -> None:
+  """Write down a value of this process for `read`."""
+  STATE.client.key_value_set(f'{prefix}{STATE.process_id}', value, allow_overwrite=True)
 
 
 def _name(process: int) -> str:
@@ -75,7 +77,7 @@ def connected(
   """Connect the processes of a run, and let an error in one of them end all of them.
 
   With several processes an exception inside is printed here and told to the others, and the process
-  ends; SIGTERM ends all of them with SAVED_AND_STOPPED, except inside of `stop_requests`.
+  ends; SIGTERM ends all of them with SAVED_AND_STOPPED, except inside of `training.stopping`.
 
   Args:
     wanted: whether there are others at all; False does nothing.
@@ -95,7 +97,7 @@ def connected(
   if not connections:
     yield
     return
-  if _STATE.process_id:  # What process 0 says is said once.
+  if STATE.process_id:  # What process 0 says is said once.
     for logger in (logging.getLogger(), logging.getLogger('absl')):
       logger.setLevel(logging.ERROR)
   # Where process 0 is lost, a thread of JAX aborts this one: 6 seconds later, the signal's number,
@@ -106,7 +108,7 @@ def connected(
   watch = threading.Thread(target=_watch, args=(connections, leaving), daemon=True)
   watch.start()
   try:
-    with _signals(_stop_now):
+    with signals(_stop_now):
       yield
       barrier('the run is done')
   except BaseException as error:  # Including SystemExit: the others wait for this process.
@@ -223,7 +225,7 @@ def _watch(connections: Mapping[int, socket.socket], leaving: threading.Event) -
   for process, connection in connections.items():
     selector.register(connection, selectors.EVENT_READ, process)
   while not leaving.is_set():
-    for key, _ in selector.select(_POLL_SECONDS):
+    for key, _ in selector.select(POLL_SECONDS):
       line = ''
       with contextlib.suppress(OSError):
         line = connections[key.data].makefile().readline()
@@ -231,7 +233,7 @@ def _watch(connections: Mapping[int, socket.socket], leaving: threading.Event) -
         return
       process, code, text = json.loads(line) if line.endswith('\n') else (
         key.data, 1, 'has ended without a word: killed, out of memory, or its host is gone')
-      _say(f'error: {_name(process)}: {text}')
+      say(f'error: {_name(process)}: {text}')
       _end(connections if is_first() else {}, process, code, text)
 
 
@@ -241,7 +243,7 @@ def _leave(
   """Print an error, tell the others, and end this process."""
   if isinstance(error, jax.errors.JaxRuntimeError):
     # An exchange fails where a process has ended: `_watch` names that, and ends this one.
-    time.sleep(3 * _POLL_SECONDS)
+    time.sleep(3 * POLL_SECONDS)
   leaving.set()
   text, code = mistakes.sentence(error), getattr(error, 'exit_code', 2)
   if isinstance(error, SystemExit):
@@ -251,11 +253,12 @@ def _leave(
   elif text is None:
     text, code = f'{type(error).__name__}: {error}', 1
     traceback.print_exc()
-  _say(f'error: {text}')
-  _end(connections, _STATE.process_id, code, text)
+  say(f'error: {text}')
+  _end(connections, STATE.process_id, code, text)
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+  """Print a line on stderr."""
   with contextlib.suppress(OSError, ValueError):  # Where nobody hears it, the process ends too.
     print(text, file=sys.stderr, flush=True)
 
@@ -274,38 +277,38 @@ def _end(
 
 def is_first() -> bool:
   """Return whether this is the process that writes and prints."""
-  return _STATE.process_id == 0
+  return STATE.process_id == 0
 
 
 def barrier(name: str) -> None:
   """Wait until all processes have come to this point, however long one of them works before it."""
-  if _STATE.num_processes > 1:
-    _STATE.client.wait_at_barrier(f'jaxllm/{next(_SERIAL)}/{name}', _WEEK)
+  if STATE.num_processes > 1:
+    STATE.client.wait_at_barrier(prefix_of(name), _WEEK)
 
 
 def from_first(value: str) -> str:
   """Return the value of the first process, when it has one; those of others do not matter."""
-  if _STATE.num_processes == 1:
+  if STATE.num_processes == 1:
     return value
-  key = f'jaxllm/first/{next(_SERIAL)}'
+  key = prefix_of('first')
   if is_first():
-    _STATE.client.key_value_set(key, _GREETING + value)
-  return _STATE.client.blocking_key_value_get(key, _WEEK).removeprefix(_GREETING)
+    STATE.client.key_value_set(key, _GREETING + value)
+  return STATE.client.blocking_key_value_get(key, _WEEK).removeprefix(_GREETING)
 
 
 def from_all(value: str, combine: Callable[[list[str]], str]) -> str:
   """Return what `combine` makes, in the first process, of the values of all, in their order."""
-  if _STATE.num_processes == 1:
+  if STATE.num_processes == 1:
     return combine([value])
-  prefix = f'jaxllm/all/{next(_SERIAL)}/'
-  _STATE.client.key_value_set(f'{prefix}{_STATE.process_id}', _GREETING + value)
+  prefix = prefix_of('all')
+  STATE.client.key_value_set(f'{prefix}{STATE.process_id}', _GREETING + value)
 
   def get(name: Any) -> str:
-    return _STATE.client.blocking_key_value_get(f'{prefix}{name}', _WEEK).removeprefix(_GREETING)
+    return STATE.client.blocking_key_value_get(f'{prefix}{name}', _WEEK).removeprefix(_GREETING)
 
   if is_first():
-    values = [get(number) for number in range(_STATE.num_processes)]
-    _STATE.client.key_value_set(f'{prefix}combined', _GREETING + combine(values))
+    values = [get(number) for number in range(STATE.num_processes)]
+    STATE.client.key_value_set(f'{prefix}combined', _GREETING + combine(values))
   return get('combined')
 
 
@@ -318,18 +321,18 @@ def agree(facts: Mapping[str, Any]) -> None:
   Raises:
     ValueError: they differ; the message names the facts, the values and the processes.
   """
-  if _STATE.num_processes == 1:
+  if STATE.num_processes == 1:
     return
-  prefix = f'jaxllm/agree/{next(_SERIAL)}/'
+  prefix = prefix_of('agree')
   text = json.dumps(facts, sort_keys=True, default=str)
   digest = hashlib.sha256(text.encode()).hexdigest()
-  _write(prefix, text)
+  write(prefix, text)
 
   def compare(digests: list[str]) -> str:
     others = [one for one, theirs in enumerate(digests) if theirs != digest]
     if not others:
       return ''
-    theirs = _STATE.client.blocking_key_value_get(f'{prefix}{others[0]}', _WEEK)
+    theirs = STATE.client.blocking_key_value_get(f'{prefix}{others[0]}', _WEEK)
     return _differences(json.loads(text), json.loads(theirs), others)
 
   verdict = from_all(digest, compare)
@@ -347,7 +350,7 @@ def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], others: lis
 
 
 @contextlib.contextmanager
-def _signals(handler: Callable[[int, Any], Any]) -> Iterator[None]:
+def signals(handler: Callable[[int, Any], Any]) -> Iterator[None]:
   """Handle SIGTERM and SIGINT inside; outside of the main thread, which gets them, do nothing."""
   previous: dict[int, Any] = {}
   with contextlib.suppress(ValueError):
@@ -357,109 +360,3 @@ def _signals(handler: Callable[[int, Any], Any]) -> Iterator[None]:
   finally:
     for number, before in previous.items():
       signal.signal(number, before)
-
-
-class Stopper:
-  """Tells the steps of a loop when to stop: all processes after the same one.
-
-  The main thread says in `due` which step it goes on with. Once any process is asked to stop, the
-  thread of each one writes down the step that its main thread has gone on with, and all stop after
-  the last of these. No main thread has to come to a certain point for that, so that none waits for
-  one that waits for it on a device.
-  """
-
-  def __init__(self, step: int, last: int) -> None:
-    """Begin with `step` steps taken; `last` is where the loop ends by itself."""
-    self.asked, self._closed, self._agreed = (threading.Event() for _ in range(3))
-    self._lock, self._proposed = threading.Lock(), False
-    self._last = self._stop_step = last
-    self._going_on_with = min(step + 1, last)
-    self._several, self._prefix = _STATE.num_processes > 1, f'jaxllm/stop/{next(_SERIAL)}/'
-    targets = [self._poll_peers] * self._several + [self._poll_notice] * bool(metadata_host())
-    self._error: Exception | None = None
-    self._threads = [threading.Thread(target=self._guarded, args=(target,), daemon=True)
-                     for target in targets]
-    for thread in self._threads:
-      thread.start()
-
-  def due(self, step: int) -> bool:
-    """Return whether to stop after `step` steps, which have been taken; to be called once each.
-
-    An error of a thread is raised here: without it, a request would go unheard.
-    """
-    with self._lock:
-      if self._several and not self._proposed:
-        self._going_on_with = min(step + 1, self._last)
-        return False
-    if self._several:
-      self._agreed.wait()
-    if self._error is not None:
-      raise self._error
-    return step >= self._stop_step if self._several else self.asked.is_set()
-
-  def is_asked_alone(self) -> bool:
-    """Return whether to stop where nobody else has to take the step that is waited for."""
-    return self.asked.is_set() and not self._several
-
-  def close(self) -> None:
-    """End the threads; the others no longer wait for this process."""
-    self._closed.set()
-    for thread in self._threads:
-      thread.join()
-
-  def _guarded(self, target: Callable[[], None]) -> None:
-    try:
-      target()
-    except Exception as error:
-      self._error, self._proposed = error, True
-      self._agreed.set()
-
-  def _poll_peers(self) -> None:
-    while not self._closed.is_set() and not _read(f'{self._prefix}asked/'):
-      if self.asked.wait(_POLL_SECONDS):
-        _write(f'{self._prefix}asked/', '')
-    with self._lock:
-      self._proposed = True
-      _write(f'{self._prefix}step/', str(self._going_on_with))
-    while not self._closed.wait(_POLL_SECONDS / 10):
-      steps = _read(f'{self._prefix}step/')
-      if len(steps) == _STATE.num_processes:
-        self._stop_step = max(map(int, steps.values()))
-        self._agreed.set()
-        return
-
-  def _poll_notice(self) -> None:
-    while not self._closed.wait(_NOTICE_SECONDS):
-      with contextlib.suppress(OSError, http.client.HTTPException):
-        connection = http.client.HTTPConnection(metadata_host(), timeout=2)
-        connection.request('GET', '/computeMetadata/v1/instance/preempted',
-                           headers={'Metadata-Flavor': 'Google'})
-        if connection.getresponse().read(16).strip() == b'TRUE':
-          self.asked.set()
-          _say('This machine is being preempted: saving, then stopping.')
-          return
-
-
-def metadata_host() -> str:
-  """Return the host of Google's metadata server; '' where this is not Google's machine."""
-  product = pathlib.Path('/sys/class/dmi/id/product_name')
-  google = product.exists() and product.read_text().startswith('Google')
-  return os.environ.get('GCE_METADATA_HOST', 'metadata.google.internal' if google else '')
-
-
-@contextlib.contextmanager
-def stop_requests(step: int, last: int) -> Iterator[Stopper]:
-  """Turn SIGTERM, the first SIGINT and a notice of preemption into a request to stop.
-
-  A second SIGINT interrupts at once. Arguments as of `Stopper`.
-  """
-  stopper = Stopper(step, last)
-
-  def request(number: int, frame: Any) -> None:
-    if stopper.asked.is_set() and number == signal.SIGINT:
-      raise KeyboardInterrupt
-    stopper.asked.set()
-    _say(f'{signal.Signals(number).name}: saving, then stopping.')
-
-  with _signals(request), contextlib.closing(stopper):
-    yield stopper

@@ -13,7 +13,7 @@ import pytest
 
 from jaxllm import distributed
 from jaxllm.checkpoints import reading, store
-from jaxllm.training import loop
+from jaxllm.training import loop, stopping
 from tests import processes, programs
 from tests.training import tiny_run
 from tests.training.test_finetune import lines
@@ -156,17 +156,17 @@ def test_the_environment_tells_where_the_others_are(monkeypatch, environment, fo
   assert asked == [found[:3], found]
 
 
-@pytest.mark.parametrize('breaks', ['_read', '_write'])
+@pytest.mark.parametrize('breaks', ['read', 'write'])
 def test_a_thread_that_dies_is_noticed_in_the_loop(monkeypatch, breaks):
   def broken(*_):
     raise jax.errors.JaxRuntimeError('the service is gone')
 
   state = types.SimpleNamespace(num_processes=2, process_id=0)
-  monkeypatch.setattr(distributed, '_STATE', state)
-  monkeypatch.setattr(distributed, '_read', lambda prefix: {0: '1'})
-  monkeypatch.setattr(distributed, '_write', lambda *_: None)
+  monkeypatch.setattr(distributed, 'STATE', state)
+  monkeypatch.setattr(distributed, 'read', lambda prefix: {0: '1'})
+  monkeypatch.setattr(distributed, 'write', lambda *_: None)
   monkeypatch.setattr(distributed, breaks, broken)
-  with contextlib.closing(distributed.Stopper(0, 10)) as stopper:
+  with contextlib.closing(stopping.Stopper(0, 10)) as stopper:
     with pytest.raises(jax.errors.JaxRuntimeError, match='the service is gone'):
       for step in range(1, 100):
         assert not stopper.due(step)
@@ -191,14 +191,14 @@ class Metadata(http.server.BaseHTTPRequestHandler):
 
 
 def test_a_notice_of_preemption_asks_to_stop(monkeypatch):
-  monkeypatch.setattr(distributed, '_NOTICE_SECONDS', 0.05)
+  monkeypatch.setattr(stopping, 'NOTICE_SECONDS', 0.05)
   with http.server.ThreadingHTTPServer(('localhost', 0), Metadata) as server:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv('GCE_METADATA_HOST', f'localhost:{server.server_port}')
-    with distributed.stop_requests(0, 10) as stopping:
-      assert not stopping.due(1)
+    with stopping.stop_requests(0, 10) as stopper:
+      assert not stopper.due(1)
       deadline = time.monotonic() + 10
-      while not stopping.due(2):
+      while not stopper.due(2):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     server.shutdown()

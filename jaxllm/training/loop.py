@@ -37,6 +37,7 @@ from jaxllm.training.metrics import MetricLogger
 from jaxllm.training.scoring import Measurement, Selection
 from jaxllm.training.start import Run, placed
 from jaxllm.training.state import TrainState
+from jaxllm.training.stopping import stop_requests
 
 
 class TrainingStopped(RuntimeError):
@@ -183,7 +184,7 @@ def _loop(
   faults = Faults(experiment, run.path)
   saved = step = first
   waiting, saved_at = None, time.monotonic()
-  with distributed.stop_requests(first, last) as stopping, metrics_lib.open_logger(
+  with stop_requests(first, last) as stopping, metrics_lib.open_logger(
     run.path, experiment, run.mesh, first, run.goodput
   ) as log, goodput_lib.tracing(run.path, run.profile_steps) as trace:
 
