@@ -112,8 +112,7 @@ def diff(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
   return [
     (path, old_leaves.get(path, missing), new_leaves.get(path, missing))
     for path in dict.fromkeys([*old_leaves, *new_leaves])
-    if old_leaves.get(path, missing) != new_leaves.get(path, missing)
-  ]
+    if old_leaves.get(path, missing) != new_leaves.get(path, missing)]
 
 
 def describe(config: Config, path: str = '--config', width: int = 100) -> str:
@@ -463,8 +462,7 @@ def _override(config: Any, changes: Sequence[tuple[str, list[str], Any]]) -> Any
       continue
     if not isinstance(child, Config):
       raise ConfigError(
-        f'config.{parts[0][0]}: {key} is {child!r}, which has no fields; set {key} itself as JSON'
-      )
+        f'config.{parts[0][0]}: {key} is {child!r}, which has no fields; set {key} itself as JSON')
     updates[key] = _override(child, parts)
   changed = {'.'.join([key, *rest]) for _, (key, *rest), _ in changes}
   return config.replace(**config.follow(updates, changed))
@@ -478,8 +476,7 @@ def _check_field(config: Config, path: str, key: str, depth: int) -> None:
     hint = same or mistakes.hint(key, fields, '.'.join(['config', *parents, '']), 0.4)
     raise ConfigError(
       f'config.{path}: {type(config).__name__} has no field {key!r}{hint} '
-      f'(fields: {", ".join(fields)})'
-    )
+      f'(fields: {", ".join(fields)})')
 
 
 def _read_value(cls: type[Config], key: str, path: str, value: Any) -> Any:

@@ -18,21 +18,17 @@ SOURCE = FLAGS.string(
 )
 TARGET = FLAGS.string('target', None, 'The new directory.', required=True)
 FORMAT = FLAGS.enum(
-  'format', 'jaxllm', ['jaxllm', 'huggingface', 'exported', 'peft'], 'What to write.'
-)
+  'format', 'jaxllm', ['jaxllm', 'huggingface', 'exported', 'peft'], 'What to write.')
 FLAGS.section('Details')
 DTYPE = FLAGS.enum(
-  'dtype', None, ['float32', 'bfloat16'], 'Of the written parameters; by default as they are.'
-)
+  'dtype', None, ['float32', 'bfloat16'], 'Of the written parameters; by default as they are.')
 REVISION = FLAGS.string('revision', None, 'Commit, tag or branch of a name of the hub.')
 IGNORE_AUTO_MAP = FLAGS.bool(
-  'ignore_auto_map', False, 'Read a model whose config.json names code, which is not run.'
-)
+  'ignore_auto_map', False, 'Read a model whose config.json names code, which is not run.')
 MESH = FLAGS.string(
   'mesh', None, 'Devices to split it over meanwhile, as in fsdp=4,tensor=2; by default one.')
 BUCKETS = FLAGS.list(
-  'buckets', ['128', '512', '2048'], 'Lengths in tokens of exported programs.'
-)
+  'buckets', ['128', '512', '2048'], 'Lengths in tokens of exported programs.')
 
 
 def main(_) -> None:  # noqa: D103

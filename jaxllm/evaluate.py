@@ -19,8 +19,7 @@ FLAGS = config.Flags()
 MODEL, MESH, DTYPE = FLAGS.model()
 TASKS = FLAGS.string('tasks', None, 'Kinds of tasks, or a .json file of their configs.')
 DATA = FLAGS.string(
-  'data', None, 'Records of the task: a file, package:NAME, tfds:NAME?split= or hf:NAME?split=.'
-)
+  'data', None, 'Records of the task: a file, package:NAME, tfds:NAME?split= or hf:NAME?split=.')
 TEXT = FLAGS.multi_string('text', [], 'A file to measure; may be repeated.')
 SPLIT = FLAGS.string('split', None, "What is scored: 'test' of tasks, else 'validation'.")
 LIMIT = FLAGS.integer('limit', None, 'Most records of a task.', 1)
@@ -29,11 +28,9 @@ OUTPUT = FLAGS.string('output', None, 'File for scores and predictions, as JSON.
 JSON = FLAGS.bool('json', False, 'Print JSON.')
 FLAGS.section('Windows and batches')
 CONTEXT_LENGTH = FLAGS.integer(
-  'context_length', None, "Tokens of a window of a text; by default the model's, at most 1024.", 2
-)
+  'context_length', None, "Tokens of a window of a text; by default the model's, at most 1024.", 2)
 STRIDE = FLAGS.integer(
-  'stride', None, 'Tokens that a window of a text predicts; by default half of it.', 1
-)
+  'stride', None, 'Tokens that a window of a text predicts; by default half of it.', 1)
 BATCH_SIZE = FLAGS.integer('batch_size', 8, 'Records or prompts in one batch.', 1)
 FLAGS.section(config.LOADING)
 QUANTIZE = FLAGS.enum(

@@ -273,8 +273,7 @@ def check_model(field: str, path: str, params: Any, expected: str | None) -> str
   if expected not in (None, found):
     raise ValueError(
       f'config.{field}={path!r} is not the model that the run began with: its parameters have the '
-      f'fingerprint {found}, not {expected}; put the original back'
-    )
+      f'fingerprint {found}, not {expected}; put the original back')
   return found
 
 

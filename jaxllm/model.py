@@ -135,13 +135,11 @@ class Model:
     array = np.asarray(ids, np.int64)
     if array.ndim != 1 or not array.size or array.size > self.config.max_length:
       raise ValueError(
-        f'ids of shape {array.shape}: expected 1 to {self.config.max_length} token ids'
-      )
+        f'ids of shape {array.shape}: expected 1 to {self.config.max_length} token ids')
     if array.min() < 0 or array.max() >= self.config.vocab_size:
       raise ValueError(
         f'token id {array.max() if array.min() >= 0 else array.min()} is not in the vocabulary '
-        f'(0 to {self.config.vocab_size - 1})'
-      )
+        f'(0 to {self.config.vocab_size - 1})')
     return jnp.asarray(array[None], jnp.int32)
 
 

@@ -183,8 +183,7 @@ def _text_generation(model: Model, fields: Mapping[str, Any], how: _How) -> Pipe
     found = _continue(model, how, ids, sampling, stop, model.eos_token_ids)
     results = [
       [{'generated_text': (prompt if return_full_text else '') + text}]
-      for prompt, text in zip(several, found, strict=True)
-    ]
+      for prompt, text in zip(several, found, strict=True)]
     return results[0] if isinstance(prompts, str) else results
 
   return generate
@@ -211,8 +210,7 @@ def _chat(model: Model, fields: Mapping[str, Any], how: _How) -> Pipeline:
     found = _continue(model, how, ids, sampling, (*stop, *chat.stop), chat.eos_token_ids)
     results = [
       [{'generated_text': [*one, {'role': 'assistant', 'content': text.strip()}]}]
-      for one, text in zip(several, found, strict=True)
-    ]
+      for one, text in zip(several, found, strict=True)]
     return results[0] if single else results
 
   return reply

@@ -95,8 +95,7 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
     shape = ', '.join(f'{a}={getattr(config, a)}' for a in MESH_AXES)
     raise ValueError(
       f'config.mesh ({shape}) needs a multiple of {known} devices but there are {num_devices}; '
-      'change the sizes so that they multiply to the device count (one may be -1)'
-    )
+      'change the sizes so that they multiply to the device count (one may be -1)')
   if sizes[0] % config.slices:
     raise ValueError(f'config.mesh.slices={config.slices} does not divide data={sizes[0]}, what '
                      f'the other axes leave of {num_devices} devices; change one of the sizes')
@@ -259,8 +258,7 @@ def shardings(axes: Any, shapes: Any, mesh: Mesh, config: MeshConfig) -> Any:
         raise ValueError(
           f'{path.lstrip("/")}: axis {name!r} has size {size}, which {mesh_axes} ({parts} devices) '
           'does not divide; change the mesh sizes, or give the axis another rule in '
-          'config.mesh.rules'
-        )
+          'config.mesh.rules')
     return NamedSharding(mesh, spec)
 
   return walk(axes, shapes, '')
@@ -314,8 +312,7 @@ def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[
   """
   return {
     name: jax.make_array_from_process_local_data(where, batch[name])
-    for name, where in batch_shardings(batch, sharding).items()
-  }
+    for name, where in batch_shardings(batch, sharding).items()}
 
 
 # Where the code being traced runs: a property of the trace, not of the model, so that model code

@@ -84,8 +84,7 @@ def abstract(config: LoraConfig, params: Tree, axes: Tree) -> tuple[Tree, Tree]:
   names = {
     path: dict(zip(('a', 'b', 'scale'), shapes(path, kernel_axes[f'{path}/kernel'], 'rank'),
                    strict=True))
-    for path, _ in _targets(config, params)
-  }
+    for path, _ in _targets(config, params)}
   leaves = jax.eval_shape(lambda key: init(config, params, key), jax.random.key(0))
   return leaves, unflatten_dict(names, sep='/')
 

@@ -242,8 +242,7 @@ def _read(
   target = tree.nest(leaves)
   restore_args = jax.tree.map(
     lambda leaf: ocp.ArrayRestoreArgs(
-      sharding=leaf.sharding or default, global_shape=leaf.shape, dtype=leaf.dtype, strict=True
-    ),
+      sharding=leaf.sharding or default, global_shape=leaf.shape, dtype=leaf.dtype, strict=True),
     target,
   )
   with _reading(step, STATE):

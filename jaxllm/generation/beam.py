@@ -101,8 +101,7 @@ def beam_search(
   return [
     [decode.completion(request, tokens_PKS[row, beam], (), lengths_PK[row, beam],
                        score=float(scores_PK[row, beam])) for beam in range(beams.num_return)]
-    for row, request in enumerate(requests)
-  ]
+    for row, request in enumerate(requests)]
 
 
 @functools.partial(

@@ -79,8 +79,7 @@ def row_values(
   values: dict[str, Any] = {
     name: np.asarray([getattr(config, name) for config in configs],
                      np.float32 if isinstance(RULES[name].off, float) else np.int32)
-    for name in names if name != 'biases'
-  }
+    for name in names if name != 'biases'}
   if 'biases' in names:
     values['biases'] = _biases(configs, least_biases)
   return values

@@ -33,8 +33,7 @@ def _render(request):
     raise jinja2.exceptions.TemplateError(message)
 
   environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
-  )
+    trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
   # Jinja's own filter escapes the characters that HTML reserves.
   environment.filters['tojson'] = (
     lambda value, ensure_ascii=False, indent=None, separators=None, sort_keys=False: json.dumps(

@@ -106,8 +106,7 @@ def prove(
     raise ConversionError(
       'the converted model does not compute what its source does: logits differ by '
       f'{error_T[worst]:.3g} (bound {bound_T[worst]:.3g}), top-1 agreement '
-      f'{100 * same_T.mean():.1f}%'
-    )
+      f'{100 * same_T.mean():.1f}%')
   return figures
 
 
@@ -129,11 +128,9 @@ def describe(source: Source, dtype: str | None, proof: Mapping[str, Any]) -> dic
        'sha256': hashlib.sha256(np.ascontiguousarray(tensor.raw()).data).hexdigest(),
        'targets': list(slot.targets), 'layer': slot.layer,
        **({} if slot.expert is None else {'expert': slot.expert})}
-      for slot in source.slots for tensor in [source.tensors[slot.name]]
-    ],
+      for slot in source.slots for tensor in [source.tensors[slot.name]]],
     'parameters': {
-      path: list(shape) for path, shape in weights.parameter_shapes(source.config).items()
-    },
+      path: list(shape) for path, shape in weights.parameter_shapes(source.config).items()},
     'missing': [],
     'not_needed': dict(source.ignored),
     'config_keys_without_effect': list(source.unread),
@@ -257,8 +254,7 @@ def _write(
     where = jax.tree.map(lambda leaf: leaf.sharding, variables['params'])
     params, bundle = reading.restore_params(directory, shardings=where)
     return dataclasses.replace(
-      model, config=model_config(bundle), variables={'params': params}
-    )
+      model, config=model_config(bundle), variables={'params': params})
   exported.save(
     directory, config, variables, files, buckets, add_bos=add_bos, source=origin)
   return model

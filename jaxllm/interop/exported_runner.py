@@ -93,8 +93,7 @@ def generate(
   tokens = np.zeros((1, size), np.int32)
   tokens[0, : len(ids)] = ids
   token, cache = program(artefact, f'prefill_{size}')(
-    artefact['weights'], tokens, np.array([len(ids)], np.int32), request
-  )
+    artefact['weights'], tokens, np.array([len(ids)], np.int32), request)
   made: list[int] = []
   while True:
     made.append(int(token[0]))
@@ -104,8 +103,7 @@ def generate(
       return made
     request['index'] = np.array([len(made)], np.int32)
     token, cache = program(artefact, f'decode_{size}')(
-      artefact['weights'], cache, token[:, None], request
-    )
+      artefact['weights'], cache, token[:, None], request)
 
 
 def main() -> None:

@@ -114,8 +114,7 @@ def _refuse_code(keys: Mapping[str, Any], where: object, ignore_auto_map: bool) 
     raise ValueError(
       f'{where}: auto_map names code that comes with the model; jaxllm never runs such code. Where '
       'its own decoder for this model_type is meant anyway, say ignore_auto_map=True '
-      '(--ignore_auto_map)'
-    )
+      '(--ignore_auto_map)')
 
 
 def _check_tied(
@@ -205,8 +204,7 @@ def choose_format(config: DecoderConfig, model_type: str | None = None) -> Forma
   nearest = model_type or min(lost, key=lambda name: len(lost[name]))
   raise ValueError(
     f'{"no Hugging Face family" if model_type is None else model_type} can say all of this config; '
-    f'what {nearest} cannot say: {"; ".join(lost[nearest])}'
-  )
+    f'what {nearest} cannot say: {"; ".join(lost[nearest])}')
 
 
 def _lost(form: Format, config: DecoderConfig) -> list[str]:
@@ -217,8 +215,7 @@ def _lost(form: Format, config: DecoderConfig) -> list[str]:
     return [str(error)] * len(DecoderConfig.model_fields)
   return [
     f'{path} ({before!r} would be read as {after!r})'
-    for path, before, after in config_lib.diff(normal(config), normal(again))
-  ]
+    for path, before, after in config_lib.diff(normal(config), normal(again))]
 
 
 def normal(config: DecoderConfig) -> DecoderConfig:

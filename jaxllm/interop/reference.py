@@ -52,8 +52,7 @@ _NAMES: dict[str, dict[str, str]] = {
   },
   'phi3': _LLAMA | {'qkv': 'self_attn.qkv_proj', 'gate_up': 'mlp.gate_up_proj'},
   'olmo2': {
-    part: name for part, name in _SANDWICH.items() if part not in ('norm1', 'norm2')
-  },
+    part: name for part, name in _SANDWICH.items() if part not in ('norm1', 'norm2')},
   'gemma2': _SANDWICH, 'gemma3_text': _SANDWICH,
   'olmoe': _EXPERTS, 'qwen2_moe': _EXPERTS, 'qwen3_moe': _EXPERTS,
   'mixtral': _LLAMA | {
@@ -320,8 +319,7 @@ def _from_keys(keys: Keys, length: int) -> _Spec:
   gemma, neox = kind.startswith('gemma'), kind == 'gpt_neox'
   depth, heads = keys['num_hidden_layers'], keys.get('num_attention_heads', 8)
   head_dim = keys.get('head_dim') or {'qwen3': 128}.get(kind) or (
-    256 if gemma else keys['hidden_size'] // heads
-  )
+    256 if gemma else keys['hidden_size'] // heads)
   kinds = keys.get('layer_types') or []
   spec = _Spec(
     _NAMES.get(kind, _LLAMA), depth, heads,

@@ -65,8 +65,7 @@ def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
   shapes, _ = decoder.abstract(config.replace(vocab_multiple=1))
   return {
     path: leaf.shape[num_stacked(path) :]
-    for path, leaf in tree.flatten(shapes['params']).items()
-  }
+    for path, leaf in tree.flatten(shapes['params']).items()}
 
 
 def slots(form: Format, config: DecoderConfig) -> list[Slot]:
@@ -147,14 +146,12 @@ def split(
     heads, dim = shapes[slot.targets[0]][-2:]
     parts = array.reshape(*array.shape[:-1], heads, len(slot.targets), dim)
     return {
-      target: parts[..., i, :].reshape(shapes[target]) for i, target in enumerate(slot.targets)
-    }
+      target: parts[..., i, :].reshape(shapes[target]) for i, target in enumerate(slot.targets)}
   sizes = [_outputs(target, shapes[target]) for target in slot.targets]
   pieces = np.split(array, np.cumsum(sizes)[:-1], axis=-1)
   return {
     target: piece.reshape(shapes[target])
-    for target, piece in zip(slot.targets, pieces, strict=True)
-  }
+    for target, piece in zip(slot.targets, pieces, strict=True)}
 
 
 def join(form: Format, slot: Slot, parts: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -167,13 +164,11 @@ def join(form: Format, slot: Slot, parts: Mapping[str, np.ndarray]) -> np.ndarra
   elif kernel:
     flat = [
       part.reshape(-1, _outputs(target, part.shape))
-      for target, part in zip(slot.targets, arrays, strict=True)
-    ]
+      for target, part in zip(slot.targets, arrays, strict=True)]
     array = np.concatenate(flat, axis=1) if len(flat) > 1 else flat[0]
   else:
     array = arrays[0] if arrays[0].shape == slot.shape else np.concatenate(
-      [part.reshape(-1) for part in arrays]
-    )
+      [part.reshape(-1) for part in arrays])
   return array.T if _is_transposed(form, slot.targets[0]) else array
 
 

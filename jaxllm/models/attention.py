@@ -214,8 +214,7 @@ def fused_attention(
 def is_fused(config: DecoderConfig) -> bool:
   """Return whether whole sequences go to a kernel that makes its own mask, on this platform."""
   return config.attention == 'splash' or (
-    config.attention == 'cudnn' and sharding.platform() == 'gpu'
-  )
+    config.attention == 'cudnn' and sharding.platform() == 'gpu')
 
 
 def decodes_paged(config: DecoderConfig, cache: kv_cache.KVCache, length: int) -> bool:

@@ -22,7 +22,7 @@ from jaxllm.models import cache as kv_cache
 from jaxllm.models.attention import INTERMEDIATES, MASKED, Attention, View, softcap
 from jaxllm.models.cache import KVCache, init_cache
 from jaxllm.models.config import DecoderConfig, RematConfig
-from jaxllm.models.linear import Embed, Linear, in_own_dtype
+from jaxllm.models.linear import Embed, Linear, in_own_dtype, with_narrow_gradients
 from jaxllm.models.mlp import Mlp
 from jaxllm.models.moe import AUX, Moe
 from jaxllm.models.norms import Norm
@@ -67,8 +67,7 @@ class Block(nn.Module):
     """Return (x_BTD, cache) after this layer; arguments as in `Attention`."""
     config = self.config
     added, cache = Attention(config, name='attention')(
-      self._before('attention_norm', x_BTD), view, deterministic, cache, layer, cache_positions_BT
-    )
+      self._before('attention_norm', x_BTD), view, deterministic, cache, layer, cache_positions_BT)
     added = checkpoint_name(added, 'attention_out')
     added = self._after('attention_post_norm', added, deterministic)
     mixed = x_BTD + added
@@ -112,12 +111,10 @@ class Decoder(nn.Module):
     config = self.config
     stddev = config.initializer.stddev or 1.0
     self.embed = Embed(
-      config.padded_vocab_size, config.embed_dim, ('vocab', 'embed'), stddev, config.dtype
-    )
+      config.padded_vocab_size, config.embed_dim, ('vocab', 'embed'), stddev, config.dtype)
     if isinstance(config.positions, LearnedPositions):
       self.positions = Embed(
-        config.max_length, config.embed_dim, ('positions', 'embed'), stddev, config.dtype
-      )
+        config.max_length, config.embed_dim, ('positions', 'embed'), stddev, config.dtype)
     self.dropout = nn.Dropout(config.dropout_rate)
     self.final_norm = _norm(config)
     if not config.tied_head:
@@ -242,8 +239,7 @@ class Decoder(nn.Module):
     config = self.config
     layers: Any = {
       name: nn.meta.unbox(tree['layers'])
-      for name, tree in self.variables.items() if name in _LAYERED and 'layers' in tree
-    }
+      for name, tree in self.variables.items() if name in _LAYERED and 'layers' in tree}
     drops = not deterministic and max(config.dropout_rate, config.attention_dropout_rate) > 0
     key = self.make_rng('dropout') if drops else None
     scanned = config.scan_layers and not any('0' in tree for tree in layers.values())
@@ -258,19 +254,17 @@ class Decoder(nn.Module):
       rngs = None if key is None else {'dropout': jax.random.fold_in(key, layer)}
       (x_BTD, cache), sown = Block(config, parent=None).apply(
         variables, x_BTD, view, deterministic, cache, layer, cache_positions_BT, rngs=rngs,
-        mutable=collected
-      )
+        mutable=collected)
       return x_BTD, cache, _add_aux({}, sown.get(AUX, {})), sown.get(INTERMEDIATES, {})
 
     if config.remat != 'none':
       run_block = jax.checkpoint(
-        run_block, policy=_remat_policy(config.remat), prevent_cse=not scanned
-      )
+        run_block, policy=_remat_policy(config.remat), prevent_cse=not scanned)
     if scanned:
       scan: Callable[..., Any] = functools.partial(
         _scan, run_block, views=views, cache=cache, kinds=config.layer_kinds)
       if on_tpu and cache is None and 'lora' not in layers:
-        scan = _with_narrow_gradients(scan, config.dtype)
+        scan = with_narrow_gradients(scan, config.dtype)
       elif on_tpu:
         layers = (layers,)
       x_BTD, cache, aux, seen_L = scan(layers, x_BTD)
@@ -352,8 +346,7 @@ def parameter_counts(config: DecoderConfig) -> Any:
   return jax.tree.map(
     lambda leaf, names: math.prod(
       config.vocab_size if name == 'vocab' else size
-      for size, name in zip(leaf.shape, names, strict=True)
-    ),
+      for size, name in zip(leaf.shape, names, strict=True)),
     *abstract(config),
   )
 
@@ -379,8 +372,7 @@ def _default_positions(
   if isinstance(config.positions, LearnedPositions) and length > config.max_length:
     raise ValueError(
       f'{length} tokens, but max_length={config.max_length} positions are learned: shorten the '
-      'input or raise max_length'
-    )
+      'input or raise max_length')
   return jnp.arange(length, dtype=jnp.int32)[None]
 
 
@@ -396,8 +388,7 @@ def _single_layers(layers: Mapping[str, Any], num_layers: int) -> list[Any]:
     return [layers[str(i)] for i in range(num_layers)]
   # Split, not sliced: the gradient is then one concatenation instead of a sum of padded arrays.
   parts = jax.tree.map(
-    lambda leaf: [jnp.squeeze(one, 0) for one in jax.lax.split(leaf, [1] * num_layers)], layers
-  )
+    lambda leaf: [jnp.squeeze(one, 0) for one in jax.lax.split(leaf, [1] * num_layers)], layers)
   inner = jax.tree.structure([0] * num_layers)
   return jax.tree.transpose(jax.tree.structure(layers), inner, parts)
 
@@ -409,33 +400,6 @@ def _add_aux(totals: Aux, sown: Mapping[str, Any]) -> Aux:
     name = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)][-1]
     totals[name] = totals.get(name, 0.0) + jnp.asarray(value, jnp.float32)
   return totals
-
-
-def _with_narrow_gradients(scan: Callable[..., Any], dtype: str) -> Callable[..., Any]:
-  """Return `scan` of (layers, x_BTD), with gradients of kernels that are held as they are made.
-
-  They are made in the compute dtype, but those of float32 parameters would be float32 in the stack.
-  """
-  run = jax.custom_vjp(lambda layers, x_BTD: scan((layers,), x_BTD))
-
-  def forward(layers: Any, x_BTD: jax.Array) -> tuple[Any, Any]:
-    gradients = jax.tree_util.tree_map_with_path(
-      lambda path, leaf: jnp.zeros(leaf.shape, dtype if _is_narrow(path) else leaf.dtype), layers)
-    outputs, backward = jax.vjp(
-      lambda gradients, x_BTD: scan((layers, gradients), x_BTD), gradients, x_BTD)
-    return outputs, (backward, jax.tree.map(lambda leaf: jnp.zeros((), leaf.dtype), layers))
-
-  def backward(residuals: Any, cotangents: Any) -> tuple[Any, jax.Array]:
-    gradients, x_BTD = residuals[0](cotangents)
-    return jax.tree.map(lambda one, like: one.astype(like.dtype), gradients, residuals[1]), x_BTD
-
-  run.defvjp(forward, backward)
-  return run
-
-
-def _is_narrow(path: Any) -> bool:
-  """Return whether a kernel is cast to the compute dtype before it is used; a router's is not."""
-  return path[-1].key == 'kernel' and path[-2].key != 'router'
 
 
 def _scan(run_block, layers, x_BTD, views, cache, kinds):

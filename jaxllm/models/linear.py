@@ -5,7 +5,7 @@ applied (compute dtype, LoRA, quantised kernels) is changed here and nowhere els
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -180,6 +180,33 @@ in_own_dtype.defvjp(
   lambda layer, gradient=None: (
     in_own_dtype(layer), jax.tree.map(lambda leaf: jnp.zeros((), leaf.dtype), gradient)),
   _cast_gradient)
+
+
+def with_narrow_gradients(scan: Callable[..., Any], dtype: str) -> Callable[..., Any]:
+  """Return `scan` of (layers, x_BTD), with gradients of kernels that are held as they are made.
+
+  They are made in the compute dtype, but those of float32 parameters would be float32 in the stack.
+  """
+  run = jax.custom_vjp(lambda layers, x_BTD: scan((layers,), x_BTD))
+
+  def forward(layers: Any, x_BTD: jax.Array) -> tuple[Any, Any]:
+    gradients = jax.tree_util.tree_map_with_path(
+      lambda path, leaf: jnp.zeros(leaf.shape, dtype if _is_narrow(path) else leaf.dtype), layers)
+    outputs, backward = jax.vjp(
+      lambda gradients, x_BTD: scan((layers, gradients), x_BTD), gradients, x_BTD)
+    return outputs, (backward, jax.tree.map(lambda leaf: jnp.zeros((), leaf.dtype), layers))
+
+  def backward(residuals: Any, cotangents: Any) -> tuple[Any, jax.Array]:
+    gradients, x_BTD = residuals[0](cotangents)
+    return jax.tree.map(lambda one, like: one.astype(like.dtype), gradients, residuals[1]), x_BTD
+
+  run.defvjp(forward, backward)
+  return run
+
+
+def _is_narrow(path: Any) -> bool:
+  """Return whether a kernel is cast to the compute dtype before it is used; a router's is not."""
+  return path[-1].key == 'kernel' and path[-2].key != 'router'
 
 
 class Linear(nn.Module):

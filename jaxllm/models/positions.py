@@ -177,8 +177,7 @@ def _frequencies(config: RotaryPositions, dim: int, length_B: jax.Array) -> jax.
     case LongRopeScaling():
       short_P, long_P = (
         jnp.asarray(frequencies_P / np.asarray(factors), jnp.float32)
-        for factors in (scaling.short_factors, scaling.long_factors)
-      )
+        for factors in (scaling.short_factors, scaling.long_factors))
       is_long_B = length_B > scaling.original_length
       return jnp.where(is_long_B[:, None], long_P[None], short_P[None])
   return jnp.asarray(frequencies_P, jnp.float32)[None]

@@ -220,8 +220,7 @@ def _muon(
 
   orthogonal = optax.chain(
     optax.contrib.scale_by_muon(
-      beta=momentum, mu_dtype=momentum_dtype, weight_dimension_numbers=lambda _: masked
-    ),
+      beta=momentum, mu_dtype=momentum_dtype, weight_dimension_numbers=lambda _: masked),
     optax.stateless(lambda updates, _: jax.tree.map(scale, updates, masked)),
   )
   adam = _adam(beta1, beta2, epsilon, momentum_dtype, second_moment_dtype)

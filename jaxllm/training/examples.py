@@ -131,8 +131,7 @@ def _make_pairs(
       encoding.truncate(
         tokens, experiment.data.context_length - (longest - len(tokens.ids)),
         task.truncation)
-      for tokens in both
-    )
+      for tokens in both)
     before.append(both[0])
     after.append(chosen if other else None)
     if chosen and other:

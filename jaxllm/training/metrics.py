@@ -117,8 +117,7 @@ class MetricLogger:
     if not scalars['applied']:
       self._progress.message(
         f'step {step}: not applied (loss {scalars["loss"]:.4g}, gradient norm '
-        f'{scalars["grad_norm"]:.4g}), {scalars["skipped"]:.0f} in all'
-      )
+        f'{scalars["grad_norm"]:.4g}), {scalars["skipped"]:.0f} in all')
     seconds = time.monotonic() - self._since
     self._progress.update(step, scalars['loss'], self._tokens / seconds)
     if step % self._training.log_every_steps == 0 or step == self._training.num_steps:

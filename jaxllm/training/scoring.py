@@ -64,8 +64,7 @@ def take(measurements: Iterable[Measurement], variables: Any) -> Scores:
   """Return the scores of all measurements, named 'validation/NAME' and 'task/KIND/NAME'."""
   return {
     f'{one.group}/{name}': value for one in measurements
-    for name, value in one.measure(variables).items()
-  }
+    for name, value in one.measure(variables).items()}
 
 
 def make_held_out(
@@ -88,8 +87,7 @@ def make_held_out(
   # The first records as they lie may be of one source; in a random order, they are a sample.
   batches = dataset.make_batches(
     split, experiment.evaluation.batch_size or experiment.training.batch_size,
-    max_batches is not None, 1
-  )
+    max_batches is not None, 1)
   count = min(batches.num_batches, max_batches or batches.num_batches)
   batch_sharding = sharding.batch_sharding(mesh, experiment.mesh)
   if experiment.objective_record.by_token:
@@ -231,5 +229,4 @@ def restore_selection(
   records = metrics.read(storage.path(workdir) / 'metrics.jsonl')
   return Selection(config.metric, experiment.measured[config.metric], config.patience, tuple(
     (record['step'], record[config.metric]) for record in records
-    if record['step'] <= step and record.get(config.metric) is not None
-  ))
+    if record['step'] <= step and record.get(config.metric) is not None))

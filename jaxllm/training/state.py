@@ -59,8 +59,7 @@ class TrainState(flax.struct.PyTreeNode):
 def make_schedule(experiment: Experiment) -> optax.Schedule:
   """Return the learning-rate schedule of the run."""
   return optimizers.make_schedule(
-    experiment.schedule, experiment.optimizer.learning_rate, experiment.training.num_steps
-  )
+    experiment.schedule, experiment.optimizer.learning_rate, experiment.training.num_steps)
 
 
 def make_optimizer(experiment: Experiment) -> optax.GradientTransformation:
@@ -95,8 +94,7 @@ def trained_count(experiment: Experiment) -> int:
   constant = experiment.finetune.lora is not None
   return sum(
     leaf.size for (path, leaf), factor in zip(paths, factors, strict=True)
-    if factor and not (constant and path[-1].key == 'scale')
-  )
+    if factor and not (constant and path[-1].key == 'scale'))
 
 
 def init_state(
@@ -246,8 +244,7 @@ def _quantized_axes(axes: Any, shapes: Any) -> Any:
     return axes
   return {
     name: tuple(axis if size > 1 else None for axis, size in zip(axes, leaf.shape, strict=True))
-    for name, leaf in shapes.items()
-  }
+    for name, leaf in shapes.items()}
 
 
 def _placed(shapes: Any, axes: Any, experiment: Experiment, mesh: Mesh) -> Any:

@@ -69,8 +69,7 @@ def abstract_batch(experiment: Experiment, mesh: Mesh) -> dict[str, jax.ShapeDty
   return {
     name: jax.ShapeDtypeStruct(
       (experiment.training.batch_size, array.shape[1]), array.dtype, sharding=where[name])
-    for name, array in empty.items()
-  }
+    for name, array in empty.items()}
 
 
 def make_pure_step(experiment: Experiment, tx: optax.GradientTransformation) -> Step:

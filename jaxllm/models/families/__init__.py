@@ -14,5 +14,4 @@ HUGGINGFACE: dict[str, Format] = {
     gpt2.HUGGINGFACE, llama.LLAMA, llama.SMOLLM3, llama.MISTRAL, llama.QWEN2, llama.QWEN3,
     gemma.GEMMA, gemma.GEMMA2, gemma.GEMMA3, gemma.GEMMA3_MULTIMODAL, llama.PHI3, llama.OLMO2,
     neox.HUGGINGFACE, experts.MIXTRAL, experts.OLMOE, experts.QWEN2, experts.QWEN3,
-  )
-}
+  )}

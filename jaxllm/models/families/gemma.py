@@ -70,8 +70,7 @@ def _common(keys: hf.Keys) -> dict[str, Any]:
   kind = hf.activation(keys, 'hidden_activation', keys.get('hidden_act') or 'gelu_pytorch_tanh')
   return {
     'norm': NormConfig(
-      kind='rmsnorm', epsilon=hf.number(keys, 'rms_norm_eps', 1e-6), scale_plus_one=True
-    ),
+      kind='rmsnorm', epsilon=hf.number(keys, 'rms_norm_eps', 1e-6), scale_plus_one=True),
     'activation': 'gelu_tanh' if kind == 'gelu' else kind,
     'embedding_scale': hf.size(keys, 'hidden_size') ** 0.5,
   }
@@ -182,6 +181,5 @@ GEMMA3_MULTIMODAL = hf.Format(
   aliases={'language_model.lm_head.weight': 'lm_head.weight'},
   ignored={
     rf'(model\.)?{part}\..*': 'vision, of which we read the text model only'
-    for part in ('vision_tower', 'multi_modal_projector')
-  },
+    for part in ('vision_tower', 'multi_modal_projector')},
 )

@@ -68,8 +68,7 @@ def _decode(keys: hf.Keys) -> DecoderConfig:
 def _encode(config: DecoderConfig) -> dict[str, Any]:
   return hf.common_keys(config, _SIZES) | {
     'activation_function': (
-      'gelu_new' if config.activation == 'gelu_tanh' else hf.ACTIVATION_NAMES[config.activation]
-    ),
+      'gelu_new' if config.activation == 'gelu_tanh' else hf.ACTIVATION_NAMES[config.activation]),
     'layer_norm_epsilon': config.norm.epsilon,
     'embd_pdrop': config.dropout_rate,
     'resid_pdrop': config.dropout_rate,

@@ -75,8 +75,7 @@ class Format:
   fused: Literal['concatenated', 'per_head'] = 'concatenated'
   aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
   ignored: Mapping[str, str] = dataclasses.field(
-    default_factory=lambda: {r'.*\.rotary_emb\.inv_freq': 'rotary frequencies, computed'}
-  )
+    default_factory=lambda: {r'.*\.rotary_emb\.inv_freq': 'rotary frequencies, computed'})
 
 
 def size(keys: Keys, name: str, default: int | None = None, limit: int = MAX_SIZE) -> int:
@@ -130,8 +129,7 @@ def affine_names(names: Mapping[str, str]) -> dict[str, str]:
   """Return the names of the weight and the bias of kernels and norms."""
   return {
     f'{path}/{leaf}': f'{name}.{kind}' for path, name in names.items()
-    for leaf, kind in (('scale' if 'norm' in path else 'kernel', 'weight'), ('bias', 'bias'))
-  }
+    for leaf, kind in (('scale' if 'norm' in path else 'kernel', 'weight'), ('bias', 'bias'))}
 
 
 def qkv_names(
@@ -140,8 +138,7 @@ def qkv_names(
   """Return the names of queries, keys and values that are fused into one tensor."""
   return {
     tuple(f'layers/attention/{part}/{leaf}' for part in ('query', 'key', 'value')): f'{name}.{kind}'
-    for leaf, kind in leaves.items()
-  }
+    for leaf, kind in leaves.items()}
 
 
 def with_defaults(keys: Keys, defaults: Keys) -> Keys:
@@ -215,8 +212,7 @@ def rotary(
   return RotaryPositions(
     base=number(rope, 'rope_theta', number(keys, 'rope_theta', base)),
     fraction=number(
-      rope, 'partial_rotary_factor', number(keys, 'partial_rotary_factor', fraction)
-    ),
+      rope, 'partial_rotary_factor', number(keys, 'partial_rotary_factor', fraction)),
     scaling=_SCALINGS[kind](keys, rope),
   )
 

@@ -51,8 +51,7 @@ def _smollm2(*sizes: int, num_kv_heads: int, base: float) -> DecoderConfig:
 
 
 _MISTRAL = _LLAMA3.replace(
-  vocab_size=32768, max_length=32768, positions=RotaryPositions(base=1_000_000.0)
-)
+  vocab_size=32768, max_length=32768, positions=RotaryPositions(base=1_000_000.0))
 _OLMO2 = _LLAMA2.replace(
   vocab_size=100352, norm=NormConfig(epsilon=1e-6), norm_placement='post', query_key_norm='width',
   positions=RotaryPositions(base=500_000.0),
@@ -62,8 +61,7 @@ _QWEN2 = _LLAMA2.replace(
   positions=RotaryPositions(base=1_000_000.0), tied_head=True,
 )
 _QWEN3 = _QWEN2.replace(
-  max_length=40960, num_kv_heads=8, head_dim=128, query_key_norm='head', biases=()
-)
+  max_length=40960, num_kv_heads=8, head_dim=128, query_key_norm='head', biases=())
 
 PRESETS = {
   'llama1_7b': _LLAMA1,
@@ -89,15 +87,13 @@ PRESETS = {
     layer_pattern=('global', 'global', 'global', 'global_nope'),
   ),
   'mistral_7b_v0.1': _MISTRAL.replace(
-    vocab_size=32000, positions=RotaryPositions(), layer_pattern=('local',), window=4096
-  ),
+    vocab_size=32000, positions=RotaryPositions(), layer_pattern=('local',), window=4096),
   'mistral_7b_v0.3': _MISTRAL,
   'olmo2_1b': _sized(_OLMO2, 2048, 16, 16, 8192),
   'olmo2_7b': _OLMO2,
   'olmo2_13b': _sized(_OLMO2, 5120, 40, 40, 13824),
   'phi3_mini_4k': _sized(
-    _LLAMA2, 3072, 32, 32, 8192, vocab_size=32064, layer_pattern=('local',), window=2047
-  ),
+    _LLAMA2, 3072, 32, 32, 8192, vocab_size=32064, layer_pattern=('local',), window=2047),
   'qwen2_0.5b': _sized(_QWEN2, 896, 24, 14, 4864, num_kv_heads=2),
   'qwen2_1.5b': _sized(_QWEN2, 1536, 28, 12, 8960, num_kv_heads=2),
   'qwen2_7b': _sized(
@@ -116,8 +112,7 @@ def _decode(keys: hf.Keys) -> DecoderConfig:
 
 def _encode(config: DecoderConfig) -> dict[str, Any]:
   return hf.rms_config(
-    config, attention_bias='qkv' in config.biases, mlp_bias='mlp' in config.biases
-  )
+    config, attention_bias='qkv' in config.biases, mlp_bias='mlp' in config.biases)
 
 
 # Most families have taken over these names.
@@ -135,8 +130,7 @@ NAMES = {
       'attention/value': 'self_attn.v', 'attention/out': 'self_attn.o',
       'mlp/gate': 'mlp.gate', 'mlp/up': 'mlp.up', 'mlp/down': 'mlp.down',
     }.items()
-    for leaf, kind in (('kernel', 'weight'), ('bias', 'bias'))
-  },
+    for leaf, kind in (('kernel', 'weight'), ('bias', 'bias'))},
 }
 QUERY_KEY_NORMS = {
   'layers/attention/query_norm/scale': _LAYER + 'self_attn.q_norm.weight',

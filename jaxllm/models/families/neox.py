@@ -28,8 +28,7 @@ PRESETS = {
     'pythia_1.4b': (2048, 24, 16, 50304),
     'pythia_6.9b': (4096, 32, 32, 50432),
     'neox_20b': (6144, 44, 64, 50432),
-  }.items()
-}
+  }.items()}
 
 
 def _decode(keys: hf.Keys) -> DecoderConfig:
