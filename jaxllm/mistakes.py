@@ -145,7 +145,7 @@ def sentence(error: BaseException, known: flags.FlagValues = flags.FLAGS) -> str
       f'({said(error)}); install what it needs (the extra cuda12, cuda13 or tpu of jaxllm), or set '
       'JAX_PLATFORMS=cpu')
   if isinstance(error, ImportError):
-    return versions.mismatch() or _import_sentence(error)
+    return versions.mismatch() or (_not_installed(error.name) if error.name else str(error))
   if type(error).__module__.startswith(('aiohttp', 'botocore', 'gcsfs', 'google.a')):
     return f'the bucket cannot be used: {said(error)}'
   if isinstance(error, OSError) and error.filename and error.strerror:
@@ -185,14 +185,12 @@ def package(name: str) -> Any:
   try:
     return importlib.import_module(name)
   except ImportError as error:
-    raise ImportError(_import_sentence(error) or str(error)) from error
+    raise ImportError(_not_installed(error.name or name)) from error
 
 
-def _import_sentence(error: ImportError) -> str | None:
+def _not_installed(module: str) -> str | None:
   """Return which package is missing and how to get it; None where a module of ours is."""
-  if error.name is None:
-    return str(error)
-  name = error.name.partition('.')[0]
+  name = module.partition('.')[0]
   if name == 'jaxllm':
     return None
   needs = [re.fullmatch(r"([\w.-]+).*?(?:extra == ['\"](.*)['\"])?", line)

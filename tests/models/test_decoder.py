@@ -220,7 +220,7 @@ def test_on_tpus_gradients_are_held_in_the_dtype_that_they_are_made_in(monkeypat
   variables = tiny.variables_of(dense)
   narrow = jax.jit(functools.partial(jax.grad(loss, 1), dense))(variables)
   monkeypatch.setattr(
-    decoder_lib, '_with_narrow_gradients',
+    decoder_lib, 'with_narrow_gradients',
     lambda scan, dtype: lambda layers, x_BTD: scan((layers,), x_BTD))
   assert stacks(dense, 'attention', 'query') == {'float32'}
   wide = jax.jit(functools.partial(jax.grad(loss, 1), dense))(variables)
