@@ -14,8 +14,7 @@ FLAGS = config.Flags()
 SOURCE = FLAGS.string(
   'source', None, 'A workdir, a Hugging Face directory, a .gguf file, hf:NAME of the hub, or '
   'exported programs, which are made anew.',
-  required=True,
-)
+  required=True)
 TARGET = FLAGS.string('target', None, 'The new directory.', required=True)
 FORMAT = FLAGS.enum(
   'format', 'jaxllm', ['jaxllm', 'huggingface', 'exported', 'peft'], 'What to write.')

@@ -37,8 +37,7 @@ def from_scratch(
     optimizer=OptimizerConfig(name='muon', learning_rate=0.01),
     schedule=ScheduleConfig(warmup_steps=min(20, num_steps // 10), final_fraction=0.05),
     evaluation=EvaluationConfig(every_steps=min(100, num_steps // 2), max_batches=16),
-    **fields,
-  )
+    **fields)
 
 
 def adapt_smollm2(
@@ -54,5 +53,4 @@ def adapt_smollm2(
     optimizer=OptimizerConfig(learning_rate=learning_rate),
     schedule=ScheduleConfig(warmup_steps=10, final_fraction=0.1),
     evaluation=EvaluationConfig(every_steps=30, max_batches=8),
-    **fields,
-  )
+    **fields)

@@ -94,8 +94,7 @@ def beam_search(
   found = _search(
     model, variables, state, decode_state.prompt_bucket(state, requests), count,
     max(2, 1 + len(set(eos_token_ids))) * count, beams.early_stopping,
-    jnp.float32(beams.length_penalty),
-  )
+    jnp.float32(beams.length_penalty))
   tokens_PKS, lengths_PK, scores_PK = jax.device_get(
     (found.done_tokens_PKS, found.done_lengths_PK, found.done_scores_PK))
   return [
@@ -106,8 +105,7 @@ def beam_search(
 
 @functools.partial(
   jax.jit, static_argnames=('model', 'length', 'num_beams', 'num_candidates', 'early_stopping'),
-  donate_argnames='rows',
-)
+  donate_argnames='rows')
 def _search(
   model: Decoder, variables: Any, rows: DecodeState, length: int, num_beams: int,
   num_candidates: int, early_stopping: str, length_penalty: jax.Array,
@@ -173,8 +171,7 @@ def _step(
     rows, cache=_follow(rows.cache, rows_B),
     tokens_BS=jnp.where(is_open_B[:, None], tokens_BS, rows.tokens_BS),
     lengths_B=jnp.where(is_open_B, rows.lengths_B + 1, rows.lengths_B),
-    finished_B=~jnp.repeat(new.open_P, beams),
-  ))
+    finished_B=~jnp.repeat(new.open_P, beams)))
 
 
 def _finish(old, early_stopping, length_penalty, tokens_PCS, best_PC, ends_PC, news_P, lengths_P):

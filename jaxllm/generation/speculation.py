@@ -88,8 +88,7 @@ def generate(
                        placement=draft.model.placement).cache
   state, passes_B = _speculate(
     model, variables, state, draft.model if draft else None, draft.variables if draft else None,
-    draft_cache, decode_state.prompt_bucket(state, requests), speculation,
-  )
+    draft_cache, decode_state.prompt_bucket(state, requests), speculation)
   tokens_BS, logprobs_BS, lengths_B, passes_B = jax.device_get(
     (state.tokens_BS, state.logprobs_BS, state.lengths_B, passes_B))
   results = [decode.completion(request, tokens_BS[row], logprobs_BS[row], int(lengths_B[row]))
@@ -125,8 +124,7 @@ def lookup(state: DecodeState, num_drafted: int, longest: int) -> jax.Array:
 
 @functools.partial(
   jax.jit, static_argnames=('model', 'draft_model', 'length', 'speculation'),
-  donate_argnames='state',
-)
+  donate_argnames='state')
 def _speculate(
   model: Decoder, variables: Any, state: DecodeState, draft_model: Decoder | None,
   draft_variables: Any, draft_cache: Any, length: int, speculation: SpeculationConfig,

@@ -210,8 +210,7 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str, byt
     vocab, merges,
     special=[token for token, kind in zip(tokens, kinds, strict=True) if kind == CONTROL],
     words=[token for token, kind in zip(tokens, kinds, strict=True) if kind == USER_DEFINED],
-    first=tokens[ids['bos_token_id']] if with_bos else None, **treatment(pre),
-  )
+    first=tokens[ids['bos_token_id']] if with_bos else None, **treatment(pre))
   return {'tokenizer.json': content}
 
 

@@ -314,8 +314,7 @@ def _from_keys(keys: Keys, length: int) -> _Spec:
       keys['n_embd'] // keys['n_head'], keys.get('layer_norm_epsilon', 1e-5),
       keys.get('activation_function', 'gelu_new'), layer_norm=True, in_out=True,
       tied=keys.get('tie_word_embeddings', True),
-      scale=0.0 if keys.get('scale_attn_weights', True) else 1.0,
-    )
+      scale=0.0 if keys.get('scale_attn_weights', True) else 1.0)
   gemma, neox = kind.startswith('gemma'), kind == 'gpt_neox'
   depth, heads = keys['num_hidden_layers'], keys.get('num_attention_heads', 8)
   head_dim = keys.get('head_dim') or {'qwen3': 128}.get(kind) or (
@@ -330,8 +329,7 @@ def _from_keys(keys: Keys, length: int) -> _Spec:
     parallel=neox and keys.get('use_parallel_residual', True),
     tied=keys.get('tie_word_embeddings', gemma or kind == 'smollm3'),
     window=keys.get('sliding_window'), top_k=keys.get('num_experts_per_tok', 0),
-    weights_to_1=keys.get('norm_topk_prob', kind == 'mixtral'),
-  )
+    weights_to_1=keys.get('norm_topk_prob', kind == 'mixtral'))
   if kind in ('mistral', 'mixtral', 'phi3'):
     spec.local = lambda layer: spec.window is not None
   elif kind in ('qwen2', 'qwen3') and keys.get('use_sliding_window'):
@@ -387,8 +385,7 @@ def _from_metadata(keys: Keys, get: Get, length: int) -> _Spec:
     _NAMES['gguf'], value('block_count'), heads, value('attention.head_count_kv', heads), head_dim,
     value('attention.layer_norm_rms_epsilon'), 'gelu_pytorch_tanh' if gemma else 'silu',
     neighbours=kind == 'llama', embed_factor=width**0.5 if gemma else 1.0,
-    top_k=value('expert_used_count', 0), weights_to_1=kind in ('llama', 'qwen3moe'),
-  )
+    top_k=value('expert_used_count', 0), weights_to_1=kind in ('llama', 'qwen3moe'))
   if kind in ('gemma2', 'gemma3'):
     every = value('attention.sliding_window_pattern', 2 if kind == 'gemma2' else 6)
     spec.window = value('attention.sliding_window', 4096 if kind == 'gemma2' else 0)

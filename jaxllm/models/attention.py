@@ -191,8 +191,7 @@ def cudnn_attention(
     mask_B1TS = segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :]
   return jax.nn.dot_product_attention(
     query_BTNH, key_BTKH, value_BTKH, mask=mask_B1TS, scale=config.query_scale, is_causal=True,
-    local_window_size=None if window is None else (window - 1, 0), implementation='cudnn',
-  )
+    local_window_size=None if window is None else (window - 1, 0), implementation='cudnn')
 
 
 def fused_attention(
@@ -287,16 +286,14 @@ class Attention(nn.Module):
     out = Linear(
       (config.num_heads, config.head_size), (config.embed_dim,), ('heads', 'head_dim', 'embed'),
       config.stddev(config.num_heads * config.head_size, residual=True),
-      'attention_out' in config.biases, config.dtype, name='out',
-    )
+      'attention_out' in config.biases, config.dtype, name='out')
     return out(mixed_BTNH), cache
 
   def _project(self, name: str, heads: int, axis: str) -> Linear:
     config = self.config
     return Linear(
       (config.embed_dim,), (heads, config.head_size), ('embed', axis, 'head_dim'),
-      config.stddev(config.embed_dim), 'qkv' in config.biases, config.dtype, name=name,
-    )
+      config.stddev(config.embed_dim), 'qkv' in config.biases, config.dtype, name=name)
 
   def _norm(self, name: str, heads: int, axis: str) -> Norm:
     config = self.config

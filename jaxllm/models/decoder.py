@@ -121,8 +121,7 @@ class Decoder(nn.Module):
       self.head = Linear(
         (config.embed_dim,), (config.padded_vocab_size,), ('embed', 'vocab'),
         config.stddev(config.embed_dim), 'head' in config.biases, config.dtype,
-        jnp.float32,
-      )
+        jnp.float32)
     if self.is_initializing():
       self.param('layers', self._init_layers)
 

@@ -83,8 +83,7 @@ def splash_attention(
   kernel = splash.make_splash_mha(
     splash.MultiHeadMask([_Mask(padded, window, parts)]), block_sizes=blocks,
     head_shards=1, q_seq_shards=parts, attn_logits_soft_cap=config.attention_softcap,
-    residual_checkpoint_name=RESIDUAL_NAME, interpret=sharding.platform() != 'tpu',
-  )
+    residual_checkpoint_name=RESIDUAL_NAME, interpret=sharding.platform() != 'tpu')
   mask_axes = jax.tree.map(
     lambda x: (None, 'length', None) if x.ndim == 3 else ('length',), kernel)
   queries, keys = ('batch', 'length', 'heads', None), ('batch', None, 'kv_heads', None)

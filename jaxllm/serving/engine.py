@@ -150,8 +150,7 @@ class Engine:
       num_slots=self.config.num_slots, busy_slots=len(rows), queued=queued,
       cached_tokens=sum(row.prefilled + row.new_tokens for row in rows),
       capacity_tokens=self.config.num_slots * self.context_length,
-      compilations=self._batch.compilations, finished=dict(self._finished), **counts,
-    )
+      compilations=self._batch.compilations, finished=dict(self._finished), **counts)
 
   def close(self, timeout_seconds: float) -> None:
     """Refuse new requests, finish those that were taken, and stop the thread.

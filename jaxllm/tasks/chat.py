@@ -207,8 +207,7 @@ def _quoted(text: str) -> str:
 
 PLAIN = ChatTemplate(
   prefix='{role}:\n', suffix='\n\n', names=(('user', 'User'), ('assistant', 'Assistant')),
-  controls=(),
-)
+  controls=())
 """For a tokenizer without chat tokens."""
 
 
@@ -356,5 +355,4 @@ TASK = base.Task(
   # The end of a turn has no bytes.
   {'perplexity': language_modeling.METRICS['perplexity']},
   shape=lambda config, record: shape(record),
-  by_template=lambda config, records, template, too_long: fitting(records, template, too_long),
-)
+  by_template=lambda config, records, template, too_long: fitting(records, template, too_long))

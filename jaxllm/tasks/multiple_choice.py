@@ -95,5 +95,4 @@ TASK = base.Task(
   {'question': fields.text, 'choices': fields.listed(fields.text, 2, 'at least two texts'),
    'answer': lambda value, name: value}, example, read,
   {'accuracy': itemgetter('choice'), 'normalized_accuracy': itemgetter('normalized_choice')},
-  shape=shape,
-)
+  shape=shape)

@@ -113,5 +113,4 @@ def read(config: Preference, example: base.Example, answer: base.Answer) -> base
 TASK = base.Task(
   Preference, 'choose',
   {'prompt': chat.asked, 'chosen': fields.text, 'rejected': fields.text},
-  example, read, {'accuracy': itemgetter('choice')}, shape=shape, by_template=examples,
-)
+  example, read, {'accuracy': itemgetter('choice')}, shape=shape, by_template=examples)

@@ -148,9 +148,7 @@ def read_answers(value: Any, name: str) -> list[str]:
 TASK = base.Task(
   QuestionAnswering, 'generate', {'question': fields.text, 'answers': read_answers}, example, read,
   {'squad': itemgetter('answer')}, {'context': fields.optional(fields.any_text)},
-  together=instructed,
-)
+  together=instructed)
 EXTRACTIVE = base.Task(
   ExtractiveQuestionAnswering, 'generate', {**TASK.fields, 'context': fields.text}, example,
-  read_span, {'squad': itemgetter('answer')}, together=instructed,
-)
+  read_span, {'squad': itemgetter('answer')}, together=instructed)

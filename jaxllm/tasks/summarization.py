@@ -45,5 +45,4 @@ def read(config: Summarization, example: base.Example, answer: base.Answer) -> b
 
 TASK = base.Task(
   Summarization, 'generate', {'document': fields.text, 'summary': fields.several}, example, read,
-  {'rouge': itemgetter('summary_text')},
-)
+  {'rouge': itemgetter('summary_text')})

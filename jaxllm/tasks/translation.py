@@ -76,5 +76,4 @@ TEXT: Any = itemgetter('translation_text')
 TASK = base.Task(
   Translation, 'generate', {'source': fields.text, 'target': fields.several}, example, read,
   {'bleu': TEXT, 'chrf': TEXT},
-  dict.fromkeys(('source_language', 'target_language'), fields.optional(fields.text)), shape,
-)
+  dict.fromkeys(('source_language', 'target_language'), fields.optional(fields.text)), shape)

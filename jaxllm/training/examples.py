@@ -99,8 +99,7 @@ def _make_tokens(
   task: Any = experiment.task
   sequences, omitted = encoding.training_sequences(
     examples, tokenizer, experiment.data.context_length, task.truncation,
-    experiment.data.add_bos,
-  )
+    experiment.data.add_bos)
   kept = [tokens for tokens in sequences if tokens is not None]
   return packing.pack(kept, experiment.data.context_length, tokenizer.vocab_size), omitted
 

@@ -93,12 +93,10 @@ def make_held_out(
   if experiment.objective_record.by_token:
     eval_step = perplexity.make_eval_step(
       experiment.decoder, experiment.chunk_size, mesh, experiment.mesh,
-      (dataset.tokenizer.bos_id, dataset.tokenizer.eos_id),
-    )
+      (dataset.tokenizer.bos_id, dataset.tokenizer.eos_id))
     return lambda variables: perplexity.evaluate(
       eval_step, variables, parallel.map_ahead(batches.batch_at, range(count)), batch_sharding,
-      held_out.bytes_per_token,
-    )
+      held_out.bytes_per_token)
   sums = step_lib.make_sums(experiment)
 
   @jax.jit

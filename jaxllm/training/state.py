@@ -199,8 +199,7 @@ def create_state(
   abstract = abstract_state(experiment, tx, mesh).replace(frozen={})
   start = jax.jit(
     lambda base: init_state(experiment, tx, base),
-    out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract), donate_argnums=0,
-  )
+    out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract), donate_argnums=0)
   state = start(None if experiment.finetune.lora else base)
   return state.replace(frozen=freeze(experiment, mesh, base, teacher))
 
@@ -251,8 +250,7 @@ def _placed(shapes: Any, axes: Any, experiment: Experiment, mesh: Mesh) -> Any:
   """Return shapes with their shardings."""
   return jax.tree.map(
     lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-    shapes, sharding.shardings(axes, shapes, mesh, experiment.mesh),
-  )
+    shapes, sharding.shardings(axes, shapes, mesh, experiment.mesh))
 
 
 def variables(
@@ -271,8 +269,7 @@ def variables(
     # No gradient is computed for frozen parameters, nor for anything that only leads to them.
     params = jax.tree.map(
       lambda leaf, factor: leaf if factor else jax.lax.stop_gradient(leaf),
-      params, rules.factors(config.rules, params),
-    )
+      params, rules.factors(config.rules, params))
   if config.lora is None:
     return {'params': params}
   head = {name: tree for name, tree in params.items() if name == HEAD}

@@ -234,8 +234,7 @@ def _next_state(
   )
   kept = jax.tree.map(
     lambda new, old: jnp.where(applied, new, old),
-    changed.replace(frozen={}), state.replace(frozen={}),
-  ).replace(frozen=state.frozen)
+    changed.replace(frozen={}), state.replace(frozen={})).replace(frozen=state.frozen)
   skipped = 1 - applied.astype(jnp.int32)
   return kept.replace(
     step=state.step + 1,

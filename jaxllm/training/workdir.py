@@ -242,8 +242,7 @@ def _git_commit() -> str | None:
   try:
     done = subprocess.run(
       ['git', 'rev-parse', 'HEAD'], capture_output=True, text=True, timeout=5, check=True,
-      cwd=pathlib.Path(__file__).parent,
-    )
+      cwd=pathlib.Path(__file__).parent)
   except (OSError, subprocess.SubprocessError):
     return None
   return done.stdout.strip()

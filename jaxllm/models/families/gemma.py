@@ -97,8 +97,7 @@ def _decode2(keys: hf.Keys) -> DecoderConfig:
   return hf.rms_decoder(
     hf.with_defaults(keys, _DEFAULTS), **_common(keys), **_layers(keys, every=2),
     attention_softcap=_softcap(keys, 'attn_logit_softcapping', 50.0),
-    logit_softcap=_softcap(keys, 'final_logit_softcapping', 30.0),
-  )
+    logit_softcap=_softcap(keys, 'final_logit_softcapping', 30.0))
 
 
 def _decode3(keys: hf.Keys) -> DecoderConfig:
@@ -123,8 +122,7 @@ def _decode3(keys: hf.Keys) -> DecoderConfig:
     query_key_norm='head',
     logit_softcap=_softcap(keys, 'final_logit_softcapping', None),
     positions=positions,
-    local_positions=local,
-  )
+    local_positions=local)
 
 
 def _decode3_multimodal(keys: hf.Keys) -> DecoderConfig:
@@ -171,8 +169,7 @@ _NAMES3 = _SANDWICH | llama.QUERY_KEY_NORMS
 
 GEMMA = hf.Format(
   'gemma', 'GemmaForCausalLM', llama.NAMES, encode=_encode1,
-  decode=lambda keys: hf.rms_decoder(hf.with_defaults(keys, _DEFAULTS), **_common(keys)),
-)
+  decode=lambda keys: hf.rms_decoder(hf.with_defaults(keys, _DEFAULTS), **_common(keys)))
 GEMMA2 = hf.Format('gemma2', 'Gemma2ForCausalLM', _SANDWICH, _decode2, _encode2)
 GEMMA3 = hf.Format('gemma3_text', 'Gemma3ForCausalLM', _NAMES3, _decode3, _encode3)
 GEMMA3_MULTIMODAL = hf.Format(
@@ -181,5 +178,4 @@ GEMMA3_MULTIMODAL = hf.Format(
   aliases={'language_model.lm_head.weight': 'lm_head.weight'},
   ignored={
     rf'(model\.)?{part}\..*': 'vision, of which we read the text model only'
-    for part in ('vision_tower', 'multi_modal_projector')},
-)
+    for part in ('vision_tower', 'multi_modal_projector')})

@@ -21,8 +21,7 @@ from jaxllm.models.positions import LearnedPositions
 _SMALL = DecoderConfig(
   vocab_size=50257, embed_dim=768, num_layers=12, num_heads=12, mlp_dim=3072, max_length=1024,
   positions=LearnedPositions(), norm=NormConfig(kind='layernorm', bias=True),
-  activation='gelu_tanh', gated=False, biases=('qkv', 'attention_out', 'mlp'), tied_head=True,
-)
+  activation='gelu_tanh', gated=False, biases=('qkv', 'attention_out', 'mlp'), tied_head=True)
 
 
 def _sized(embed_dim: int, num_layers: int, num_heads: int, **fields: Any) -> DecoderConfig:
@@ -97,5 +96,4 @@ HUGGINGFACE = hf.Format(
     }),
     'head/kernel': 'lm_head.weight',
   },
-  ignored={r'.*\.attn\.(masked_)?bias': 'causal mask'},
-)
+  ignored={r'.*\.attn\.(masked_)?bias': 'causal mask'})

@@ -348,8 +348,7 @@ def _yarn(keys: Keys, rope: Keys) -> YarnScaling:
   return YarnScaling(
     factor=factor, original_length=length, attention_factor=sharpness,
     fast_turns=number(rope, 'beta_fast', 32.0), slow_turns=number(rope, 'beta_slow', 1.0),
-    whole_pairs=flag(rope, 'truncate', True),
-  )
+    whole_pairs=flag(rope, 'truncate', True))
 
 
 def _longrope(keys: Keys, rope: Keys) -> LongRopeScaling:
@@ -357,8 +356,7 @@ def _longrope(keys: Keys, rope: Keys) -> LongRopeScaling:
   sharpness = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(length))
   return LongRopeScaling(
     short_factors=rope.get('short_factor') or (), long_factors=rope.get('long_factor') or (),
-    original_length=length, attention_factor=number(rope, 'attention_factor', sharpness),
-  )
+    original_length=length, attention_factor=number(rope, 'attention_factor', sharpness))
 
 
 _SCALINGS: dict[str, Callable[[Keys, Keys], Scaling | None]] = {

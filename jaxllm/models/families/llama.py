@@ -20,13 +20,11 @@ from jaxllm.models.positions import Llama3Scaling, LongRopeScaling, RotaryPositi
 
 _LLAMA2 = DecoderConfig(
   vocab_size=32000, embed_dim=4096, num_layers=32, num_heads=32, mlp_dim=11008, max_length=4096,
-  initializer=InitializerConfig(stddev=0.02, scale_residual=False),
-)
+  initializer=InitializerConfig(stddev=0.02, scale_residual=False))
 _LLAMA1 = _LLAMA2.replace(max_length=2048, norm=NormConfig(epsilon=1e-6))
 _LLAMA3 = _LLAMA2.replace(
   vocab_size=128256, num_kv_heads=8, mlp_dim=14336, max_length=8192,
-  positions=RotaryPositions(base=500_000.0),
-)
+  positions=RotaryPositions(base=500_000.0))
 
 
 def _sized(
@@ -46,20 +44,17 @@ def _stretched(factor: float, **fields: Any) -> DecoderConfig:
 def _smollm2(*sizes: int, num_kv_heads: int, base: float) -> DecoderConfig:
   return _sized(
     _LLAMA2, *sizes, num_kv_heads=num_kv_heads, vocab_size=49152, max_length=8192,
-    positions=RotaryPositions(base=base), tied_head=True,
-  )
+    positions=RotaryPositions(base=base), tied_head=True)
 
 
 _MISTRAL = _LLAMA3.replace(
   vocab_size=32768, max_length=32768, positions=RotaryPositions(base=1_000_000.0))
 _OLMO2 = _LLAMA2.replace(
   vocab_size=100352, norm=NormConfig(epsilon=1e-6), norm_placement='post', query_key_norm='width',
-  positions=RotaryPositions(base=500_000.0),
-)
+  positions=RotaryPositions(base=500_000.0))
 _QWEN2 = _LLAMA2.replace(
   vocab_size=151936, max_length=32768, norm=NormConfig(epsilon=1e-6), biases=('qkv',),
-  positions=RotaryPositions(base=1_000_000.0), tied_head=True,
-)
+  positions=RotaryPositions(base=1_000_000.0), tied_head=True)
 _QWEN3 = _QWEN2.replace(
   max_length=40960, num_kv_heads=8, head_dim=128, query_key_norm='head', biases=())
 
@@ -84,8 +79,7 @@ PRESETS = {
   'smollm3_3b': _sized(
     _LLAMA2, 2048, 36, 16, 11008, num_kv_heads=4, vocab_size=128256, max_length=65536,
     positions=RotaryPositions(base=5_000_000.0), norm=NormConfig(epsilon=1e-6), tied_head=True,
-    layer_pattern=('global', 'global', 'global', 'global_nope'),
-  ),
+    layer_pattern=('global', 'global', 'global', 'global_nope')),
   'mistral_7b_v0.1': _MISTRAL.replace(
     vocab_size=32000, positions=RotaryPositions(), layer_pattern=('local',), window=4096),
   'mistral_7b_v0.3': _MISTRAL,
@@ -151,8 +145,7 @@ def _decode_smollm3(keys: hf.Keys) -> DecoderConfig:
   kinds = ['global' if turned else 'global_nope' for turned in rotated[:depth]]
   return hf.rms_decoder(
     hf.with_defaults(keys, {'tie_word_embeddings': True}), layer_pattern=hf.pattern(kinds),
-    positions=hf.rotary(keys, base=2_000_000.0),
-  )
+    positions=hf.rotary(keys, base=2_000_000.0))
 
 
 def _encode_smollm3(config: DecoderConfig) -> dict[str, Any]:
@@ -189,8 +182,7 @@ OLMO2 = hf.Format(
     'final_norm/scale': 'model.norm.weight',
     'layers/attention_post_norm/scale': _LAYER + 'post_attention_layernorm.weight',
     'layers/mlp_post_norm/scale': _LAYER + 'post_feedforward_layernorm.weight',
-  },
-)
+  })
 
 
 def _encode_phi(config: DecoderConfig) -> dict[str, Any]:
@@ -216,8 +208,7 @@ PHI3 = hf.Format(
        if path not in _FUSED and not path.endswith('/bias')},
     **_QKV,
     _GATE_UP: _LAYER + 'mlp.gate_up_proj.weight',
-  },
-)
+  })
 
 
 def _layers(keys: hf.Keys) -> dict[str, Any]:
@@ -236,17 +227,14 @@ def _encode_qwen(config: DecoderConfig) -> dict[str, Any]:
   first = [*config.layer_kinds, 'local'].index('local')
   return hf.rms_config(
     config, use_sliding_window=config.window is not None, sliding_window=config.window,
-    max_window_layers=first, layer_types=hf.layer_type_names(config),
-  )
+    max_window_layers=first, layer_types=hf.layer_type_names(config))
 
 
 QWEN2 = hf.Format(
   'qwen2', 'Qwen2ForCausalLM', NAMES, encode=_encode_qwen,
-  decode=lambda keys: hf.rms_decoder(keys, biases=('qkv',), **_layers(keys)),
-)
+  decode=lambda keys: hf.rms_decoder(keys, biases=('qkv',), **_layers(keys)))
 QWEN3 = hf.Format(
   'qwen3', 'Qwen3ForCausalLM', NAMES | QUERY_KEY_NORMS,
   decode=lambda keys: hf.rms_decoder(
     hf.with_defaults(keys, {'head_dim': 128}), query_key_norm='head', **_layers(keys)),
-  encode=lambda config: _encode_qwen(config) | {'attention_bias': 'qkv' in config.biases},
-)
+  encode=lambda config: _encode_qwen(config) | {'attention_bias': 'qkv' in config.biases})

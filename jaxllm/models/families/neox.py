@@ -15,8 +15,7 @@ from jaxllm.models.positions import RotaryPositions
 _SMALL = DecoderConfig(
   vocab_size=50304, embed_dim=512, num_layers=6, num_heads=8, mlp_dim=2048, max_length=2048,
   positions=RotaryPositions(fraction=0.25), norm=NormConfig(kind='layernorm', bias=True),
-  residual='parallel', activation='gelu', gated=False, biases=('qkv', 'attention_out', 'mlp'),
-)
+  residual='parallel', activation='gelu', gated=False, biases=('qkv', 'attention_out', 'mlp'))
 
 PRESETS = {
   name: _SMALL.replace(embed_dim=embed_dim, num_layers=num_layers, num_heads=num_heads,
@@ -85,5 +84,4 @@ HUGGINGFACE = hf.Format(
   ignored={
     r'.*\.attention\.(masked_)?bias': 'causal mask',
     r'.*\.rotary_emb\.inv_freq': 'rotary frequencies, computed',
-  },
-)
+  })
