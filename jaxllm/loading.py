@@ -225,10 +225,7 @@ def _merged(
   step: os.PathLike[str], bundle: Bundle, experiment: Experiment, placement: Placement | None,
   where: Any, dtype: str | None, verify: str,
 ) -> Any:
-  """Return the parameters of the model that the run began with, its adapters added.
-
-  `where` are the shardings of the adapters, `dtype` is that of the result.
-  """
+  """Return the parameters of the model that the run began with, its adapters added."""
   path = sources.named(experiment.init_from or '')
   try:
     where_from = path

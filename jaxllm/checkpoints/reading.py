@@ -108,6 +108,12 @@ def _bundle_of(step: epath.Path) -> Bundle:
       _readable(step / BUNDLE), args=ocp.args.JsonRestore()))
 
 
+def restore_leaves(step: epath.Path) -> dict[str, jax.Array]:
+  """Return path -> array of all that a step holds, on the first local device."""
+  bundle = _bundle_of(step)
+  return _read(step, _stored_leaves(step, bundle), bundle)
+
+
 def restore_state(step: epath.Path, abstract_state: Any) -> Any:
   """Return the state of a step, each leaf in the sharding asked for; errors as `store.restore`."""
   expected, bundle = tree.flatten(abstract_state), _bundle_of(step)
@@ -188,10 +194,7 @@ def _readable(path: epath.Path) -> epath.Path:
 
 @contextlib.contextmanager
 def _reading(step: epath.Path, item: str) -> Iterator[None]:
-  """Turn what reading raises into a CheckpointError: of all processes, if one of them has one.
-
-  It is a DamagedError unless memory, the network or a permission may be what is missing.
-  """
+  """Turn what reading raises into a CheckpointError: of all processes, if one of them has one."""
   error: Exception | None = None
   try:
     yield
@@ -199,6 +202,7 @@ def _reading(step: epath.Path, item: str) -> Iterator[None]:
     raise
   except Exception as caught:
     error = caught
+  # Memory, the network or a permission may be what is missing; else the files are damaged.
   elsewhere = (
     isinstance(error, MemoryError | RuntimeError)
     and not isinstance(error, RecursionError | NotImplementedError)) or (

@@ -109,10 +109,7 @@ def source_of(path: str) -> str:
 def _programs(
   config: DecoderConfig, params: Mapping[str, Any], length: int, platforms: Sequence[str]
 ) -> dict[str, bytes]:
-  """Return the serialised programs of one bucket, which give the next token, (1,), and the cache.
-
-  `prefill` reads a prompt of `count` tokens, `decode` appends one.
-  """
+  """Return the programs of one bucket: each gives the next token, (1,), and the cache."""
   from jax import export
 
   def empty() -> dict[str, Any]:

@@ -258,10 +258,7 @@ def _mix_exchanged(
   config: DecoderConfig, axes: tuple[str, ...], kernels: Kernels, x_ND: jax.Array,
   ids_NK: jax.Array, weights_NK: jax.Array,
 ) -> jax.Array:
-  """Send each pair to the device of its expert and the result back, S devices at once.
-
-  Fewer bytes than gathering all tokens if a token has fewer experts than there are devices.
-  """
+  """Send each pair to the device of its expert and the result back, S devices at once."""
   assert config.experts is not None
   order_R, place_R, sizes_E = _sort(ids_NK, config.experts.num_experts)
   sizes_SE = jax.lax.all_gather(sizes_E, axes)

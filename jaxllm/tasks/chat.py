@@ -323,10 +323,7 @@ def _weight(message: Message) -> float:
 def _turn(
   asked: str, text: str, marked: str, stand_ins: StandIns, template: Template
 ) -> tuple[str, str, str | None]:
-  """Return (answer, its end, the text up to there); '' and None where it has no end.
-
-  `asked` is the text before the answer, `text` the one with it, `marked` with a stand-in for it.
-  """
+  """Return the answer in a text (`marked` has a stand-in for it), its end, the text up to there."""
   _, stand_in, after = marked.partition(_STAND_IN)
   stop = len(text) - len(after)
   if not stand_in or not text.startswith(asked) or not text.endswith(after) or stop < len(asked):

@@ -114,10 +114,7 @@ def rows(config: RecordsConfig, split: str) -> list[Row]:
 
 
 def _part(rows: Sequence[Row], config: RecordsConfig, split: str) -> list[Row]:
-  """Return the distinct rows whose groups, ranked by hash, lie in the split's share of them.
-
-  By rank and not by the hash itself, so that the shares are exact.
-  """
+  """Return the distinct rows whose groups, ranked by hash, lie in the split's exact share."""
   distinct = list({_digest(row.fields, config.seed): row for row in rows}.values())
   said = ({name: value for name, value in row.fields.items() if name.lower() not in _NUMBERS}
           if config.group is None else _look_up(row, config.group) for row in distinct)

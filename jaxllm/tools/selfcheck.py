@@ -137,20 +137,16 @@ def training_laws(experiment: Any, length: int, devices: Sequence[Any]) -> Itera
     data=experiment.data.replace(context_length=min(length, experiment.data.context_length)),
     training=experiment.training.replace(batch_size=2 * count, microbatches=1))
   tx = state_lib.make_optimizer(experiment)
-  lora, teacher = experiment.finetune.lora, getattr(experiment.objective, 'teacher_model', None)
-  base, teacher = (one and decoder.init(one, jax.random.key(1))['params']
-                   for one in (lora and shape, teacher))
+  others = experiment.finetune.lora and shape, getattr(experiment.objective, 'teacher_model', None)
 
   def begin(run: Any, devices: Sequence[Any]) -> tuple[Any, Any, Any]:
     """Return the mesh of a run, its state before the first step, and a batch of random tokens."""
     mesh = sharding.make_mesh(run.mesh, devices)
     batch = {name: _filled(name, like, shape.vocab_size)
              for name, like in step.abstract_batch(run, mesh).items()}
-    state = state_lib.create_state(run, tx, mesh, copy(base), copy(teacher))
+    base, teacher = (one and decoder.init(one, jax.random.key(1))['params'] for one in others)
+    state = state_lib.create_state(run, tx, mesh, base, teacher)
     return mesh, state, sharding.put_batch(batch, sharding.batch_sharding(mesh, run.mesh))
-
-  def copy(tree: Any) -> Any:
-    return jax.tree.map(jax.numpy.copy, tree)
 
   def gradient(run: Any, devices: Sequence[Any]) -> np.ndarray:
     mesh, state, batch = begin(run, devices)
@@ -179,9 +175,9 @@ def training_laws(experiment: Any, length: int, devices: Sequence[Any]) -> Itera
     restored = store.restore(
       saved, state_lib.abstract_state(experiment, tx, mesh).replace(frozen={}), 1)
     store.close(saved)
-  frozen = copy(state.frozen)
+  _, again, _ = begin(experiment, devices)  # A step donates what is frozen too.
   ends = [sharding.to_host(train_step(one, batch)[0].replace(frozen={}))
-          for one in (state, restored.replace(frozen=frozen))]
+          for one in (state, restored.replace(frozen=again.frozen))]
   yield 'resumed = never stopped', max(jax.tree.leaves(jax.tree.map(
     lambda one, other: float(np.abs(np.subtract(one, other, dtype=np.float64)).max(initial=0)),
     *ends))), 0.0

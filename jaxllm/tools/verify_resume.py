@@ -70,7 +70,7 @@ def verify(
   Raises:
     RuntimeError: a process ended by itself.
   """
-  from jaxllm.checkpoints import store
+  from jaxllm.checkpoints import reading, store
   from jaxllm.tools.rehearsal import Job
   from jaxllm.training import metrics
 
@@ -107,22 +107,9 @@ def verify(
   records = [storage.read_json(path / 'data.json').get('fingerprint') for path in (whole, killed)]
   losses = [{record['step']: record['train/loss'] for record in metrics.read(path / 'metrics.jsonl')
              if 'train/loss' in record} for path in (whole, killed)]
-  arrays = [_arrays(path / store.DIRECTORY / str(num_steps)) for path in (whole, killed)]
+  arrays = [reading.restore_leaves(path / store.DIRECTORY / str(num_steps))
+            for path in (whole, killed)]
   return at, lost, records[0] == records[1], _difference(*losses), _difference(*arrays)
-
-
-def _arrays(step: pathlib.Path) -> dict[str, Any]:
-  """Return path -> array of a checkpoint, optimizer state included."""
-  import jax
-  import orbax.checkpoint as ocp
-
-  from jaxllm.checkpoints import store, tree
-
-  handler = ocp.PyTreeCheckpointHandler()
-  stored = handler.metadata(step / store.STATE).tree
-  whole = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
-  return tree.flatten(handler.restore(
-    step / store.STATE, args=ocp.args.PyTreeRestore(stored, restore_args=whole)))
 
 
 def _difference(first: dict[Any, Any], second: dict[Any, Any]) -> float:

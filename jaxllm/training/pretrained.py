@@ -131,11 +131,9 @@ def _write_tokenizer(tokenizer: Tokenizer, directory: pathlib.Path) -> Tokenizer
   """Write the files of a tokenizer, by its fingerprint, and return the config that reads them."""
   files = tokenizer.files()
   kinds: dict[str, Any] = {
-    'tokenizer.json': 'json', 'tokenizer.model': 'sentencepiece', 'vocab.json': 'gpt2',
-  }
-  kind = next((kinds[name] for name in tokenizers.BUILDERS if name in files and name in kinds),
-              'bytes')
-  if kind == 'bytes':
+    'tokenizer.json': 'json', 'tokenizer.model': 'sentencepiece', 'vocab.json': 'gpt2'}
+  kind = next((kinds[name] for name in tokenizers.BUILDERS if name in files.keys() & kinds), None)
+  if kind is None:
     return TokenizerConfig(kind='bytes')
   path = directory / f'tokenizer-{tokenizer.fingerprint[:16]}'
   if jax.process_index() == 0:
