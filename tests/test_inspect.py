@@ -191,6 +191,6 @@ def test_figures_and_tables_in_a_notebook():
 
 
 def test_without_matplotlib(monkeypatch):
-  monkeypatch.setitem(sys.modules, 'matplotlib', None)
+  monkeypatch.setitem(sys.modules, 'matplotlib.pyplot', None)
   with pytest.raises(ImportError, match=r"pip install 'jaxllm\[plots\]'"):
     seen_of('llama').plot_lens()
