@@ -192,5 +192,5 @@ def test_figures_and_tables_in_a_notebook():
 
 def test_without_matplotlib(monkeypatch):
   monkeypatch.setitem(sys.modules, 'matplotlib.pyplot', None)
-  with pytest.raises(ImportError, match=r"pip install 'jaxllm\[plots\]'"):
+  with pytest.raises(ImportError, match=r"matplotlib is not installed: pip install 'jaxllm\["):
     seen_of('llama').plot_lens()
