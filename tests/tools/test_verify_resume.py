@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from jaxllm.checkpoints import reading
 from jaxllm.tools import rehearsal, verify_resume
 from tests import programs
 from tests.training import tiny_run
@@ -55,7 +56,7 @@ def test_the_starts_take_turns_between_numbers_of_processes(tmp_path, monkeypatc
 
   monkeypatch.setattr(rehearsal, 'Job', Job)
   experiment = tiny_run.experiment(tmp_path)
-  monkeypatch.setattr(verify_resume, '_arrays', lambda step: {})
+  monkeypatch.setattr(reading, 'restore_leaves', lambda step: {})
   verify_resume.verify(experiment, tmp_path, 3, {'data': 1, 'tensor': 2}, [1, 2, 4], 0)
   # The first one is the run that is left alone.
   assert started == [('0.json', 1), ('0.json', 1), ('1.json', 2), ('0.json', 4), ('1.json', 1)]
