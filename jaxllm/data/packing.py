@@ -307,18 +307,19 @@ class Text(NamedTuple):
 
 
 def tokenize(
-  texts: Iterable[Text], encode_batch: Callable[[Sequence[str]], list[list[int]]]
-) -> Iterator[tuple[Text, list[int]]]:
-  """Yield each text with its ids.
+  texts: Iterable[Text], run: Callable[[Iterable[list[str]]], Iterator[list[bytes]]]
+) -> Iterator[tuple[Text, np.ndarray]]:
+  """Yield each text with its ids; `run` gives those of many groups, as bytes of <u4."""
+  groups: collections.deque[list[Text]] = collections.deque()
 
-  A group of texts is tokenized on all cores while the one before is being used.
-  """
-  def encode(group: list[Text]) -> list[tuple[Text, list[int]]]:
-    return [*zip(group, encode_batch([text.text for text in group]), strict=True)]
+  def begun() -> Iterator[list[str]]:
+    for group in parallel.grouped(texts, lambda text: len(text.text), GROUP_CHARACTERS):
+      groups.append(group)
+      yield [text.text for text in group]
 
-  groups = parallel.grouped(texts, lambda text: len(text.text), GROUP_CHARACTERS)
-  for group in parallel.map_ahead(encode, groups, num_threads=1, ahead=2):
-    yield from group
+  for ids in run(begun()):
+    for text, content in zip(groups.popleft(), ids, strict=True):
+      yield text, np.frombuffer(content, '<u4')
 
 
 class _ShardWriter:
@@ -436,10 +437,10 @@ class Tokens(NamedTuple):
 
 
 def to_tokens(
-  text: Text, encoded: Sequence[int], tokenizer: Tokenizer, borders: tuple[list[int], list[int]]
+  text: Text, encoded: npt.ArrayLike, tokenizer: Tokenizer, borders: tuple[list[int], list[int]]
 ) -> Tokens:
   """Return a document's tokens with those of `borders` added; refuse unknown ids."""
-  ids = np.array([*borders[0], *encoded, *borders[1]], np.int64)
+  ids = np.concatenate([np.asarray(part, np.int64) for part in (borders[0], encoded, borders[1])])
   if len(ids) and (ids.min() < 0 or ids.max() >= tokenizer.vocab_size):
     raise ValueError(f'the tokenizer gave ids {ids.min()} to {ids.max()}, outside its vocabulary '
                      f'of {tokenizer.vocab_size}')
@@ -539,7 +540,7 @@ class SplitWriter:
     self._packer = SplitPacker(data, tokenizer.vocab_size, state)
     self._shards = _ShardWriter(directory, name, records_of_shard(data.context_length), state)
 
-  def add(self, text: Text, encoded: list[int]) -> None:
+  def add(self, text: Text, encoded: npt.ArrayLike) -> None:
     """Append a document, tokens of the borders added; refuse unknown ids."""
     self._write(self._packer.add(to_tokens(text, encoded, self._tokenizer, self._borders)))
 

@@ -74,6 +74,7 @@ def map_ahead(
 @contextlib.contextmanager
 def processes(
   make: Callable[[str], Callable[[Any], Any]], setting: str, count: int | None = None,
+  here: Callable[[Any], Any] | None = None,
 ) -> Iterator[Callable[[Iterable[Any]], Iterator[Any]]]:
   """Give a function that yields `make(setting)(item)` for each item in order, by processes.
 
@@ -85,9 +86,10 @@ def processes(
     setting: its argument.
     count: processes, started at once; None: as many as there are cores, 1: none but this one.
       Items and results are of the types that marshal knows.
+    here: what this process calls; None: it makes a function of its own.
   """
   spent, most = [0.0], min(cores(), 32) if count is None else count
-  function, idle = make(setting), queue.SimpleQueue[subprocess.Popen[bytes]]()
+  function, idle = here or make(setting), queue.SimpleQueue[subprocess.Popen[bytes]]()
   started: list[subprocess.Popen[bytes]] = []
 
   def start() -> None:

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import pydantic
 from absl import logging
 
@@ -224,9 +225,9 @@ def prepare(
               parallel.processes(cleaning.chunk_passer, data.cleaning.to_json(),
                                  workers if data.cleaning.steps else 1) as run):
           staging.mkdir(exist_ok=True)
-          fields = _write(
-            data, tokenizer, staging, sources, fingerprint, progress, run).model_dump(mode='json')
-          storage.write_json(staging / 'manifest.json', fields)
+          manifest = _write(
+            data, tokenizer, staging, sources, fingerprint, progress, run, workers)
+          storage.write_json(staging / 'manifest.json', manifest.model_dump(mode='json'))
           storage.remove(folder)
   if hashes != known:
     with contextlib.suppress(OSError):  # They only save time.
@@ -477,6 +478,7 @@ def _from_same_files(data: DataConfig) -> bool:
 def _write(
   data: DataConfig, config: TokenizerConfig, staging: pathlib.Path,
   sources: Sequence[SourceCounts], fingerprint: str, progress: bool, run: Run,
+  workers: int | None,
 ) -> Manifest:
   sizes = [_size(data, sources)]
   if state := _left(data, staging):
@@ -496,18 +498,7 @@ def _write(
   writers = {name: packing.SplitWriter(staging, name, tokenizer, data,
                                        state['splits'].get(name, {})) for name in data.splits}
   texts = _shown('records', _texts(data, run, state['ends'], counts), sizes, progress)
-  # What an interrupted call has written is cleaned again, for the counts, and no more.
-  rest = itertools.islice(texts, state['texts'], None)
-  saved = time.monotonic()
-  for number, (text, ids) in enumerate(
-      packing.tokenize(rest, tokenizer.encode_batch), state['texts'] + 1):
-    writers[text.split].add(text, ids)
-    if time.monotonic() - saved >= _SAVE_SECONDS:
-      storage.write_json(staging / _STATE, {**state, 'texts': number, 'splits': {
-        name: writer.state() for name, writer in writers.items()}})
-      for writer in writers.values():
-        writer.saved()
-      saved = time.monotonic()
+  _pack(texts, tokenizer, writers, staging, state, workers)
   splits = {name: Split(**writer.finish()) for name, writer in writers.items()}
   (staging / _STATE).unlink(missing_ok=True)
   sources = tuple(source.replace(
@@ -521,6 +512,27 @@ def _write(
     sources=sources, train=splits['train'], validation=splits.get('validation'),
     ends=state['ends'],
   )
+
+
+def _pack(
+  texts: Iterator[Text], tokenizer: Tokenizer, writers: Mapping[str, packing.SplitWriter],
+  staging: pathlib.Path, state: Mapping[str, Any], workers: int | None,
+) -> None:
+  """Tokenize texts, pack and write them, and every few seconds what an interrupted call needs."""
+  def encode(texts: Sequence[str]) -> list[bytes]:
+    return [np.array(ids, '<u4').tobytes() for ids in tokenizer.encode_batch(texts)]
+
+  # What an interrupted call has written is cleaned again, for the counts, and no more.
+  rest, saved = itertools.islice(texts, state['texts'], None), time.monotonic()
+  with parallel.processes(tokenizers.id_packer, str(staging / 'tokenizer'), workers, encode) as run:
+    for number, (text, ids) in enumerate(packing.tokenize(rest, run), state['texts'] + 1):
+      writers[text.split].add(text, ids)
+      if time.monotonic() - saved >= _SAVE_SECONDS:
+        storage.write_json(staging / _STATE, {**state, 'texts': number, 'splits': {
+          name: writer.state() for name, writer in writers.items()}})
+        for writer in writers.values():
+          writer.saved()
+        saved = time.monotonic()
 
 
 def _left(data: DataConfig, staging: pathlib.Path) -> dict[str, Any]:

@@ -249,6 +249,10 @@ def from_library(files: Files) -> Tokenizer:
   def special(name: str) -> int | None:
     return vocab.get(tokenizer_settings.text_of(named.get(name)))
 
+  def encode(text: str) -> list[int]:
+    ids = by_words(text)
+    return _no_panic(tokenizer_settings.ids_of, inner, text) if ids is None else ids
+
   def encode_batch(texts: Sequence[str]) -> list[list[int]]:
     found = [*map(by_words, texts)]
     slow = [text for text, ids in zip(texts, found, strict=True) if ids is None]
@@ -264,7 +268,7 @@ def from_library(files: Files) -> Tokenizer:
   id_bytes, joins = _library_bytes(inner, content['decoder'], vocab, size)
   return Tokenizer(
     id_bytes, bos, eos, _padding(pad, eos), added,
-    lambda text: encode_batch([text])[0], encode_batch,
+    encode, encode_batch,
     lambda ids: _no_panic(inner.decode, ids, skip_special_tokens=True), files, inner, joins)
 
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import pydantic
 from absl import logging
 
@@ -173,6 +174,13 @@ def from_files(files: Files) -> Tokenizer:
     if name in files:
       return build(files)
   raise ValueError(f'no tokenizer among {sorted(files)}: expected {" or ".join(BUILDERS)}')
+
+
+def id_packer(directory: str) -> Callable[[Sequence[str]], list[bytes]]:
+  """Return a function for `parallel.processes`, from texts to their ids, of four bytes each."""
+  os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # There is one process for each core.
+  encode = load(directory).encode
+  return lambda texts: [np.array(encode(text), '<u4').tobytes() for text in texts]
 
 
 def same_vocabulary(first: Tokenizer, second: Tokenizer) -> bool:
