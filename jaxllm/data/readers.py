@@ -10,6 +10,7 @@ import functools
 import io
 import itertools
 import json
+import logging
 import pathlib
 import re
 import struct
@@ -125,6 +126,7 @@ def read_html(file: TextFile) -> Rows:
   """Yield the text of a page's article, without menus and the like, and its title."""
   import trafilatura
 
+  logging.getLogger('trafilatura').setLevel(logging.CRITICAL)  # Pages without text are counted.
   page: Any = trafilatura.bare_extraction(
     files.whole(file, _translated(file)), include_comments=False, with_metadata=True)
   text, title = (page.text or '', page.title or '') if page else ('', '')

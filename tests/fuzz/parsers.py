@@ -6,8 +6,11 @@ An error that a program would not show as one sentence is a finding; so are 5 se
 and half a GiB of memory for one file. With COUNT at least so many files are read.
 """
 
+import bz2
+import gzip
 import io
 import json
+import lzma
 import pathlib
 import random
 import re
@@ -17,13 +20,30 @@ import tempfile
 import time
 import traceback
 
+import pyarrow
+
 from jaxllm import mistakes
 from tests.fuzz import model_files
 from tests.fuzz.mutations import ATOMS, mutate_bytes, mutate_json, mutate_tree
 
+PACKERS = {
+  '.gz': gzip.compress, '.bz2': bz2.compress,
+  '.xz': lambda content: lzma.compress(content, preset=0),  # Others take 90 MiB, piecemeal.
+  '.zst': lambda content: pyarrow.Codec('zstd').compress(content).to_pybytes()}
+
+
+def array_record(folder, entries):
+  from array_record.python import array_record_module
+
+  path = folder / 'valid.array_record'
+  writer = array_record_module.ArrayRecordWriter(str(path), 'group_size:2')
+  for entry in entries:
+    writer.write(entry)
+  writer.close()
+  return path.read_bytes()
+
 
 def texts(folder):
-  import pyarrow
   from pyarrow import parquet
 
   from jaxllm.data.documents import SourceConfig, documents
@@ -37,19 +57,35 @@ def texts(folder):
   squad = {'data': [{'title': 't', 'paragraphs': [{'context': 'c', 'qas': [
     {'id': 'i', 'question': 'q', 'answers': [{'text': 'c', 'answer_start': 0}]}]}]}]}
   markdown = b'# Title\n\nsome *emphasis* and **bold** a_b \\* \n' * 5
+  page = (b'<html><head><title>t</title></head><body><p>' + b'A sentence of words. ' * 9
+          + b'</p></body></html>')
+  entries = array_record(folder, [json.dumps(row).encode() for row in rows])
   valid = {'.jsonl': jsonl, '.csv': table, '.tsv': table.replace(b',', b'\t'), '.md': markdown,
-           '.txt': markdown, '.json': json.dumps(squad).encode(), '.parquet': packed.getvalue()}
+           '.txt': markdown, '.json': json.dumps(squad).encode(), '.parquet': packed.getvalue(),
+           '.html': page, '.py': b'import os\n\ndef f():\n  return 1\n', '.array_record': entries}
+  formats = {'.md': 'markdown', '.html': 'html', '.py': 'code'}
 
   def one(rng):
     ending = rng.choice([*valid])
-    path = folder / f'a{ending}'
-    path.write_bytes((mutate_json if ending == '.json' else mutate_bytes)(rng, valid[ending]))
+    content = (mutate_json if ending == '.json' else mutate_bytes)(rng, valid[ending])
+    packing = rng.choice(['', '', '', *PACKERS])
+    if packing:
+      content = PACKERS[packing](content)
+      content = mutate_bytes(rng, content) if rng.random() < 0.5 else content
+    path = folder / f'a{ending}{packing}'
+    path.write_bytes(content)
     source = {'location': str(path), 'encoding_errors': rng.choice(['strict', 'replace']),
-              'format': 'markdown' if ending == '.md' else None}
-    if rng.random() < 0.5:
-      list(documents(SourceConfig(**source, slice=rng.choice([(0.0, 1.0), (0.3, 0.9)]))))
-    else:
-      load(RecordsConfig(sources=(RecordSource(**source),)), 'train')
+              'format': formats.get(ending)}
+    try:
+      if rng.random() < 0.5:
+        list(documents(SourceConfig(**source, slice=rng.choice([(0.0, 1.0), (0.3, 0.9)]))))
+      else:
+        load(RecordsConfig(sources=(RecordSource(**source),)), 'train')
+    except ValueError as error:
+      known = (str(path), "split 'train' has no records", 'no programs in')
+      assert str(error).startswith(known), error
+    finally:
+      path.unlink()
 
   return one
 
