@@ -7,7 +7,6 @@ file is one whole object there, and a directory counts once its last file, a mar
 import contextlib
 import errno
 import fcntl
-import glob
 import hashlib
 import importlib.util
 import json
@@ -20,7 +19,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from jaxllm import mistakes
 
@@ -28,8 +27,8 @@ _PARTIAL = '.partial-'
 # Scheme of a bucket -> (the package that reads it, the extra that installs that).
 _BUCKETS = {'gs': ('gcsfs', 'gcs'), 's3': ('s3fs', 's3')}
 CACHE = '~/.cache/jaxllm/buckets'
-# What tells an object from another of its name, as one kind of file system or another says it.
-_FACTS = ('size', 'etag', 'ETag', 'md5Hash', 'blob_id', 'created', 'mtime', 'Last-Modified')
+# What tells one content of a file elsewhere from another: a checksum, or else a time.
+_FACTS = ('md5Hash', 'Content-MD5', 'ETag', 'blob_id', 'etag', 'mtime', 'created', 'Last-Modified')
 # Files by which a directory counts as complete.
 MARKERS = ('commit_success.txt', 'config.json', 'adapter_config.json', 'manifest.json')
 
@@ -66,15 +65,23 @@ def is_remote(location: str | os.PathLike[str]) -> bool:
   return os.fspath(location).partition('://')[0] in _BUCKETS
 
 
-def local(location: str | os.PathLike[str], label: str = '') -> pathlib.Path:
-  """Return a path on this machine: what lies elsewhere is copied to `CACHE`, once.
+class Remote(NamedTuple):
+  """A file elsewhere: where in what was listed ('': it is that), location, size and version."""
 
-  Anything that fsspec opens may be read: https://, hf://, az://, ssh:// and others beside buckets.
-  Copies are made anew where the name, the size or the checksum of an object changes. A pattern with
-  wildcards is that of a directory in a bucket, of which the files that match are copied.
+  name: str
+  location: str
+  size: int | None
+  version: str
+
+
+def listed(location: str | os.PathLike[str], label: str = '') -> pathlib.Path | list[Remote]:
+  """Return a path on this machine, or the files elsewhere that a location stands for.
+
+  Anything that fsspec opens may be read: https://, hf://, az://, sftp:// and others beside buckets.
+  A location elsewhere is a file, a directory with all below it, or a pattern with wildcards.
 
   Raises:
-    OSError: the bucket cannot be read, or nothing is there.
+    OSError: the place cannot be read, or nothing is there.
     ImportError: the package that reads it is not installed.
   """
   import fsspec
@@ -90,32 +97,54 @@ def local(location: str | os.PathLike[str], label: str = '') -> pathlib.Path:
     raise ImportError(f'{label}{text}: {error}') from None
   if scheme in ('file', 'local'):
     return pathlib.Path(key)
-  has_magic = glob.has_magic(key) and scheme not in ('http', 'https')  # ? begins a query there.
+  root = _root(key)
   with explained(text):
-    if has_magic:
+    if root != key:
       found = bucket.glob(key, detail=True)
     else:
       found = {key: bucket.info(key)}
       found = found if found[key]['type'] == 'file' else bucket.find(key, detail=True)
-    files = {name: found[name] for name in sorted(found) if found[name]['type'] == 'file'}
+    files = [Remote(name.removeprefix(root).lstrip('/'), bucket.unstrip_protocol(name),
+                    info['size'], next((str(info[fact]) for fact in _FACTS if info.get(fact)), ''))
+             for name, info in sorted(found.items()) if info['type'] == 'file']
     if not files:
       raise FileNotFoundError(key)
-    root = key
-    while has_magic and glob.has_magic(root):
-      root = os.path.dirname(root)
-    facts = [[key, name, *(str(info.get(fact)) for fact in _FACTS)] for name, info in files.items()]
-    cache = pathlib.Path(CACHE).expanduser()
-    target = (cache / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-              / os.path.basename(root).partition('?')[0])
-    if not target.exists():
-      with locked(cache), replaced(target.parent) as partial:
-        for name, info in files.items():
-          copy = partial / target.name / name.removeprefix(root).lstrip('/')
-          copy.parent.mkdir(parents=True, exist_ok=True)
-          bucket.get_file(name, str(copy))
-          if info['size'] not in (None, copy.stat().st_size):
-            raise OSError(f'{name} changed while it was copied; try again')
+  return files
+
+
+def _root(location: str) -> str:
+  """Return a location up to its wildcards; in an URL of the web a question mark is none."""
+  return re.split(r'/[^/]*[*[]' if location.startswith('http') else r'/[^/]*[*?[]', location)[0]
+
+
+def local(location: str | os.PathLike[str], label: str = '') -> pathlib.Path:
+  """Return a path on this machine: what `listed` finds elsewhere is copied to `CACHE`, once.
+
+  Copies are made anew where the name, the size or the version of a file changes. The path of a
+  pattern with wildcards is that of a directory with the files that match.
+  """
+  if isinstance(files := listed(location, label), pathlib.Path):
+    return files
+  import fsspec
+
+  text = os.fspath(location).rstrip('/')
+  cache = pathlib.Path(CACHE).expanduser()
+  target = cache / digest([text, *files])[:16] / file_name(_root(text))
+  if not target.exists():
+    with explained(text), locked(cache), replaced(target.parent) as partial:
+      for file in files:
+        copy = partial / target.name / file.name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        bucket, key = fsspec.core.url_to_fs(file.location)
+        bucket.get_file(key, str(copy))
+        if file.size not in (None, copy.stat().st_size):
+          raise OSError(f'{file.location} changed while it was copied; try again')
   return target
+
+
+def file_name(location: str) -> str:
+  """Return the name of the file at a location, without the query of an URL."""
+  return os.path.basename(location).partition('?')[0]
 
 
 def upload(source: pathlib.Path, target: str | os.PathLike[str]) -> None:

@@ -2,13 +2,14 @@
 
 import functools
 import http.server
+import pickle
 import threading
 
 import fsspec
 import pytest
 
 from jaxllm import storage
-from jaxllm.data.documents import SourceConfig, documents
+from jaxllm.data.documents import SourceConfig, documents, find, survey
 
 
 def test_a_failed_block_leaves_what_was_there(tmp_path):
@@ -60,6 +61,23 @@ def test_anything_that_fsspec_opens_may_be_read(tmp_path, monkeypatch):
   assert storage.local(f'file://{tmp_path}/x.txt') == tmp_path / 'x.txt'
   with pytest.raises(OSError, match='it cannot be used: there is no such'):
     texts('memory://texts/none.txt')
+
+
+def test_what_lies_elsewhere_is_copied_when_it_is_read(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  memory = fsspec.filesystem('memory')
+  memory.pipe({f'/many/{i}.txt': b'text %d' % i for i in range(3)} | {'/many/.hidden.txt': b'x'})
+  source = SourceConfig(location='memory://many')
+  counts, = survey([source], (), {})
+  parts = find(source).parts
+  assert counts.files == len(parts) == 3 and counts.file_bytes == 18 and not [*tmp_path.iterdir()]
+  row, = pickle.loads(pickle.dumps(parts[1]))()
+  assert (row.where, row.fields) == ('memory:///many/1.txt, text 1', {'text': 'text 1'})
+  assert [path.name for path in tmp_path.rglob('*.txt')] == ['1.txt']
+  memory.pipe('/many/2.txt', b'other2')
+  assert survey([source], (), {})[0].sha256 != counts.sha256
+  with pytest.raises(ValueError, match="same texts: 'memory:///many/1.txt'"):
+    survey([source], [SourceConfig(location='memory://many/1.*')], {})
 
 
 def test_a_file_of_the_web_is_read_once_it_changes(tmp_path, monkeypatch):

@@ -53,9 +53,9 @@ def _reason(file: File, encoding: str) -> str:
     return 'other kinds'
   if '.min.' in name or '.bundle.' in name:
     return 'minified'
-  if file.path.stat().st_size > _MOST_BYTES:
+  if (path := file.fetched()).stat().st_size > _MOST_BYTES:
     return 'over 1 MiB'
-  content = file.path.read_bytes()
+  content = path.read_bytes()
   if b'\0' in content:
     return 'binary'
   try:

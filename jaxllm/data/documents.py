@@ -216,8 +216,12 @@ def find(source: SourceConfig) -> Found:
 
 
 def _path(source: SourceConfig) -> Found:
-  location = storage.local(source.location, 'config.data.sources: ')
-  if location.is_file():
+  location = storage.listed(source.location, 'config.data.sources: ')
+  if isinstance(location, list):
+    names = [file.name or storage.file_name(file.location) for file in location]
+    found = [File(name, pathlib.Path(name), file)
+             for name, file in zip(names, location, strict=True) if '/.' not in f'/{name}']
+  elif location.is_file():
     found = [File(location.name, location)]
   elif packages.is_saved(location):
     return SCHEMES['hf'](source, str(location))
@@ -258,18 +262,18 @@ def _say_once(sentence: str) -> None:
 
 
 def _rows(source: SourceConfig, found: File, format_: str | None) -> Iterator[Row]:
-  path = found.path
-  name = format_ or readers.format_of(path)
+  name = format_ or readers.format_of(found.path)
   if name == 'text' and source.separator is None:
     name = source.plain_text
-  file = TextFile(path, source.encoding, source.encoding_errors, source.separator, source.slice,
-                  source.text_field, source.column_names,
-                  (source.text_field,) if source.only_text else (), found.name)
+  file = TextFile(
+    found.fetched(), source.encoding, source.encoding_errors, source.separator, source.slice,
+    source.text_field, source.column_names, (source.text_field,) if source.only_text else (),
+    found.name)
   read = functools.partial(readers.FORMATS[name], file)
   # Texts are cut at characters.
   rows = read() if name in readers.TEXTS else (
     row for row, _ in readers.part(read, file.slice))
-  return (Row(str(path), *row) for row in rows)
+  return (Row(found.where, *row) for row in rows)
 
 
 def _package(source: SourceConfig, name: str) -> Found:
@@ -343,11 +347,13 @@ def survey(
   read: dict[Any, list[_Read]] = {}  # By path, and by (SHA-256, whether it is trained on).
   for number, source in enumerate([*train, *validation]):
     digest, size, found = hashlib.sha256(), 0, find(source)
-    for name, path in found.files:
-      content = storage.file_digest(path, hashes)
-      _check_overlap(read, content, _Read(path, source, number < len(train), found.shared))
-      digest.update(f'{name}\0{content}\0'.encode())
-      size += path.stat().st_size
+    for file in found.files:
+      content = (file.remote.version if file.remote else
+                 storage.file_digest(file.path, hashes))
+      new = _Read(file, source, number < len(train), found.shared)
+      _check_overlap(read, content, new)
+      digest.update(f'{file.name}\0{content}\0'.encode())
+      size += new.size
     sources.append(SourceCounts(location=source.location, files=len(found.files), file_bytes=size,
                                 sha256=digest.hexdigest(), documents=0, dropped=0,
                                 skipped=dict(found.skipped)))
@@ -357,28 +363,37 @@ def survey(
 class _Read(NamedTuple):
   """A file, the source that reads it, whether for training, and whether maybe only a part."""
 
-  path: pathlib.Path
+  file: File
   source: SourceConfig
   train: bool
   shared: bool
 
+  @property
+  def size(self) -> int:
+    return (self.file.remote.size or 0) if self.file.remote else self.file.path.stat().st_size
+
+  @property
+  def place(self) -> str:
+    """Where it lies, whatever names lead there."""
+    return self.file.where if self.file.remote else str(self.file.path.resolve())
+
 
 def _check_overlap(read: dict[Any, list[_Read]], content: str, new: _Read) -> None:
   """Refuse a file that is read before, and for validation a copy of what is trained on."""
-  path = new.path.resolve()
-  for old in [*read.get(path, ()), *read.get((content, not new.train), ())]:
+  for old in [*read.get(new.place, ()), *read.get((content, not new.train), ())]:
     starts, stops = zip(old.source.slice, new.source.slice, strict=True)
     common = max(starts) < min(stops) and old.source.text_field == new.source.text_field
     if new.shared:
       common = common and old.source.location == new.source.location
-    if common and path.stat().st_size:
+    if common and new.size:
       fields = ['config.data.' + ('sources' if who.train else 'validation') for who in (old, new)]
-      verb = 'is' if old.path.resolve() == path else 'has the content of'
-      other = '' if old.path == new.path else f' {verb} {str(new.path)!r}'
+      verb = 'is' if old.place == new.place else 'has the content of'
+      names = old.file.where, new.file.where
+      other = '' if names[0] == names[1] else f' {verb} {names[1]!r}'
       raise ValueError(
         f'{fields[0]} ({old.source.location!r}) and {fields[1]} ({new.source.location!r}) read the '
-        f'same texts: {str(old.path)!r}{other}; name them once, or give slices that do not overlap')
-  read.setdefault(path, []).append(new)
+        f'same texts: {names[0]!r}{other}; name them once, or give slices that do not overlap')
+  read.setdefault(new.place, []).append(new)
   copies = read.setdefault((content, new.train), [])
   if not copies or copies[-1].source != new.source:
     copies.append(new)

@@ -12,6 +12,8 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+from jaxllm import storage
+
 _BLOCK_BYTES = 1 << 20
 
 # Characters of a line or text, so that none fills the memory; fewer of a compressed file, of which
@@ -21,10 +23,23 @@ MAX_UNPACKED = 1 << 28
 
 
 class File(NamedTuple):
-  """A file that a source reads, by a name that does not change when its directory moves."""
+  """A file that a source reads, by a name that does not change when its directory moves.
+
+  One that lies elsewhere has no `path` before it is read: `fetched` has.
+  """
 
   name: str
   path: pathlib.Path
+  remote: storage.Remote | None = None
+
+  @property
+  def where(self) -> str:
+    """Its path, or its location elsewhere."""
+    return self.remote.location if self.remote else str(self.path)
+
+  def fetched(self) -> pathlib.Path:
+    """Return its path on this machine, copying it here if need be."""
+    return storage.local(self.remote.location) if self.remote else self.path
 
 
 class TextFile(NamedTuple):

@@ -42,7 +42,7 @@ def test_paths_directories_and_globs_are_sorted(tmp_path):
   assert _texts(tmp_path) == ['a.txt', 'b.txt', 'sub/c.md']
   assert _texts(tmp_path / '*.txt') == ['a.txt', 'b.txt']
   assert _texts(tmp_path / '**' / '*.md') == ['sub/c.md']
-  names = [name for name, _ in find(SourceConfig(location=str(tmp_path / '**' / '*.md'))).files]
+  names = [file.name for file in find(SourceConfig(location=str(tmp_path / '**' / '*.md'))).files]
   assert names == ['sub/c.md']
 
 
@@ -348,7 +348,7 @@ def test_markdown_loses_its_marks(markdown, text):
 
 def test_the_standard_library():
   source = SourceConfig(location='stdlib')
-  names = [name for name, _ in find(source).files]
+  names = [file.name for file in find(source).files]
   assert 'json/decoder.py' in names and names == sorted(names)
   assert not any('site-packages' in name or '/test/' in name for name in names)
   found = list(documents(source))
@@ -382,7 +382,7 @@ def test_tfds_reads_a_prepared_copy_and_needs_no_network(tmp_path):
   assert all(row['text'] == f'text {row["label"]} 你' for row in rows)
   assert _texts(f'{location}&split=train[:30%]') == found[:3]
   assert _texts(location, slice=(0.5, 1.0)) == found[5:]
-  assert [name for name, _ in find(SourceConfig(location=f'{location}&split=test')).files] == [
+  assert [file.name for file in find(SourceConfig(location=f'{location}&split=test')).files] == [
     'tiny_texts-test.array_record-00000-of-00001']
   with pytest.raises(ValueError, match="no split 'dev'; it has .*train"):
     _texts(f'{location}&split=dev')
