@@ -2,11 +2,13 @@
 
 import gzip
 import json
+import lzma
 import pathlib
 import pickle
 import subprocess
 import sys
 import types
+import typing
 
 import pytest
 
@@ -14,6 +16,7 @@ from jaxllm.config import ConfigError
 from jaxllm.data import files as files_lib
 from jaxllm.data import readers
 from jaxllm.data.documents import (
+  SCHEMES,
   SourceConfig,
   documents,
   find,
@@ -22,7 +25,7 @@ from jaxllm.data.documents import (
   parts,
   survey,
 )
-from jaxllm.tasks.records import RecordSource
+from jaxllm.tasks.records import RecordsConfig, RecordSource, load
 
 
 def _texts(location, **fields):
@@ -397,3 +400,43 @@ def test_tfds_without_a_prepared_copy_says_how_to_make_one(tmp_path):
     _texts(f'tfds:lm1b?data_dir={tmp_path}')
   with pytest.raises(ValueError, match=rf"'tfds:nosuch': no prepared copy in {tmp_path}"):
     _texts(f'tfds:nosuch?data_dir={tmp_path}')
+
+
+def test_the_guide_names_every_format_and_scheme():
+  page = (pathlib.Path(__file__).parents[2] / 'docs/guides/data.md').read_text()
+  rows = [[cell.strip(' `') for cell in line.strip('|').split('|')]
+          for line in page.split('\n') if line.startswith('| ')]
+  formats = {row[0]: row[1] for row in rows if len(row) == 4 and row[0] != 'format'}
+  accepted = typing.get_args(typing.get_args(SourceConfig.model_fields['format'].annotation)[0])
+  assert {*formats} == {*readers.FORMATS} == {*accepted}
+  for name in {*formats} - {'text'}:
+    endings = {ending for ending, one in readers.ENDINGS.items() if one == name}
+    assert {*formats[name].split('` `')} == (endings or {'by `format` alone'}), name
+  written = ' '.join(row[1] for row in rows if len(row) == 2)
+  assert all(f'{scheme}:' in written or scheme in written for scheme in SCHEMES)
+  assert all(f'`{ending}`' in page for ending in files_lib.COMPRESSIONS)
+
+
+@pytest.mark.parametrize('format_', ['tsv', 'array_record', 'parquet', 'json', 'code'])
+@pytest.mark.parametrize('pack', [None, lzma.compress])
+def test_tasks_read_what_pretraining_reads(tmp_path, format_, pack):
+  fields = [{'text': 'one "é', 'label': 'a'}, {'text': 'two', 'label': 'b'}]
+  path = tmp_path / ('a.py' if format_ == 'code' else f'a.{format_}')
+  if format_ == 'array_record':
+    _array_record(path, map(json.dumps, fields))
+  elif format_ == 'tsv':
+    _write(path, ''.join('\t'.join(row) + '\n' for row in [fields[0], *map(dict.values, fields)]))
+  elif format_ == 'code':
+    _write(path, fields[0]['text'])
+    fields = [{'path': path.name, 'language': 'Python', 'text': fields[0]['text']}]
+  else:
+    _table(path, fields)
+  if pack:
+    path = _write(path.with_name(f'{path.name}.xz'), pack(path.read_bytes()))
+  source = RecordSource(location=str(path), format='code' if format_ == 'code' else None)
+  config = RecordsConfig(sources=(source,), fractions=(('train', 1.0),))
+  if pack and format_ in ('array_record', 'parquet', 'code'):
+    with pytest.raises(ValueError, match='packs by itself; unpack it first|no programs in'):
+      load(config, 'train')
+  else:
+    assert load(config, 'train') == fields
