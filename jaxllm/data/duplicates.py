@@ -7,7 +7,7 @@ alone. Where documents lie on many machines, `bands`, `pairs` and `dropped` give
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -113,12 +113,12 @@ def similar(own: bytes, others: Sequence[bytes], similarity: float) -> np.ndarra
   return (hashes == np.frombuffer(own, '<u4')).mean(axis=1) >= similarity
 
 
-def pairs(bucket: Sequence[tuple[int, bytes]], similarity: float) -> Iterator[tuple[int, int]]:
+def pairs(bucket: Sequence[tuple[Any, bytes]], similarity: float) -> Iterator[tuple[Any, Any]]:
   """Yield the numbers of similar documents, the earlier one first, of those that share a band.
 
   Args:
-    bucket: numbers and signatures of documents, in their order; of equal signatures the first is
-      enough, as all others are dropped.
+    bucket: numbers, or what else has an order, and signatures of documents, in that order; of
+      equal signatures the first is enough, as all others are dropped.
     similarity: as of `near`.
   """
   for place, (number, own) in enumerate(bucket[1:], 1):
@@ -126,9 +126,9 @@ def pairs(bucket: Sequence[tuple[int, bytes]], similarity: float) -> Iterator[tu
     yield from ((bucket[int(i)][0], number) for i in np.flatnonzero(alike))
 
 
-def dropped(pairs: Iterable[tuple[int, int]]) -> set[int]:
+def dropped(pairs: Iterable[tuple[Any, Any]]) -> set[Any]:
   """Return which documents `near` drops, from the pairs of all buckets in any order."""
-  found: set[int] = set()
+  found: set[Any] = set()
   for later, earlier in sorted((later, earlier) for earlier, later in pairs):
     if earlier not in found:
       found.add(later)

@@ -83,26 +83,17 @@ class Record:
     size = self.row['tokens'].size
     self.put(full.row['tokens'][-1:], True, full._origin(size - 1))
 
+  def sizes(self) -> np.ndarray:
+    """Return how many tokens each piece has."""
+    return np.diff([*(start for start, *_ in self.pieces), self.row['tokens'].size - self.room])
 
-def fill(
-  dtype: np.dtype, pieces: np.ndarray, size: int, joined: bool,
-  ids: Callable[[int, int, int, int], npt.ArrayLike],
-) -> np.ndarray:
-  """Return a record by its plan.
 
-  Args:
-    dtype: from `record_dtype`.
-    pieces: of the record, as `lineage.PIECE`.
-    size: how many tokens it has.
-    joined: whether all are one segment, else each piece is its own.
-    ids: (source, document, token, end) -> these tokens of the document.
-  """
+def fill(dtype: np.dtype, tokens: np.ndarray, sizes: np.ndarray, joined: bool) -> np.ndarray:
+  """Return the record of these tokens; each piece of it is a segment, if not all are `joined`."""
   row = np.zeros((), dtype)
-  ends = [*pieces['start'][1:].tolist(), size]
-  for number, (piece, end) in enumerate(zip(pieces.tolist(), ends, strict=True), 1):
-    _, start, source, document, token = piece
-    row['tokens'][start:end] = ids(source, document, token, token + end - start)
-    row['segment_ids'][start:end] = 1 if joined else number
+  row['tokens'][: len(tokens)] = tokens
+  row['segment_ids'][: len(tokens)] = 1 if joined else np.repeat(
+    np.arange(1, len(sizes) + 1), sizes)
   return row
 
 
@@ -279,13 +270,6 @@ def _is_target(segments_BS: np.ndarray) -> np.ndarray:
 
 
 _SHARD_TOKENS = 2**26
-
-
-def records_of_shard(context_length: int) -> int:
-  """Return how many records a shard holds, but for the last one."""
-  return max(1, _SHARD_TOKENS // context_length)
-
-
 _KINDS = ('rows', 'pieces')
 GROUP_CHARACTERS = 2**20
 
@@ -306,10 +290,31 @@ class Text(NamedTuple):
   document: int
 
 
+class Tokens(NamedTuple):
+  """A `Text` as tokens.
+
+  Attributes:
+    ids: BOS and EOS included where they are wanted.
+    text_bytes: size of the text.
+    first_bytes: how many of them the first token stands for.
+  """
+
+  split: str
+  ids: np.ndarray
+  source: int
+  document: int
+  text_bytes: int
+  first_bytes: int
+
+
 def tokenize(
-  texts: Iterable[Text], run: Callable[[Iterable[list[str]]], Iterator[list[bytes]]]
-) -> Iterator[tuple[Text, np.ndarray]]:
-  """Yield each text with its ids; `run` gives those of many groups, as bytes of <u4."""
+  texts: Iterable[Text], tokenizer: Tokenizer, data: Any,
+  run: Callable[[Iterable[list[str]]], Iterable[list[bytes]]],
+) -> Iterator[Tokens]:
+  """Yield the tokens of each text, with BOS and EOS as `data` says; refuse unknown ids.
+
+  `run` gives the ids of many groups of texts, as bytes of <u4.
+  """
   groups: collections.deque[list[Text]] = collections.deque()
 
   def begun() -> Iterator[list[str]]:
@@ -317,75 +322,15 @@ def tokenize(
       groups.append(group)
       yield [text.text for text in group]
 
-  for ids in run(begun()):
-    for text, content in zip(groups.popleft(), ids, strict=True):
-      yield text, np.frombuffer(content, '<u4')
-
-
-class _ShardWriter:
-  """Writes records into `NAME-00000.array_record`, `-00001` and so on, a fixed number into each.
-
-  Until its shard is full, a record lies in a file of plain bytes, its pieces in another: these can
-  be cut to a known size, so that a killed process goes on from `state`.
-  """
-
-  def __init__(self, directory: pathlib.Path, name: str, limit: int, state: Mapping[str, Any]):
-    self._directory, self._name, self._limit = directory, name, limit
-    self.counts: list[int] = [*state.get('shards', [0])]
-    self._files = [self._io(self._open, kind, size) for kind, size in state.get(
-      'bytes', dict.fromkeys(_KINDS, 0)).items()]
-
-  def _open(self, kind: str, size: int) -> Any:
-    path = open_path(self._directory, self._name, len(self.counts) - 1, kind)
-    file = path.open('r+b' if size else 'w+b')
-    file.truncate(size)
-    file.seek(size)
-    return file
-
-  def write(self, record: Record) -> None:
-    if self.counts[-1] == self._limit:
-      self._io(self._end_shard)
-      self.counts.append(0)
-      self._files = [self._io(self._open, kind, 0) for kind in _KINDS]
-    pieces = np.array([(self.counts[-1], *piece) for piece in record.pieces], lineage.PIECE)
-    for file, content in zip(self._files, (record.row, pieces), strict=True):
-      self._io(file.write, content.tobytes())
-    self.counts[-1] += 1
-
-  def state(self) -> dict[str, Any]:
-    """Return what this writer goes on from, once all is on the disk."""
-    for file in self._files:
-      self._io(file.flush)
-      self._io(os.fsync, file.fileno())
-    sizes = (file.tell() for file in self._files)
-    return {'shards': self.counts, 'bytes': dict(zip(_KINDS, sizes, strict=True))}
-
-  def forget(self, last: int | None = None) -> None:
-    """Remove the plain bytes of all shards, or of those before the last."""
-    for shard in range(len(self.counts))[:last]:
-      for kind in _KINDS:
-        open_path(self._directory, self._name, shard, kind).unlink(missing_ok=True)
-
-  def close(self) -> None:
-    if self.counts[-1]:
-      self._io(self._end_shard)
-    self.forget()
-    if not self.counts[-1]:
-      self.counts.pop()
-
-  def _end_shard(self) -> None:
-    shard, (rows, pieces) = len(self.counts) - 1, self._files
-    pieces.flush()
-    size = rows.tell() // self.counts[-1]
-    rows.seek(0)
-    write_shard(paths_of_shard(self._directory, self._name, shard),
-                iter(lambda: rows.read(size), b''), np.memmap(pieces, lineage.PIECE, 'r'))
-    rows.close()
-    pieces.close()
-
-  def _io(self, call: Callable[..., Any], *args: Any) -> Any:
-    with storage.explained(self._directory):
-      return call(*args)
+  prefix, suffix = (np.array(some, np.int64) for some in borders(tokenizer, data))
+  for several in run(begun()):
+    for text, content in zip(groups.popleft(), several, strict=True):
+      ids = np.concatenate([prefix, np.frombuffer(content, '<u4'), suffix])
+      if len(ids) and (ids.min() < 0 or ids.max() >= tokenizer.vocab_size):
+        raise ValueError(f'the tokenizer gave ids {ids.min()} to {ids.max()}, outside its '
+                         f'vocabulary of {tokenizer.vocab_size}')
+      first = len(tokenizer.id_bytes[ids[0]]) if len(ids) else 0
+      yield Tokens(text.split, ids, text.source, text.document, len(text.text.encode()), first)
 
 
 def write_shard(
@@ -418,36 +363,6 @@ def paths_of_shard(
   return path, path.with_suffix('.lineage')
 
 
-class Tokens(NamedTuple):
-  """A document, or a part of it, as tokens.
-
-  Attributes:
-    ids: BOS and EOS included where they are wanted.
-    source: which source it is of.
-    document: which document of that.
-    text_bytes: size of its text.
-    first_bytes: how many of them the first token stands for.
-  """
-
-  ids: np.ndarray
-  source: int
-  document: int
-  text_bytes: int
-  first_bytes: int
-
-
-def to_tokens(
-  text: Text, encoded: npt.ArrayLike, tokenizer: Tokenizer, borders: tuple[list[int], list[int]]
-) -> Tokens:
-  """Return a document's tokens with those of `borders` added; refuse unknown ids."""
-  ids = np.concatenate([np.asarray(part, np.int64) for part in (borders[0], encoded, borders[1])])
-  if len(ids) and (ids.min() < 0 or ids.max() >= tokenizer.vocab_size):
-    raise ValueError(f'the tokenizer gave ids {ids.min()} to {ids.max()}, outside its vocabulary '
-                     f'of {tokenizer.vocab_size}')
-  first = len(tokenizer.id_bytes[ids[0]]) if len(ids) else 0
-  return Tokens(ids, text.source, text.document, len(text.text.encode()), first)
-
-
 class SplitPacker:
   """Packs the documents of a split into records, and counts what goes into them.
 
@@ -458,10 +373,14 @@ class SplitPacker:
     data: packing, context length and the sources, of which none shares a record if they are mixed.
     vocab_size: ids are below it.
     state: what to go on from, of `state`.
+
+  Attributes:
+    shard_records: how many records a shard holds, but for the last one.
   """
 
   def __init__(self, data: Any, vocab_size: int, state: Mapping[str, Any] = MappingProxyType({})):
     dtype = record_dtype(data.context_length, vocab_size)
+    self.shard_records = max(1, _SHARD_TOKENS // data.context_length)
     self._policy, self._mixed, self._source = data.packing, data.mixed, state.get('source')
     self._make_packer = functools.partial(PACKERS[data.packing], dtype)
     self._packer = self._make_packer([
@@ -518,45 +437,55 @@ class SplitPacker:
 
 
 class SplitWriter:
-  """Packs and writes one split.
+  """Packs one split and writes it into `NAME-00000.array_record`, `-00001` and so on.
+
+  Until its shard is full, a record lies in a file of plain bytes, its pieces in another: these can
+  be cut to a known size, so that a killed process goes on from `state`.
 
   Args:
     directory: where the shards go.
     name: of the split.
-    tokenizer: gives BOS, EOS and the bytes of tokens.
-    data: packing, context length and whether documents have BOS and EOS.
+    data: as of `SplitPacker`, and
+    vocab_size: too.
     state: what to go on from, of `state`.
-
-  Raises:
-    ValueError: the tokenizer has no BOS or EOS where it is wanted.
   """
 
   def __init__(
-    self, directory: pathlib.Path, name: str, tokenizer: Tokenizer, data: Any,
+    self, directory: pathlib.Path, name: str, data: Any, vocab_size: int,
     state: Mapping[str, Any] = MappingProxyType({}),
   ):
-    self._directory, self._name, self._tokenizer = directory, name, tokenizer
-    self._borders = borders(tokenizer, data)
-    self._packer = SplitPacker(data, tokenizer.vocab_size, state)
-    self._shards = _ShardWriter(directory, name, records_of_shard(data.context_length), state)
+    self._directory, self._name = directory, name
+    self._packer = SplitPacker(data, vocab_size, state)
+    self._shards: list[int] = [*state.get('shards', [0])]
+    self._files = [self._io(self._open, kind, size) for kind, size in state.get(
+      'bytes', dict.fromkeys(_KINDS, 0)).items()]
 
-  def add(self, text: Text, encoded: npt.ArrayLike) -> None:
-    """Append a document, tokens of the borders added; refuse unknown ids."""
-    self._write(self._packer.add(to_tokens(text, encoded, self._tokenizer, self._borders)))
+  def add(self, tokens: Tokens) -> None:
+    """Append a document."""
+    self._write(self._packer.add(tokens))
 
   def state(self) -> dict[str, Any]:
     """Return what another writer can go on from, JSON-able, once it is all on the disk."""
-    return {**self._shards.state(), **self._packer.state()}
+    for file in self._files:
+      self._io(file.flush)
+      self._io(os.fsync, file.fileno())
+    sizes = (file.tell() for file in self._files)
+    return {'shards': self._shards, 'bytes': dict(zip(_KINDS, sizes, strict=True)),
+            **self._packer.state()}
 
-  def saved(self) -> None:
+  def saved(self, last: int | None = -1) -> None:
     """Remove what nothing goes on from any more, now that the last state is kept."""
-    self._shards.forget(-1)
+    for shard in range(len(self._shards))[:last]:
+      for kind in _KINDS:
+        open_path(self._directory, self._name, shard, kind).unlink(missing_ok=True)
 
   def finish(self) -> dict[str, Any]:
     """Write what is left and return the counts, as fields of `records.Split`."""
     self._write(self._packer.finish())
-    self._shards.close()
-    shards = tuple(self._shards.counts)
+    if self._shards[-1]:
+      self._io(self._end_shard)
+    self.saved(None)
+    shards = tuple(filter(None, self._shards))
     files = [paths_of_shard(self._directory, self._name, i) for i in range(len(shards))]
     sha256, lineage_sha256 = (
       tuple(storage.file_digest(paths[kind], {}) for paths in files) for kind in (0, 1))
@@ -565,11 +494,39 @@ class SplitWriter:
 
   def _write(self, records: Iterator[Record]) -> None:
     for record in records:
-      self._shards.write(record)
+      if self._shards[-1] == self._packer.shard_records:
+        self._io(self._end_shard)
+        self._shards.append(0)
+        self._files = [self._io(self._open, kind, 0) for kind in _KINDS]
+      pieces = np.array([(self._shards[-1], *piece) for piece in record.pieces], lineage.PIECE)
+      for file, content in zip(self._files, (record.row, pieces), strict=True):
+        self._io(file.write, content.tobytes())
+      self._shards[-1] += 1
+
+  def _open(self, kind: str, size: int) -> Any:
+    path = open_path(self._directory, self._name, len(self._shards) - 1, kind)
+    file = path.open('r+b' if size else 'w+b')
+    file.truncate(size)
+    file.seek(size)
+    return file
+
+  def _end_shard(self) -> None:
+    rows, pieces = self._files
+    pieces.flush()
+    size = rows.tell() // self._shards[-1]
+    rows.seek(0)
+    write_shard(paths_of_shard(self._directory, self._name, len(self._shards) - 1),
+                iter(lambda: rows.read(size), b''), np.memmap(pieces, lineage.PIECE, 'r'))
+    rows.close()
+    pieces.close()
+
+  def _io(self, call: Callable[..., Any], *args: Any) -> Any:
+    with storage.explained(self._directory):
+      return call(*args)
 
 
 def borders(tokenizer: Tokenizer, data: Any) -> tuple[list[int], list[int]]:
-  """Return the ids before and after each document, by `data.add_bos` and `data.add_eos`."""
+  """Return the ids before and after each document; refuse a tokenizer that lacks those wanted."""
   return (_border(tokenizer.bos_id, 'bos') if data.add_bos else [],
           _border(tokenizer.eos_id, 'eos') if data.add_eos else [])
 

@@ -8,6 +8,7 @@
 """
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import os
@@ -16,10 +17,9 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-import numpy as np
 import pydantic
 from absl import logging
 
@@ -192,6 +192,7 @@ def prepare(
   directory: str | os.PathLike[str],
   progress: bool = True,
   workers: int | None = None,
+  write: Callable[..., Manifest] | None = None,
 ) -> Manifest:
   """Make or find the records that the settings describe in `directory`; return their manifest.
 
@@ -202,6 +203,7 @@ def prepare(
     progress: show a bar on stderr.
     workers: processes that clean, which decide nothing but the time; None: one a core, where it
       takes long.
+    write: makes the records elsewhere: `beam.write` with its options.
 
   Raises:
     ValueError: a source is missing, damaged or empty, or the settings do not fit the data.
@@ -221,14 +223,17 @@ def prepare(
       if find(directory, fingerprint) is None:  # Another process may have been faster.
         if folder.exists():
           logging.warning('%s is not complete; its records are prepared anew', folder)
-        with (storage.replaced(folder, kept=True) as staging,
-              parallel.processes(cleaning.chunk_passer, data.cleaning.to_json(),
-                                 workers if data.cleaning.steps else 1) as run):
-          staging.mkdir(exist_ok=True)
-          manifest = _write(
-            data, tokenizer, staging, sources, fingerprint, progress, run, workers)
+        # In a bucket others write there, too, and nothing counts before the manifest.
+        shared = write and storage.is_remote(folder)
+        place = contextlib.nullcontext(folder) if shared else storage.replaced(folder, kept=True)
+        with place as staging, parallel.processes(
+            cleaning.chunk_passer, data.cleaning.to_json(),
+            workers if data.cleaning.steps and not write else 1) as run:
+          make = write or functools.partial(_write, progress=progress, run=run, workers=workers)
+          manifest = make(data, tokenizer, staging, sources, fingerprint)
           storage.write_json(staging / 'manifest.json', manifest.model_dump(mode='json'))
-          storage.remove(folder)
+          if not shared:
+            storage.remove(folder)
   if hashes != known:
     with contextlib.suppress(OSError):  # They only save time.
       storage.write_json(directory / _HASHES, hashes)
@@ -364,7 +369,7 @@ def _fingerprint(
   facts = {
     'version': VERSION,
     **({'mixed': True} if data.mixed else {}),
-    **({'held_out': 1} if _from_same_files(data) else {}),
+    **({'held_out': 1} if from_same_files(data) else {}),
     'data': {**data.model_dump(mode='json', exclude={'sources', 'shuffle', 'validation'}),
              'cleaning': data.cleaning.facts() | evaluation,
              'packing': _OLD_PACKING.get(data.packing, data.packing)},
@@ -398,23 +403,30 @@ def _cleaned(data: DataConfig, run: Run, counts: Counters | None = None) -> Iter
         first += len(texts)
 
   sources = (*data.sources, *data.own_validation)
-  held_out = {_digest(passes[-1][0]) for _, _, found in run(chunks(data.own_validation))
-              for _, passes in found if passes[-1][0]} if _from_same_files(data) else ()
+  held_out = {digest(passes[-1][0]) for _, _, found in run(chunks(data.own_validation))
+              for _, passes in found if passes[-1][0]} if from_same_files(data) else ()
   compare = cleaning.comparer(cleaning.stages(data.cleaning))
   counts = counts or [Counter() for _ in sources]
   for number, first, found in run(chunks(sources)):
     split = 'train' if number < len(data.sources) else 'validation'
     for place, (size, passes) in enumerate(found, first):
-      text = passes[-1][0]
-      if held_out and split == 'train' and text and _digest(text) in held_out:
-        steps = sum((Counter(one) for _, one, _ in passes), Counter())
-        steps.update({'held_out.dropped': 1, 'held_out.characters': len(text)})
-        text = None
-      else:
-        text, steps = compare(passes)
+      found_out = split == 'train' and dropped_as_held_out(passes, held_out)
+      text, steps = (None, found_out) if found_out else compare(passes)
       counts[number].update(steps, documents=1, dropped=not text, characters=size)
       if text:
         yield Text(split, text, number, place)
+
+
+def dropped_as_held_out(
+  passes: Sequence[cleaning.Passed], held_out: Collection[bytes]
+) -> Counter[str] | None:
+  """Return what drops a text whose digest is held out, and the steps before; None: it is not."""
+  if not held_out or not (text := passes[-1][0]) or digest(text) not in held_out:
+    return None
+  steps = Counter({'held_out.dropped': 1, 'held_out.characters': len(text)})
+  for _, counts, _ in passes:
+    steps.update(counts)
+  return steps
 
 
 def _texts(
@@ -444,28 +456,24 @@ def _too_few(data: DataConfig, run: Run) -> bool:
   if not isinstance(data.validation, float):
     return False
   sides: set[bool] = set()
-  number = 0
-  for number, text in enumerate(_cleaned(data, run), 1):  # noqa: B007
+  for text in _cleaned(data, run):
     sides.add(_sample(text.text) < data.validation)
     if len(sides) > 1:
       return False
-  if number:
-    whose = 'the document' if number == 1 else f'each of the {number} documents'
-    logging.warning('config.data.validation=%s: the end of %s is held out, as no whole document '
-                    'can be', data.validation, whose)
   return True
 
 
 def _sample(text: str) -> float:
   """Return a number in [0, 1) that depends on the text alone: duplicates share their split."""
-  return int.from_bytes(_digest(text, 8)) / 2**64
+  return int.from_bytes(digest(text, 8)) / 2**64
 
 
-def _digest(text: str, size: int = 16) -> bytes:
+def digest(text: str, size: int = 16) -> bytes:
+  """Return a hash of a text."""
   return hashlib.blake2b(text.encode(), digest_size=size).digest()
 
 
-def _from_same_files(data: DataConfig) -> bool:
+def from_same_files(data: DataConfig) -> bool:
   """Return whether files of several texts are trained on and held out, in different slices."""
   trained, held_out = ({
     file.path.resolve() for source in sources for file in documents.find(source).files
@@ -485,7 +493,7 @@ def _write(
     logging.info('%s: going on after %d documents of an interrupted call', staging, state['texts'])
     tokenizer = tokenizers.from_files(tokenizers.read_directory(staging / 'tokenizer'))
   else:
-    shutil.rmtree(staging)
+    shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     state = {'ends': _too_few(data, run), 'texts': 0, 'splits': {}}
     texts = _texts(data, run, state['ends'])
@@ -495,38 +503,50 @@ def _write(
     tokenizers.save(tokenizer, staging / 'tokenizer')
 
   counts: Counters = [Counter() for _ in sources]
-  writers = {name: packing.SplitWriter(staging, name, tokenizer, data,
+  writers = {name: packing.SplitWriter(staging, name, data, tokenizer.vocab_size,
                                        state['splits'].get(name, {})) for name in data.splits}
   texts = _shown('records', _texts(data, run, state['ends'], counts), sizes, progress)
-  _pack(texts, tokenizer, writers, staging, state, workers)
+  _pack(texts, tokenizer, data, writers, staging, state, workers)
   splits = {name: Split(**writer.finish()) for name, writer in writers.items()}
   (staging / _STATE).unlink(missing_ok=True)
+  return finished(data, config, tokenizer, fingerprint, sources, counts, splits, state['ends'])
+
+
+def finished(
+  data: DataConfig, config: TokenizerConfig, tokenizer: Tokenizer, fingerprint: str,
+  sources: Sequence[SourceCounts], counts: Counters, splits: Mapping[str, Split], ends: bool,
+) -> Manifest:
+  """Return the manifest of records; a ValueError says that there is nothing to train on."""
   sources = tuple(source.replace(
     **{name: number for name, number in count.items() if '.' not in name},
     cleaning={name: number for name, number in sorted(count.items()) if '.' in name})
     for source, count in zip(sources, counts, strict=True))
   _check_splits(data, splits, sources)
+  if ends:
+    number = sum(source.documents - source.dropped for source in sources)
+    logging.warning('config.data.validation=%s: the end of %s is held out, as no whole document '
+                    'can be', data.validation,
+                    'the document' if number == 1 else f'each of the {number} documents')
   return Manifest(
     version=VERSION, fingerprint=fingerprint, data=data, tokenizer=config,
     tokenizer_fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size,
-    sources=sources, train=splits['train'], validation=splits.get('validation'),
-    ends=state['ends'],
+    sources=sources, train=splits['train'], validation=splits.get('validation'), ends=ends,
   )
 
 
 def _pack(
-  texts: Iterator[Text], tokenizer: Tokenizer, writers: Mapping[str, packing.SplitWriter],
-  staging: pathlib.Path, state: Mapping[str, Any], workers: int | None,
+  texts: Iterator[Text], tokenizer: Tokenizer, data: DataConfig,
+  writers: Mapping[str, packing.SplitWriter], staging: pathlib.Path, state: Mapping[str, Any],
+  workers: int | None,
 ) -> None:
   """Tokenize texts, pack and write them, and every few seconds what an interrupted call needs."""
-  def encode(texts: Sequence[str]) -> list[bytes]:
-    return [np.array(ids, '<u4').tobytes() for ids in tokenizer.encode_batch(texts)]
-
   # What an interrupted call has written is cleaned again, for the counts, and no more.
   rest, saved = itertools.islice(texts, state['texts'], None), time.monotonic()
-  with parallel.processes(tokenizers.id_packer, str(staging / 'tokenizer'), workers, encode) as run:
-    for number, (text, ids) in enumerate(packing.tokenize(rest, run), state['texts'] + 1):
-      writers[text.split].add(text, ids)
+  with parallel.processes(tokenizers.id_packer, str(staging / 'tokenizer'), workers,
+                          tokenizers.pack_ids(tokenizer)) as run:
+    for number, tokens in enumerate(
+        packing.tokenize(rest, tokenizer, data, run), state['texts'] + 1):
+      writers[tokens.split].add(tokens)
       if time.monotonic() - saved >= _SAVE_SECONDS:
         storage.write_json(staging / _STATE, {**state, 'texts': number, 'splits': {
           name: writer.state() for name, writer in writers.items()}})

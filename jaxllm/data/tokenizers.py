@@ -12,7 +12,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pydantic
@@ -176,8 +176,13 @@ def from_files(files: Files) -> Tokenizer:
   raise ValueError(f'no tokenizer among {sorted(files)}: expected {" or ".join(BUILDERS)}')
 
 
+def pack_ids(tokenizer: Tokenizer) -> Callable[[Sequence[str]], list[bytes]]:
+  """Return a function from texts to their ids, of four bytes each."""
+  return lambda texts: [np.array(ids, '<u4').tobytes() for ids in tokenizer.encode_batch(texts)]
+
+
 def id_packer(directory: str) -> Callable[[Sequence[str]], list[bytes]]:
-  """Return a function for `parallel.processes`, from texts to their ids, of four bytes each."""
+  """Return `pack_ids` for `parallel.processes`."""
   os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # There is one process for each core.
   encode = load(directory).encode
   return lambda texts: [np.array(encode(text), '<u4').tobytes() for text in texts]
@@ -216,15 +221,16 @@ def load(directory: str | os.PathLike[str]) -> Tokenizer:
 
 def _train(config: TokenizerConfig, texts: Iterable[str]) -> Files:
   is_bpe = config.kind == 'byte_level_bpe'
-  sample, size = _sample(_chunks(texts, cut_at_signs=not is_bpe), config.sample_bytes)
-  if not sample:
+  found = sample(config, enumerate(texts))
+  chunks, size = [chunk for *_, chunk in found.kept], found.total_bytes
+  if not chunks:
     raise ValueError('there is no text to train the tokenizer on (config.data.sources)')
-  taken = sum(len(chunk.encode()) for chunk in sample)
+  taken = sum(size for _, size, *_ in found.kept)
   logging.info('training the tokenizer on %.4g of %.4g MB (%.3g %%) of the training text, a sample '
                'of config.tokenizer.sample_bytes=%s', taken / 1e6, size / 1e6, 100 * taken / size,
                f'{config.sample_bytes:,}')
   with _still_training():
-    return (_train_byte_level if is_bpe else _train_sentencepiece)(config, sample)
+    return (_train_byte_level if is_bpe else _train_sentencepiece)(config, chunks)
 
 
 @contextlib.contextmanager
@@ -339,7 +345,7 @@ def _chunks(texts: Iterable[str], cut_at_signs: bool) -> Iterator[str]:
   """Cut texts into pieces of at most 4,000 characters, which keep their newlines inside.
 
   SentencePiece would skip one with one of its own signs, so these stand between pieces where
-  `cut_at_signs`; encoding gives them by their bytes.
+  `cut_at_signs`; encoding gives them by their bytes. A piece that is cut again stays whole.
   """
   for text in texts:
     for stretch in _SIGNS.split(text) if cut_at_signs else (text,):
@@ -347,19 +353,50 @@ def _chunks(texts: Iterable[str], cut_at_signs: bool) -> Iterator[str]:
         yield match.group()
 
 
-def _sample(chunks: Iterable[str], limit: int) -> tuple[list[str], int]:
-  """Keep the chunks with the lowest hashes, at most `limit` bytes; also return the bytes of all."""
-  kept: list[tuple[int, int, str]] = []
-  size, total, ceiling = 0, 0, 2**64
-  for chunk in chunks:
-    content = chunk.encode()
-    total += len(content)
-    draw = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
-    if draw < ceiling:
-      kept.append((draw, len(content), chunk))
-      size += len(content)
-    while size > limit and ceiling:
+class Sample(NamedTuple):
+  """The pieces of texts with the lowest hashes.
+
+  Attributes:
+    kept: hash, bytes, (place of the text, place in it) and content of each.
+    ceiling: hashes are below it.
+    total_bytes: those of all pieces.
+  """
+
+  kept: list[tuple[int, int, tuple[Any, int], str]]
+  ceiling: int = 2**64
+  total_bytes: int = 0
+
+  def cut(self, limit: int) -> 'Sample':
+    """Return the sample with at most `limit` bytes."""
+    kept, ceiling, _ = self
+    while sum(size for _, size, *_ in kept) > limit and ceiling:
       ceiling //= 2
-      kept = [item for item in kept if item[0] < ceiling]
-      size = sum(length for _, length, _ in kept)
-  return [chunk for _, _, chunk in kept], total
+      kept = [piece for piece in kept if piece[0] < ceiling]
+    return self._replace(kept=kept, ceiling=ceiling)
+
+
+def sample(config: TokenizerConfig, texts: Iterable[tuple[Any, str]]) -> Sample:
+  """Sample pieces of texts, of which each has a place, for the tokenizer to be trained on."""
+  kept: list[tuple[int, int, tuple[Any, int], str]] = []
+  ceiling, size, total = 2**64, 0, 0
+  for place, text in texts:
+    for number, chunk in enumerate(_chunks((text,), config.kind == 'sentencepiece')):
+      content = chunk.encode()
+      total += len(content)
+      draw = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
+      if draw < ceiling:
+        kept.append((draw, len(content), (place, number), chunk))
+        size += len(content)
+      if size > config.sample_bytes:
+        kept, ceiling, _ = Sample(kept, ceiling).cut(config.sample_bytes)
+        size = sum(length for _, length, *_ in kept)
+  return Sample(kept, ceiling, total)
+
+
+def join_samples(samples: Iterable[Sample], limit: int) -> Sample:
+  """Return the sample of all texts from the samples of some each, in the order of their places."""
+  several = [*samples]
+  ceiling = min((one.ceiling for one in several), default=2**64)
+  kept = sorted((piece for one in several for piece in one.kept if piece[0] < ceiling),
+                key=lambda piece: piece[2])
+  return Sample(kept, ceiling, sum(one.total_bytes for one in several)).cut(limit)

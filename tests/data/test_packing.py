@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxllm.data import lineage, packing
+from jaxllm.data import packing
 from jaxllm.data.records import DataConfig
 
 
@@ -112,23 +112,19 @@ def test_lengths_alone_decide_where_each_token_goes_and_none_is_lost(
   records, plans = [], []
   for (source, document), ids in sequences.items():
     nothing = np.broadcast_to(np.int64(0), len(ids))
-    records += real.add(packing.Tokens(ids, source, document, 2 * len(ids), 2))
-    plans += planned.add(packing.Tokens(nothing, source, document, 2 * len(ids), 2))
+    records += real.add(packing.Tokens('train', ids, source, document, 2 * len(ids), 2))
+    plans += planned.add(packing.Tokens('train', nothing, source, document, 2 * len(ids), 2))
   records += real.finish()
   plans += planned.finish()
   assert real.counts() == planned.counts() and len(records) == len(plans)
   found = set()
   for record, plan in zip(records, plans, strict=True):
     assert record.pieces == plan.pieces and record.room == plan.room
-    pieces = np.array([(0, *piece) for piece in plan.pieces], lineage.PIECE)
-    size = context_length + 1 - plan.room
-
-    def tokens(source, document, start, end):
-      places = [(source, document, token) for token in range(start, end)]
-      found.update(places)
-      return sequences[source, document][start:end]
-
-    row = packing.fill(record.row.dtype, pieces, size, policy == 'concat', tokens)
+    tokens = []
+    for (_, source, document, token), size in zip(plan.pieces, plan.sizes().tolist(), strict=True):
+      tokens += sequences[source, document][token : token + size].tolist()
+      found.update((source, document, token + place) for place in range(size))
+    row = packing.fill(record.row.dtype, np.array(tokens), plan.sizes(), policy == 'concat')
     assert (row == record.row).all()
   counts = real.counts()
   assert counts['documents'] == len(sequences) and not (

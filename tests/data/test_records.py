@@ -414,10 +414,10 @@ def test_processes_that_clean_change_no_byte_even_where_others_go_on(
   monkeypatch.setattr(records, '_SAVE_SECONDS', 0)
   add = records.packing.SplitWriter.add
 
-  def killed(self, text, ids):
-    if text.document == 25:
+  def killed(self, tokens):
+    if tokens.document == 25:
       raise _Killed
-    add(self, text, ids)
+    add(self, tokens)
 
   monkeypatch.setattr(records.packing.SplitWriter, 'add', killed)
   with pytest.raises(_Killed):
@@ -689,10 +689,10 @@ from jaxllm.data import packing, records
 from jaxllm.data.documents import SourceConfig
 from jaxllm.data.tokenizers import TokenizerConfig
 add = packing.SplitWriter.add
-def slow(self, text, ids):
+def slow(self, tokens):
   print('adding', flush=True)
   time.sleep(float(sys.argv[3]))
-  return add(self, text, ids)
+  return add(self, tokens)
 packing.SplitWriter.add = slow
 data = records.DataConfig(sources=(SourceConfig(location=sys.argv[1]),), validation=0.2,
                           context_length=16)

@@ -231,14 +231,27 @@ def test_documents_that_spell_special_tokens_give_none(kind, all_kinds):
     assert control.isdisjoint(ids) and tokenizer.decode(ids) == text
 
 
-def test_a_sample_is_even_and_independent_of_order():
-  chunks = [f'{i:05d}' for i in range(4000)]
-  sample, size = tokenizers._sample(chunks, 5000)
-  assert size == 20_000
-  assert 2000 < sum(map(len, sample)) <= 5000
-  assert 0.4 < sum(map(int, sample)) / len(sample) / 4000 < 0.6
-  assert sorted(tokenizers._sample(chunks[::-1], 5000)[0]) == sample
-  assert tokenizers._sample(chunks, 20_000) == (chunks, 20_000)
+def test_a_sample_is_even_and_independent_of_order_and_of_who_takes_it():
+  config = TokenizerConfig(vocab_size=300, sample_bytes=5000)
+  texts = [*enumerate(f'{i:05d}' for i in range(4000))]
+  sample = tokenizers.sample(config, texts)
+  chunks = [chunk for *_, chunk in sample.kept]
+  assert sample.total_bytes == 20_000
+  assert 2000 < sum(map(len, chunks)) <= 5000
+  assert 0.4 < sum(map(int, chunks)) / len(chunks) / 4000 < 0.6
+  assert sorted(tokenizers.sample(config, texts[::-1]).kept) == sorted(sample.kept)
+  whole = tokenizers.sample(config.replace(sample_bytes=20_000), texts)
+  assert [chunk for *_, chunk in whole.kept] == [text for _, text in texts]
+  # Some that are far below the limit beside some that are cut.
+  parts = [tokenizers.sample(config, texts[i:j]) for i, j in ((10, 90), (90, 4000), (0, 10))]
+  assert tokenizers.join_samples(parts, 5000) == sample
+  two = tokenizers.join_samples(parts[:2], 5000)
+  assert tokenizers.join_samples([two, parts[2]], 5000) == sample
+  # What is cut again stays whole.
+  texts = ['\n' + 'a' * 9000 + '\nb\n' + 'c' * 3998 + '\n', '\n' * 5000 + 'x\ny', '\u2585a']
+  for cut_at_signs in (True, False):
+    chunks = [*tokenizers._chunks(texts, cut_at_signs)]
+    assert [*tokenizers._chunks(chunks, cut_at_signs)] == chunks and len(chunks) > 5
 
 
 def test_the_share_of_the_sample_and_a_long_training_are_said(monkeypatch, caplog):
