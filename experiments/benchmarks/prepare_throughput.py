@@ -1,6 +1,7 @@
 """Text to packed tokens: jaxllm beside `datasets.map` with the same tokenizer and grouping.
 
   python experiments/benchmarks/prepare_throughput.py [--megabytes=64] [--count=3] [--processes=2]
+    [--cleaning]
 
 Both read one JSONL file, cut it with the same byte-level BPE (trained here on a part of it), lay
 the documents end to end with an end-of-text token between, and write records of 1,025 tokens:
@@ -9,57 +10,66 @@ jaxllm ArrayRecord with lineage, digests and a manifest, `datasets` Arrow (`map`
 its own, `count` times. Printed are the medians of seconds, of MB of text per second and of the peak
 memory of all processes together (proportional set size, asked 20 times a second), and the ratios of
 medians. Needs the package datasets. Caches lie in a temporary directory.
+
+--cleaning lets jaxllm clean by a chain of steps before that, with 1 and with 2 processes by turns,
+in the place of `datasets`; the ratio is that of 2 processes to 1.
 """
 
 import json
 import os
 import pathlib
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 
+import peak
 from absl import app, flags
 
 MEGABYTES = flags.DEFINE_integer('megabytes', 64, 'Size of the text.')
 COUNT = flags.DEFINE_integer('count', 3, 'Turns.')
 PROCESSES = flags.DEFINE_integer('processes', 2, 'num_proc of datasets.')
 CONTEXT = flags.DEFINE_integer('context', 1024, 'Tokens that are predicted in a record.')
+CLEANING = flags.DEFINE_bool('cleaning', False, 'Compare 2 processes that clean with 1.')
 OUTPUT = flags.DEFINE_string('output', 'runs/prepare_throughput.json', 'Where the JSON goes.')
 CHILD = flags.DEFINE_string('child', None, 'For its own use: which of the two runs.')
 FOLDER = flags.DEFINE_string('folder', None, 'For its own use: where.')
 
 END = '<|endoftext|>'
+STEPS = ('mojibake', 'control', 'nfc', 'whitespace', 'boilerplate', 'gopher_repetition', 'redact',
+         'exact_duplicates', 'near_duplicates')
 
 
 def main(_) -> None:
   if CHILD.value:
-    {'jaxllm': ours, 'datasets': theirs}[CHILD.value](pathlib.Path(FOLDER.value))
+    if CHILD.value == 'datasets':
+      theirs(pathlib.Path(FOLDER.value))
+    else:
+      ours(pathlib.Path(FOLDER.value), CHILD.value)
     return
   with tempfile.TemporaryDirectory(prefix='jaxllm-') as name:
     folder = pathlib.Path(name)
     size = write_text(folder)
     train_tokenizer(folder)
-    found = {kind: [] for kind in ('jaxllm', 'datasets')}
+    kinds = ('2 processes', '1 process') if CLEANING.value else ('jaxllm', 'datasets')
+    found = {kind: [] for kind in kinds}
     for turn in range(COUNT.value):
       for kind in found:
         place = folder / f'{kind}-{turn}'
         place.mkdir()
-        seconds, peak = measured(kind, folder, place)
+        seconds, memory = measured(kind, folder, place)
         found[kind].append({'seconds': seconds, 'megabytes_per_second': size / 1e6 / seconds,
-                            'peak_megabytes': peak / 1e6, **json.loads(
+                            'peak_megabytes': memory / 1e6, **json.loads(
                               (folder / f'{kind}.json').read_text())})
         print(f'turn {turn + 1}, {kind}: {found[kind][-1]}', flush=True)
   median = {kind: {key: statistics.median(row[key] for row in rows) for key in rows[0]}
             for kind, rows in found.items()}
-  print(f'\n{"":10}{"seconds":>10}{"MB/s":>10}{"peak MB":>10}{"records":>10}')
+  print(f'\n{"":12}{"seconds":>10}{"MB/s":>10}{"peak MB":>10}{"records":>10}')
   for kind, row in median.items():
-    print(f'{kind:10}{row["seconds"]:10.1f}{row["megabytes_per_second"]:10.2f}'
+    print(f'{kind:12}{row["seconds"]:10.1f}{row["megabytes_per_second"]:10.2f}'
           f'{row["peak_megabytes"]:10.0f}{row["records"]:10,.0f}')
-  ratios = {key: median['jaxllm'][key] / median['datasets'][key]
+  ratios = {key: median[kinds[0]][key] / median[kinds[1]][key]
             for key in ('megabytes_per_second', 'peak_megabytes')}
-  print(f'{"ratio":10}{"":10}{ratios["megabytes_per_second"]:10.2f}'
+  print(f'{"ratio":12}{"":10}{ratios["megabytes_per_second"]:10.2f}'
         f'{ratios["peak_megabytes"]:10.2f}')
   output = pathlib.Path(OUTPUT.value)
   output.parent.mkdir(parents=True, exist_ok=True)
@@ -103,53 +113,28 @@ def train_tokenizer(folder: pathlib.Path) -> None:
 
 def measured(kind: str, folder: pathlib.Path, place: pathlib.Path) -> tuple[float, int]:
   """Run one of the two; return its seconds and the peak of its processes' memory, in bytes."""
-  begin, peak = time.perf_counter(), 0
-  with (folder / f'{kind}.txt').open('w') as log:
-    child = subprocess.Popen(
-      [sys.executable, __file__, f'--child={kind}', f'--folder={place}',
-       f'--processes={PROCESSES.value}', f'--context={CONTEXT.value}'],
-      stdout=log, stderr=log, env=os.environ | {
-        'HF_HOME': str(place), 'HF_HUB_OFFLINE': '1', 'TOKENIZERS_PARALLELISM': str(
-          kind == 'jaxllm').lower()})
-    while child.poll() is None:
-      peak = max(peak, sum(map(memory, family(child.pid))))
-      time.sleep(0.05)
-  if child.returncode:
-    said = (folder / f'{kind}.txt').read_text()
-    raise SystemExit(f'{kind} ended with {child.returncode}:\n{said}')
-  return time.perf_counter() - begin, peak
+  return peak.run(
+    [sys.executable, __file__, f'--child={kind}', f'--folder={place}',
+     f'--processes={PROCESSES.value}', f'--context={CONTEXT.value}',
+     f'--cleaning={CLEANING.value}'], folder / f'{kind}.txt', HF_HOME=str(place),
+    HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM=str(kind != 'datasets').lower())
 
 
-def family(pid: int) -> list[int]:
-  """Return a process and those that it has started."""
-  try:
-    children = pathlib.Path(f'/proc/{pid}/task/{pid}/children').read_text().split()
-  except OSError:
-    return []
-  return [pid, *(one for child in children for one in family(int(child)))]
-
-
-def memory(pid: int) -> int:
-  """Return the memory of a process, what it shares divided by the number of sharers, in bytes."""
-  try:
-    lines = pathlib.Path(f'/proc/{pid}/smaps_rollup').read_text().splitlines()
-  except OSError:
-    return 0
-  return 1024 * next((int(line.split()[1]) for line in lines if line.startswith('Pss:')), 0)
-
-
-def ours(place: pathlib.Path) -> None:
+def ours(place: pathlib.Path, kind: str) -> None:
   from jaxllm.data import records
+  from jaxllm.data.cleaning import CleaningConfig
   from jaxllm.data.documents import SourceConfig
   from jaxllm.data.tokenizers import TokenizerConfig
 
   base = place.parent
   manifest = records.prepare(
     records.DataConfig(sources=(SourceConfig(location=str(base / 'text.jsonl')),), packing='concat',
+                       cleaning=CleaningConfig(steps=STEPS if CLEANING.value else ()),
                        validation=None, context_length=CONTEXT.value, add_bos=False),
-    TokenizerConfig(kind='json', path=str(base / 'tokenizer')), place / 'records', progress=False)
+    TokenizerConfig(kind='json', path=str(base / 'tokenizer')), place / 'records', progress=False,
+    workers={'1 process': 1, '2 processes': 2}.get(kind))
   told = {'records': manifest.train.records, 'tokens': manifest.train.tokens}
-  (base / 'jaxllm.json').write_text(json.dumps(told))
+  (base / f'{kind}.json').write_text(json.dumps(told))
 
 
 def theirs(place: pathlib.Path) -> None:
