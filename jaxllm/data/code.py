@@ -7,21 +7,18 @@ from collections.abc import Sequence
 from jaxllm.data import files
 from jaxllm.data.files import File
 
-LANGUAGES = {
-  f'.{ending}': language for language, endings in {
-    'Ada': 'adb ads', 'Assembly': 's asm', 'Batch': 'bat cmd', 'C': 'c h', 'C#': 'cs',
-    'C++': 'cc cpp cxx hh hpp hxx', 'CMake': 'cmake', 'CSS': 'css scss less', 'CUDA': 'cu cuh',
-    'Clojure': 'clj cljs', 'Dart': 'dart', 'Elixir': 'ex exs', 'Elm': 'elm',
-    'Emacs Lisp': 'el', 'Erlang': 'erl hrl', 'F#': 'fs fsx', 'Fortran': 'f f90 f95', 'Go': 'go',
-    'GraphQL': 'graphql', 'Groovy': 'groovy gradle', 'Haskell': 'hs', 'Java': 'java',
-    'JavaScript': 'js mjs cjs jsx', 'Julia': 'jl', 'Kotlin': 'kt kts', 'Lean': 'lean',
-    'Lisp': 'lisp', 'Lua': 'lua', 'Nim': 'nim', 'Nix': 'nix', 'OCaml': 'ml mli',
-    'Objective-C': 'm mm', 'PHP': 'php', 'Pascal': 'pas', 'Perl': 'pl pm', 'PowerShell': 'ps1',
-    'Protocol Buffers': 'proto', 'Python': 'py pyi', 'R': 'r', 'Ruby': 'rb',
-    'Rust': 'rs', 'SQL': 'sql', 'Scala': 'scala', 'Scheme': 'scm', 'Shell': 'sh bash zsh',
-    'Solidity': 'sol', 'Starlark': 'bzl star', 'Swift': 'swift', 'Tcl': 'tcl', 'Thrift': 'thrift',
-    'TypeScript': 'ts tsx mts', 'VHDL': 'vhd vhdl', 'Verilog': 'v sv', 'Vue': 'vue', 'Zig': 'zig',
-  }.items() for ending in endings.split()}
+_LANGUAGES = '''
+  Ada: adb ads; Assembly: s asm; Batch: bat cmd; C: c h; C#: cs; C++: cc cpp cxx hh hpp hxx;
+  CMake: cmake; CSS: css scss less; CUDA: cu cuh; Clojure: clj cljs; Dart: dart; Elixir: ex exs;
+  Elm: elm; Emacs Lisp: el; Erlang: erl hrl; F#: fs fsx; Fortran: f f90 f95; Go: go; GraphQL:
+  graphql; Groovy: groovy gradle; Haskell: hs; Java: java; JavaScript: js mjs cjs jsx; Julia:
+  jl; Kotlin: kt kts; Lean: lean; Lisp: lisp; Lua: lua; Nim: nim; Nix: nix; OCaml: ml mli;
+  Objective-C: m mm; PHP: php; Pascal: pas; Perl: pl pm; PowerShell: ps1; Protocol Buffers:
+  proto; Python: py pyi; R: r; Ruby: rb; Rust: rs; SQL: sql; Scala: scala; Scheme: scm; Shell:
+  sh bash zsh; Solidity: sol; Starlark: bzl star; Swift: swift; Tcl: tcl; Thrift: thrift;
+  TypeScript: ts tsx mts; VHDL: vhd vhdl; Verilog: v sv; Vue: vue; Zig: zig'''
+LANGUAGES = {f'.{ending}': language.strip() for language, endings in (
+  one.split(':') for one in _LANGUAGES.split(';')) for ending in endings.split()}
 """Ending of a file's name -> language."""
 
 _FOREIGN = frozenset(

@@ -276,37 +276,27 @@ def _rows(source: SourceConfig, found: File, format_: str | None) -> Iterator[Ro
   return (Row(found.where, *row) for row in rows)
 
 
-def _package(source: SourceConfig, name: str) -> Found:
-  files, read = packages.find(name)
+Open = Callable[[str], tuple[list[File], Callable[..., readers.Rows] | str | None]]
+
+
+def _named(open_: Open, source: SourceConfig, name: str) -> Found:
+  files, read = open_(name)
   if not callable(read):
     return _files(source, files, source.format or read)
-  return Found(files, [functools.partial(_package_rows, source, name)], shared=True)
+  return Found(files, [functools.partial(_named_rows, open_, source, name)], shared=True)
 
 
-def _package_rows(source: SourceConfig, name: str) -> Iterator[Row]:
-  read: Any = packages.find(name)[1]
-  pieces = readers.part(lambda: enumerate(read(), 1), source.slice)
-  return (Row(source.location, f'row {number}', fields) for (number, fields), _ in pieces)
-
-
-def _catalog(
-  open_: Callable[..., tuple[list[File], readers.Rows]], source: SourceConfig, name: str
-) -> Found:
-  files, _ = open_(name, source.slice)
-  return Found(files, [functools.partial(_catalog_rows, open_, source, name)], shared=True)
-
-
-def _catalog_rows(open_: Callable[..., Any], source: SourceConfig, name: str) -> Iterator[Row]:
-  _, rows = open_(name, source.slice)
+def _named_rows(open_: Open, source: SourceConfig, name: str) -> Iterator[Row]:
+  read: Any = open_(name)[1]
   title = source.location.partition('?')[0]
-  return (Row(title, where, readers.plain(fields)) for where, fields in rows)
+  return (Row(title, where, readers.plain(fields)) for where, fields in read(source.slice))
 
 
 SCHEMES: Mapping[str, Scheme] = {
-  'package': _package,
-  'stdlib': lambda source, name: _package(source, 'python-source'),
-  'tfds': functools.partial(_catalog, packages.tfds),
-  'hf': functools.partial(_catalog, packages.hugging_face),
+  'package': functools.partial(_named, packages.find),
+  'stdlib': lambda source, name: _named(packages.find, source, 'python-source'),
+  'tfds': functools.partial(_named, packages.tfds),
+  'hf': functools.partial(_named, packages.hugging_face),
 }
 """What a location begins with, which is not a path -> function of the source and the rest of it."""
 
@@ -348,12 +338,10 @@ def survey(
   for number, source in enumerate([*train, *validation]):
     digest, size, found = hashlib.sha256(), 0, find(source)
     for file in found.files:
-      content = (file.remote.version if file.remote else
-                 storage.file_digest(file.path, hashes))
-      new = _Read(file, source, number < len(train), found.shared)
-      _check_overlap(read, content, new)
+      content = file.digest(hashes)
+      _check_overlap(read, content, _Read(file, source, number < len(train), found.shared))
       digest.update(f'{file.name}\0{content}\0'.encode())
-      size += new.size
+      size += file.size
     sources.append(SourceCounts(location=source.location, files=len(found.files), file_bytes=size,
                                 sha256=digest.hexdigest(), documents=0, dropped=0,
                                 skipped=dict(found.skipped)))
@@ -369,13 +357,9 @@ class _Read(NamedTuple):
   shared: bool
 
   @property
-  def size(self) -> int:
-    return (self.file.remote.size or 0) if self.file.remote else self.file.path.stat().st_size
-
-  @property
   def place(self) -> str:
-    """Where it lies, whatever names lead there."""
-    return self.file.where if self.file.remote else str(self.file.path.resolve())
+    """Where it lies, whatever links lead there."""
+    return os.path.realpath(self.file.where)
 
 
 def _check_overlap(read: dict[Any, list[_Read]], content: str, new: _Read) -> None:
@@ -385,7 +369,7 @@ def _check_overlap(read: dict[Any, list[_Read]], content: str, new: _Read) -> No
     common = max(starts) < min(stops) and old.source.text_field == new.source.text_field
     if new.shared:
       common = common and old.source.location == new.source.location
-    if common and new.size:
+    if common and new.file.size:
       fields = ['config.data.' + ('sources' if who.train else 'validation') for who in (old, new)]
       verb = 'is' if old.place == new.place else 'has the content of'
       names = old.file.where, new.file.where

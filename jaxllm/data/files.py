@@ -37,6 +37,15 @@ class File(NamedTuple):
     """Its path, or its location elsewhere."""
     return self.remote.location if self.remote else str(self.path)
 
+  @property
+  def size(self) -> int:
+    """Its bytes; 0 where that is not known before it is read."""
+    return (self.remote.size or 0) if self.remote else self.path.stat().st_size
+
+  def digest(self, known: dict[str, Any]) -> str:
+    """Return what tells its content; `known` as in `storage.file_digest`."""
+    return self.remote.version if self.remote else storage.file_digest(self.path, known)
+
   def fetched(self) -> pathlib.Path:
     """Return its path on this machine, copying it here if need be."""
     return storage.local(self.remote.location) if self.remote else self.path

@@ -35,7 +35,9 @@ from typing import Any, NamedTuple
 
 from jaxllm.data.files import File
 from jaxllm.data.readers import Fields, Rows
+from jaxllm.data.readers import part as cut
 
+Slice = tuple[float, float]
 Read = Callable[[Sequence[File], str], Iterator[Fields]]
 
 _TOPICS = 'pydoc_data/topics.py'
@@ -60,14 +62,15 @@ def package_available(name: str) -> bool:
   return name.isidentifier() and importlib.util.find_spec(name) is not None
 
 
-def find(name: str) -> tuple[list[File], Callable[[], Iterator[Fields]] | str | None]:
+def find(name: str) -> tuple[list[File], Callable[[Slice], Rows] | str | None]:
   """Find a data set.
 
   Args:
     name: 'NAME' or 'NAME/PART' of `PACKAGES`, or 'MODULE/GLOB' for files of any package.
 
   Returns:
-    Its files; and what yields its rows, or the format of the files, None where that is not known.
+    Its files; and what yields the rows between two fractions of them, or the format of the files,
+    None where that is not known.
 
   Raises:
     ValueError: there is no such data set, or the package is not installed.
@@ -86,7 +89,10 @@ def find(name: str) -> tuple[list[File], Callable[[], Iterator[Fields]] | str | 
     found = files(part)
   except ValueError as error:
     raise ValueError(f"'package:{name}': {error}") from None
-  return found, read if isinstance(read, str) else lambda: read(found, part)
+  if isinstance(read, str):
+    return found, read
+  rows = lambda: enumerate(read(found, part), 1)  # noqa: E731
+  return found, lambda between: ((f'row {i}', row) for (i, row), _ in cut(rows, between))
 
 
 def visible_files(root: pathlib.Path, pattern: str = '**/*') -> list[File]:
@@ -262,23 +268,23 @@ PACKAGES = {
 """Name -> data set."""
 
 
-def tfds(name: str, part: tuple[float, float]) -> tuple[list[File], Rows]:
-  """Return the files and rows of `NAME[/CONFIG][:VERSION][?split=SPLIT&data_dir=DIR]` of TFDS.
+def tfds(name: str) -> tuple[list[File], Callable[[Slice], Rows]]:
+  """Open `NAME[/CONFIG][:VERSION][?split=SPLIT&data_dir=DIR]` of TFDS, as `find` does.
 
-  The split is 'train' by default; `part` are fractions of its rows, from and to. A data set that is
-  unknown, not prepared or not stored for random access is refused.
+  The split is 'train' by default. A data set that is unknown, not prepared or not stored for random
+  access is refused.
   """
   base, options = _parse('tfds', name, '[/CONFIG][:VERSION]', {'split': 'train', 'data_dir': None})
   split = options['split']
   builder = _tfds_builder(base, split, options['data_dir'])
   paths = [pathlib.Path(path) for path in builder.info.splits[split].filepaths]
   examples = builder.as_data_source(split=split)
-  return ([File(path.name, path) for path in paths],
-          ((f'{split}[{i}]', dict(examples[i])) for i in _part(len(examples), part)))
+  return [File(path.name, path) for path in paths], lambda between: (
+    (f'{split}[{i}]', dict(examples[i])) for i in _part(len(examples), between))
 
 
-def hugging_face(name: str, part: tuple[float, float]) -> tuple[list[File], Rows]:
-  """Return the files and rows of 'NAME[:CONFIG]?split=SPLIT' of Hugging Face, as `tfds` does.
+def hugging_face(name: str) -> tuple[list[File], Callable[[Slice], Rows]]:
+  """Open 'NAME[:CONFIG]?split=SPLIT' of Hugging Face, as `find` does.
 
   NAME may be a directory that `save_to_disk` wrote.
   """
@@ -288,25 +294,23 @@ def hugging_face(name: str, part: tuple[float, float]) -> tuple[list[File], Rows
     raise ImportError(f"hf:{name} needs datasets: pip install 'jaxllm[tasks]'") from error
   base, options = _parse('hf', name, '[:CONFIG]', {'split': None})
   split, saved = options['split'], pathlib.Path(base).expanduser()
+  splits: dict[str | None, Any] = {}
   if is_saved(saved):
-    rows = datasets.load_from_disk(str(saved))
-    # Without splits it is one.
-    splits = rows if isinstance(rows, dict) else {None: rows}
-    if split not in splits:
-      known = ' or '.join(f'?split={one}' if one else 'no ?split=' for one in splits)
-      raise ValueError(f'hf:{name}: split {split!r} is not in it; expected {known}')
-    rows = splits[split]
-  else:
-    if not split:
-      raise ValueError(f'hf:{name}: say which split, as in hf:{name}?split=train')
+    found = datasets.load_from_disk(str(saved))
+    splits = found if isinstance(found, dict) else {None: found}
+  elif split:
     base, _, config = base.partition(':')
-    rows = datasets.load_dataset(base, config or None, split=split)  # nosec B615: no code
+    splits = {split: datasets.load_dataset(base, config or None, split=split)}  # nosec B615: no code
+  if split not in splits:
+    known = ' or '.join(f'?split={one}' if one else 'no ?split=' for one in splits or ['train'])
+    raise ValueError(f'hf:{name}: split {split!r} is not in it; expected {known}')
+  rows = splits[split]
   paths = [pathlib.Path(file['filename']) for file in rows.cache_files]
   if not paths:
     raise ValueError(f'hf:{name}: datasets holds it in memory, without a file that tells it from '
                      'another version; unset HF_DATASETS_IN_MEMORY_MAX_SIZE')
-  return ([File(path.name, path) for path in paths],
-          ((f'row {i + 1}', dict(rows[i])) for i in _part(len(rows), part)))
+  return [File(path.name, path) for path in paths], lambda between: (
+    (f'row {i + 1}', dict(rows[i])) for i in _part(len(rows), between))
 
 
 def is_saved(directory: pathlib.Path) -> bool:
@@ -314,8 +318,8 @@ def is_saved(directory: pathlib.Path) -> bool:
   return any((directory / name).is_file() for name in ('dataset_dict.json', 'state.json'))
 
 
-def _part(count: int, part: tuple[float, float]) -> range:
-  return range(*(int(count * fraction) for fraction in part))
+def _part(count: int, between: Slice) -> range:
+  return range(*(int(count * fraction) for fraction in between))
 
 
 def _parse(scheme: str, name: str, form: str, options: dict[str, Any]) -> tuple[str, Any]:

@@ -306,7 +306,7 @@ def read_array_record(file: TextFile) -> Rows:
 
 
 def _check_chunks(path: pathlib.Path) -> None:
-  """Refuse an ArrayRecord with a chunk that unpacks to more than memory should hold.
+  """Refuse an ArrayRecord with a small chunk that unpacks to more than memory should hold.
 
   The layout is that of Riegeli: blocks of 64 KiB with 24 bytes in front, chunks with 40.
   """
@@ -321,9 +321,9 @@ def _check_chunks(path: pathlib.Path) -> None:
       data, _, kind, unpacked = struct.unpack('<8xQQQQ', start[:40].ljust(40, b'\0'))
       if kind & 255 not in b'smprt':  # Damage, of which the reader tells.
         return
-      if unpacked > files.MAX_UNPACKED:
-        raise ValueError(f'{path}, byte {position}: unpacks to {unpacked:,} bytes at once; write '
-                         'it with fewer entries in a group')
+      if unpacked > max(files.MAX_UNPACKED, 100 * data):
+        raise ValueError(f'{path}, byte {position}: {data:,} bytes unpack to {unpacked:,} at once; '
+                         'write it with fewer entries in a group')
       end = position + (kind >> 8)  # A chunk takes a byte for each entry at least.
       length = 40 + data
       length += (length + (position - head - 1) % block) // (block - head) * head
@@ -374,11 +374,12 @@ def format_of(path: pathlib.Path) -> str:
   ending = files.ending(path)
   if ending not in ENDINGS:
     known = ' '.join(sorted(set(ENDINGS.values()) - {'text'}))
+    hint = '; what save_to_disk wrote is hf:DIR?split=SPLIT' if ending == '.arrow' else ''
     raise ValueError(
       f'{path}: files ending in {ending} are not read as they are; known are {known} and text '
       f'(.txt and the like, program sources), also as {" ".join(files.COMPRESSIONS)}. Convert or '
       "unpack it, name the wanted files (DIR/**/*.txt), or, if it is plain text, set format='text' "
-      'for this source')
+      f'for this source{hint}')
   return ENDINGS[ending]
 
 
