@@ -98,14 +98,16 @@ def processes(
       # In a session of its own, so that Ctrl-C reaches this process alone.
       started.append(subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE,
                                       stdout=subprocess.PIPE, start_new_session=True))
-      _send(started[-1].stdin, (make.__module__, make.__qualname__, setting))
+      _send(started[-1].stdin, marshal.dumps((make.__module__, make.__qualname__, setting)))
       idle.put(started[-1])
 
   def call(item: Any) -> Any:
     process = idle.get()
     try:
-      _send(process.stdin, item)
+      _send(process.stdin, marshal.dumps(item))
       done, result = _receive(process.stdout)
+    except ValueError:  # More than marshal takes.
+      done = False
     except (EOFError, BrokenPipeError):
       code = process.wait()
       why = (f'was ended by {signal.Signals(-code).name}; the system does so where memory runs out'
@@ -153,15 +155,14 @@ def serve() -> None:
   function = getattr(importlib.import_module(module), name)(setting)
   while True:
     try:
-      answer = True, function(todo.get())
+      answer = marshal.dumps((True, function(todo.get())))
     except Exception:
-      answer = False, None
-    with contextlib.suppress(BrokenPipeError):  # Nobody waits for it; this process is at its end.
+      answer = marshal.dumps((False, None))
+    with contextlib.suppress(BrokenPipeError):  # Nobody waits any more; `read` ends this process.
       _send(answers, answer)
 
 
-def _send(file: Any, value: Any) -> None:
-  content = marshal.dumps(value)
+def _send(file: Any, content: bytes) -> None:
   file.write(len(content).to_bytes(8) + content)
   file.flush()
 

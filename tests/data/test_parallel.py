@@ -6,6 +6,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -23,6 +24,8 @@ def working(setting):
       time.sleep(1e6)
     if item == 'fail':
       raise ValueError(f'{setting} fails')
+    if item == 'strange':
+      return threading.Lock() if os.getpid() != int(setting) else ['here', os.getpid()]
     print('said by a library', end='')
     return [item * int(setting), os.getpid()]
   return work
@@ -67,6 +70,13 @@ def test_failures_and_deaths_are_told_in_their_place():
       next(found)
     with pytest.raises(ChildProcessError, match='was ended by SIGKILL; the system does so where'):
       [*run(['a', 'b', 'die', *'cdefghijklm'])]
+
+
+def test_what_cannot_be_sent_is_done_here():
+  with parallel.processes(working, f'{os.getpid()}', 2) as run:
+    assert [*run(['strange', 'strange'])] == [['here', os.getpid()]] * 2
+  with parallel.processes(lambda _: lambda item: 'here', '', 1) as run:
+    assert [*run([threading.Lock()])] == ['here']
 
 
 PROGRAM = """

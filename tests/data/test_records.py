@@ -427,6 +427,29 @@ def test_processes_that_clean_change_no_byte_even_where_others_go_on(
   assert _content(tmp_path / 'one') == _content(tmp_path / 'many')
 
 
+def dying_passer(setting):
+  return lambda chunk: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_or_a_bad_row_ends_the_call_and_leaves_nothing_half_made(
+  corpus, out, monkeypatch
+):
+  data = _data(corpus, cleaning=CleaningConfig(steps=('whitespace',)))
+  with monkeypatch.context() as patched:
+    patched.setattr(records.cleaning, 'chunk_passer', dying_passer)
+    with pytest.raises(ChildProcessError, match='was ended by SIGKILL'):
+      records.prepare(data, BYTES, out, progress=False, workers=2)
+  content = corpus.read_text(encoding='utf-8')
+  corpus.write_text(content + '{"text": ', encoding='utf-8')
+  monkeypatch.setattr(records.packing, 'GROUP_CHARACTERS', 500)
+  with pytest.raises(ValueError, match=r'corpus\.jsonl, line 61: not JSON'):
+    records.prepare(data, BYTES, out, progress=False, workers=2)
+  assert not [*out.glob('*/manifest.json')]
+  corpus.write_text(content, encoding='utf-8')
+  manifest = prepare(data, BYTES, out)
+  assert manifest.train.documents + manifest.validation.documents == len(TEXTS)
+
+
 def test_the_split_depends_on_each_document_alone(tmp_path, out):
   def held_out(texts):
     folder = out / prepare(_data(_jsonl(tmp_path / 'c.jsonl', texts)), BYTES, out).folder
