@@ -216,11 +216,12 @@ class Flags:
 
   FLAGS.string(...) is absl's `DEFINE_string` and so on; FLAGS[name] the flag. `--help` lists them
   in this order, under the title of their `section`. `arguments` says whether the program takes
-  arguments that are no flags.
+  arguments that are no flags. Where the flag `passed_on` is given, flags that are unknown are such
+  arguments, for another program.
   """
 
-  def __init__(self, arguments: bool = False) -> None:
-    self.values, self.arguments = flags.FlagValues(), arguments
+  def __init__(self, arguments: bool = False, passed_on: str = '') -> None:
+    self.values, self.arguments, self.passed_on = flags.FlagValues(), arguments, passed_on
     self._sections: dict[str, list[str]] = {'': []}
     self._section = ''
 
@@ -307,8 +308,10 @@ def parse_flags(argv: Sequence[str], own: Flags, about: str = '') -> list[str]:
   _OVERRIDES.update(overrides)
   if {'--help', '-help', '--helpfull', '-h'} & set(kept):
     _print_help(kept, own, about)
+  passes_on = own.passed_on in {argument.lstrip('-').partition('=')[0] for argument in kept} - {''}
+  known.set_gnu_getopt(passes_on)
   try:
-    rest = known(kept)
+    rest = known(kept, known_only=passes_on)
   except flags.UnrecognizedFlagError as error:
     location = _location(kept)
     near = _same_field(error.flagname, load(location)) if location else ''
@@ -335,7 +338,7 @@ def run_program(main: Callable[[Sequence[str]], Any], own: Flags) -> None:
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 
   def guarded(argv: Sequence[str]) -> Any:
-    if len(argv) > 1 and not own.arguments:
+    if len(argv) > 1 and not (own.arguments or own.passed_on and own[own.passed_on].value):
       raise flags.Error(f'unexpected argument {argv[1]!r}; flags are written --name=value')
     if (flags.FLAGS['verbosity'].value or 0) <= 0:
       mistakes.speak_plainly()

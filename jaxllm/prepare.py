@@ -6,27 +6,33 @@ Training does the same by itself where it is needed. A call that was killed goes
 - --inspect shows the first records of each split, of a task too: tokens between bars, with the
   segment that they are in, green where they have loss (without colours those without in brackets).
 - --dry_run cleans 1,000 documents and says what cleaning did, besides what it says elsewhere.
+- --runner makes the same records on Apache Beam (the extra beam); flags that are not of this
+  program are Beam's, as in --runner=DataflowRunner --region=europe-west4 --num_workers=100.
 """
 
+import functools
 import itertools
 import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxllm import config
 
-FLAGS = config.Flags()
+FLAGS = config.Flags(passed_on='runner')
 CONFIG = FLAGS.string('config', None, config.FLAG_HELP, required=True)
 INSPECT = FLAGS.bool('inspect', False, 'Show records as the model reads them.')
 DRY_RUN = FLAGS.bool('dry_run', False, config.DRY_RUN_HELP)
+RUNNER = FLAGS.enum(
+  'runner', None, ['DirectRunner', 'PrismRunner', 'DataflowRunner', 'FlinkRunner', 'SparkRunner',
+                   'PortableRunner'], 'What runs Apache Beam; by default this process does it all.')
 
 
-def main(_) -> None:  # noqa: D103
+def main(argv: Sequence[str]) -> None:  # noqa: D103
   if DRY_RUN.value:
     from jaxllm.tools import plan
 
@@ -42,8 +48,13 @@ def main(_) -> None:  # noqa: D103
     for line in inspected(experiment, sys.stdout.isatty() and 'NO_COLOR' not in os.environ):
       print(line)
     return
-  directory = experiment.records_path
-  manifest = records.prepare(experiment.data, experiment.tokenizer, directory)
+  directory, write = experiment.records_path, None
+  if RUNNER.value:
+    from jaxllm.data import beam
+
+    options = beam.options(RUNNER.value, argv[1:], (f'--{name}' for name in FLAGS.values))
+    write = functools.partial(beam.write, options=options)
+  manifest = records.prepare(experiment.data, experiment.tokenizer, directory, write=write)
   print(f'{directory / manifest.folder}: vocabulary {manifest.vocab_size}, '
         f'context {manifest.context_length}')
   for name in manifest.data.splits:

@@ -1,6 +1,7 @@
 """`prepare` shows records as the model reads them, and says beforehand what cleaning will do."""
 
 import re
+import sys
 
 import pytest
 
@@ -47,3 +48,18 @@ def test_the_program_inspects_and_says_what_cleaning_would_do(tmp_path):
   assert not (tmp_path / 'records').exists()
   code, shown, error = programs.run('prepare', f'--config={tmp_path}/config.json', '--inspect')
   assert code == 0 and 'validation, record 1:' in shown, error
+
+
+def test_a_runner_is_named_where_beam_is_not_installed_and_other_flags_stay_refused(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setitem(sys.modules, 'apache_beam', None)
+  (tmp_path / 'config.json').write_text(tiny_run.experiment(tmp_path).to_json())
+  for flags, message in (
+    (['--runner=DirectRunner', '--region=x'], "pip install 'jaxllm[beam]' in an environment of"),
+    (['--runner=Sparkrunner'], "did you mean 'SparkRunner'?"),
+    (['--region=x'], '--region: there is no such flag'),
+    (['region'], "unexpected argument 'region'"),
+  ):
+    code, _, error = programs.run('prepare', f'--config={tmp_path}/config.json', *flags)
+    assert code and message in error
