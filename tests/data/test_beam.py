@@ -1,21 +1,24 @@
 """Records of a Beam pipeline are those of one machine, byte for byte.
 
 Apache Beam does not fit into an environment with the versions of the locks, so that `make test`
-passes these tests over: `pip install -e '.[beam]' pytest` into one of its own, then run this file.
+passes these tests over: `pip install -e '.[beam,clean,s3]' pytest 'moto[s3]' flask flask-cors` into
+one of its own, then `python -m pytest tests/data/test_beam.py`, about two minutes.
 """
 
 import functools
 import gzip
 import json
+import logging
 
 import pytest
 
+from jaxllm import storage
 from jaxllm.data import packing, records
 from jaxllm.data.cleaning import CleaningConfig
 from jaxllm.data.documents import SourceConfig
 from jaxllm.data.records import DataConfig
 from jaxllm.data.tokenizers import TokenizerConfig
-from tests import programs
+from tests import buckets, programs
 from tests.training import tiny_run
 
 pytest.importorskip('apache_beam')
@@ -150,3 +153,48 @@ def test_the_program_passes_flags_of_beam_on(tmp_path):
     'prepare', f'--config={tmp_path}/config.json', '--runner=DirectRunner', '--num_workers', '2',
     '--job_name=x', '--config.data.context_length=16')
   assert code == 0 and 'context 16\n  train: 31 documents' in shown, error
+
+
+def test_a_mistake_is_one_sentence_of_the_program(tmp_path):
+  (tmp_path / 'bad.jsonl').write_text('{"text": 3}')
+  experiment = tiny_run.experiment(tmp_path, data__sources=str(tmp_path / 'bad.jsonl'))
+  (tmp_path / 'config.json').write_text(experiment.to_json())
+  handlers = logging.getLogger().handlers
+  try:
+    code, _, error = programs.run(
+      'prepare', f'--config={tmp_path}/config.json', '--runner=DirectRunner')
+  finally:
+    logging.getLogger().handlers = handlers
+  assert code == 2 and error.startswith('error: ') and error.count('\n') == 1
+  assert "bad.jsonl, line 1: field 'text' is int, expected text" in error
+
+
+def test_other_runners_take_the_pipeline_by_their_job_servers(sources, tmp_path):
+  from apache_beam.runners.portability import local_job_service
+
+  server = local_job_service.LocalJobServicer(str(tmp_path / 'staging'))
+  port = server.start_grpc_server()
+  try:
+    data = DataConfig(sources=sources, context_length=32, validation=0.2,
+                      cleaning=CleaningConfig(steps=STEPS))
+    here, there = _both(
+      data, TokenizerConfig(vocab_size=300), tmp_path, f'--job_endpoint=localhost:{port}',
+      '--environment_type=LOOPBACK', runner='PortableRunner')
+  finally:
+    server.stop()
+  assert here == there
+
+
+def test_workers_write_into_a_bucket(sources, tmp_path, monkeypatch):
+  pytest.importorskip('moto')
+  with buckets.serving('s3') as where:
+    for name, value in {'HOME': str(tmp_path), **where}.items():
+      monkeypatch.setenv(name, value)
+    data = DataConfig(sources=sources, context_length=32, validation=0.2)
+    tokenizer = TokenizerConfig(vocab_size=300)
+    records.prepare(data, tokenizer, tmp_path / 'here', progress=False)
+    folder = 's3://bucket/some/records'
+    manifest = records.prepare(data, tokenizer, folder, progress=False, write=functools.partial(
+      beam.write, options=beam.options('DirectRunner', ())))
+    there = _content(storage.local(f'{folder}/{manifest.folder}'))
+  assert there == _content(tmp_path / 'here' / manifest.folder) and len(there) > 8
