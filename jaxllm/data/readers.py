@@ -29,6 +29,8 @@ Rows = Iterator[tuple[str, Fields]]
 _EMPHASIS = re.compile(r'(?<![\w\\*_])[*_]+(?![\s*_])(.{1,1000}?)(?<!\s)[*_]+(?!\w)', re.DOTALL)
 # How many times longer than the file its content can be, at most.
 _MOST_PACKED = {'UNCOMPRESSED': 1, 'SNAPPY': 22, 'LZ4': 256, 'GZIP': 1040}
+# Its tree takes a hundred times the memory.
+_LONGEST_PAGE = 1 << 24
 _JSON_SPACE = re.compile(r'[ \t\n\r]*')
 
 
@@ -127,8 +129,11 @@ def read_html(file: TextFile) -> Rows:
   import trafilatura
 
   logging.getLogger('trafilatura').setLevel(logging.CRITICAL)  # Pages without text are counted.
-  page: Any = trafilatura.bare_extraction(
-    files.whole(file, _translated(file)), include_comments=False, with_metadata=True)
+  content = files.whole(file, _translated(file))
+  if len(content) > _LONGEST_PAGE:
+    raise ValueError(f'{file.path}, text 1: a page of {len(content):,} characters, more than '
+                     f'{_LONGEST_PAGE:,}; split it, or leave it out')
+  page: Any = trafilatura.bare_extraction(content, include_comments=False, with_metadata=True)
   text, title = (page.text or '', page.title or '') if page else ('', '')
   start, stop = (int(len(text) * fraction) for fraction in file.slice)
   yield 'text 1', {'title': title, file.text_field: text[start:stop]}

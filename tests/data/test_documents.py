@@ -256,7 +256,7 @@ def test_damaged_array_records_are_refused(tmp_path, monkeypatch):
     _texts(_write(path, content))
 
 
-def test_html_gives_the_article_and_its_title(tmp_path):
+def test_html_gives_the_article_and_its_title(tmp_path, monkeypatch):
   words = 'There are a few plain sentences in this article, so that it is one. ' * 5
   page = ('<html><head><title>Of pages</title></head><body><nav>Menu</nav>'
           f'<p>{words}</p></body></html>')
@@ -268,6 +268,9 @@ def test_html_gives_the_article_and_its_title(tmp_path):
                  for part in ((0.0, 0.3), (0.3, 1.0))) == text
   row, = find(RecordSource(location=str(path), format='html')).rows
   assert row.fields == {'title': 'Of pages', 'text': text}
+  monkeypatch.setattr(readers, '_LONGEST_PAGE', 300)
+  with pytest.raises(ValueError, match=r'a.html, text 1: a page of \d+ characters, more than 300'):
+    _texts(path, format='html')
   assert _texts(_write(path, ''), format='html') == ['']
 
 

@@ -226,7 +226,7 @@ def test_documents_that_spell_special_tokens_give_none(kind, all_kinds):
     if name in ('sentencepiece', 'byte_level_bpe'):
       tokenizer = tokenizers.train_or_load(TokenizerConfig(kind=name, **sizes, **types), corpus)
   control = {tokenizer.bos_id, tokenizer.eos_id, *tokenizer.special_tokens.values()}
-  for text in corpus:
+  for text in [*corpus, 'a\0b\0', 'to\u202e be\u2028\x85\ufeff or']:
     ids = tokenizer.encode(text)
     assert control.isdisjoint(ids) and tokenizer.decode(ids) == text
 
