@@ -416,6 +416,8 @@ def _written(flag: flags.Flag) -> tuple[str, str]:
   if choices := getattr(flag.parser, 'enum_values', ()):
     before = f'<{"|".join(choices)}>: '
     default = f' [{flag.default}]' if flag.default else ''
+    if len(before) > 70:
+      return f'--{flag.name}=...', text.replace(before, '') + f' One of {", ".join(choices)}.'
     return f'--{flag.name}={"|".join(choices)}', text.replace(before, '') + default
   value = ','.join(flag.default) if isinstance(flag.default, list) else flag.default
   return f'--{flag.name}={"..." if value in (None, "") else value}', text
