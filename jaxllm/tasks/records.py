@@ -6,12 +6,12 @@ on what the records say, not on their order.
 
 import hashlib
 import json
-import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import pydantic
 
+from jaxllm import storage
 from jaxllm.config import Config
 from jaxllm.data import documents, files
 from jaxllm.data.documents import SourceConfig
@@ -189,10 +189,11 @@ def _questions(row: Row, title: str) -> Iterator[Row]:
 
 def _aligned(source: RecordSource) -> Iterator[Row]:
   names, paths = zip(*source.columns, strict=True)
-  for path in paths:
-    if not pathlib.Path(path).is_file():
-      raise ValueError(f'data.sources: no file {path!r}')
-  lines = [list(files.lines(TextFile(pathlib.Path(path), source.encoding))) for path in paths]
+  here = [storage.local(path, 'data.sources: ') for path in paths]
+  for path in here:
+    if not path.is_file():
+      raise ValueError(f'data.sources: no file {str(path)!r}')
+  lines = [list(files.lines(TextFile(path, source.encoding))) for path in here]
   counts = dict(zip(paths, map(len, lines), strict=True))
   if len(set(counts.values())) > 1:
     raise ValueError(f'data.sources: columns need equally many lines, but there are {counts}')

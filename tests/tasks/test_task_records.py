@@ -4,6 +4,7 @@ import gzip
 import json
 import random
 
+import fsspec
 import pytest
 
 from jaxllm.tasks import predict, records
@@ -219,3 +220,13 @@ def test_hugging_face_datasets(tmp_path, monkeypatch):
   _file(tmp_path, 'train.jsonl', '{"text": "a"}\n{"text": "b"}\n')
   source = RecordSource(location=f'hf:{tmp_path}?split=train', split='train')
   assert records.load(_config(source), 'train') == [{'text': 'a'}, {'text': 'b'}]
+
+
+def test_columns_may_lie_elsewhere(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  fsspec.filesystem('memory').pipe({'/pairs/a.en': b'one\ntwo\n', '/pairs/a.de.gz': gzip.compress(
+    b'eins\nzwei\n')})
+  source = RecordSource(columns=(('x', 'memory://pairs/a.en'), ('y', 'memory://pairs/a.de.gz')),
+                        split='train')
+  assert records.load(_config(source), 'train') == [
+    {'x': 'one', 'y': 'eins'}, {'x': 'two', 'y': 'zwei'}]
