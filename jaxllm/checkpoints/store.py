@@ -33,16 +33,7 @@ from jaxllm import distributed, mistakes, storage
 from jaxllm.checkpoints import bundle as bundle_lib
 from jaxllm.checkpoints import fingerprints, reading, tree
 from jaxllm.checkpoints.bundle import Bundle, CheckpointError, DamagedError
-from jaxllm.checkpoints.reading import (
-  BUNDLE,
-  COMMIT_MARKER,
-  DIRECTORY,
-  STATE,
-  absolute,
-  best_step,
-  committed_steps,
-  is_staged,
-)
+from jaxllm.checkpoints.reading import DIRECTORY, best_step, committed_steps
 from jaxllm.config import Config
 from jaxllm.models.config import DecoderConfig
 
@@ -109,10 +100,10 @@ def open_store(directory: str | os.PathLike[str], config: CheckpointConfig) -> S
     ValueError: it cannot be written, or several processes would have to write to s3://.
   """
   reading.quieten_orbax()
-  path = absolute(directory)
+  path = reading.absolute(directory)
   storage.make_writable(path, 'checkpoints: ')
   staging, steps = None, committed_steps(path)
-  if is_staged(path):
+  if reading.is_staged(path):
     if jax.process_count() > 1:
       raise ValueError(f'checkpoints: {path}: several processes cannot write to s3://; choose '
                        'gs:// or a mounted directory')
@@ -148,7 +139,7 @@ def _leave_marker(step: epath.Path) -> None:
   """Leave nothing of a staged step but the sign that it is complete."""
   step.rmtree(missing_ok=True)
   step.mkdir()
-  (step / COMMIT_MARKER).write_text('')
+  (step / reading.COMMIT_MARKER).write_text('')
 
 
 def _publish(store: Store, step: int) -> None:
@@ -160,7 +151,7 @@ def _publish(store: Store, step: int) -> None:
   _leave_marker(staged / str(step))
   for old in set(committed_steps(store.directory)) - set(committed_steps(staged)):
     # First its marker, so that no half of it ever counts.
-    (store.directory / str(old) / COMMIT_MARKER).unlink()
+    (store.directory / str(old) / reading.COMMIT_MARKER).unlink()
     storage.remove(store.directory / str(old))
 
 
@@ -188,8 +179,8 @@ def save(store: Store, step: int, state: Any, bundle: Bundle) -> bool:
   try:
     bundle = dataclasses.replace(bundle, best=store.best, leaves=fingerprints.fingerprints(leaves))
     store.manager.save(step, force=True, args=ocp.args.Composite(**{
-      STATE: ocp.args.PyTreeSave(tree.nest(leaves)),
-      BUNDLE: ocp.args.JsonSave(bundle_lib.to_dict(bundle)),
+      reading.STATE: ocp.args.PyTreeSave(tree.nest(leaves)),
+      reading.BUNDLE: ocp.args.JsonSave(bundle_lib.to_dict(bundle)),
     }))
   except Exception as error:
     raise _failed(store, error) from error
@@ -280,7 +271,7 @@ def wait(store: Store) -> None:
     store.manager.wait_until_finished()
     _publish(store, store.pending)
     if store.pending not in committed_steps(store.directory):
-      raise OSError(f'no {COMMIT_MARKER} was written')
+      raise OSError(f'no {reading.COMMIT_MARKER} was written')
   except Exception as error:
     raise _failed(store, error) from error
   store.pending = None
@@ -354,7 +345,8 @@ def _failed(store: Store, error: Exception) -> CheckpointError:
   step, store.pending = store.pending, None
   partial, kept = store.directory / str(step), 'what is left there cannot be seen either'
   with contextlib.suppress(OSError), storage.explained(store.directory):
-    if jax.process_index() == 0 and partial.is_dir() and not (partial / COMMIT_MARKER).exists():
+    is_half = partial.is_dir() and not (partial / reading.COMMIT_MARKER).exists()
+    if jax.process_index() == 0 and is_half:
       storage.remove(partial)
     # The manager has already crossed out the old steps that this save would have replaced.
     store.manager.reload()

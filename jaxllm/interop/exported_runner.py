@@ -36,13 +36,8 @@ def load(directory: str | pathlib.Path) -> dict[str, Any]:
     weights = {name: jnp.asarray(file.get_tensor(name)) for name in file.keys()}
   tokenizer = tokenizers.Tokenizer.from_file(str(directory / 'tokenizer.json'))
   tokenizer.encode_special_tokens = True  # Text that spells a special token stays text.
-  return {
-    'manifest': manifest,
-    'weights': weights,
-    'tokenizer': tokenizer,
-    'programs': {},
-    'directory': directory,
-  }
+  return {'manifest': manifest, 'weights': weights, 'tokenizer': tokenizer, 'programs': {},
+          'directory': directory}
 
 
 def outdated(manifest: dict[str, Any]) -> str:

@@ -139,10 +139,7 @@ def split(
   """
   if _is_transposed(form, slot.targets[0]):
     array = array.T
-  if len(slot.targets) == 1:
-    (target,) = slot.targets
-    return {target: array.reshape(shapes[target])}
-  if form.fused == 'per_head':
+  if len(slot.targets) > 1 and form.fused == 'per_head':
     heads, dim = shapes[slot.targets[0]][-2:]
     parts = array.reshape(*array.shape[:-1], heads, len(slot.targets), dim)
     return {

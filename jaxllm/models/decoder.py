@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxllm.models import attention
+from jaxllm.models import attention, positions
 from jaxllm.models import cache as kv_cache
 from jaxllm.models.attention import INTERMEDIATES, MASKED, Attention, View, softcap
 from jaxllm.models.cache import KVCache, init_cache
@@ -26,12 +26,6 @@ from jaxllm.models.linear import Embed, Linear, in_own_dtype, with_narrow_gradie
 from jaxllm.models.mlp import Mlp
 from jaxllm.models.moe import AUX, Moe
 from jaxllm.models.norms import Norm
-from jaxllm.models.positions import (
-  LearnedPositions,
-  RotaryPositions,
-  rotations,
-  segment_positions,
-)
 from jaxllm.sharding import Placement, active, constrain, platform
 
 __all__ = [
@@ -112,7 +106,7 @@ class Decoder(nn.Module):
     stddev = config.initializer.stddev or 1.0
     self.embed = Embed(
       config.padded_vocab_size, config.embed_dim, ('vocab', 'embed'), stddev, config.dtype)
-    if isinstance(config.positions, LearnedPositions):
+    if isinstance(config.positions, positions.LearnedPositions):
       self.positions = Embed(
         config.max_length, config.embed_dim, ('positions', 'embed'), stddev, config.dtype)
     self.dropout = nn.Dropout(config.dropout_rate)
@@ -204,7 +198,7 @@ class Decoder(nn.Module):
     x_BTD = self.embed(tokens_BT)
     if config.embedding_scale is not None:
       x_BTD = x_BTD * jnp.asarray(config.embedding_scale, x_BTD.dtype)
-    if isinstance(config.positions, LearnedPositions):
+    if isinstance(config.positions, positions.LearnedPositions):
       x_BTD = x_BTD + self.positions(positions_BT)
     x_BTD = self.dropout(x_BTD, deterministic)
     return constrain(x_BTD, 'batch', 'length', 'activation_embed')
@@ -220,8 +214,8 @@ class Decoder(nn.Module):
     for kind in dict.fromkeys(config.layer_kinds):
       own = config.local_positions if kind == 'local' else None
       rotary, rotation = own or config.positions, None
-      if isinstance(rotary, RotaryPositions):
-        cos, sin = rotations(rotary, config.head_size, positions_BT, length_B)
+      if isinstance(rotary, positions.RotaryPositions):
+        cos, sin = positions.rotations(rotary, config.head_size, positions_BT, length_B)
         if kind == 'global_nope':
           cos, sin = jnp.ones_like(cos), jnp.zeros_like(sin)
         rotation = cos, sin
@@ -367,8 +361,8 @@ def _default_positions(
   config: DecoderConfig, length: int, segment_ids_BT: jax.Array | None
 ) -> jax.Array:
   if segment_ids_BT is not None:
-    return segment_positions(segment_ids_BT)
-  if isinstance(config.positions, LearnedPositions) and length > config.max_length:
+    return positions.segment_positions(segment_ids_BT)
+  if isinstance(config.positions, positions.LearnedPositions) and length > config.max_length:
     raise ValueError(
       f'{length} tokens, but max_length={config.max_length} positions are learned: shorten the '
       'input or raise max_length')

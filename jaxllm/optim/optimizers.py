@@ -234,11 +234,7 @@ def _sgd(
 
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
-  'adamw': _adamw,
-  'lion': _lion,
-  'muon': _muon,
-  'sgd': _sgd,
-}
+  'adamw': _adamw, 'lion': _lion, 'muon': _muon, 'sgd': _sgd}
 """name -> function of (task, **settings); its keyword arguments are the fields that it reads."""
 
 _SETTINGS = ('beta1', 'beta2', 'epsilon', 'momentum', 'momentum_dtype', 'second_moment_dtype')

@@ -21,17 +21,9 @@ from jaxllm.generation.constraint import ConstraintError
 from jaxllm.generation.sampling import make_requests
 from jaxllm.generation.text import TextPiece
 from jaxllm.model import Model
-from jaxllm.serving import programs
+from jaxllm.serving import programs, streams
 from jaxllm.serving.batch import Batch, choose_row, chunk_size, pairs
 from jaxllm.serving.shares import fits
-from jaxllm.serving.streams import (
-  ClosedError,
-  FailedError,
-  QueueFullError,
-  Request,
-  RequestStream,
-  Row,
-)
 
 # Tokens of a row where the config names no number.
 DEFAULT_CONTEXT = 2048
@@ -104,19 +96,19 @@ class Engine:
                         self.config.prefill_chunk, self.config.cache_dtype)
     # Guards the queue and the four flags; everything else belongs to the thread.
     self._changed = threading.Condition()
-    self._queue: list[Row] = []
+    self._queue: list[streams.Row] = []
     self._closing = self._abandoned = False
     self._failure: Exception | None = None
     # Free slots, the least recently used first.
     self._free = list(range(self.config.num_slots))
-    self._prefilling: collections.deque[Row] = collections.deque()
-    self._decoding: list[Row] = []
+    self._prefilling: collections.deque[streams.Row] = collections.deque()
+    self._decoding: list[streams.Row] = []
     self._counts: collections.Counter[str] = collections.Counter()
     self._finished: collections.Counter[str] = collections.Counter()
     self._thread = threading.Thread(target=self._run, name='jaxllm-engine', daemon=True)
     self._thread.start()
 
-  def submit(self, requests: Sequence[Request], client: str = '') -> RequestStream:
+  def submit(self, requests: Sequence[streams.Request], client: str = '') -> streams.RequestStream:
     """Take requests, all or none.
 
     A free row goes to the client that has the fewest, and of its requests to those that were
@@ -133,9 +125,9 @@ class Engine:
       QueueFullError: too many requests wait.
       ClosedError: the engine was closed; or it failed (FailedError).
     """
-    stream = RequestStream(len(requests), self._notify)
+    stream = streams.RequestStream(len(requests), self._notify)
     self._enqueue([
-      Row(self._checked(request), client, stream, index, self._model.tokenizer)
+      streams.Row(self._checked(request), client, stream, index, self._model.tokenizer)
       for index, request in enumerate(requests)], client)
     return stream
 
@@ -166,7 +158,7 @@ class Engine:
       self._changed.notify_all()
     self._thread.join(LAST_STEP)
 
-  def _checked(self, request: Request) -> Request:
+  def _checked(self, request: streams.Request) -> streams.Request:
     """Return a request with all tokens that end it, or raise the ValueError of `submit`."""
     if len(request.prompt) > self.context_length:
       raise ValueError(f'prompt: {len(request.prompt)} tokens, but a row holds '
@@ -179,17 +171,18 @@ class Engine:
     programs.row_fields(plain, self.context_length)
     return dataclasses.replace(request, prompt=plain.prompt, stop_token_ids=plain.stop_token_ids)
 
-  def _enqueue(self, rows: Sequence[Row], client: str) -> None:
+  def _enqueue(self, rows: Sequence[streams.Row], client: str) -> None:
     with self._changed:
       if self._failure is not None:
-        raise FailedError('the engine failed; see its log') from self._failure
+        raise streams.FailedError('the engine failed; see its log') from self._failure
       if self._closing:
-        raise ClosedError('the engine is closed')
+        raise streams.ClosedError('the engine is closed')
       waiting = [row.client for row in self._queue if not row.stream.cancelled]
       room = len(self._free) + self.config.max_queue - len(waiting)
       if not fits(len(rows), room, waiting.count(client), client):
-        raise QueueFullError(f'{len(waiting)} requests wait, and {len(rows)} more are too many '
-                             f'(max_queue={self.config.max_queue}); try again later')
+        raise streams.QueueFullError(
+          f'{len(waiting)} requests wait, and {len(rows)} more are too many '
+          f'(max_queue={self.config.max_queue}); try again later')
       self._queue.extend(rows)
       self._changed.notify_all()
 
@@ -228,7 +221,7 @@ class Engine:
         self._prefilling.append(row)
       return not self._abandoned and bool(self._prefilling or self._decoding)
 
-  def _next(self) -> Row | None:
+  def _next(self) -> streams.Row | None:
     """Return the row that is admitted next; None: no client may have more."""
     working = [*self._prefilling, *self._decoding]
     held = collections.Counter(row.client for row in working)
@@ -247,7 +240,7 @@ class Engine:
       self._release(row, 'cancelled')
       row.stream.put(None)
 
-  def _release(self, row: Row, reason: str) -> None:
+  def _release(self, row: streams.Row, reason: str) -> None:
     self._finished[reason] += 1
     with self._changed:
       if row in self._prefilling:
@@ -328,13 +321,13 @@ class Engine:
         self._give(row, row.stop())
     return masks
 
-  def _give(self, row: Row, piece: TextPiece) -> None:
+  def _give(self, row: streams.Row, piece: TextPiece) -> None:
     # The slot is free before the client sees the last piece.
     if piece.finish_reason is not None:
       self._release(row, piece.finish_reason)
     row.stream.put(piece)
 
-  def _fail_one(self, row: Row, error: Exception) -> None:
+  def _fail_one(self, row: streams.Row, error: Exception) -> None:
     """End one row whose constraint or text failed; clients see the message of a ConstraintError."""
     failure: Exception = error
     if not isinstance(error, ConstraintError):
@@ -351,8 +344,9 @@ class Engine:
       self._queue.clear()
     for row in rows:
       self._release(row, 'error')
-      error: Exception = ClosedError('the engine was closed before this request was finished')
+      error: Exception = streams.ClosedError(
+        'the engine was closed before this request was finished')
       if self._failure is not None:
-        error = FailedError('the engine failed; see its log')
+        error = streams.FailedError('the engine failed; see its log')
         error.__cause__ = self._failure
       row.stream.put(error)

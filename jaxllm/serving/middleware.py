@@ -9,14 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from prometheus_client import (
-  CollectorRegistry,
-  Counter,
-  Histogram,
-  Metric,
-  disable_created_metrics,
-  generate_latest,
-)
+import prometheus_client as prometheus
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 from starlette.datastructures import MutableHeaders
@@ -39,13 +32,13 @@ class Metrics:
   """What a server has done since its start, and its engine's statistics now; thread-safe."""
 
   def __init__(self, engine: Engine, num_active: Callable[[], int]):
-    disable_created_metrics()
-    self._registry = CollectorRegistry()
-    self.requests = Counter(
+    prometheus.disable_created_metrics()
+    self._registry = prometheus.CollectorRegistry()
+    self.requests = prometheus.Counter(
       'jaxllm_requests', 'Requests answered; 499: the client had gone.', ['route', 'status'],
       registry=self._registry)
     self.request_seconds, self.first_token_seconds, self.token_seconds = (
-      Histogram(f'jaxllm_{name}_seconds', text, buckets=buckets, registry=self._registry)
+      prometheus.Histogram(f'jaxllm_{name}_seconds', text, buckets=buckets, registry=self._registry)
       for name, text, buckets in (
         ('request', 'Time to answer a request.', SECONDS),
         ('time_to_first_token', 'From a request to the first token of a choice.', SECONDS),
@@ -54,7 +47,7 @@ class Metrics:
 
   def text(self) -> bytes:
     """Return all metrics in Prometheus' text format."""
-    return generate_latest(self._registry)
+    return prometheus.generate_latest(self._registry)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,7 +57,7 @@ class _EngineCollector(Collector):
   engine: Engine
   num_active: Callable[[], int]
 
-  def collect(self) -> Iterator[Metric]:
+  def collect(self) -> Iterator[prometheus.Metric]:
     now = self.engine.statistics()
     for name in ('prompt_tokens', 'completion_tokens', 'prefix_hit_tokens', 'decode_steps',
                  'compilations'):

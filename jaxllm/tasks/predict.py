@@ -16,17 +16,7 @@ from jaxllm.model import Model
 from jaxllm.models.decoder import Decoder
 from jaxllm.objectives import classification
 from jaxllm.objectives.classification import ClassifierConfig
-from jaxllm.tasks import TASKS, encoding
-from jaxllm.tasks.base import (
-  Answer,
-  Example,
-  Prediction,
-  Record,
-  Segment,
-  TaskConfig,
-  Truncation,
-  prompt_of,
-)
+from jaxllm.tasks import TASKS, base, encoding
 from jaxllm.tasks.encoding import Tokens, encode, truncate
 from jaxllm.tasks.records import rows
 
@@ -34,7 +24,7 @@ BATCH_SIZE = 8
 _LEAST_LENGTH = 32
 
 
-def examples(config: Any, split: str) -> list[Example]:
+def examples(config: Any, split: str) -> list[base.Example]:
   """Return the examples of a split of a task's data.
 
   Raises:
@@ -45,12 +35,12 @@ def examples(config: Any, split: str) -> list[Example]:
   return task.together(config, _read(config, split, task.example))
 
 
-def records(config: Any, split: str) -> list[Record]:
+def records(config: Any, split: str) -> list[base.Record]:
   """Return the records of a split of a task's data, checked; as `examples`."""
   return _read(config, split, TASKS[config.kind].checked)
 
 
-def _read(config: Any, split: str, read: Callable[[Any, Record, bool], Any]) -> list[Any]:
+def _read(config: Any, split: str, read: Callable[[Any, base.Record, bool], Any]) -> list[Any]:
   found = []
   for row in rows(config.data, split):
     try:
@@ -61,9 +51,9 @@ def _read(config: Any, split: str, read: Callable[[Any, Record, bool], Any]) -> 
 
 
 def predict(
-  config: Any, examples: Sequence[Example], model: Model, batch_size: int = BATCH_SIZE,
+  config: Any, examples: Sequence[base.Example], model: Model, batch_size: int = BATCH_SIZE,
   way: text.Way = None, draft: text.Draft | None = None,
-) -> list[Prediction]:
+) -> list[base.Prediction]:
   """Answer each example, greedily or by beam search where text is generated.
 
   A prompt that leaves no room in the context loses its beginning, BOS excepted. A model with a
@@ -112,9 +102,9 @@ def _weigh(tokens: Tokens, places: Sequence[int], log_probs_N: np.ndarray) -> fl
 
 
 def _generate(
-  config: TaskConfig, examples: Sequence[Example], model: Model, batch_size: int,
+  config: base.TaskConfig, examples: Sequence[base.Example], model: Model, batch_size: int,
   way: text.Way, draft: text.Draft | None,
-) -> list[Answer]:
+) -> list[base.Answer]:
   context_length = model.config.max_length
   # In a short context prompt and answer have a half each.
   max_new_tokens = min(config.max_new_tokens, max(context_length // 2, 1))
@@ -134,7 +124,7 @@ def _generate(
   _tell(sum(len(ids) > room for ids in prompts), len(prompts), room)
   prompts = [_cut(ids, room, begins) for ids in prompts]
   order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-  answers: list[Answer] = [Answer()] * len(prompts)
+  answers: list[base.Answer] = [base.Answer()] * len(prompts)
   for start in scoring.bar(range(0, len(order), batch_size)):
     rows = order[start : start + batch_size]
     # A last, smaller batch is filled up, which is cheaper than compiling for its size.
@@ -145,15 +135,15 @@ def _generate(
       SamplingConfig(temperature=0.0, max_new_tokens=max_new_tokens),
       [config.stop] if config.stop else (), eos_ids, skip_space=True, way=way, draft=draft)
     for i, one in zip(rows, found, strict=False):
-      answers[i] = Answer(text=one.text, score=float(np.exp(
+      answers[i] = base.Answer(text=one.text, score=float(np.exp(
         np.mean(one.logprobs or [0.0]) if one.score is None else one.score)))
   return answers
 
 
-def _instructed(example: Example) -> tuple[Segment, ...]:
+def _instructed(example: base.Example) -> tuple[base.Segment, ...]:
   """Return the prompt, with the instruction in a line of its own before it."""
-  prompt = prompt_of(example.segments)
-  told = [Segment(f'{example.instruction}\n')] if example.instruction else []
+  prompt = base.prompt_of(example.segments)
+  told = [base.Segment(f'{example.instruction}\n')] if example.instruction else []
   return (*prompt[:1], *told, *prompt[1:])
 
 
@@ -171,25 +161,25 @@ def _cut(ids: list[int], room: int, begins: Container[int | None]) -> list[int]:
 
 
 def _choose(
-  config: TaskConfig, examples: Sequence[Example], model: Model, batch_size: int
-) -> list[Answer]:
-  asked: dict[tuple[tuple[Segment, ...], str], int] = {}
+  config: base.TaskConfig, examples: Sequence[base.Example], model: Model, batch_size: int
+) -> list[base.Answer]:
+  asked: dict[tuple[tuple[base.Segment, ...], str], int] = {}
   sequences: list[Tokens] = []
 
-  def ask(segments: tuple[Segment, ...], choice: str) -> int:
+  def ask(segments: tuple[base.Segment, ...], choice: str) -> int:
     """Return the number of the sequence; one that was asked for before is not measured again."""
-    pair = prompt_of(segments), choice
+    pair = base.prompt_of(segments), choice
     if pair not in asked:
       asked[pair] = len(sequences)
       sequences.append(
-        encode((*pair[0], Segment(choice, 1.0)), model.tokenizer, model.add_bos))
+        encode((*pair[0], base.Segment(choice, 1.0)), model.tokenizer, model.add_bos))
     return asked[pair]
 
   plain = [[ask(e.segments, choice) for choice in e.choices] for e in examples]
   neutral = [[ask(e.neutral, choice) for choice in e.choices if e.neutral] for e in examples]
   found = log_likelihoods(model, sequences)
   return [
-    Answer(
+    base.Answer(
       log_likelihoods=tuple(found[i] for i in first),
       num_tokens=tuple(sum(map(bool, sequences[i].weights)) for i in first),
       neutral_log_likelihoods=tuple(found[i] for i in second),
@@ -205,15 +195,15 @@ def _class_log_probs(
 
 
 def _classify(
-  config: TaskConfig, examples: Sequence[Example], model: Model, batch_size: int
-) -> list[Answer]:
+  config: base.TaskConfig, examples: Sequence[base.Example], model: Model, batch_size: int
+) -> list[base.Answer]:
   """Answer with the log-probabilities of the classes; each prompt is read once."""
   head: Any = model.classifier
   context_length = model.config.max_length
   # Every text gets an answer, also where it would not be trained on.
-  policy: Truncation = 'end' if config.truncation == 'end' else 'start'
+  policy: base.Truncation = 'end' if config.truncation == 'end' else 'start'
   prompts = encoding.prompts(examples, model.tokenizer, context_length, policy, model.add_bos)
-  answers: list[Answer] = [Answer()] * len(examples)
+  answers: list[base.Answer] = [base.Answer()] * len(examples)
   order = sorted(range(len(prompts)), key=lambda i: len(prompts[i] or ''))
   for start in scoring.bar(range(0, len(order), batch_size)):
     rows = order[start : start + batch_size]
@@ -226,13 +216,13 @@ def _classify(
     log_probs_BC = sharding.to_host(_class_log_probs(
       head, model.decoder, model.variables, packing.batch_arrays(records)))
     for i, log_probs_C in zip(rows, log_probs_BC.tolist(), strict=False):
-      answers[i] = Answer(log_likelihoods=tuple(log_probs_C))
+      answers[i] = base.Answer(log_likelihoods=tuple(log_probs_C))
   return answers
 
 
 def _measure(
-  config: TaskConfig, examples: Sequence[Example], model: Model, batch_size: int
-) -> list[Answer]:
+  config: base.TaskConfig, examples: Sequence[base.Example], model: Model, batch_size: int
+) -> list[base.Answer]:
   context_length = model.config.max_length
   encoded = [encoding.sequences(example.segments, model.tokenizer, model.add_bos)
              for example in examples]
@@ -243,7 +233,7 @@ def _measure(
     context_length // 2 or 1)
   totals = iter(map(_weigh, flat, places, found))
   return [
-    Answer(
+    base.Answer(
       log_likelihoods=tuple(next(totals) for _ in several),
       num_tokens=tuple(len(_weighted(one)) for one in several),
       # Without BOS nothing predicts the first token.

@@ -11,16 +11,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from jaxllm.models import positions as ropes
 from jaxllm.models.config import DecoderConfig
 from jaxllm.models.norms import NormConfig
-from jaxllm.models.positions import (
-  LinearScaling,
-  Llama3Scaling,
-  LongRopeScaling,
-  RotaryPositions,
-  Scaling,
-  YarnScaling,
-)
 
 Keys = Mapping[str, Any]
 # A path, or a tuple of several, -> name of the tensor.
@@ -192,7 +185,7 @@ def layer_type_names(config: DecoderConfig) -> list[str]:
 
 def rotary(
   keys: Keys, base: float = 10_000.0, fraction: float = 1.0, rope: Keys | None = None
-) -> RotaryPositions:
+) -> ropes.RotaryPositions:
   """Read rotary positions from config.json, in the older or newer writing.
 
   Args:
@@ -209,7 +202,7 @@ def rotary(
   if str(kind) not in _SCALINGS:
     raise ValueError(f'config.json: rope_scaling of type {kind!r} is not supported (supported: '
                      f'{", ".join(_SCALINGS)})')
-  return RotaryPositions(
+  return ropes.RotaryPositions(
     base=number(rope, 'rope_theta', number(keys, 'rope_theta', base)),
     fraction=number(
       rope, 'partial_rotary_factor', number(keys, 'partial_rotary_factor', fraction)),
@@ -220,7 +213,7 @@ def rotary(
 def rotary_keys(config: DecoderConfig) -> dict[str, Any]:
   """Return `rope_theta` and `rope_scaling` for config.json: the writing that all versions read."""
   positions = config.positions
-  if not isinstance(positions, RotaryPositions):
+  if not isinstance(positions, ropes.RotaryPositions):
     return {}
   keys: dict[str, Any] = {'rope_theta': positions.base,
                           'rope_scaling': scaling_keys(config, positions.scaling)}
@@ -238,7 +231,7 @@ _SCALING_KEYS = {
 }
 
 
-def scaling_keys(config: DecoderConfig, scaling: Scaling | None) -> dict[str, Any] | None:
+def scaling_keys(config: DecoderConfig, scaling: ropes.Scaling | None) -> dict[str, Any] | None:
   """Return `rope_scaling` for config.json."""
   if scaling is None:
     return None
@@ -246,21 +239,21 @@ def scaling_keys(config: DecoderConfig, scaling: Scaling | None) -> dict[str, An
   for field, value in dict(scaling).items():
     if field in _SCALING_KEYS and value is not None and value is not True:
       keys[_SCALING_KEYS[field]] = list(value) if isinstance(value, tuple) else value
-  if isinstance(scaling, LongRopeScaling):
+  if isinstance(scaling, ropes.LongRopeScaling):
     keys['factor'] = max(1.0, config.max_length / scaling.original_length)
   return keys
 
 
-def context_length(keys: Keys, positions: RotaryPositions) -> int:
+def context_length(keys: Keys, positions: ropes.RotaryPositions) -> int:
   """Return the longest context: a scaling reaches `factor` times further than the training did.
 
   Where `max_position_embeddings` already is the longer one, config.json names the length of the
   training beside it.
   """
   longest, scaling = size(keys, 'max_position_embeddings'), positions.scaling
-  if not isinstance(scaling, LinearScaling | YarnScaling):
+  if not isinstance(scaling, ropes.LinearScaling | ropes.YarnScaling):
     return longest
-  trained = (_length(keys, _rope(keys)) if isinstance(scaling, LinearScaling)
+  trained = (_length(keys, _rope(keys)) if isinstance(scaling, ropes.LinearScaling)
              else scaling.original_length)
   reach = int(min(trained * scaling.factor, 1e18))
   return max(longest, size({'context length': reach}, 'context length'))
@@ -269,7 +262,7 @@ def context_length(keys: Keys, positions: RotaryPositions) -> int:
 def context_keys(config: DecoderConfig) -> dict[str, int]:
   """Return the keys that `context_length` reads."""
   scaling, longest = getattr(config.positions, 'scaling', None), config.max_length
-  if not isinstance(scaling, LinearScaling):
+  if not isinstance(scaling, ropes.LinearScaling):
     return {'max_position_embeddings': longest}
   trained = longest / scaling.factor
   if trained.is_integer():
@@ -338,31 +331,31 @@ def _stretch(keys: Keys, rope: Keys) -> tuple[int, float]:
   return length, number(rope, 'factor', size(keys, 'max_position_embeddings') / length)
 
 
-def _yarn(keys: Keys, rope: Keys) -> YarnScaling:
+def _yarn(keys: Keys, rope: Keys) -> ropes.YarnScaling:
   length, factor = _stretch(keys, rope)
   sharpness = rope.get('attention_factor')
   if sharpness is None and rope.get('mscale') and rope.get('mscale_all_dim'):
     growth = 0.1 * math.log(max(factor, 1.0))
     above, below = (number(rope, name) * growth + 1 for name in ('mscale', 'mscale_all_dim'))
     sharpness = above / below
-  return YarnScaling(
+  return ropes.YarnScaling(
     factor=factor, original_length=length, attention_factor=sharpness,
     fast_turns=number(rope, 'beta_fast', 32.0), slow_turns=number(rope, 'beta_slow', 1.0),
     whole_pairs=flag(rope, 'truncate', True))
 
 
-def _longrope(keys: Keys, rope: Keys) -> LongRopeScaling:
+def _longrope(keys: Keys, rope: Keys) -> ropes.LongRopeScaling:
   length, factor = _stretch(keys, rope)
   sharpness = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(length))
-  return LongRopeScaling(
+  return ropes.LongRopeScaling(
     short_factors=rope.get('short_factor') or (), long_factors=rope.get('long_factor') or (),
     original_length=length, attention_factor=number(rope, 'attention_factor', sharpness))
 
 
-_SCALINGS: dict[str, Callable[[Keys, Keys], Scaling | None]] = {
+_SCALINGS: dict[str, Callable[[Keys, Keys], ropes.Scaling | None]] = {
   'default': lambda keys, rope: None,
-  'linear': lambda keys, rope: LinearScaling(factor=number(rope, 'factor')),
-  'llama3': lambda keys, rope: Llama3Scaling(
+  'linear': lambda keys, rope: ropes.LinearScaling(factor=number(rope, 'factor')),
+  'llama3': lambda keys, rope: ropes.Llama3Scaling(
     factor=number(rope, 'factor'),
     low_frequency_factor=number(rope, 'low_freq_factor'),
     high_frequency_factor=number(rope, 'high_freq_factor'),
