@@ -6,7 +6,6 @@ differences, `Flags`, `from_flags` and `run_program` wire a config to absl flags
 `--config=FILE.py[:variant]` and `--config.a.b=value`.
 """
 
-import ast
 import contextlib
 import functools
 import importlib.util
@@ -21,29 +20,21 @@ import sys
 import textwrap
 import traceback
 import types
-import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
 import pydantic
 from absl import app, flags, logging
 
-from jaxllm import mistakes, versions
+from jaxllm import help_page, mistakes, validation, versions
+from jaxllm.validation import ConfigError
 
 COMPILATION_CACHE = '~/.cache/jaxllm/compiled'
 FLAG_HELP = 'Experiment file, FILE.py[:variant]. --config.a.b=value changes any field.'
 DRY_RUN_HELP = 'Print the whole config, as --config reads it, and what it comes to; do nothing.'
 LOADING = 'How the model is loaded'
-_SHARED = {
-  '--flagfile=FILE': 'Read flags from a file.',
-  '--verbosity=1': 'Show what other packages log, and where an error was raised.',
-}
 # The class in the config.json of a run. It lies above this file, and is imported when one is read.
 _SAVED = 'jaxllm.experiment:Experiment'
-
-
-class ConfigError(ValueError):
-  """A config that cannot be used; the message names the field, the value and the fix."""
 
 
 class Config(pydantic.BaseModel):
@@ -65,7 +56,7 @@ class Config(pydantic.BaseModel):
     try:
       super().__init__(**fields)
     except pydantic.ValidationError as error:
-      raise ConfigError(_readable(type(self), error)) from None
+      raise ConfigError(validation.readable(type(self), error)) from None
 
   def replace(self, **changes: Any) -> Self:
     """Return a copy with `changes` applied, validated again; a ConfigError names a bad field."""
@@ -108,11 +99,9 @@ def override(config: Config, changes: Mapping[str, Any]) -> Any:
 def diff(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
   """Return (dotted path, old value, new value) of every leaf that differs."""
   old_leaves, new_leaves = dict(leaves(old)), dict(leaves(new))
-  missing = '<absent>'
-  return [
-    (path, old_leaves.get(path, missing), new_leaves.get(path, missing))
-    for path in dict.fromkeys([*old_leaves, *new_leaves])
-    if old_leaves.get(path, missing) != new_leaves.get(path, missing)]
+  rows = ((path, old_leaves.get(path, '<absent>'), new_leaves.get(path, '<absent>'))
+          for path in {**old_leaves, **new_leaves})
+  return [row for row in rows if row[1] != row[2]]
 
 
 def describe(config: Config, path: str = '--config', width: int = 100) -> str:
@@ -222,13 +211,13 @@ class Flags:
 
   def __init__(self, arguments: bool = False, passed_on: str = '') -> None:
     self.values, self.arguments, self.passed_on = flags.FlagValues(), arguments, passed_on
-    self._sections: dict[str, list[str]] = {'': []}
+    self.sections: dict[str, list[str]] = {'': []}
     self._section = ''
 
   def __getattr__(self, kind: str) -> Callable[..., Any]:
     def define(name: str, *arguments: Any, **options: Any) -> Any:
       if kind != 'alias':
-        self._sections.setdefault(self._section, []).append(name)
+        self.sections.setdefault(self._section, []).append(name)
       made = getattr(flags, f'DEFINE_{kind}')(name, *arguments, flag_values=self.values, **options)
       if options.get('required'):
         flags.register_validator(
@@ -255,26 +244,6 @@ class Flags:
                       'Of its parameters; by default as in jaxllm.load.')
     self.section('')
     return model, mesh, dtype
-
-  def help(self, about: str, width: int) -> str:
-    """Return what `--help` prints: what the program does, its flags, the rest of its docstring."""
-    first, *rest = about.strip().split('\n\n')
-    lines = textwrap.wrap(first, width)
-    if rest and rest[0].startswith(' '):
-      lines += ['', rest.pop(0)]  # Commands.
-    for title, names in self._sections.items():
-      lines += ['', *([f'{title}:'] if title else [])]
-      for name in names:
-        lines += _columns(*_written(self.values[name]), width)
-    lines += ['', 'Of every program:']
-    for written, text in _SHARED.items():
-      lines += _columns(written, text, width)
-    for paragraph in rest:
-      lines.append('')
-      for item in re.split(r'\n(?=- )', paragraph):
-        indent = '  ' * item.startswith('- ')
-        lines += textwrap.wrap(' '.join(item.split()), width, subsequent_indent=indent)
-    return '\n'.join(lines)
 
 
 def parse_flags(argv: Sequence[str], own: Flags, about: str = '') -> list[str]:
@@ -398,38 +367,12 @@ _OVERRIDES: dict[str, str] = {}
 
 def _print_help(argv: Sequence[str], own: Flags, about: str) -> None:
   location, width = _location(argv), min(shutil.get_terminal_size((100, 24)).columns, 100)
-  print(own.help(about, width))
+  print(help_page.page(about, own.sections, own.values, width))
   if location:
     print(f'\nFields of {location}:\n{describe(from_flags(location), width=width)}')
   elif 'config' in own.values:
     print('\nAdd --config=FILE.py to list the fields of that config.')
   sys.exit(0)
-
-
-def _written(flag: flags.Flag) -> tuple[str, str]:
-  """Return a flag as it is typed, with its choices or its default, and what it says."""
-  text = flag.help.partition(';\n')[0]  # Where it may be repeated, absl adds a line.
-  if any('other than None' in check.message for check in flag.validators):
-    text = f'Required. {text}'
-  if flag.boolean:
-    return f'--{"no" * bool(flag.default)}{flag.name}', text
-  if choices := getattr(flag.parser, 'enum_values', ()):
-    before = f'<{"|".join(choices)}>: '
-    default = f' [{flag.default}]' if flag.default else ''
-    if len(before) > 70:
-      return f'--{flag.name}=...', text.replace(before, '') + f' One of {", ".join(choices)}.'
-    return f'--{flag.name}={"|".join(choices)}', text.replace(before, '') + default
-  value = ','.join(flag.default) if isinstance(flag.default, list) else flag.default
-  return f'--{flag.name}={"..." if value in (None, "") else value}', text
-
-
-def _columns(left: str, text: str, width: int, indent: int = 28) -> list[str]:
-  """Return the lines of two columns; a left one that is too wide has a line of its own."""
-  lines = textwrap.wrap(' '.join(text.split()), width - indent) or ['']
-  first = [] if len(left) < indent - 3 else [f'  {left}']
-  if not first:
-    lines[0] = f'  {left:<{indent - 2}}{lines[0]}'
-  return first + [line if line.startswith('  --') else ' ' * indent + line for line in lines]
 
 
 def _location(argv: Sequence[str]) -> str | None:
@@ -455,15 +398,15 @@ def _override(config: Any, changes: Sequence[tuple[str, list[str], Any]]) -> Any
     if rest:
       nested.setdefault(key, []).append((path, rest, value))
     else:
-      updates[key] = _read_value(type(config), key, path, value)
+      updates[key] = validation.read_value(type(config), key, path, value)
   for key, parts in nested.items():
     child = updates.get(key, getattr(config, key))
     fields = {rest[0]: value for _, rest, value in parts if len(rest) == 1}
     if len(fields) == len(parts) and fields.get('kind', '') not in ('', getattr(child, 'kind', '')):
       # Another kind has other fields: nothing is left of the old one.
-      fields = {name: _literal(value) if isinstance(value, str) else value
+      fields = {name: validation.literal(value) if isinstance(value, str) else value
                 for name, value in fields.items()}
-      updates[key] = _read_value(type(config), key, f'{key}.kind', fields)
+      updates[key] = validation.read_value(type(config), key, f'{key}.kind', fields)
       continue
     if not isinstance(child, Config):
       raise ConfigError(
@@ -484,52 +427,6 @@ def _check_field(config: Config, path: str, key: str, depth: int) -> None:
       f'(fields: {", ".join(fields)})')
 
 
-def _read_value(cls: type[Config], key: str, path: str, value: Any) -> Any:
-  """Read text as what the field accepts: a literal where that fits, else the text itself."""
-  field = cls.model_fields[key]
-  accept: Any = pydantic.TypeAdapter(Annotated[field.annotation, field])  # type: ignore[arg-type]
-  candidates = [value]
-  if isinstance(value, str):
-    candidates = [_literal(value), *([value] if str in _annotations(field.annotation) else []),
-                  *([None] if value.lower() == 'none' else [])]
-  errors = []
-  for candidate in candidates:
-    try:
-      return accept.validate_python(candidate)
-    except ConfigError as error:
-      errors.append(f'config.{path}: {error}')
-    except pydantic.ValidationError as error:
-      problem = error.errors()[0]
-      where = '.'.join(str(part) for part in problem['loc'] if not isinstance(part, int))
-      message = _said(problem)
-      errors.append(f'config.{path}={value}: {f"{where}: " if where else ""}{message}')
-  raise ConfigError(errors[0])
-
-
-def _literal(text: str) -> Any:
-  for read in (json.loads, ast.literal_eval):
-    try:
-      return read(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-      continue
-  return text
-
-
-def _annotations(annotation: Any) -> Iterator[Any]:
-  """Yield an annotation and all that it is made of."""
-  yield annotation
-  for part in typing.get_args(annotation):
-    yield from _annotations(part)
-
-
-def classes(annotation: Any) -> Iterator[type[Config]]:
-  """Yield the config classes that the annotation of a field speaks of."""
-  for one in _annotations(annotation):
-    generic = isinstance(one, types.GenericAlias)
-    if isinstance(one, type) and not generic and issubclass(one, Config):
-      yield one
-
-
 def leaves(value: Any, path: str = '') -> Iterator[tuple[str, Any]]:
   """Yield (dotted path, value) of every leaf of a config."""
   if isinstance(value, Config):
@@ -540,48 +437,3 @@ def leaves(value: Any, path: str = '') -> Iterator[tuple[str, Any]]:
       yield from leaves(item, f'{path}.{index}')
   else:
     yield path, value
-
-
-def _readable(cls: type[Config], error: pydantic.ValidationError) -> str:
-  lines, misspelt = [], set()
-  # Unknown fields first: a field that one of them was meant to be is not missing besides.
-  for problem in sorted(error.errors(), key=lambda problem: problem['type'] != 'extra_forbidden'):
-    # Union members add their own labels to the location; only real fields are worth naming.
-    where = '.'.join(str(part) for part in problem['loc'])
-    message = _said(problem)
-    if problem['type'] == 'extra_forbidden':
-      name = str(problem['loc'][-1])
-      owner = _owner(cls, problem['loc'][:-1])
-      hint = mistakes.hint(name, owner.model_fields, cutoff=0.4)
-      misspelt.add(hint)
-      lines.append(f'{cls.__name__}.{where}: no such field{hint} '
-                   f'(fields: {", ".join(owner.model_fields)})')
-    elif problem['type'] == 'value_error' and not where:
-      lines.append(f'{cls.__name__}: {message}')
-    elif problem['type'] == 'missing':
-      if f'; did you mean {problem["loc"][-1]!r}?' in misspelt:
-        continue
-      lines.append(f'{cls.__name__}.{where}: a value is required')
-    else:
-      lines.append(f'{cls.__name__}.{where}={problem["input"]!r}: {message}')
-  return '\n'.join(lines)
-
-
-def _said(problem: Any) -> str:
-  """Return what pydantic says is wrong; of a choice the names that there are, and the nearest."""
-  context = problem.get('ctx', {})
-  expected = context.get('expected_tags') or (
-    problem['type'] == 'literal_error' and context['expected'])
-  if not expected:
-    as_json = ', written as JSON: ["a", "b"]' * (problem['type'] == 'tuple_type')
-    return problem['msg'].removeprefix('Value error, ') + as_json
-  names, given = re.findall(r"'([^']*)'", expected), str(context.get('tag', problem['input']))
-  return f'one of {", ".join(names)}{mistakes.hint(given, names)}'
-
-
-def _owner(cls: type[Config], location: tuple[Any, ...]) -> type[Config]:
-  """Return the class of the config at a place, as far as the names of fields lead there."""
-  for part in location:
-    field = cls.model_fields.get(part) if isinstance(part, str) else None
-    cls = next(classes(field.annotation if field else None), cls)
-  return cls

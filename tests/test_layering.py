@@ -14,6 +14,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / 'jaxllm'
 FLOORS: list[set[str]] = [
   {'versions'},
   {'mistakes'},
+  {'help_page', 'validation'},
   {'config'},
   {'sharding', 'storage', 'distributed'},
   {'models', 'data', 'optim'},

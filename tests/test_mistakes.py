@@ -258,7 +258,7 @@ def test_what_is_a_fault_of_ours_keeps_its_traceback(monkeypatch):
   with pytest.raises(KeyError):
     monkeypatch.setattr(sample, 'main', lambda _: {}['x'])
     programs.run_loaded(sample, '--model=x')
-  assert config.ConfigError('x').__class__.__module__ == 'jaxllm.config'
+  assert config.ConfigError('x').__class__.__module__ == 'jaxllm.validation'
 
 
 def test_one_voice(capsys, monkeypatch):

@@ -7,9 +7,10 @@ names of files.
 
 import importlib
 from collections.abc import Iterator
+from typing import Any
 
 from jaxllm import __main__ as command_line
-from jaxllm import config
+from jaxllm import config, validation
 
 FLAGS = config.Flags()
 
@@ -40,11 +41,11 @@ def main(_) -> None:  # noqa: D103
   print(_SCRIPT.format(cases='\n'.join(cases), programs=names))
 
 
-def _paths(cls: type[config.Config], before: str) -> Iterator[str]:
+def _paths(cls: Any, before: str) -> Iterator[str]:
   """Yield the dotted path of every field of a class, and of the configs inside."""
   for name, field in cls.model_fields.items():
     yield before + name
-    for inner in config.classes(field.annotation):
+    for inner in validation.classes(field.annotation):
       yield from _paths(inner, f'{before}{name}.')
 
 
