@@ -148,8 +148,8 @@ CASES = [
   (('train', *RUN, '--config.data.sources='), 'data.sources=() and task=None: set one of them'),
   (('train', *RUN, '--config.optimizer.name=adamv'), "muon, sgd; did you mean 'adamw'?"),
   (('train', *RUN, '--config.schedule.name=cosin'), "did you mean 'cosine'?"),
-  (('train', *RUN, '--config.tokenizer.kind=byte'), "one of sentencepiece, gpt2, json, bytes; did "
-                                                    "you mean 'bytes'?"),
+  (('train', *RUN, '--config.tokenizer.kind=byte'), "one of sentencepiece, byte_level_bpe, gpt2, "
+                                                    "json, bytes; did you mean 'bytes'?"),
   (('train', *RUN, '--config.task.kind=sentimnt'), "did you mean 'sentiment'?"),
   (('train', *RUN, '--config.objective.kind=classifer'), "did you mean 'classifier'?"),
   (('train', *RUN, '--config.model.dtype=float16'), "one of float32, bfloat16; did you mean '"),
