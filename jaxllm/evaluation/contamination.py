@@ -76,8 +76,12 @@ def record_texts(directory: str | os.PathLike[str], tokenizer: Tokenizer) -> Ite
   found = batches.make_batches(
     batches.open_records(directory, 'train'), _ROWS, seed=0, shuffle=False, num_epochs=1)
   for step in range(found.num_batches):
-    batch = found.batch_at(step)
-    for tokens_T, segments_T in zip(batch['tokens'], batch['segment_ids'], strict=True):
-      for segment in np.unique(segments_T[segments_T > 0]):
-        ids = tokens_T[segments_T == segment].tolist()
-        yield tokenizer.decode([token for token in ids if token not in special])
+    for ids in segments(found.batch_at(step)):
+      yield tokenizer.decode([token for token in ids if token not in special])
+
+
+def segments(batch: Mapping[str, np.ndarray]) -> Iterator[list[int]]:
+  """Yield the token ids of each segment of a batch of packed records, in their order."""
+  for tokens_T, segments_T in zip(batch['tokens'], batch['segment_ids'], strict=True):
+    for segment in range(1, segments_T.max(initial=0) + 1):
+      yield tokens_T[segments_T == segment].tolist()

@@ -173,6 +173,7 @@ def _texts(model: Any, path: str) -> list[list[int]]:
 
 def _own(model: Any) -> list[list[list[int]]]:
   """Return texts of the training and of the validation records of a run."""
+  from jaxllm.evaluation import contamination
   from jaxllm.training import dataset
 
   if model.experiment is None:
@@ -185,12 +186,8 @@ def _own(model: Any) -> list[list[list[int]]]:
 
   def texts(split: str) -> Iterator[list[int]]:
     batches = records.make_batches(split, 1, True, 1)
-    for i in range(batches.num_batches):
-      row = batches.batch_at(i)
-      tokens_T, segments_T = row['tokens'][0], row['segment_ids'][0]
-      for segment in range(1, segments_T.max(initial=0) + 1):
-        if (segments_T == segment).sum() > 1:
-          yield tokens_T[segments_T == segment].tolist()
+    for batch in map(batches.batch_at, range(batches.num_batches)):
+      yield from (ids for ids in contamination.segments(batch) if len(ids) > 1)
 
   return [_drawn(texts(split)) for split in ('train', 'validation')]
 

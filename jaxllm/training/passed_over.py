@@ -13,8 +13,8 @@ from absl import logging
 
 from jaxllm import distributed, storage
 from jaxllm.checkpoints import reading
-from jaxllm.data.batches import Batches, Phase, place_of, records_before
-from jaxllm.data.tokenizers import Tokenizer
+from jaxllm.data.batches import Phase, place_of, records_before
+from jaxllm.evaluation import contamination
 from jaxllm.experiment import Experiment
 from jaxllm.training.dataset import Dataset
 
@@ -101,7 +101,10 @@ def add(
     batches = dataset.make_batches('train', phases, experiment.data.shuffle, None,
                                    places(passed, phases), alone=True)
     first, last = batches.places(steps[0])[0], batches.places(steps[-1])[-1]
-    records, texts = _contents(batches, steps, dataset.tokenizer)
+    records = [number for step in steps for number in batches.numbers(step)]
+    # How texts, or their parts, begin.
+    texts = [dataset.tokenizer.decode(ids[:_TOKENS]) for batch in map(batches.batch_at, steps)
+             for ids in contamination.segments(batch)][:_TEXTS]
     logging.warning(
       '%s. Going back to step %d and passing over batches %d to %d, places %d to %d in the order '
       'of the records: records %s, with texts that begin %s.', reason, target, first // size,
@@ -110,18 +113,6 @@ def add(
       'first': first // size, 'last': last // size, 'places': (first, last),
       'back_to_step': target, 'reason': reason, 'records': records, 'texts': texts}]})
   distributed.barrier('what is passed over is written')
-
-
-def _contents(
-  batches: Batches, steps: range, tokenizer: Tokenizer
-) -> tuple[list[int], list[str]]:
-  """Return the numbers of the records of steps, and how texts in them, or their parts, begin."""
-  texts = []
-  for batch in map(batches.batch_at, steps):
-    for tokens_T, segments_T in zip(batch['tokens'], batch['segment_ids'], strict=True):
-      for segment in range(1, segments_T.max(initial=0) + 1):
-        texts.append(tokenizer.decode(tokens_T[segments_T == segment][:_TOKENS].tolist()))
-  return [number for step in steps for number in batches.numbers(step)], texts[:_TEXTS]
 
 
 def _some(values: Sequence[Any]) -> str:
