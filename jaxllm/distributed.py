@@ -332,21 +332,18 @@ def agree(facts: Mapping[str, Any]) -> None:
     others = [one for one, theirs in enumerate(digests) if theirs != digest]
     if not others:
       return ''
-    theirs = STATE.client.blocking_key_value_get(f'{prefix}{others[0]}', _WEEK)
-    return _differences(json.loads(text), json.loads(theirs), others)
+    ours, theirs = json.loads(text), json.loads(
+      STATE.client.blocking_key_value_get(f'{prefix}{others[0]}', _WEEK))
+    rows = [
+      f'{name} is {ours.get(name)!r} in {_name(0)} and {theirs.get(name)!r} in {_name(others[0])}'
+      for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+    return (f'{", ".join(rows[:8])}{", ..." if rows[8:] else ""}; start all processes with the '
+            f'same command, code, packages and data ({len(others)} differ from process 0)')
 
   verdict = from_all(digest, compare)
   barrier('all know')
   if verdict:
     raise ValueError(verdict)
-
-
-def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], others: list[int]) -> str:
-  names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
-  rows = [f'{name} is {ours.get(name)!r} in {_name(0)} and {theirs.get(name)!r} in '
-          f'{_name(others[0])}' for name in names]
-  return (f'{", ".join(rows[:8])}{", ..." if rows[8:] else ""}; start all processes with the same '
-          f'command, code, packages and data ({len(others)} differ from process 0)')
 
 
 @contextlib.contextmanager

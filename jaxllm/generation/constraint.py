@@ -105,7 +105,8 @@ class JsonConstraints:
                        f'{", ".join(missing.decode())}')
     # A character may be begun only where every continuation of it is a token.
     splits = all(byte in single for byte in range(0x80, 0xC0))
-    self.tokens = [bytes(text) if splits or _is_whole(text) else b'' for text in id_bytes]
+    self.tokens = [bytes(text) if splits or text.decode(errors='ignore').encode() == text else b''
+                   for text in id_bytes]
     self.tokens += [b''] * (self.size - len(id_bytes))
     for token in eos_token_ids:
       self.tokens[token] = b''
@@ -219,14 +220,6 @@ def _leading_digits(text: bytes) -> int:
   if re.search(rb'[eE][+-]?\d{%d}' % (MAX_EXPONENT + 1), text):
     return MAX_DIGITS + 1
   return min(len(re.match(rb'\d*', text)[0]), MAX_DIGITS + 1)  # type: ignore[index]
-
-
-def _is_whole(text: bytes) -> bool:
-  try:
-    text.decode()
-  except UnicodeDecodeError:
-    return False
-  return True
 
 
 def _check(grammar: str, client: str) -> None:

@@ -92,7 +92,8 @@ def no_repeat_ngram_size(logits_BV: jax.Array, value_B: jax.Array, history: Hist
   def narrow(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """Keep places before which stand the same tokens as at the end, `back` from there."""
     back, completes_BS = carry
-    wanted_B1 = _tokens_at(tokens_BS, lengths_B[:, None] - back)
+    place_B1 = jnp.clip(lengths_B[:, None] - back, 0, tokens_BS.shape[1] - 1)
+    wanted_B1 = jnp.take_along_axis(tokens_BS, place_B1, axis=1)
     same_BS = jnp.roll(tokens_BS, back, axis=1) == wanted_B1
     return back + 1, completes_BS & (same_BS | (back >= value_B)[:, None])
 
@@ -161,10 +162,6 @@ RULES: Mapping[str, Rule] = {
 
 # Rules that are part of every program; the others come together, where any row asks for one.
 BASIC = ('temperature', 'top_k', 'top_p', 'min_p')
-
-
-def _tokens_at(tokens_BS: jax.Array, places_BN: jax.Array) -> jax.Array:
-  return jnp.take_along_axis(tokens_BS, jnp.clip(places_BN, 0, tokens_BS.shape[1] - 1), axis=1)
 
 
 def _seen(history: History, start: jax.Array | int = 0) -> jax.Array:
