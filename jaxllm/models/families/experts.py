@@ -74,11 +74,6 @@ def _encode(
     'norm_topk_prob': experts.normalized, 'attention_bias': 'qkv' in config.biases, **keys})
 
 
-def _decode_mixtral(keys: hf.Keys) -> DecoderConfig:
-  keys = hf.with_defaults(keys, {'rms_norm_eps': 1e-5, 'norm_topk_prob': True})
-  return _decode(keys, 'intermediate_size', **llama.window(keys))
-
-
 def _decode_olmoe(keys: hf.Keys) -> DecoderConfig:
   hf.refuse(keys, 'clip_qkv')
   keys = hf.with_defaults(keys, {'rms_norm_eps': 1e-5})
@@ -99,7 +94,10 @@ def _encode_qwen2(config: DecoderConfig) -> dict[str, Any]:
 
 MIXTRAL = hf.Format(
   'mixtral', 'MixtralForCausalLM',
-  _names('block_sparse_moe', {'gate': 'w1', 'up': 'w3', 'down': 'w2'}), _decode_mixtral,
+  _names('block_sparse_moe', {'gate': 'w1', 'up': 'w3', 'down': 'w2'}),
+  lambda keys: _decode(
+    hf.with_defaults(keys, {'rms_norm_eps': 1e-5, 'norm_topk_prob': True}), 'intermediate_size',
+    **llama.window(keys)),
   lambda config: _encode(config, 'num_local_experts', sliding_window=config.window))
 OLMOE = hf.Format(
   'olmoe', 'OlmoeForCausalLM', _names('mlp') | llama.QUERY_KEY_NORMS, _decode_olmoe, _encode)

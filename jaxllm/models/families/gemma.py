@@ -93,13 +93,6 @@ def _softcap(keys: hf.Keys, name: str, default: float | None) -> float | None:
   return None if keys.get(name, default) is None else hf.number(keys, name, default)
 
 
-def _decode2(keys: hf.Keys) -> DecoderConfig:
-  return hf.rms_decoder(
-    hf.with_defaults(keys, _DEFAULTS), **_common(keys), **_layers(keys, every=2),
-    attention_softcap=_softcap(keys, 'attn_logit_softcapping', 50.0),
-    logit_softcap=_softcap(keys, 'final_logit_softcapping', 30.0))
-
-
 def _decode3(keys: hf.Keys) -> DecoderConfig:
   hf.refuse(keys, 'attn_logit_softcapping')
   keys = hf.with_defaults(keys, _DEFAULTS3)
@@ -170,7 +163,12 @@ _NAMES3 = _SANDWICH | llama.QUERY_KEY_NORMS
 GEMMA = hf.Format(
   'gemma', 'GemmaForCausalLM', llama.NAMES, encode=_encode1,
   decode=lambda keys: hf.rms_decoder(hf.with_defaults(keys, _DEFAULTS), **_common(keys)))
-GEMMA2 = hf.Format('gemma2', 'Gemma2ForCausalLM', _SANDWICH, _decode2, _encode2)
+GEMMA2 = hf.Format(
+  'gemma2', 'Gemma2ForCausalLM', _SANDWICH, encode=_encode2,
+  decode=lambda keys: hf.rms_decoder(
+    hf.with_defaults(keys, _DEFAULTS), **_common(keys), **_layers(keys, every=2),
+    attention_softcap=_softcap(keys, 'attn_logit_softcapping', 50.0),
+    logit_softcap=_softcap(keys, 'final_logit_softcapping', 30.0)))
 GEMMA3 = hf.Format('gemma3_text', 'Gemma3ForCausalLM', _NAMES3, _decode3, _encode3)
 GEMMA3_MULTIMODAL = hf.Format(
   'gemma3', 'Gemma3ForConditionalGeneration', _NAMES3, _decode3_multimodal, _encode3,
