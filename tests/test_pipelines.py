@@ -16,6 +16,7 @@ from jaxllm.generation.sampling import SamplingConfig
 from jaxllm.models import decoder
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.models.linear import InitializerConfig
+from jaxllm.tasks import base
 from jaxllm.tasks.chat import PLAIN, Chat, ChatTemplate
 from jaxllm.tasks.classification import Classification
 from jaxllm.tasks.question_answering import QuestionAnswering
@@ -119,7 +120,7 @@ def test_offsets_point_at_the_answer(model, monkeypatch):
 
   def predict(config, examples, *_):
     task = pipelines.TASKS[config.kind]
-    answer = pipelines.predict.Answer(text=said['text'], score=0.5)
+    answer = base.Answer(text=said['text'], score=0.5)
     return [task.read(config, example, answer) for example in examples]
 
   monkeypatch.setattr(pipelines.predict, 'predict', predict)
