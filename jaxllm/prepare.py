@@ -6,16 +6,16 @@ Training does the same by itself where it is needed. A call that was killed goes
 - --inspect shows the first records of each split, of a task too: tokens between bars, with the
   segment that they are in, green where they have loss (without colours those without in brackets).
 - --dry_run cleans 1,000 documents and says what cleaning did, besides what it says elsewhere.
+- --report writes a page beside the records: what was read, samples before and after each step of
+  cleaning, how the tokenizer does. With --model a trained run reads a sample of the records: of the
+  texts with the lowest loss some are repeated boilerplate, of those with the highest garbage.
 - --runner makes the same records on Apache Beam (the extra beam); flags that are not of this
   program are Beam's, as in --runner=DataflowRunner --region=europe-west4 --num_workers=100.
 """
 
 import functools
-import itertools
 import os
 import sys
-import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +27,8 @@ FLAGS = config.Flags(passed_on='runner')
 CONFIG = FLAGS.string('config', None, config.FLAG_HELP, required=True)
 INSPECT = FLAGS.bool('inspect', False, 'Show records as the model reads them.')
 DRY_RUN = FLAGS.bool('dry_run', False, config.DRY_RUN_HELP)
+REPORT = FLAGS.bool('report', False, 'Write a page about the records: data_report.html.')
+MODEL = FLAGS.string('model', None, 'A run that tells the losses of texts for --report.')
 RUNNER = FLAGS.enum(
   'runner', None, ['DirectRunner', 'PrismRunner', 'DataflowRunner', 'FlinkRunner', 'SparkRunner',
                    'PortableRunner'], 'What runs Apache Beam; by default this process does it all.')
@@ -70,24 +72,22 @@ def main(argv: Sequence[str]) -> None:  # noqa: D103
     found = dataset.prepared(experiment, directory / manifest.folder)
     for share in found.shares([Phase(0, 0, size, 0, found.weights)], steps * size):
       print(f'  in {steps:,} steps {share}')
+  if REPORT.value:
+    from jaxllm.training import data_report
+
+    print(f'report: {data_report.write(experiment.name, directory / manifest.folder, MODEL.value)}')
 
 
-def rehearsed(experiment: Any, count: int = 1000) -> Iterator[str]:
-  """Yield what cleaning does to the first documents of each source, `count` of all of them."""
-  from jaxllm.data import cleaning, documents
+def rehearsed(experiment: Any) -> Iterator[str]:
+  """Yield what cleaning does to the first documents of each source, 1,000 of all of them."""
+  from jaxllm.data import samples
 
   data, training = experiment.data, experiment.training
-  sources, clean = (*data.sources, *data.own_validation), cleaning.cleaner(data.cleaning)
-  for source in sources:
-    begin, counts = time.perf_counter(), Counter[str]()
-    for document in itertools.islice(documents.documents(source), -(-count // len(sources))):
-      text, steps = clean(document)
-      counts.update(steps, documents=1, dropped=not text, before=len(document),
-                    after=len(text or ''))
-    rate = counts['before'] / 1e6 / (time.perf_counter() - begin)
+  for source, counts, seconds, _ in samples.rehearse(
+      (*data.sources, *data.own_validation), data.cleaning)[0]:
     yield (f'{source.location}: of the first {counts["documents"]:,} documents cleaning drops '
            f'{counts["dropped"]:,}; {counts["after"]:,} of {counts["before"]:,} characters are '
-           f'left ({rate:.1f} million characters/s)')
+           f'left ({counts["before"] / 1e6 / seconds:.1f} million characters/s)')
     if source.weight:
       share = source.weight / sum(one.weight for one in data.sources)
       yield (f'  weight={source.weight:g}: {share:.1%} of what is read, '

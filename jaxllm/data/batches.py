@@ -11,7 +11,7 @@ import dataclasses
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -193,6 +193,16 @@ def open_records(directory: str | os.PathLike[str], split: str) -> Stored:
     raise ValueError(f'{paths[0].parent}: {records.DAMAGED} ({error})') from error
   dtype = packing.record_dtype(manifest.context_length, manifest.vocab_size)
   return Stored(rows, dtype, manifest.vocab_size, sources=manifest.split(split).source_records)
+
+
+def runs(stored: Stored, numbers: Iterable[int]) -> Iterator[tuple[int, int, np.ndarray]]:
+  """Yield the tokens of records that see each other: record, place of the first, all of them."""
+  from tqdm import tqdm
+  for number in tqdm(numbers, desc='read', leave=False, delay=3, disable=None):
+    row = np.frombuffer(stored.rows[number], stored.dtype)[0]
+    for segment in range(1, int(row['segment_ids'].max()) + 1):
+      places = np.flatnonzero(row['segment_ids'] == segment)
+      yield number, int(places[0]), row['tokens'][places]
 
 
 def make_batches(

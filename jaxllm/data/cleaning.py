@@ -239,14 +239,19 @@ def keep_article(text: str) -> str:
 
 
 def _language(config: CleaningConfig) -> Step:
-  import py3langid
+  language_of('')  # Refused before anything is read.
 
   def step(text: str) -> Filtered:
-    # Enough of a text to tell.
-    language = py3langid.classify(text[:100_000])[0]
+    language = language_of(text)
     return (text, {}) if language in config.languages else (None, {language: 1})
 
   return step
+
+
+def language_of(text: str) -> str:
+  """Return the code of a text's language, from its beginning; needs py3langid."""
+  import py3langid
+  return py3langid.classify(text[:100_000])[0]
 
 
 def _rewriting(function: Callable[[str], str]) -> Callable[[CleaningConfig], Step]:

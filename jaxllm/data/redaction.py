@@ -58,7 +58,9 @@ _PATTERNS = {name: re.compile(f'{_BEFORE}(?:{pattern}){_AFTER}')
              for name, (pattern, _) in KINDS.items()}
 
 
-def redact(text: str) -> tuple[str, Mapping[str, int]]:
+def redact(
+  text: str, mark: Callable[[str, str], str] = lambda name, found: f'[{name.upper()}]'
+) -> tuple[str, Counter[str]]:
   """Return the text with marks in the place of personal data, and how many of each type there were.
 
   Card and account numbers count where their check digits are right, addresses where they are those
@@ -66,12 +68,19 @@ def redact(text: str) -> tuple[str, Mapping[str, int]]:
   """
   found: Counter[str] = Counter()
   for name, pattern in _PATTERNS.items():
-    text = pattern.sub(functools.partial(_mark, name, found), text)
+    text = pattern.sub(functools.partial(_mark, name, found, mark), text)
   return text, found
 
 
-def _mark(name: str, found: Counter[str], match: re.Match[str]) -> str:
+def masked(text: str) -> tuple[str, Counter[str]]:
+  """Return the same with nothing left of personal data but its shape, for people to look at."""
+  return redact(text, lambda _, found: re.sub(r'[^\W\d]', 'x', re.sub(r'\d', '0', found)))
+
+
+def _mark(
+  name: str, found: Counter[str], mark: Callable[[str, str], str], match: re.Match[str]
+) -> str:
   if not KINDS[name][1](match[0]):
     return match[0]
   found[name] += 1
-  return f'[{name.upper()}]'
+  return mark(name, match[0])

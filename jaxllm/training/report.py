@@ -31,11 +31,13 @@ Chart = dict[str, Any] | None
 _MAX_BUCKETS = 400
 _MAX_MARKS = 60
 _COLOURS = 6
+DATA_PAGE = 'data_report.html'
 
 
 class _Run(NamedTuple):
   """What the files of a workdir say; `style` is the CSS class of its lines among other runs."""
 
+  path: pathlib.Path
   name: str
   style: str
   step: int
@@ -64,21 +66,34 @@ def write_report(
     seen: how models read a text: `name`, `losses`, `lens`, `parameters` (HTML) and `attention` (a
       PNG in Base64).
   """
+  target = target or storage.path(workdirs[0]) / 'report.html'
   runs = [_read(storage.path(workdir), index) for index, workdir in enumerate(workdirs)]
   if len({run.name for run in runs}) < len(runs):
     runs = [run._replace(name=str(path)) for run, path in zip(runs, workdirs, strict=True)]
+  page = render(
+    'report.html', name=' · '.join(run.name for run in runs), runs=runs, seen=seen,
+    data_page=functools.partial(_data_page, target), origin=_origin, tiles=_tiles, speed=_speed,
+    goodput=_goodput, manifest=_manifest, merge=_merge, prompts=_prompts(runs),
+    differences=_differences(runs), **_charts(runs),
+    dumps=functools.partial(json.dumps, indent=2, ensure_ascii=False))
+  storage.write_file(target, page)
+  return target
+
+
+def render(template: str, **fields: Any) -> str:
+  """Return a page that needs no other file, by a template beside `page.html`, the look of all."""
   environment = jinja2.Environment(
     loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
     autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
   )
-  page = environment.get_template('report.html').render(
-    name=' · '.join(run.name for run in runs), runs=runs, seen=seen, origin=_origin, tiles=_tiles,
-    speed=_speed, goodput=_goodput, manifest=_manifest, merge=_merge, prompts=_prompts(runs),
-    differences=_differences(runs), **_charts(runs),
-    dumps=functools.partial(json.dumps, indent=2, ensure_ascii=False))
-  target = target or storage.path(workdirs[0]) / 'report.html'
-  storage.write_file(target, page)
-  return target
+  return environment.get_template(template).render(compact=compact, **fields)
+
+
+def _data_page(target: pathlib.Path, run: _Run) -> str | None:
+  """Return the way from a page to that about the records of a run; None: there is none."""
+  page = pathlib.Path(*(str(run.config.get(key)) for key in ('records_dir', 'name')),
+                      str(run.data.get('fingerprint'))[:16], DATA_PAGE)
+  return os.path.relpath(page, target.parent) if page.is_file() else None
 
 
 def _read(path: pathlib.Path, index: int) -> _Run:
@@ -90,7 +105,8 @@ def _read(path: pathlib.Path, index: int) -> _Run:
   if summary.get('step', -1) < max((r['step'] for r in records), default=0):
     summary = {}  # Of an earlier end: the run went on.
   return _Run(
-    config.get('name') or path.name or path.resolve().name, f'run{index % _COLOURS + 1}',
+    path, config.get('name') or path.name or path.resolve().name,
+    f'run{index % _COLOURS + 1}',
     summary.get('step') or max((r['step'] for r in train), default=0), config, summary,
     environment, data, records, train, [r for r in records if 'validation/loss' in r],
     metrics.read_lines(path / 'samples.jsonl'))

@@ -2,6 +2,7 @@
 
 import collections
 import random
+import re
 import time
 
 import pytest
@@ -103,6 +104,21 @@ def test_characters_and_documents_are_accounted_for(tmp_path):
       number for name, number in counts.items() if name.endswith('.dropped'))
     kept, dropped = kept + (cleaned is not None), dropped + (cleaned is None)
   assert kept and dropped
+
+
+@pytest.mark.parametrize('step, marks', [
+  ('control', '\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff'),
+  ('bidi', '\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069'),
+])
+def test_no_two_words_are_joined(step, marks):
+  rng = random.Random(3)
+  found = [chr(code) for code in (*range(0x3000), 0xFEFF) if re.match(f'[{marks}]', chr(code))]
+  for _ in range(2000):
+    text = ''.join(rng.choice(('ab', 'é', 'א', 'x1', '_', '\u0301', '-', ' ', '.', '你', '\n'))
+                   + ''.join(rng.choices(found, k=rng.randint(0, 3))) for _ in range(8))
+    cleaned = clean(text, CleaningConfig(steps=(step,))) or ''
+    assert re.findall(r'\w+', cleaned) == re.findall(r'\w+', re.sub(f'[{marks}]', ' ', text))
+    assert ''.join(cleaned.split()) == ''.join(re.sub(f'[{marks}]', '', text).split())
 
 
 @pytest.mark.parametrize('piece', ['<a ', '<a a="', '<!--', '<!', '<![', '<?', '</', '&#', '<pre>'])
