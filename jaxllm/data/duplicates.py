@@ -58,7 +58,12 @@ def exact() -> Comparison:
 
     return keep
 
-  return Comparison(lambda text: hashlib.blake2b(text.encode(), digest_size=16).digest(), keeper)
+  return Comparison(digest, keeper)
+
+
+def digest(text: str, size: int = 16) -> bytes:
+  """Return a hash of a text."""
+  return hashlib.blake2b(text.encode(), digest_size=size).digest()
 
 
 def near(similarity: float) -> Comparison:

@@ -28,6 +28,7 @@ from jaxllm.config import Config
 from jaxllm.data import cleaning, documents, packing, parallel, readers, tokenizers
 from jaxllm.data.cleaning import CleaningConfig
 from jaxllm.data.documents import SourceConfig, SourceCounts, Sources
+from jaxllm.data.duplicates import digest as digest
 from jaxllm.data.files import COMPRESSIONS, ending
 from jaxllm.data.lineage import Lineage
 from jaxllm.data.packing import Text
@@ -341,8 +342,8 @@ def open_shards(
     raise ValueError(f'{lost[0]}: {DAMAGED} (there is no such file)')
   digests = parallel.map_ahead(lambda path: storage.file_digest(path, {}), paths, os.cpu_count())
   written = manifest.split(split).sha256
-  for path, digest, wanted in zip(paths, digests, written, strict=False):
-    if digest != wanted:
+  for path, own, wanted in zip(paths, digests, written, strict=False):
+    if own != wanted:
       raise ValueError(f'{path}: {DAMAGED} (it is not as it was written)')
   return manifest, paths
 
@@ -466,11 +467,6 @@ def _too_few(data: DataConfig, run: Run) -> bool:
 def _sample(text: str) -> float:
   """Return a number in [0, 1) that depends on the text alone: duplicates share their split."""
   return int.from_bytes(digest(text, 8)) / 2**64
-
-
-def digest(text: str, size: int = 16) -> bytes:
-  """Return a hash of a text."""
-  return hashlib.blake2b(text.encode(), digest_size=size).digest()
 
 
 def from_same_files(data: DataConfig) -> bool:
