@@ -57,7 +57,7 @@ def rehearse(
         room -= len(text)
         look.kept.append((row.where, text))
       for step, _, kind in (name.partition('.') for name in steps):
-        if kind in ('changed', 'dropped'):
+        if kind in ('changed', 'dropped') and len(document) <= MOST_CHARACTERS:
           why = [name.removeprefix(f'{step}.') for name in steps if name.startswith(f'{step}.')]
           few = drawn[step, kind]
           few.append((zlib.crc32(document.encode()), row.where, document, ', '.join(why[2:])))
