@@ -264,7 +264,7 @@ def _problems(experiment: Experiment) -> Iterator[str]:
   if experiment.privacy is not None and training.spike is not None:
     yield (f'training.spike={training.spike}: whether a step is taken would tell of its records; '
            'with privacy set it to None')
-  if experiment.privacy is not None and experiment.data.mixed:
+  if experiment.privacy is not None and (experiment.task or experiment).data.mixed:
     yield ('data.sources with weights or epochs: with privacy each record is read equally often; '
            'leave them away')
   if training.batch_size % training.microbatches:

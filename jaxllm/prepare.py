@@ -68,10 +68,10 @@ def main(argv: Sequence[str]) -> None:  # noqa: D103
   if manifest.data.mixed:
     from jaxllm.training import dataset
 
-    steps, size = experiment.training.num_steps, experiment.training.batch_size
     found = dataset.prepared(experiment, directory / manifest.folder)
-    for share in found.shares([Phase(0, 0, size, 0, found.weights)], steps * size):
-      print(f'  in {steps:,} steps {share}')
+    phases = [Phase(0, 0, experiment.training.batch_size, 0, found.weights)]
+    for line in found.mixture(phases, experiment.training.num_steps):
+      print(f'  {line}')
   if REPORT.value:
     from jaxllm.training import data_report
 

@@ -10,7 +10,6 @@ import bisect
 import dataclasses
 import math
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -100,9 +99,6 @@ class Mixture:
       left -= count
     return counts
 
-  def __len__(self) -> int:
-    return sys.maxsize
-
   def __getitem__(self, place: int) -> int:
     counts = self.counts(place)
     source = next(i for i, after in enumerate(self.counts(place + 1)) if after > counts[i])
@@ -146,7 +142,8 @@ class Batches:
 
   def numbers(self, step: int) -> list[int]:
     """Return the numbers of the stored records in this process's rows of the batch of a step."""
-    return [self.sequence[place] for place in self.places(step) if place < len(self.sequence)]
+    return [self.sequence[place] for place in self.places(step)
+            if self.num_epochs is None or place < len(self.sequence)]
 
   def batch_at(self, step: int) -> dict[str, np.ndarray]:
     """Return this process's rows of the batch of a step, as `decode` gives them.

@@ -115,14 +115,12 @@ Sources = Annotated[tuple[SourceConfig, ...], pydantic.BeforeValidator(_as_sourc
 
 def mixed(sources: Sequence[SourceConfig]) -> bool:
   """Return whether sources are mixed by weights or epochs; refuse to mix some of them alone."""
-  for name in ('weight', 'epochs'):
-    given = [getattr(source, name) is not None for source in sources]
-    if any(given):
-      if not all(given):
-        raise ValueError(f'sources[{given.index(False)}].{name}=None, but other sources have one: '
-                         'give one to each, or to none')
-      return True
-  return False
+  name = 'weight' if any(source.weight for source in sources) else 'epochs'
+  given = [getattr(source, name) for source in sources]
+  if any(given) and None in given:
+    raise ValueError(f'sources[{given.index(None)}].{name}=None, but other sources have one: give '
+                     'one to each, or to none')
+  return any(given)
 
 
 def documents(source: SourceConfig) -> Iterator[str]:

@@ -35,11 +35,12 @@ _JSON_SPACE = re.compile(r'[ \t\n\r]*')
 
 
 class Row(NamedTuple):
-  """The fields of one row, and where it stands: a file or dataset, and 'line 3' in it."""
+  """The fields of one row, and where it stands: a file or dataset, 'line 3' in it; its source."""
 
   source: str
   place: str
   fields: Fields
+  number: int = 0
 
   @property
   def where(self) -> str:

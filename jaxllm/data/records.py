@@ -99,10 +99,10 @@ class DataConfig(Config):
       raise ValueError(f'validation={self.validation}: expected a fraction between 0 and 1, '
                        'sources, or None')
     documents.mixed(self.sources)
-    for name, sources in (('validation', self.own_validation),
-                          ('cleaning.evaluation', self.cleaning.evaluation)):
-      if any(source.weight or source.epochs for source in sources):
-        raise ValueError(f'{name}: only what is trained on is mixed; leave weight and epochs away')
+    others = (*self.own_validation, *self.cleaning.evaluation)
+    if any(source.weight or source.epochs for source in others):
+      raise ValueError('validation, cleaning.evaluation: only what is trained on is mixed; leave '
+                       'weight and epochs away')
     return self
 
 

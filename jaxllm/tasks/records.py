@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import pydantic
+from absl import logging
 
 from jaxllm import storage
 from jaxllm.config import Config
@@ -73,10 +74,23 @@ class RecordsConfig(Config):
     shared = {name for name, share in self.fractions if share} if None in named else set()
     return {name for name in named if name} | shared
 
+  @property
+  def training(self) -> tuple[RecordSource, ...]:
+    """The sources of the training records."""
+    return tuple(source for source in self.sources if source.split in (None, 'train'))
+
+  @property
+  def mixed(self) -> bool:
+    """Whether sources have weights or epochs, so that each record is of one of them alone."""
+    return documents.mixed(self.training)
+
   @pydantic.model_validator(mode='after')
   def _check(self) -> 'RecordsConfig':
     if not self.sources:
       raise ValueError('sources=(): at least one source is needed')
+    documents.mixed(self.training)
+    if any(source.weight or source.epochs for source in {*self.sources} - {*self.training}):
+      raise ValueError('sources: only what is trained on is mixed; leave weight and epochs away')
     shares = [share for _, share in self.fractions]
     if min(shares, default=0) < 0 or sum(shares) > 1 + 1e-9:
       raise ValueError(f'fractions={self.fractions}: shares of at least 0 that add up to at most 1')
@@ -100,10 +114,11 @@ def rows(config: RecordsConfig, split: str) -> list[Row]:
   """
   found: list[Row] = []
   undivided: list[Row] = []
-  for source in config.sources:
-    if source.split in (None, split):
-      named = (_named(row, config, source) for row in _read(source))
-      (undivided if source.split is None else found).extend(named)
+  for number, source in enumerate(one for one in config.sources if one.split in (None, split)):
+    named = (_named(row, config, source)._replace(number=number) for row in _read(source))
+    (undivided if source.split is None else found).extend(named)
+  if split == 'train':
+    found = _not_held_out(found, config)
   found += _part(undivided, config, split)
   if not found:
     raise ValueError(f'split {split!r} has no records; splits: {", ".join(sorted(config.splits))}')
@@ -116,9 +131,7 @@ def rows(config: RecordsConfig, split: str) -> list[Row]:
 def _part(rows: Sequence[Row], config: RecordsConfig, split: str) -> list[Row]:
   """Return the distinct rows whose groups, ranked by hash, lie in the split's exact share."""
   distinct = list({_digest(row.fields, config.seed): row for row in rows}.values())
-  said = ({name: value for name, value in row.fields.items() if name.lower() not in _NUMBERS}
-          if config.group is None else _look_up(row, config.group) for row in distinct)
-  keys = [_digest(value, config.seed) for value in said]
+  keys = [_key(row, config) for row in distinct]
   ranked = sorted(set(keys))
   start = 0.0
   for name, share in config.fractions:
@@ -128,6 +141,25 @@ def _part(rows: Sequence[Row], config: RecordsConfig, split: str) -> list[Row]:
       return [row for row, key in zip(distinct, keys, strict=True) if key in chosen]
     start = stop
   return []
+
+
+def _key(row: Row, config: RecordsConfig) -> bytes:
+  """Return what rows have in common that stay in one split."""
+  return _digest(
+    {name: value for name, value in row.fields.items() if name.lower() not in _NUMBERS}
+    if config.group is None else _look_up(row, config.group), config.seed)
+
+
+def _not_held_out(rows: list[Row], config: RecordsConfig) -> list[Row]:
+  """Return rows without those that another slice of the same source holds out."""
+  trained = {one.location for one in config.sources if one.split == 'train'}
+  held_out = {_key(_named(row, config, one), config) for one in config.sources
+              if one.split not in (None, 'train') and one.location in trained for row in _read(one)}
+  kept = [row for row in rows if not held_out or _key(row, config) not in held_out]
+  if len(kept) < len(rows):
+    logging.warning('data.sources: %d rows are held out too, and not trained on',
+                    len(rows) - len(kept))
+  return kept
 
 
 def _digest(value: Any, seed: int) -> bytes:

@@ -10,6 +10,7 @@
 """
 
 import collections
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -49,7 +50,10 @@ def main(_) -> None:  # noqa: D103
 
 
 class Run(NamedTuple):
-  """What a run has read: the steps taken, their batches from number 0 on, and the lineage."""
+  """What a run has read: the steps taken, their batches from number 0 on, and the lineage.
+
+  Of a task, `lineage` is the place of the first example that gives these tokens of a record.
+  """
 
   steps: int
   manifest: Any
@@ -73,23 +77,46 @@ def open_run(workdir: str) -> Run:
   experiment, fingerprint = workdir_lib.begun_as(path), workdir_lib.begun_with(path)
   if experiment is None:
     raise ValueError(f'--workdir={path}: there is no run')
-  if experiment.task is not None:
-    raise ValueError(f'--workdir={path}: the run does the task {experiment.task.kind!r}, whose '
-                     'records are made in memory from its examples, without lineage')
   folder = records.find(experiment.records_path, fingerprint)
-  if folder is None:
+  if experiment.task is not None:
+    found = dataset.of_task(experiment, None, reference=False)
+    if found.manifest.fingerprint != fingerprint:
+      raise ValueError(f'--workdir={path}: the data of the task are not what they were')
+    lineage: Any = _examples(experiment, found)
+  elif folder is None:
     raise ValueError(f'the records of the run, {str(fingerprint)[:16]}, are not in '
                      f'{experiment.records_path}; python -m jaxllm.prepare --config={path} '
                      'prepares them again')
-  checkpoints = path / store.DIRECTORY
-  latest = max(store.committed_steps(checkpoints), default=0)
-  found = dataset.prepared(experiment, folder)
-  phases = passed_over.phases(path, latest, experiment, found)
-  batches = found.make_batches('train', phases, experiment.data.shuffle, None, passed_over.places(
-    passed_over.read(path), phases), alone=True)
+  else:
+    found, lineage = dataset.prepared(experiment, folder), records.open_lineage(folder, 'train')
+  latest = max(store.committed_steps(path / store.DIRECTORY), default=0)
+  batches = passed_over.batches(path, latest, experiment, found, alone=True)
   logged = [record['step'] for record in metrics.read(path / 'metrics.jsonl')]
-  return Run(max([latest, *logged]), found.manifest, found.tokenizer, batches,
-             records.open_lineage(folder, 'train'))
+  return Run(max([latest, *logged]), found.manifest, found.tokenizer, batches, lineage)
+
+
+def _examples(experiment: Any, dataset: Any) -> dict[bytes, str]:
+  from jaxllm import loading
+  from jaxllm.tasks import records
+  from jaxllm.training import examples as encoded
+
+  too_long = functools.partial(encoded.too_long, experiment, dataset.tokenizer)
+  examples = loading.task_examples(experiment.task, 'train', dataset.tokenizer, too_long)
+  rows, found = records.rows(experiment.task.data, 'train'), dict[bytes, str]()
+  for number, (example, row) in enumerate(zip(examples, rows, strict=True)):
+    made, _ = encoded.of(experiment).make(experiment, [example], dataset.tokenizer)
+    for _, tokens in (one for record in made for one in _segments(record)):
+      found.setdefault(tokens.tobytes(), f'{row.where}, example {number}')
+  return found
+
+
+def _segments(record: Any) -> Iterator[tuple[int, np.ndarray]]:
+  """Yield where the segments of a record of a task, or of a pair, begin, and their tokens."""
+  names = [name for name in ('chosen', 'rejected', 'prompt') if name in record.dtype.names]
+  for row in [record[name] for name in names] or [record]:
+    for segment in range(1, int(row['segment_ids'].max()) + 1):
+      places = np.flatnonzero(row['segment_ids'] == segment)
+      yield int(places[0]), row['tokens'][places]
 
 
 class Span(NamedTuple):
@@ -110,6 +137,10 @@ def originals(numbers: Sequence[int], run: Run) -> list[list[Span]]:
   """Return the spans of records, by their numbers among the training records of a run."""
   rows = [np.frombuffer(run.batches.stored.rows[number], run.batches.stored.dtype)[0]
           for number in numbers]
+  if isinstance(run.lineage, dict):
+    return [[Span(start, start + len(tokens), 0, run.lineage[tokens.tobytes()],
+                  run.tokenizer.decode(tokens.tolist()), None)
+             for start, tokens in _segments(row)] for row in rows]
   pieces = [run.lineage.pieces(number) for number in numbers]
   read = _read(run, [(int(one['source']), int(one['document'])) for some in pieces for one in some])
   return [[_span(run, read, row, piece, stop) for piece, stop in _stops(row, some)]
@@ -169,6 +200,9 @@ def records_with(text: bytes, run: Run) -> set[int]:
   """Return the numbers of the training records that hold a text, or a part of one that goes on."""
   found: set[int] = set()
   stored, id_bytes = run.batches.stored, run.tokenizer.id_bytes
+  if isinstance(run.lineage, dict):
+    return {number for number, spans in enumerate(originals(range(len(stored.rows)), run))
+            if any(text in span.text.encode() for span in spans)}
   end = run.tokenizer.eos_id if run.manifest.data.add_eos else None
   # Of documents that go on in another record: their last bytes, with the record of each.
   tails: dict[tuple[int, int, int], list[tuple[int, bytes]]] = collections.defaultdict(list)

@@ -9,7 +9,7 @@ import hashlib
 import math
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,31 +20,18 @@ from jax.sharding import Mesh
 from jaxllm import distributed, loading
 from jaxllm.data import batches as batches_lib
 from jaxllm.data import records, tokenizers
-from jaxllm.data.batches import Batches, Mixture, Phase, Stored
+from jaxllm.data.batches import Batches, Mixture, Phase, Stored, place_of, records_before
 from jaxllm.data.documents import SourceConfig
 from jaxllm.data.records import Manifest, Split
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.experiment import Experiment
 from jaxllm.tasks import predict
+from jaxllm.tasks import records as task_records
 from jaxllm.tasks.base import Example
 from jaxllm.tasks.encoding import Omitted
 from jaxllm.training import examples as encoded
 
 _CHANGED = 'the run was trained on other records: a source has changed, or the task'
-
-
-class Share(NamedTuple):
-  """What is read of a source: its share of all that is read, visits of its records, tokens."""
-
-  location: str
-  records: int
-  share: float
-  epochs: float
-  tokens: float
-
-  def __str__(self) -> str:
-    return (f'{self.location} gives {self.share:.1%} of what is read, {self.tokens:,.0f} tokens: '
-            f'its {self.records:,} records {self.epochs:.2f} times')
 
 
 class Dataset(NamedTuple):
@@ -75,16 +62,29 @@ class Dataset(NamedTuple):
     return tuple(source.weight or (source.epochs or 1) * count
                  for source, count in zip(self.sources, counts, strict=False))
 
-  def shares(self, phases: Sequence[Phase], place: int) -> list[Share]:
-    """Return what is read of each source before a place, or of all where they are not mixed."""
-    train, names = self.manifest.train, ['the data']
-    counts, tokens, read = [train.records], [train.tokens], [place]
-    if phases[-1].weights:
-      names = [str(source.location) for source in self.sources]
-      counts, tokens = [*train.source_records], [*train.source_tokens]
-      read = Mixture(phases).counts(place)
-    return [Share(name, count, taken / place, taken / count, taken * own / count)
-            for name, count, own, taken in zip(names, counts, tokens, read, strict=False)]
+  def read_before(self, phases: Sequence[Phase], place: int) -> list[tuple[int, int, int]]:
+    """Return records that are read before a place, records and tokens, of each mixed source."""
+    train = self.manifest.train
+    if not phases[-1].weights:
+      return [(place, train.records, train.tokens)]
+    return [*zip(Mixture(phases).counts(place), train.source_records, train.source_tokens,
+                 strict=False)]
+
+  def mixture(
+    self, phases: Sequence[Phase], num_steps: int, passed: Sequence[tuple[int, int]] = ()
+  ) -> Iterator[str]:
+    """Say what some steps read of each mixed source; refuse more visits than it allows."""
+    place = place_of(records_before(phases, num_steps) - 1, passed) + 1
+    for source, (count, size, tokens) in zip(
+        self.sources if self.weights else (), self.read_before(phases, place), strict=False):
+      epochs = count / size
+      if source.weight and source.epochs and epochs > source.epochs:
+        raise ValueError(
+          f'data.sources: {source.location!r} has epochs={source.epochs:g}, but with weight='
+          f'{source.weight:g} {num_steps} steps visit it {epochs:.2f} times; lower its weight or '
+          'config.training.num_steps, or raise its epochs')
+      yield (f'in {num_steps:,} steps {source.location} gives {count / place:.1%} of what is read, '
+             f'{count * tokens / size:,.0f} tokens: its {size:,} records {epochs:.2f} times')
 
   def make_batches(
     self, split: str, batch_size: int | Sequence[Phase], shuffle: bool, num_epochs: int | None,
@@ -133,7 +133,7 @@ def open_dataset(
   if config is not None and not config.trained:
     _check_vocabulary(experiment, tokenizers.train_or_load(config, ()).vocab_size)
   if experiment.task is not None:
-    dataset = _task(experiment, mesh)
+    dataset = of_task(experiment, mesh)
   else:
     folder = _prepare(experiment, begun) if jax.process_index() == 0 else ''
     dataset = prepared(experiment, distributed.from_first(str(folder)))
@@ -142,11 +142,12 @@ def open_dataset(
     raise ValueError(f'{_CHANGED} (fingerprint {str(begun)[:12]}, now '
                      f'{dataset.manifest.fingerprint[:12]}); choose another --workdir')
   steps, size = experiment.training.num_steps, experiment.training.batch_size
-  for one in dataset.shares([Phase(0, 0, size, 0, dataset.weights)], steps * size):
-    if one.records < size * one.share or one.epochs >= 41:
-      logging.warning('%s steps of %s records read each of the %s training records of %s %s times: '
-                      'so little text is learnt by heart', steps, size, one.records, one.location,
-                      int(one.epochs))
+  phases = [Phase(0, 0, size, 0, dataset.weights)]
+  for read, count, _ in dataset.read_before(phases, steps * size):
+    times = read // count
+    if count * steps < read or times > 40:
+      logging.warning('%s steps of %s records read each of the %s training records %s times: so '
+                      'little text is learnt by heart', steps, size, count, times)
   return dataset
 
 
@@ -180,7 +181,8 @@ def prepared(experiment: Experiment, folder: str | os.PathLike[str]) -> Dataset:
                  functools.partial(batches_lib.open_records, folder), experiment.data.sources)
 
 
-def _task(experiment: Experiment, mesh: Mesh | None) -> Dataset:
+def of_task(experiment: Experiment, mesh: Mesh | None, reference: bool = True) -> Dataset:
+  """Return the records of a task, with log-probabilities of a `reference` model or without."""
   task: Any = experiment.task
   if experiment.tokenizer is None:
     raise ValueError('config.tokenizer=None: it is read from config.init_from when training starts')
@@ -198,14 +200,27 @@ def _task(experiment: Experiment, mesh: Mesh | None) -> Dataset:
       return found
 
     examples = loading.task_examples(task, name, tokenizer, too_long)
-    arrays[name], omitted = encoded.make(experiment, examples, tokenizer)
+    groups = [examples]
+    if mixed := task.data.mixed and name == 'train':
+      rows = task_records.rows(task.data, name)
+      groups = [[example for example, row in zip(examples, rows, strict=True) if row.number == i]
+                for i, _ in enumerate(task.data.training)]
+    made = [encoded.make(experiment, group, tokenizer) for group in groups]
+    arrays[name] = np.concatenate([array for array, _ in made])
+    omitted = Omitted(*map(sum, zip(*(own for _, own in made), strict=True)))
     if shortened:
       omitted = omitted._replace(cut=len(shortened) - omitted.too_long)
     splits[name] = _count(experiment, arrays[name], len(examples), omitted, tokenizer)
+    if mixed:
+      splits[name] = splits[name].replace(
+        source_records=tuple(len(array) for array, _ in made),
+        source_tokens=tuple(_count(experiment, array, 0, omitted, tokenizer).tokens
+                            for array, _ in made))
     if any(omitted):
       logging.warning('%s: of %d examples %s', name, len(examples),
                       encoded.reasons(experiment, omitted))
-  encoded.add_reference(experiment, arrays, mesh)
+  if reference:
+    encoded.add_reference(experiment, arrays, mesh)
   digest = hashlib.sha256(tokenizer.fingerprint.encode())
   for name, array in arrays.items():
     digest.update(f'{name}\0{array.dtype}\0'.encode())
@@ -221,9 +236,10 @@ def _task(experiment: Experiment, mesh: Mesh | None) -> Dataset:
 
   def stored(split: str) -> Stored:
     return Stored([row.tobytes() for row in arrays[split]], arrays[split].dtype,
-                  tokenizer.vocab_size, encoded.of(experiment).decode)
+                  tokenizer.vocab_size, encoded.of(experiment).decode,
+                  splits[split].source_records)
 
-  return Dataset(manifest, tokenizer, experiment.seed, stored, task.data.sources)
+  return Dataset(manifest, tokenizer, experiment.seed, stored, task.data.training)
 
 
 def _count(

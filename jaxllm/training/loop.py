@@ -22,7 +22,7 @@ from jaxllm.checkpoints import reading
 from jaxllm.checkpoints import store as store_lib
 from jaxllm.checkpoints.bundle import Bundle
 from jaxllm.data import parallel
-from jaxllm.data.batches import records_before
+from jaxllm.data.batches import Batches, records_before
 from jaxllm.experiment import Experiment
 from jaxllm.models import decoder
 from jaxllm.optim import privacy
@@ -155,12 +155,14 @@ def _run(run: Run) -> dict[str, Any]:
     frozen, _ = start.load_frozen(run, latest)
     start.accept(run, latest, selected)
     return _finish(run, latest, frozen)
-  passed_over.check_epochs(run.path, latest, run.experiment, run.dataset)
+  batches = passed_over.batches(run.path, latest, run.experiment, run.dataset)
+  for line in run.dataset.mixture(batches.phases, num_steps, batches.passed):
+    logging.info(line)
   measurements = scoring.make_measurements(run.experiment, run.dataset, run.mesh)
   run.goodput.expect_start()
   state, bundle = start.initial_state(run, latest)
   start.accept(run, latest, selected)
-  step, frozen, selected = _loop(run, state, bundle, selected, measurements)
+  step, frozen, selected = _loop(run, state, bundle, selected, measurements, batches)
   if step < num_steps and not selected.exhausted:
     logging.info('Stopped at step %d of %d and saved; the same command goes on.', step, num_steps)
     return {'step': step, 'num_steps': num_steps, 'complete': False}
@@ -169,7 +171,7 @@ def _run(run: Run) -> dict[str, Any]:
 
 def _loop(
   run: Run, state: TrainState, bundle: Bundle, selected: Selection,
-  measurements: Sequence[Measurement],
+  measurements: Sequence[Measurement], batches: Batches,
 ) -> tuple[int, Any, Selection]:
   """Take steps to the end or a signal; return (last saved step, frozen parameters, selection)."""
   experiment = run.experiment
@@ -177,10 +179,6 @@ def _loop(
   train_step = step_lib.make_train_step(experiment, run.tx, run.mesh)
   batch_sharding = sharding.batch_sharding(run.mesh, experiment.mesh)
   _announce(run, last)
-  phases = passed_over.phases(run.path, first, experiment, run.dataset)
-  batches = run.dataset.make_batches(
-    'train', phases, experiment.data.shuffle, None,
-    passed_over.places(passed_over.read(run.path), phases))
   faults = Faults(experiment, run.path)
   saved = step = first
   waiting, saved_at = None, time.monotonic()
@@ -194,7 +192,8 @@ def _loop(
       with log.pause('checkpoints'):
         log.upload()  # First, so that no step of a checkpoint is without its metrics.
         faults.before_save(step)
-        store_lib.save(run.store, step, state.replace(frozen={}), placed(bundle, phases, step))
+        store_lib.save(run.store, step, state.replace(frozen={}),
+                       placed(bundle, batches.phases, step))
         saved, saved_at = step, time.monotonic()
 
     for host_batch in log.wait_for(
@@ -222,7 +221,7 @@ def _loop(
           break
       if measuring:
         selected = _measure(
-          run, log, measuring, state, placed(bundle, phases, step), selected, step)
+          run, log, measuring, state, placed(bundle, batches.phases, step), selected, step)
         stop = stop or selected.exhausted
       if sampling:
         with log.pause('samples'):
@@ -349,8 +348,8 @@ def _go_back(run: Run, error: _TooManySkipped) -> None:
       'of these steps')
   run.goodput.lose([record for record in metrics_lib.read(run.path / 'metrics.jsonl')
                     if record['step'] <= target])
-  phases = passed_over.phases(run.path, target, run.experiment, run.dataset)
-  passed_over.add(run.path, run.experiment, run.dataset, phases,
+  batches = passed_over.batches(run.path, target, run.experiment, run.dataset, alone=True)
+  passed_over.add(run.path, batches, run.dataset.tokenizer,
                   range(max(first - 2, target), last), target, reason)
 
 
@@ -365,7 +364,8 @@ def _finish(run: Run, step: int, frozen: Any) -> dict[str, Any]:
     'complete': True,
     'parameters': decoder.parameter_count(experiment.decoder),
     'train_tokens': round(sum(
-      one.tokens for one in run.dataset.shares(phases, records_before(phases, step)))),
+      count * tokens / records for count, records, tokens in run.dataset.read_before(
+        phases, records_before(phases, step)))),
     'seconds': run.goodput.elapsed,
   }
   if experiment.finetune.lora is not None:

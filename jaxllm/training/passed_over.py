@@ -61,20 +61,13 @@ def phases(path: pathlib.Path, step: int, experiment: Experiment, dataset: Datas
   return [*found, Phase(step, count, size, place, dataset.weights)]
 
 
-def check_epochs(path: pathlib.Path, step: int, experiment: Experiment, dataset: Dataset) -> None:
-  """Say what a run that goes on from a step reads of each source; refuse more than its bound."""
-  num_steps = experiment.training.num_steps
-  ahead = phases(path, step, experiment, dataset)
-  last = place_of(records_before(ahead, num_steps) - 1, places(read(path), ahead))
-  for number, share in enumerate(dataset.shares(ahead, last + 1) if dataset.weights else ()):
-    logging.info('In %d steps %s', num_steps, share)
-    source = dataset.sources[number]
-    if source.weight and source.epochs and share.epochs > source.epochs:
-      room = 'config.data' if experiment.task is None else 'config.task.data'
-      raise ValueError(
-        f'{room}.sources[{number}].epochs={source.epochs:g}: with weight={source.weight:g}, '
-        f'{num_steps} steps would visit it {share.epochs:.2f} times; lower its weight or '
-        'config.training.num_steps, or raise its epochs')
+def batches(
+  path: pathlib.Path, step: int, experiment: Experiment, dataset: Dataset, alone: bool = False
+) -> Batches:
+  """Return the batches of a run without what is passed over; arguments of `phases`, and `alone`."""
+  found = phases(path, step, experiment, dataset)
+  return dataset.make_batches(
+    'train', found, experiment.data.shuffle, None, places(read(path), found), alone)
 
 
 def places(passed: Passed, phases: Sequence[Phase]) -> list[tuple[int, int]]:
@@ -92,18 +85,15 @@ def places(passed: Passed, phases: Sequence[Phase]) -> list[tuple[int, int]]:
 
 
 def add(
-  path: pathlib.Path, experiment: Experiment, dataset: Dataset, phases: Sequence[Phase],
-  steps: range, target: int, reason: str,
+  path: pathlib.Path, batches: Batches, tokenizer: Tokenizer, steps: range, target: int, reason: str
 ) -> None:
-  """Pass over the batches of steps, counted from 0, and name what is in them."""
-  passed, size = read(path), experiment.training.batch_size
+  """Pass over the batches of steps, counted from 0, with all rows, and name what is in them."""
+  passed, size = read(path), batches.phases[-1].batch_size
   if jax.process_index() == 0:
-    batches = dataset.make_batches('train', phases, experiment.data.shuffle, None,
-                                   places(passed, phases), alone=True)
     first, last = batches.places(steps[0])[0], batches.places(steps[-1])[-1]
     records = [number for step in steps for number in batches.numbers(step)]
     # How texts, or their parts, begin.
-    texts = [dataset.tokenizer.decode(ids[:_TOKENS]) for batch in map(batches.batch_at, steps)
+    texts = [tokenizer.decode(ids[:_TOKENS]) for batch in map(batches.batch_at, steps)
              for ids in contamination.segments(batch)][:_TEXTS]
     logging.warning(
       '%s. Going back to step %d and passing over batches %d to %d, places %d to %d in the order '

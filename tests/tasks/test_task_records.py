@@ -25,6 +25,22 @@ def _file(tmp_path, name, text):
 WHOLE = (('train', 1.0),)
 
 
+def test_what_another_slice_holds_out_is_not_trained_on(tmp_path, caplog):
+  # Each row twice, in both halves, under other numbers.
+  rows = [{'id': i, 'text': f'row {i % 10}', 'label': 1} for i in range(20)]
+  path = _file(tmp_path, 'a.jsonl', '\n'.join(map(json.dumps, rows[:10] + rows[13:])))
+  parts = [RecordSource(location=path, slice=part, split=split) for split, part in (
+    ('train', (0, 0.6)), ('test', (0.6, 1)))]
+  train, test = (records.load(_config(*parts), split) for split in ('train', 'test'))
+  assert not {row['text'] for row in train} & {row['text'] for row in test}
+  assert {row['text'] for row in train + test} == {row['text'] for row in rows}
+  assert 'rows are held out too, and not trained on' in caplog.text
+  with pytest.raises(ValueError, match='sources: only what is trained on is mixed'):
+    _config(parts[0], parts[1].replace(weight=1.0))
+  with pytest.raises(ValueError, match=r'sources\[1\]\.weight=None, but other sources'):
+    _config(parts[0].replace(weight=1.0), parts[0], parts[1])
+
+
 @pytest.mark.parametrize(
   'name, text',
   [

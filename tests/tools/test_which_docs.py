@@ -7,7 +7,11 @@ import pytest
 
 from jaxllm import storage
 from jaxllm.data import records
+from jaxllm.evaluation.perplexity import EvaluationConfig
+from jaxllm.objectives.classification import ClassifierConfig
+from jaxllm.objectives.preference import Orpo
 from jaxllm.tools import which_docs
+from jaxllm.training import dataset
 from tests import programs
 from tests.training import tiny_run
 
@@ -107,6 +111,72 @@ def test_the_program_names_the_texts_of_a_step_and_the_steps_of_a_text(tmp_path)
 def test_flags_that_do_not_fit_are_refused(tmp_path, flags, said):
   code, _, error = which(begin(tmp_path), *flags)
   assert code == 2 and said in error
+
+
+def of_task(base, kind, **sources):
+  """A run of a task as its directory describes it, and its rows."""
+  rows = [{'prompt': f'question {i}', 'chosen': f'yes {i}', 'rejected': 'no, never',
+           'text': f'a text {i}', 'label': 'good' if i % 2 else 'bad'} for i in range(30)]
+  parts = []
+  for name, some in (('one', rows[:20]), ('two', rows[20:])):
+    (base / f'{name}.jsonl').write_text('\n'.join(map(json.dumps, some)))
+    parts.append({'location': str(base / f'{name}.jsonl'), **sources.get(name, {})})
+  task = {'kind': kind, 'data': {'sources': parts}}
+  changes = {'preference': {'objective': Orpo()}, 'sentiment': {}, 'classifier': {
+    'objective': ClassifierConfig(num_classes=2)}}[kind]
+  task |= ({'prompt': '{prompt}:', 'target': '{answer}'} if kind == 'preference' else
+           {'kind': 'sentiment', 'prompt': '{text}:', 'labels': (('bad', 'n'), ('good', 'p'))})
+  experiment = tiny_run.experiment(base).replace(
+    data=records.DataConfig(context_length=32), task=task, evaluation=EvaluationConfig(), **changes)
+  manifest = dataset.of_task(experiment, None).manifest
+  run = base / 'run'
+  storage.write_file(run / 'config.json', experiment.to_json())
+  storage.write_json(run / 'data.json', manifest.model_dump(mode='json'))
+  storage.write_file(run / 'metrics.jsonl', json.dumps({'step': STEPS, 'time': 0}) + '\n')
+  return run, experiment, manifest, rows
+
+
+@pytest.mark.parametrize('kind', ['sentiment', 'classifier', 'preference'])
+@pytest.mark.parametrize('weights', [(), (1.0, 2.0)])
+def test_each_token_of_a_task_leads_to_the_row_of_its_example(tmp_path, kind, weights):
+  mixed = {name: {'weight': weight} for name, weight in zip(('one', 'two'), weights, strict=False)}
+  run, _, manifest, rows = of_task(tmp_path, kind, **mixed)
+  opened, found = everything(run)
+  assert len(found) == manifest.train.records
+  seen = set()
+  for number, spans in enumerate(found):
+    for span in spans:
+      name, _, line = span.where.partition('.jsonl, line ')
+      index = int(line.split(',')[0]) - 1 + 20 * name.endswith('two')
+      row = rows[index]
+      seen.add(index)
+      expected = ([f'{row["prompt"]}:{row["chosen"]}', f'{row["prompt"]}:no, never']
+                  if kind == 'preference' else
+                  [f'{row["text"]}:' + ('' if kind == 'classifier' else
+                                        {'good': 'p', 'bad': 'n'}[row['label']])])
+      assert span.text.replace(': ', ':') in expected
+      if weights:
+        assert name.endswith('two') == (number >= manifest.train.source_records[0])
+  assert len(seen) == manifest.train.documents == 24
+  if weights:
+    assert len(manifest.train.source_records) == 2
+    # Of each three records that are read, two are of the second source.
+    read = [number for step in range(3) for number in opened.batches.numbers(step)]
+    assert sum(number >= manifest.train.source_records[0] for number in read) == 16
+  code, shown, error = which(run, '--step=1')
+  assert code == 0 and '.jsonl, line ' in shown and ', example ' in shown, error
+  text = rows[min(seen)]['prompt' if kind == 'preference' else 'text'] + ':'
+  holding = which_docs.records_with(text.encode(), opened)
+  assert holding == {number for number, spans in enumerate(found)
+                     if any(text in span.text for span in spans)} and holding
+
+
+def test_a_task_whose_data_changed_is_told(tmp_path):
+  run, *_ = of_task(tmp_path, 'sentiment')
+  path = tmp_path / 'two.jsonl'
+  path.write_text(path.read_text().replace('a text', 'another text'))
+  code, _, error = which(run, '--step=1')
+  assert code == 2 and 'the data of the task are not what they were' in error
 
 
 def test_what_cannot_be_known_is_told(tmp_path):

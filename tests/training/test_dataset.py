@@ -9,8 +9,8 @@ from tests.training import tiny_run as tiny
 
 
 @pytest.mark.parametrize('num_records, said', [
-  (7, '20 steps of 8 records read each of the 7 training records of the data 22 times'),
-  (3, 'read each of the 3 training records of the data 53 times'), (8, ''), (1000, ''),
+  (7, '20 steps of 8 records read each of the 7 training records 22 times'),
+  (3, 'read each of the 3 training records 53 times'), (8, ''), (1000, ''),
 ])
 def test_little_text_is_said_to_be_read_often(caplog, monkeypatch, tmp_path, num_records, said):
   train = SimpleNamespace(records=num_records, tokens=num_records, source_records=())

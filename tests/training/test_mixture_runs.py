@@ -5,7 +5,7 @@ import json
 import jax
 import pytest
 
-from jaxllm.checkpoints import store
+from jaxllm.checkpoints import reading
 from jaxllm.data import batches
 from jaxllm.data.batches import Phase
 from jaxllm.tools import which_docs
@@ -64,12 +64,12 @@ def test_a_run_whose_mixture_changes_reads_each_record_once_in_each_epoch_of_its
     for start in range(0, len(own), size):
       assert len({*own[start : start + size]}) == len(own[start : start + size])
   assert len(sources[1]) > counts[1] and len(sources[0]) < counts[0]
-  position = store.read_bundle(run / 'checkpoints' / '7').position
+  position = reading.read_bundle(run / 'checkpoints' / '7').position
   assert [Phase(*row) for row in position['phases']] == [
     Phase(0, 0, 8, 0, [0.75, 0.25]), Phase(2, 16, 16, 16, [counts[0], 2 * counts[1]]),
     Phase(3, 32, 8, 32, [1, 1])]
   told = caplog.text
-  assert f'In 7 steps {base / "two"} gives' in told
+  assert f'in 7 steps {base / "two"} gives' in told
   assert 'Changed since the last call: config.data.sources.1.weight: None -> 1' in told
   split = json.loads((run / 'data.json').read_text())['train']
   own = [sum(number < counts[0] for number in every)]
@@ -89,11 +89,11 @@ def test_a_run_whose_mixture_changes_reads_each_record_once_in_each_epoch_of_its
         assert span.where.startswith(f'{path}, ') and f'of source {source},' in span.where
         assert path.read_text()[slice(*span.characters)] == span.text
   # Too often, or with records of another kind: refused before anything is computed.
-  monkeypatch.setattr(loop, '_initial_state', None)
+  monkeypatch.setattr(loop.start, 'initial_state', None)
   more = {'training__num_steps': 60}
   with pytest.raises(ValueError, match=(
-      r'config\.data\.sources\[1\]\.epochs=2: with weight=1, 60 steps would visit it \d+\.\d\d '
-      r'times; lower its weight or config\.training\.num_steps, or raise its epochs')):
+      r"data\.sources: '.*two' has epochs=2, but with weight=1 60 steps visit it \d+\.\d\d times; "
+      r'lower its weight or config\.training\.num_steps, or raise its epochs')):
     train(experiment(base, {'weight': 1}, {'weight': 1, 'epochs': 2}, **more), run)
   with pytest.raises(ValueError, match=(
       r'cannot change config\.data\.sources\.0\.weight: 1\.0 -> None, .*decides whether a record')):
