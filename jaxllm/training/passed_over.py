@@ -13,7 +13,8 @@ from absl import logging
 
 from jaxllm import distributed, storage
 from jaxllm.checkpoints import reading
-from jaxllm.data.batches import Phase, place_of, records_before
+from jaxllm.data.batches import Batches, Phase, place_of, records_before
+from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.evaluation import contamination
 from jaxllm.experiment import Experiment
 from jaxllm.training.dataset import Dataset
