@@ -390,11 +390,13 @@ Counters = Sequence[Counter[str]]
 Run = Callable[[Iterable[cleaning.Chunk]], Iterator[Any]]
 
 
-def _cleaned(data: DataConfig, run: Run, counts: Counters | None = None) -> Iterator[Text]:
-  """Yield texts, of the split that their source is of, counting documents per source.
+def _texts(
+  data: DataConfig, run: Run, ends: bool, counts: Counters | None = None
+) -> Iterator[Text]:
+  """Yield texts with their splits, holding out the `ends` of documents or whole ones.
 
-  Texts that are held out from files that are trained on too are nowhere trained on.
-  `run` is `cleaning.chunk_passer` of many chunks.
+  Documents are counted per source. Texts that are held out from files that are trained on too are
+  nowhere trained on. `run` is `cleaning.chunk_passer` of many chunks.
   """
   def chunks(sources: Iterable[SourceConfig]) -> Iterator[cleaning.Chunk]:
     for number, source in enumerate(sources):
@@ -415,7 +417,7 @@ def _cleaned(data: DataConfig, run: Run, counts: Counters | None = None) -> Iter
       text, steps = (None, found_out) if found_out else compare(passes)
       counts[number].update(steps, documents=1, dropped=not text, characters=size)
       if text:
-        yield Text(split, text, number, place)
+        yield from parts(data, Text(split, text, number, place), ends)
 
 
 def dropped_as_held_out(
@@ -430,18 +432,11 @@ def dropped_as_held_out(
   return steps
 
 
-def _texts(
-  data: DataConfig, run: Run, ends: bool, counts: Counters | None = None
-) -> Iterator[Text]:
-  """Yield texts with their splits, holding out the `ends` of documents or whole ones."""
-  return (part for text in _cleaned(data, run, counts) for part in parts(data, text, ends))
-
-
 def parts(data: DataConfig, text: Text, ends: bool) -> Iterator[Text]:
   """Yield what is trained on of a text and what is held out, one of them or the other's rest."""
   fraction = data.validation if isinstance(data.validation, float) else 0.0
   if text.split == 'validation' or not ends:
-    held_out = text.split == 'validation' or _sample(text.text) < fraction
+    held_out = text.split == 'validation' or 0 < fraction and _sample(text.text) < fraction
     yield text._replace(split='validation' if held_out else 'train')
     return
   place = len(text.text) - int(len(text.text) * fraction)
@@ -456,9 +451,9 @@ def _too_few(data: DataConfig, run: Run) -> bool:
   """Return whether the documents are too few to be divided: all fall into one split."""
   if not isinstance(data.validation, float):
     return False
-  sides: set[bool] = set()
-  for text in _cleaned(data, run):
-    sides.add(_sample(text.text) < data.validation)
+  sides: set[str] = set()
+  for text in _texts(data, run, ends=False):
+    sides.add(text.split)
     if len(sides) > 1:
       return False
   return True
