@@ -27,8 +27,9 @@ _PARTIAL = '.partial-'
 # Scheme of a bucket -> (the package that reads it, the extra that installs that).
 _BUCKETS = {'gs': ('gcsfs', 'gcs'), 's3': ('s3fs', 's3')}
 CACHE = '~/.cache/jaxllm/buckets'
-# What tells one content of a file elsewhere from another: a checksum, or else a time.
-_FACTS = ('md5Hash', 'Content-MD5', 'ETag', 'blob_id', 'etag', 'mtime', 'created', 'Last-Modified')
+# What tells one content of a file elsewhere from another; a time does so for files of one name.
+_CHECKSUMS = ('md5Hash', 'Content-MD5', 'ETag', 'blob_id', 'etag')
+_TIMES = ('size', 'mtime', 'created', 'Last-Modified', 'last_modified', 'modify')
 # Files by which a directory counts as complete.
 MARKERS = ('commit_success.txt', 'config.json', 'adapter_config.json', 'manifest.json')
 
@@ -77,8 +78,7 @@ class Remote(NamedTuple):
 def listed(location: str | os.PathLike[str], label: str = '') -> pathlib.Path | list[Remote]:
   """Return a path on this machine, or the files elsewhere that a location stands for.
 
-  Anything that fsspec opens may be read: https://, hf://, az://, sftp:// and others beside buckets.
-  A location elsewhere is a file, a directory with all below it, or a pattern with wildcards.
+  Those are a file, all below a directory, or what matches wildcards, wherever fsspec reads.
 
   Raises:
     OSError: the place cannot be read, or nothing is there.
@@ -105,7 +105,8 @@ def listed(location: str | os.PathLike[str], label: str = '') -> pathlib.Path | 
       found = {key: bucket.info(key)}
       found = found if found[key]['type'] == 'file' else bucket.find(key, detail=True)
     files = [Remote(name.removeprefix(root).lstrip('/'), bucket.unstrip_protocol(name),
-                    info['size'], next((str(info[fact]) for fact in _FACTS if info.get(fact)), ''))
+                    info['size'], next((str(info[fact]) for fact in _CHECKSUMS if info.get(fact)),
+                                       str([name, *map(info.get, _TIMES)])))
              for name, info in sorted(found.items()) if info['type'] == 'file']
     if not files:
       raise FileNotFoundError(key)

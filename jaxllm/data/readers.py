@@ -129,13 +129,13 @@ def read_html(file: TextFile) -> Rows:
   """Yield the text of a page's article, without menus and the like, and its title."""
   import trafilatura
 
-  logging.getLogger('trafilatura').setLevel(logging.CRITICAL)  # Pages without text are counted.
-  content = files.whole(file, _translated(file))
-  if len(content) > _LONGEST_PAGE:
-    raise ValueError(f'{file.path}, text 1: a page of {len(content):,} characters, more than '
+  page = files.whole(file, _translated(file))
+  if len(page) > _LONGEST_PAGE:
+    raise ValueError(f'{file.path}, text 1: a page of {len(page):,} characters, more than '
                      f'{_LONGEST_PAGE:,}; split it, or leave it out')
-  page: Any = trafilatura.bare_extraction(content, include_comments=False, with_metadata=True)
-  text, title = (page.text or '', page.title or '') if page else ('', '')
+  logging.getLogger('trafilatura').setLevel(logging.CRITICAL)  # Pages without text are counted.
+  found: Any = trafilatura.bare_extraction(page, include_comments=False, with_metadata=True)
+  text, title = (found.text or '', found.title or '') if found else ('', '')
   start, stop = (int(len(text) * fraction) for fraction in file.slice)
   yield 'text 1', {'title': title, file.text_field: text[start:stop]}
 
@@ -298,14 +298,14 @@ def read_array_record(file: TextFile) -> Rows:
   # Reading ahead would hold many chunks at once.
   reader = array_record_module.ArrayRecordReader(
     str(file.path), 'readahead_buffer_size:0,max_parallelism:0')
-  number, parse = 0, None
+  number, kind = 0, ''
   try:
     # The reader of a damaged file has no records, but says why when it is asked for one.
     for number in range(1, (reader.num_records() if reader.ok() else 1) + 1):
       entry = reader.read()
-      parse = parse or next(kind for kind in _ENTRIES if kind(file, entry))
-      if (fields := parse(file, entry)) is None:
-        raise ValueError(f'is not what the first entry is: {_ENTRIES[parse]}')
+      kind = kind or next(kind for kind in _ENTRIES if _entry(file, kind, entry))
+      if (fields := _entry(file, kind, entry)) is None:
+        raise ValueError(f'is not what the first entry is: {kind}')
       yield f'entry {number}', fields
   except (ValueError, RuntimeError, IndexError) as error:
     raise ValueError(f'{file.path}, entry {number}: {error}') from None
@@ -336,32 +336,24 @@ def _check_chunks(path: pathlib.Path) -> None:
       position = max(position + length, end + max(0, -end % block - (block - head - 1)))
 
 
-def _example(file: TextFile, entry: bytes) -> Fields | None:
+_ENTRIES = ('a tf.train.Example', 'a JSON object', 'a text')
+
+
+def _entry(file: TextFile, kind: str, entry: bytes) -> Fields | None:
+  """Return the fields of an entry of an ArrayRecord; None: it is not of this kind."""
   from google.protobuf import message
   from tensorflow_datasets.proto import tf_example_generated_pb2
   try:
-    found = tf_example_generated_pb2.Example.FromString(entry)
-  except message.DecodeError:
+    if kind == 'a tf.train.Example':
+      features = tf_example_generated_pb2.Example.FromString(entry).features.feature
+      values = {name: [*getattr(one, one.WhichOneof('kind') or 'int64_list').value]
+                for name, one in features.items()}
+      return {name: plain(all_[0] if len(all_) == 1 else all_) for name, all_ in values.items()}
+    if kind == 'a JSON object':
+      return _object(_JSON.decode(entry.decode()), kind)
+  except (ValueError, RecursionError, message.DecodeError):
     return None
-  values = {name: getattr(feature, feature.WhichOneof('kind') or 'int64_list').value
-            for name, feature in found.features.feature.items()}
-  return {name: plain(one[0] if len(one) == 1 else list(one)) for name, one in values.items()}
-
-
-def _object_of_json(file: TextFile, entry: bytes) -> Fields | None:
-  try:
-    fields = _JSON.decode(entry.decode())
-  except (ValueError, RecursionError):
-    return None
-  return fields if isinstance(fields, dict) else None
-
-
-def _text(file: TextFile, entry: bytes) -> Fields | None:
   return {file.text_field: entry.decode(file.encoding, file.errors)}
-
-
-_ENTRIES = {_example: 'a tf.train.Example', _object_of_json: 'a JSON object', _text: 'a text'}
-"""What an entry of an ArrayRecord may be -> its name."""
 
 
 def _rows_at_once(chunks: Sequence[Any], num_rows: int) -> int:
