@@ -124,8 +124,7 @@ def load(location: str) -> Any:
       installed too); or a run or its config.json, whose experiment is repeated.
 
   Raises:
-    ConfigError: the file is missing, fails (with its line), has no `get_config`, or refuses the
-      variant.
+    ConfigError: the file is missing, fails (with its line), or has no `get_config` of this variant.
   """
   if '://' in location:
     raise ConfigError(f'--config={location}: a config is a local file; copy it to this machine')

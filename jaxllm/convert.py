@@ -2,8 +2,7 @@
 
 Both ways: from a Hugging Face directory, `hf:NAME` of its hub or a GGUF file to a checkpoint of
 jaxllm, and from any of these to a Hugging Face directory or to exported programs. Each result holds
-`conversion_report.json`, its proof. `--format=peft` writes the adapters alone of a run that has
-some.
+`conversion_report.json`, its proof. `--format=peft` writes only the adapters of a run.
 """
 
 import os

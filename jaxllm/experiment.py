@@ -159,8 +159,7 @@ class Experiment(Config):
   evaluation: EvaluationConfig = EvaluationConfig()
   scoring: ScoringConfig = ScoringConfig()
   best: BestConfig | None = None
-  """Keep the best checkpoint besides the newest ones, and perhaps stop early; None: the newest is
-  the best."""
+  """Keep the best checkpoint besides the newest, maybe stop early; None: the newest is the best."""
 
   @pydantic.field_validator('objective', mode='before')
   @classmethod

@@ -107,8 +107,7 @@ def load(
       them; 'off' does not.
 
   Raises:
-    ValueError: there is no model at that path, its files do not fit together, or the mesh does not
-      divide it.
+    ValueError: there is no model, its files do not fit together, or the mesh does not divide it.
     checkpoints.bundle.DamagedError: the checkpoint that the path names is damaged, or all are.
   """
   if isinstance(path, Model):

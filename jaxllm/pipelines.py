@@ -4,8 +4,7 @@
     translate(['A dog runs.'], source='en', target='de')     # [{'translation_text': ...}]
 
 A model that was fine-tuned on a task answers in the form that it was trained on, any other by the
-default prompt of the task, or where it has a chat template by the task's request. `PIPELINES` lists
-the tasks.
+default prompt of the task, or where it has a chat template by its request. `PIPELINES` lists them.
 """
 
 import functools

@@ -38,8 +38,7 @@ def path(location: str | os.PathLike[str], label: str = '') -> pathlib.Path:
   """Return a path, with the methods of pathlib wherever it leads.
 
   Raises:
-    ValueError: it has another scheme than `gs` and `s3`, or names no bucket; the message begins
-      with `label`.
+    ValueError: another scheme than `gs` and `s3`, or no bucket; the message begins with `label`.
     ImportError: the package that reads such buckets is not installed.
   """
   text = os.fspath(location)

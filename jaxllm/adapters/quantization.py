@@ -25,8 +25,7 @@ class QuantizationConfig(Config):
   kind: Literal['int8', 'int4'] = 'int8'
   """int8: one scale per output channel; int4: one per output channel and group of inputs."""
   group_size: int = pydantic.Field(default=32, ge=4, multiple_of=2)
-  """Inputs that share a scale in int4; a kernel whose last input axis it does not divide becomes
-  int8."""
+  """Inputs that share a scale in int4; int8 where it does not divide a kernel's last input axis."""
   embeddings: bool = True
   """Whether embedding tables (and with them a tied head) become int8, one scale per row."""
 

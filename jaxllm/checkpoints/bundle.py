@@ -42,8 +42,7 @@ class Bundle:
     best: the best step so far, and what it is the best by; empty where none is.
     position: `records` that were read so far, and the `phases` of `data.batches` in which; empty of
       older versions.
-    leaves: path -> shape, dtype and fingerprint of each array; None where the version that wrote it
-      took none.
+    leaves: path -> shape, dtype and fingerprint of each array; None of older versions.
   """
 
   config_json: str

@@ -132,8 +132,7 @@ def restore_params(
     path: a workdir, its `checkpoints` directory, or one step; of several, the first whole one.
     abstract: tree of ShapeDtypeStructs to check against, with shardings or without; None takes what
       is stored, as nested dicts.
-    shardings: in the form of the parameters; None: those of `abstract`, else the first local
-      device.
+    shardings: in the form of the parameters; None: those of `abstract`, else one local device.
     dtype: of all that is returned; None: as it is stored.
     verify: 'full' compares the arrays with their fingerprints, 'off' does not.
 

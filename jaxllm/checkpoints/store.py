@@ -302,8 +302,7 @@ def restore(store: Store, abstract_state: Any, step: int | None = None) -> Any:
     step: which one; the newest by default.
 
   Raises:
-    ValueError: there is no such step, or leaves differ in path, shape or dtype; the message lists
-      all of them.
+    ValueError: there is no such step, or leaves differ in path, shape or dtype, all of them listed.
     CheckpointError: the files are damaged.
   """
   wait(store)

@@ -81,8 +81,7 @@ def compare(
   randomisation: how often the difference is at least as large when each example's two predictions
   change sides at random; it is two-sided and never below 1 / (R + 1).
 
-  Arguments and errors as in `bootstrap`; `baseline_predictions` are those of the baseline, one per
-  example.
+  Arguments and errors as in `bootstrap`; the baseline too has one prediction per example.
 
   Reference:
     Noreen, Computer-Intensive Methods for Testing Hypotheses, 1989; Riezler and Maxwell, On Some

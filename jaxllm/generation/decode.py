@@ -92,8 +92,7 @@ def stream(
     sampling: one config for all rows, or one per row. A `max_new_tokens` beyond what the context
       holds means: until the context is full.
     eos_token_ids: tokens that end a row.
-    seeds: one per row; by default that of the row's config, plus the row's number where one config
-      serves all.
+    seeds: one per row; by default that of its config, plus the row's number where all share one.
     bos_id: what an empty prompt begins with.
     steps_per_piece: decode steps between two pieces of a row.
     cancelled: rows that are to end; the caller may add to it between pieces.

@@ -4,8 +4,7 @@
 are ever compiled. `prefill` reads the prompts, `decode_steps` adds tokens until all rows have ended
 or a number of steps is done. Their parts `last_logits`, `next_logits` and `sample_step` are what
 an engine for continuous batching needs: a prompt can be read in chunks, and with an unstacked cache
-every leaf of `DecodeState` has the row as its first axis, so that a row can be given to another
-request.
+the row is the first axis of all leaves of `DecodeState`, so that another request can have it.
 """
 
 import dataclasses

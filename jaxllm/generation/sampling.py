@@ -1,8 +1,7 @@
 """From logits to the next token: requests, their options, the rules that change logits, sampling.
 
 The rules themselves are in `rules`. A new rule is a function and an entry of `RULES` there, and a
-field of `SamplingConfig`; its values travel as arrays with a row per request, so that one batch
-mixes them.
+field of `SamplingConfig`; its values travel as arrays with a row per request: one batch mixes them.
 """
 
 import dataclasses
@@ -36,8 +35,7 @@ class SamplingConfig(Config):
   min_p: float = pydantic.Field(default=0.0, ge=0, le=1)
   """Sample from tokens at least this fraction as probable as the most probable one."""
   repetition_penalty: float = pydantic.Field(default=1.0, gt=0)
-  """Divide positive logits of tokens that occurred, in the prompt too, by this; multiply negative
-  ones."""
+  """Divide positive logits of tokens so far, in the prompt too, by this; multiply negative ones."""
   presence_penalty: float = 0.0
   """Subtracted from the logits of tokens that the continuation has."""
   frequency_penalty: float = 0.0

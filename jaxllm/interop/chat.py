@@ -41,8 +41,7 @@ def render(
 
   Args:
     template: Jinja, as in tokenizer_config.json.
-    conversations: each a list of messages {'role': ..., 'content': ...}; a key whose value is None
-      is left out.
+    conversations: lists of messages {'role', 'content'}; a key whose value is None is left out.
     add_generation_prompt: whether the text ends where the assistant begins.
     **variables: of the template: `bos_token`, `tools` (JSON schemas of functions; a template tells
       None from []), `documents` ({'title', 'text'} each), `enable_thinking`, ...
@@ -74,8 +73,7 @@ def encode_all(
 
   Args:
     tokenizer: its special tokens are variables of the template too.
-    template: its chat template, or several by name: 'tool_use' is for tools, 'default' for the
-      rest.
+    template: its chat template, or several by name: 'tool_use' is for tools, else 'default'.
     bos_id: the token that all begin with, whether or not the template writes it; None: none.
 
   Raises:

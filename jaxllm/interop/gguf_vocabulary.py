@@ -1,8 +1,7 @@
 """The tokenizer in a GGUF file's metadata, as the files of a Hugging Face tokenizer.
 
 llama.cpp has a name, `tokenizer.ggml.pre`, for how the byte-level BPE of each published family cuts
-text before merging. Those here cut as the tokenizer.json of these families does; another name is
-refused.
+text before merging. Those here cut as the tokenizer.json of the family; another one is refused.
 
 Reference:
   src/llama-vocab.cpp in github.com/ggml-org/llama.cpp.

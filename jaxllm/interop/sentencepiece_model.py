@@ -60,8 +60,7 @@ def build(
   """Write a model file.
 
   Args:
-    pieces: text, score and kind of each id; the score is a log-probability, or for BPE minus the
-      rank.
+    pieces: text, score and kind of each id; the score is a log-probability, of BPE minus the rank.
     trainer: fields of the message 'Trainer'; ids of special pieces are -1 where there is none.
     normalizer: fields of the message 'Normalizer'.
   """

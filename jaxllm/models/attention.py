@@ -40,8 +40,7 @@ class View:
   Attributes:
     mask_BTS: True where the key is visible; B may be 1. None: left to a fused kernel.
     rotation: (cos_BTP, sin_BTP), or None where nothing is rotated; B may be 1.
-    segment_ids_BT: int32, 0 = padding, or None: one segment; read where there is no mask, and by
-      experts.
+    segment_ids_BT: int32, 0 = padding, or None: one segment; for experts, and instead of a mask.
     cache_length: int32 scalar, the filled positions of the longest row; nothing beyond is read.
     window: the place of what a fused kernel sees among `config.windows`.
   """

@@ -1,7 +1,6 @@
 """Matrix products that XLA's CPU backend is slow at: one row, weights stored smaller, experts.
 
-All accumulate in float32. Letters: I inputs, O outputs, R rows, P parts, J inputs of a part, U rows
-of a block.
+All accumulate in float32. Letters: I inputs, O outputs, R rows, P parts of J inputs, U in a block.
 """
 
 import functools

@@ -23,8 +23,7 @@ class InitializerConfig(Config):
   """How weight matrices start: normal with mean 0; biases 0, norm scales 1."""
 
   stddev: float | None = pydantic.Field(default=0.02, gt=0)
-  """Standard deviation of kernels and embeddings; None: 1 / sqrt(inputs) for each kernel and 1 for
-  embeddings."""
+  """Standard deviation of kernels and embeddings; None: 1 / sqrt(inputs) of kernels, else 1."""
   scale_residual: bool = True
   """Divide the deviation of kernels that write into the residual stream by sqrt(2 * num_layers), as
   GPT-2 does."""

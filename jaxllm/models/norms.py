@@ -15,8 +15,7 @@ class NormConfig(Config):
   """Which normalisation stands everywhere in a decoder."""
 
   kind: Literal['layernorm', 'rmsnorm'] = 'rmsnorm'
-  """'layernorm' subtracts the mean and divides by the deviation; 'rmsnorm' divides by the root mean
-  square."""
+  """'layernorm' subtracts the mean, divides by the deviation; 'rmsnorm' by the root mean square."""
   epsilon: float = pydantic.Field(default=1e-5, gt=0)
   """Added to the variance (or mean square) before the root."""
   bias: bool = False

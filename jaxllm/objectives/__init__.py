@@ -36,8 +36,7 @@ class Objective(NamedTuple):
     by_token: whether its weight counts tokens; else it counts examples.
     reference: whether it compares with `init_from`. The loss is given the variables of that model
       as `reference` where adapters are trained; else the batch has `reference_log_probs`.
-    teacher: whether its config names a teacher, of which the loss is given the variables as
-      `teacher`.
+    teacher: whether its config names a teacher, whose variables the loss gets as `teacher`.
     head: its own parameters, at params/classifier; None: it has none.
   """
 

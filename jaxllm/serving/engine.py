@@ -37,8 +37,7 @@ class EngineConfig(Config):
   num_slots: int = pydantic.Field(default=8, gt=0)
   """Rows decoded together."""
   context_length: int | None = pydantic.Field(default=None, gt=0)
-  """Tokens that a row can hold, prompt and continuation; None: the model's context, at most
-  2048."""
+  """Tokens that a row can hold, prompt and continuation; None: the model's context up to 2048."""
   max_queue: int = pydantic.Field(default=64, ge=0)
   """Requests that may wait for a slot."""
   prefill_chunk: int = pydantic.Field(default=128, gt=0)

@@ -1,8 +1,7 @@
 """Requests of OpenAI's API as pydantic models: every field is checked, and none is ignored.
 
 Messages, tools and template variables of conversations come first, then the requests.
-`bodies.read` makes them; their validators need the context `limits` (a `LimitsConfig`) and
-`vocab_size`.
+`bodies.read` makes them, in the context of `limits` (a `LimitsConfig`) and `vocab_size`.
 """
 
 import json

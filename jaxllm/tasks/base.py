@@ -106,8 +106,7 @@ class TaskConfig(Config):
   max_new_tokens: int = pydantic.Field(default=64, gt=0)
   """Most tokens of a generated answer; half of the context at most."""
   stop: str | None = '\n'
-  """A generated answer ends before this text, once it has begun; None: only with the end-of-text
-  token."""
+  """A generated answer ends before this text, once it has begun; None: only with EOS."""
   truncation: Truncation = 'start'
   """What is done to a training example longer than the context: cut the start of the prompt and
   only then the end ('start'), cut the end ('end'), leave it out ('drop'), or stop ('error')."""
@@ -147,8 +146,7 @@ class Task(NamedTuple):
   Attributes:
     config: its config class; the defaults run offline.
     kind: whether a model generates the answer, chooses one, or is measured on the target.
-    fields: what a record must have -> reader; what a model answers may be missing where nothing is
-      scored.
+    fields: what a record must have -> reader; answers may be missing where nothing is scored.
     make: (config, record, as its readers return it) -> example.
     read: (config, example, answer) -> prediction, in the shape of the pipeline of that name.
     metrics: name in `evaluation.scores.METRICS` -> the part of a prediction that it compares.

@@ -137,8 +137,7 @@ class WrittenTemplate(NamedTuple):
   """A template of which only these parts are known.
 
   Attributes:
-    render: (conversations, open_turn) -> their texts, with `open_turn` up to where the assistant
-      begins.
+    render: (conversations, open_turn) -> texts, with `open_turn` up to where the assistant begins.
     controls: texts that are single tokens where the template writes them; contents only spell them.
     stops: the controls that end an answer; None: whatever the template writes after it does.
   """
@@ -270,8 +269,7 @@ def segments(
   what is written after it but for white space; with EOS where there is no such end.
 
   Args:
-    conversations: each a list of messages {'role', 'content'}; one of the assistant may have a
-      `weight`.
+    conversations: lists of messages {'role', 'content'}; the assistant's may have a `weight`.
     template: called twice.
 
   Returns:

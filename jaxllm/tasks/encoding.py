@@ -28,8 +28,7 @@ def truncate(tokens: Tokens, context_length: int, policy: Truncation) -> Tokens 
     tokens: the sequence.
     context_length: T; a record holds one token more.
     policy: what to do with a longer one: cut the start of what has no weight, the first token (BOS)
-      excepted, and then the end ('start'); cut the end ('end'); leave it out ('drop'); or refuse it
-      ('error').
+      excepted, and then the end ('start'); cut the end ('end'); drop it ('drop'); refuse it ('error').
 
   Raises:
     ValueError: it is too long and the policy is 'error'.
@@ -85,8 +84,7 @@ def sequences(
   """Tokenize segments; a conversation may need several sequences.
 
   The text before an answer has the ids with which a model is asked for it. Where these do not begin
-  with the ids so far, as a tokenizer joins the end of an answer with what follows, another sequence
-  begins.
+  with the ids so far, as a tokenizer joins an answer with what follows, another sequence begins.
 
   Returns:
     Sequences in which each answer has its weight once; arguments are those of `encode`.

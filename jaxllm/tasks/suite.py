@@ -23,8 +23,7 @@ def select(
       object of them by name; or a sequence of kinds and configs.
     split: which split will be scored.
     own: the task that the model was fine-tuned on; its kind then means this config.
-    data: where the records of the one task come from, as `RecordSource.location`; all of them are
-      of the split.
+    data: where the records of the one task come from, as `RecordSource.location`, all of the split.
     limit: most records of each task.
 
   Raises:

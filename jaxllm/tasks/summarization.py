@@ -12,8 +12,7 @@ from jaxllm.tasks.records import RecordsConfig, RecordSource
 class Summarization(base.CompletionConfig):
   """Say what `document` says in the words of `summary`.
 
-  The default data are functions of Python's standard library and the first lines of their
-  docstrings.
+  The default data are functions of Python's standard library and what their docstrings begin with.
   """
 
   kind: Literal['summarization'] = 'summarization'

@@ -19,8 +19,7 @@ def sent(text: str, mesh: Any) -> list[dict[str, Any]]:
   The pieces of an operation that is fused with arithmetic share a channel, and count once; those of
   a `shard_map`, which all have one channel, are told apart by their source. Rings send about the
   size of its larger side, all-reduce twice that, and once between two slices; fused, it is a
-  reduce-scatter. A ragged exchange counts the room for what it receives, which is more than it
-  sends.
+  reduce-scatter. A ragged exchange counts the room for what it receives, which is more.
   """
   bodies: dict[str, list[str]] = {}
   name = ''

@@ -88,8 +88,7 @@ def load(
     experiment: the run.
     tokenizer: of its records, which must be that of these models.
     manifest: of its records or its checkpoint.
-    begun: whether it has taken its first step; `init_from` is then read only if every step needs
-      it.
+    begun: whether it has taken its first step; then `init_from` is read if every step needs it.
     mesh: the devices of the run.
 
   Returns:

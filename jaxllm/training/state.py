@@ -150,8 +150,7 @@ def abstract_state(
   axes, optimizer state like the parameter it belongs to, the rest replicated.
 
   Raises:
-    ValueError: an axis is not divisible by the mesh axes that its rule names, or there is no such
-      memory.
+    ValueError: the mesh axes of a rule do not divide an axis, or there is no such memory.
   """
   params = _placed(*abstract_params(experiment), experiment, mesh)
   like = {(path, leaf.shape): leaf.sharding for path, leaf in tree.flatten(params).items()}
