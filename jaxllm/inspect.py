@@ -4,8 +4,7 @@
     print(seen.losses(), seen.lens())
     seen.plot_attention(layer=0)
 
-Tables print as text, and show as HTML in a notebook; figures are those of matplotlib, which is the
-extra `plots`.
+Tables print as text, and show as HTML in a notebook; figures need matplotlib, the extra `plots`.
 """
 
 import dataclasses

@@ -103,8 +103,7 @@ def load(
       None: as it is stored where jaxllm made it, so that its scores are those of the run; a model
       from outside gets bfloat16, for which these models are made, but float32 on CPUs and on GPUs
       before Ampere (T4, V100), which compute fastest with it.
-    verify: 'full' compares the arrays of a checkpoint with the fingerprints that were saved with
-      them; 'off' does not.
+    verify: 'full' compares the arrays of a checkpoint with their fingerprints; 'off' does not.
 
   Raises:
     ValueError: there is no model, its files do not fit together, or the mesh does not divide it.

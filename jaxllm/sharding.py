@@ -273,8 +273,7 @@ def batch_shardings(batch: Mapping[str, Any], sharding: NamedSharding) -> dict[s
   """Return the sharding of each array of a batch.
 
   Args:
-    batch: name -> (B, T) array or shape; what holds one thing per row (labels) is narrower, and
-      split by rows alone.
+    batch: name -> (B, T) array or shape; what is narrower (labels) is split by rows alone.
     sharding: from `batch_sharding`.
   """
   length = max(array.shape[1] for array in batch.values())

@@ -40,8 +40,7 @@ class Bundle:
     tokenizer_files: file name -> content, all that rebuilds the tokenizer.
     manifest: the data manifest, JSON-able.
     best: the best step so far, and what it is the best by; empty where none is.
-    position: `records` that were read so far, and the `phases` of `data.batches` in which; empty of
-      older versions.
+    position: `records` read so far, and in which `phases` of `data.batches`; older versions: empty.
     leaves: path -> shape, dtype and fingerprint of each array; None of older versions.
   """
 

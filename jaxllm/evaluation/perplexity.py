@@ -56,8 +56,7 @@ def make_eval_step(
     chunk_size: positions of each sequence whose logits exist at once; None: all.
     mesh: from `sharding.make_mesh`.
     mesh_config: gives the rules.
-    border_ids: BOS and EOS, which are predicted as any token but are no part of the text that
-      `bits_per_byte` is of.
+    border_ids: BOS and EOS, which are predicted as any token but are no text for `bits_per_byte`.
   """
   borders = jnp.array([i for i in border_ids if i is not None], jnp.int32)
 

@@ -180,8 +180,7 @@ class JsonConstraint:
 class Brake:
   """Takes out tokens that make a number or a nesting longer than documents need.
 
-  A number has up to 32 digits and its exponent 2, containers are nested up to 32 deep, unless the
-  schema asks for more.
+  A number has up to 32 digits, its exponent 2, a container 32 levels, unless the schema has more.
   """
 
   def __init__(self, vocabulary: JsonConstraints):

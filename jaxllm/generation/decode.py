@@ -54,8 +54,7 @@ class Completion:
     logprobs: of each, before any logit rule.
     finish_reason: as in `TextPiece`.
     stop: as in `TextPiece`.
-    score: of beam search: the sum of log-probabilities, after the logit rules, divided by the
-      length penalty.
+    score: of beam search: the sum of log-probabilities, after all rules, by the length penalty.
   """
 
   text: str = ''

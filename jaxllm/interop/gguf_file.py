@@ -3,8 +3,7 @@
 The format is a header with two counts, key-value metadata, the name, shape, type and place of each
 tensor, and the bytes. Numbers are little-endian; strings and arrays begin with their length.
 
-By hand, because `gguf.GGUFReader` believes counts and lengths before it allocates, and makes an
-array of every string.
+By hand: `gguf.GGUFReader` believes counts and lengths, and makes an array of every string.
 
 Reference:
   docs/gguf.md in github.com/ggml-org/ggml.

@@ -111,8 +111,7 @@ def logits(
 
   Args:
     keys: config.json, or the metadata of a GGUF file.
-    stored: returns a tensor as it is stored by its name, floats of any size; raises a KeyError
-      where there is none.
+    stored: returns a tensor by its name, floats of any size; raises a KeyError if there is none.
     ids: T token ids.
     dtype: float32 or float64, in which all is computed.
     gguf: whether keys, names and layout are those of GGUF files.

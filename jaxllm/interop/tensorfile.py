@@ -80,8 +80,7 @@ def find(directory: pathlib.Path) -> list[pathlib.Path]:
   """Return the weight files of a model directory: one, or the shards that the index names.
 
   Raises:
-    ValueError: there are none (or only pickles), or the index names a file outside the directory
-      or a missing one.
+    ValueError: there are none (or only pickles), or the index names a file elsewhere or nowhere.
   """
   single, index = directory / 'model.safetensors', directory / 'model.safetensors.index.json'
   if index.is_file():

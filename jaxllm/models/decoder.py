@@ -171,8 +171,7 @@ class Decoder(nn.Module):
     Args:
       tokens_BT: int32; the first `counts_B[b]` of row b are real, the rest is ignored.
       cache: of B rows; row b continues at cache position `lengths_B[b]`.
-      counts_B: int32 in [0, T]. The caller sees to it that lengths + counts fit the cache; what
-        does not is dropped.
+      counts_B: int32 in [0, T]. Lengths + counts have to fit the cache; what does not is dropped.
 
     Returns:
       (hidden_BTD, of which only the real positions mean anything; the cache with new lengths).

@@ -50,8 +50,7 @@ class OptimizerConfig(Config):
   second_moment_dtype: Literal['float32', 'bfloat16'] | None = None
   """Storage of the second moment (adamw, muon's AdamW part); None: that of the parameters."""
   memory: Literal['device', 'host'] = 'device'
-  """Where moments lie between updates; 'host' is for TPUs and GPUs, which then hold less and wait
-  for the copies."""
+  """Where moments lie between updates; on 'host' TPUs and GPUs hold less, and wait for copies."""
   balance_rate: float = pydantic.Field(1e-3, ge=0)
   """How far a step moves the biases that balance experts with sigmoid scores."""
 

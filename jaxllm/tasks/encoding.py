@@ -28,7 +28,7 @@ def truncate(tokens: Tokens, context_length: int, policy: Truncation) -> Tokens 
     tokens: the sequence.
     context_length: T; a record holds one token more.
     policy: what to do with a longer one: cut the start of what has no weight, the first token (BOS)
-      excepted, and then the end ('start'); cut the end ('end'); drop it ('drop'); refuse it ('error').
+      excepted, and then the end ('start'); cut the end ('end'); 'drop' it; refuse it ('error').
 
   Raises:
     ValueError: it is too long and the policy is 'error'.
@@ -206,8 +206,7 @@ def prompts(
 ) -> list[Tokens | None]:
   """Tokenize and cut prompts alone, for a classifier that reads them; as `training_sequences`.
 
-  No prompt is longer than the context; its start is cut, BOS excepted, or its end. The sequences
-  have no weights.
+  No prompt is longer than the context: its start is cut, BOS excepted, or its end. No weights.
   """
   found: list[Tokens | None] = []
   for example in examples:

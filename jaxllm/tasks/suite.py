@@ -27,8 +27,7 @@ def select(
     limit: most records of each task.
 
   Raises:
-    ValueError: there is no such kind or file, a config is not accepted, or `data` is given for
-      several tasks.
+    ValueError: no such kind or file, a config that is refused, or `data` for several tasks.
   """
   named = named_tasks(tasks)
   if data and len(named) > 1:

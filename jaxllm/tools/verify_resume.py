@@ -64,8 +64,7 @@ def verify(
 
   Returns:
     The steps at which it was killed, fewer than `kills` where it was over before; how often a
-    committed step was lost; whether both had the same records; the largest differences of losses
-    and of arrays.
+    committed step was lost; whether both had the same records; how far losses and arrays differ.
 
   Raises:
     RuntimeError: a process ended by itself.

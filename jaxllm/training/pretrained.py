@@ -96,8 +96,7 @@ def load(
     manifest with the fingerprints of those that every step depends on.
 
   Raises:
-    ValueError: a model cannot be loaded, does not fit the config, or is not the one that the run
-      has begun with.
+    ValueError: a model cannot be loaded, does not fit the config, or the run began with another.
   """
   found, fingerprints = [], {}
   teacher = getattr(experiment.objective, 'teacher', None)

@@ -53,8 +53,7 @@ class Format:
     kernels: whether matrices are stored (out, in), as by torch, or (in, out).
     fused: whether fused tensors hold one part after the other, or the parts of each head.
     aliases: name in a file -> name in `names`.
-    ignored: regular expressions of names that hold no weight of a text decoder, each with the
-      reason, for the report.
+    ignored: regular expression of names that hold no weight of a text decoder -> the reason.
   """
 
   model_type: str

@@ -1,7 +1,6 @@
 """Llama, and the families that are Llama with other switches: SmolLM, Mistral, OLMo, Phi, Qwen.
 
-Rotary positions, RMSNorm, SwiGLU, and no biases unless a family has some; grouped heads in later
-and larger ones.
+Rotary positions, RMSNorm, SwiGLU, biases in a few families, grouped heads in later and larger ones.
 
 Reference:
   The released configurations, and: Llama 1 and 2, Touvron et al., arXiv 2302.13971 and 2307.09288;
