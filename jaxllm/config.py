@@ -86,7 +86,6 @@ def override(config: Config, changes: Mapping[str, Any]) -> Any:
   """Return a copy of `config` with dotted fields replaced, in the order given.
 
   Args:
-    config: any config.
     changes: dotted path -> value, applied together. Text is read as JSON or a Python literal where
       the field accepts it (`1e-3`, `true`, `None`, `(1, 2)`, `{"num_layers": 4}`), else as itself.
 

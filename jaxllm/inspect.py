@@ -62,7 +62,6 @@ class Seen:
   """What a model computes on one text of T tokens, in NumPy arrays.
 
   Attributes:
-    model: the model.
     ids: token ids.
     logits_TV: float32, of the token that follows each.
     attention_LNTT: what each token attends to, in each layer and head; a row sums to 1.
@@ -232,7 +231,6 @@ def neighbours(model: Model, token: str | int, count: int = 10) -> Table:
   """Return the tokens whose embeddings have the largest cosines with that of a token.
 
   Args:
-    model: the model.
     token: the text of one token, or its id.
     count: how many neighbours.
 

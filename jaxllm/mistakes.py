@@ -132,7 +132,6 @@ def sentence(error: BaseException, known: flags.FlagValues = flags.FLAGS) -> str
   accelerators that do not start.
 
   Args:
-    error: the exception.
     known: the flags of the program.
   """
   frames = traceback.extract_tb(error.__traceback__)

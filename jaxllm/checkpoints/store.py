@@ -163,7 +163,6 @@ def save(store: Store, step: int, state: Any, bundle: Bundle) -> bool:
   Args:
     step: the number that names the checkpoint.
     state: pytree of arrays of any sharding; None and empty nodes are not stored.
-    bundle: what travels with it.
 
   Returns:
     False where this step is already stored, and is left as it is.
@@ -321,7 +320,6 @@ def save_converted(
   """Write a model as checkpoint 0 of a workdir without an experiment, since there was none.
 
   Args:
-    directory: the workdir.
     variables: {'params': ...}.
     files: of the tokenizer, and what tells how to use it.
     origin: JSON-able: where it comes from; `model_type` is used when it is written back.

@@ -52,7 +52,6 @@ def make_eval_step(
   """Return the jitted `(variables, batch) -> sums`, float32 scalars to be added over batches.
 
   Args:
-    model: the decoder.
     chunk_size: positions of each sequence whose logits exist at once; None: all.
     mesh: from `sharding.make_mesh`.
     mesh_config: gives the rules.
@@ -79,7 +78,6 @@ def evaluate(
 
   Args:
     eval_step: from `make_eval_step`.
-    variables: the model's variables.
     batches: host batches with (B, T) arrays; padding has weight 0.
     batch_sharding: from `sharding.batch_sharding`.
     bytes_per_token: UTF-8 bytes of text per target token of these records.

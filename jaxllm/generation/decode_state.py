@@ -175,7 +175,6 @@ def sample_step(
   """Sample a token for every row; finished rows stay as they are.
 
   Args:
-    state: the rows.
     logits_BV: of the model, to which the recorded log-probabilities belong.
     allowed_BV: the same with -inf for tokens that may not come, where sampling is constrained.
   """

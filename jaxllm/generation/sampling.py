@@ -92,7 +92,6 @@ def apply_rules(
     logits_BV: float32.
     values: name of a rule -> its values (see `row_values`); a rule without an entry is left out.
       Rows with a rule's off value pass it unchanged.
-    history: the tokens so far.
   """
   for name, rule in RULES.items():
     if name not in values:
@@ -125,7 +124,6 @@ def sample(
     keys_B: one key per row (see `row_keys`).
     logits_BV: float32 logits of the model.
     values: rule values (see `apply_rules`); temperature 0 takes the largest logit.
-    history: the tokens so far.
   """
   logits_BV = apply_rules(logits_BV, values, history)
   greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)

@@ -73,8 +73,6 @@ def prove(
 
   Args:
     reference: returns logits of `ids`, computed in the dtype of its argument `dtype`.
-    config: of the converted model.
-    ids: the prompt.
     placement: where the variables lie.
 
   Raises:
@@ -114,7 +112,6 @@ def describe(source: Source, dtype: str | None, proof: Mapping[str, Any]) -> dic
   """Return the report of an import, JSON-able.
 
   Args:
-    source: what was read.
     dtype: of the converted parameters; None: as stored.
     proof: from `prove`.
   """

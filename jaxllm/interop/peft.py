@@ -63,8 +63,6 @@ def merge(
   Args:
     directory: holds adapter_config.json and adapter_model.safetensors, as PEFT wrote them.
     form: how the base model's family stores its weights.
-    config: of the base model.
-    params: of the base model.
 
   Raises:
     ValueError: the files are missing or damaged, or use something that has no counterpart here.
@@ -119,7 +117,6 @@ def save(
 
   Args:
     directory: is created.
-    lora: the adapters.
     form: how the base model's family stores its weights.
     base_model: its name or path, for those who look for it in adapter_config.json.
   """

@@ -161,7 +161,6 @@ def complete(
 
   Args:
     files: of the directory, checked.
-    keys: of config.json.
     vocab_size: rows of the model.
 
   Raises:

@@ -92,9 +92,7 @@ def attend(
   is divided out of the small result: both are faster than the usual order.
 
   Args:
-    query_BTNH: queries.
     key_BKSH: keys; each head serves the N / K consecutive query heads of its group.
-    value_BKSH: values.
     mask_BTS: True where the key is visible; B may be 1.
     scale: factor of the logits.
     cap: logits x become cap * tanh(x / cap); None: off.

@@ -41,7 +41,6 @@ def init_cache(
   """Return an empty cache.
 
   Args:
-    config: sizes.
     batch_size: B.
     length: S, the longest prompt and continuation together.
     dtype: dtype of keys and values; the config's by default. int8: each is quantised on its own.

@@ -158,7 +158,6 @@ def in_own_dtype(layer: Any, gradient: Any = None) -> Any:
   before a scan, and keep that copy beside the parameters. It does not look through bits.
 
   Args:
-    layer: the variables.
     gradient: what the gradient goes to instead, in its dtypes; its values are not read.
   """
   bits = jax.tree.map(

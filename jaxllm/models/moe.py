@@ -118,7 +118,6 @@ def route(
   """Choose the experts of each token.
 
   Args:
-    experts: how.
     logits_BTE: of the router, float32.
     bias_E: added to the scores for the choice, and for nothing else.
 

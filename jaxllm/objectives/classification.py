@@ -44,8 +44,6 @@ def class_logits(
   """Return the logits (B, C), float32, of one text per row, and the model's aux scalars.
 
   Args:
-    config: the head.
-    model: the decoder.
     variables: {'params': ...} with the head at params/classifier.
     batch: `tokens` and `segment_ids` (0 = padding, on the right), (B, T).
     dropout_key: None turns dropout off.

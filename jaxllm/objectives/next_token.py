@@ -41,9 +41,7 @@ def next_token_loss(
   """Sum the weighted loss of a batch; divide by the count only after all sums are added.
 
   Args:
-    config: the loss.
     model: gives `hidden` and `logits`, and `config.vocab_size`.
-    variables: of the model.
     batch: tokens_BT, targets_BT, weights_BT, segment_ids_BT, positions_BT, and perhaps is_text_BT,
       0 where a target stands for no text.
     dropout_key: None turns dropout off.
@@ -76,7 +74,6 @@ def token_sums(
   """Return the sums of `next_token_loss` for logits that are already there.
 
   Args:
-    config: the loss.
     logits_BTV: float32; entries from `vocab_size` on are padding, and no part of smoothing.
     targets_BT: int32; may hold anything where the weight is 0.
     weights_BT: float32.

@@ -113,8 +113,6 @@ def preference_loss(
   """Sum the loss of a batch of pairs.
 
   Args:
-    config: the loss.
-    model: the decoder.
     variables: those of the policy, which is trained.
     batch: (B, T) arrays `tokens`, `targets`, `weights`, `segment_ids`, `positions` of the preferred
       answers, and the same with `rejected_` before the name. `reference_log_probs` (B, 2), of the

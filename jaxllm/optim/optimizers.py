@@ -272,7 +272,6 @@ def make_schedule(config: ScheduleConfig, peak: float, num_steps: int) -> optax.
   is made with a rate of 0.
 
   Args:
-    config: the shape.
     peak: the highest learning rate.
     num_steps: updates of the whole run.
 

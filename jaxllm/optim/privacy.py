@@ -74,7 +74,6 @@ def epsilon(config: PrivacyConfig, steps: int, batch_size: int, records: int) ->
   Two runs are compared in one of which a record is empty.
 
   Args:
-    config: the noise.
     steps: how many have been taken.
     batch_size: records in each.
     records: how many there are.

@@ -186,7 +186,6 @@ def check_access(
   """Return the name of the client (see `Keys.client`), before anything is read of its request.
 
   Args:
-    connection: of the request.
     keys: one of them is needed; none: everyone may ask.
     hosts: names that the server goes by; None: any. A page elsewhere that turns its own name into
       our address (DNS rebinding) still sends its name.

@@ -128,7 +128,6 @@ def read(model: type[B], body: Mapping[str, Any], **context: Any) -> B:
   """Return the request that a body is.
 
   Args:
-    model: of the request.
     body: from `parse`.
     **context: what the validators of the model need to know.
 

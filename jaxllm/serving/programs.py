@@ -84,7 +84,6 @@ def start_row(
   """Give a row to a request; it is not open yet.
 
   Args:
-    slots: all rows.
     row: which one.
     fields: from `row_fields`.
     cached: tokens of the prompt whose keys and values are in the row already.
@@ -160,7 +159,6 @@ def sample_rows(
   """Sample a token for every open row.
 
   Args:
-    slots: all rows.
     logits_BV: of the model.
     allowed_BV: the same array, or what `mask_logits` made of it.
     live_B: bool; other rows are closed, if they were open.

@@ -25,7 +25,6 @@ def truncate(tokens: Tokens, context_length: int, policy: Truncation) -> Tokens 
   """Make a sequence fit a record; return None where nothing would be left to learn from it.
 
   Args:
-    tokens: the sequence.
     context_length: T; a record holds one token more.
     policy: what to do with a longer one: cut the start of what has no weight, the first token (BOS)
       excepted, and then the end ('start'); cut the end ('end'); 'drop' it; refuse it ('error').

@@ -68,7 +68,6 @@ def measure_passages(
   """Measure texts by their rolling log-likelihoods, in windows that overlap.
 
   Args:
-    model: what scores.
     texts: of any length; each is tokenized whole.
     context_length: most tokens of a window.
     stride: tokens that a window after the first predicts; the others are only context.

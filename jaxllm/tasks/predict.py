@@ -61,9 +61,7 @@ def predict(
   through its template where the task has a request.
 
   Args:
-    config: of the task.
     examples: from `examples`, or from `TASKS[config.kind].example` for records without answers.
-    model: what answers.
     batch_size: rows of one call.
     way: how text is generated; None: greedily.
     draft: as in `text.complete`.

@@ -154,7 +154,6 @@ def rehearse(
   """Train a stand-in with several processes, disturb it twice, and print what that has cost.
 
   Args:
-    experiment: the run.
     workdir: of the stand-in.
     directory: for its texts, records and logs.
     processes: how many, each with one virtual device.

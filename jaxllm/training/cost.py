@@ -164,8 +164,6 @@ def exchange(
   to all of them where that is less.
 
   Args:
-    experiment: the run.
-    mesh: the mesh.
     length: tokens of each row in a forward pass alone; None: a train step.
   """
   sizes, rules, config = mesh.shape, dict(experiment.mesh.rules), experiment.decoder

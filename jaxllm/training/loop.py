@@ -57,7 +57,6 @@ def train(
   """Train a model, or go on where an interrupted run stopped.
 
   Args:
-    experiment: the run.
     path: its working directory. Afterwards it holds `config.json`, `tokenizer/`, `data.json`,
       `environment.json`, `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `samples.jsonl`,
       `summary.json` and `report.html`.

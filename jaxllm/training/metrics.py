@@ -164,9 +164,6 @@ def open_logger(
   """Open the metrics of a run that continues after `step` steps.
 
   Args:
-    path: the workdir.
-    experiment: the run.
-    mesh: its devices.
     step: steps taken before.
     goodput: of the run, with what its earlier starts have spent.
   """

@@ -44,7 +44,6 @@ def phases(path: pathlib.Path, step: int, experiment: Experiment, dataset: Datas
     path: the run's directory.
     step: of one of its checkpoints; 0: the run begins.
     experiment: how the run goes on.
-    dataset: its records.
   """
   found, size = list[Phase](), experiment.training.batch_size
   if step:

@@ -85,7 +85,6 @@ def load(
   """Load the model that a run starts from, and its teacher, straight into the run's shardings.
 
   Args:
-    experiment: the run.
     tokenizer: of its records, which must be that of these models.
     manifest: of its records or its checkpoint.
     begun: whether it has taken its first step; then `init_from` is read if every step needs it.

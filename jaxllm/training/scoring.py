@@ -74,9 +74,6 @@ def make_held_out(
   """Return `variables -> scores` over the records of a split.
 
   Args:
-    experiment: the run.
-    dataset: its records.
-    mesh: its devices.
     max_batches: how many batches at most, of records that are drawn; None takes all.
     split: of the records.
 

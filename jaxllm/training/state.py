@@ -103,7 +103,6 @@ def init_state(
   """Return the state before the first step, nothing frozen in it; pure, to be jitted.
 
   Args:
-    experiment: the run.
     tx: from `make_optimizer`.
     base: parameters of `init_from`, float32, where they are trained themselves; the other
       parameters are initialised from the run's seed.
@@ -126,7 +125,6 @@ def init_params(experiment: Experiment, key: jax.Array, base: Any = None) -> dic
   """Return the trained parameters before the first step; pure.
 
   Args:
-    experiment: the run.
     key: of the random initialization.
     base: parameters of `init_from`, where they are trained themselves.
   """
@@ -188,7 +186,6 @@ def create_state(
   """Return the state before the first step, each leaf where it belongs.
 
   Args:
-    experiment: the run.
     tx: from `make_optimizer`.
     mesh: from `sharding.make_mesh`.
     base: parameters of `init_from` on this mesh, from `pretrained.load`; they become part of the
@@ -258,9 +255,6 @@ def variables(
   """Return the variables of the model: trained and frozen parameters together.
 
   Args:
-    experiment: the run.
-    params: the trained parameters.
-    frozen: the frozen ones.
     key: of the adapters' dropout; None turns it off.
   """
   config = experiment.finetune

@@ -33,7 +33,6 @@ def make_train_step(experiment: Experiment, tx: optax.GradientTransformation, me
   """Return the jitted step `(state, batch) -> (state, metrics)`; it donates the state.
 
   Args:
-    experiment: the run.
     tx: from `state.make_optimizer`.
     mesh: from `sharding.make_mesh`.
 

@@ -277,7 +277,6 @@ def rms_decoder(keys: Keys, partial: bool = False, **fields: Any) -> DecoderConf
   """Translate the keys that the families with RMSNorm and a gated MLP share.
 
   Args:
-    keys: of config.json.
     partial: whether this family may rotate a part of each head.
     **fields: of `DecoderConfig`, where a family differs.
   """
