@@ -176,7 +176,7 @@ def _not_from_orbax(record: logging.LogRecord) -> bool:
 
 
 def absolute(path: str | os.PathLike[str]) -> epath.Path:
-  """Return the path of a directory, in a bucket too, whatever this process does."""
+  """Return an absolute path, of a bucket too."""
   found = epath.Path(storage.path(path))
   return found if storage.is_remote(found) else found.resolve()
 
