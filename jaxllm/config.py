@@ -276,7 +276,6 @@ def parse_flags(argv: Sequence[str], own: Flags, about: str = '') -> list[str]:
   if {'--help', '-help', '--helpfull', '-h'} & set(kept):
     _print_help(kept, own, about)
   passes_on = own.passed_on in {argument.lstrip('-').partition('=')[0] for argument in kept} - {''}
-  known.set_gnu_getopt(passes_on)
   try:
     rest = known(kept, known_only=passes_on)
   except flags.UnrecognizedFlagError as error:
