@@ -19,11 +19,10 @@ import os
 import pathlib
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 
+import peak
 import prepare_throughput as base
 from absl import app, flags
 
@@ -89,18 +88,11 @@ def measured(kind: str, place: pathlib.Path) -> dict[str, float]:
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 
-  begin, before, peak = time.perf_counter(), spent(), 0
-  with (place / 'log.txt').open('w') as log:
-    child = subprocess.Popen(
-      [sys.executable, __file__, f'--child={kind}', f'--folder={place}',
-       f'--context={base.CONTEXT.value}'], stdout=log, stderr=log)
-    while child.poll() is None:
-      peak = max(peak, sum(map(base.memory, base.family(child.pid))))
-      time.sleep(0.05)
-  if child.returncode:
-    raise SystemExit(f'{kind} ended with {child.returncode}:\n{(place / "log.txt").read_text()}')
-  return {'seconds': time.perf_counter() - begin, 'processor_seconds': spent() - before,
-          'peak_megabytes': peak / 1e6}
+  before = spent()
+  seconds, most = peak.run(
+    [sys.executable, __file__, f'--child={kind}', f'--folder={place}',
+     f'--context={base.CONTEXT.value}'], place / 'log.txt')
+  return {'seconds': seconds, 'processor_seconds': spent() - before, 'peak_megabytes': most / 1e6}
 
 
 def digest_of(directory: pathlib.Path) -> str:
