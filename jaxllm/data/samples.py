@@ -23,7 +23,7 @@ from jaxllm.data.duplicates import words
 from jaxllm.data.tokenizers import Tokenizer
 
 MOST_CHARACTERS = 20_000_000
-_SHOWN, _AROUND, _WINDOW = 500, 60, 1500
+_SHOWN, _AROUND, _WINDOW, _PIECES = 500, 60, 1500, 400
 _RATIOS = (('characters', 'token'), ('bytes', 'token'), ('tokens', 'word'), ('parts', 'token'),
            ('unknown', 'token'))
 
@@ -89,11 +89,12 @@ def differences(before: str, after: str | None) -> list[tuple[str, str]]:
   if any(found_then[kind] > known[kind] for kind in found_then):
     return [('same', '(left out, as only after this step its personal data can be told)')]
   start = max(0, len(os.path.commonprefix([before, after])) - _AROUND)
-  old, new = (re.findall(r'\w+|\s+|[^\w\s]', text[start:start + _WINDOW])
+  old, new = (re.findall(r'\w+|\s+|[^\w\s]', text[start:start + _WINDOW])[:_PIECES]
               for text in (before, after))
   changes = difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
   # Where one of both is cut the other goes on, up to what they have in common for the last time.
-  while max(len(before), len(after)) > start + _WINDOW and len(changes) > 2 and not (
+  cut = [sum(map(len, old)), sum(map(len, new))] != [len(before) - start, len(after) - start]
+  while cut and len(changes) > 2 and not (
       changes[-1][0] == 'equal' and changes[-1][2] - changes[-1][1] > 3):
     changes.pop()
   found = [('same', '…')] if start else []

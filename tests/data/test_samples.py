@@ -2,6 +2,7 @@
 
 import collections
 import re
+import time
 
 import numpy as np
 import pytest
@@ -39,6 +40,13 @@ def test_an_excerpt_of_a_long_text_is_about_the_first_difference():
   assert len(joined(pieces, ('gone', 'same'))) < 1200
   for text in random_texts(50, seed=3, most=800):
     assert sum(len(part) for _, part in samples.differences(text, text[len(text) // 3:])) < 9000
+
+
+def test_an_excerpt_of_a_repetition_takes_no_time():
+  text = '! ' * 20_000
+  start = time.process_time()
+  samples.differences(text, text.replace(' ', '  '))
+  assert time.process_time() - start < 1
 
 
 SECRETS = ('jane.doe@example.org', '+1 415 555 2671', '4111 1111 1111 1111', '8.8.8.8',
