@@ -302,8 +302,8 @@ def hugging_face(name: str) -> tuple[list[File], Callable[[Slice], Rows]]:
     base, _, config = base.partition(':')
     splits = {split: datasets.load_dataset(base, config or None, split=split)}  # nosec B615: no code
   if split not in splits:
-    known = ' or '.join(f'?split={one}' if one else 'no ?split=' for one in splits or ['train'])
-    raise ValueError(f'hf:{name}: split {split!r} is not in it; expected {known}')
+    known = ' or '.join(f'?split={one}' if one else 'no ?split=' for one in splits)
+    raise ValueError(f'hf:{name}: say which split, {known or "as in ?split=train"}')
   rows = splits[split]
   paths = [pathlib.Path(file['filename']) for file in rows.cache_files]
   if not paths:
