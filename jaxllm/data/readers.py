@@ -29,6 +29,8 @@ Rows = Iterator[tuple[str, Fields]]
 _EMPHASIS = re.compile(r'(?<![\w\\*_])[*_]+(?![\s*_])(.{1,1000}?)(?<!\s)[*_]+(?!\w)', re.DOTALL)
 # How many times longer than the file its content can be, at most.
 _MOST_PACKED = {'UNCOMPRESSED': 1, 'SNAPPY': 22, 'LZ4': 256, 'GZIP': 1040}
+_CHARSET = re.compile(
+  rb'(?i)<meta[^>]+charset\s*=[\s"\']*((?:iso-8859|windows|koi8|euc|shift|big5|gb)[\w-]*)')
 # Its tree takes a hundred times the memory.
 _LONGEST_PAGE = 1 << 24
 _JSON_SPACE = re.compile(r'[ \t\n\r]*')
@@ -129,7 +131,7 @@ def read_html(file: TextFile) -> Rows:
   """Yield the text of a page's article, without menus and the like, and its title."""
   import trafilatura
 
-  page = files.whole(file, _translated(file))
+  page = files.whole(file, _translated(file._replace(encoding=_charset(file))))
   if len(page) > _LONGEST_PAGE:
     raise ValueError(f'{file.path}, text 1: a page of {len(page):,} characters, more than '
                      f'{_LONGEST_PAGE:,}; split it, or leave it out')
@@ -138,6 +140,19 @@ def read_html(file: TextFile) -> Rows:
   text, title = (found.text or '', found.title or '') if found else ('', '')
   start, stop = (int(len(text) * fraction) for fraction in file.slice)
   yield 'text 1', {'title': title, file.text_field: text[start:stop]}
+
+
+def _charset(file: TextFile) -> str:
+  """Return the encoding that a page names, where its source names none but UTF-8."""
+  with files.open_bytes(file.path) as stream:
+    named = _CHARSET.search(stream.read(1024)) if file.encoding == 'utf-8' else None
+  name = named[1].decode().lower() if named else file.encoding
+  name = {'iso-8859-1': 'cp1252', 'gb2312': 'gb18030'}.get(name, name)  # The standard of HTML.
+  try:
+    b' '.decode(name)
+  except LookupError:
+    return file.encoding
+  return name
 
 
 def strip_markdown(text: str) -> str:

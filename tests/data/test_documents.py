@@ -274,6 +274,19 @@ def test_html_gives_the_article_and_its_title(tmp_path, monkeypatch):
   assert _texts(_write(path, ''), format='html') == ['']
 
 
+@pytest.mark.parametrize('meta, encoding, fields', [
+  ('<meta charset=iso-8859-1>', 'cp1252', {}),
+  ('<META http-equiv="Content-Type" content="text/html; charset=Shift_JIS">', 'shift_jis', {}),
+  ('<meta charset="windows-nosuch">', 'utf-8', {}), ('<meta charset="punycode">', 'utf-8', {}),
+  ('<meta charset="utf-8">', 'gb18030', {'encoding': 'gb18030'}),
+])
+def test_a_page_may_name_its_encoding(tmp_path, meta, encoding, fields):
+  words = {'cp1252': '“Ça” va €'}.get(encoding, '日本') + ', a sentence of this article. ' * 9
+  page = f'<html><head>{meta}</head><body><p>{words}</p></body></html>'
+  path = _write(tmp_path / 'a.html', page.encode(encoding))
+  assert _texts(path, format='html', **fields) == [words.strip()]
+
+
 TREE = {
   'src/a.py': 'import os\n', 'src/lib.rs': 'fn main() {}\n', 'b.min.js': 'x', 'README.md': 'text',
   'node_modules/a/b.js': 'x', 'src/third_party/c.c': 'int x;', '.git/HEAD': 'ref', 'yarn.lock': 'x',
