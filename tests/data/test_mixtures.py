@@ -194,7 +194,7 @@ def test_each_record_once_in_each_epoch_of_its_source_whatever_is_changed(case):
       assert sorted(order[start : start + sizes[source]]) == [*range(sizes[source])]
   phases, records, place, seen, passed = [], 0, 0, [], []
   for step in range(12):
-    size, processes = 2 * pick.randint(1, 3), pick.choice([1, 2])
+    size, processes = 4 * pick.randint(1, 2), pick.choice([1, 2, 4])
     weights = phases[-1].weights if phases else tuple(1.0 for _ in sizes)
     if not phases or pick.random() < 0.4:
       place, weights = place_of(records, passed), tuple(pick.randint(1, 100) for _ in sizes)

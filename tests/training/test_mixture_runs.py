@@ -1,15 +1,17 @@
 """A run of a mixture goes on where each source was, whatever is changed, and says what it reads."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import pytest
 
+from jaxllm import storage
 from jaxllm.checkpoints import reading
 from jaxllm.data import batches
 from jaxllm.data.batches import Phase
 from jaxllm.tools import which_docs
-from jaxllm.training import dataset, loop
+from jaxllm.training import dataset, loop, passed_over
 from tests import programs
 from tests.training import tiny_run as tiny
 
@@ -100,6 +102,26 @@ def test_a_run_whose_mixture_changes_reads_each_record_once_in_each_epoch_of_its
     train(experiment(base, {}, {}, **more), run)
   code, shown, error = programs.run('prepare', f'--config={run}')
   assert code == 0 and shown.count('  in 7 steps ') == 2, error
+
+
+def test_a_new_mixture_begins_after_what_is_passed_over(tmp_path, monkeypatch):
+  old = tiny.experiment(tmp_path)
+  position = {'phases': [[0, 0, 8], [3, 24, 8, 0, [1.0, 3.0]]]}
+  monkeypatch.setattr(reading, 'read_bundle', lambda path: reading.Bundle(
+    old.to_json(), {}, {}, position=position))
+  begun = [Phase(0, 0, 8), Phase(3, 24, 8, 0, (1.0, 3.0))]
+  for places, weights, added in (
+      ([], (1.0, 3.0), []), ([], (1.0, 1.0), [Phase(5, 40, 8, 40, (1.0, 1.0))]),
+      ([[10, 11]], (1.0, 1.0), [Phase(5, 40, 8, 42, (1.0, 1.0))]),
+      ([[10, 11], [50, 59]], (1.0, 1.0), [Phase(5, 40, 8, 60, (1.0, 1.0))])):
+    storage.write_json(tmp_path / passed_over.FILE, {'batches': [
+      {'first': 0, 'last': 0, 'places': place} for place in places]})
+    found = passed_over.phases(tmp_path, 5, old, SimpleNamespace(weights=weights))
+    assert found == [*begun, *added]
+  # Another batch size changes nothing in the order.
+  larger = tiny.experiment(tmp_path, training__batch_size=16)
+  found = passed_over.phases(tmp_path, 5, larger, SimpleNamespace(weights=(1.0, 3.0)))
+  assert found == [*begun, Phase(5, 40, 16, 0, (1.0, 3.0))]
 
 
 def test_a_source_without_records_and_privacy_are_refused(base, tmp_path):
