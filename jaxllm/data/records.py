@@ -11,6 +11,7 @@ import contextlib
 import functools
 import hashlib
 import itertools
+import json
 import os
 import pathlib
 import shutil
@@ -42,6 +43,7 @@ _OLD_PACKING = {'best_fit': 'whole', 'concat': 'stream'}
 
 _HASHES = '.source_hashes.json'
 _STATE = 'state.json'
+_CLEANED = 'cleaned.jsonl'
 _SAVE_SECONDS = 10.0
 DAMAGED = 'the records are damaged; delete the directory and prepare them anew'
 
@@ -487,17 +489,23 @@ def _write(
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     state = {'ends': _too_few(data, run), 'texts': 0, 'splits': {}}
-    texts = _texts(data, run, state['ends'])
+    counts: Counters = [Counter() for _ in sources]
+    texts = _texts(data, run, state['ends'], counts)
+    if config.trained and data.cleaning.steps:
+      texts = _kept(texts, counts, staging)
     tokenizer = tokenizers.train_or_load(config, (
       text.text for text in _shown('tokenizer', texts, sizes, progress and config.trained)
       if text.split == 'train'))
     tokenizers.save(tokenizer, staging / 'tokenizer')
 
-  counts: Counters = [Counter() for _ in sources]
+  counts = [Counter() for _ in sources]
   writers = {name: packing.SplitWriter(staging, name, data, tokenizer.vocab_size,
                                        state['splits'].get(name, {})) for name in data.splits}
-  texts = _shown('records', _texts(data, run, state['ends'], counts), sizes, progress)
+  texts = (_kept_before(staging, counts) if (staging / _CLEANED).is_file() else
+           _texts(data, run, state['ends'], counts))
+  texts = _shown('records', texts, sizes, progress)
   _pack(texts, tokenizer, data, writers, staging, state, workers)
+  (staging / _CLEANED).unlink(missing_ok=True)
   splits = {name: Split(**writer.finish()) for name, writer in writers.items()}
   (staging / _STATE).unlink(missing_ok=True)
   return finished(data, config, tokenizer, fingerprint, sources, counts, splits, state['ends'])
@@ -544,6 +552,29 @@ def _pack(
         for writer in writers.values():
           writer.saved()
         saved = time.monotonic()
+
+
+def _kept(texts: Iterator[Text], counts: Counters, staging: pathlib.Path) -> Iterator[Text]:
+  """Yield texts and write them down, and their counts at the end, so that none is cleaned twice."""
+  with (storage.replaced(staging / _CLEANED) as partial, storage.explained(staging),
+        partial.open('w') as file):
+    for text in texts:
+      file.write(json.dumps(text) + '\n')
+      yield text
+    file.write(json.dumps(counts) + '\n')
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _kept_before(staging: pathlib.Path, counts: Counters) -> Iterator[Text]:
+  """Yield the texts that `_kept` has written, and count as they were counted."""
+  with (staging / _CLEANED).open() as file:
+    for fields in map(json.loads, file):
+      if isinstance(fields[0], str):
+        yield Text(*fields)
+        continue
+      for count, kept in zip(counts, fields, strict=True):
+        count.update(kept)
 
 
 def _left(data: DataConfig, staging: pathlib.Path) -> dict[str, Any]:

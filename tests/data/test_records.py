@@ -302,6 +302,31 @@ def test_a_killed_call_goes_on_and_gives_the_same_bytes(
   assert _content(tmp_path / 'whole') == _content(tmp_path / 'killed')
 
 
+def test_no_text_is_cleaned_twice_for_a_tokenizer_that_is_trained(corpus, tmp_path, monkeypatch):
+  data = _data(corpus, validation=None, cleaning=CleaningConfig(steps=('nfc', 'exact_duplicates')))
+  _jsonl(corpus, [*TEXTS, TEXTS[5], ''])
+  tokenizer, cleaned, add = TokenizerConfig(vocab_size=320), [], records.packing.SplitWriter.add
+  monkeypatch.setitem(cleaning.STEPS, 'nfc', lambda _: lambda text: (
+    cleaned.append(text) or text, {}))
+  monkeypatch.setattr(records, '_SAVE_SECONDS', 0)
+  manifest = prepare(data, tokenizer, tmp_path / 'whole')
+  assert len(cleaned) == 62 == manifest.sources[0].documents
+  assert manifest.sources[0].cleaning['exact_duplicates.dropped'] == 1
+
+  def limited(self, tokens):
+    if tokens.document == 30:
+      raise _Killed
+    add(self, tokens)
+
+  monkeypatch.setattr(records.packing.SplitWriter, 'add', limited)
+  with pytest.raises(_Killed):
+    prepare(data, tokenizer, tmp_path / 'killed')
+  monkeypatch.setattr(records.packing.SplitWriter, 'add', add)
+  prepare(data, tokenizer, tmp_path / 'killed')
+  assert len(cleaned) == 2 * 62
+  assert _content(tmp_path / 'whole') == _content(tmp_path / 'killed')
+
+
 def test_what_is_left_incomplete_is_prepared_anew(corpus, tmp_path, monkeypatch):
   prepare(_data(corpus), BYTES, tmp_path / 'whole')
   monkeypatch.setattr(records, '_SAVE_SECONDS', 0)
