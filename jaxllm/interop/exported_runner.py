@@ -82,8 +82,7 @@ def generate(
   request: dict[str, Any] = {
     'seed': np.array([seed], np.uint32), 'index': np.zeros(1, np.int32),
     'rules': {name: np.array([value], np.float32) for name, value in rules.items()}
-    | {'top_k': np.array([top_k], np.int32)},
-  }
+    | {'top_k': np.array([top_k], np.int32)}}
   size = next((size for size in buckets if size >= len(ids) + max_new_tokens - 1), buckets[-1])
   tokens = np.zeros((1, size), np.int32)
   tokens[0, : len(ids)] = ids

@@ -322,13 +322,11 @@ def _scaling(
     return {
       'rope_type': 'yarn', 'factor': factor, 'beta_fast': fast, 'beta_slow': slow,
       'original_max_position_embeddings': original or length,
-      'attention_factor': None if sharpness == 1 else sharpness * (0.1 * math.log(factor) + 1),
-    }
+      'attention_factor': None if sharpness == 1 else sharpness * (0.1 * math.log(factor) + 1)}
   if divided or sharpness != 1:
     return {
       'rope_type': 'longrope', 'short_factor': divisors.tolist(), 'long_factor': divisors.tolist(),
-      'factor': 1.0, 'attention_factor': sharpness, 'original_max_position_embeddings': length,
-    }
+      'factor': 1.0, 'attention_factor': sharpness, 'original_max_position_embeddings': length}
   if factor == 1:
     return None
   scaling = {'rope_type': 'linear', 'factor': factor}

@@ -146,8 +146,7 @@ def save(
     'rank_pattern': {re.escape(module): r for module, r in others.items()},
     'alpha_pattern': {re.escape(module): scale * r for module, r in others.items()},
     'use_rslora': False, 'use_dora': False, 'inference_mode': True, 'modules_to_save': None,
-    'init_lora_weights': True,
-  }
+    'init_lora_weights': True}
   directory = storage.path(directory)
   directory.mkdir(parents=True, exist_ok=True)
   with storage.replaced(directory / WEIGHTS_FILE) as partial:

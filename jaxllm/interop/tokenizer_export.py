@@ -84,8 +84,7 @@ def huggingface_files(
     settings['chat_template'] = made.pop(CHAT).decode()
   defaults = {
     'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False,
-    'model_max_length': config.max_length, 'add_bos_token': add_bos,
-  }
+    'model_max_length': config.max_length, 'add_bos_token': add_bos}
   made[CONFIG] = json_bytes({**defaults, **names, **settings})
   made.setdefault('special_tokens_map.json', json_bytes(names))
   generation = json.loads(made.get(GENERATION, b'{}'))

@@ -144,5 +144,4 @@ def settings(limits: LimitsConfig) -> dict[str, Any]:
     'h11_max_incomplete_event_size': limits.max_header_bytes, 'timeout_keep_alive': KEEP_SECONDS,
     'timeout_graceful_shutdown': limits.drain_seconds + FAREWELL_SECONDS,
     # The middleware logs requests, without the text that a client wrote into their paths.
-    'access_log': False, 'log_config': None, 'server_header': False, 'proxy_headers': False,
-  }
+    'access_log': False, 'log_config': None, 'server_header': False, 'proxy_headers': False}

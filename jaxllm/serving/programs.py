@@ -218,6 +218,5 @@ def compilation_count() -> int:
   """Return how many programs of this file were compiled in this process."""
   programs: tuple[Any, ...] = (
     start_row, copy_prefix, prefill_chunk, finish_prefill, mask_logits, sample_rows, decode_step,
-    top_logprobs, score_chunk, pool_chunk,
-  )
+    top_logprobs, score_chunk, pool_chunk)
   return sum(program._cache_size() for program in programs)

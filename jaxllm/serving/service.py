@@ -159,8 +159,7 @@ class Service:
       'tokenizer_class': 'jaxllm', 'vocab_size': self._vocab_size,
       'model_max_length': self._context_length, 'add_bos_token': self._model.add_bos,
       **{name: named.get(value) if value is not None else None for name, value in ids.items()},
-      'chat_template': self.tokenizer.chat_template,
-    }
+      'chat_template': self.tokenizer.chat_template}
 
   def check_model(self, model: str | None) -> None:
     """Raise an `ApiError` if a model is named that is not this one."""

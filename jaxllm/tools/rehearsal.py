@@ -73,8 +73,7 @@ def stand_in(experiment: Experiment, directory: pathlib.Path, num_devices: int) 
     'checkpoint': experiment.checkpoint.replace(every_steps=SAVE_EVERY, keep_every=None),
     'evaluation': experiment.evaluation.replace(
       every_steps=STEPS, max_batches=1, batch_size=None, prompts=()),
-    'scoring': experiment.scoring.replace(tasks=()), 'best': None,
-  }
+    'scoring': experiment.scoring.replace(tasks=()), 'best': None}
   if experiment.task is None:
     changes['data'] = data.replace(
       sources=(SourceConfig(location=str(_texts(directory))),),

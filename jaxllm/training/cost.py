@@ -89,8 +89,7 @@ def estimate(experiment: Experiment, mesh: Mesh | AbstractMesh, chip: Chip) -> P
       ('temporaries', max(traced.peak - traced.saved - params, 0.0)))},
     'flops': flops, 'executed': traced.flops * max(longer, 1.0),
     'moved': traced.moved + 2 * (device_bytes(state) + params),
-    'exchanged': exchange(experiment, mesh), 'replicated': _replicated(state, mesh),
-  })
+    'exchanged': exchange(experiment, mesh), 'replicated': _replicated(state, mesh)})
 
 
 def describe(experiment: Experiment, mesh: Mesh | AbstractMesh, chip: Chip, program: str) -> Plan:

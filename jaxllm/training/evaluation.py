@@ -140,8 +140,7 @@ def _task(
     'config': json.loads(task.to_json()), 'split': split, 'confusion': confusion,
     **_result(model, TASKS[task.kind].metrics, found, theirs, references,
               [contamination.longest_text(example.record) for example in examples],
-              [{'record': example.record, 'reference': example.reference} for example in examples]),
-  }
+              [{'record': example.record, 'reference': example.reference} for example in examples])}
 
 
 def _text(

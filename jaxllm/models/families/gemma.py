@@ -37,8 +37,7 @@ def _preset(
 ) -> DecoderConfig:
   return DecoderConfig(**{
     **shared, 'embed_dim': embed_dim, 'num_layers': num_layers, 'num_heads': num_heads,
-    'num_kv_heads': num_kv_heads, 'mlp_dim': mlp_dim, 'embedding_scale': embed_dim**0.5, **fields,
-  })
+    'num_kv_heads': num_kv_heads, 'mlp_dim': mlp_dim, 'embedding_scale': embed_dim**0.5, **fields})
 
 
 PRESETS = {
