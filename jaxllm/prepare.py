@@ -35,6 +35,8 @@ RUNNER = FLAGS.enum(
 
 
 def main(argv: Sequence[str]) -> None:  # noqa: D103
+  if MODEL.value and not REPORT.value or REPORT.value and (INSPECT.value or DRY_RUN.value):
+    raise ValueError('--report goes without --inspect and --dry_run, and --model only with it')
   if DRY_RUN.value:
     from jaxllm.tools import plan
 

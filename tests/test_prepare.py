@@ -63,3 +63,10 @@ def test_a_runner_is_named_where_beam_is_not_installed_and_other_flags_stay_refu
   ):
     code, _, error = programs.run('prepare', f'--config={tmp_path}/config.json', *flags)
     assert code and message in error
+
+
+@pytest.mark.parametrize('flags', [('--model=x',), ('--report', '--inspect')])
+def test_flags_that_would_do_nothing_are_refused(tmp_path, flags):
+  (tmp_path / 'config.json').write_text(tiny_run.experiment(tmp_path).to_json())
+  code, _, error = programs.run('prepare', f'--config={tmp_path}/config.json', *flags)
+  assert code == 2 and '--report goes without --inspect' in error
