@@ -422,7 +422,9 @@ def test_the_guide_names_every_format_and_scheme():
   page = (pathlib.Path(__file__).parents[2] / 'docs/guides/data.md').read_text()
   rows = [[cell.strip(' `') for cell in line.strip('|').split('|')]
           for line in page.split('\n') if line.startswith('| ')]
-  formats = {row[0]: row[1] for row in rows if len(row) == 4 and row[0] != 'format'}
+  start = page.index('| `format` |')
+  table = page[start:page.index('\n\n', start)].split('\n')[2:]
+  formats = dict([cell.strip(' `') for cell in line.strip('|').split('|')][:2] for line in table)
   accepted = typing.get_args(typing.get_args(SourceConfig.model_fields['format'].annotation)[0])
   assert {*formats} == {*readers.FORMATS} == {*accepted}
   for name in {*formats} - {'text'}:
