@@ -71,7 +71,7 @@ def near(similarity: float) -> Comparison:
 
   The similarity is that of Jaccard between sets of 5 words in a row, estimated by 128 hashes
   (MinHash) for texts that share one of 16 bands of them (LSH). At 0.8 all pairs of 0.9 and nine in
-  ten of 0.85 are found, and none of 0.7.
+  ten of 0.85 are found, and less than 1% of 0.7.
 
   Reference:
     Broder, On the Resemblance and Containment of Documents, 1997.
