@@ -17,7 +17,6 @@ import pkgutil
 import re
 import shutil
 import sys
-import textwrap
 import traceback
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -101,18 +100,6 @@ def diff(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
   rows = ((path, old_leaves.get(path, '<absent>'), new_leaves.get(path, '<absent>'))
           for path in {**old_leaves, **new_leaves})
   return [row for row in rows if row[1] != row[2]]
-
-
-def describe(config: Config, path: str = '--config', width: int = 100) -> str:
-  """Return each field: dotted path and current value, under it the description."""
-  lines = []
-  for name, field in type(config).model_fields.items():
-    value, full = getattr(config, name), f'{path}.{name}'
-    lines += [describe(value, full, width)] if isinstance(value, Config) else [
-      f'  {full}={value!r}', *textwrap.wrap(
-        ' '.join((field.description or '').split()), width, initial_indent=' ' * 6,
-        subsequent_indent=' ' * 6)]
-  return '\n'.join(lines)
 
 
 def load(location: str) -> Any:
@@ -366,7 +353,7 @@ def _print_help(argv: Sequence[str], own: Flags, about: str) -> None:
   location, width = _location(argv), min(shutil.get_terminal_size((100, 24)).columns, 100)
   print(help_page.page(about, own.sections, own.values, width))
   if location:
-    print(f'\nFields of {location}:\n{describe(from_flags(location), width=width)}')
+    print(f'\nFields of {location}:\n{help_page.fields(from_flags(location), width)}')
   elif 'config' in own.values:
     print('\nAdd --config=FILE.py to list the fields of that config.')
   sys.exit(0)

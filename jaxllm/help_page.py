@@ -4,6 +4,7 @@ import re
 import textwrap
 from collections.abc import Mapping, Sequence
 
+import pydantic
 from absl import flags
 
 _SHARED = {
@@ -32,6 +33,18 @@ def page(
     for item in re.split(r'\n(?=- )', paragraph):
       indent = '  ' * item.startswith('- ')
       lines += textwrap.wrap(' '.join(item.split()), width, subsequent_indent=indent)
+  return '\n'.join(lines)
+
+
+def fields(config: pydantic.BaseModel, width: int, path: str = '--config') -> str:
+  """Return each field: dotted path and current value, under it the description."""
+  lines = []
+  for name, field in type(config).model_fields.items():
+    value, full = getattr(config, name), f'{path}.{name}'
+    lines += [fields(value, width, full)] if isinstance(value, pydantic.BaseModel) else [
+      f'  {full}={value!r}', *textwrap.wrap(
+        ' '.join((field.description or '').split()), width, initial_indent=' ' * 6,
+        subsequent_indent=' ' * 6)]
   return '\n'.join(lines)
 
 
