@@ -152,17 +152,17 @@ def test_paths_may_hold_brackets_and_a_tilde(tmp_path, monkeypatch):
 
 def test_few_bytes_of_parquet_stay_few(tmp_path, monkeypatch):
   from pyarrow import parquet
-  path, long = tmp_path / 'a.parquet', 'a' * 3_000_000
-  table = pyarrow.table({'text': [long] * 40, 'other': ['b' * 9_000_000] * 40})
+  path, long = tmp_path / 'a.parquet', 'a' * 300_000
+  table = pyarrow.table({'text': [long] * 40, 'other': ['b' * 1_000_000] * 40})
   parquet.write_table(table.select(['text']), path, compression='zstd')
   assert path.stat().st_size < 2000
   # A dictionary says it once: rows are unpacked a few at a time, of the wanted column alone.
   group = parquet.ParquetFile(path).metadata.row_group(0)
-  assert readers._rows_at_once([group.column(0)], 40) < 100
+  assert readers._rows_at_once([group.column(0)], 40) < 1000
   assert sum(map(len, documents(SourceConfig(location=str(path))))) == 40 * len(long)
   parquet.write_table(table, path, compression='zstd', use_dictionary=['text'])
   monkeypatch.setattr(files, 'MAX_UNPACKED', 10_000_000)
-  with pytest.raises(ValueError, match=r'a.parquet, after row 0: .*unpacks to 36\d,\d+,\d+ bytes'):
+  with pytest.raises(ValueError, match=r'a.parquet, after row 0: .*unpacks to 4\d,\d+,\d+ bytes'):
     list(documents(SourceConfig(location=str(path), text_field='other')))
   parquet.write_table(table.select(['text']), path, compression='zstd')
   with pytest.raises(ValueError, match=r'after row \d+: .*bytes unpack to more than 10,000,000'):
