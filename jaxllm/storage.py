@@ -83,13 +83,13 @@ def listed(location: str | os.PathLike[str], label: str = '') -> pathlib.Path | 
     OSError: the place cannot be read, or nothing is there.
     ImportError: the package that reads it is not installed.
   """
-  import fsspec
-
   text = os.fspath(location).rstrip('/')
-  scheme = text.partition('://')[0]
-  if scheme in (text, *_BUCKETS) or scheme not in fsspec.available_protocols():
-    if not is_remote(source := path(location, label)):
-      return source
+  scheme, mark, _ = text.partition('://')
+  if not mark:
+    return path(location, label)
+  import fsspec
+  if scheme in _BUCKETS or scheme not in fsspec.available_protocols():
+    path(location, label)  # It sets up the client of a bucket, and refuses all others.
   try:
     bucket, key = fsspec.core.url_to_fs(text)
   except ImportError as error:
