@@ -37,13 +37,14 @@ for command in json.loads(sys.argv[1]):
 
 def tune(base, name):
   """Fine-tune the run a little, on a task whose held-out reviews are those it was trained on."""
-  source = base / 'own.jsonl'
+  source, copy = base / 'own.jsonl', base / 'copy.jsonl'
   rows = [{'text': f'{word} {i} ' + ' '.join('abcdefghijklmn'), 'label': label} for i in range(10)
           for word, label in (('bad', 'negative'), ('good', 'positive'))]
-  source.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  for path in (source, copy):  # Rows that one file holds out it does not train on.
+    path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
   data = RecordsConfig(sources=(
     RecordSource(location=str(source), split='train'),
-    RecordSource(location=str(source), split='validation'),
+    RecordSource(location=str(copy), split='validation'),
   ))
   task = Sentiment(data=data, prompt='{text}:', labels=(('negative', 'n'), ('positive', 'p')))
   experiment = Experiment(
