@@ -10,8 +10,6 @@ from jaxllm.data import batches, duplicates
 from jaxllm.data.duplicates import NGRAM_WORDS
 from jaxllm.data.tokenizers import Tokenizer
 
-_ROWS = 64
-
 
 def overlaps(
   evaluation: Sequence[str], training: Iterable[str], num_words: int = NGRAM_WORDS
@@ -73,11 +71,9 @@ def record_texts(directory: str | os.PathLike[str], tokenizer: Tokenizer) -> Ite
     ValueError: nothing is prepared there, or it is damaged.
   """
   special = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id}
-  found = batches.make_batches(
-    batches.open_records(directory, 'train'), _ROWS, seed=0, shuffle=False, num_epochs=1)
-  for step in range(found.num_batches):
-    for ids in segments(found.batch_at(step)):
-      yield tokenizer.decode([token for token in ids if token not in special])
+  stored = batches.open_records(directory, 'train')
+  for _, _, ids in batches.runs(stored, range(len(stored.rows))):
+    yield tokenizer.decode([token for token in ids.tolist() if token not in special])
 
 
 def segments(batch: Mapping[str, np.ndarray]) -> Iterator[list[int]]:
