@@ -31,10 +31,12 @@ from jaxllm.data.records import DataConfig, Manifest
 from jaxllm.data.tokenizers import Tokenizer, TokenizerConfig
 
 _RESULT = 'result.json'
-_REFUSED = ('<<refused: ', '>>')
+_REFUSED = ('<<refused: ', ' :refused>>')
 
-# A source, a part of it, and the document of the part that a block begins with.
-_Place = tuple[int, int, int]
+# A block of numbered texts, or of `Text`s, by the source, part and document with which it begins;
+# what CoGroupByKey makes of several collections.
+_Block = tuple[tuple[int, int, int], Sequence[Any]]
+_Joined = tuple[Any, Mapping[str, Any]]
 # The documents of a block as tokens; tokens that make a piece of a shard.
 _SIZES = np.dtype([('document', '<u8'), ('size', '<u8'), ('text_bytes', '<u8'),
                    ('first_bytes', '<u4'), ('split', 'u1')])
@@ -196,7 +198,7 @@ _stages = functools.lru_cache(maxsize=4)(cleaning.stages)
 
 
 @_refusing
-def _held_out(item: tuple[_Place, Mapping[str, Any]], data: DataConfig) -> Iterator[bytes]:
+def _held_out(item: _Joined, data: DataConfig) -> Iterator[bytes]:
   """Yield the digests of texts of sources of their own for validation."""
   place, found = item
   for _, text in found['blocks'][0] if place[0] >= len(data.sources) else ():
@@ -207,8 +209,7 @@ def _held_out(item: tuple[_Place, Mapping[str, Any]], data: DataConfig) -> Itera
 
 @_refusing
 def _cleaned(
-  item: tuple[_Place, Mapping[str, Iterable[Any]]], data: DataConfig, number: int,
-  held_out: Collection[bytes],
+  item: _Joined, data: DataConfig, number: int, held_out: Collection[bytes]
 ) -> Iterator[Any]:
   """Drop what the comparison before this stage has lost, and run the stage."""
   place, found = item
@@ -251,8 +252,9 @@ def _lost(keys: Any, name: str, similarity: float) -> Any:
   later = same | f'later {name}' >> beam.FlatMap(lambda group: sorted(group[1])[1:])
   if not similarity:
     return later
-  near = (same | f'bands {name}' >> beam.FlatMap(lambda group: (
-            (band, (min(group[1]), group[0])) for band in duplicates.bands(group[0])))
+  first = same | f'first {name}' >> beam.MapTuple(lambda own, places: (min(places), own))
+  near = (first | f'bands {name}' >> beam.FlatMap(
+            lambda one: ((band, one) for band in duplicates.bands(one[1])))
           | f'buckets {name}' >> beam.GroupByKey()
           | f'pairs {name}' >> beam.FlatMap(
             lambda bucket: duplicates.pairs(sorted(bucket[1]), similarity))
@@ -261,7 +263,7 @@ def _lost(keys: Any, name: str, similarity: float) -> Any:
   return (near, later) | f'lost {name}' >> beam.Flatten()
 
 
-def _sides(block: tuple[_Place, Sequence[Any]], data: DataConfig) -> Iterator[str]:
+def _sides(block: _Block, data: DataConfig) -> Iterator[str]:
   """Yield the split of each text, if it is held out whole or not at all."""
   for _, text in block[1]:
     yield next(records.parts(data, Text('train', text, 0, 0), False)).split
@@ -271,9 +273,7 @@ def _are_ends(data: DataConfig, sides: Mapping[str, int]) -> bool:
   return isinstance(data.validation, float) and len(sides) < 2
 
 
-def _divided(
-  block: tuple[_Place, Sequence[Any]], data: DataConfig, sides: Mapping[str, int]
-) -> Iterator[tuple[_Place, list[Text]]]:
+def _divided(block: _Block, data: DataConfig, sides: Mapping[str, int]) -> Iterator[_Block]:
   """Yield a block as parts of its texts, by the numbers of their documents in the part."""
   (source, *_), texts = block
   split, ends = 'train' if source < len(data.sources) else 'validation', _are_ends(data, sides)
@@ -281,9 +281,7 @@ def _divided(
                    for part in records.parts(data, Text(split, text, source, document), ends)]
 
 
-def _sampled(
-  block: tuple[_Place, Sequence[Text]], config: TokenizerConfig
-) -> Iterator[tokenizers.Sample]:
+def _sampled(block: _Block, config: TokenizerConfig) -> Iterator[tokenizers.Sample]:
   if config.trained:
     yield tokenizers.sample(config, (((block[0], text.document), text.text) for text in block[1]
                                      if text.split == 'train'))
@@ -291,8 +289,7 @@ def _sampled(
 
 @_refusing
 def _tokenizer_files(
-  sample: tokenizers.Sample, config: TokenizerConfig, files: Mapping[str, bytes] | None,
-  staging: Any,
+  sample: tokenizers.Sample, config: TokenizerConfig, files: Any, staging: Any
 ) -> Iterator[Any]:
   made = tokenizers.from_files(files) if files else tokenizers.train_or_load(
     config, (chunk for *_, chunk in sample.kept))
@@ -307,8 +304,7 @@ def _tokenizer(files: tuple[tuple[str, bytes], ...]) -> Tokenizer:
 
 @_refusing
 def _tokenized(
-  block: tuple[_Place, Sequence[Text]], data: DataConfig, files: Any,
-  offsets: Mapping[tuple[int, int], int],
+  block: _Block, data: DataConfig, files: Any, offsets: Mapping[tuple[int, int], int]
 ) -> Iterator[Any]:
   """Yield the tokens of a block by its source and first document, and their sizes by split."""
   (source, part, document), texts = block
@@ -362,7 +358,7 @@ def _planned(
 
 
 @_refusing
-def _routed(item: tuple[tuple[int, int], Mapping[str, Iterable[Any]]]) -> Iterator[Any]:
+def _routed(item: _Joined) -> Iterator[Any]:
   """Yield the tokens of a block that each shard needs, by the pieces that they make."""
   for content, ids in item[1]['tokens']:
     table = np.frombuffer(content, _SIZES)
@@ -379,10 +375,7 @@ def _routed(item: tuple[tuple[int, int], Mapping[str, Iterable[Any]]]) -> Iterat
 
 
 @_refusing
-def _written(
-  item: tuple[tuple[int, int], Mapping[str, Iterable[Any]]], data: DataConfig, files: Any,
-  staging: Any,
-) -> Iterator[Any]:
+def _written(item: _Joined, data: DataConfig, files: Any, staging: Any) -> Iterator[Any]:
   """Write a shard and its lineage; yield its records and digests."""
   (split, shard), found = item
   dtype = packing.record_dtype(data.context_length, _tokenizer(files).vocab_size)
