@@ -35,8 +35,9 @@ RUNNER = FLAGS.enum(
 
 
 def main(argv: Sequence[str]) -> None:  # noqa: D103
-  if MODEL.value and not REPORT.value or REPORT.value and (INSPECT.value or DRY_RUN.value):
-    raise ValueError('--report goes without --inspect and --dry_run, and --model only with it')
+  if MODEL.value and not REPORT.value or INSPECT.value + DRY_RUN.value + bool(
+      REPORT.value or RUNNER.value) > 1:
+    raise ValueError('--inspect and --dry_run go alone, and --model only with --report')
   if DRY_RUN.value:
     from jaxllm.tools import plan
 
@@ -52,6 +53,9 @@ def main(argv: Sequence[str]) -> None:  # noqa: D103
     for line in inspected(experiment, sys.stdout.isatty() and 'NO_COLOR' not in os.environ):
       print(line)
     return
+  if MODEL.value:
+    from jaxllm.interop import sources
+    sources.check_exists(MODEL.value, field='--model=')
   directory, write = experiment.records_path, None
   if RUNNER.value:
     from jaxllm.data import beam

@@ -65,8 +65,10 @@ def test_a_runner_is_named_where_beam_is_not_installed_and_other_flags_stay_refu
     assert code and message in error
 
 
-@pytest.mark.parametrize('flags', [('--model=x',), ('--report', '--inspect')])
+@pytest.mark.parametrize('flags', [
+  ('--model=x',), ('--report', '--inspect'), ('--inspect', '--dry_run'),
+  ('--runner=DirectRunner', '--inspect'), ('--runner=DirectRunner', '--dry_run', '--other=1')])
 def test_flags_that_would_do_nothing_are_refused(tmp_path, flags):
   (tmp_path / 'config.json').write_text(tiny_run.experiment(tmp_path).to_json())
   code, _, error = programs.run('prepare', f'--config={tmp_path}/config.json', *flags)
-  assert code == 2 and '--report goes without --inspect' in error
+  assert code == 2 and '--inspect and --dry_run go alone, and --model only with' in error
