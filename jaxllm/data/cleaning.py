@@ -40,7 +40,7 @@ class CleaningConfig(Config):
   with `evaluation`. 'article', 'language' and 'near_duplicates' need the extra clean."""
   min_characters: int = pydantic.Field(default=1, ge=1)
   """Documents that are shorter after these steps are dropped."""
-  languages: tuple[str, ...] = ('en',)
+  languages: tuple[str, ...] = pydantic.Field(default=('en',), min_length=1)
   """The languages that the step 'language' keeps, by their codes of two letters (ISO 639-1)."""
   similarity: float = pydantic.Field(default=0.8, gt=0, le=1)
   """The share of runs of 5 words, of those in either text, that near duplicates have in common."""
@@ -240,6 +240,9 @@ def keep_article(text: str) -> str:
 
 def _language(config: CleaningConfig) -> Step:
   language_of('')  # Refused before anything is read.
+  from py3langid.langid import IDENTIFIER
+  if unknown := sorted({*config.languages} - {*IDENTIFIER.labels}):
+    raise ValueError(f"cleaning.languages: {unknown[0]!r} is no code of py3langid's, as 'en' is")
 
   def step(text: str) -> Filtered:
     language = language_of(text)

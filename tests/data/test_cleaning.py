@@ -320,6 +320,10 @@ def test_languages_are_told_and_others_counted():
   texts = ['Das ist ein deutscher Satz, den man gut erkennt.', 'This is a sentence in English.',
            'Ceci est une phrase écrite en français.']
   assert [step(text) for text in texts] == [(texts[0], {}), (None, {'en': 1}), (texts[2], {})]
+  with pytest.raises(ValueError, match="languages: 'english' is no code"):
+    STEPS['language'](CleaningConfig(languages=('english',)))
+  with pytest.raises(ValueError, match='languages'):
+    CleaningConfig(languages=())
 
 
 def test_an_article_is_kept_without_its_page():
