@@ -349,6 +349,8 @@ def _tfds_builder(name: str, split: str, data_dir: str | None) -> Any:
     place = data_dir or tensorflow_datasets.core.constants.DATA_DIR
     raise ValueError(f'{where}: no prepared copy in {place}, and no dataset that '
                      f'TFDS {tensorflow_datasets.__version__} knows') from None
+  except AssertionError as error:  # Its answer to a version that is not.
+    raise ValueError(f'{where}: {error}') from None
   stored = builder.info.file_format
   wrong = (f'there is no prepared copy at {builder.data_path}' if not builder.is_prepared()
            else f'{builder.data_path} is stored as {stored.value}, which only TensorFlow reads'

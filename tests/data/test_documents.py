@@ -416,6 +416,8 @@ def test_tfds_without_a_prepared_copy_says_how_to_make_one(tmp_path):
     _texts(f'tfds:lm1b?data_dir={tmp_path}')
   with pytest.raises(ValueError, match=rf"'tfds:nosuch': no prepared copy in {tmp_path}"):
     _texts(f'tfds:nosuch?data_dir={tmp_path}')
+  with pytest.raises(ValueError, match="'tfds:lm1b:9.9.9.*cannot be loaded at version 9.9.9"):
+    _texts(f'tfds:lm1b:9.9.9?data_dir={tmp_path}')
 
 
 def test_the_guide_names_every_format_and_scheme():
