@@ -224,7 +224,8 @@ def _train(config: TokenizerConfig, texts: Iterable[str]) -> Files:
   found = sample(config, enumerate(texts))
   chunks, size = [chunk for *_, chunk in found.kept], found.total_bytes
   if not chunks:
-    raise ValueError('there is no text to train the tokenizer on (config.data.sources)')
+    raise ValueError('there is no text to train the tokenizer on: config.data.sources have none, '
+                     'config.data.cleaning drops it, or config.tokenizer.sample_bytes is too small')
   taken = sum(size for _, size, *_ in found.kept)
   logging.info('training the tokenizer on %.4g of %.4g MB (%.3g %%) of the training text, a sample '
                'of config.tokenizer.sample_bytes=%s', taken / 1e6, size / 1e6, 100 * taken / size,
