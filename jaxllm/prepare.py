@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> None:  # noqa: D103
     for line in rehearsed(config.from_flags(CONFIG.value)):
       print(line, file=sys.stderr)
     return
-  from jaxllm.data import records
+  from jaxllm.data import preparing
   from jaxllm.data.batches import Phase
 
   experiment = config.from_flags(CONFIG.value)
@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> None:  # noqa: D103
 
     options = beam.options(RUNNER.value, argv[1:], (f'--{name}' for name in FLAGS.values))
     write = functools.partial(beam.write, options=options)
-  manifest = records.prepare(experiment.data, experiment.tokenizer, directory, write=write)
+  manifest = preparing.prepare(experiment.data, experiment.tokenizer, directory, write=write)
   print(f'{directory / manifest.folder}: vocabulary {manifest.vocab_size}, '
         f'context {manifest.context_length}')
   for name in manifest.data.splits:

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from jaxllm.checkpoints import store
-from jaxllm.data import records, tokenizers
+from jaxllm.data import preparing, tokenizers
 from jaxllm.data.records import DataConfig
 from jaxllm.data.tokenizers import TokenizerConfig
 from jaxllm.evaluation import tables
@@ -69,7 +69,7 @@ def outputs(tmp_path_factory):
     (first / name).rename(base / name)
   # Another run of this name has other records there.
   other = DataConfig(sources=str(base / 'corpus'), context_length=20, validation=0.5)
-  records.prepare(other, TokenizerConfig(kind='bytes'), base / 'records' / 'tiny', progress=False)
+  preparing.prepare(other, TokenizerConfig(kind='bytes'), base / 'records' / 'tiny', progress=False)
   (base / 'corpus').rename(base / 'moved')
   tokenizer = tokenizers.train_or_load(TokenizerConfig(kind='bytes'), [])
   store.save_converted(foreign, tiny.MODEL, decoder.init(tiny.MODEL, jax.random.key(9)),

@@ -20,7 +20,7 @@ import tqdm
 
 from jaxllm import config, mistakes
 from jaxllm.checkpoints import store
-from jaxllm.data import records, tokenizers
+from jaxllm.data import preparing, tokenizers
 from jaxllm.data.tokenizers import TokenizerConfig
 from jaxllm.models import decoder
 from jaxllm.training import loop
@@ -219,7 +219,7 @@ def test_init_from_is_there_and_fits_before_data_are_read(folder, model, monkeyp
     folder / 'run', tiny.MODEL, decoder.init(tiny.MODEL, jax.random.key(0)), tokenizer.files(), {})
   said = {'nowhere': 'config.init_from: no such file',
           'run': 'does not fit config.model: .* parameters differ'}[model]
-  monkeypatch.setattr(records, 'prepare', lambda *_: pytest.fail('data were read'))
+  monkeypatch.setattr(preparing, 'prepare', lambda *_: pytest.fail('data were read'))
   experiment = tiny.experiment(
     folder, init_from=model, model=tiny.MODEL.replace(mlp_dim=2 * tiny.MODEL.mlp_dim))
   with pytest.raises(ValueError, match=said):
@@ -228,7 +228,7 @@ def test_init_from_is_there_and_fits_before_data_are_read(folder, model, monkeyp
 
 def test_a_vocabulary_is_too_small_before_data_are_read(folder, monkeypatch):
   """Of a tokenizer with files, whose size no field says; the message names both fields."""
-  monkeypatch.setattr(records, 'prepare', lambda *_: pytest.fail('data were read'))
+  monkeypatch.setattr(preparing, 'prepare', lambda *_: pytest.fail('data were read'))
   experiment = tiny.experiment(
     folder, tokenizer=TokenizerConfig(kind='bytes'), model=tiny.MODEL.replace(vocab_size=100))
   with pytest.raises(ValueError, match='(?s)config.model.vocab_size=100.*config.tokenizer'):

@@ -70,7 +70,7 @@ def main(_) -> None:
 
 def write(folder: pathlib.Path) -> None:
   """Write random letters as a token file and, in two texts, as records."""
-  from jaxllm.data import records
+  from jaxllm.data import preparing, records
   from jaxllm.data.tokenizers import TokenizerConfig
 
   ids = np.random.default_rng(0).integers(97, 123, MEGATOKENS.value * 10**6, np.uint8)
@@ -82,7 +82,7 @@ def write(folder: pathlib.Path) -> None:
     sources.append({'location': str(folder / f'{name}.txt')})
   mixed = [{**source, 'weight': weight} for source, weight in zip(sources, (0.7, 0.3), strict=True)]
   for name, some in (('records', sources), ('mixture', mixed)):
-    records.prepare(
+    preparing.prepare(
       records.DataConfig(sources=some, packing='concat', validation=None, add_bos=False,
                          add_eos=False, context_length=CONTEXT.value),
       TokenizerConfig(kind='bytes'), folder / name, progress=False)

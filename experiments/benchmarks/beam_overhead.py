@@ -104,7 +104,7 @@ def digest_of(directory: pathlib.Path) -> str:
 
 
 def prepare(kind: str, place: pathlib.Path) -> None:
-  from jaxllm.data import beam, cleaning, documents, records, tokenizers
+  from jaxllm.data import beam, cleaning, documents, preparing, records, tokenizers
 
   cleaned, _, way = kind.partition('; ')
   folder = place.parent
@@ -115,7 +115,7 @@ def prepare(kind: str, place: pathlib.Path) -> None:
   write = None
   if FLAGS_OF[way] is not None:
     write = functools.partial(beam.write, options=beam.options('DirectRunner', FLAGS_OF[way]))
-  records.prepare(
+  preparing.prepare(
     data, tokenizers.TokenizerConfig(kind='json', path=str(folder / 'tokenizer')),
     place / 'records', progress=False, workers=1 if way == 'one process' else None, write=write)
 

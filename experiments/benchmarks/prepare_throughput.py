@@ -121,13 +121,13 @@ def measured(kind: str, folder: pathlib.Path, place: pathlib.Path) -> tuple[floa
 
 
 def ours(place: pathlib.Path, kind: str) -> None:
-  from jaxllm.data import records
+  from jaxllm.data import preparing, records
   from jaxllm.data.cleaning import CleaningConfig
   from jaxllm.data.documents import SourceConfig
   from jaxllm.data.tokenizers import TokenizerConfig
 
   base = place.parent
-  manifest = records.prepare(
+  manifest = preparing.prepare(
     records.DataConfig(sources=(SourceConfig(location=str(base / 'text.jsonl')),), packing='concat',
                        cleaning=CleaningConfig(steps=STEPS if CLEANING.value else ()),
                        validation=None, context_length=CONTEXT.value, add_bos=False),

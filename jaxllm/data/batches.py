@@ -171,7 +171,7 @@ class Batches:
 
 
 def open_records(directory: str | os.PathLike[str], split: str) -> Stored:
-  """Open the records that `records.prepare` wrote of a split, 'train' or 'validation'.
+  """Open the records that `preparing.prepare` wrote of a split, 'train' or 'validation'.
 
   Arguments and errors are those of `records.open_shards`.
   """

@@ -1,6 +1,6 @@
 """Records made on a cluster: one Apache Beam pipeline of the functions that one machine uses.
 
-`write` does what `records.prepare` does itself, on any runner of Beam, and gives the same bytes.
+`write` does what `preparing.prepare` does itself, on any runner of Beam, and gives the same bytes.
 What travels are blocks: documents of one part of a source that follow each other.
 
 - Parts are read and cleaned in parallel; duplicates are found by the keys that they share.
@@ -23,11 +23,22 @@ from typing import Any
 import numpy as np
 
 from jaxllm import mistakes, storage
-from jaxllm.data import cleaning, documents, duplicates, lineage, packing, records, tokenizers
+from jaxllm.data import (
+  cleaning,
+  documents,
+  duplicates,
+  lineage,
+  packing,
+  preparing,
+  records,
+  tokenizers,
+)
+from jaxllm.data import shards as shards_lib
+from jaxllm.data import texts as texts_lib
 from jaxllm.data.documents import SourceCounts
-from jaxllm.data.packing import Text
 from jaxllm.data.parallel import grouped
 from jaxllm.data.records import DataConfig, Manifest
+from jaxllm.data.shards import Text
 from jaxllm.data.tokenizers import Tokenizer, TokenizerConfig
 
 _RESULT = 'result.json'
@@ -103,11 +114,11 @@ def write(
   for name in data.splits:
     shards = tuple(zip(*(one for _, one in sorted(found[name].items())), strict=True))
     splits[name] = records.Split(
-      **found['split'].get(name) or packing.SplitPacker(data, 1).counts(),
+      **found['split'].get(name) or shards_lib.SplitPacker(data, 1).counts(),
       **dict(zip(('shards', 'sha256', 'lineage_sha256'), shards or ((), (), ()), strict=True)),
       records=sum(shards[0]) if shards else 0)
   counts = [found['source'].get(number, {}) for number in range(len(sources))]
-  return records.finished(data, config, tokenizers.load(staging / 'tokenizer'), fingerprint,
+  return preparing.finished(data, config, tokenizers.load(staging / 'tokenizer'), fingerprint,
                           sources, counts, splits, _are_ends(data, found['side']))
 
 
@@ -120,7 +131,7 @@ def _build(pipeline: Any, data: DataConfig, config: TokenizerConfig, staging: An
   blocks, sizes = (pipeline | beam.Create(readers) | beam.Reshuffle()
                    | beam.FlatMap(_read).with_outputs('sizes', main='blocks'))
   held_out: Any = frozenset()
-  if records.from_same_files(data):
+  if texts_lib.from_same_files(data):
     held_out = beam.pvalue.AsSingleton(
       blocks | beam.FlatMap(_held_out, data) | beam.combiners.ToSet())
   counts = []
@@ -178,7 +189,7 @@ def _read(item: tuple[int, int, Callable[[], Iterator[tuple[str, Any]]]]) -> Ite
   """Yield the blocks of a part; texts have the numbers of their documents in it."""
   source, part, read = item
   size = 0
-  for texts in grouped((text for text, _ in read()), len, packing.GROUP_CHARACTERS):
+  for texts in grouped((text for text, _ in read()), len, shards_lib.GROUP_CHARACTERS):
     yield (source, part, size), {'blocks': [[*enumerate(texts, size)]], 'lost': []}
     size += len(texts)
   yield _tagged('sizes', (source, part, size))
@@ -204,7 +215,7 @@ def _held_out(item: _Joined, data: DataConfig) -> Iterator[bytes]:
   for _, text in found['blocks'][0] if place[0] >= len(data.sources) else ():
     *_, (cleaned, _, _) = cleaning.passed(_stages(data.cleaning), text)
     if cleaned:
-      yield records.digest(cleaned)
+      yield duplicates.digest(cleaned)
 
 
 @_refusing
@@ -223,7 +234,7 @@ def _cleaned(
       name = stages[number - 1].name
       counts.update({'dropped': 1, f'{name}.dropped': 1, f'{name}.characters': len(text)})
       continue
-    if checked and (steps := records.dropped_as_held_out(
+    if checked and (steps := texts_lib.dropped_as_held_out(
         [*cleaning.passed(stages, text)], checked)):
       counts.update(steps, dropped=1)
       continue
@@ -266,7 +277,7 @@ def _lost(keys: Any, name: str, similarity: float) -> Any:
 def _sides(block: _Block, data: DataConfig) -> Iterator[str]:
   """Yield the split of each text, if it is held out whole or not at all."""
   for _, text in block[1]:
-    yield next(records.parts(data, Text('train', text, 0, 0), False)).split
+    yield next(texts_lib.parts(data, Text('train', text, 0, 0), False)).split
 
 
 def _are_ends(data: DataConfig, sides: Mapping[str, int]) -> bool:
@@ -278,7 +289,7 @@ def _divided(block: _Block, data: DataConfig, sides: Mapping[str, int]) -> Itera
   (source, *_), texts = block
   split, ends = 'train' if source < len(data.sources) else 'validation', _are_ends(data, sides)
   yield block[0], [part for document, text in texts
-                   for part in records.parts(data, Text(split, text, source, document), ends)]
+                   for part in texts_lib.parts(data, Text(split, text, source, document), ends)]
 
 
 def _sampled(block: _Block, config: TokenizerConfig) -> Iterator[tokenizers.Sample]:
@@ -312,7 +323,7 @@ def _tokenized(
   ids, sizes = [], []
   dtype = packing.record_dtype(data.context_length, tokenizer.vocab_size)['tokens'].base
   run = functools.partial(map, tokenizers.pack_ids(tokenizer))
-  for split, own, _, number, *counts in packing.tokenize(texts, tokenizer, data, run):
+  for split, own, _, number, *counts in shards_lib.tokenize(texts, tokenizer, data, run):
     ids.append(own.astype(dtype).tobytes())
     sizes.append((first + number, len(own), *counts, data.splits.index(split)))
   key, table = (source, first + document), np.array(sizes, _SIZES)
@@ -328,13 +339,13 @@ def _planned(
   """Yield the plan of each shard of a split, and which tokens of each block it needs."""
   split, blocks = item[0], sorted(item[1])
   starts = np.array([(source << 44) + document for (source, document), _ in blocks])
-  packer, name = packing.SplitPacker(data, 1), data.splits[split]
+  packer, name = shards_lib.SplitPacker(data, 1), data.splits[split]
 
   def packed() -> Iterator[packing.Record]:
     for (source, _), content in blocks:
       for document, size, *count, _ in np.frombuffer(content, _SIZES).tolist():
         nothing = np.broadcast_to(np.uint16(0), size)
-        yield from packer.add(packing.Tokens(name, nothing, source, document, *count))
+        yield from packer.add(shards_lib.Tokens(name, nothing, source, document, *count))
     yield from packer.finish()
 
   full = packed()
@@ -391,9 +402,9 @@ def _written(item: _Joined, data: DataConfig, files: Any, staging: Any) -> Itera
       yield packing.fill(dtype, np.frombuffer(ids, dtype['tokens'].base), lengths[start:stop],
                          data.packing == 'concat').tobytes()
 
-  paths = packing.paths_of_shard(staging, data.splits[split], shard)
+  paths = shards_lib.paths_of_shard(staging, data.splits[split], shard)
   with storage.replaced(paths[0]) as first, storage.replaced(paths[1]) as second:
-    packing.write_shard((first, second), rows(), pieces)
+    shards_lib.write_shard((first, second), rows(), pieces)
     digests = [storage.file_digest(path, {}) for path in (first, second)]
   yield data.splits[split], shard, (len(edges), *digests)
 

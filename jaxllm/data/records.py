@@ -1,50 +1,32 @@
-"""Documents to fixed-length records on disk, with a manifest that says what they are.
+"""Records on disk: what they hold, and opening them.
 
-- `DataConfig` says what goes in; `prepare` does it once and returns the `Manifest`.
+- `DataConfig` says which texts become which records, a `Manifest` what became of them.
 - Records lie in a folder that is named by their fingerprint, what they are made of: ArrayRecord
   shards, the tokenizer, and `manifest.json`. Settings, sources or tokenizer files that change give
   other folders beside it; what lies in one is compared with the manifest when it is opened.
-- `_write` is one pass: read, clean, split, tokenize, pack, write.
 """
 
 import contextlib
-import functools
-import hashlib
-import itertools
-import json
 import os
 import pathlib
-import shutil
-import sys
-import time
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import pydantic
-from absl import logging
 
 from jaxllm import storage
 from jaxllm.config import Config
-from jaxllm.data import cleaning, documents, packing, parallel, readers, tokenizers
+from jaxllm.data import documents, parallel, shards, tokenizers
 from jaxllm.data.cleaning import CleaningConfig
 from jaxllm.data.documents import SourceConfig, SourceCounts, Sources
-from jaxllm.data.duplicates import digest as digest
-from jaxllm.data.files import COMPRESSIONS, ending
 from jaxllm.data.lineage import Lineage
-from jaxllm.data.packing import Text
 from jaxllm.data.tokenizers import Tokenizer, TokenizerConfig
 
 # Part of every fingerprint: to be raised when the same settings give other records.
 VERSION = 1
 
-# Names of before, which fingerprints keep.
-_OLD_PACKING = {'best_fit': 'whole', 'concat': 'stream'}
 
-_HASHES = '.source_hashes.json'
-_STATE = 'state.json'
-_CLEANED = 'cleaned.jsonl'
-_SAVE_SECONDS = 10.0
+# Names of before, which fingerprints keep.
+OLD_PACKING = {'best_fit': 'whole', 'concat': 'stream'}
 DAMAGED = 'the records are damaged; delete the directory and prepare them anew'
 
 
@@ -77,7 +59,7 @@ class DataConfig(Config):
   @pydantic.field_validator('packing', mode='before')
   @classmethod
   def _renamed(cls, value: Any) -> Any:
-    return next((new for new, old in _OLD_PACKING.items() if old == value), value)
+    return next((new for new, old in OLD_PACKING.items() if old == value), value)
 
   @property
   def splits(self) -> tuple[str, ...]:
@@ -189,70 +171,6 @@ class Manifest(Config):
     return self.fingerprint[:16]
 
 
-def prepare(
-  data: DataConfig,
-  tokenizer: TokenizerConfig | None,
-  directory: str | os.PathLike[str],
-  progress: bool = True,
-  workers: int | None = None,
-  write: Callable[..., Manifest] | None = None,
-) -> Manifest:
-  """Make or find the records that the settings describe in `directory`; return their manifest.
-
-  Args:
-    data: sources and settings.
-    tokenizer: which tokenizer; trained on the training documents where it has no files.
-    directory: where their folder is made. Folders of other records there stay as they are.
-    progress: show a bar on stderr.
-    workers: processes that clean, which decide nothing but the time; None: one a core, where it
-      takes long.
-    write: makes the records elsewhere: `beam.write` with its options.
-
-  Raises:
-    ValueError: a source is missing, damaged or empty, or the settings do not fit the data.
-    OSError: the directory cannot be written, the disk is full, or a process that cleans was killed;
-      nothing half-written is left.
-  """
-  if tokenizer is None or not data.sources:
-    raise ValueError(f'data.sources={data.sources} and tokenizer={tokenizer}: preparing documents '
-                     'needs both')
-  directory = storage.path(directory)
-  hashes = dict(known := storage.read_json(directory / _HASHES))
-  sources = documents.survey(data.sources, data.own_validation, hashes)
-  fingerprint = _fingerprint(data, tokenizer, sources)
-  if find(directory, fingerprint) is None:
-    folder = directory / fingerprint[:16]
-    with storage.locked(directory, folder.name):
-      if find(directory, fingerprint) is None:  # Another process may have been faster.
-        if folder.exists():
-          logging.warning('%s is not complete; its records are prepared anew', folder)
-        # In a bucket others write there, too, and nothing counts before the manifest.
-        shared = write and storage.is_remote(folder)
-        place = contextlib.nullcontext(folder) if shared else storage.replaced(folder, kept=True)
-        with place as staging, parallel.processes(
-            cleaning.chunk_passer, data.cleaning.to_json(),
-            workers if data.cleaning.steps and not write else 1) as run:
-          make = write or functools.partial(_write, progress=progress, run=run, workers=workers)
-          manifest = make(data, tokenizer, staging, sources, fingerprint)
-          storage.write_json(staging / 'manifest.json', manifest.model_dump(mode='json'))
-          if not shared:
-            storage.remove(folder)
-  if hashes != known:
-    with contextlib.suppress(OSError):  # They only save time.
-      storage.write_json(directory / _HASHES, hashes)
-  return load_manifest(directory / fingerprint[:16])
-
-
-def fingerprint(
-  data: DataConfig, tokenizer: TokenizerConfig | None, directory: str | os.PathLike[str]
-) -> str:
-  """Return the fingerprint that `prepare` would give now; arguments and errors as there."""
-  if tokenizer is None:
-    raise ValueError('tokenizer=None: preparing documents needs one')
-  hashes = storage.read_json(storage.path(directory) / _HASHES)
-  return _fingerprint(data, tokenizer, documents.survey(data.sources, data.own_validation, hashes))
-
-
 def find(directory: str | os.PathLike[str], fingerprint: str | None) -> pathlib.Path | None:
   """Return the folder of the records with this fingerprint; None: they are not all there."""
   directory = storage.path(directory)
@@ -309,7 +227,7 @@ def shard_paths(
 ) -> list[pathlib.Path]:
   """List the record files of a split."""
   folder = storage.local(folder_of(directory))
-  return [packing.paths_of_shard(folder, split, i)[0]
+  return [shards.paths_of_shard(folder, split, i)[0]
           for i, _ in enumerate(manifest.split(split).shards)]
 
 
@@ -348,294 +266,3 @@ def open_shards(
     if own != wanted:
       raise ValueError(f'{path}: {DAMAGED} (it is not as it was written)')
   return manifest, paths
-
-
-def _fingerprint(
-  data: DataConfig, tokenizer: TokenizerConfig, sources: Sequence[SourceCounts]
-) -> str:
-  """Hash what decides the records: settings and contents, not where files lie."""
-  def without_paths(source: SourceConfig) -> dict[str, Any]:
-    # Records from before a field existed stay valid while it has its default.
-    fields = source.model_dump(mode='json')
-    skipped = {'weight', 'epochs'} | {name for name in ('encoding', 'column_names')
-                                      if getattr(source, name)
-                                      == SourceConfig.model_fields[name].default}
-    if source.separator and source.slice != (0, 1):
-      fields['separator'] = [source.separator, 'whole texts']
-    skipped |= set() if source.location.partition(':')[0] in documents.SCHEMES else {'location'}
-    return {name: value for name, value in fields.items() if name not in skipped}
-
-  # A source that is trained on may be one of evaluation, too, so that each is surveyed by itself.
-  evaluation = {'evaluation': [
-    (without_paths(source), documents.survey([source], (), {})[0].sha256)
-    for source in data.cleaning.evaluation]} if data.cleaning.evaluation else {}
-  facts = {
-    'version': VERSION,
-    **({'mixed': True} if data.mixed else {}),
-    **({'held_out': 1} if from_same_files(data) else {}),
-    'data': {**data.model_dump(mode='json', exclude={'sources', 'shuffle', 'validation'}),
-             'cleaning': data.cleaning.facts() | evaluation,
-             'packing': _OLD_PACKING.get(data.packing, data.packing)},
-    'validation': len(data.sources) if isinstance(data.validation, tuple) else data.validation,
-    'sources': [without_paths(source) for source in (*data.sources, *data.own_validation)],
-    'contents': [source.sha256 for source in sources],
-    'tokenizer': tokenizer.model_dump(mode='json', exclude={'path'}),
-    'tokenizer_files': {name: hashlib.sha256(content).hexdigest()
-                        for name, content in tokenizers.read_files(tokenizer).items()},
-  }
-  return storage.digest(facts)
-
-
-Counters = Sequence[Counter[str]]
-
-
-Run = Callable[[Iterable[cleaning.Chunk]], Iterator[Any]]
-
-
-def _texts(
-  data: DataConfig, run: Run, ends: bool, counts: Counters | None = None
-) -> Iterator[Text]:
-  """Yield texts with their splits, holding out the `ends` of documents or whole ones.
-
-  Documents are counted per source. Texts that are held out from files that are trained on too are
-  nowhere trained on. `run` is `cleaning.chunk_passer` of many chunks.
-  """
-  def chunks(sources: Iterable[SourceConfig]) -> Iterator[cleaning.Chunk]:
-    for number, source in enumerate(sources):
-      first = 0
-      for texts in parallel.grouped(documents.documents(source), len, packing.GROUP_CHARACTERS):
-        yield number, first, texts
-        first += len(texts)
-
-  sources = (*data.sources, *data.own_validation)
-  held_out = {digest(passes[-1][0]) for _, _, found in run(chunks(data.own_validation))
-              for _, passes in found if passes[-1][0]} if from_same_files(data) else ()
-  compare = cleaning.comparer(cleaning.stages(data.cleaning))
-  counts = counts or [Counter() for _ in sources]
-  for number, first, found in run(chunks(sources)):
-    split = 'train' if number < len(data.sources) else 'validation'
-    for place, (size, passes) in enumerate(found, first):
-      found_out = split == 'train' and dropped_as_held_out(passes, held_out)
-      text, steps = (None, found_out) if found_out else compare(passes)
-      counts[number].update(steps, documents=1, dropped=not text, characters=size)
-      if text:
-        yield from parts(data, Text(split, text, number, place), ends)
-
-
-def dropped_as_held_out(
-  passes: Sequence[cleaning.Passed], held_out: Collection[bytes]
-) -> Counter[str] | None:
-  """Return what drops a text whose digest is held out, and the steps before; None: it is not."""
-  if not held_out or not (text := passes[-1][0]) or digest(text) not in held_out:
-    return None
-  steps = Counter({'held_out.dropped': 1, 'held_out.characters': len(text)})
-  for _, counts, _ in passes:
-    steps.update(counts)
-  return steps
-
-
-def parts(data: DataConfig, text: Text, ends: bool) -> Iterator[Text]:
-  """Yield what is trained on of a text and what is held out, one of them or the other's rest."""
-  fraction = data.validation if isinstance(data.validation, float) else 0.0
-  if text.split == 'validation' or not ends:
-    held_out = text.split == 'validation' or 0 < fraction and _sample(text.text) < fraction
-    yield text._replace(split='validation' if held_out else 'train')
-    return
-  place = len(text.text) - int(len(text.text) * fraction)
-  # Where the line before it ends, if that is nearer than the end of the text.
-  cut = text.text.rfind('\n', max(0, 2 * place - len(text.text)), place) + 1 or place
-  for split, piece in (('train', text.text[:cut]), ('validation', text.text[cut:])):
-    if piece:
-      yield text._replace(split=split, text=piece)
-
-
-def _too_few(data: DataConfig, run: Run) -> bool:
-  """Return whether the documents are too few to be divided: all fall into one split."""
-  if not isinstance(data.validation, float):
-    return False
-  sides: set[str] = set()
-  for text in _texts(data, run, ends=False):
-    sides.add(text.split)
-    if len(sides) > 1:
-      return False
-  return True
-
-
-def _sample(text: str) -> float:
-  """Return a number in [0, 1) that depends on the text alone: duplicates share their split."""
-  return int.from_bytes(digest(text, 8)) / 2**64
-
-
-def from_same_files(data: DataConfig) -> bool:
-  """Return whether files of several texts are trained on and held out, in different slices."""
-  trained, held_out = ({
-    file.path.resolve() for source in sources for file in documents.find(source).files
-    if source.separator or (
-      source.format or readers.ENDINGS.get(ending(file.path))) not in readers.TEXTS}
-    for sources in (data.sources if data.own_validation else (), data.own_validation))
-  return bool(trained & held_out)
-
-
-def _write(
-  data: DataConfig, config: TokenizerConfig, staging: pathlib.Path,
-  sources: Sequence[SourceCounts], fingerprint: str, progress: bool, run: Run,
-  workers: int | None,
-) -> Manifest:
-  sizes = [_size(data, sources)]
-  if state := _left(data, staging):
-    logging.info('%s: going on after %d documents of an interrupted call', staging, state['texts'])
-    tokenizer = tokenizers.from_files(tokenizers.read_directory(staging / 'tokenizer'))
-  else:
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
-    state = {'ends': _too_few(data, run), 'texts': 0, 'splits': {}}
-    counts: Counters = [Counter() for _ in sources]
-    texts = _texts(data, run, state['ends'], counts)
-    if config.trained and data.cleaning.steps:
-      texts = _kept(texts, counts, staging)
-    tokenizer = tokenizers.train_or_load(config, (
-      text.text for text in _shown('tokenizer', texts, sizes, progress and config.trained)
-      if text.split == 'train'))
-    tokenizers.save(tokenizer, staging / 'tokenizer')
-
-  counts = [Counter() for _ in sources]
-  writers = {name: packing.SplitWriter(staging, name, data, tokenizer.vocab_size,
-                                       state['splits'].get(name, {})) for name in data.splits}
-  texts = (_kept_before(staging, counts) if (staging / _CLEANED).is_file() else
-           _texts(data, run, state['ends'], counts))
-  texts = _shown('records', texts, sizes, progress)
-  _pack(texts, tokenizer, data, writers, staging, state, workers)
-  (staging / _CLEANED).unlink(missing_ok=True)
-  splits = {name: Split(**writer.finish()) for name, writer in writers.items()}
-  (staging / _STATE).unlink(missing_ok=True)
-  return finished(data, config, tokenizer, fingerprint, sources, counts, splits, state['ends'])
-
-
-def finished(
-  data: DataConfig, config: TokenizerConfig, tokenizer: Tokenizer, fingerprint: str,
-  sources: Sequence[SourceCounts], counts: Counters, splits: Mapping[str, Split], ends: bool,
-) -> Manifest:
-  """Return the manifest of records; a ValueError says that there is nothing to train on."""
-  sources = tuple(source.replace(
-    **{name: number for name, number in count.items() if '.' not in name},
-    cleaning={name: number for name, number in sorted(count.items()) if '.' in name})
-    for source, count in zip(sources, counts, strict=True))
-  _check_splits(data, splits, sources)
-  if ends:
-    number = sum(source.documents - source.dropped for source in sources)
-    logging.warning('config.data.validation=%s: the end of %s is held out, as no whole document '
-                    'can be', data.validation,
-                    'the document' if number == 1 else f'each of the {number} documents')
-  return Manifest(
-    version=VERSION, fingerprint=fingerprint, data=data, tokenizer=config,
-    tokenizer_fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size,
-    sources=sources, train=splits['train'], validation=splits.get('validation'), ends=ends,
-  )
-
-
-def _pack(
-  texts: Iterator[Text], tokenizer: Tokenizer, data: DataConfig,
-  writers: Mapping[str, packing.SplitWriter], staging: pathlib.Path, state: Mapping[str, Any],
-  workers: int | None,
-) -> None:
-  """Tokenize texts, pack and write them, and every few seconds what an interrupted call needs."""
-  # What an interrupted call has written is cleaned again, for the counts, and no more.
-  rest, saved = itertools.islice(texts, state['texts'], None), time.monotonic()
-  with parallel.processes(tokenizers.id_packer, str(staging / 'tokenizer'), workers,
-                          tokenizers.pack_ids(tokenizer)) as run:
-    for number, tokens in enumerate(
-        packing.tokenize(rest, tokenizer, data, run), state['texts'] + 1):
-      writers[tokens.split].add(tokens)
-      if time.monotonic() - saved >= _SAVE_SECONDS:
-        storage.write_json(staging / _STATE, {**state, 'texts': number, 'splits': {
-          name: writer.state() for name, writer in writers.items()}})
-        for writer in writers.values():
-          writer.saved()
-        saved = time.monotonic()
-
-
-def _kept(texts: Iterator[Text], counts: Counters, staging: pathlib.Path) -> Iterator[Text]:
-  """Yield texts and write them down, and their counts at the end, so that none is cleaned twice."""
-  with (storage.replaced(staging / _CLEANED) as partial, storage.explained(staging),
-        partial.open('w') as file):
-    for text in texts:
-      file.write(json.dumps(text) + '\n')
-      yield text
-    file.write(json.dumps(counts) + '\n')
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _kept_before(staging: pathlib.Path, counts: Counters) -> Iterator[Text]:
-  """Yield the texts that `_kept` has written, and count as they were counted."""
-  with (staging / _CLEANED).open() as file:
-    for fields in map(json.loads, file):
-      if isinstance(fields[0], str):
-        yield Text(*fields)
-        continue
-      for count, kept in zip(counts, fields, strict=True):
-        count.update(kept)
-
-
-def _left(data: DataConfig, staging: pathlib.Path) -> dict[str, Any]:
-  """Return the state that an interrupted call has left; {}: none, or not all that belongs to it."""
-  state = storage.read_json(staging / _STATE)
-  for name in data.splits if state else ():
-    of = state['splits'][name]
-    for kind, size in of['bytes'].items():
-      path = packing.open_path(staging, name, len(of['shards']) - 1, kind)
-      if not path.is_file() or path.stat().st_size < size:
-        return {}
-  return state
-
-
-def _size(data: DataConfig, sources: Sequence[SourceCounts]) -> float | None:
-  """Return about how many bytes the texts have; None: files are packed, so that none can say."""
-  total = 0.0
-  for source, counts in zip((*data.sources, *data.own_validation), sources, strict=True):
-    if any(file.path.suffix in {*COMPRESSIONS, '.parquet'}
-           for file in documents.find(source).files):
-      return None
-    total += counts.file_bytes * (source.slice[1] - source.slice[0])
-  return total or None
-
-
-def _shown(
-  name: str, texts: Iterable[Text], sizes: list[float | None], show: bool
-) -> Iterator[Text]:
-  """Yield texts, showing how much of them has gone by, how fast, and the time left.
-
-  The last of `sizes` is about that of all; in the end it is what has gone by.
-  """
-  from tqdm import tqdm
-  with tqdm(desc=f'prepare {name}', total=sizes[-1], unit='B', unit_scale=True, disable=not show,
-            mininterval=0.5 if sys.stderr.isatty() else 10) as bar:
-    for number, text in enumerate(texts, 1):
-      yield text
-      bar.update(len(text.text.encode()))
-      if number % 256 == 0 and show:
-        seconds = bar.format_dict['elapsed'] + 1e-9
-        bar.set_postfix_str(f'{number:,} documents, {number / seconds:,.0f}/s', refresh=False)
-    bar.total = bar.n
-    sizes.append(bar.n if show else None)
-
-
-def _check_splits(
-  data: DataConfig, splits: Mapping[str, Split], sources: Sequence[SourceCounts]
-) -> None:
-  read, dropped = sum(s.documents for s in sources), sum(s.dropped for s in sources)
-  train, validation = splits['train'], splits.get('validation')
-  if not train.target_tokens:
-    raise ValueError(f'nothing to train on: config.data.sources hold {read} documents, of which '
-                     f'{dropped} are empty or dropped by cleaning, and '
-                     f'{validation.documents if validation else 0} held out')
-  if train.tokens <= data.context_length:
-    raise ValueError(f'config.data.context_length={data.context_length} is longer than the data: '
-                     f'the training documents have {train.tokens} tokens together; shorten it, or '
-                     'train on more text')
-  if validation and not validation.target_tokens:
-    hint = ('these sources hold no text' if isinstance(data.validation, tuple) else
-            f'it is less than a character of each of {read - dropped} documents; raise the '
-            'fraction, train on more text, or set it to None')
-    raise ValueError(f'config.data.validation={data.validation!r} leaves nothing to validate on: '
-                     f'{hint}')

@@ -64,7 +64,7 @@ def record_texts(directory: str | os.PathLike[str], tokenizer: Tokenizer) -> Ite
   """Yield the training texts of prepared records, cut where the records cut them.
 
   Args:
-    directory: one that `records.prepare` wrote.
+    directory: one that `preparing.prepare` wrote.
     tokenizer: that of the records.
 
   Raises:

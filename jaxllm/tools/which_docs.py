@@ -156,19 +156,20 @@ def _read(
   run: Run, wanted: Sequence[tuple[int, int]]
 ) -> dict[tuple[int, int], tuple[str, Any, bytes]]:
   """Return place, tokens and text of documents, or the reason why they are not known."""
-  from jaxllm.data import documents, packing, records
+  from jaxllm.data import documents, shards
+  from jaxllm.data import texts as texts_lib
   from jaxllm.data.cleaning import clean
 
   data, tokenizer = run.manifest.data, run.tokenizer
-  prefix, suffix = packing.borders(tokenizer, data)
+  prefix, suffix = shards.borders(tokenizer, data)
   found: dict[tuple[int, int], tuple[str, Any, bytes]] = {}
   for number in {source for source, _ in wanted}:
     source, last = data.sources[number], max(one for of, one in wanted if of == number)
     try:
       for place, (document, row) in enumerate(documents.located(source)):
         if (number, place) in wanted and (text := clean(document, data.cleaning)):
-          part = next(part for part in records.parts(
-            data, packing.Text('train', text, number, place), run.manifest.ends))
+          part = next(part for part in texts_lib.parts(
+            data, shards.Text('train', text, number, place), run.manifest.ends))
           ids = [*prefix, *tokenizer.encode_batch([part.text])[0], *suffix]
           found[number, place] = row.where, ids, part.text.encode()
         if place == last:

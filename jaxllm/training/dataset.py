@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from jaxllm import distributed, loading
 from jaxllm.data import batches as batches_lib
-from jaxllm.data import records, tokenizers
+from jaxllm.data import preparing, records, tokenizers
 from jaxllm.data.batches import Batches, Mixture, Phase, Stored, place_of, records_before
 from jaxllm.data.documents import SourceConfig
 from jaxllm.data.records import Manifest, Split
@@ -164,14 +164,14 @@ def _prepare(experiment: Experiment, begun: str | None) -> pathlib.Path:
   folder = records.find(directory, begun)
   if folder is not None:
     try:
-      now = records.fingerprint(experiment.data, experiment.tokenizer, directory)
+      now = preparing.fingerprint(experiment.data, experiment.tokenizer, directory)
     except (OSError, ValueError, ImportError) as error:
       logging.warning('A source cannot be read any more (%s); the records in %s suffice.',
                       error, folder)
       return folder
     if now != begun:
       raise ValueError(f'config.data: {_CHANGED}; choose another --workdir')
-  return directory / records.prepare(experiment.data, experiment.tokenizer, directory).folder
+  return directory / preparing.prepare(experiment.data, experiment.tokenizer, directory).folder
 
 
 def prepared(experiment: Experiment, folder: str | os.PathLike[str]) -> Dataset:

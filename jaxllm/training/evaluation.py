@@ -13,7 +13,7 @@ import jax
 from absl import logging
 
 from jaxllm import loading, mistakes, sharding, storage
-from jaxllm.data import documents, records
+from jaxllm.data import documents, preparing, records
 from jaxllm.evaluation import contamination, tables
 from jaxllm.interop import sources
 from jaxllm.model import Model
@@ -194,7 +194,7 @@ def _held_out(model: Model, given: Any, split: str, batch_size: int) -> dict[str
   directory = experiment.records_path
   folder = records.find(directory, model.records)
   if folder is None:
-    manifest = records.prepare(experiment.data, experiment.tokenizer, directory)
+    manifest = preparing.prepare(experiment.data, experiment.tokenizer, directory)
     folder = directory / manifest.folder
     if model.records not in (None, manifest.fingerprint):
       raise ValueError(f'model={given} was trained on other records than its sources give now, and '

@@ -12,7 +12,7 @@ import grain
 import numpy as np
 import pytest
 
-from jaxllm.data import parallel, records
+from jaxllm.data import parallel, preparing, shards
 from jaxllm.data.batches import Phase, make_batches, open_records
 from jaxllm.data.documents import SourceConfig
 from jaxllm.data.parallel import map_ahead
@@ -34,8 +34,8 @@ def directory(tmp_path_factory):
     context_length=LENGTH, add_bos=False, add_eos=False)
   # Small shards, so that several are read.
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(records.packing, '_SHARD_TOKENS', 10 * LENGTH)
-    manifest = records.prepare(data, TokenizerConfig(kind='bytes'), root / 'out', progress=False)
+    patch.setattr(shards, '_SHARD_TOKENS', 10 * LENGTH)
+    manifest = preparing.prepare(data, TokenizerConfig(kind='bytes'), root / 'out', progress=False)
   assert manifest.train.shards == (10, 10, 10, 7)
   return root / 'out'
 

@@ -13,7 +13,7 @@ import logging
 import pytest
 
 from jaxllm import storage
-from jaxllm.data import packing, records
+from jaxllm.data import preparing, shards
 from jaxllm.data.cleaning import CleaningConfig
 from jaxllm.data.documents import SourceConfig
 from jaxllm.data.records import DataConfig
@@ -48,8 +48,8 @@ def sources(tmp_path, monkeypatch):
     file.write('\n\n'.join(texts[70:120]))
   (tmp_path / 'e.jsonl').write_text(''.join(
     json.dumps({'text': text}) + '\n' for text in texts[60:]))
-  monkeypatch.setattr(packing, 'GROUP_CHARACTERS', 700)
-  monkeypatch.setattr(packing, '_SHARD_TOKENS', 32 * 20)
+  monkeypatch.setattr(shards, 'GROUP_CHARACTERS', 700)
+  monkeypatch.setattr(shards, '_SHARD_TOKENS', 32 * 20)
   return (SourceConfig(location=str(folder), separator='\n\n'),
           SourceConfig(location=f'{tmp_path}/e.jsonl', slice=(0.1, 1.0)),
           SourceConfig(location='package:python-help', slice=(0.0, 0.02)))
@@ -64,7 +64,7 @@ def _both(data, tokenizer, tmp_path, *flags, runner='DirectRunner'):
   found = []
   for name, write in (('here', None), ('beam', functools.partial(
       beam.write, options=beam.options(runner, flags)))):
-    records.prepare(data, tokenizer, tmp_path / name, progress=False, write=write)
+    preparing.prepare(data, tokenizer, tmp_path / name, progress=False, write=write)
     found.append(_content(tmp_path / name))
   return found
 
@@ -122,7 +122,7 @@ def test_what_is_refused_is_one_sentence_and_nothing_is_left(tmp_path, lines, ch
                        'validation': None} | changes)
   for write in (None, functools.partial(beam.write, options=beam.options('DirectRunner', ()))):
     with pytest.raises(ValueError) as refused:
-      records.prepare(data, TokenizerConfig(model_type='char'), tmp_path / 'out', write=write)
+      preparing.prepare(data, TokenizerConfig(model_type='char'), tmp_path / 'out', write=write)
     assert message in str(refused.value) and 'while running' not in str(refused.value)
     assert type(refused.value) is ValueError
     assert {path.name for path in (tmp_path / 'out').iterdir()} <= {'.lock'}
@@ -192,9 +192,9 @@ def test_workers_write_into_a_bucket(sources, tmp_path, monkeypatch):
       monkeypatch.setenv(name, value)
     data = DataConfig(sources=sources, context_length=32, validation=0.2)
     tokenizer = TokenizerConfig(vocab_size=300)
-    records.prepare(data, tokenizer, tmp_path / 'here', progress=False)
+    preparing.prepare(data, tokenizer, tmp_path / 'here', progress=False)
     folder = 's3://bucket/some/records'
-    manifest = records.prepare(data, tokenizer, folder, progress=False, write=functools.partial(
+    manifest = preparing.prepare(data, tokenizer, folder, progress=False, write=functools.partial(
       beam.write, options=beam.options('DirectRunner', ())))
     there = _content(storage.local(f'{folder}/{manifest.folder}'))
   assert there == _content(tmp_path / 'here' / manifest.folder) and len(there) > 8

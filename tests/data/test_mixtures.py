@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxllm.config import ConfigError
-from jaxllm.data import records
+from jaxllm.data import preparing, records, shards
 from jaxllm.data.batches import Mixture, Phase, Stored, make_batches, open_records, place_of
 from jaxllm.data.records import DataConfig
 from jaxllm.data.tokenizers import TokenizerConfig
@@ -45,9 +45,9 @@ def test_records_of_a_mixture_are_those_that_each_source_gives_alone(paths, tmp_
   alone = []
   for number, path in enumerate(paths):
     one = data_of([path], packing=packing)
-    alone.append(records.prepare(one, BYTES, tmp_path / str(number), progress=False).train)
+    alone.append(preparing.prepare(one, BYTES, tmp_path / str(number), progress=False).train)
   data = data_of(paths, epochs=(1, 1, 1, 1), packing=packing)
-  manifest = records.prepare(data, BYTES, tmp_path / 'out', progress=False)
+  manifest = preparing.prepare(data, BYTES, tmp_path / 'out', progress=False)
   assert rows_of(tmp_path / 'out') == [
     row for number in range(4) for row in rows_of(tmp_path / str(number))]
   train = manifest.train
@@ -62,15 +62,15 @@ def test_of_both_splits_each_record_is_of_one_source_and_a_killed_call_goes_on(
   paths, tmp_path, monkeypatch
 ):
   data = data_of(paths, (1, 2, 3, 4), validation=0.3)
-  whole = records.prepare(data, BYTES, tmp_path / 'whole', progress=False)
+  whole = preparing.prepare(data, BYTES, tmp_path / 'whole', progress=False)
   for name in ('train', 'validation'):
     lineage, split = records.open_lineage(tmp_path / 'whole', name), whole.split(name)
     sources = [{int(piece['source']) for piece in lineage.pieces(i)} for i in range(split.records)]
     assert all(len(some) == 1 for some in sources)
     found = np.bincount([source for some in sources for source in some], minlength=4)
     assert tuple(found) == split.source_records and sum(split.source_tokens) == split.tokens
-  monkeypatch.setattr(records, '_SAVE_SECONDS', 0)
-  add, added = records.packing.SplitWriter.add, []
+  monkeypatch.setattr(preparing, '_SAVE_SECONDS', 0)
+  add, added = shards.SplitWriter.add, []
 
   def limited(self, *args):
     if len(added) == 50:
@@ -79,10 +79,10 @@ def test_of_both_splits_each_record_is_of_one_source_and_a_killed_call_goes_on(
     add(self, *args)
 
   with monkeypatch.context() as patch:
-    patch.setattr(records.packing.SplitWriter, 'add', limited)
+    patch.setattr(shards.SplitWriter, 'add', limited)
     with pytest.raises(KeyboardInterrupt):
-      records.prepare(data, BYTES, tmp_path / 'killed', progress=False)
-  assert records.prepare(data, BYTES, tmp_path / 'killed', progress=False) == whole
+      preparing.prepare(data, BYTES, tmp_path / 'killed', progress=False)
+  assert preparing.prepare(data, BYTES, tmp_path / 'killed', progress=False) == whole
   for name in ('train', 'validation'):
     assert rows_of(tmp_path / 'killed', name) == rows_of(tmp_path / 'whole', name)
 
@@ -91,11 +91,11 @@ def test_weights_and_epochs_do_not_decide_the_records_but_whether_sources_are_mi
   paths, tmp_path
 ):
   plain, *mixed = (
-    records.fingerprint(data_of(paths, **fields), BYTES, tmp_path)
+    preparing.fingerprint(data_of(paths, **fields), BYTES, tmp_path)
     for fields in ({}, {'weights': (1, 2, 3, 4)}, {'weights': (1, 1, 1, 1), 'epochs': (5,)},
                    {'epochs': (1, 2, 1, 0.5)}))
   assert len({*mixed}) == 1 and plain not in mixed
-  manifest = records.prepare(data_of(paths), BYTES, tmp_path / 'out', progress=False)
+  manifest = preparing.prepare(data_of(paths), BYTES, tmp_path / 'out', progress=False)
   assert not manifest.train.source_records
   assert sum(manifest.train.source_tokens) == manifest.train.tokens
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxllm.data import packing
+from jaxllm.data import packing, shards
 from jaxllm.data.records import DataConfig
 
 
@@ -108,12 +108,12 @@ def test_lengths_alone_decide_where_each_token_goes_and_none_is_lost(
     {'location': name, 'weight': 1.0 if mixed else None} for name in 'abc'])
   sequences = {(number // 20, number): ids for number, ids in enumerate(
     _random_sequences(context_length, longest))}
-  real, planned = (packing.SplitPacker(data, 1000) for _ in range(2))
+  real, planned = (shards.SplitPacker(data, 1000) for _ in range(2))
   records, plans = [], []
   for (source, document), ids in sequences.items():
     nothing = np.broadcast_to(np.int64(0), len(ids))
-    records += real.add(packing.Tokens('train', ids, source, document, 2 * len(ids), 2))
-    plans += planned.add(packing.Tokens('train', nothing, source, document, 2 * len(ids), 2))
+    records += real.add(shards.Tokens('train', ids, source, document, 2 * len(ids), 2))
+    plans += planned.add(shards.Tokens('train', nothing, source, document, 2 * len(ids), 2))
   records += real.finish()
   plans += planned.finish()
   assert real.counts() == planned.counts() and len(records) == len(plans)

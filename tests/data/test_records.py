@@ -14,7 +14,8 @@ import pytest
 
 from jaxllm import storage
 from jaxllm.config import ConfigError, override
-from jaxllm.data import cleaning, documents, records
+from jaxllm.data import cleaning, documents, packing, preparing, records, shards
+from jaxllm.data import texts as texts_lib
 from jaxllm.data.batches import make_batches, open_records
 from jaxllm.data.cleaning import CleaningConfig
 from jaxllm.data.documents import SourceConfig
@@ -26,7 +27,7 @@ TEXTS = [f'Document number {i} says {"é你" * (i % 5)} {i * i}.\n' * (1 + i % 3
 
 
 def prepare(data, tokenizer, directory):
-  return records.prepare(data, tokenizer, directory, progress=False)
+  return preparing.prepare(data, tokenizer, directory, progress=False)
 
 
 def _jsonl(path, texts):
@@ -149,7 +150,7 @@ def test_documents_in_are_documents_out_and_those_that_each_step_dropped(corpus,
   assert _documents(out, 'train') == list(dict.fromkeys(TEXTS))
   assert _documents(out, 'validation') == ['of its own', '[EMAIL]']
   (tmp_path / 'questions.txt').write_text(question.upper())
-  assert records.fingerprint(data, BYTES, out) != manifest.fingerprint
+  assert preparing.fingerprint(data, BYTES, out) != manifest.fingerprint
 
 
 def _never(*args, **kwargs):
@@ -160,7 +161,7 @@ def test_unchanged_is_reused_and_changed_is_prepared_anew(corpus, out, tmp_path,
   tokenizer = TokenizerConfig(vocab_size=320)
   first = prepare(_data(corpus), tokenizer, out)
   with monkeypatch.context() as patch:
-    patch.setattr(records, '_write', _never)
+    patch.setattr(preparing, '_write', _never)
     assert prepare(_data(corpus), tokenizer, out) == first
     assert prepare(_data(corpus, shuffle=False), tokenizer, out) == first
     os.utime(corpus, (1, 1))
@@ -247,7 +248,7 @@ def test_records_of_before_are_found_beside_new_ones(corpus, out, monkeypatch):
                             for name in ('train', 'validation')})
   (out / 'manifest.json').write_text(old.to_json())
   other = prepare(_data(corpus, context_length=9), BYTES, out)
-  monkeypatch.setattr(records, '_write', _never)
+  monkeypatch.setattr(preparing, '_write', _never)
   assert records.find(out, manifest.fingerprint) == folder
   assert prepare(_data(corpus), BYTES, out) == old
   assert records.find(out, other.fingerprint) == out / other.folder
@@ -275,10 +276,10 @@ def test_a_killed_call_goes_on_and_gives_the_same_bytes(
   corpus, tmp_path, monkeypatch, packing, kills
 ):
   data, tokenizer = _data(corpus, packing=packing), TokenizerConfig(vocab_size=320)
-  monkeypatch.setattr(records.packing, '_SHARD_TOKENS', 16 * 20)
+  monkeypatch.setattr(shards, '_SHARD_TOKENS', 16 * 20)
   prepare(data, tokenizer, tmp_path / 'whole')
-  monkeypatch.setattr(records, '_SAVE_SECONDS', 0)
-  add, added, limit = records.packing.SplitWriter.add, [], []
+  monkeypatch.setattr(preparing, '_SAVE_SECONDS', 0)
+  add, added, limit = shards.SplitWriter.add, [], []
 
   def limited(self, *args):
     if [len(added)] == limit:
@@ -286,7 +287,7 @@ def test_a_killed_call_goes_on_and_gives_the_same_bytes(
     added.append(0)
     add(self, *args)
 
-  monkeypatch.setattr(records.packing.SplitWriter, 'add', limited)
+  monkeypatch.setattr(shards.SplitWriter, 'add', limited)
   for kill in kills:
     added, limit = [], [kill]
     with pytest.raises(_Killed):
@@ -295,7 +296,7 @@ def test_a_killed_call_goes_on_and_gives_the_same_bytes(
     # What was written since the last state does not count.
     for path in tmp_path.glob('killed/.partial-*/*.rows'):
       path.write_bytes(path.read_bytes() + b'torn')
-    monkeypatch.setattr(records.tokenizers, 'train_or_load', _never)  # It is there.
+    monkeypatch.setattr(preparing.tokenizers, 'train_or_load', _never)  # It is there.
   added, limit = [], []
   prepare(data, tokenizer, tmp_path / 'killed')
   assert len(added) == 60 - sum(kills)
@@ -305,10 +306,10 @@ def test_a_killed_call_goes_on_and_gives_the_same_bytes(
 def test_no_text_is_cleaned_twice_for_a_tokenizer_that_is_trained(corpus, tmp_path, monkeypatch):
   data = _data(corpus, validation=None, cleaning=CleaningConfig(steps=('nfc', 'exact_duplicates')))
   _jsonl(corpus, [*TEXTS, TEXTS[5], ''])
-  tokenizer, cleaned, add = TokenizerConfig(vocab_size=320), [], records.packing.SplitWriter.add
+  tokenizer, cleaned, add = TokenizerConfig(vocab_size=320), [], shards.SplitWriter.add
   monkeypatch.setitem(cleaning.STEPS, 'nfc', lambda _: lambda text: (
     cleaned.append(text) or text, {}))
-  monkeypatch.setattr(records, '_SAVE_SECONDS', 0)
+  monkeypatch.setattr(preparing, '_SAVE_SECONDS', 0)
   manifest = prepare(data, tokenizer, tmp_path / 'whole')
   assert len(cleaned) == 62 == manifest.sources[0].documents
   assert manifest.sources[0].cleaning['exact_duplicates.dropped'] == 1
@@ -318,10 +319,10 @@ def test_no_text_is_cleaned_twice_for_a_tokenizer_that_is_trained(corpus, tmp_pa
       raise _Killed
     add(self, tokens)
 
-  monkeypatch.setattr(records.packing.SplitWriter, 'add', limited)
+  monkeypatch.setattr(shards.SplitWriter, 'add', limited)
   with pytest.raises(_Killed):
     prepare(data, tokenizer, tmp_path / 'killed')
-  monkeypatch.setattr(records.packing.SplitWriter, 'add', add)
+  monkeypatch.setattr(shards.SplitWriter, 'add', add)
   prepare(data, tokenizer, tmp_path / 'killed')
   assert len(cleaned) == 2 * 62
   assert _content(tmp_path / 'whole') == _content(tmp_path / 'killed')
@@ -329,23 +330,23 @@ def test_no_text_is_cleaned_twice_for_a_tokenizer_that_is_trained(corpus, tmp_pa
 
 def test_what_is_left_incomplete_is_prepared_anew(corpus, tmp_path, monkeypatch):
   prepare(_data(corpus), BYTES, tmp_path / 'whole')
-  monkeypatch.setattr(records, '_SAVE_SECONDS', 0)
-  finish = records.packing.SplitWriter.finish
+  monkeypatch.setattr(preparing, '_SAVE_SECONDS', 0)
+  finish = shards.SplitWriter.finish
 
   def killed(self):
     raise _Killed
 
-  monkeypatch.setattr(records.packing.SplitWriter, 'finish', killed)
+  monkeypatch.setattr(shards.SplitWriter, 'finish', killed)
   with pytest.raises(_Killed):
     prepare(_data(corpus), BYTES, tmp_path / 'killed')
   rows = next(tmp_path.glob('killed/.partial-*/train-*.rows'))
   rows.write_bytes(rows.read_bytes()[:-1])
-  monkeypatch.setattr(records.packing.SplitWriter, 'finish', finish)
+  monkeypatch.setattr(shards.SplitWriter, 'finish', finish)
   prepare(_data(corpus), BYTES, tmp_path / 'killed')
   assert _content(tmp_path / 'whole') == _content(tmp_path / 'killed')
 
 
-@pytest.mark.parametrize('packing', records.packing.PACKERS)
+@pytest.mark.parametrize('packing', packing.PACKERS)
 @pytest.mark.parametrize('texts, validation', [
   (TEXTS, 0.2), (['0123456789' * 40, 'x', 'ab\n' * 67], 0.1)])
 @pytest.mark.parametrize('borders', [True, False])
@@ -357,14 +358,14 @@ def test_the_lineage_of_every_record_leads_to_its_text_and_tokens_add_up(
                cleaning=CleaningConfig(steps=('whitespace',)))
   manifest, kinds = prepare(data, TokenizerConfig(vocab_size=325), out), collections.Counter()
   tokenizer = load_tokenizer(out)
-  prefix, suffix = records.packing.borders(tokenizer, data)
+  prefix, suffix = shards.borders(tokenizer, data)
   for name in ('train', 'validation'):
     stored, lineage = open_records(out, name), records.open_lineage(out, name)
     found, ids = collections.Counter(), {}
     for source, document, text in ((0, number, text) for number, text in enumerate(
         documents.documents(data.sources[0]))):
-      cleaned = records.Text('train', cleaning.clean(text, data.cleaning) or '', source, document)
-      for part in records.parts(data, cleaned, manifest.ends) if cleaned.text else ():
+      cleaned = shards.Text('train', cleaning.clean(text, data.cleaning) or '', source, document)
+      for part in texts_lib.parts(data, cleaned, manifest.ends) if cleaned.text else ():
         if part.split == name:
           ids[document] = [*prefix, *tokenizer.encode_batch([part.text])[0], *suffix]
     for number, row in enumerate(stored.rows):
@@ -419,7 +420,7 @@ def test_the_number_of_workers_changes_no_byte(corpus, tmp_path, kind, monkeypat
   for cores, group in ((1, 2**20), (2, 100), (5, 1000)):
     monkeypatch.setattr(os, 'cpu_count', lambda cores=cores: cores)
     monkeypatch.setenv('RAYON_NUM_THREADS', str(cores))
-    monkeypatch.setattr(records.packing, 'GROUP_CHARACTERS', group)
+    monkeypatch.setattr(shards, 'GROUP_CHARACTERS', group)
     prepare(_data(corpus), tokenizer, tmp_path / str(cores))
   assert _content(tmp_path / '1') == _content(tmp_path / '2') == _content(tmp_path / '5')
 
@@ -432,23 +433,23 @@ def test_processes_that_clean_change_no_byte_even_where_others_go_on(
     'whitespace', 'exact_duplicates', 'nfc', 'near_duplicates'), min_characters=3))
   data = data.replace(sources=(*data.sources, SourceConfig(location=str(more))))
   tokenizer = TokenizerConfig(vocab_size=320)
-  monkeypatch.setattr(records.packing, 'GROUP_CHARACTERS', 500)
+  monkeypatch.setattr(shards, 'GROUP_CHARACTERS', 500)
   manifest = prepare(data, tokenizer, tmp_path / 'one')
   assert {'exact_duplicates.dropped', 'near_duplicates.dropped', 'whitespace.changed'} <= {
     name for source in manifest.sources for name in source.cleaning}
-  monkeypatch.setattr(records, '_SAVE_SECONDS', 0)
-  add = records.packing.SplitWriter.add
+  monkeypatch.setattr(preparing, '_SAVE_SECONDS', 0)
+  add = shards.SplitWriter.add
 
   def killed(self, tokens):
     if tokens.document == 25:
       raise _Killed
     add(self, tokens)
 
-  monkeypatch.setattr(records.packing.SplitWriter, 'add', killed)
+  monkeypatch.setattr(shards.SplitWriter, 'add', killed)
   with pytest.raises(_Killed):
-    records.prepare(data, tokenizer, tmp_path / 'many', progress=False, workers=2)
-  monkeypatch.setattr(records.packing.SplitWriter, 'add', add)
-  records.prepare(data, tokenizer, tmp_path / 'many', progress=False, workers=3)
+    preparing.prepare(data, tokenizer, tmp_path / 'many', progress=False, workers=2)
+  monkeypatch.setattr(shards.SplitWriter, 'add', add)
+  preparing.prepare(data, tokenizer, tmp_path / 'many', progress=False, workers=3)
   assert _content(tmp_path / 'one') == _content(tmp_path / 'many')
 
 
@@ -463,12 +464,12 @@ def test_a_killed_process_or_a_bad_row_ends_the_call_and_leaves_nothing_half_mad
   with monkeypatch.context() as patched:
     patched.setattr(records.cleaning, 'chunk_passer', dying_passer)
     with pytest.raises(ChildProcessError, match='was ended by SIGKILL'):
-      records.prepare(data, BYTES, out, progress=False, workers=2)
+      preparing.prepare(data, BYTES, out, progress=False, workers=2)
   content = corpus.read_text(encoding='utf-8')
   corpus.write_text(content + '{"text": ', encoding='utf-8')
-  monkeypatch.setattr(records.packing, 'GROUP_CHARACTERS', 500)
+  monkeypatch.setattr(shards, 'GROUP_CHARACTERS', 500)
   with pytest.raises(ValueError, match=r'corpus\.jsonl, line 61: not JSON'):
-    records.prepare(data, BYTES, out, progress=False, workers=2)
+    preparing.prepare(data, BYTES, out, progress=False, workers=2)
   assert not [*out.glob('*/manifest.json')]
   corpus.write_text(content, encoding='utf-8')
   manifest = prepare(data, BYTES, out)
@@ -702,14 +703,14 @@ def test_a_full_disk(corpus, out, monkeypatch, broken):
 
 _LIMITED = '''
 import resource, sys
-from jaxllm.data import records
+from jaxllm.data import preparing, records
 from jaxllm.data.documents import SourceConfig
 from jaxllm.data.tokenizers import TokenizerConfig
 data = records.DataConfig(sources=(SourceConfig(location=sys.argv[1]),), validation=None,
                           context_length=1000)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
-  records.prepare(data, TokenizerConfig(kind='bytes'), sys.argv[2], progress=False)
+  preparing.prepare(data, TokenizerConfig(kind='bytes'), sys.argv[2], progress=False)
 except OSError as error:
   print(error)
 '''
@@ -733,18 +734,18 @@ def test_an_unwritable_directory(corpus, tmp_path):
 
 _SLOW = '''
 import sys, time
-from jaxllm.data import packing, records
+from jaxllm.data import preparing, records, shards
 from jaxllm.data.documents import SourceConfig
 from jaxllm.data.tokenizers import TokenizerConfig
-add = packing.SplitWriter.add
+add = shards.SplitWriter.add
 def slow(self, tokens):
   print('adding', flush=True)
   time.sleep(float(sys.argv[3]))
   return add(self, tokens)
-packing.SplitWriter.add = slow
+shards.SplitWriter.add = slow
 data = records.DataConfig(sources=(SourceConfig(location=sys.argv[1]),), validation=0.2,
                           context_length=16)
-print(records.prepare(data, TokenizerConfig(vocab_size=320), sys.argv[2], progress=False).folder)
+print(preparing.prepare(data, TokenizerConfig(vocab_size=320), sys.argv[2], progress=False).folder)
 '''
 
 
@@ -773,7 +774,7 @@ def test_processes_at_once_do_the_work_once(corpus, out):
 
 
 def test_open_batches_outlive_their_files(corpus, out, tmp_path, monkeypatch):
-  monkeypatch.setattr(records.packing, '_SHARD_TOKENS', 16 * 20)
+  monkeypatch.setattr(shards, '_SHARD_TOKENS', 16 * 20)
   assert len(prepare(_data(corpus), BYTES, out).train.shards) > 4
   shutil.copytree(out, tmp_path / 'copy')
   batches = make_batches(open_records(out, 'train'), 4, 0)
@@ -791,19 +792,19 @@ def test_files_are_hashed_once(corpus, out, monkeypatch):
 
 
 def test_progress_goes_to_stderr_or_nowhere(corpus, out, capfd):
-  records.prepare(_data(corpus), TokenizerConfig(vocab_size=320), out)
+  preparing.prepare(_data(corpus), TokenizerConfig(vocab_size=320), out)
   shown = capfd.readouterr()
   assert 'prepare tokenizer' in shown.err and 'B/s]' in shown.err and not shown.out
   # Two passes: the second knows from the first how much there is.
   size = len(''.join(TEXTS).encode()) / 1000
   assert f'| 0.00/{size:.2f}k [' in shown.err.partition('prepare records:   0%')[2]
   assert 'prepare tokenizer: 100%' in shown.err and 'prepare records: 100%' in shown.err
-  records.prepare(_data(corpus, context_length=9), BYTES, out, progress=False)
+  preparing.prepare(_data(corpus, context_length=9), BYTES, out, progress=False)
   assert capfd.readouterr() == ('', '')
 
 
 def test_importing_is_cheap():
-  code = ('import sys, jaxllm.data.records, jaxllm.data.batches\n'
+  code = ('import sys, jaxllm.data.preparing, jaxllm.data.batches\n'
           'heavy = {"jax", "grain", "pyarrow", "sentencepiece", "tokenizers", "ftfy", "tqdm",\n'
           '         "tensorflow_datasets", "array_record", "tensorflow", "torch"}\n'
           'assert not heavy & set(sys.modules), heavy & set(sys.modules)\n')
@@ -846,7 +847,7 @@ def test_records_of_earlier_versions_stay_valid(tmp_path, old, new, fingerprint)
   (tmp_path / 'a.txt').write_text('words\n' * 20)
   data = _data(tmp_path / 'a.txt', packing=old)
   assert data.packing == new
-  assert records.fingerprint(data, BYTES, tmp_path)[:16] == fingerprint
+  assert preparing.fingerprint(data, BYTES, tmp_path)[:16] == fingerprint
   cleaning = CleaningConfig(steps=('nfc', 'control'), min_characters=5)
-  cleaned = records.fingerprint(data.replace(cleaning=cleaning, packing='packed'), BYTES, tmp_path)
-  assert cleaned[:16] == 'a7eb3f3eaa83608c'
+  cleaned = data.replace(cleaning=cleaning, packing='packed')
+  assert preparing.fingerprint(cleaned, BYTES, tmp_path)[:16] == 'a7eb3f3eaa83608c'

@@ -2,7 +2,7 @@
 
 import json
 
-from jaxllm.data import records
+from jaxllm.data import preparing, records
 from jaxllm.data.documents import SourceConfig
 from jaxllm.data.records import DataConfig
 from jaxllm.data.tokenizers import TokenizerConfig
@@ -62,7 +62,7 @@ def test_training_texts_come_back_from_records(tmp_path):
     sources=(SourceConfig(location=str(tmp_path / 'a.jsonl')),), validation=None,
     context_length=90, packing='best_fit',
   )
-  manifest = records.prepare(data, TokenizerConfig(kind='bytes'), tmp_path / 'records', False)
+  manifest = preparing.prepare(data, TokenizerConfig(kind='bytes'), tmp_path / 'records', False)
   assert manifest.train.records < 9
   found = record_texts(tmp_path / 'records', records.load_tokenizer(tmp_path / 'records'))
   assert sorted(found) == lines

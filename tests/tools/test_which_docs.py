@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxllm import storage
-from jaxllm.data import records
+from jaxllm.data import preparing, records
 from jaxllm.evaluation.perplexity import EvaluationConfig
 from jaxllm.objectives.classification import ClassifierConfig
 from jaxllm.objectives.preference import Orpo
@@ -21,7 +21,7 @@ STEPS = 6
 def begin(base, **changes):
   """A run as its directory describes it, before its first checkpoint."""
   experiment = tiny_run.experiment(base, **changes)
-  manifest = records.prepare(
+  manifest = preparing.prepare(
     experiment.data, experiment.tokenizer, experiment.records_path, progress=False)
   run = base / 'run'
   storage.write_file(run / 'config.json', experiment.to_json())
