@@ -462,7 +462,7 @@ def test_a_killed_process_or_a_bad_row_ends_the_call_and_leaves_nothing_half_mad
 ):
   data = _data(corpus, cleaning=CleaningConfig(steps=('whitespace',)))
   with monkeypatch.context() as patched:
-    patched.setattr(records.cleaning, 'chunk_passer', dying_passer)
+    patched.setattr(preparing.cleaning, 'chunk_passer', dying_passer)
     with pytest.raises(ChildProcessError, match='was ended by SIGKILL'):
       preparing.prepare(data, BYTES, out, progress=False, workers=2)
   content = corpus.read_text(encoding='utf-8')
