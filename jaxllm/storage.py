@@ -240,7 +240,7 @@ def replaced(target: str | os.PathLike[str], kept: bool = False) -> Iterator[pat
     with explained(target.parent):
       os.replace(partial, target)
   finally:
-    if kept and isinstance(sys.exception(), KeyboardInterrupt | SystemExit):
+    if kept and isinstance(sys.exception(), KeyboardInterrupt | SystemExit | ChildProcessError):
       pass
     elif partial.is_dir():
       shutil.rmtree(partial, ignore_errors=True)

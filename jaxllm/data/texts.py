@@ -110,14 +110,16 @@ def from_same_files(data: DataConfig) -> bool:
 
 def kept(texts: Iterator[Text], counts: Counters, staging: pathlib.Path) -> Iterator[Text]:
   """Yield texts and write them down, and their counts at the end, so that none is cleaned twice."""
-  with (storage.replaced(staging / CLEANED) as partial, storage.explained(staging),
-        partial.open('w') as file):
+  with storage.replaced(staging / CLEANED) as partial:
+    file = partial.open('w')
     for text in texts:
-      file.write(json.dumps(text) + '\n')
+      with storage.explained(staging):  # What fails in reading is no fault of this place.
+        file.write(json.dumps(text) + '\n')
       yield text
-    file.write(json.dumps(counts) + '\n')
-    file.flush()
-    os.fsync(file.fileno())
+    with storage.explained(staging), file:
+      file.write(json.dumps(counts) + '\n')
+      file.flush()
+      os.fsync(file.fileno())
 
 
 def kept_before(staging: pathlib.Path, counts: Counters) -> Iterator[Text]:

@@ -442,12 +442,13 @@ def test_processes_that_clean_change_no_byte_even_where_others_go_on(
 
   def killed(self, tokens):
     if tokens.document == 25:
-      raise _Killed
+      raise ChildProcessError
     add(self, tokens)
 
   monkeypatch.setattr(shards.SplitWriter, 'add', killed)
-  with pytest.raises(_Killed):
+  with pytest.raises(ChildProcessError):
     preparing.prepare(data, tokenizer, tmp_path / 'many', progress=False, workers=2)
+  assert [*tmp_path.glob('many/.*/state.json')]
   monkeypatch.setattr(shards.SplitWriter, 'add', add)
   preparing.prepare(data, tokenizer, tmp_path / 'many', progress=False, workers=3)
   assert _content(tmp_path / 'one') == _content(tmp_path / 'many')
@@ -463,8 +464,9 @@ def test_a_killed_process_or_a_bad_row_ends_the_call_and_leaves_nothing_half_mad
   data = _data(corpus, cleaning=CleaningConfig(steps=('whitespace',)))
   with monkeypatch.context() as patched:
     patched.setattr(preparing.cleaning, 'chunk_passer', dying_passer)
-    with pytest.raises(ChildProcessError, match='was ended by SIGKILL'):
-      preparing.prepare(data, BYTES, out, progress=False, workers=2)
+    for tokenizer in (BYTES, TokenizerConfig(vocab_size=300)):
+      with pytest.raises(ChildProcessError, match='was ended by SIGKILL'):
+        preparing.prepare(data, tokenizer, out, progress=False, workers=2)
   content = corpus.read_text(encoding='utf-8')
   corpus.write_text(content + '{"text": ', encoding='utf-8')
   monkeypatch.setattr(shards, 'GROUP_CHARACTERS', 500)
