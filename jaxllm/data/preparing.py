@@ -245,12 +245,18 @@ def _shown(
   from tqdm import tqdm
   with tqdm(desc=f'prepare {name}', total=sizes[-1], unit='B', unit_scale=True, disable=not show,
             mininterval=0.5 if sys.stderr.isatty() else 10) as bar:
+    def say(number: int) -> None:
+      if show:
+        rate = number / (bar.format_dict['elapsed'] + 1e-9)
+        bar.set_postfix_str(f'{number:,} documents, {rate:,.0f}/s', refresh=False)
+
+    number = 0
     for number, text in enumerate(texts, 1):
       yield text
       bar.update(len(text.text.encode()))
-      if number % 256 == 0 and show:
-        seconds = bar.format_dict['elapsed'] + 1e-9
-        bar.set_postfix_str(f'{number:,} documents, {number / seconds:,.0f}/s', refresh=False)
+      if number % 256 == 0:
+        say(number)
+    say(number)
     bar.total = bar.n
     sizes.append(bar.n if show else None)
 
