@@ -110,13 +110,12 @@ def from_same_files(data: DataConfig) -> bool:
 
 def kept(texts: Iterator[Text], counts: Counters, staging: pathlib.Path) -> Iterator[Text]:
   """Yield texts and write them down, and their counts at the end, so that none is cleaned twice."""
-  with storage.replaced(staging / CLEANED) as partial:
-    file = partial.open('w')
+  with storage.replaced(staging / CLEANED) as partial, partial.open('w') as file:
     for text in texts:
       with storage.explained(staging):  # What fails in reading is no fault of this place.
         file.write(json.dumps(text) + '\n')
       yield text
-    with storage.explained(staging), file:
+    with storage.explained(staging):
       file.write(json.dumps(counts) + '\n')
       file.flush()
       os.fsync(file.fileno())
