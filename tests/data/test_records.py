@@ -454,6 +454,16 @@ def test_processes_that_clean_change_no_byte_even_where_others_go_on(
   assert _content(tmp_path / 'one') == _content(tmp_path / 'many')
 
 
+def test_what_fails_in_reading_is_told_as_it_is(tmp_path):
+  def failing():
+    yield 'a text'
+    raise OSError(errno.EIO, 'no answer', 'a.txt')
+
+  with pytest.raises(OSError, match='no answer: '):
+    [*texts_lib.kept(failing(), [], tmp_path)]
+  assert not [*tmp_path.iterdir()]
+
+
 def dying_passer(setting):
   return lambda chunk: os.kill(os.getpid(), signal.SIGKILL)
 
@@ -464,9 +474,8 @@ def test_a_killed_process_or_a_bad_row_ends_the_call_and_leaves_nothing_half_mad
   data = _data(corpus, cleaning=CleaningConfig(steps=('whitespace',)))
   with monkeypatch.context() as patched:
     patched.setattr(preparing.cleaning, 'chunk_passer', dying_passer)
-    for tokenizer in (BYTES, TokenizerConfig(vocab_size=300)):
-      with pytest.raises(ChildProcessError, match='was ended by SIGKILL'):
-        preparing.prepare(data, tokenizer, out, progress=False, workers=2)
+    with pytest.raises(ChildProcessError, match='was ended by SIGKILL'):
+      preparing.prepare(data, BYTES, out, progress=False, workers=2)
   content = corpus.read_text(encoding='utf-8')
   corpus.write_text(content + '{"text": ', encoding='utf-8')
   monkeypatch.setattr(shards, 'GROUP_CHARACTERS', 500)
