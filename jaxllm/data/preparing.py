@@ -55,8 +55,7 @@ def prepare(
 
   Raises:
     ValueError: a source is missing, damaged or empty, or the settings do not fit the data.
-    OSError: the directory cannot be written, or the disk is full: nothing half-written is left.
-    ChildProcessError: a process that works for this one was killed; the next call goes on.
+    OSError: the directory cannot be written, the disk is full, or a process of it was killed.
   """
   if tokenizer is None or not data.sources:
     raise ValueError(f'data.sources={data.sources} and tokenizer={tokenizer}: preparing documents '

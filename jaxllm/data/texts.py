@@ -4,6 +4,7 @@
 - `kept` and `kept_before` write a pass down, so that the next one cleans nothing.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -110,7 +111,9 @@ def from_same_files(data: DataConfig) -> bool:
 
 def kept(texts: Iterator[Text], counts: Counters, staging: pathlib.Path) -> Iterator[Text]:
   """Yield texts and write them down, and their counts at the end, so that none is cleaned twice."""
-  with storage.replaced(staging / CLEANED) as partial, partial.open('w') as file:
+  with storage.replaced(staging / CLEANED) as partial, contextlib.ExitStack() as stack:
+    file = partial.open('w')
+    stack.callback(storage.explained(staging)(file.close))
     for text in texts:
       with storage.explained(staging):  # What fails in reading is no fault of this place.
         file.write(json.dumps(text) + '\n')

@@ -464,6 +464,13 @@ def test_what_fails_in_reading_is_told_as_it_is(tmp_path):
   assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='no device that is always full')
+def test_a_disk_that_is_full_of_cleaned_texts_is_named(tmp_path, monkeypatch):
+  monkeypatch.setattr(type(tmp_path), 'open', lambda self, mode: open('/dev/full', mode))
+  with pytest.raises(OSError, match='cannot write: No space left on device; nothing'):
+    [*texts_lib.kept(iter(['a' * 100_000]), [], tmp_path)]
+
+
 def dying_passer(setting):
   return lambda chunk: os.kill(os.getpid(), signal.SIGKILL)
 
