@@ -83,6 +83,8 @@ PROGRAM = """
 import os, signal, sys, test_parallel
 from jaxllm.data import parallel
 
+# Who runs the tests in the background has it ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 print('once')
 with parallel.processes(test_parallel.working, '1', 2) as run:
   for text, pid in run(['a', 'b', 'c', 'd', *sys.argv[1:]]):
