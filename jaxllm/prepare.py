@@ -53,6 +53,8 @@ def main(argv: Sequence[str]) -> None:  # noqa: D103
     for line in inspected(experiment, sys.stdout.isatty() and 'NO_COLOR' not in os.environ):
       print(line)
     return
+  if experiment.task is not None:
+    raise ValueError('config.task: its records are made when training starts; --inspect shows them')
   if MODEL.value:
     from jaxllm.interop import sources
     sources.check_exists(MODEL.value, field='--model=')

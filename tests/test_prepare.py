@@ -72,3 +72,8 @@ def test_flags_that_would_do_nothing_are_refused(tmp_path, flags):
   (tmp_path / 'config.json').write_text(tiny_run.experiment(tmp_path).to_json())
   code, _, error = programs.run('prepare', f'--config={tmp_path}/config.json', *flags)
   assert code == 2 and '--inspect and --dry_run go alone, and --model only with' in error
+
+
+def test_a_task_has_nothing_to_prepare():
+  code, _, error = programs.run('prepare', '--config=experiments/sentiment.py')
+  assert code == 2 and 'config.task: its records are made when training starts' in error
