@@ -24,7 +24,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files, InclusionLevel
 
 from jaxllm import __main__ as command_line
-from jaxllm import config, experiment
+from jaxllm import config, experiment, validation
 from jaxllm.config import Config
 from jaxllm.generation.sampling import SamplingConfig
 
@@ -165,7 +165,7 @@ def config_classes(cls: type[Config], seen: dict[type[Config], str], path: str) 
     return
   seen[cls] = path
   for name, field in cls.model_fields.items():
-    for inner in config.classes(field.annotation):
+    for inner in validation.classes(field.annotation):
       config_classes(inner, seen, f'{path}.{name}')
 
 
