@@ -24,7 +24,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files, InclusionLevel
 
 from jaxllm import __main__ as command_line
-from jaxllm import config, experiment, validation
+from jaxllm import experiment, validation
 from jaxllm.config import Config
 from jaxllm.generation.sampling import SamplingConfig
 

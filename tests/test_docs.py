@@ -8,6 +8,8 @@ import importlib
 import pathlib
 import posixpath
 import re
+import sys
+import types
 
 import pytest
 import yaml
@@ -99,3 +101,16 @@ def test_chinese_pages_hold_the_same_commands(english, chinese):
   for one, other in ((english, chinese), (chinese, english)):
     link = posixpath.relpath(other, one.parent)
     assert f']({link})' in one.read_text(encoding='utf-8'), f'{one.name} has no link to {link}'
+
+
+def test_the_pages_that_are_made_need_nothing_that_is_gone(monkeypatch):
+  for name in ('latex2mathml', 'mkdocs', 'mkdocs.config', 'mkdocs.config.defaults',
+               'mkdocs.structure', 'mkdocs.structure.files'):
+    monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(
+      converter=None, MkDocsConfig=None, File=None, Files=None, InclusionLevel=None))
+  monkeypatch.syspath_prepend(DOCS)
+  hooks = importlib.import_module('hooks')
+  assert '## DecoderConfig' in hooks.config_page()
+  assert 'jaxllm.prepare' in hooks.commands_page() and 'generate' in hooks.public_page()
+  assert all(hooks.room_page(name) for name in hooks.rooms())
+  monkeypatch.delitem(sys.modules, 'hooks')
