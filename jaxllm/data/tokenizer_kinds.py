@@ -4,16 +4,15 @@ import base64
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from jaxllm.data import parallel, tokenizer_settings
+from jaxllm.data import byte_level_words, parallel, tokenizer_settings
 from jaxllm.data.tokenizer_settings import Files, Part
 
 MARK = '\u2581'  # SentencePiece's own sign for a space.
@@ -259,7 +258,8 @@ def from_library(files: Files) -> Tokenizer:
     done = iter(_no_panic(inner.encode_batch_fast, slow, add_special_tokens=False) if slow else ())
     return [next(done).ids if ids is None else ids for ids in found]
 
-  by_words = _by_words(inner, content)
+  by_words = byte_level_words.finder(content, lambda word: _no_panic(
+    inner.encode, word, add_special_tokens=False).ids)
   bos, eos, pad = (special(f'{name}_token') for name in ('bos', 'eos', 'pad'))
   # Text falls back to bytes, which some trainers list as special.
   fallback = getattr(inner.model, 'byte_fallback', False)
@@ -298,69 +298,6 @@ def _inner(files: Files) -> tuple[Any, Mapping[str, Any]]:
     named = {**known.tokens, **named}
   tokenizer_settings.add_tokens(inner, files, named)
   return inner, named
-
-
-# How words are cut: by GPT-2, Qwen and Llama 3.
-_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_QWEN, = tokenizer_settings.CLASSES['Qwen2Tokenizer'].cuts
-_CUTS = (_QWEN, _QWEN.replace(r'\p{N}|', r'\p{N}{1,3}|'))
-_ASCII = ((r'[^\s\p{L}\p{N}]', '[^\t-\r A-Za-z0-9]'), (r'[^\r\n\p{L}\p{N}]', r'[^\r\nA-Za-z0-9]'),
-          (r'\p{L}', '[A-Za-z]'), (r'\p{N}', '[0-9]'), (r'\s', '[\t-\r ]'), (r'\S', '[^\t-\r ]'))
-
-
-def _by_words(inner: Any, content: Mapping[str, Any]) -> Callable[[str], list[int] | None]:
-  """Return a function that gives the ids of an ASCII text by those of its words, once known.
-
-  It takes a fifth of the library's time, and gives None for other texts and tokenizers.
-  """
-  before = content['pre_tokenizer'] or {}
-  cuts = [*map(_cut, splits := before.get('pretokenizers') or [before])]
-  model, normal = content['model'], content['normalizer']
-  if None in cuts or splits[-1]['type'] != 'ByteLevel' or model['type'] != 'BPE' or (
-      model['dropout'] or normal and normal != {'type': 'NFC'}):
-    return lambda text: None
-  finders = [re.compile(functools.reduce(lambda cut, pair: cut.replace(*pair), _ASCII, cut)).findall
-             for cut in cuts if cut]
-  # Special tokens in a text are text.
-  added = [re.escape(token['content']) for token in content['added_tokens'] if not token['special']]
-  has_added, known = re.compile('|'.join(added) or '(?!)').search, _Words(inner)
-
-  def by_words(text: str) -> list[int] | None:
-    # Other threads do not run while the words of a text are found.
-    if not text.isascii() or len(text) > 2**17 or has_added(text):
-      return None
-    words: Iterable[str] = (text,)
-    for find in finders:
-      words = itertools.chain.from_iterable(map(find, words))
-    return [*itertools.chain.from_iterable(map(known.__getitem__, words))]
-
-  return by_words
-
-
-def _cut(split: Mapping[str, Any]) -> str | None:
-  """Return the pattern of the words that a pre-tokenizer makes; '': all is one; None: unknown."""
-  match split:
-    case {'type': 'ByteLevel', 'add_prefix_space': False, 'use_regex': by_regex}:
-      return _GPT2 if by_regex else ''
-    case {'type': 'Digits', 'individual_digits': True}:
-      return r'\p{N}|[^0-9]+'
-    case {'type': 'Split', 'pattern': {'Regex': cut}, 'behavior': 'Isolated', 'invert': False}:
-      return cut if cut in _CUTS else None
-  return None
-
-
-class _Words(dict[str, tuple[int, ...]]):
-  """The ids of words, asked of the library where they are not there."""
-
-  def __init__(self, inner: Any):
-    super().__init__()
-    self._inner = inner
-
-  def __missing__(self, word: str) -> tuple[int, ...]:
-    ids = (*_no_panic(self._inner.encode, word, add_special_tokens=False).ids,)
-    if len(self) < 2**16 and len(word) <= 64:  # About 15 MB.
-      self[word] = ids
-    return ids
 
 
 def _no_panic(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

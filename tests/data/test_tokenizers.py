@@ -14,7 +14,7 @@ import time
 import pytest
 
 from jaxllm.config import ConfigError
-from jaxllm.data import tokenizer_kinds, tokenizer_settings, tokenizers
+from jaxllm.data import byte_level_words, tokenizer_kinds, tokenizer_settings, tokenizers
 from jaxllm.data.tokenizers import TokenizerConfig
 
 _WORDS = (
@@ -578,7 +578,7 @@ def test_other_threads_run_while_a_long_text_is_encoded():
 
 
 @pytest.mark.parametrize('cuts', [
-  (), (tokenizer_settings.DIGIT,), tokenizer_kinds._CUTS[:1], tokenizer_kinds._CUTS[1:],
+  (), (tokenizer_settings.DIGIT,), byte_level_words.CUTS[:1], byte_level_words.CUTS[1:],
   (r'\w+|\W+',)])
 @pytest.mark.parametrize('composed', [False, True])
 def test_texts_by_their_words_have_the_ids_of_the_library(cuts, composed):
@@ -599,7 +599,8 @@ def test_texts_by_their_words_have_the_ids_of_the_library(cuts, composed):
   inner.add_tokens(['<tool>'])
   ours = tokenizers.from_files({'tokenizer.json': inner.to_str().encode()})
   inner.encode_special_tokens = True
-  by_words = tokenizer_kinds._by_words(inner, json.loads(inner.to_str()))
+  by_words = byte_level_words.finder(json.loads(inner.to_str()), lambda word: inner.encode(
+    word, add_special_tokens=False).ids)
   texts += ['', 'caf\u00e9 au lait', texts[0] * 200]
   expected = [inner.encode(text, add_special_tokens=False).ids for text in texts]
   for _ in range(2):
