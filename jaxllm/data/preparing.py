@@ -26,7 +26,7 @@ from jaxllm.data.documents import SourceConfig, SourceCounts
 from jaxllm.data.files import COMPRESSIONS
 from jaxllm.data.records import DataConfig, Manifest, Split
 from jaxllm.data.shards import Text
-from jaxllm.data.texts import Counters, Run
+from jaxllm.data.texts import Counters
 from jaxllm.data.tokenizers import Tokenizer, TokenizerConfig
 
 _HASHES = '.source_hashes.json'
@@ -73,10 +73,8 @@ def prepare(
         # In a bucket others write there, too, and nothing counts before the manifest.
         shared = write and storage.is_remote(folder)
         place = contextlib.nullcontext(folder) if shared else storage.replaced(folder, kept=True)
-        with place as staging, parallel.processes(
-            cleaning.chunk_passer, data.cleaning.to_json(),
-            workers if data.cleaning.steps and not write else 1) as run:
-          make = write or functools.partial(_write, progress=progress, run=run, workers=workers)
+        with place as staging:
+          make = write or functools.partial(_write, progress=progress, workers=workers)
           manifest = make(data, tokenizer, staging, sources, fingerprint)
           storage.write_json(staging / 'manifest.json', manifest.model_dump(mode='json'))
           if not shared:
@@ -135,33 +133,36 @@ def _fingerprint(
 
 def _write(
   data: DataConfig, config: TokenizerConfig, staging: pathlib.Path,
-  sources: Sequence[SourceCounts], fingerprint: str, progress: bool, run: Run,
+  sources: Sequence[SourceCounts], fingerprint: str, progress: bool,
   workers: int | None,
 ) -> Manifest:
   sizes = [_size(data, sources)]
-  if state := _left(data, staging):
-    logging.info('%s: going on after %d documents of an interrupted call', staging, state['texts'])
-    tokenizer = tokenizers.from_files(tokenizers.read_directory(staging / 'tokenizer'))
-  else:
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
-    state = {'ends': texts_lib.too_few(data, run), 'texts': 0, 'splits': {}}
-    counts: Counters = [Counter() for _ in sources]
-    texts = texts_lib.texts(data, run, state['ends'], counts)
-    if config.trained and data.cleaning.steps:
-      texts = texts_lib.kept(texts, counts, staging)
-    tokenizer = tokenizers.train_or_load(config, (
-      text.text for text in _shown('tokenizer', texts, sizes, progress and config.trained)
-      if text.split == 'train'))
-    tokenizers.save(tokenizer, staging / 'tokenizer')
+  with parallel.processes(cleaning.chunk_passer, data.cleaning.to_json(),
+                          workers if data.cleaning.steps else 1) as run:
+    if state := _left(data, staging):
+      logging.info('%s: going on after %d documents of an interrupted call', staging,
+                   state['texts'])
+      tokenizer = tokenizers.from_files(tokenizers.read_directory(staging / 'tokenizer'))
+    else:
+      shutil.rmtree(staging, ignore_errors=True)
+      staging.mkdir()
+      state = {'ends': texts_lib.too_few(data, run), 'texts': 0, 'splits': {}}
+      counts: Counters = [Counter() for _ in sources]
+      texts = texts_lib.texts(data, run, state['ends'], counts)
+      if config.trained and data.cleaning.steps:
+        texts = texts_lib.kept(texts, counts, staging)
+      tokenizer = tokenizers.train_or_load(config, (
+        text.text for text in _shown('tokenizer', texts, sizes, progress and config.trained)
+        if text.split == 'train'))
+      tokenizers.save(tokenizer, staging / 'tokenizer')
 
-  counts = [Counter() for _ in sources]
-  writers = {name: shards.SplitWriter(staging, name, data, tokenizer.vocab_size,
-                                       state['splits'].get(name, {})) for name in data.splits}
-  texts = (texts_lib.kept_before(staging, counts) if (staging / texts_lib.CLEANED).is_file() else
-           texts_lib.texts(data, run, state['ends'], counts))
-  texts = _shown('records', texts, sizes, progress)
-  _pack(texts, tokenizer, data, writers, staging, state, workers)
+    counts = [Counter() for _ in sources]
+    writers = {name: shards.SplitWriter(staging, name, data, tokenizer.vocab_size,
+                                         state['splits'].get(name, {})) for name in data.splits}
+    texts = (texts_lib.kept_before(staging, counts) if (staging / texts_lib.CLEANED).is_file() else
+             texts_lib.texts(data, run, state['ends'], counts))
+    texts = _shown('records', texts, sizes, progress)
+    _pack(texts, tokenizer, data, writers, staging, state, workers)
   (staging / texts_lib.CLEANED).unlink(missing_ok=True)
   splits = {name: Split(**writer.finish()) for name, writer in writers.items()}
   (staging / _STATE).unlink(missing_ok=True)
